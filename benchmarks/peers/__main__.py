@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from benchmarks.cpu.conftest import machine
 from benchmarks.overview.steps import medians
 from benchmarks.peers.cases import Case, cases
+from benchmarks.peers.first_loop import HEAD, first_loop_rows
 from benchmarks.peers.pipelines import Count, table
 from ddpm_ext import accelerate
 from ddpm_ext.base.files import write_text
@@ -81,6 +83,10 @@ def main() -> None:
         for case in (case for case in measured if shape in case.shapes):
             lines.append(row(case, shape))
             print(lines[-1], flush=True)
+    if any(case.library == "diffusers" for case in measured):
+        for line in itertools.chain(HEAD, first_loop_rows()):
+            lines.append(line)
+            print(line, flush=True)
     lines += [
         "",
         "Launches and reads from one call of the model to the next, by the pipeline's own code and the scheduler;",

@@ -60,12 +60,10 @@ class KernelTables(DeviceTables):
         super().__init__(**tables)
         self._views: BoundedCache[dict[int, Tensor]] = BoundedCache(VIEWED)
         cpu = torch.device("cpu")
-        zeros = torch.zeros_like(steps.a)
-        x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
         with torch.inference_mode(False):
             for dtype in (torch.float32, torch.float64):
-                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
-                self._tables["x0", cpu, dtype] = x0.packed(cpu, dtype, guidance)
+                rows = self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
+                self._tables["x0", cpu, dtype] = _to_x0(rows)
             # What the model is called with: in float32 where timesteps lie between the schedule's own.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64
@@ -111,3 +109,13 @@ class KernelTables(DeviceTables):
         if not 0 <= row < len(timesteps):  # only compiled calls come here without a check
             raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
         return timesteps[row].clone().expand(batch)  # no view of the table, which a model could write to
+
+
+def _to_x0(rows: Tensor) -> Tensor:
+    """Packed rows whose next sample is the predicted clean sample of `rows`."""
+    found = torch.zeros_like(rows)
+    found[:, ROW.index("c0")] = 1
+    bits = torch.int32 if rows.dtype == torch.float32 else torch.int64  # of which the draw's are no number's
+    for i in map(ROW.index, ("a", "b", "draw", "w", "c_in")):
+        found.view(bits)[:, i] = rows.view(bits)[:, i]
+    return found

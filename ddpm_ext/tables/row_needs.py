@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ddpm_ext.tables.step_table import StepTable
@@ -34,15 +34,16 @@ class RowNeeds(NamedTuple):
 
 def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
     """What each row needs. scales: (rows,), those of classifier-free guidance; None: ones."""
-    needs_output = (table.c2 != 0) | (table.cu != 0) | (table.k2 != 0)
-    calls_model = (table.b != 0) | needs_output
-    guided = table.cu != 0 if scales is None else (scales != 1) | (table.cu != 0)
-    kept = torch.stack([table.k0, table.k1, table.k2], 1)
-    x0_is_output = (table.a == 0) & (table.b == 1)
-    keeps_output = (kept[:, 1] == 0) & torch.where(x0_is_output, kept[:, 0] + kept[:, 2], kept[:, 2]).eq(1)
-    keeps_output &= x0_is_output | (kept[:, 0] == 0)
-    history = torch.stack([table.h1, table.h2, table.h3], 1) != 0
-    columns = (calls_model, calls_model & guided, needs_output, table.s != 0, history, kept.ne(0).any(1), keeps_output)
+    names = ("a", "b", "c2", "cu", "s", "h1", "h2", "h3", "k0", "k1", "k2")
+    a, b, c2, cu, s, h1, h2, h3, k0, k1, k2 = (getattr(table, name).cpu().numpy() for name in names)
+    needs_output = (c2 != 0) | (cu != 0) | (k2 != 0)
+    calls_model = (b != 0) | needs_output
+    guided = cu != 0 if scales is None else (scales.cpu().numpy() != 1) | (cu != 0)
+    x0_is_output = (a == 0) & (b == 1)
+    keeps_output = (k1 == 0) & (np.where(x0_is_output, k0 + k2, k2) == 1) & (x0_is_output | (k0 == 0))
+    history = np.stack([h1, h2, h3], 1) != 0
+    keeps = (k0 != 0) | (k1 != 0) | (k2 != 0)
+    columns = (calls_model, calls_model & guided, needs_output, s != 0, history, keeps, keeps_output)
     return [
         RowNeeds(calls, guide, output, noisy, tuple(read), keep, is_output)
         for calls, guide, output, noisy, read, keep, is_output in zip(*(c.tolist() for c in columns), strict=True)

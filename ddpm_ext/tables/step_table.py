@@ -140,12 +140,13 @@ class StepTable:
         for name in (*FACTORS, *ADDED):
             values = getattr(self, name)
             if values is None and vars(StepTable)[name] is not NEEDED:
-                values = np.zeros(len(steps))
-            columns[name] = numbers(name, values, len(steps)).astype(np.float64)
+                columns[name] = np.zeros(len(steps))
+            else:
+                columns[name] = numbers(name, values, len(steps)).astype(np.float64)
         columns["draw"] = default_draws(steps) if self.draw is None else numbers("draw", self.draw, len(steps))
         draw = columns["draw"]
         checks.refuse("draw", draw, (draw < 0) | (draw >= 2**32), "0 <= draw < 2^32")
-        for name in LEVELS:
+        for name in (name for name in LEVELS if getattr(self, name) is not None):
             checks.refuse(name, columns[name], columns[name] < 0, f"{name} >= 0")
         object.__setattr__(self, "notes", step_table_files.as_notes(self.notes))
         # Inference tensors could not be saved for a backward pass later on.
@@ -252,16 +253,18 @@ class StepTable:
         ones = np.ones(len(self))
         w = torch.from_numpy(numbers("guidance", ones if guidance is None else guidance, len(self)))
         loops = {"w": w, "c_in": torch.from_numpy(ones)}  # which are no columns
+        columns = [loops[name] if name in loops else getattr(self, name) for name in ROW]
+        if self.timestep.device.type != "cpu":
+            columns = [column.cpu() for column in columns]
         table = torch.zeros(len(self), WIDTH, dtype=dtype, device="cpu")
+        floats = [column if column.is_floating_point() else column.double() for column in columns]
+        table[:, : len(ROW)] = torch.stack(floats, 1)
+        if dtype == torch.float32 and table.isinf().any():
+            for name, column in zip(ROW, columns, strict=True):
+                check_float32(name, column)
+        # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
         integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
-        for i, name in enumerate(ROW):
-            values = loops.get(name)
-            if values is None:
-                values = getattr(self, name)
-            if name != "draw" and dtype == torch.float32:
-                check_float32(name, values)
-            # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
-            (integers if name == "draw" else table)[:, i] = values
+        integers[:, ROW.index("draw")] = columns[ROW.index("draw")]
         return table.to(there)
 
     def _any(self, *names: str) -> bool:

@@ -5,8 +5,8 @@ before it were given, each times a number. These numbers are read off by running
 unit vectors, one for each of those tensors. A step gets a sample of its own there, as if it did not follow from the
 step before: then a tensor that the scheduler stores appears in all later steps with the same proportions of sample and
 output, and these are what a row keeps. The numbers of each row are fitted with the samples that do follow from each
-other, since a sample may stand for what it was made of. A loop on random numbers proves the rows in the end, and shows
-where a scheduler is not linear.
+other, since a sample may stand for what it was made of. Random numbers beside the unit vectors, in the same run, prove
+the rows in the end, and show where a scheduler is not linear.
 
 A function that runs its whole loop itself, as k-diffusion's do, takes its steps between its calls of the model.
 """
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_ext.tables.trace_batch import Array, Numbers, Trial, relative
 from ddpm_ext.tables.trace_function import observed_function
-from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Linear, Row, at, row_of
-from ddpm_ext.tables.trace_random import BATCH, Array, RandomRun, relative
-from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings, without_clip
+from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Columns, Linear, at
+from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Step, clip_of, run_of, setting, with_settings
+from ddpm_ext.tables.trace_watch import Watch, can_watch
 
 Clip = tuple[float, float]
 
@@ -40,6 +41,7 @@ class TraceResult(NamedTuple):
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
         begins: the rows with which the steps of a function begin, as its callback tells.
         asks: whether a function read attributes of the model.
+        read: the attributes of the scheduler that its steps read before they wrote them; None: nobody knows.
     """
 
     columns: dict[str, Array]
@@ -51,6 +53,7 @@ class TraceResult(NamedTuple):
     second: bool
     begins: tuple[int, ...] = ()
     asks: bool = False
+    read: frozenset[str] | None = None
 
 
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
@@ -93,32 +96,52 @@ def follow(
     Raises:
         ValueError: a step is not linear, or no row can say what it does.
     """
-    plain, options = without_clip(scheduler), options or {}
-    run = run_of(scheduler, timesteps, options, dims)
+    options = options or {}
+    if can_watch(scheduler):
+        try:
+            return _followed(scheduler, timesteps, options, second, dims, Watch())
+        except ValueError:  # which the look at each function may find another reason for, or none
+            pass
+    return _followed(scheduler, timesteps, options, second, dims, None)
+
+
+def _followed(
+    scheduler: Any,
+    timesteps: Sequence[Any],
+    options: Mapping[str, Any],
+    second: Sequence[str] | None,
+    dims: int,
+    watch: Watch | None,
+) -> TraceResult:
+    run = run_of(scheduler, timesteps, options, dims, watch)
     try:
-        loop = RandomRun.of(run, seed=0)
+        trial = Trial.of(run)
     except IndexError:
         if len(timesteps) == 1:
             raise
-        timesteps = timesteps[:-1]
-        run = run_of(scheduler, timesteps, options, dims)
-        loop = RandomRun.of(run, seed=0)
-    linear = Linear(run_of(plain, timesteps, options, dims), loop, second)
+        run = run_of(scheduler, timesteps[:-1], options, dims, watch)
+        trial = Trial.of(run)
+    if watch is not None and not trial.follows.wide:
+        raise ValueError("a step computes in a lower precision")
+    linear = Linear(run, trial, second)
     try:
-        linear.prove(loop)
+        linear.prove(trial.follows)
     except ValueError:
-        if plain is scheduler:
+        if not run.clips:
             raise
+        clip = clip_of(scheduler)
+        # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to it.
+        steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
+        if linear.has_history() or not (linear.second or steps_to_clean):
+            of_clean = with_settings(scheduler, prediction_type="sample")
+            other = run_of(of_clean, run.times, options, dims, watch)
+            rows = _clipped_alone(linear, Linear(other, Trial.of(other), ()))
+            found = _proven(rows, clip, linear, trial, trial.follows)
+        else:  # samples that follow from a clipped one are not clipped again
+            found = _proven(_clipped(linear, trial.loose[0], clip), clip, linear, trial, trial.loose[1])
     else:  # nothing is clipped
-        return _proven(linear.rows(), None, linear, run, loop)
-    clip = clip_of(scheduler)
-    # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to the clean one.
-    steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
-    if linear.has_history() or not (linear.second or steps_to_clean):
-        return _proven(_clipped_alone(linear, plain, options, loop), clip, linear, run, loop)
-    # Samples that follow from a clipped one are not clipped again, so they do not follow.
-    loop = RandomRun.of(run, seed=0, follows=False)
-    return _proven(_clipped(linear, loop, clip), clip, linear, run, loop, follows=False)
+        found = _proven(linear.rows(), None, linear, trial, trial.follows)
+    return found._replace(read=None if watch is None else watch.read())
 
 
 def follow_function(
@@ -132,10 +155,10 @@ def follow_function(
     model comes before it. The samples' levels are (1, sigma).
     """
     function = observed_function(sampler, sigmas, options, like)
-    loop = RandomRun.of(function.run, seed=0)
-    linear = Linear(function.run, loop, CLEAN_FIELDS)
-    linear.prove(loop)
-    traced = _proven(linear.rows(), None, linear, function.run, loop)
+    trial = Trial.of(function.run)
+    linear = Linear(function.run, trial, CLEAN_FIELDS)
+    linear.prove(trial.follows)
+    traced = _proven(linear.rows(), None, linear, trial, trial.follows)
     sigma = traced.columns["timestep"]
     ones = np.ones_like(sigma)
     levels = {
@@ -148,89 +171,97 @@ def follow_function(
     return traced._replace(columns=traced.columns | levels, begins=function.begins, asks=function.asks)
 
 
-def _proven(
-    rows: Sequence[Row], clip: Clip | None, linear: Linear, run: Run, loop: RandomRun, *, follows: bool = True
-) -> TraceResult:
-    """What tracing found, once the rows have been tried on a loop of other numbers; follows: as for RandomRun.of."""
-    residual = _prove(rows, clip, linear, RandomRun.of(run, seed=1, follows=follows))
-    times = np.array([float(t) for t in run.times])
-    if run.unit == "timestep" and (times % 1 == 0).all():
+def _proven(rows: Columns, clip: Clip | None, linear: Linear, trial: Trial, numbers: Numbers) -> TraceResult:
+    """What tracing found, once the rows have been tried on numbers that they were not found by."""
+    residual = _prove(rows, clip, linear, numbers)
+    times = np.array([float(t) for t in linear.run.times])
+    if linear.run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
-    columns = {"timestep": times} | {name: np.array([row[name] for row in rows]) for name in NAMES}
-    return TraceResult(columns, clip, residual, loop.steps, linear.noise, linear.given, linear.second)
+    columns = {"timestep": times} | rows
+    return TraceResult(columns, clip, residual, trial.steps, linear.noise, linear.given, linear.second)
 
 
 # ------------------------------------------------------------------------------------------------------------ clips
 
 
-def _clipped(linear: Linear, loop: RandomRun, clip: Clip) -> list[Row]:
+def _clipped(linear: Linear, loop: Numbers, clip: Clip) -> Columns:
     """The rows of steps that clip the predicted clean sample, which they return or step to, and have no history.
 
-    linear: without the clip. loop: with it, on numbers that are clipped here and there. There the clipped clean sample
+    linear: of numbers that are not clipped. loop: those that are clipped here and there. There the clipped clean sample
     does not follow from sample and output, so that the factors of all three are found.
     """
-    rows = []
+    rows = {name: np.zeros(linear.n) for name in NAMES}
     for i in range(linear.n):
         n, column = linear.n, linear.column(i)
         s = 0.0 if column is None else float(linear.prev[i, column])
         h = linear.prev[i, linear.given_columns(i)]
         a, b = linear.clean[i] if linear.second else linear.prev[i, [i, n + i]]
         x0 = np.clip(a * loop.x[i] + b * loop.m[i], *clip)
-        target = loop.prev[i] - s * loop.noise(i, linear.noise[i]) - h @ loop.z[i][linear.given[i]]
+        z = loop.z[i]
+        target = loop.prev[i] - h @ z[linear.given[i]]
+        if column is not None:
+            target = target - s * z[linear.noise[i]]
         for names in (("c0",), ("c0", "c1"), ("c0", "c2"), ("c0", "c1", "c2")):
             columns = np.stack([{"c0": x0, "c1": loop.x[i], "c2": loop.m[i]}[name] for name in names], 1)
             factors = np.linalg.lstsq(columns, target, rcond=1e-13)[0]
-            error = relative(np.abs(target - columns @ factors), np.abs(columns) @ np.abs(factors))
+            error = float(relative(np.abs(target - columns @ factors), np.abs(columns) @ np.abs(factors)))
             if error <= loop.bound():
                 break
         else:
             raise ValueError(f"{at(linear, i)}, is not linear after the clip: {error:.1e} of it is left")
-        row = row_of(a=float(a), b=float(b), s=s, **dict(zip(names, map(float, factors), strict=True)))
-        rows.append(row | {f"h{1 + k}": float(factor) for k, factor in enumerate(h)})
+        found = {"a": a, "b": b, "s": s, **dict(zip(names, factors, strict=True))}
+        for name, value in (found | {f"h{1 + k}": factor for k, factor in enumerate(h)}).items():
+            rows[name][i] = value
     return rows
 
 
-def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop: RandomRun) -> list[Row]:
+def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
     """The rows of steps that clip the predicted clean sample and do all else with that one alone.
 
-    linear: without the clip, as `plain` is. Where the model returns the clean sample itself, the steps are what follows
-    on the clip. The proof shows whether they are the same for other outputs.
+    linear: of numbers that are not clipped. steps: the same of a scheduler whose model returns the clean sample itself,
+    whose steps are what follows on the clip. The proof shows whether they are the same for other outputs.
     """
-    of_clean = with_settings(plain, prediction_type="sample")
-    steps = Linear(run_of(of_clean, linear.run.times, options, linear.run.dims), loop, ())
-    rows = []
-    for i, row in enumerate(steps.rows()):
-        own = [i, linear.n + i]
-        (x, m), (x_beside, x0) = linear.prev[i, own], steps.prev[i, own]
-        if not x0:
-            raise ValueError(f"{at(linear, i)}, does not read the clean sample, which is clipped")
-        a, b = linear.clean[i] if linear.second else ((x - x_beside) / x0, m / x0)
-        rows.append(row | {"a": float(a), "b": float(b), "c0": row["c2"], "c2": 0.0, "k0": row["k2"], "k2": 0.0})
-    return rows
+    i = np.arange(linear.n)
+    own = i, linear.n + i
+    rows, (x, m), (x_beside, x0) = (
+        steps.rows(),
+        *((each.prev[i, own[0]], each.prev[i, own[1]]) for each in (linear, steps)),
+    )
+    for at_step in np.flatnonzero(x0 == 0):
+        raise ValueError(f"{at(linear, at_step)}, does not read the clean sample, which is clipped")
+    a, b = linear.clean.T if linear.second else ((x - x_beside) / x0, m / x0)
+    none = np.zeros(linear.n)
+    return rows | {"a": a, "b": b, "c0": rows["c2"], "c2": none, "k0": rows["k2"], "k2": none}
 
 
 # ------------------------------------------------------------------------------------------------------------ proof
 
 
-def _prove(rows: Sequence[Row], clip: Clip | None, linear: Linear, loop: RandomRun) -> float:
+def _prove(rows: Columns, clip: Clip | None, linear: Linear, loop: Numbers) -> float:
     """The largest residual of the rows in a loop. Raises ValueError where one is too large."""
-    largest, ring = 0.0, [np.zeros(BATCH)] * HISTORY
-    for i, row in enumerate(rows):
-        x, m, z = loop.x[i], loop.m[i], loop.noise(i, linear.noise[i])
-        x0 = row["a"] * x + row["b"] * m
-        if clip is not None:
-            x0 = np.clip(x0, *clip)
-        factors = [row[name] for name in ("c0", "c1", "c2", "s", "h1", "h2", "h3")]
-        read = [*loop.z[i][linear.given[i]], *ring][:HISTORY]
-        terms = np.array(factors)[:, None] * np.array([x0, x, m, z, *read])
-        errors = [relative(np.abs(loop.prev[i] - terms.sum(0)), np.abs(terms).sum(0))]
-        second = loop.second[i]
-        if linear.second and second is not None:
-            parts = np.abs(row["a"] * x) + np.abs(row["b"] * m)
-            errors.append(relative(np.abs(second - x0), parts))
-        if not max(errors) <= loop.bound():
-            raise ValueError(f"{at(linear, i)}, is not linear: random numbers differ by {max(errors):.1e}, relatively")
-        largest = max(largest, *errors)
-        if row["k0"] or row["k1"] or row["k2"]:
-            ring = [row["k0"] * x0 + row["k1"] * x + row["k2"] * m, *ring][:HISTORY]
-    return largest
+    x, m, column = loop.x, loop.m, {name: values[:, None] for name, values in rows.items()}
+    parts = np.array([column["a"] * x, column["b"] * m])
+    x0 = parts.sum(0)
+    if clip is not None:
+        x0 = np.clip(x0, *clip)
+    kept = column["k0"] * x0 + column["k1"] * x + column["k2"] * m
+    terms = np.zeros((7, *x.shape))
+    terms[:3] = column["c0"] * x0, column["c1"] * x, column["c2"] * m
+    ring: list[Array] = []
+    keeps = (rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0)
+    for i, (z, given) in enumerate(zip(linear.noise, linear.given, strict=True)):
+        if z is not None:
+            terms[3, i] = rows["s"][i] * loop.z[i][z]
+        for k, read in enumerate([*(loop.z[i][draw] for draw in given), *ring][:HISTORY]):
+            terms[4 + k, i] = rows[f"h{1 + k}"][i] * read
+        if keeps[i]:
+            ring = [kept[i], *ring][:HISTORY]
+    errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
+    if linear.second:
+        second = np.stack([values for values in loop.second if values is not None])
+        errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
+    for worst in np.flatnonzero(~(errors <= loop.bound())):
+        raise ValueError(
+            f"{at(linear, worst)}, is not linear: random numbers differ by {errors[worst]:.1e}, relatively"
+        )
+    return float(errors.max())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step
+from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step, Taken, on_cpu
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
@@ -102,7 +102,7 @@ def observed_function(
         times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
         return 0.5 * x
 
-    with torch.device("cpu"), torch.no_grad(), Observed(start.shape, normal) as observed:
+    with on_cpu(), torch.no_grad(), Observed(start.shape, normal) as observed:
         probe = _Model(model, like)
         call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
@@ -126,7 +126,7 @@ def _call(
     callback: Callable[[Any], Any] | None = None,
 ) -> Any:
     def noise_sampler(*_: Any) -> Tensor:
-        return observed.draw(x.shape, x.dtype)
+        return observed.draw(x.shape, dtype=x.dtype)
 
     own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
     return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
@@ -134,17 +134,17 @@ def _call(
 
 def _observe(
     call: Callable[..., Any], count: int, leads: bool, like: object, samples: Samples, outputs: Outputs, noise: Noise
-) -> list[Step]:
+) -> list[Taken]:
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
-    made: list[Step] = []
+    made: list[Taken] = []
     drawn = 0
     second: Tensor | None = None
     start = samples(0, None)
 
     def end(prev: Tensor) -> None:
         nonlocal drawn
-        result = Result(Tensor, prev.clone(), None if second is None else CLEAN, second)
-        made.append(Step(result, observed.draws[drawn:], state={}, tensors={}, stores=False))
+        step = Step(Result(Tensor, None if second is None else CLEAN), observed.draws[drawn:], {})
+        made.append(Taken(step, prev.clone(), second))
         drawn = len(observed.draws)
 
     def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -153,7 +153,7 @@ def _observe(
             if leads or second is not None:
                 end(x)
                 check(more=1)
-                x.copy_(samples(len(made), made[-1].result.prev))
+                x.copy_(samples(len(made), made[-1].prev))
             second = outputs(len(made))
             return second.clone()
 
@@ -164,7 +164,7 @@ def _observe(
                 "which the steps depend: they are not linear"
             )
 
-    with torch.device("cpu"), torch.no_grad(), Observed(start.shape, noise) as observed:
+    with on_cpu(), torch.no_grad(), Observed(start.shape, noise) as observed:
         result = call(observed, _Model(model, like), start)
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")

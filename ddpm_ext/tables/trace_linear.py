@@ -7,22 +7,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ddpm_ext.tables.trace_random import LINEAR, Array, RandomRun, flat, relative
+from ddpm_ext.tables.trace_batch import LINEAR, Array, Numbers, Trial, relative
 from ddpm_ext.tables.trace_run import Run
 
 HISTORY = 3  # tensors that a row may read
 NEGLIGIBLE = 1e-12  # a number below this part of those that it is made of is 0
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2")
 
-Row = dict[str, float]
+Columns = dict[str, Array]
 Factors = tuple[float, float, float, dict[int, float]]  # of sample, output, noise, and the tensors kept by steps
-
-
-def row_of(**values: float) -> Row:
-    return dict.fromkeys(NAMES, 0.0) | values
 
 
 def at(linear: Linear, i: int) -> str:
@@ -40,44 +34,35 @@ class Linear:
         second: whether each step's second tensor is a x + b m.
     """
 
-    def __init__(self, run: Run, loop: RandomRun, second: Sequence[str] | None) -> None:
-        """loop: any of the same run. second: as for `follow`."""
+    def __init__(self, run: Run, trial: Trial, second: Sequence[str] | None) -> None:
+        """trial: of the run. second: as for `follow`."""
         self.run, n = run, len(run.times)
         self.n = n
-        counts = [len(step.draws) for step in loop.steps]
-        self.first_draw = 2 * n + np.concatenate([[0], np.cumsum(counts)]).astype(int)  # of each step, among the inputs
-        inputs = int(self.first_draw[-1])
-        ones = loop.steps[0].result.prev.shape[1:]
-
-        def unit(i: int) -> Tensor:  # the last sample of the batch is all zeros
-            x = torch.zeros(inputs + 1, *ones, dtype=torch.float64, device="cpu")
-            x[i] = 1
-            return x
-
-        draws = iter(range(2 * n, inputs))
-        steps = run.observe(lambda i, _: unit(i), lambda i: unit(n + i), lambda: unit(next(draws)))
-        prev = np.array([flat(step.result.prev) for step in steps])
-        self.prev, self.clean, is_second = prev[:, :-1], np.zeros((n, 2)), [False] * n
-        self.noise: list[int | None] = []
-        self.given: list[list[int]] = []
-        for i, step in enumerate(steps):
-            if not np.isfinite(prev[i]).all():
+        counts = [len(step.draws) for step in trial.steps]
+        self.first_draw = 2 * n + np.cumsum([0, *counts])  # of each step, among the inputs
+        self.prev, self.clean, self.second = trial.prev, np.zeros((n, 2)), False
+        for i in np.flatnonzero(~np.isfinite(trial.prev).all(1) | ~(np.abs(trial.zeros) <= LINEAR)):
+            if not np.isfinite(trial.prev[i]).all():
                 raise ValueError(f"{at(self, i)}, is not linear: its result is infinite or no number")
-            if abs(prev[i, -1]) > LINEAR:
-                raise ValueError(f"{at(self, i)}, is not linear: it makes {prev[i, -1]:g} of zeros")
-            found = step.result.second
-            if found is not None and (second is None or step.result.name in second):
-                factors = flat(found)
-                own = factors[[i, n + i]]
-                if np.abs(np.delete(factors, [i, n + i])).max() <= LINEAR * np.abs(own).max():
-                    self.clean[i], is_second[i] = own, True
-            z, given = self._draws_of(i, counts[i], step.given)
-            self.noise.append(z)
-            self.given.append(given)
-        self.second = all(is_second)
+            raise ValueError(f"{at(self, i)}, is not linear: it makes {trial.zeros[i]:g} of zeros")
+        names = [step.result.name for step in trial.steps]
+        found = [i for i, x in enumerate(trial.second) if x is not None and (second is None or names[i] in second)]
+        if found:
+            factors = np.stack([x for i in found if (x := trial.second[i]) is not None])
+            own_places = np.arange(len(found))[:, None], np.array([found, np.add(found, n)]).T
+            own, rest = factors[own_places], np.abs(factors)
+            rest[own_places] = 0
+            linear = rest.max(1) <= LINEAR * np.abs(own).max(1)
+            self.clean[found] = np.where(linear[:, None], own, 0)
+            self.second = len(found) == n and bool(linear.all())
+        draws = [self._draws_of(i, counts[i], step.given) for i, step in enumerate(trial.steps)]
+        self.noise = [z for z, _ in draws]
+        self.given = [given for _, given in draws]
 
     def _draws_of(self, i: int, draws: int, given: int) -> tuple[int | None, list[int]]:
         """The draw that is a step's z, and the others that it reads, all among the first `given`."""
+        if not draws:
+            return None, []
         factors = np.abs(self.prev[i, self.first_draw[i] : self.first_draw[i] + draws])
         used = [int(draw) for draw in np.flatnonzero(factors > NEGLIGIBLE * np.abs(self.prev[i]).max())]
         drawn = [draw for draw in used if draw >= given]
@@ -95,29 +80,29 @@ class Linear:
         """The inputs that step i was given in the place of history."""
         return [int(self.first_draw[i]) + draw for draw in self.given[i]]
 
-    def has_history(self) -> bool:
+    def has_history(self, bound: float = LINEAR) -> bool:
         """Whether any step reads what earlier ones were called with."""
-        for i, prev in enumerate(self.prev):
-            z = self.column(i)
-            own = [i, self.n + i, *([] if z is None else [z]), *self.given_columns(i)]
-            if np.abs(np.delete(prev, own)).max(initial=0) > LINEAR * np.abs(prev).max():
-                return True
-        return False
-
-    def prove(self, loop: RandomRun) -> None:
-        """Raises ValueError where a step on random numbers is not the sum that it was on unit vectors."""
-        inputs = np.concatenate([loop.x, loop.m, *loop.z])
+        rest = np.abs(self.prev)
+        largest = rest.max(1)
+        steps = np.arange(self.n)
+        rest[steps, steps] = rest[steps, self.n + steps] = 0
         for i in range(self.n):
-            parts = np.abs(self.prev[i]) @ np.abs(inputs)
-            error = np.abs(loop.prev[i] - self.prev[i] @ inputs)
-            worst = relative(error, parts)
-            if not worst <= loop.bound():
-                raise ValueError(f"{at(self, i)}, is not linear: random numbers differ by {worst:.1e}, relatively")
+            rest[i, self.first_draw[i] : self.first_draw[i + 1]] = 0
+        return bool((rest.max(1) > bound * largest).any())
+
+    def prove(self, numbers: Numbers) -> None:
+        """Raises ValueError where a step on random numbers is not the sum that it was on unit vectors."""
+        inputs = np.concatenate([numbers.x, numbers.m, *numbers.z])
+        worst = relative(np.abs(numbers.prev - self.prev @ inputs), np.abs(self.prev) @ np.abs(inputs))
+        for i in np.flatnonzero(~(worst <= numbers.bound())):
+            raise ValueError(f"{at(self, i)}, is not linear: random numbers differ by {worst[i]:.1e}, relatively")
 
     # ------------------------------------------------------------------------------------------------------ rows
 
-    def rows(self) -> list[Row]:
-        """The row of each step. Raises ValueError where a step needs more than rows can keep."""
+    def rows(self) -> Columns:
+        """The columns NAMES, (steps,) each. Raises ValueError where a step needs more than rows can keep."""
+        if not self.has_history(10 * NEGLIGIBLE):
+            return self._rows_without_history()
         try:
             return self._rows()
         except ValueError as error:
@@ -127,6 +112,22 @@ class Linear:
                 return other._rows()  # noqa: SLF001 (of this module)
             except ValueError:
                 raise error from None
+
+    def _rows_without_history(self) -> Columns:
+        steps = np.arange(self.n)
+        z = np.array([-1 if column is None else column for column in map(self.column, range(self.n))])
+        rows = self.columns(self.prev[steps, steps], self.prev[steps, self.n + steps])
+        rows["s"] = np.where(z < 0, 0.0, self.prev[steps, z])
+        self._put_given(rows)
+        return rows
+
+    def _put_given(self, rows: Columns, reads: Sequence[Sequence[int]] | None = None) -> None:
+        """Writes the factors of tensors that steps were given. reads: the earlier steps whose tensors each reads."""
+        for i, given in enumerate(self.given):
+            if len(given) > HISTORY or (given and reads is not None and reads[i]):
+                raise ValueError(f"{at(self, i)}, reads {len(given)} given tensors beside those of earlier steps")
+            for k, column in enumerate(self.given_columns(i)):
+                rows[f"h{1 + k}"][i] = self.prev[i, column]
 
     def _without_past_noise(self) -> Array:
         """`prev`, where the noise of an earlier step is written as the next step's sample less all else in it."""
@@ -140,16 +141,16 @@ class Linear:
                     prev[i, j + 1] += factor
         return prev
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> Columns:
         error: ValueError | None = None
         for unread, both in itertools.product((False, True), (None, (0.0, 1.0), (1.0, 0.0))):
             keeps = self._kept(both, unread)
             try:
-                rows = self._fit(keeps)
-                used = {j for _, read in rows for j in read}
+                rows, reads = self._fit(keeps)
+                used = {j for read in reads for j in read}
                 if used < keeps.keys():  # what no row reads need not be kept
-                    rows = self._fit({j: keep for j, keep in keeps.items() if j in used})
-                return [row for row, _ in rows]
+                    rows, _ = self._fit({j: keep for j, keep in keeps.items() if j in used})
+                return rows
             except ValueError as failed:
                 error = error or failed
         assert error is not None
@@ -172,9 +173,11 @@ class Linear:
                 if unread:
                     keeps[j] = self._scaled(j, self.prev[j, [j, self.n + j]])
                 continue
-            _, sizes, directions = np.linalg.svd(later, full_matrices=False)
-            if len(sizes) == 1 or sizes[1] <= 1e-9 * sizes[0]:
-                keeps[j] = self._scaled(j, directions[0])
+            # Where all are in one proportion, that of the largest is it.
+            direction = later[np.abs(later).max(1).argmax()]
+            across = later[:, 0] * direction[1] - later[:, 1] * direction[0]
+            if np.abs(across).max() <= 1e-9 * (direction @ direction):
+                keeps[j] = self._scaled(j, direction)
             else:
                 keeps[j] = keeps.get(j + 1, (0.0, 1.0)) if both is None else both
         return dict(sorted(keeps.items()))
@@ -192,13 +195,14 @@ class Linear:
         direction[np.abs(direction) <= NEGLIGIBLE] = 0
         return float(direction[0]), float(direction[1])
 
-    def _fit(self, keeps: Mapping[int, tuple[float, float]]) -> list[tuple[Row, list[int]]]:
+    def _fit(self, keeps: Mapping[int, tuple[float, float]]) -> tuple[Columns, list[list[int]]]:
         """The rows, and for each the steps whose tensors it reads. Raises ValueError where a step has no row."""
         n, inputs = self.n, self.prev.shape[1]
         samples = np.zeros((n + 1, inputs))  # each as a sum of x_0, the outputs and the noise
         samples[0, 0] = 1
         tensors: dict[int, Array] = {}
-        rows = []
+        found: list[Factors] = []
+        rings: list[list[int]] = []
         ring: list[int] = []
         for i in range(n):
             samples[i + 1, n:] = self.prev[i, n:]
@@ -207,18 +211,25 @@ class Linear:
             # A step that does not read its own sample may have got a copy of it: it reads what that is made of.
             if factors is None or (not factors[0] and factors[3]):
                 factors = self._fitted(i, samples, {j: tensors[j] for j in ring})
-            row = self._split(i, factors[0], factors[1], keeps.get(i))
-            row |= {"s": factors[2]} | {f"h{1 + ring.index(j)}": factor for j, factor in factors[3].items()}
-            given = self.given_columns(i)
-            if len(given) > HISTORY or (given and factors[3]):
-                raise ValueError(f"{at(self, i)}, reads {len(given)} given tensors beside those of earlier steps")
-            row |= {f"h{1 + k}": float(self.prev[i, column]) for k, column in enumerate(given)}
-            rows.append((row, list(factors[3])))
+            found.append(factors)
+            rings.append(ring)
             if i in keeps:
                 tensors[i] = keeps[i][0] * samples[i]
                 tensors[i][n + i] += keeps[i][1]
                 ring = [i, *ring][:HISTORY]
-        return rows
+        rows = self.columns(*(np.array([factors[k] for factors in found]) for k in (0, 1)))
+        rows["s"] = np.array([factors[2] for factors in found])
+        reads = [list(factors[3]) for factors in found]
+        for i, (_, _, _, history) in enumerate(found):
+            for j, factor in history.items():
+                rows[f"h{1 + rings[i].index(j)}"][i] = factor
+        self._put_given(rows, reads)
+        for i, keep in keeps.items():
+            if keep == tuple(self.clean[i]):
+                rows["k0"][i] = 1
+            else:
+                rows["k1"][i], rows["k2"][i] = keep
+        return rows, reads
 
     def _literal(self, i: int, ring: Mapping[int, tuple[float, float]]) -> Factors | None:
         """The step's factors where the sampler's code itself adds the tensors of the ring; else None."""
@@ -231,12 +242,11 @@ class Linear:
         rest[self.given_columns(i)] = 0
         bound = NEGLIGIBLE * max(np.abs(self.prev[i]).max(), 1e-300) * 10
         history = {}
-        for j, keep in ring.items():
-            at, direction = [j, self.n + j], np.array(keep)
-            factor = rest[at] @ direction / (direction @ direction)
-            if np.abs(rest[at]).max() > bound:
-                history[j] = float(factor)
-                rest[at] -= factor * direction
+        for j, (a, b) in ring.items():
+            x, m = float(rest[j]), float(rest[self.n + j])
+            if max(abs(x), abs(m)) > bound:
+                factor = history[j] = (x * a + m * b) / (a * a + b * b)
+                rest[[j, self.n + j]] = x - factor * a, m - factor * b
         return None if np.abs(rest).max() > bound else (float(own[0]), float(own[1]), float(s), history)
 
     def _fitted(self, i: int, samples: Array, ring: Mapping[int, Array]) -> Factors:
@@ -250,7 +260,7 @@ class Linear:
                 columns = np.stack([*own, *(ring[j] for j in read)], 1)
                 sizes = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
                 factors = np.linalg.lstsq(columns / sizes, target, rcond=1e-13)[0] / sizes
-                error = relative(np.abs(target - columns @ factors), np.abs(columns) @ np.abs(factors))
+                error = float(relative(np.abs(target - columns @ factors), np.abs(columns) @ np.abs(factors)))
                 residual = min(residual, error)
                 if error <= LINEAR:
                     x, m, *rest = map(float, factors)
@@ -261,15 +271,13 @@ class Linear:
             f"{residual:.1e} of it is left"
         )
 
-    def _split(self, i: int, x: float, m: float, keep: tuple[float, float] | None) -> Row:
-        """A row of the factors of sample and output; that of the output goes by way of the clean sample, if it can."""
-        a, b = map(float, self.clean[i])
-        row = row_of(a=a, b=b, c1=x, c2=m)
-        if b:
-            c0 = m / b
-            c1 = x - c0 * a
-            if abs(c1) <= 1e3 * abs(x) or x == 0:
-                row |= {"c0": c0, "c1": 0.0 if abs(c1) <= NEGLIGIBLE * abs(x) else c1, "c2": 0.0}
-        if keep is not None:
-            row |= {"k0": 1.0} if keep == (a, b) else {"k1": keep[0], "k2": keep[1]}
-        return row
+    def columns(self, x: Array, m: Array) -> Columns:
+        """Rows of the factors of sample and output; that of the output goes by way of the clean sample, if it can."""
+        rows = {name: np.zeros(self.n) for name in NAMES}
+        a, b = self.clean.T
+        c0 = np.divide(m, b, out=np.zeros(self.n), where=b != 0)
+        c1 = x - c0 * a
+        by_clean = (b != 0) & ((np.abs(c1) <= 1e3 * np.abs(x)) | (x == 0))
+        rows |= {"a": a.copy(), "b": b.copy(), "c0": np.where(by_clean, c0, 0.0), "c2": np.where(by_clean, 0.0, m)}
+        rows["c1"] = np.where(by_clean, np.where(np.abs(c1) <= NEGLIGIBLE * np.abs(x), 0.0, c1), x)
+        return rows

@@ -7,16 +7,19 @@ scale_model_input, step (or step_pred).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ddpm_ext.tables.trace_watch import Watch, Wide, is_simple, wide_arguments
 
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
@@ -27,28 +30,24 @@ CLIPS = ("clip_sample", "clip_denoised", "thresholding")
 GIVEN = object()
 # What steps call the model's output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
 CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 OTHER_DRAWS = {
     torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli,
     torch.multinomial, torch.poisson, Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_,
     Tensor.random_,
 }  # fmt: skip
+SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
+
+
+class OtherResults(Exception):
+    """Steps return another number of tensors in a tuple than in an object."""
 
 
 class Result(NamedTuple):
-    """What a step returned.
-
-    Attributes:
-        cls: its class.
-        prev: the next sample.
-        name, second: the other tensor of the result and its name; None where there is none.
-    """
+    """What a step returned: its class, and the name of the tensor beside the next sample; None where there is none."""
 
     cls: type
-    prev: Tensor
     name: str | None
-    second: Tensor | None
 
 
 class Step(NamedTuple):
@@ -56,24 +55,31 @@ class Step(NamedTuple):
 
     Attributes:
         result: what it returned.
-        draws: the tensors that it was given beyond sample and output, and then the normal numbers that it drew, in
-            order, and the dtype of each in which it asked for them.
+        draws: the dtypes of the tensors that it was given beyond sample and output, and then of the normal numbers that
+            it drew, in order, as it asked for them.
         state: the attributes of the scheduler that it changed, where they are numbers, also in tensors,
             strings or None.
-        tensors: the attributes that are a tensor of the samples' shape after it, or a list, which may hold such.
+        tensors: the attributes that are a tensor of the samples' shape after it.
         stores: whether it stores anything else than `state`, such as a tensor.
-        sample, output: what it was called with.
+        holds_output: whether a list of the scheduler's then holds the very tensor that is the model's output.
         given: how many of `draws` are tensors that it was given.
     """
 
     result: Result
-    draws: list[tuple[Tensor, torch.dtype]]
+    draws: list[torch.dtype]
     state: dict[str, Any]
-    tensors: dict[str, Any]
-    stores: bool
-    sample: Tensor | None = None
-    output: Tensor | None = None
+    tensors: Sequence[str] = ()
+    stores: bool = False
+    holds_output: bool = False
     given: int = 0
+
+
+class Taken(NamedTuple):
+    """A step, the next sample, and the other tensor that it returned."""
+
+    step: Step
+    prev: Tensor
+    second: Tensor | None
 
 
 Samples = Callable[[int, Tensor | None], Tensor]
@@ -90,18 +96,22 @@ class Run(NamedTuple):
         observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
             None before the first, its sample; of a step's number, the model's output; and what the next draw gives.
         clip: the bound of the range to which the loop clips, if it clips.
+        clips: whether it may clip.
+        given: how many tensors each step is given beside sample and output.
         dims: how many dimensions samples have.
     """
 
     times: Sequence[Any]
     unit: str
-    observe: Callable[[Samples, Outputs, Noise], list[Step]]
+    observe: Callable[[Samples, Outputs, Noise], list[Taken]]
     clip: float = 1.0
+    clips: bool = False
+    given: int = 0
     dims: int = 4
 
 
 class Observed(TorchFunctionMode):
-    """Hands out the noise, and computes in float64 what a scheduler would cast to less.
+    """Hands out the noise, and computes in float64 what a sampler would cast to less, while it is entered as a mode.
 
     Args:
         shape: that of the samples.
@@ -112,7 +122,7 @@ class Observed(TorchFunctionMode):
     def __init__(self, shape: torch.Size, noise: Callable[[], Tensor], wide: bool = True) -> None:
         super().__init__()
         self.shape, self.noise, self.wide = shape, noise, wide
-        self.draws: list[tuple[Tensor, torch.dtype]] = []
+        self.draws: list[torch.dtype] = []
         self._watches = True
 
     @contextmanager
@@ -126,36 +136,33 @@ class Observed(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._watches:
+        if function not in SEEN or not self._watches:
             return function(*args, **kwargs)
         if function is torch.randn:
             size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            return self.draw(torch.Size(size), kwargs.get("dtype") or torch.get_default_dtype())
+            return self.draw(size, dtype=kwargs.get("dtype"))
         if function is torch.randn_like:
-            return self.draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+            return self.draw(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if function in OTHER_DRAWS:
             raise ValueError(f"a step draws other random numbers than torch.randn's, by {function.__name__}")
-        if self.wide and args and isinstance(args[0], Tensor) and self._is_sample(args[0]):
-            if function in CASTS:
-                return args[0]
-            if function is Tensor.to:
-                args = tuple(x for x in args if not (isinstance(x, torch.dtype) and x in NARROW))
-                kwargs = {name: x for name, x in kwargs.items() if not (name == "dtype" and x in NARROW)}
-                if len(args) == 1 and not kwargs:
-                    return args[0]
-        return function(*args, **kwargs)
+        x = args[0] if args else None
+        if not (self.wide and isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == self.shape):
+            return function(*args, **kwargs)
+        if function is Tensor.to:
+            args, kwargs = wide_arguments(args[1:], kwargs)
+            return x.to(*args, **kwargs) if args or kwargs else x
+        return x
 
-    def _is_sample(self, x: Tensor) -> bool:
-        return x.dtype == torch.float64 and x.shape == self.shape
-
-    def draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The next noise, which is kept in `draws`, too. Raises ValueError where it is not of the samples' shape."""
-        if shape != self.shape:
+    def draw(self, shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+        """The next noise, whose dtype is kept in `draws`. The arguments are those of torch.randn and randn_tensor.
+        Raises ValueError where it is not of the samples' shape."""
+        if torch.Size(shape) != self.shape:
             raise ValueError(f"a step draws noise of shape {tuple(shape)} for samples of shape {tuple(self.shape)}")
+        dtype = dtype or torch.get_default_dtype()
         with self.paused():
             z = self.noise()
-        self.draws.append((z, dtype))
-        return z if self.wide else z.to(dtype)
+        self.draws.append(dtype)
+        return z.as_subclass(Wide) if self.wide else z.to(dtype)
 
 
 def step_name(scheduler: Any) -> str:
@@ -169,10 +176,18 @@ def input_names(parameters: Sequence[str]) -> tuple[str, ...]:
     return tuple(parameters[:3]) if None in found else tuple(name for name in found if name is not None)
 
 
-def run_of(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any], dims: int = 4) -> Run:
+def run_of(
+    scheduler: Any,
+    timesteps: Sequence[Any],
+    options: Mapping[str, Any],
+    dims: int = 4,
+    watch: Watch | None = None,
+) -> Run:
     """A scheduler's loop; the arguments are those of `observe`, and how many dimensions samples have."""
-    own = partial(observe, scheduler, timesteps, options=options)
-    return Run(timesteps, "timestep", own, clip_of(scheduler)[1], dims)
+    own = partial(observe, scheduler, timesteps, options=options, watch=watch)
+    clips = any(setting(scheduler, name) for name in CLIPS)
+    given = sum(value is GIVEN for value in options.values())
+    return Run(timesteps, "timestep", own, clip_of(scheduler)[1], clips, given, dims)
 
 
 def observe(
@@ -184,63 +199,97 @@ def observe(
     options: Mapping[str, Any],
     *,
     wide: bool = True,
-) -> list[Step]:
+    watch: Watch | None = None,
+    tuples: bool = True,
+) -> list[Taken]:
     """The steps of a copy of `scheduler`.
 
     Args:
         scheduler: in the state in which a loop begins; it stays as it is.
         timesteps: those of the steps, as the scheduler has them, or (1,), of all samples.
-        samples, outputs, noise: as Run's observe takes them.
+        samples, outputs, noise: as Run's observe takes them. What they give is the loop's own, and may be written to.
         options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
             samples, which `noise` makes, too.
         wide: whether what is cast to a lower precision stays float64.
+        watch: makes the copy, which then runs as fast as the scheduler; None: each of torch's functions that it calls
+            is looked at.
+        tuples: whether all steps but the first may be asked for tuples, which takes less time than objects.
 
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
             next sample and at most one more tensor.
+        OtherResults: tuples are other results.
     """
-    own = copy.deepcopy(scheduler)
-    step = getattr(own, step_name(own))
-    names = input_names(list(inspect.signature(step).parameters))
-    made: list[Step] = []
-    for i, t in enumerate(timesteps):
-        x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
-        quiet, cpu = warnings.catch_warnings(), torch.device("cpu")  # where all numbers are, whatever the default
-        with quiet, cpu, torch.no_grad(), Observed(x.shape, noise, wide) as observed:
-            warnings.simplefilter("ignore")
-            if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
-                own.noise_sampler = partial(_sample, x)
-            if hasattr(own, "scale_model_input"):
-                own.scale_model_input(x.clone(), t)
-            given = {name: torch.randn_like(x) if value is GIVEN else value for name, value in options.items()}
-            before = dict(vars(own))
-            result = _parts(step(**dict(zip(names, (m, t, x.clone()), strict=True)), **given))
-        changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
-        state = {name: value for name, value in changes.items() if _is_simple(value)}
-        tensors = {name: copy.copy(value) for name, value in vars(own).items() if _holds(value, x.shape)}
-        lists = (value for value in vars(own).values() if isinstance(value, list))
-        stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
-        number = sum(value is GIVEN for value in options.values())
-        made.append(Step(result, observed.draws, state, tensors, stores, x, m, number))
+    x = samples(0, None)
+    observed = Observed(x.shape, noise, wide)
+    own = copy.deepcopy(scheduler) if watch is None else watch.copy(scheduler, observed.draw)
+    given = [name for name, value in options.items() if value is GIVEN]
+    made: list[Taken] = []
+    with ExitStack() as entered:
+        entered.enter_context(warnings.catch_warnings())
+        entered.enter_context(torch.no_grad())
+        entered.enter_context(on_cpu())
+        if watch is None:
+            entered.enter_context(observed)
+        warnings.simplefilter("ignore")
+        step = getattr(own, step_name(own))
+        parameters = parameters_of(getattr(type(scheduler), step_name(own)))
+        names, arguments = input_names(parameters), dict(options)
+        if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
+            own.noise_sampler = lambda *_: observed.draw(observed.shape, dtype=x.dtype)
+        scale = getattr(own, "scale_model_input", None)
+        for i, t in enumerate(timesteps):
+            if i:
+                x = samples(i, made[-1].prev)
+            m = outputs(i).as_subclass(Wide) if wide else outputs(i)
+            if scale is not None:
+                scale(x.clone(), t)
+            drawn = len(observed.draws)
+            for name in given:
+                arguments[name] = observed.draw(x.shape, dtype=x.dtype)
+            before = vars(own).copy()
+            arguments |= zip(names, (m, t, x.as_subclass(Wide) if wide else x), strict=True)
+            returned = step(**arguments)
+            if watch is not None:  # what a step only reads is there from the beginning
+                before = watch.loaded | before
+            result, prev, second = _parts(returned)
+            if i and tuples:
+                first = made[0].step.result
+                if (first.name is None) != (result.name is None):
+                    raise OtherResults
+                result = first
+            elif tuples and "return_dict" in parameters:
+                arguments.setdefault("return_dict", False)
+            taken = _step_of(own, result, m, before, observed.draws[drawn:], len(given))
+            made.append(Taken(taken, prev, second))
     return made
 
 
-def _sample(x: Tensor, *_: Any) -> Tensor:
-    """Noise for a scheduler that samples it between two ends of a path."""
-    return torch.randn_like(x)
+def on_cpu() -> AbstractContextManager[Any]:
+    """Where all numbers are, whatever the default device."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _holds(value: object, shape: torch.Size) -> bool:
-    return isinstance(value, list) or (isinstance(value, Tensor) and value.shape == shape)
+@functools.lru_cache(maxsize=64)
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Those of a method, without the object."""
+    return tuple(inspect.signature(function).parameters)[1:]
 
 
-def _is_simple(value: object) -> bool:
-    return (
-        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
-    )
+def _step_of(
+    own: Any, result: Result, m: Tensor, before: Mapping[str, Any], draws: list[torch.dtype], given: int
+) -> Step:
+    """What a step did to a scheduler, whose attributes were `before`. m: the model's output."""
+    attributes, shape = vars(own), m.shape
+    changes = {name: value for name, value in attributes.items() if before.get(name, before) is not value}
+    state = {name: value for name, value in changes.items() if is_simple(value)}
+    lists = [value for value in attributes.values() if type(value) is list]
+    tensors = [name for name, value in attributes.items() if isinstance(value, Tensor) and value.shape == shape]
+    stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
+    return Step(result, draws, state, tensors, stores, any(x is m for values in lists for x in values), given)
 
 
-def _parts(returned: Any) -> Result:
+def _parts(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")
@@ -253,7 +302,7 @@ def _parts(returned: Any) -> Result:
     if len(fields) > 1:
         raise ValueError(f"a step returns {len(fields) + 1} tensors, expected at most 2")
     name, second = next(iter(fields.items()), (None, None))
-    return Result(type(returned), prev, name, second)
+    return Result(type(returned), name), prev, second
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
@@ -267,12 +316,6 @@ def with_settings(scheduler: Any, **changes: Any) -> Any:
     other = copy.deepcopy(scheduler)
     other.register_to_config(**{name: setting(scheduler, name) for name in scheduler.config} | changes)
     return other
-
-
-def without_clip(scheduler: Any) -> Any:
-    """A copy that does not clip the predicted clean sample; the scheduler itself where it does not clip."""
-    switches = [name for name in CLIPS if setting(scheduler, name)]
-    return with_settings(scheduler, **dict.fromkeys(switches, False)) if switches else scheduler
 
 
 def clip_of(scheduler: Any) -> tuple[float, float]:

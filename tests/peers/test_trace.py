@@ -1,5 +1,7 @@
 """StepTable.trace: the rows of diffusers' schedulers, found by running their own code, against their own loops."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,24 @@ def test_a_class_of_any_library():
     table = StepTable.trace(Own(lambda _, m, x: 0.5 * x - 0.25 * m), 3)
     assert np.array_equal([row.c1 for row in table], [0.5] * 3) and np.array_equal(table.c2, [-0.25] * 3)
     assert table.timestep.tolist() == [2, 1, 0]
+
+
+def hidden_draw(x):
+    return torch.randn_like(x)
+
+
+class Hidden(Own):
+    """Draws by a function that its methods' code does not show, and returns less in a tuple than in an object."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        prev = 0.5 * sample.half() - 0.25 * model_output + 0.125 * hidden_draw(sample)
+        return SimpleNamespace(prev_sample=prev, denoised=sample - model_output) if return_dict else (prev,)
+
+
+def test_what_a_quick_look_does_not_see():
+    table = StepTable.trace(Hidden(None), 3)
+    for name, value in {"a": 1, "b": -1, "c0": 0.25, "c1": 0.25, "c2": 0, "s": 0.125}.items():
+        torch.testing.assert_close(getattr(table, name), torch.full((3,), float(value), dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def _scales(rows: TracedRows) -> InputScales | None:
         own = vars(probe)
         for step, timestep in zip(rows.trace.steps, rows.timesteps[1:], strict=False):
             own.update(step.state)
-            own.update({name: held for name, held in step.tensors.items() if isinstance(held, Tensor)})
+            own.update(dict.fromkeys(step.tensors, x))
             before = own.copy()
             try:
                 scaled = probe.scale_model_input(x, timestep)

@@ -1,6 +1,7 @@
 """Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
 
-Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes milliseconds, once for each setting.
+Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes about as long as two of diffusers' own
+loops, and a few milliseconds at least, once for each setting.
 What is no row runs diffusers' own code.
 """
 
@@ -14,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, RepeatedCall, Settings
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsKey, TracedRows, state_contents, trace_rows
-from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
-from ddpm_ext.integrations.shared import new, peer_class, peer_method
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.fallback import Fallback, result_of
+from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
@@ -35,7 +35,7 @@ OTHERS = ("generator", "return_dict")
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_scales_inputs")
 EMPTY = inspect.Parameter.empty
 
-_rows: BoundedCache[TracedRows | Fallback] = BoundedCache(CACHED)
+_rows = RowsCache(CACHED)
 
 
 class TracedScheduler(Forward):
@@ -79,9 +79,8 @@ class TracedScheduler(Forward):
     def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
         """Puts x in the place of each tensor that the scheduler would store in a step, since its other methods look
         whether there is one; None: what was there before the loop."""
-        for name, held in step.tensors.items():
-            if isinstance(held, Tensor):
-                self.__dict__[name] = vars(rows.scheduler).get(name) if x is None else x
+        for name in step.tensors:
+            self.__dict__[name] = vars(rows.scheduler).get(name) if x is None else x
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -307,11 +306,8 @@ class TracedScheduler(Forward):
             known = loop.rows.after.get((loop.at, key))
             if known is not None:
                 return LoopPosition(known, loop.settings)
-        cls = peer_class(type(self))
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        of_state = cls, torch.get_default_dtype(), state_contents(state), key
-        found = _rows.get_or_make(of_state, lambda: made_outside_autograd(trace_rows, new(cls), state, key))
-        rows = result_of(found)
+        rows = result_of(_rows.get_or_trace(peer_class(type(self)), state, key))
         if alone and loop is not None:
             loop.rows.after[loop.at, key] = rows
         return LoopPosition(rows, Settings.of(self))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
+import functools
 import io
 import pickle
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
+from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
+from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
+from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
+
+READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
+FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
 class RowsKey(NamedTuple):
@@ -120,13 +126,52 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
+class RowsCache:
+    """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
+    loop before left, is no part of that."""
+
+    def __init__(self, size: int) -> None:
+        self._rows: BoundedCache[TracedRows | Fallback] = BoundedCache(size)
+        # By class and key, the names of the attributes that tracing has read, which may hang on what it found there.
+        self._reads: BoundedCache[dict[tuple[str, ...], None]] = BoundedCache(size)
+
+    def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows | Fallback:
+        """The rows of a loop, or why there are none. Raises Fallback where the state cannot be compared.
+
+        state: the attributes of an object of diffusers' class.
+        """
+        of_class = cls, torch.get_default_dtype(), key
+        reads = self._reads.get_or_make(of_class, dict)
+        contents = functools.cache(lambda name: _contents_of(state.get(name, MISSING)))  # read once from a GPU
+        for names in list(reads):
+            found = self._rows.get((of_class, names, tuple(map(contents, names))))
+            if found is not None:
+                return found
+        made = made_outside_autograd(trace_rows, new(cls), state, key)
+        read: Iterable[str] = state
+        if isinstance(made, TracedRows) and made.trace.read is not None:
+            read = made.trace.read | READ_HERE
+        names = tuple(sorted(read))
+        reads[names] = None
+        return self._rows.get_or_make((of_class, names, tuple(map(contents, names))), lambda: made)
+
+
+def _contents_of(value: object) -> object:
+    """A key of an attribute. Raises Fallback where it cannot be compared."""
+    if isinstance(value, Tensor):
+        return tensor_contents(value)
+    if value is None or value is MISSING or type(value) in (bool, int, str):  # most are, and need no pickle
+        return type(value), value
+    return state_contents({"": value})
+
+
 def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
     """The rows from a step on. Raises Fallback where they are none.
 
     scheduler: an object of diffusers' class without its state.
     """
     for name, value in state.items():
-        scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        scheduler.__dict__[name] = copied(value)
     own, first = scheduler.timesteps, key.first
     if first is None:
         times = torch.as_tensor(key.timestep, device="cpu")[None]
@@ -141,47 +186,41 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         timesteps = timesteps[: len(trace.steps)]
         draws = None
         if first is not None:  # whatever part of a loop the rows are of, their noise is that of the whole loop's
-            draws = StepTable(own, *[torch.zeros(len(own), device="cpu")] * 4).draw[first:][: len(timesteps)]
+            draws = default_draws(numbers("timestep", own))[first:][: len(timesteps)]
         table = StepTable(**trace.columns, draw=draws)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
-    if trace.steps[0].result.second is not None and not trace.second:
+    if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
-    stepper = RowStepper(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
+    stepper = RowStepper(table, trace.clip, threshold, held=[step.holds_output for step in trace.steps])
     stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
 
 
-def _holds_output(step: Step) -> bool:
-    """Whether a scheduler holds the very tensor that is the model's output."""
-    lists = (held if isinstance(held, list) else [held] for held in step.tensors.values())
-    return any(value is step.output for values in lists for value in values)
-
-
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-    probe = rows.trace.steps[0].sample
-    assert probe is not None
-    x, m = (torch.full_like(probe[:2], 0.5, dtype=dtype) for dtype in (sample, output))
-    step = getattr(rows.scheduler, step_name(rows.scheduler))
-    tuples = "return_dict" in inspect.signature(step).parameters
-    options = dict(rows.key.options) | ({"return_dict": False} if tuples else {})
+    x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
+    step = getattr(type(rows.scheduler), step_name(rows.scheduler))
+    options = dict(rows.key.options) | ({"return_dict": False} if "return_dict" in parameters_of(step) else {})
+    n, watch = len(rows.timesteps), None if rows.trace.read is None else Watch()
+    # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
+    few = n if {output, sample} != {torch.float32} else min(n, 2 if rows.stateless else FEW)
     try:
-        steps = observe(
-            rows.scheduler, rows.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,
-            wide=False,
+        taken = observe(
+            rows.scheduler, rows.timesteps[:few], lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
+            options, wide=False, watch=watch, tuples=False,
         )  # fmt: skip
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
-    results = [step.result for step in steps]
-    prev, second = results[0].prev.dtype, None if results[0].second is None else results[0].second.dtype
-    if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
-        raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
-    draws = [[dtype for _, dtype in step.draws] for step in steps]
-    quiet = [used is None and not drawn for used, drawn in zip(rows.trace.noise, draws, strict=True)]
+    prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
+    if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
+        raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
+    drawn = [each.step.draws for each in taken]
+    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
+    quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
-    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, draws, quiet)
+    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, drawn, quiet)

@@ -1,0 +1,74 @@
+"""What the first loops of an accelerated scheduler cost, in which its rows are found, and when they have paid."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.peers.cases import STEPS
+from ddpm_ext import accelerate
+
+SHAPE = (1, 4, 64, 64)
+SCHEDULERS = {
+    "UniPC": "UniPCMultistep",
+    "LCM": "LCM",
+    "DEIS": "DEISMultistep",
+    "DPM++": "DPMSolverMultistep",
+    "Euler": "EulerDiscrete",
+    "FlowMatchEuler": "FlowMatchEulerDiscrete",
+}
+HEAD = (
+    "",
+    f"## The first loop: CPU time in ms of {STEPS} steps, {'x'.join(map(str, SHAPE))}, without a model",
+    "",
+    "| scheduler | plain loop | first accelerated | second | later | first / plain | loops to break even |",
+    "|---|---:|---:|---:|---:|---:|---:|",
+)
+REPEATS, LATER = 9, 4
+
+
+def first_loop_rows() -> Iterator[str]:
+    """The rows of the table: medians over settings that were never seen before, each with objects of its own."""
+    import diffusers
+
+    fresh = itertools.count(901)  # timesteps of training, one setting each
+    for label, name in SCHEDULERS.items():
+        cls = getattr(diffusers, f"{name}Scheduler")
+        times = []
+        for _ in range(REPEATS):
+            plain = cls(num_train_timesteps=next(fresh))
+            ours = accelerate(plain)
+            loops = [(_loop(plain), _loop(ours)) for _ in range(2 + LATER)]
+            own, (first, second, *later) = zip(*loops, strict=True)
+            times.append((statistics.mean(own), first, second, statistics.mean(later)))
+        own, first, second, later = map(statistics.median, zip(*times, strict=True))
+        cells = [*(f"{ms:.2f}" for ms in (own, first, second, later)), f"{first / own:.1f}"]
+        cells.append(_break_even(own, first, second, later))
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
+def _break_even(plain: float, first: float, second: float, later: float) -> str:
+    """After how many loops the accelerated ones have taken no more time than as many plain ones."""
+    if first <= plain:
+        return "1"
+    if first + second <= 2 * plain:
+        return "2"
+    owed = first + second - 2 * plain
+    return "never" if later >= plain else str(2 + -int(-owed // (plain - later)))
+
+
+def _loop(scheduler: Any) -> float:
+    """A loop's CPU time in ms."""
+    x = m = torch.zeros(SHAPE)
+    begun = time.process_time()
+    scheduler.set_timesteps(STEPS)
+    for t in scheduler.timesteps:
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        x = scheduler.step(m, t, x, return_dict=False)[0]
+    return (time.process_time() - begun) * 1e3
