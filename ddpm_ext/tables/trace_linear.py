@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -19,8 +20,8 @@ Columns = dict[str, Array]
 Factors = tuple[float, float, float, dict[int, float]]  # of sample, output, noise, and the tensors kept by steps
 
 
-def at(linear: Linear, i: int) -> str:
-    return f"step {i}, at {linear.run.unit} {float(linear.run.times[i]):g}"
+def at(linear: Linear, i: SupportsIndex) -> str:
+    return f"step {i}, at {linear.run.unit} {float(linear.run.times[int(i)]):g}"
 
 
 class Linear:
