@@ -101,7 +101,7 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   int count = 0;
   for (int i = 0; i < kRoles; ++i) bound[count++] = {given.inputs[i], &call.inputs[i]};
   for (int i = 1; i < kResults; ++i) bound[count++] = {given.results[i], &call.results[i]};
-  bind(op, call, bound, out, call[Result::out]);
+  bind(op, call, order_of(call), bound, out, call[Result::out]);
 
   if (is_plain(call)) {
     ElementwiseCall plain;
