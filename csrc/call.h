@@ -15,7 +15,9 @@ enum class Noise : int { none, given, drawn };
 
 constexpr int kMaxDims = 8;  // of a sample, after neighbouring dimensions have been merged
 
-// A tensor of shape (batch, sizes...). Strides count elements. `data` is null if the call does not have the tensor.
+// A tensor of shape (batch, sizes...). Strides count elements. The sizes are those of a sample's dimensions in the
+// order in which a kernel goes over them (Order in ops/fill_call.h). `data` is null if the call does not have the
+// tensor.
 struct TensorArg {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -29,7 +31,7 @@ struct Call {
   int64_t numel = 0;  // of one sample
   int dims = 0;
   int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};  // 1 where there is no dimension: a GPU may divide by it
-  bool contiguous = false;                             // whether every tensor is contiguous inside a sample
+  bool contiguous = false;                             // whether every tensor has a sample in one piece, in that order
 
   // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
   const void* table = nullptr;

@@ -21,7 +21,7 @@ from ddpm_ext.base.files import write_text
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
 # Ratios are taken against the first of these that a group has.
-BASELINES = ("eager", "eager, chained", "diffusers", "guided-diffusion")
+BASELINES = ("eager", "eager, chained", "diffusers", "guided-diffusion", "contiguous")
 
 
 def pytest_addoption(parser):
@@ -61,8 +61,8 @@ def machine() -> list[str]:
     return [
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
-        "medians of one process, float32, warm cache; ratio: eager's median over this one's, or diffusers' or "
-        "guided-diffusion's where there is none",
+        "medians of one process, float32, warm cache; ratio: eager's median over this one's, or diffusers', "
+        "guided-diffusion's or that of contiguous tensors where there is none",
     ]
 
 

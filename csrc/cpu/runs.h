@@ -1,12 +1,13 @@
 // Cuts a batch into runs for the kernels: spreads the samples over threads, finds each sample's row and Philox counter,
 // and copies the ends of samples and strided memory through a buffer, so that the kernels only see whole vectors in
-// logical order.
+// the order of the call's sizes.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
@@ -14,9 +15,10 @@
 
 namespace ddpm_ext::cpu {
 
-constexpr int64_t kBuffer = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
+constexpr int64_t kRow = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
 // A run through a buffer is one chunk at most, so a chunk that is not whole stands alone (kernels/spread.h).
-static_assert(kBuffer == kLossChunk);
+static_assert(kRow == kLossChunk);
+constexpr int64_t kBuffer = 16 * kRow;  // elements of all rows
 
 // A tensor of a call, and the field of a run that points into it.
 struct Part {
@@ -80,10 +82,54 @@ template <class Run>
 constexpr int64_t kMultiple =
     std::is_same_v<Run, LossRun> || std::is_same_v<Run, MomentsRun> ? kLossChunk : kRunMultiple;
 
-// Runs a kernel over elements `first` to `last` of sample b: directly where the tensors are contiguous, and through a
-// buffer for strided memory and for the elements that do not fill a whole run.
+// How many rows of a sample, and how many columns of them, are copied through a buffer at once. A kernel runs over one
+// row after the other.
+struct Tile {
+  int64_t rows, columns;
+};
+
+// Where a sample is (channels, pixels), some of its tensors have their channels last. A tile with all channels has what
+// is near each other in both orders. Where it is (pixels, channels), the one row has whole pixels. In a sum, and in
+// other samples, the one row is a chunk.
+template <class Run>
+Tile tile_of(const Call& call) {
+  constexpr int64_t kUnit = kMultiple<Run>;
+  constexpr bool kChunks = kUnit == kLossChunk;
+  const Tile chunk = {1, kRow};
+  if (call.contiguous || call.dims != 2) return chunk;
+  const int64_t rows = call.sizes[0], columns = call.sizes[1],
+                pixels = std::min(kRow, kBuffer / (kUnit * columns) * kUnit);
+  if (!kChunks && pixels > 0) return {1, pixels * columns};
+  constexpr int64_t kWhole = kChunks ? kLossChunk : 4;  // a block of Philox
+  if (rows > kBuffer / kUnit || columns < kUnit || columns % kWhole != 0) return chunk;
+  return {rows, std::min(kRow, kBuffer / rows / kUnit * kUnit)};
+}
+
+// Sets the buffers of a thread's parts. They stay for its next call: those of 16 channels are too large for a stack.
+template <size_t kParts>
+void buffers_of(Tile tile, char* (&buffers)[kParts]) {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  static thread_local std::vector<Line> memory;
+  const size_t lines = tile.rows * ((tile.columns + kRunMultiple - 1) / kRunMultiple * kRunMultiple) * 4 / sizeof(Line);
+  if (memory.size() < kParts * lines) memory.resize(kParts * lines);
+  for (size_t p = 0; p < kParts; ++p) buffers[p] = memory[p * lines].bytes;
+}
+
+// Whether the memory of a sample is in the order of the call's sizes.
+inline bool in_order(const Call& call, const TensorArg& tensor) {
+  int64_t stride = 1;
+  for (int d = call.dims - 1; d >= 0; stride *= call.sizes[d--])
+    if (tensor.strides[d] != stride) return false;
+  return true;
+}
+
+// Runs a kernel over elements `first` to `last` of each row of sample b: directly where the tensors are contiguous, and
+// through a buffer for memory in another order and for the elements that do not fill a whole run.
 template <class AnyCall, class Run>
-void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last) {
+void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
+                Tile tile = {1, kRow}) {
   const auto parts = parts_of(call, run);
   constexpr size_t kParts = std::tuple_size_v<decltype(parts_of(call, run))>;
   char* samples[kParts];
@@ -94,28 +140,38 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
                      ? nullptr
                      : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
   }
+  const auto in_memory = [&](size_t p, int64_t at) { return samples[p] + at * element_size(parts[p].tensor->dtype); };
   const int64_t direct = call.contiguous ? first + (last - first) / kMultiple<Run> * kMultiple<Run> : first;
   if (direct > first) {
     for (size_t p = 0; p < kParts; ++p)
-      if (samples[p] != nullptr) *parts[p].place = samples[p] + first * element_size(parts[p].tensor->dtype);
+      if (samples[p] != nullptr) *parts[p].place = in_memory(p, first);
     run.count = direct - first;
     begin_run(run, first, run.count);
     kernel(run);
   }
   if (direct == last) return;
-  alignas(64) char buffers[kParts][kBuffer * 4];
-  for (int64_t j = direct; j < last; j += kBuffer) {
-    const int64_t n = std::min(kBuffer, last - j), padded = (n + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
-    for (size_t p = 0; p < kParts; ++p) {
-      if (samples[p] == nullptr) continue;
-      if (!parts[p].written) load(call, *parts[p].tensor, samples[p], j, n, padded, buffers[p]);
-      *parts[p].place = buffers[p];
-    }
-    run.count = padded;
-    begin_run(run, j, n);
-    kernel(run);
+  bool ordered[kParts];
+  for (size_t p = 0; p < kParts; ++p) ordered[p] = samples[p] != nullptr && in_order(call, *parts[p].tensor);
+  char* buffers[kParts];
+  buffers_of(tile, buffers);
+  for (int64_t j = direct; j < last; j += tile.columns) {
+    const int64_t n = std::min(tile.columns, last - j), padded = (n + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
+    const Stretch stretch = {tile.rows, j, n, padded};
+    const auto copied = [&](size_t p) { return samples[p] != nullptr && (n < padded || !ordered[p]); };
     for (size_t p = 0; p < kParts; ++p)
-      if (parts[p].written && samples[p] != nullptr) store(call, *parts[p].tensor, samples[p], j, n, buffers[p]);
+      if (copied(p) && !parts[p].written) load(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t at = r * (call.numel / tile.rows) + j;
+      for (size_t p = 0; p < kParts; ++p) {
+        if (samples[p] == nullptr) continue;
+        *parts[p].place = copied(p) ? buffers[p] + r * padded * element_size(parts[p].tensor->dtype) : in_memory(p, at);
+      }
+      run.count = padded;
+      begin_run(run, at, n);
+      kernel(run);
+    }
+    for (size_t p = 0; p < kParts; ++p)
+      if (copied(p) && parts[p].written) store(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
   }
 }
 
@@ -125,19 +181,18 @@ inline int64_t timestep(const Call& call, int64_t b) {
   return std::clamp<int64_t>(t, 0, call.rows - 1);
 }
 
-// Calls range(b, first, last) for elements `first` to `last` of sample b, until all elements of all samples have had
-// their turn. Threads divide the whole batch as one sequence of chunks, so that one large sample is spread as well as
-// many small ones are.
+// Calls range(b, first, last) for elements `first` to `last` of each row of sample b, until all elements of all samples
+// have had their turn. Threads divide the whole batch as one sequence of tiles, so that one large sample is spread as
+// well as many small ones are.
 template <class Range>
-void for_each_range(const Call& call, Range range) {
-  constexpr int64_t kChunk = kBuffer;
-  const int64_t per_sample = (call.numel + kChunk - 1) / kChunk;
-  const int64_t grain = std::max<int64_t>(1, 8192 / std::min(kChunk, call.numel));
+void for_each_range(const Call& call, Tile tile, Range range) {
+  const int64_t columns = call.numel / tile.rows, per_sample = (columns + tile.columns - 1) / tile.columns;
+  const int64_t grain = std::max<int64_t>(1, 8192 / (std::min(tile.columns, columns) * tile.rows));
   parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end;) {
       const int64_t b = chunk / per_sample, from = chunk % per_sample;
       const int64_t to = std::min(per_sample, from + (end - chunk));
-      range(b, from * kChunk, std::min(to * kChunk, call.numel));
+      range(b, from * tile.columns, std::min(to * tile.columns, columns));
       chunk += to - from;
     }
   });
@@ -158,7 +213,8 @@ void for_each_sample(const AnyCall& call, Choose choose, Fill fill) {
   const PhiloxKeys keys = philox_keys(seed);
   const Row* table = static_cast<const Row*>(call.table);
 
-  for_each_range(call, [&](int64_t b, int64_t first, int64_t last) {
+  const Tile tile = tile_of<Run>(call);
+  for_each_range(call, tile, [&](int64_t b, int64_t first, int64_t last) {
     Run run{};
     run.keys = &keys;
     const int64_t t = table == nullptr ? 0 : timestep(call, b);
@@ -168,7 +224,7 @@ void for_each_sample(const AnyCall& call, Choose choose, Fill fill) {
     const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : draw_of(row, t);
     run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), call.stream, draw));
     fill(run, b);
-    run_sample(choose(row), call, run, b, first, last);
+    run_sample(choose(row), call, run, b, first, last, tile);
   });
 }
 

@@ -110,12 +110,13 @@ void finish_sample(const OutputScaleCall& call, int64_t b) {
 void output_scale(const OutputScaleCall& call) {
   const auto kernel = kernels().moments[static_cast<int>(call.model_output.dtype)];
   std::vector<char> finished(call.batch);
-  for_each_range(call, [&](int64_t b, int64_t first, int64_t last) {
+  const Tile tile = tile_of<MomentsRun>(call);
+  for_each_range(call, tile, [&](int64_t b, int64_t first, int64_t last) {
     MomentsRun run{};
     run.guidance = call.guidance;
     run.sample_chunks = call.chunks + 2 * loss_chunks(call.numel) * b;
-    run_sample(kernel, call, run, b, first, last);
-    if (first > 0 || last < call.numel) return;
+    run_sample(kernel, call, run, b, first, last, tile);
+    if (first > 0 || last < call.numel / tile.rows) return;
     finish_sample(call, b);  // no other thread comes to this sample
     finished[b] = true;
   });

@@ -24,7 +24,7 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   call.noise.dtype = check_same_or_lower(op, y_name, y, x_name, x);
   call.noise_kind = Noise::given;
   const Tensor result = empty_result_like(x, x.scalar_type());
-  bind(op, call, {{&x, &call.x}, {&y, &call.noise}}, result, call.out);
+  bind(op, call, order_of(call), {{&x, &call.x}, {&y, &call.noise}}, result, call.out);
   DDPM_RUN(affine, call, x.device());
   return result;
 }
@@ -42,7 +42,8 @@ Tensor run_forward(const Tensor& x_start, const Rows& rows, const NoiseSource& s
         op, *out, "x_start", x_start,
         {&x_start, given, &rows.table, pointer(rows.t), pointer(source.rng.sample_ids), pointer(source.rng.seed)});
   const Tensor result = out.has_value() ? *out : empty_result_like(x_start, x_start.scalar_type());
-  bind(op, call, {{&x_start, &call.x}, {drawn != nullptr ? drawn : given, &call.noise}}, result, call.out);
+  bind(op, call, order_of(call), {{&x_start, &call.x}, {drawn != nullptr ? drawn : given, &call.noise}}, result,
+       call.out);
   DDPM_RUN(affine, call, x_start.device());
   return finish(result, out);
 }

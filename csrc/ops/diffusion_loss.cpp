@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   if (doubled) variance = half(model_output, 1);
   if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);
   const auto given = [](const Tensor& tensor, bool is) { return is ? &tensor : nullptr; };
-  bind(op, call,
+  bind(op, call, Order::logical,
        {{pointer(x_start), &call.x_start},
         {pointer(noise), &call.noise},
         {given(mean_slope, want_slope), &call.slope},

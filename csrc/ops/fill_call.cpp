@@ -27,6 +27,24 @@ const int64_t* number_in_memory(const char* op, const char* name, const Optional
   return nullptr;
 }
 
+// The dimensions of a sample, but for those of one element, in the order in which a kernel goes over them: as they lie
+// in memory if any order will do and a sample of x is dense.
+using Dims = c10::SmallVector<int64_t, 8>;
+Dims dims_of_sample(const Tensor& x, Order order) {
+  Dims logical;
+  for (int64_t d = 1; d < x.dim(); ++d)
+    if (x.size(d) != 1) logical.push_back(d);
+  if (order == Order::logical) return logical;
+  const auto outside = [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); };
+  if (std::is_sorted(logical.begin(), logical.end(), outside)) return logical;
+  Dims sorted = logical;
+  std::sort(sorted.begin(), sorted.end(), outside);
+  int64_t stride = 1;
+  for (auto d = sorted.rbegin(); d != sorted.rend(); stride *= x.size(*d++))
+    if (x.stride(*d) != stride) return logical;
+  return sorted;
+}
+
 }  // namespace
 
 void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at::Device device) {
@@ -109,7 +127,7 @@ void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, Tensor
   set_noise(op, call, noise, x_t, "x_t", source);
 }
 
-void bind(const char* op, Call& call, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg) {
+void bind(const char* op, Call& call, Order order, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg) {
   c10::SmallVector<Bound, 16> tensors;
   for (const Bound& bound : inputs) {
     if (bound.tensor == nullptr) continue;
@@ -123,9 +141,8 @@ void bind(const char* op, Call& call, at::ArrayRef<Bound> inputs, const Tensor& 
   call.numel = call.batch == 0 ? 0 : out.numel() / call.batch;
   CHECK_VALUE(call.numel < kMaxNumel, "a sample", " has ", call.numel, " elements, expected fewer than 2^34");
   for (const Bound& bound : tensors) bound.arg->batch_stride = bound.tensor->stride(0);
-  for (int64_t d = 1; d < out.dim(); ++d) {
+  for (int64_t d : dims_of_sample(out, order)) {
     const int64_t size = out.size(d);
-    if (size == 1) continue;
     bool merges = call.dims > 0;
     for (const Bound& bound : tensors)
       merges = merges && bound.arg->strides[call.dims - 1] == size * bound.tensor->stride(d);

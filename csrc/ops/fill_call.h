@@ -28,7 +28,14 @@ struct Bound {
   TensorArg* arg;
 };
 
-// Sets shapes, strides and addresses. Neighbouring dimensions of a sample are merged if they can be in every tensor.
-void bind(const char* op, Call& call, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg);
+// The order in which a kernel takes a sample's elements. Noise that is drawn depends on an element's logical index, and
+// the bits of a sum on the order of its terms. Any order: where an element's result depends on nothing but its values.
+enum class Order { logical, any };
+inline Order order_of(const Call& call) { return call.noise_kind == Noise::drawn ? Order::logical : Order::any; }
+
+// Sets shapes, strides and addresses. Neighbouring dimensions of a sample are merged if they can be in every tensor. In
+// any order, they are first sorted as they lie in the memory of `out`, so that tensors that all have its order, such as
+// channels_last, are contiguous.
+void bind(const char* op, Call& call, Order order, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg);
 
 }  // namespace ddpm_ext

@@ -23,7 +23,7 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   const Tensor result = empty_result(size, at::TensorOptions().dtype(dtype).device(device));
   set_rng(op, call, rng, result.device());  // the result's device, since a plain "cuda" has no index
   call.draw = std::max<int64_t>(call.draw, 0);
-  bind(op, call, {}, result, call.out);
+  bind(op, call, Order::logical, {}, result, call.out);
   DDPM_RUN(randn, call, result.device());
   return result;
 }

@@ -35,8 +35,8 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& r
   if (out.has_value()) check_overlap(op, "out", *out, model_output);
   set_clip(op, call, clip_min, clip_max);
   const Tensor result = out.has_value() ? *out : empty_result_like(x_t, x_t.scalar_type());
-  bind(op, call, {{&x_t, &call.x}, {&model_output, &call.model_output}, {pointer(source.noise), &call.noise}}, result,
-       call.out);
+  bind(op, call, order_of(call),
+       {{&x_t, &call.x}, {&model_output, &call.model_output}, {pointer(source.noise), &call.noise}}, result, call.out);
   DDPM_RUN(reverse_step, call, x_t.device());
   return finish(result, out);
 }

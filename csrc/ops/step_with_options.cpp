@@ -116,7 +116,7 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   int count = 0;
   for (int i = 0; i < kRoles; ++i) bound[count++] = {given.inputs[i], &call.inputs[i]};
   for (int i = 1; i < kResults; ++i) bound[count++] = {given.results[i], &call.results[i]};
-  bind(op, call, bound, out, call[Result::out]);
+  bind(op, call, order_of(call), bound, out, call[Result::out]);
   const Tensor* const input = given[Result::model_input];
   if (input != nullptr && input->size(0) > call.batch) {
     call.input_again = call[Result::model_input];

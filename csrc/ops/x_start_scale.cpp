@@ -33,8 +33,13 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
   set_per_sample(op, "output_scale", call.output_scale, pointer(output_scale), call, x_t.device());
   CHECK_VALUE(0 < quantile && quantile <= 1, "quantile", " is ", quantile, ", expected 0 < quantile <= 1");
   CHECK_VALUE(maximum >= 1, "maximum", " is ", maximum, ", expected at least 1");
-  bind(op, call, {{pointer(model_output), &call.model_output}, {pointer(uncond_output), &call.uncond_output}}, x_t,
-       call.x);
+  // A quantile has no order. Of two, that with neighbouring channels makes the shorter copies.
+  if (model_output.has_value() && x_t.is_contiguous())
+    bind(op, call, Order::any, {{&x_t, &call.x}, {pointer(uncond_output), &call.uncond_output}}, *model_output,
+         call.model_output);
+  else
+    bind(op, call, Order::any,
+         {{pointer(model_output), &call.model_output}, {pointer(uncond_output), &call.uncond_output}}, x_t, call.x);
   CHECK_VALUE(call.numel > 0 || call.batch == 0, "x_t", " has shape ", x_t.sizes(), ", expected no empty samples");
   CHECK_VALUE(call.numel < int64_t{1} << 31, "a sample", " has ", call.numel, " elements, expected fewer than 2^31");
   call.rank = QuantileRank::of(quantile, call.numel);

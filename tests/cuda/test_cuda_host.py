@@ -86,6 +86,21 @@ def test_vectors_where_memory_is_aligned(host):
                     assert host.control.took_vectors() == (vectors and name in PER_SAMPLE), (variant, name)
 
 
+@variants
+def test_vectors_where_all_memory_has_one_order(host, variant):
+    """Unless noise is drawn, which depends on the logical order."""
+    call = make_call(variant, 2, 3, 8, 16)
+    expected = call.on_cpu()
+    for order in ((0, 2, 3, 1), (0, 3, 1, 2), (0, 1, 3, 2)):
+        back = [order.index(d) for d in range(4)]
+        lain = call.with_tensors(lambda _, x, order=order, back=back: x.permute(order).contiguous().permute(back))
+        host.check(lain, expected=expected)
+        assert host.control.took_vectors() == (not call.drawn or call.op == "randn")
+        if len(call.tensors) > 1 and call.op != "randn":
+            host.check(replace(lain, tensors={**lain.tensors, "x_t": call.x}), expected=expected)
+            assert not host.control.took_vectors()
+
+
 def layouts(x: torch.Tensor):
     """x's values in other memory: (batch, 3, 5, 7)."""
     yield x.to(memory_format=torch.channels_last)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support.choices import for_many
+from support.operators import DTYPES as DTYPE_PAIRS
 from support.operators import layouts
+from support.step_inputs import RESULTS
 
 import ddpm_ext
 from ddpm_ext import Philox, ops
@@ -67,12 +69,67 @@ def test_memory_layout(run, run_on_the_cpu, normal, device, shape, dtype):
         assert_same(run(m, a, t, rng), run_on_the_cpu(m, a, t, rng))
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_results_keep_the_layout(run, normal, device, memory_format):
-    x = normal(2, 3, 4, 5).to(memory_format=memory_format)
-    for result in run(x, x, torch.zeros(2, dtype=torch.int64, device=device), Philox(0)).values():
-        assert result.stride() == x.stride()
-        assert result.device == device
+def in_order(x, order):
+    """x's values, with its dimensions in this order in memory."""
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+
+
+@pytest.fixture(scope="session")
+def all_operators(device, make_step_table):
+    """Everything that a call of each operator writes: by its name, functions of five tensors."""
+    table, affine, rng = make_step_table(4, seed=2), AFFINE.to(device), Philox(1, FIRST)
+    losses = torch.tensor([[0.5, -1.5, 0.3, 0.0]], device=device)
+    noises = {"none": lambda z: {"add_noise": False}, "given": lambda z: {"noise": z}, "drawn": lambda z: {"rng": rng}}
+
+    def options(x, m, u, z, h, noise):
+        results = {name: torch.empty_like(x) for name in RESULTS}
+        given = {"uncond_output": u, "history1": h, "gradient": h, **noises[noise](z), **results}
+        ops.step_with_options(x, m, table, 1, **given)
+        return list(results.values())
+
+    def loss(x, m, z, **how):
+        m = m.detach().requires_grad_()
+        value = ops.diffusion_loss(m, x, losses, 0, reduction="none", **how)
+        return [value.detach(), *torch.autograd.grad(value.sum(), m)]
+
+    found = {
+        "posterior_mean": lambda x, m, u, z, h: [ops.posterior_mean(x, m, affine, 1)],
+        "x_start_scale": lambda x, m, u, z, h: [ops.x_start_scale(x, m, table, 1, quantile=0.8)],
+        "output_scale": lambda x, m, u, z, h: [ops.output_scale(m, u, guidance=3.0, rescale=0.7)],
+        "loss given": lambda x, m, u, z, h: loss(x, m, z, noise=z),
+        "loss drawn": lambda x, m, u, z, h: loss(x, m, z, rng=rng),
+    }
+    for noise, how in noises.items():
+        found[f"reverse_step {noise}"] = lambda x, m, u, z, h, how=how: [ops.reverse_step(x, m, table, 1, **how(z))]
+        found[f"forward_process {noise}"] = lambda x, m, u, z, h, how=how: [ops.forward_process(x, affine, 1, **how(z))]
+        found[f"options {noise}"] = lambda x, m, u, z, h, noise=noise: options(x, m, u, z, h, noise)
+    return found
+
+
+@for_many(200)
+def test_any_mixture_of_orders(all_operators, normal, device, choose):
+    """Dimensions lie in any order in memory, in a tensor of their own or in one of twice the channels; results have
+    x's order."""
+    whole = [(2, 3, 8, 72), (1, 4, 24, 24), (2, 8, 16, 20), (1, 16, 9, 12), (1, 3, 16, 96), (1, 6, 512), (2, 512, 3)]
+    shape = choose.one_of([*whole, (2, 3, 33, 31), (2, 3, 4, 6, 5)], "shape")
+    inner = list(range(1, len(shape)))
+    orders = [inner, [*inner[1:], 1], choose.order(len(shape) - 1, "order")]
+    orders[2] = [1 + d for d in orders[2]]
+    x_dtype, m_dtype = choose.one_of(DTYPE_PAIRS, "dtypes")
+    dtypes = (x_dtype, m_dtype, m_dtype, x_dtype, x_dtype)
+    plain = [normal(*shape, seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    given = []
+    for x in plain:
+        wide = (
+            torch.cat([x, x + 1], 1) if choose.one_of([False, False, True], "half") else x
+        )  # a model's first channels
+        given.append(in_order(wide, [0, *choose.one_of(orders, "memory")])[:, : shape[1]])
+    name = choose.one_of(sorted(all_operators), "operator")
+    got, expected = all_operators[name](*given), all_operators[name](*plain)
+    like = given[1] if name.startswith("loss") else given[0]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b) and a.device == device
+        assert a.dim() == 1 or a.stride() == torch.empty_like(like).stride()
 
 
 def test_more_dimensions_than_merge(run, run_on_the_cpu, normal, device):

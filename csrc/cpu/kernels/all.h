@@ -2,6 +2,7 @@
 // DDPM_ISA as their namespace, and then this file.
 #pragma once
 
+#include "cpu/kernels/channels.h"
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/quantile.h"
 #include "cpu/kernels/spread.h"
@@ -45,6 +46,8 @@ const Kernels kernels = {
     group_maxima,
     select,
     {moments<float>, moments<Float16>, moments<BFloat16>},
+    {split<uint32_t>, split<uint16_t>},
+    {join<uint32_t>, join<uint16_t>},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA
