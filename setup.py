@@ -185,7 +185,7 @@ def files(*patterns: str) -> list[str]:
 
 
 def sources(cuda: bool) -> list[str]:
-    return files("ops/*.cpp", "cpu/**/*.cpp", *(["cuda/*.cu"] if cuda else []))
+    return files("ops/*.cpp", "cpu/**/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if cuda else []))
 
 
 def compiler() -> list[str]:

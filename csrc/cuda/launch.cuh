@@ -1,9 +1,6 @@
 // What every launch needs: the shape of its grid, the types of its tensors, the device and its stream.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -11,6 +8,7 @@
 #include <atomic>
 
 #include "call.h"
+#include "cuda/host.h"
 
 namespace ddpm_ext::cuda {
 
@@ -29,12 +27,12 @@ int64_t blocks_at_once(int threads) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
   int device = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
+  check(cudaGetDevice(&device));
   int blocks = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
   if (blocks == 0) {
     int multiprocessors = 0, each = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0));
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0));
     blocks = std::max(multiprocessors * each, 1);
     if (device < kDevices) known[device].store(blocks, std::memory_order_relaxed);
   }
@@ -74,7 +72,7 @@ void launch_on(const Shape& shape, cudaStream_t stream, const Arguments&... argu
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, arguments...));
+  check(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 
 // Calls launch(x, m) with a value of each tensor's type. The model's output m may have a lower precision if x is
@@ -101,8 +99,7 @@ void by_dtypes(DType x, DType m, Launch launch) {
 // Makes the device current and calls launch(stream) with its current stream.
 template <class Launch>
 void on_device(int device, Launch launch) {
-  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  launch(c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream());
+  on_device(device, [](void* of, cudaStream_t stream) { (*static_cast<Launch*>(of))(stream); }, &launch);
 }
 
 }  // namespace ddpm_ext::cuda

@@ -4,7 +4,6 @@
 #include <type_traits>
 
 #include "cuda/access.cuh"
-#include "cuda/counts.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/normals.cuh"

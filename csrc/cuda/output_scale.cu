@@ -3,7 +3,6 @@
 #include "core/spread.h"
 
 #include "core/step.h"
-#include "cuda/counts.cuh"
 #include "cuda/four.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/operators.h"

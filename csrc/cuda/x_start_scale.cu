@@ -4,7 +4,6 @@
 #include "core/quantile.h"
 
 #include "core/step.h"
-#include "cuda/counts.cuh"
 #include "cuda/four.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/operators.h"

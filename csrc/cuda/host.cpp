@@ -1,0 +1,74 @@
+#include "cuda/host.h"
+
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace ddpm_ext::cuda {
+namespace {
+
+constexpr int64_t kLeast = 4096;
+
+size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint32_t); }
+
+// Allocates on the current device. If there is not enough memory, torch's allocator frees the blocks that it holds for
+// later, and the allocation is tried again.
+void* allocate(int64_t count) {
+  // In any other mode cudaMalloc fails while another thread captures a graph.
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  void* data = nullptr;
+  if (cudaMalloc(&data, bytes_of(count)) == cudaSuccess) return data;
+  cudaGetLastError();  // clears the error
+  c10::cuda::CUDACachingAllocator::emptyCache();
+  check(cudaMalloc(&data, bytes_of(count)));
+  return data;
+}
+
+uint32_t* cleared(void* data, int64_t count, cudaStream_t stream) {
+  check(cudaMemsetAsync(data, 0, bytes_of(count), stream));
+  return static_cast<uint32_t*>(data);
+}
+
+}  // namespace
+
+void check(cudaError_t error) { C10_CUDA_CHECK(error); }
+
+void on_device(int device, void (*launch)(void* of, cudaStream_t stream), void* of) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  launch(of, c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream());
+}
+
+Counts::Counts(int64_t count, int device, cudaStream_t stream) {
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    own_ = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(bytes_of(count), stream);
+    data_ = cleared(own_, count, stream);
+    return;
+  }
+  struct Buffer {
+    uint32_t* data = nullptr;
+    int64_t count = 0;
+  };
+  static std::mutex mutex;
+  // Never destroyed: at the end of the process CUDA may be gone before static objects are.
+  static auto& buffers = *new std::map<std::pair<int, cudaStream_t>, Buffer>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Buffer& buffer = buffers[{device, stream}];
+  if (buffer.count < count) {
+    const int64_t enough = std::max(2 * count, kLeast);
+    buffer = {cleared(allocate(enough), enough, stream), enough};
+  }
+  data_ = buffer.data;
+}
+
+Counts::~Counts() {
+  if (own_ != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(own_);
+}
+
+}  // namespace ddpm_ext::cuda
