@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_ext import Philox, ops
-from ddpm_ext.tables import StepTable
+from ddpm_ext.tables.step_table import StepTable
 
 SHAPES = [(8, 4, 64, 64), (4, 3, 256, 256)]
 # Which of the sample, the model's output, that without its condition, and the noise are channels_last.
@@ -32,7 +32,7 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_layouts(benchmark, shape, operator, way):
