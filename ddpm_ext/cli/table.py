@@ -170,9 +170,9 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
         values = value if isinstance(value, list) else [value]
         if name == "num_train_timesteps" and not (isinstance(value, int) and 1 <= value <= most):
             raise ValueError(f"table: {path} has {name} {value!r}, expected a whole number from 1 to {most}")
-        if name == "trained_betas" and value is not None:
-            if not all(isinstance(beta, int | float) and 0 < beta <= 1 for beta in values):
-                raise ValueError(f"table: {path} has {name} that are not numbers in (0, 1]")
+        are_betas = all(isinstance(beta, int | float) and 0 < beta <= 1 for beta in values)
+        if name == "trained_betas" and value is not None and not are_betas:
+            raise ValueError(f"table: {path} has {name} that are not numbers in (0, 1]")
         for number in values:
             if isinstance(number, int) and abs(number) > most:
                 raise ValueError(f"table: {path} has {name} {number}, expected at most {most}")
