@@ -96,6 +96,12 @@ def make_unet(out, data=IMAGES, *, report=_do_nothing, **options):
     return Trainer(None, None, data, out, report=report, **UNET | options)
 
 
+def features_lost(images, calls=[]):  # noqa: B006
+    """Features, which fail in this process's second call: the first one tries them out."""
+    calls.append(1)
+    return {1: images.flatten(1)}[len(calls)]
+
+
 def as_arguments(options):
     """The options of `ddpm-ext train` that are these of TrainOptions."""
     texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
@@ -120,9 +126,12 @@ def die_after(monkeypatch, steps) -> None:
     monkeypatch.setattr(TrainingStep, "take", die)
 
 
-def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arguments=None, **options) -> None:
+def run(
+    folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, lost=False, arguments=None, **options
+) -> None:
     """Trains, or runs `ddpm-ext train` with `arguments`. After so many steps the process is killed (die_at), gets a
-    SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before."""
+    SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before. lost: the
+    features are those that fail."""
     if arguments is not None:
         from ddpm_ext import cli
 
@@ -138,7 +147,7 @@ def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arg
         return images * torch.nan if step == nan_at else images
 
     before_steps(act)
-    make(folder, **options).fit()
+    make(folder, **options | ({"features": features_lost} if lost else {})).fit()
     if own_group and torch.distributed.is_initialized():
         print("the group still exists")
 

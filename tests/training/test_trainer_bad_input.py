@@ -20,7 +20,7 @@ from support.refused import refused
 from support.trainer_run import Squares, Tiny, make
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.training import Trainer, batches, checkpoints, log
+from ddpm_ext.training import Trainer, batches, checkpoints, log, outputs
 from ddpm_ext.training.step import TrainingStep
 
 
@@ -279,6 +279,30 @@ def test_damaged_newest_checkpoint(done, copied):
     assert lines[1].startswith("resumed at step 10 from ")
     trainer_run.assert_same(copied, done)
     checkpoints.load(newest)  # whole again
+
+
+KINDS = {"samples", "best", "checkpoints", "tensorboard", "ema-0.5", "tuned", "scheduler"}, {"losses.png", "scores.csv"}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS[0] | KINDS[1]))
+def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(tmp_path, monkeypatch, name):
+    """And a folder in that of a file; folders that are not there are not made, since an empty best is no model."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(TrainingStep, "take", lambda *_: pytest.fail("a step was taken"))
+    every = {
+        "sample_every": 9,
+        "score_every": 9,
+        "sample_steps": 2,
+        "extra_emas": (0.5,),
+        "tune": (2,),
+        "timesteps": 100,
+    }
+    monkeypatch.setattr(outputs, "check_extras", list)
+    trainer = make(folder, tensorboard=True, **every)
+    folder.mkdir()
+    (folder / name).touch() if name in KINDS[0] else (folder / name).mkdir()
+    refused(ValueError, rf"^out: .*{name}", trainer.fit)
+    assert {path.name for path in folder.iterdir()} == {name}
 
 
 def test_two_runs_in_a_folder(tmp_path):
