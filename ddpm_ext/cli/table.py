@@ -150,8 +150,10 @@ def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"table: {path} is no scheduler's config ({error!r})") from error
     diffusers = require("diffusers", "the table of a scheduler")
-    cls = getattr(diffusers.schedulers, str(name), None)
-    if not isinstance(cls, type) or not issubclass(cls, diffusers.SchedulerMixin) or cls is diffusers.SchedulerMixin:
+    cls: Any = getattr(diffusers.schedulers, str(name), None)
+    base = diffusers.SchedulerMixin
+    is_scheduler = isinstance(cls, type) and issubclass(cls, base) and cls is not base
+    if not is_scheduler:
         raise ValueError(f"table: {path} is for a {name}, which is no scheduler of diffusers {diffusers.__version__}")
     _check_numbers(config, path)
     try:

@@ -50,23 +50,14 @@ def at(monkeypatch, step, act, owner=TrainingStep, name="take"):
     monkeypatch.setattr(owner, name, method)
 
 
-class Tracker:
-    """One that notes nothing."""
-
-    def numbers(self, values, step):
-        pass
-
-    def close(self):
-        pass
-
-
+TRACKER = Mock()
 ENDS = {  # by a call of what, and after how many of them
     "data": (StepBatches, "_read", 12),
     "model": (GaussianDiffusion, "train_losses", 13),  # after that by which it is tried out
     "line of the log": (log, "progress_line", 1),
     "score": (Scorer, "score", 0),
     "grid": (outputs, "save_grid", 0),
-    "tracker": (Tracker, "numbers", 1),
+    "tracker": (TRACKER, "numbers", 1),
 }
 
 
@@ -83,8 +74,7 @@ def test_an_exception_ends_a_run_that_is_saved_first(tmp_path, monkeypatch, what
     owner, name, after = ENDS[what]
     before = getattr(owner, name)
     monkeypatch.setattr(owner, name, fails)
-    if what == "tracker":
-        monkeypatch.setattr(outputs, "trackers_of", lambda *_: [Tracker()])
+    monkeypatch.setattr(outputs, "trackers_of", lambda *_: [TRACKER])
     options |= {"score": {"score_every": 12}, "grid": {"sample_every": 12}}.get(what, {})
     refused(OSError, "^lost$", make(folder, report=lines.append, **options).fit)
     path = folder / "checkpoints" / "step-00000012.safetensors"

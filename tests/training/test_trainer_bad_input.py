@@ -271,16 +271,6 @@ def test_resumed_with_something_else(done, options, message):
     assert {path.name for path in changed} <= {".lock"}
 
 
-def test_damaged_newest_checkpoint(done, copied):
-    lines, newest = [], checkpoints.newest(copied)
-    newest.write_bytes(newest.read_bytes()[:-9])
-    make(copied, steps=20, resume=True, report=lines.append).fit()
-    assert lines[0].startswith(f"resume: {newest} is cut short or damaged (")
-    assert lines[1].startswith("resumed at step 10 from ")
-    trainer_run.assert_same(copied, done)
-    checkpoints.load(newest)  # whole again
-
-
 KINDS = {"samples", "best", "checkpoints", "tensorboard", "ema-0.5", "tuned", "scheduler"}, {"losses.png", "scores.csv"}
 
 
@@ -325,16 +315,6 @@ def test_full_disk_at_the_start(tmp_path, monkeypatch):
         monkeypatch.setattr(log.os, "fsync", Mock(side_effect=[None] * (at - 1) + [full]))
         refused(OSError, rf"^{name}: No space left on device$", trainer.fit)
         monkeypatch.undo()
-
-
-def test_log_that_was_cut_short(copied):
-    path = copied / "losses.csv"
-    whole = path.read_text().splitlines(keepends=True)
-    checkpoints.newest(copied).unlink()
-    path.write_text("".join(whole[:13]) + whole[13][:5])
-    make(copied, steps=20, resume=True).fit()
-    again = path.read_text().splitlines(keepends=True)
-    assert [line.split(",")[:4] for line in again] == [line.split(",")[:4] for line in whole]
 
 
 def test_weights_of_a_checkpoint_that_are_not_finite(copied):
