@@ -126,12 +126,9 @@ def die_after(monkeypatch, steps) -> None:
     monkeypatch.setattr(TrainingStep, "take", die)
 
 
-def run(
-    folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, lost=False, arguments=None, **options
-) -> None:
+def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arguments=None, **options) -> None:
     """Trains, or runs `ddpm-ext train` with `arguments`. After so many steps the process is killed (die_at), gets a
-    SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before. lost: the
-    features are those that fail."""
+    SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before."""
     if arguments is not None:
         from ddpm_ext import cli
 
@@ -147,7 +144,9 @@ def run(
         return images * torch.nan if step == nan_at else images
 
     before_steps(act)
-    make(folder, **options | ({"features": features_lost} if lost else {})).fit()
+    if options.get("features") == "lost":
+        options["features"] = features_lost
+    make(folder, **options).fit()
     if own_group and torch.distributed.is_initialized():
         print("the group still exists")
 

@@ -279,16 +279,9 @@ def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(tmp_path
     """And a folder in that of a file; folders that are not there are not made, since an empty best is no model."""
     folder = tmp_path / "run"
     monkeypatch.setattr(TrainingStep, "take", lambda *_: pytest.fail("a step was taken"))
-    every = {
-        "sample_every": 9,
-        "score_every": 9,
-        "sample_steps": 2,
-        "extra_emas": (0.5,),
-        "tune": (2,),
-        "timesteps": 100,
-    }
+    wanted = {"sample_every": 9, "score_every": 9, "sample_steps": 2, "extra_emas": (0.5,), "tensorboard": True}
     monkeypatch.setattr(outputs, "check_extras", list)
-    trainer = make(folder, tensorboard=True, **every)
+    trainer = make(folder, tune=(2,), timesteps=100, **wanted)
     folder.mkdir()
     (folder / name).touch() if name in KINDS[0] else (folder / name).mkdir()
     refused(ValueError, rf"^out: .*{name}", trainer.fit)

@@ -44,7 +44,7 @@ def ended(tmp_path_factory):
     runs["three killed"] = [SAME["three"][1] | {"checkpoint_every": 5, "die_at": 7}] * 3
     runs["command"] = [{"arguments": [*trainer_run.as_arguments(trainer_run.UNET), "--quiet"]}] * 2
     runs["not a number"] = [STEPS, STEPS | {"nan_at": 8}]
-    runs["features"] = [STEPS | SCORED | {"lost": True, "log_every": 50}] * 2
+    runs["features"] = [STEPS | SCORED | {"features": "lost", "log_every": 50}] * 2
     codes = trainer_run.in_forks(folder, runs)
     return {name: (folder / name, codes[name]) for name in runs}
 
