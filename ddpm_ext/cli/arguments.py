@@ -110,7 +110,8 @@ finite_number = number(-sys.float_info.max, "a finite number")
 nonnegative_number = number(0, "a number >= 0")
 positive_number = number(math.ulp(0), "a number > 0")
 seed = whole_number(0, 2**64 - 1)
-steps = whole_number(1, 10**6)  # a table of many more takes the machine's memory
+MOST_STEPS = 10**6  # a table of many more takes the machine's memory
+steps = whole_number(1, MOST_STEPS)
 samples = whole_number(1, 10**9)
 
 

@@ -35,7 +35,7 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
     if given.suffix.lower() in _ARRAYS and not given.is_dir():
         found = _read_array(path, name)
         if found.dtype.kind == "f" and found.ndim == 4:
-            return _of_shape(torch.from_numpy(found.astype(np.float32)), path, shape, name)
+            return _of_shape(_float32(found), path, shape, name)
         return _of_shape(_unit(torch.from_numpy(_as_pixels(found, path, name)).permute(0, 3, 1, 2)), path, shape, name)
     if given.suffix.lower() not in SUFFIXES and not given.is_dir():
         what = "a picture, an .npz, an .npy or a folder" if given.exists() else "a file or a folder that exists"
@@ -90,7 +90,7 @@ def read_noise(path: str, shape: tuple[int, int, int]) -> Tensor:
     if found.dtype.kind != "f" or found.ndim != 4:
         expected = "floats (num, channels, height, width), as ddpm-ext invert writes them"
         raise ValueError(f"noise: {path} holds {found.dtype} of shape {found.shape}, expected {expected}")
-    return _of_shape(torch.from_numpy(found.astype(np.float32)), path, shape, "noise")
+    return _of_shape(_float32(found), path, shape, "noise")
 
 
 def read_pixels(path: str, name: str = "file") -> Pixels:
@@ -102,7 +102,7 @@ def read_pixels(path: str, name: str = "file") -> Pixels:
     """
     found = _read_array(path, name)
     if found.dtype.kind == "f" and found.ndim == 4:
-        return plots.to_uint8(torch.from_numpy(found.astype(np.float32)))
+        return plots.to_uint8(_float32(found))
     return _as_pixels(found, path, name)
 
 
@@ -129,6 +129,12 @@ def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
         reason = "damaged, or of another format" if "pickle" in str(error) else error
         raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({reason})") from error
     return np.asarray(found)
+
+
+def _float32(found: np.ndarray[Any, Any]) -> Tensor:
+    """As float32, where larger numbers are infinite, without a word: they are refused, or white or black pixels."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(found.astype(np.float32))
 
 
 def _as_pixels(found: np.ndarray[Any, Any], path: str, name: str) -> Pixels:

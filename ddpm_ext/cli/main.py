@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -13,6 +14,7 @@ from typing import Any, TextIO, cast
 from ddpm_ext.base.heap import keep_freed_memory
 from ddpm_ext.cli import bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
+from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
 _INTERRUPTED = 130
@@ -143,6 +145,10 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
         if stdout is not None and error is stdout.error:
             return WRONG_INPUT
         return _wrong(options, " ".join(str(error).split()) or type(error).__name__)
+    except UserCodeError as error:
+        code = _wrong(options, str(error))
+        traceback.print_exception(error.__cause__)
+        return code
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):  # its handler of signals raises wherever the program is
             reason = f"data: a worker died ({' '.join(str(error).split())}); expected more memory"

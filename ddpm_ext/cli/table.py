@@ -14,6 +14,7 @@ from ddpm_ext.cli import arguments
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.models.folder import one_line
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
@@ -141,7 +142,7 @@ def _is_table(source: str) -> bool:
 
 
 def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
-    """The table of a scheduler of diffusers, by its config."""
+    """The table of a scheduler of diffusers, by its config, which may be a stranger's: nothing else is made by it."""
     if steps is None:
         raise ValueError(f"steps: got none, expected a number of steps for the scheduler of {path}")
     try:
@@ -150,7 +151,31 @@ def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"table: {path} is no scheduler's config ({error!r})") from error
     diffusers = require("diffusers", "the table of a scheduler")
-    cls = getattr(diffusers, str(name), None)
-    if cls is None or not hasattr(cls, "from_config"):
-        raise ValueError(f"table: {path} is for a {name}, which diffusers {diffusers.__version__} does not have")
-    return StepTable.trace(cls.from_config(config), steps, **({} if mu is None else {"mu": mu}))
+    cls: Any = getattr(diffusers.schedulers, str(name), None)
+    base = diffusers.SchedulerMixin
+    is_scheduler = isinstance(cls, type) and issubclass(cls, base) and cls is not base
+    if not is_scheduler:
+        raise ValueError(f"table: {path} is for a {name}, which is no scheduler of diffusers {diffusers.__version__}")
+    _check_numbers(config, path)
+    try:
+        return StepTable.trace(cls.from_config(config), steps, **({} if mu is None else {"mu": mu}))
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # diffusers checks little, so a bad value can raise any exception
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"table: {path} makes no {name} that has a table ({reason})") from error
+
+
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    """Raises ValueError where a number is one of which memory or time is taken, and too large, or betas are none."""
+    most = arguments.MOST_STEPS
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if name == "num_train_timesteps" and not (isinstance(value, int) and 1 <= value <= most):
+            raise ValueError(f"table: {path} has {name} {value!r}, expected a whole number from 1 to {most}")
+        are_betas = all(isinstance(beta, int | float) and 0 < beta <= 1 for beta in values)
+        if name == "trained_betas" and value is not None and not are_betas:
+            raise ValueError(f"table: {path} has {name} that are not numbers in (0, 1]")
+        for number in values:
+            if isinstance(number, int) and abs(number) > most:
+                raise ValueError(f"table: {path} has {name} {number}, expected at most {most}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import CLASSES, Classes
+from ddpm_ext.models.limits import check_cost, check_layers
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.models.tuned import FOLDER, table_name, tables_in
 from ddpm_ext.tables.step_table import StepTable
@@ -31,7 +32,6 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
 _MOST_CLASSES = 1_000_000
-_MOST_LAYERS = 100  # in a block: modules take time to make, also without memory
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def load_model(
     check_architecture(build_unet(config, str(inner / CONFIG), "meta"), weights, inner / WEIGHTS)
     if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
         raise ValueError(f"model: {inner / WEIGHTS} holds weights that are not finite numbers")
-    unet = build_unet(config, str(inner / CONFIG))
+    unet = _make(config, str(inner / CONFIG), "cpu")
     unet.load_state_dict(weights)
     unet.requires_grad_(False)
     # Not the model's own to(), which warns about low precision even if all modules work in it.
@@ -169,9 +169,18 @@ def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu"
     """Makes a UNet2DModel with random weights on `device`.
 
     Raises:
-        ValueError: diffusers can't make a model from `config`; the message names `name`.
+        ValueError: diffusers can't make a model from `config`, or it would take more than check_cost allows, of which
+            nothing is taken then; the message names `name`.
     """
+    planned = _make(config, name, "meta")
+    size = planned.config.sample_size
+    check_cost(planned, None if size is None else (size, size) if isinstance(size, int) else tuple(size), name)
+    return planned if device == "meta" else _make(config, name, device)
+
+
+def _make(config: dict[str, Any], name: str, device: str) -> UNet2DModel:
     unet = require("diffusers", "the model").UNet2DModel  # an import that fails is no fault of the configuration's
+    check_layers(config, name)
     try:
         with torch.device(device):
             return unet.from_config(config)
@@ -261,9 +270,9 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice as many"
         )
-    layers = config.get("layers_per_block", 2)
-    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
-        raise ValueError(f"model: {path} has layers_per_block {layers!r}, expected 1 to {_MOST_LAYERS}")
+    padding = config.get("downsample_padding", 1)
+    if padding not in (0, 1):
+        raise ValueError(f"model: {path} has downsample_padding {padding!r}, expected 0 or 1")
     size = config.get("sample_size")
     sizes = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(isinstance(side, int) and side > 0 for side in sizes):

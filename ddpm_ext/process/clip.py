@@ -14,6 +14,8 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class DynamicThreshold:
@@ -62,6 +64,8 @@ def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None,
     low, high = map(float, ends)
     if not low <= high:
         raise ValueError(f"clip_denoised is {ends!r}, expected low <= high")
+    if any(_FLOAT32_MAX < abs(end) < math.inf for end in (low, high)):
+        raise ValueError(f"clip_denoised is {ends!r}, expected numbers up to {_FLOAT32_MAX:.9g}, float32's largest")
     return (low, high), None
 
 

@@ -25,6 +25,7 @@ from ddpm_ext.models.folder import (
     read_json,
     read_weights,
 )
+from ddpm_ext.models.limits import check_cost
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, run_options
@@ -147,6 +148,9 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
             raise ValueError(f"model: that of {folder} {what}")
         config = {name: value for name, value in parts.config.items() if name != "class"}
         check_supported(config, parts.path)
+        planned = build_unet(config, str(parts.path), "meta")
+        check_cost(planned, parts.shape[1:], str(parts.path))
+        check_architecture(planned, parts.weights, parts.path, "its configuration")
         model = build_unet(config, str(parts.path))
     check_architecture(model, parts.weights, parts.path, f"the {type(model).__name__}")
     model.load_state_dict(parts.weights)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
+from ddpm_ext.models import tuned
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
@@ -72,7 +74,9 @@ class Outputs:
         self.settings, self.classes = settings, classes
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
+        self._rows: list[log.LogRow] = []  # steps that are not in the log
         self._since: list[log.LogRow] = []  # steps since the last progress line
+        self._saved = 0  # the step of the last checkpoint, or of one that could not be written
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run, until `until_the_end` closes, and opens the log.
@@ -81,8 +85,9 @@ class Outputs:
             The checkpoint to continue from, or None.
 
         Raises:
-            ValueError: another run is writing there; a run has written there and `resume` is false; or `resume` is
-                true, and no run was started there or one with other options, data or another model.
+            ValueError: a file or a folder can't be written that the run will write later; another run is writing there;
+                a run has written there and `resume` is false; or `resume` is true, and no run was started there or one
+                with other options, data or another model.
         """
         folder = self.folder
         has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
@@ -90,7 +95,7 @@ class Outputs:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
         if resume:
             run_options.find(folder)
-        files.check_writable(folder / "training.json")  # makes the folder, so it comes after the checks above
+        self._check_writable()  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
@@ -98,7 +103,7 @@ class Outputs:
         if resume:
             path, header = run_options.find(folder, self.report)
             check_same(self.about | asdict(self.options), header["about"] | header["options"], path, self.change)
-            step = header["step"]
+            step = self._saved = header["step"]
             if step > self.options.steps:
                 raise ValueError(f"steps: got {self.options.steps}, expected at least {step}, which this run has taken")
             self._report_changes(header["options"])
@@ -110,16 +115,39 @@ class Outputs:
         until_the_end.callback(self.log.close)
         return path
 
+    def _check_writable(self) -> None:
+        """Raises ValueError if something stands where the run will write a file or a folder; makes no folder in it."""
+        options = self.options
+        names = ["training.json", run_options.OPTIONS, ".lock", "losses.csv", "losses.png"]
+        folders = ["checkpoints", "scheduler", *(f"ema-{decay}" for decay in options.extra_emas)]
+        if self.about[f"{run_options.OF_MODEL}class"] == "UNet2DModel":
+            names, folders = [*names, "model_index.json"], [*folders, "unet"]
+        else:
+            names += ["model.json", "model.safetensors"]
+        if options.score_every:
+            names, folders = [*names, "scores.csv"], [*folders, BEST]
+        asked = {"samples": options.sample_every, tuned.FOLDER: options.tune, "tensorboard": options.tensorboard}
+        folders += [name for name, wanted in asked.items() if wanted]
+        for name in names:
+            files.check_writable(self.folder / name)
+        for name in folders:
+            # One that is not there is not made: readers take an empty best for a model.
+            if os.path.lexists(self.folder / name):
+                files.check_writable(self.folder / name / "file")
+
     def _report_changes(self, before: dict[str, Any]) -> None:
         before, now = with_newer(before), as_json(self.options)
         for name in (*CHANGEABLE, "steps"):
             if now[name] != before[name]:
                 self.report(f"changed: {name} is {now[name]}, before {before[name]}")
 
+    def add(self, rows: list[log.LogRow]) -> None:
+        """Takes steps, whose losses are finite, for the next lines of the log."""
+        self._rows += rows
+
     def record(
         self,
         state: TrainState,
-        rows: list[log.LogRow],
         images_per_second: float,
         due: set[str],
         draw: Callable[[], Tensor],
@@ -131,15 +159,13 @@ class Outputs:
 
         Args:
             state: the state after the step.
-            rows: the steps since the last call.
             images_per_second: for the log.
             due: the names of the options whose interval ends here: log_every, checkpoint_every, sample_every.
             draw: makes samples, (count, channels, height, width) in [-1, 1].
             score: of the averaged model, if it was scored.
         """
         options, step = self.options, state.step
-        self.log.write(rows, images_per_second)
-        self._since += rows
+        self._write_log(images_per_second)
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
             self.report(log.progress_line(self._since, step, options.steps, lr, images_per_second))
@@ -147,13 +173,37 @@ class Outputs:
         if score is not None:  # before the checkpoint, which has the score
             self._record_score(state, score)
         if "checkpoint_every" in due:
-            header = state.numbers() | {"options": asdict(options), "about": self.about}
-            checkpoints.save(self.folder, step, state.tensors(), header, options.keep)
+            self._checkpoint(state)
         if "sample_every" in due:
             samples = draw().cpu()
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
             for tracker in self.log.trackers:
                 tracker.pictures(samples, step)
+
+    def _write_log(self, images_per_second: float) -> None:
+        """Writes the lines of the steps that are not in the log; a line that can't be written is not tried again."""
+        rows, self._rows = self._rows, []
+        self._since += rows
+        self.log.write(rows, images_per_second)
+
+    def _checkpoint(self, state: TrainState) -> Path:
+        self._saved = state.step
+        header = state.numbers() | {"options": asdict(self.options), "about": self.about}
+        return checkpoints.save(self.folder, state.step, state.tensors(), header, self.options.keep)
+
+    def has_tried(self, step: int) -> bool:
+        """Whether there is a checkpoint of the step, or it could not be written."""
+        return step == self._saved
+
+    def rescue(self, state: TrainState, images_per_second: float) -> None:
+        """Writes a checkpoint where an exception ends the run, and reports it.
+
+        Raises:
+            OSError: it can't be written. The log, which comes first, need not be.
+        """
+        with suppress(Exception):  # of the log's file or of a tracker: one of them may be what ends the run
+            self._write_log(images_per_second)
+        self.report(f"{self._checkpoint(state)} is written; a resume continues from it")
 
     def _record_score(self, state: TrainState, score: float) -> None:
         """Logs and reports the score; writes the averaged model to best/ if no earlier step had as good a one."""

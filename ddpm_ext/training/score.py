@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm_ext.base.ranks import Ranks, part_of
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.training.data import DamagedImage, ImageSource
-from ddpm_ext.training.import_by_name import import_by_name
+from ddpm_ext.training.import_by_name import import_by_name, theirs
 from ddpm_ext.training.options import TrainOptions
 
 Features = Callable[[Tensor], Any]
@@ -79,6 +79,11 @@ class Scorer:
         self.features, self.images, self.options, self.device = features, images, options, device
         self._reference: Moments | None = None
 
+    def try_out(self) -> None:
+        """Raises what scoring would raise of the features, before the first step: of two images of noise."""
+        noise = torch.rand(2, *self.images.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        self._features_of(2 * noise - 1)
+
     def score(self, draw: Callable[[range], Tensor], ranks: Ranks) -> float:
         """The Fréchet distance of `score_count` samples; every rank draws its part of them, and returns the same.
 
@@ -86,6 +91,7 @@ class Scorer:
 
         Raises:
             ValueError: the features are not (batch, features), or not finite, or fewer than two images can be read.
+            UserCodeError: the function of features raises an exception.
         """
         if self._reference is None:
             count = min(len(self.images), _REFERENCE)
@@ -117,7 +123,11 @@ class Scorer:
     def _features_of(self, images: Tensor) -> Tensor:
         given = images.to(self.device, torch.float32).clamp(-1, 1)
         with torch.no_grad():
-            found = torch.as_tensor(self.features(given), device="cpu").detach().to(torch.float64)
+            try:
+                features = self.features(given)
+            except Exception as error:
+                raise theirs("features", self.options.features, error) from error
+            found = torch.as_tensor(features, device="cpu").detach().to(torch.float64)
         if found.dim() != 2 or len(found) != len(images) or not found.shape[1]:
             raise ValueError(
                 f"features: got shape {tuple(found.shape)} for {len(images)} images, expected ({len(images)}, features)"

@@ -56,6 +56,8 @@ class TrainingStep:
         self._sum_order_fixed = ranks.size == 1
         self._pending: list[_Pending] = []
         self._captured = CapturedStep(self._compute, state, device) if options.graph else None
+        self._updates = 0  # that were begun
+        self._whole = self._changes()
 
     def take(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes the next step.
@@ -76,6 +78,7 @@ class TrainingStep:
         if self._captured is None:
             losses, norm = self._compute(x_start, t, weights, step, labels)
         else:
+            self._updates += 1
             losses, norm = self._captured.take(x_start, t, weights, labels, self._dropout_seed(self.samples.start))
         state.update_averages(options.ema)
         if state.timestep_sampler.learns:
@@ -84,6 +87,21 @@ class TrainingStep:
             state.timestep_sampler.update(torch.cat(seen), torch.cat(found), local=False)
         self._pending.append(_Pending(step, t, losses * weights, norm))
         state.step += 1
+        self._whole = self._changes()
+
+    def _changes(self) -> tuple[int, list[tuple[int, int]]]:
+        """What differs once a step has begun to change the state: first of all it changes buffers, or the weights."""
+        return self._updates, [(id(value), value._version) for value in self.state.model.buffers()]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state is that after `state.step` steps, also where the next one failed."""
+        return self._whole == self._changes()
+
+    @property
+    def losses_known(self) -> bool:
+        """Whether log_rows has found the losses of all steps, which are finite then."""
+        return not self._pending
 
     def _on_device(self, value: Tensor) -> Tensor:
         """A copy on the device, without waiting for it; to a GPU this needs pinned memory."""
@@ -160,6 +178,7 @@ class TrainingStep:
     def _update(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before it was clipped."""
         state, options = self.state, self.options
+        self._updates += 1
         parameters = state.parameters.values()
         state.scaler.unscale_(state.optimizer)
         if options.clip:
@@ -187,11 +206,12 @@ class TrainingStep:
             newest: finds the newest checkpoint, for the error's message.
 
         Raises:
-            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit.
+            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit. The next call raises
+                it again, as after a ConnectionError it tries again.
         """
         if not self._pending:
             return []
-        steps, self._pending = self._pending, []
+        steps = self._pending
         by_quarter = quarters_of(steps, self.options.timesteps)
         found = self.ranks.total(torch.cat([self._means(steps)[:, None], by_quarter], 1).cpu())
         losses, sums, counts = found[:, 0].tolist(), found[:, 1:5].tolist(), found[:, 5:].tolist()
@@ -202,6 +222,7 @@ class TrainingStep:
         for step, loss, norm in zip(steps, losses, norms, strict=True):
             if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
                 self._fail(step, loss, norm, newest)
+        self._pending = []
         return [
             LogRow(step.step + 1, loss, norm, learning_rate(self.options, step.step), tuple(own), tuple(count))
             for step, loss, norm, own, count in zip(steps, losses, norms, sums, counts, strict=True)

@@ -21,11 +21,11 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, network
-from ddpm_ext.training.batches import StepBatches
+from ddpm_ext.training.batches import Batch, StepBatches
 from ddpm_ext.training.data import ImageSource, as_images, labels_of
 from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.import_by_name import name_of
-from ddpm_ext.training.interruption import end, noted_signals
+from ddpm_ext.training.interruption import NotedSignal, end, noted_signals
 from ddpm_ext.training.load_run import Trained
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
@@ -68,6 +68,7 @@ class Trainer:
     Raises:
         TypeError, ValueError: an option, the model or the data are wrong, or don't fit together.
         MissingExtra: a package is not installed that the run needs.
+        UserCodeError: `features` raises an exception, the cause.
 
     Examples:
         >>> from ddpm_ext.training import Trainer
@@ -137,7 +138,10 @@ class Trainer:
         with _current_device(self.device):
             self.model = self._make_model(model)
             self._try_out()
+            if self.options.score_every:
+                self._scorer.try_out()
             self.state = TrainState(self.model, self.options, self.device)
+        self._skipped: list[str] = []  # images that this rank has skipped, and not told the others yet
         about = inputs_of(self.model, self.images, self.labels, self.diffusion)
         self._outputs = Outputs(self.folder, self.options, about, self.settings, self.classes, self.report, change)
 
@@ -187,7 +191,8 @@ class Trainer:
         model of the step with the lowest score; and with `options.tune` tuned/ with step tables of so many calls.
 
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
-        awaited; a second one ends the run at once.
+        awaited; a second one ends the run at once. An exception ends it after a checkpoint of the last step, if
+        its losses are finite, and among several ranks known.
 
         Raises:
             KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.
@@ -237,48 +242,81 @@ class Trainer:
     def _train(self, step: TrainingStep, bar: Bar) -> None:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
-        clock, skipped = Clock(state.step), []
-        each = self.progress and at_hand(self.device, self.ranks)  # the bar gets each step's loss
+        clock = Clock(state.step)
         # In this order the workers end first, while a signal's handler ignores their deaths.
         with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
-            while state.step < options.steps:
-                # Among several ranks none stops before a step: the others would wait for it in theirs.
-                batch = noted.next(read) if self.ranks.size == 1 else next(read)
-                if batch is not None:
-                    step.take(batch.images, batch.labels)
-                    skipped += batch.skipped
-                    if each:
-                        bar.show([step.newest_loss()])
-                    bar.advance()
-                every = {name: getattr(options, name) for name in _INTERVALS}
-                due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
-                last = state.step == options.steps
-                if signal := 0 if last else self.ranks.largest(noted.number):
-                    self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
-                if last and options.score_every:
-                    due |= {"score_every"}
-                if last or signal:
-                    due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
-                if due:
-                    rows = step.log_rows(lambda: checkpoints.newest(self.folder))
-                    if not each:
-                        bar.show(row.loss for row in rows)
-                    speed = clock.steps_per_second(state.step) * options.batch_size
-                    self._note_skipped(skipped)
-                    score = self._scorer.score(self._draw, self.ranks) if "score_every" in due else None
-                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample, score))
-                if signal:
-                    self.report(f"{checkpoints.newest(self.folder)} is written; a resume continues from it")
-                    end(signal)
+            try:
+                self._take_steps(step, bar, clock, noted, read)
+            except Exception as error:
+                self._rescue(step, clock, error)
+                raise
 
-    def _note_skipped(self, skipped: list[str]) -> None:
+    def _take_steps(
+        self, step: TrainingStep, bar: Bar, clock: Clock, noted: NotedSignal, read: Iterator[Batch]
+    ) -> None:
+        options, state, outputs = self.options, self.state, self._outputs
+        each = self.progress and at_hand(self.device, self.ranks)  # the bar gets each step's loss
+        while state.step < options.steps:
+            # Among several ranks none stops before a step: the others would wait for it in theirs.
+            batch = noted.next(read) if self.ranks.size == 1 else next(read)
+            if batch is not None:
+                step.take(batch.images, batch.labels)
+                self._skipped += batch.skipped
+                if each:
+                    bar.show([step.newest_loss()])
+                bar.advance()
+            every = {name: getattr(options, name) for name in _INTERVALS}
+            due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
+            last = state.step == options.steps
+            if signal := 0 if last else self.ranks.largest(noted.number):
+                self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
+            if last and options.score_every:
+                due |= {"score_every"}
+            if last or signal:
+                due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
+            if due:
+                rows = step.log_rows(lambda: checkpoints.newest(self.folder))
+                outputs.add(rows)
+                if not each:
+                    bar.show(row.loss for row in rows)
+                speed = clock.steps_per_second(state.step) * options.batch_size
+                self._note_skipped()
+                score = self._scorer.score(self._draw, self.ranks) if "score_every" in due else None
+                self.ranks.share(partial(outputs.record, state, speed, due, self.sample, score))
+            if signal:
+                self.report(f"{checkpoints.newest(self.folder)} is written; a resume continues from it")
+                end(signal)
+
+    def _rescue(self, step: TrainingStep, clock: Clock, ended_by: Exception) -> None:
+        """Writes a checkpoint before an exception ends the run, unless there is one of the step, and says so.
+
+        Only of weights whose losses are finite. Among several ranks rank 0 writes it without asking the others, of
+        which one may be lost: so only where the losses are known.
+        """
+        state, outputs = self.state, self._outputs
+        alone = self.ranks.size == 1
+        known = alone or (self.ranks.rank == 0 and step.whole and step.losses_known)
+        if outputs.has_tried(state.step) or not known:
+            return
+        try:
+            if not step.whole:
+                raise RuntimeError(f"step {state.step + 1} failed when it had changed the model")
+            if alone:
+                outputs.add(step.log_rows(lambda: checkpoints.newest(self.folder)))
+                self._note_skipped()
+            outputs.rescue(state, clock.steps_per_second(state.step) * self.options.batch_size)
+        except Exception as error:
+            if str(error) != str(ended_by):
+                self.report(f"no checkpoint of step {state.step} could be written: {error}")
+
+    def _note_skipped(self) -> None:
         """Reports images that a rank has skipped for the first time; every rank learns of those of all ranks."""
         if self.options.skip_corrupt:
-            for found in dict.fromkeys(text for own in self.ranks.gather(skipped) for text in own):
+            for found in dict.fromkeys(text for own in self.ranks.gather(self._skipped) for text in own):
                 if found not in self.state.skipped:
                     self.state.skipped[found] = None
                     self.report(f"skipped: {found}")
-        skipped.clear()
+        self._skipped.clear()
 
 
 def train(options: TrainOptions, out: str | os.PathLike[str], **keywords: Any) -> Result:

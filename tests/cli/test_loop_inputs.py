@@ -38,7 +38,7 @@ def files(tmp_path_factory):
     Image.fromarray(mask).save(folder / "mask.png")
     np.save(folder / "noise.npy", random.standard_normal((3, *SHAPE)).astype(np.float32))
     np.save(folder / "small.npy", np.zeros((1, 3, 4, 4), np.float32))
-    np.save(folder / "nan.npy", np.full((1, *SHAPE), np.nan, np.float32))
+    np.save(folder / "huge.npy", np.full((1, *SHAPE), 1e300))
     (folder / "text.txt").touch()
     return folder
 
@@ -203,7 +203,8 @@ BAD = [
     (("--start", "nowhere"), "start: got nowhere, expected a file or a folder that exists"),
     (("--start", "text.txt"), "start: got text.txt, expected a picture, an .npz, an .npy or a folder"),
     (("--start", "small.npy"), "start: small.npy holds 1 samples of 3x4x4, expected 3x8x12"),
-    (("--start", "nan.npy"), "start: nan.npy holds numbers that are not finite"),
+    (("--start", "huge.npy"), "start: huge.npy holds numbers that are not finite"),
+    (("--clip", 1e300, 1e301), "clip_denoised is (1e+300, 1e+301), expected numbers up to 3.40282347e+38"),
     (("--to", "folder"), "to: got folder, expected --start beside it"),
     (("--inpaint", "folder", "--mask", "noise.npy"), "mask: got noise.npy, expected a picture ending in"),
     (("--no-clip", "--clip", -1, 1), "not allowed with argument --no-clip"),
@@ -212,6 +213,7 @@ BAD = [
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("options", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_input_is_one_sentence(files, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(files)

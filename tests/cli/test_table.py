@@ -68,7 +68,17 @@ BAD = [
     (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),
     (("--scheduler", "damaged"), "steps: got none, expected a number of steps for the scheduler of"),
     (("--scheduler", "damaged", "--steps", "3"), "scheduler_config.json is no scheduler's config (KeyError"),
-    (("--scheduler", "other", "--steps", "3"), "scheduler_config.json is for a MyScheduler, which diffusers"),
+    (("--scheduler", "other", "--steps", "3"), "scheduler_config.json is for a MyScheduler, which is no scheduler of"),
+]
+HOSTILE = [
+    ({"_class_name": "UNet2DModel"}, "is for a UNet2DModel, which is no scheduler of diffusers"),
+    ({"_class_name": "ConfigMixin"}, "is for a ConfigMixin, which is no"),
+    ({"_class_name": "VQDiffusionScheduler", "num_vec_classes": 9}, "makes no VQDiffusionScheduler that has a table"),
+    ({"num_train_timesteps": -1}, "has num_train_timesteps -1, expected a whole number from 1 to 1000000"),
+    ({"steps_offset": 10**9}, "has steps_offset 1000000000, expected at most 1000000"),
+    ({"beta_schedule": "unknown"}, "makes no DDIMScheduler that has a table (NotImplementedError: unknown is"),
+    ({"trained_betas": [0.1, 2, 3]}, "has trained_betas that are not numbers in (0, 1]"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1e308}, "makes no FlowMatchEulerDiscreteScheduler"),
 ]
 
 
@@ -80,3 +90,11 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
         (tmp_path / name / "scheduler_config.json").write_text(json.dumps(config))
     check_refused(capsys, message, "table", *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"damaged", "other"}
+
+
+@pytest.mark.parametrize("config, message", HOSTILE)
+def test_a_config_of_a_stranger_makes_a_scheduler_or_one_line(tmp_path, monkeypatch, capsys, config, message):
+    mixin = pytest.importorskip("diffusers").ModelMixin
+    monkeypatch.setattr(mixin, "__init__", lambda *_, **__: pytest.fail("a model was made"))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"} | config))
+    check_refused(capsys, message, "table", "--scheduler", tmp_path, "--steps", 5)

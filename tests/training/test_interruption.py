@@ -1,18 +1,24 @@
-"""Ctrl-C and SIGTERM: the run writes a checkpoint and says so; a second one ends it at once."""
+"""Ctrl-C, SIGTERM and exceptions: the run writes a checkpoint and says so; a second signal ends it at once."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from support import trainer_run
+from support.refused import refused
 from support.trainer_run import make
 
-from ddpm_ext.training import checkpoints, interruption
+from ddpm_ext import GaussianDiffusion
+from ddpm_ext.training import checkpoints, interruption, log, outputs
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.interruption import noted_signals
+from ddpm_ext.training.score import Scorer
+from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -37,11 +43,62 @@ def at(monkeypatch, step, act, owner=TrainingStep, name="take"):
     before = getattr(owner, name)
 
     def method(self, *arguments):
-        if (self.state.step if owner is TrainingStep else arguments[0]) == step:
+        if (self.state.step if owner is TrainingStep else self.step if owner is TrainState else arguments[0]) == step:
             act()
         return before(self, *arguments)
 
     monkeypatch.setattr(owner, name, method)
+
+
+TRACKER = Mock()
+ENDS = {  # by a call of what, and after how many of them
+    "data": (StepBatches, "_read", 12),
+    "model": (GaussianDiffusion, "train_losses", 13),  # after that by which it is tried out
+    "line of the log": (log, "progress_line", 1),
+    "score": (Scorer, "score", 0),
+    "grid": (outputs, "save_grid", 0),
+    "tracker": (TRACKER, "numbers", 1),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_an_exception_ends_a_run_that_is_saved_first(tmp_path, monkeypatch, what):
+    folder, lines, calls = tmp_path / "run", [], itertools.count()
+    options = {"steps": 20, "log_every": 6, "checkpoint_every": 50, "sample_steps": 2, "score_count": 4}
+
+    def fails(*arguments, **keywords):
+        if next(calls) == after:
+            raise OSError("lost")
+        return before(*arguments, **keywords)
+
+    owner, name, after = ENDS[what]
+    before = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr(outputs, "trackers_of", lambda *_: [TRACKER])
+    options |= {"score": {"score_every": 12}, "grid": {"sample_every": 12}}.get(what, {})
+    refused(OSError, "^lost$", make(folder, report=lines.append, **options).fit)
+    path = folder / "checkpoints" / "step-00000012.safetensors"
+    assert checkpoints.newest(folder) == path and lines[-1] == f"{path} is written; a resume continues from it"
+    assert [row["step"] for row in trainer_run.rows(folder)] == [*range(1, 13)]
+    monkeypatch.undo()
+    make(folder, resume=True, **options).fit()
+    make(tmp_path / "straight", **options).fit()
+    trainer_run.assert_same(folder, tmp_path / "straight")
+    assert len(trainer_run.rows(folder)) == 20
+
+
+def test_an_exception_in_the_middle_of_a_step_saves_nothing(tmp_path, monkeypatch):
+    """Nor does one after which the disk is full; what ended the run is raised in any case."""
+    lines, update = [], TrainState.update_averages
+    at(monkeypatch, 12, Mock(side_effect=KeyError("first")), TrainState, "update_averages")
+    refused(KeyError, "first", make(tmp_path / "run", report=lines.append, **OPTIONS).fit)
+    monkeypatch.setattr(TrainState, "update_averages", update)
+    at(monkeypatch, 12, Mock(side_effect=KeyError("first")))
+    monkeypatch.setattr(checkpoints, "save", Mock(side_effect=OSError("full")))
+    refused(KeyError, "first", make(tmp_path / "run", report=lines.append, **OPTIONS).fit)
+    reasons = ("step 13 failed when it had changed the model", "full")
+    assert lines[1::2] == [f"no checkpoint of step 12 could be written: {reason}" for reason in reasons]
+    assert checkpoints.newest(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -114,8 +171,7 @@ def test_signal_that_a_worker_got_first(tmp_path, monkeypatch, comes):
     with pytest.raises(SystemExit if comes else ChildProcessError):
         make(tmp_path / "run", **OPTIONS).fit()
     assert len(waited) == 1
-    newest = checkpoints.newest(tmp_path / "run")
-    assert newest.name == "step-00000012.safetensors" if comes else newest is None
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
 
 
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):

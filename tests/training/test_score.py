@@ -1,5 +1,6 @@
 """Scores of a run's samples: the Fréchet distance, whose features, and the best model that is kept."""
 
+import importlib
 import json
 import sys
 
@@ -156,3 +157,15 @@ def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
     assert diffusers.DDPMPipeline.from_pretrained("run/best").unet.config.sample_size == 8
     assert cli.main(["train", *sizes, "--score-every=2", "--sample-steps=21", "--out", "other"]) == 2
     assert "sample_steps: got 21, expected at most 20" in capsys.readouterr().err
+    for text, *found in (
+        ("raise KeyError('at import')", "wrong raised KeyError\n", 'wrong.py", line 1, in <module>', "at import"),
+        ("def f(images):\n    return images[9]", "wrong:f raised IndexError\n", "line 2, in f", "IndexError: "),
+        ("def f():\n    pass", "wrong:f raised TypeError\n", "TypeError: f() takes 0 positional"),
+    ):
+        (tmp_path / "wrong.py").write_text(text + "\n")
+        sys.modules.pop("wrong", None)
+        importlib.invalidate_caches()
+        assert cli.main(["train", *sizes, *scored[:3], "--features=wrong:f", "--out", "other"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"ddpm-ext train: features: {found[0]}") and not (tmp_path / "other").exists()
+        assert all(part in said for part in found) and "/ddpm_ext/" not in said and "importlib" not in said

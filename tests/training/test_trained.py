@@ -1,6 +1,7 @@
 """training.load: samples of a trained module, of a UNet2DModel, and of a run that is not finished."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,13 @@ def test_unet_needs_no_module(tmp_path):
     trainer.fit()
     assert torch.allclose(training.load(tmp_path / "run").sample(16, **LOOP), trainer.sample(), atol=1e-5)
     refused(ValueError, "is a UNet2DModel, expected no model= beside it", training.load, tmp_path / "run", Tiny())
+    shutil.rmtree(tmp_path / "run" / "unet")  # then from the checkpoint
+    assert training.load(tmp_path / "run").shape == (1, 8, 8)
+    tensors, header = checkpoints.load(checkpoints.newest(tmp_path / "run"))
+    (tmp_path / "run" / "options.json").unlink()
+    header["about"]["the shape of images"] = [1, 200_000, 200_000]
+    checkpoints.save(tmp_path / "run", 2, tensors, header, keep=1)
+    refused(ValueError, "has samples of 200000 by 200000, of which one takes", training.load, tmp_path / "run")
 
 
 def test_refusals(tmp_path):

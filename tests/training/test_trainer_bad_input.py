@@ -20,7 +20,7 @@ from support.refused import refused
 from support.trainer_run import Squares, Tiny, make
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.training import Trainer, batches, checkpoints, log
+from ddpm_ext.training import Trainer, batches, checkpoints, log, outputs
 from ddpm_ext.training.step import TrainingStep
 
 
@@ -271,14 +271,21 @@ def test_resumed_with_something_else(done, options, message):
     assert {path.name for path in changed} <= {".lock"}
 
 
-def test_damaged_newest_checkpoint(done, copied):
-    lines, newest = [], checkpoints.newest(copied)
-    newest.write_bytes(newest.read_bytes()[:-9])
-    make(copied, steps=20, resume=True, report=lines.append).fit()
-    assert lines[0].startswith(f"resume: {newest} is cut short or damaged (")
-    assert lines[1].startswith("resumed at step 10 from ")
-    trainer_run.assert_same(copied, done)
-    checkpoints.load(newest)  # whole again
+KINDS = {"samples", "best", "checkpoints", "tensorboard", "ema-0.5", "tuned", "scheduler"}, {"losses.png", "scores.csv"}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS[0] | KINDS[1]))
+def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(tmp_path, monkeypatch, name):
+    """And a folder in that of a file; folders that are not there are not made, since an empty best is no model."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr(TrainingStep, "take", lambda *_: pytest.fail("a step was taken"))
+    wanted = {"sample_every": 9, "score_every": 9, "sample_steps": 2, "extra_emas": (0.5,), "tensorboard": True}
+    monkeypatch.setattr(outputs, "check_extras", list)
+    trainer = make(folder, tune=(2,), timesteps=100, **wanted)
+    folder.mkdir()
+    (folder / name).touch() if name in KINDS[0] else (folder / name).mkdir()
+    refused(ValueError, rf"^out: .*{name}", trainer.fit)
+    assert {path.name for path in folder.iterdir()} == {name}
 
 
 def test_two_runs_in_a_folder(tmp_path):
@@ -301,16 +308,6 @@ def test_full_disk_at_the_start(tmp_path, monkeypatch):
         monkeypatch.setattr(log.os, "fsync", Mock(side_effect=[None] * (at - 1) + [full]))
         refused(OSError, rf"^{name}: No space left on device$", trainer.fit)
         monkeypatch.undo()
-
-
-def test_log_that_was_cut_short(copied):
-    path = copied / "losses.csv"
-    whole = path.read_text().splitlines(keepends=True)
-    checkpoints.newest(copied).unlink()
-    path.write_text("".join(whole[:13]) + whole[13][:5])
-    make(copied, steps=20, resume=True).fit()
-    again = path.read_text().splitlines(keepends=True)
-    assert [line.split(",")[:4] for line in again] == [line.split(",")[:4] for line in whole]
 
 
 def test_weights_of_a_checkpoint_that_are_not_finite(copied):

@@ -44,6 +44,7 @@ def ended(tmp_path_factory):
     runs["three killed"] = [SAME["three"][1] | {"checkpoint_every": 5, "die_at": 7}] * 3
     runs["command"] = [{"arguments": [*trainer_run.as_arguments(trainer_run.UNET), "--quiet"]}] * 2
     runs["not a number"] = [STEPS, STEPS | {"nan_at": 8}]
+    runs["features"] = [STEPS | SCORED | {"features": "lost", "log_every": 50}] * 2
     codes = trainer_run.in_forks(folder, runs)
     return {name: (folder / name, codes[name]) for name in runs}
 
@@ -120,6 +121,14 @@ def test_loss_that_is_not_finite_on_one_rank_stops_all(ended):
     assert codes == [1, 2]
     message = r"training: the loss is nan at step 8, at timesteps [\d, ]+; nothing was saved yet; a lower lr may help\n"
     assert re.fullmatch(message, said(folder, 0)) and said(folder, 1) == ""
+
+
+def test_the_first_rank_saves_what_scoring_would_lose(ended):
+    folder, codes = ended["features"]
+    assert codes == [1, 1] and ":features_lost raised KeyError\n" in said(folder, 0)
+    path = checkpoints.newest(folder / "run")
+    assert path.name == "step-00000010.safetensors" and len(lines(folder / "run" / "losses.csv")) == 11
+    assert f"{path} is written; a resume continues from it\n" in said(folder, 0, "out") and said(folder, 1, "out") == ""
 
 
 @pytest.fixture
