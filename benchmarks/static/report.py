@@ -31,7 +31,11 @@ class Finding:
 
     @property
     def items(self) -> int:
-        """Elements of a vector: what a turn stores, by their size."""
+        """Elements of a vector: what a turn stores, by their size; of the step with options, which may store a result
+        in several dtypes or twice, what it loads."""
+        if self.variant.op == STEP:
+            loaded = sum(i.global_bits for i in self.path.turn if i.name == "LDG")
+            return loaded // (8 * self.variant.bytes_read)
         stored = sum(i.global_bits for i in self.path.turn if i.name == "STG")
         return stored // (8 * self.variant.bytes_written)
 

@@ -323,7 +323,7 @@ def test_words_are_loaded_ahead_of_the_noise(kernels):
 @EACH
 def test_wide_loads_and_stores(kernels):
     """Of a vector all is stored by 128 bits, and every tensor is loaded so, or by 64 where a wider one is beside it,
-    and nothing else is loaded for it."""
+    and nothing else is loaded for it. The model's next input has a dtype of its own."""
     vector = [kernel for kernel in kernels if kernel.variant.access == "vector"]
     assert vector
     for kernel in vector:
@@ -331,11 +331,13 @@ def test_wide_loads_and_stores(kernels):
         read = kernel.variant.tensors[: -kernel.variant.written]
         bits = [8 * kernel.items * TYPES[tensor][1] for tensor in kernel.variant.tensors]
         # Of four elements of 16 bits, which kernels with many tensors take at once, a word is the half.
-        word = 64 if max(bits) == 64 and kernel.variant.options in ("all options", "guided with x0") else 128
+        options = kernel.variant.options
+        word = 64 if max(bits) == 64 and options in ("all options", "guided with x0", "next input") else 128
         parts = max(bits) // word
         loads = Counter(b // parts for b in bits[: len(read)] for _ in range(parts))
         assert kernel.widths("LDG") == loads, named(kernel)
-        assert kernel.widths("STG").keys() == {word}, named(kernel)
+        stored = {64, 128} if options in ("all options", "next input") else {word}
+        assert kernel.widths("STG").keys() <= stored, named(kernel)
 
 
 # ------------------------------------------------------------------------------------------------------- the loss

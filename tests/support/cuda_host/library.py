@@ -27,7 +27,7 @@ GIVEN_BY = "DDPM_EXT_TEST_CUDA_HOST"  # names a library to be tested in place of
 GIVEN = os.environ.get(GIVEN_BY, "")
 SANITIZED = Path(GIVEN).parent.name == "sanitized"
 
-KERNELS = [*sorted((CSRC / "cuda").glob("*.c*")), FOLDER / "probe.cu"]
+KERNELS = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "host.cpp", FOLDER / "probe.cu"]
 RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "sectors.cpp")]
 # Without library.cpp, since a process can register its operators only once and ddpm_ext's own module has done so.
 TORCH = [*sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"), FOLDER / "module.cpp"]

@@ -49,7 +49,7 @@ void launch(unsigned blocks, unsigned threads, void (*kernel)(Parameters...), Ar
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  ddpm_ext::cuda::check(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace
