@@ -43,36 +43,33 @@ SEED = 11  # none that tables were tuned with
 
 
 @torch.no_grad()
-def draw(model: LoadedModel, guidance: float | None, count: int, batch: int, **loop: Any) -> Tensor:
-    """Samples (count, ...), of all classes in turn."""
-    diffusion, parts = model.settings.diffusion(), []
-    for first in range(0, count, batch):
-        ids = range(first, min(first + batch, count))
-        if model.classes is not None:
-            loop["model_kwargs"] = model.classes.model_kwargs(ids, guided=guidance is not None)
-        parts.append(
-            diffusion.p_sample_loop(
-                model.unet,
-                (len(ids), *model.shape),
-                guidance=guidance,
-                rng=Philox(SEED, sample_ids=first),
-                record="last",
-                progress=False,
-                **loop,
-            )
-        )
-    return torch.cat(parts).clamp(-1, 1)  # type: ignore[arg-type]
+def draw(model: LoadedModel, guidance: float | None, ids: range, **loop: Any) -> Tensor:
+    """The samples with these ids, of all classes in turn."""
+    if model.classes is not None:
+        loop["model_kwargs"] = model.classes.model_kwargs(ids, guided=guidance is not None)
+    drawn = model.settings.diffusion().p_sample_loop(
+        model.unet,
+        (len(ids), *model.shape),
+        guidance=guidance,
+        rng=Philox(SEED, sample_ids=ids.start),
+        record="last",
+        progress=False,
+        **loop,
+    )
+    return drawn.clamp(-1, 1)  # type: ignore[union-attr]
 
 
-def kept(path: Path, make: Callable[[], Tensor], count: int) -> Tensor:
-    """The samples at a path, which are made where there are not as many."""
-    if path.exists() and len(found := np.load(path)) >= count:
-        return torch.from_numpy(found[:count])
-    made = make()
+def kept(path: Path, make: Callable[[range], Tensor], count: int, batch: int) -> Tensor:
+    """The samples at a path. Where there are not as many, the others are made and added to it batch by batch."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as beside, open(beside, "wb") as opened:
-        np.save(opened, made.numpy())
-    return made
+    found = torch.from_numpy(np.load(path)) if path.exists() else None
+    while found is None or len(found) < count:
+        begun = 0 if found is None else len(found)
+        made = make(range(begun, min(begun + batch, count)))
+        found = made if found is None else torch.cat([found, made])
+        with atomic_path(path) as beside, open(beside, "wb") as opened:
+            np.save(opened, found.numpy())
+    return found[:count]
 
 
 def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor], float]:
@@ -96,7 +93,7 @@ def measure(name: str, options: argparse.Namespace) -> Cells:
 
     def samples_of(file: str, loop: dict[str, Any]) -> Tensor:
         path = options.keep / name / f"{file}.npy"
-        return kept(path, lambda: draw(model, GUIDANCE[name], options.num, batch, **loop), options.num)
+        return kept(path, lambda ids: draw(model, GUIDANCE[name], ids, **loop), options.num, batch)
 
     distance = distance_of(name, lambda: samples_of("deis, 100", MANY_STEPS))
     cells: Cells = {}
