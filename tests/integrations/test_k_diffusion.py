@@ -12,19 +12,17 @@ import torch
 from support.launches import launches
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext.integrations import k_diffusion
-from ddpm_ext.integrations.k_diffusion import NAMES, sampler
+from ddpm_ext.integrations.k_diffusion import GUIDED, NAMES, sampler
 from ddpm_ext.integrations.table_levels import table_sigmas
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.tables.levels import LEVELS
-from ddpm_ext.tables.samplers import SAMPLERS
 
 SHAPE = (3, 2, 5)
 SIGMAS = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.0])
 FLOW = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1, 0.0], dtype=torch.float64)
 TWICE = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s", "dpmpp_2s_ancestral")  # call it once in the last step alone
-NOISY = ("ddpm", "sa_solver", *(name for name in NAMES if "ancestral" in name or "sde" in name))
+NOISY = ("ddpm", "lcm", "sa_solver", *(name for name in NAMES if "ancestral" in name or "sde" in name))
 MEAN, DEVIATION = 0.4, 0.25
 
 
@@ -236,15 +234,10 @@ def test_what_is_no_argument():
     assert sampler("DPM++ 2S a").__name__ == "sample_dpmpp_2s_ancestral"
 
 
-def test_samplers_that_read_an_unconditional_output_are_refused(monkeypatch):
-    def guided(grid, *, prediction="eps"):
-        table = SAMPLERS["euler"](grid, prediction=prediction)
-        return dataclasses.replace(table, cu=0.1 * table.c0)
-
-    monkeypatch.setitem(SAMPLERS, "guided", guided)
-    monkeypatch.setattr(k_diffusion, "NAMES", ("guided",))
-    with pytest.raises(ValueError, match="the sampler reads the model's unconditional output"):
-        sampler("guided")(bend, start(), SIGMAS)
+def test_samplers_that_read_an_unconditional_output_are_refused_without():
+    for name in GUIDED:
+        with pytest.raises(ValueError, match="the sampler reads the model's unconditional output"):
+            sampler(name)(bend, start(), SIGMAS)
 
 
 def test_a_function_of_ones_own():
@@ -292,16 +285,16 @@ def test_a_function_that_reads_attributes_of_the_model():
 class KSAMPLER:
     """What ComfyUI's class of this name does with a sampler's function."""
 
-    def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
-        self.sampler_function = sampler_function
+    def __init__(self, sampler_function, extra_options=(), inpaint_options=None):
+        self.sampler_function, self.extra_options = sampler_function, dict(extra_options)
+        self.inpaint_options = inpaint_options
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise):
         def k_callback(info):
             callback(info["i"], info["denoised"], info["x"], len(sigmas) - 1)
 
-        return self.sampler_function(
-            model_wrap, noise, sigmas, extra_args=extra_args, callback=k_callback, disable=True
-        )
+        given = {"extra_args": extra_args, "callback": k_callback, "disable": True}
+        return self.sampler_function(model_wrap, noise, sigmas, **given, **self.extra_options)
 
 
 class Wrapped:
@@ -312,15 +305,25 @@ class Wrapped:
         self.inner_model = types.SimpleNamespace(inner_model=inner)
 
     def __call__(self, x, sigma, model_options, seed):
-        return bend(x, sigma)
+        found = bend(x, sigma)
+        for hook in model_options.get("sampler_post_cfg_function", []):
+            found = hook({"denoised": found, "uncond_denoised": 0.5 * found})
+        return found
 
 
 @pytest.fixture
 def node(root, monkeypatch):
-    comfy, samplers, model_sampling = (types.ModuleType(name) for name in ("comfy", "samplers", "model_sampling"))
-    samplers.KSAMPLER, model_sampling.CONST = KSAMPLER, type("CONST", (), {})
-    comfy.samplers, comfy.model_sampling = samplers, model_sampling
-    for name, module in (("", comfy), (".samplers", samplers), (".model_sampling", model_sampling)):
+    def with_hook(options, hook, disable_cfg1_optimization):
+        return options | {"sampler_post_cfg_function": [hook]}
+
+    comfy = types.ModuleType("comfy")
+    comfy.samplers = types.SimpleNamespace(KSAMPLER=KSAMPLER)
+    comfy.model_sampling = types.SimpleNamespace(CONST=type("CONST", (), {}))
+    comfy.model_patcher = types.SimpleNamespace(set_model_options_post_cfg_function=with_hook)
+    for name, module in {
+        "": comfy,
+        **{f".{name}": each for name, each in vars(comfy).items() if name[0] != "_"},
+    }.items():
         monkeypatch.setitem(sys.modules, f"comfy{name}", module)
     module = types.ModuleType("comfyui_node")
     exec((root / "examples" / "comfyui_node" / "__init__.py").read_text(), module.__dict__)
@@ -336,14 +339,20 @@ def test_comfyui_node(node):
     defaults = {name: options["default"] for name, (_, options) in inputs.items()}
     names = inputs["sampler_name"][0]
     assert defaults["sampler_name"] in names
-    x, told = start(), []
+    x, told, last = start(), [], []
+
+    def keep(x, sigma):
+        last[:] = [bend(x, sigma)]
+        return last[0]
+
     for name in names:
         (made,) = getattr(cls(), cls.FUNCTION)(**defaults | {"sampler_name": name})
         extra_args = {"model_options": {}, "seed": 2**64 - 1}
         found = made.sample(Wrapped(None), SIGMAS, extra_args, lambda *told_of: told.append(told_of), x)
         function = sampler(name)
         eta = {"eta": 1.0} if "eta" in inspect.signature(function).parameters else {}
-        expected = function(bend, x, SIGMAS, disable=True, rng=Philox(2**64 - 1), **eta)
+        more = {"unconditional": lambda: 0.5 * last[0]} if name in GUIDED else {}
+        expected = function(keep, x, SIGMAS, disable=True, rng=Philox(2**64 - 1), **eta, **more)
         assert torch.equal(found, expected)
         assert [(i, count) for i, _, _, count in told[-5:]] == [(i, 5) for i in range(5)]
 
@@ -355,6 +364,35 @@ def test_comfyui_node_recognises_flow(node):
     found = made.sample(Wrapped(node.comfy.model_sampling.CONST()), sigmas, extra_args, lambda *_: None, x)
     assert torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True, flow=True))
     assert not torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True))
+
+
+def test_comfyui_node_takes_another_sampler_with_its_options_and_the_given_sigmas(node):
+    """One whose rows are traced, and one that has our rows: CFG++, whose noise is the unconditional output's."""
+
+    def mine(model, noise, sigmas, extra_args=None, callback=None, disable=None, weight=0.5):
+        for now, after in pairwise(sigmas):
+            m = model(noise, now * noise.new_ones(len(noise)), **extra_args)
+            noise = m + weight * (noise - m) * after / now
+        return noise
+
+    def sample_euler_cfg_pp(model, x, sigmas, extra_args=None):
+        raise AssertionError("the function itself is called")
+
+    x, extra_args = start(torch.float64), {"model_options": {}, "seed": 3}
+    sigmas = torch.tensor([14.0, 5.5, 5.0, 0.7], dtype=torch.float64)  # of no spacing, and not to 0
+
+    def taken(function, **options):
+        (made,) = node.DdpmExtTraced().get_sampler(KSAMPLER(function, options, {"random": True}))
+        assert made.inpaint_options == {"random": True}
+        return made.sample(Wrapped(None), sigmas, extra_args, lambda *_: None, x)
+
+    expected = mine(Wrapped(None), x, sigmas, extra_args, weight=0.25)
+    torch.testing.assert_close(taken(mine, weight=0.25), expected, rtol=1e-13, atol=1e-13)
+    expected = x
+    for now, after in pairwise(sigmas):
+        m = bend(expected, now.expand(3))
+        expected = m + after * (expected - 0.5 * m) / now
+    torch.testing.assert_close(taken(sample_euler_cfg_pp), expected, rtol=1e-13, atol=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
