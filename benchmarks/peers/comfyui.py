@@ -106,7 +106,7 @@ def row(name: str, function: Callable[..., Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of ComfyUI")
-    lines = [f"| sampler | by the node | residual | launches in {STEPS} steps |", "|---|---|---:|---:|"]
+    lines = [f"| sampler | taken | residual | launches in {STEPS} steps |", "|---|---|---:|---:|"]
     lines += [row(*each) for each in sorted(samplers(parser.parse_args().checkout).items())]
     print("\n".join(lines))
 
