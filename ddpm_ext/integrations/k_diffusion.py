@@ -28,31 +28,50 @@ from ddpm_ext.base.optional import counter
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import of_denoiser, table_sigmas
 from ddpm_ext.ops.noise import Philox, rng_of_many
-from ddpm_ext.tables.grid import grid_of_levels
+from ddpm_ext.tables.grid import Grid, grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
 from ddpm_ext.tables.names import find_name, sampler_and_spacing
 from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.ddim import implicit
 from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.trace import follow_function
 from ddpm_ext.tables.trace_function import check_function, checked_sigmas
 
-__all__ = ["NAMES", "sampler"]
+__all__ = ["GUIDED", "NAMES", "sampler"]
 
 Sampler = Callable[..., Tensor]
 
-# By a name of k-diffusion's, with its default.
-RENAMED = {"dpmpp_2s_ancestral": partial(SAMPLERS["dpmpp_2s"], eta=1.0)}
-# Without those that are told their steps by timesteps, that read an unconditional output, and that add steps of their
-# own; "edm" is "heun" with churn.
-LEFT_OUT = ("lcm", "tcd", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp", "edm", "restart")
-NAMES = tuple(name for name in (*SAMPLERS, *RENAMED) if name not in LEFT_OUT)
+
+@at_any_scale
+def _lcm(grid: Grid, *, prediction: str) -> StepTable:
+    """To x0, and back with fresh noise: a consistency model's denoiser has c_skip and c_out in it."""
+    none = torch.zeros_like(grid.now)
+    return implicit(grid, prediction, (1 - grid.after).sqrt(), keep_eps=False, direction=none)
+
+
+def _uni_pc(grid: Grid, *, prediction: str, solver: str) -> StepTable:
+    return SAMPLERS["unipc"](grid, prediction=prediction, order=3, solver=solver)
+
+
+# By a name of k-diffusion's or ComfyUI's, with its default.
+RENAMED: dict[str, Callable[..., StepTable]] = {
+    "dpmpp_2s_ancestral": partial(SAMPLERS["dpmpp_2s"], eta=1.0),
+    "lcm": _lcm,
+    **{f"uni_pc_{solver}": partial(_uni_pc, solver=solver) for solver in ("bh1", "bh2")},
+}
+GUIDED = ("euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp")  # they read an unconditional output
+# Those that are told their steps by timesteps, and that add steps of their own; "edm" is "heun" with churn.
+LEFT_OUT = ("tcd", "edm", "restart")
+NAMES = tuple(name for name in dict.fromkeys([*SAMPLERS, *RENAMED]) if name not in (*LEFT_OUT, *GUIDED))
 CHURNED = ("euler", "heun", "dpm_2")  # Karras et al. 2022, algorithm 2, adds noise before their steps
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # of all samplers that have these parameters
 NEEDLESS = ("keep_eps", "variance")  # there is no clip, and a denoiser has no variance
 NOISE = ("noise_sampler", "rng")
+UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
 ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arguments that SAMPLERS do not have
@@ -84,24 +103,26 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """A sampler with the signature of k-diffusion's: (model, x, sigmas, extra_args=None, callback=None, disable=None).
 
     Args:
-        which: a name of NAMES, also as others write it, such as "DPM++ 2M" or "euler_a"; another name of k-diffusion's,
-            "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is installed; or a function with this signature, whose
-            steps are found by StepTable.trace, while the attributes that it reads of the model are the model's own; or
-            a StepTable, or the path of a saved one (a text that ends in .json, or a Path).
+        which: a name of NAMES or GUIDED, also as others write it, such as "DPM++ 2M" or "euler_a"; another name of
+            k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is installed; or a function with this
+            signature, whose steps are found by StepTable.trace, while the attributes that it reads of the model are the
+            model's own; or a StepTable, or the path of a saved one (a text that ends in .json, or a Path).
 
     A table has its own sigmas: the loop is given the same, `table_sigmas(table)`, or None. Its rows are for any
     samples; those of x0 + sigma eps are taken, and (1 - sigma) x0 + sigma eps where it is a flow's. Predicted clean
     samples are clipped where its notes have a clip.
 
     The result has as further arguments those of the sampler: eta, s_churn, s_tmin, s_tmax, s_noise, order and the like,
-    with k-diffusion's defaults; and these three:
+    with k-diffusion's defaults; and these:
 
         rng: a Philox for the noise, without a draw or a stream of its own. None: one with a seed from torch's default
             CPU generator in each call. So two loops share noise only where they are given the same seed and ids.
         noise_sampler: as k-diffusion's, a function of the sigmas between which a row lies that returns its noise, in
             place of rng.
         flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0; only
-            for NAMES.
+            for NAMES and GUIDED.
+        unconditional: a function without arguments that returns the unconditional clean samples of the model's last
+            call, whose output is the guided ones; for GUIDED, which need it.
 
     x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; elsewhere, and in float64, plain torch
     takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step. No
@@ -128,13 +149,15 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     if callable(which):
         check_function(which)
         name = getattr(which, "__name__", "sample")
-        own = [each for each in inspect.signature(which).parameters.values() if each.name not in (*SIGNATURE, *NOISE)]
+        others = list(inspect.signature(which).parameters.values())[3:]  # some call x otherwise
+        own = [each for each in others if each.name not in (*SIGNATURE, *NOISE)]
         own = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
     else:
         name = f"sample_{which}"
         own = [_parameter(each, default) for each, default in {**_options(which), "flow": False}.items()]
     first = [_parameter(each) for each in SIGNATURE[:3]] + [_parameter(each, None) for each in SIGNATURE[3:]]
-    last = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in NOISE]
+    names = (*NOISE, UNCONDITIONAL) if which in GUIDED else NOISE
+    last = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in names]
     signature = inspect.Signature([*first, *own, *last])
 
     def sample(*args: Any, **kwargs: Any) -> Tensor:
@@ -181,7 +204,7 @@ def _of_table(table: StepTable) -> Sampler:
 
 def _named(name: str) -> str | Sampler:
     """A name of ours, or else k-diffusion's own function. Raises ValueError where there is none."""
-    ours = find_name(name, NAMES)
+    ours = find_name(name, (*NAMES, *GUIDED))
     if ours is not None:
         return ours
     try:
@@ -190,7 +213,7 @@ def _named(name: str) -> str | Sampler:
         found = None
     if found is None:
         try:
-            ours, _ = sampler_and_spacing(name, None, NAMES, SPACINGS)
+            ours, _ = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
         except ValueError as error:
             raise ValueError(f"{error}, or with k-diffusion installed one of its samplers") from None
         raise ValueError(f"sampler is {name!r}, expected {ours!r}: it is given its sigmas, and has no other spacing")
@@ -212,7 +235,7 @@ def _options(name: str) -> dict[str, Any]:
     parameters = inspect.signature(_maker(name)).parameters
     found = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)}
     added = [*CHURN] if name in CHURNED else []
-    added += ["s_noise"] if name in ("ddpm", *CHURNED) or "eta" in found else []
+    added += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in found else []
     added += ["solver_type"] if name == "dpmpp_2m_sde" else []
     return found | {key: ADDED[key] for key in added if key not in found}
 
@@ -281,8 +304,6 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
 
 def _sigma_rows(table: StepTable, begins: list[int]) -> SigmaRows:
     """begins: the row with which each step begins; rows before the first belong to it."""
-    if (table.cu != 0).any():
-        raise ValueError("the sampler reads the model's unconditional output, which a denoiser does not return")
     ends = [*begins[1:], len(table)]
     steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
     return SigmaRows(RowStepper(table), table.timestep, table.noise_after, steps)
@@ -303,6 +324,7 @@ def _sample(
     disable: bool | None,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None,
     rng: Philox | None,
+    unconditional: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     checks.samples("x", x)
     checks.floating("sigmas", sigmas)
@@ -311,6 +333,11 @@ def _sample(
     if sigmas.numel() < 2:  # no step
         return x
     rows = which if isinstance(which, SigmaRows) else _rows_of(which, sigmas, options, model)
+    if unconditional is None and any(kind.guided for kind in rows.stepper.needs):
+        raise ValueError(
+            "the sampler reads the model's unconditional output, which a denoiser does not return, expected "
+            "unconditional=, a function that returns it"
+        )
     if noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (rows.sigma, rows.arrives))
@@ -327,13 +354,15 @@ def _sample(
                     hat = called_with[number]
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})
                     told = True
-            noise: dict[str, Any] = {}
+            more: dict[str, Any] = {}
             x = x.to(torch.promote_types(x.dtype, m.dtype))
             if kind.noisy:
-                noise = {"rng": rng}
+                more = {"rng": rng}
                 if noise_sampler is not None:
-                    noise = {"noise": noise_sampler(called_with[number], arrives[number]).to(x.dtype)}
-            x, kept = rows.stepper.take(number, x, m, ring, **noise)
+                    more = {"noise": noise_sampler(called_with[number], arrives[number]).to(x.dtype)}
+            if kind.guided and unconditional is not None:
+                more["uncond_output"] = unconditional().to(m.dtype)
+            x, kept = rows.stepper.take(number, x, m, ring, **more)
             ring = ring if kept is None else (kept, *ring[:2])
     return x
 

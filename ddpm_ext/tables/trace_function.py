@@ -129,7 +129,10 @@ def _call(
         return observed.draw(x.shape, dtype=x.dtype)
 
     own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
-    return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
+    try:
+        return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
+    except RuntimeError as error:
+        raise ValueError(f"the function raises an error for samples in float64: {error}") from error
 
 
 def _observe(

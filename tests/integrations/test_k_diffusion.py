@@ -1,6 +1,7 @@
 """Samplers with k-diffusion's signature, without k-diffusion: noise, callbacks, dtypes, flow, and wrong input."""
 
 import dataclasses
+import functools
 import inspect
 import math
 import sys
@@ -12,20 +13,17 @@ import torch
 from support.launches import launches
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext.integrations import k_diffusion
-from ddpm_ext.integrations.k_diffusion import NAMES, sampler
+from ddpm_ext.integrations.k_diffusion import GUIDED, NAMES, sampler
 from ddpm_ext.integrations.table_levels import table_sigmas
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.tables.levels import LEVELS
-from ddpm_ext.tables.samplers import SAMPLERS
 
 SHAPE = (3, 2, 5)
 SIGMAS = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.0])
 FLOW = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1, 0.0], dtype=torch.float64)
 TWICE = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s", "dpmpp_2s_ancestral")  # call it once in the last step alone
-NOISY = ("ddpm", "sa_solver", *(name for name in NAMES if "ancestral" in name or "sde" in name))
-MEAN, DEVIATION = 0.4, 0.25
+NOISY = ("ddpm", "lcm", "sa_solver", *(name for name in NAMES if "ancestral" in name or "sde" in name))
 
 
 def start(dtype=torch.float32, scale=14.0):
@@ -39,10 +37,12 @@ def bend(x, sigma, **_):
     return torch.tanh(x / (1 + sigma.reshape(-1, *[1] * (x.dim() - 1))))
 
 
-def exact(x, sigma):
-    """The denoiser of N(MEAN, DEVIATION^2) for samples x0 + sigma eps."""
-    gain = DEVIATION**2 / (DEVIATION**2 + sigma**2)
-    return MEAN + gain.reshape(-1, *[1] * (x.dim() - 1)) * (x - MEAN)
+def weighted(model, noise, sigmas, extra_args=None, callback=None, disable=None, weights=(0.5,)):
+    """A sampler with an option, which asks the model for another where it has one."""
+    for now, after in pairwise(sigmas):
+        m = model(noise, now * noise.new_ones(len(noise)), **(extra_args or {}))
+        noise = m + getattr(model, "weight", 1) * weights[0] * (noise - m) * after / now
+    return noise
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
@@ -88,7 +88,8 @@ def test_samplers_without_noise_draw_none(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_callbacks_and_calls(name):
-    """One callback a step, with what the step's first call of the model got and gave; nothing is overwritten later."""
+    """One callback a step, with what the step's first call of the model got and gave; nothing is overwritten later.
+    A call of the model is a launch."""
     kept, told = [], []
 
     def model(x, sigma, factor):
@@ -96,7 +97,9 @@ def test_callbacks_and_calls(name):
         kept.append((x, x.clone()))
         return bend(x, sigma)
 
-    sampler(name)(model, start(), SIGMAS, {"factor": 2}, told.append, True, rng=Philox(0))
+    with launches() as launched:
+        sampler(name)(model, start(), SIGMAS, {"factor": 2}, told.append, True, rng=Philox(0))
+    assert len(launched) == len(kept)
     assert [info["i"] for info in told] == list(range(5))
     for info in told:
         assert info.keys() == {"x", "i", "sigma", "sigma_hat", "denoised"}
@@ -104,14 +107,6 @@ def test_callbacks_and_calls(name):
         torch.testing.assert_close(info["denoised"], bend(info["x"], info["sigma"].expand(3)))
     assert all(torch.equal(x, copy) for x, copy in kept)
     assert len(kept) == ({"plms": 6} | dict.fromkeys(TWICE, 9)).get(name, 5)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_launch_a_row(name):
-    calls = []
-    with launches() as launched:
-        sampler(name)(lambda x, sigma: calls.append(1) or bend(x, sigma), start(), SIGMAS, disable=True)
-    assert len(launched) == len(calls)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,17 +177,6 @@ def test_flow_is_the_same_process_at_another_scale(name):
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
-def test_order_of_convergence(name, order):
-    """To the probability flow of Gaussian data, along which a sample stays as many deviations from the mean."""
-    first, last, z, errors = 10.0, 0.1, start(torch.float64, scale=1.0), []
-    for steps in (160, 320):
-        sigmas = torch.linspace(math.log(first), math.log(last), steps + 1, dtype=torch.float64).exp()
-        found = sampler(name)(exact, MEAN + math.hypot(DEVIATION, first) * z, sigmas, disable=True)
-        errors.append((found - MEAN - math.hypot(DEVIATION, last) * z).abs().max().item())
-    assert math.log2(errors[0] / errors[1]) > order - 0.2
-
-
 # -------------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -236,54 +220,24 @@ def test_what_is_no_argument():
     assert sampler("DPM++ 2S a").__name__ == "sample_dpmpp_2s_ancestral"
 
 
-def test_samplers_that_read_an_unconditional_output_are_refused(monkeypatch):
-    def guided(grid, *, prediction="eps"):
-        table = SAMPLERS["euler"](grid, prediction=prediction)
-        return dataclasses.replace(table, cu=0.1 * table.c0)
-
-    monkeypatch.setitem(SAMPLERS, "guided", guided)
-    monkeypatch.setattr(k_diffusion, "NAMES", ("guided",))
-    with pytest.raises(ValueError, match="the sampler reads the model's unconditional output"):
-        sampler("guided")(bend, start(), SIGMAS)
+def test_samplers_that_read_an_unconditional_output_are_refused_without():
+    for name in GUIDED:
+        with pytest.raises(ValueError, match="the sampler reads the model's unconditional output"):
+            sampler(name)(bend, start(), SIGMAS)
 
 
 def test_a_function_of_ones_own():
-    def mine(model, x, sigmas, extra_args=None, callback=None, disable=None, weights=(0.5,)):
-        for now, after in pairwise(sigmas):
-            m = model(x, now * x.new_ones(len(x)), **extra_args)
-            x = m + (1 - weights[0]) * (x - m) * after / now
-        return x
-
-    found = sampler(mine)
-    assert list(inspect.signature(found).parameters)[:7] == list(inspect.signature(mine).parameters)
-    x = start(torch.float64)
+    """As ComfyUI's do, it calls x otherwise and may ask the model, so that each call is traced with its own model."""
+    found, x = sampler(weighted), start(torch.float64)
     for weights in ((0.25,), [0.25], [0.75]):  # a list has no hash
-        expected = mine(bend, x, SIGMAS.double(), {}, weights=weights)
-        torch.testing.assert_close(
-            found(bend, x, SIGMAS, weights=weights, disable=True), expected, rtol=1e-13, atol=1e-13
-        )
-
-
-def test_a_function_that_reads_attributes_of_the_model():
-    """As ComfyUI's do, which ask for the model's kind: each call is traced with its own model."""
-
-    def mine(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        for now, after in pairwise(sigmas):
-            m = model(x, now * x.new_ones(len(x)))
-            x = m + model.inner_model.weight * (x - m) * after / now
-        return x
-
-    class Model:
-        def __init__(self, weight):
-            self.inner_model = types.SimpleNamespace(weight=weight)
-
-        def __call__(self, x, sigma):
-            return bend(x, sigma)
-
-    x = start(torch.float64)
-    for weight in (0.5, 0.25):
-        found = sampler(mine)(Model(weight), x, SIGMAS, disable=True)
-        torch.testing.assert_close(found, mine(Model(weight), x, SIGMAS.double()), rtol=1e-13, atol=1e-13)
+        for weight in (1, 0.5):
+            model = functools.partial(bend)
+            model.weight = weight
+            expected = weighted(model, x, SIGMAS.double(), weights=weights)
+            torch.testing.assert_close(
+                found(model, x, SIGMAS, weights=weights, disable=True), expected, rtol=1e-13, atol=1e-13
+            )
+    assert list(inspect.signature(found).parameters)[:3] == ["model", "x", "sigmas"]
 
 
 # ------------------------------------------------------------------------------------------------------------ ComfyUI
@@ -292,16 +246,16 @@ def test_a_function_that_reads_attributes_of_the_model():
 class KSAMPLER:
     """What ComfyUI's class of this name does with a sampler's function."""
 
-    def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
-        self.sampler_function = sampler_function
+    def __init__(self, sampler_function, extra_options=(), inpaint_options=None):
+        self.sampler_function, self.extra_options = sampler_function, dict(extra_options)
+        self.inpaint_options = inpaint_options
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise):
         def k_callback(info):
             callback(info["i"], info["denoised"], info["x"], len(sigmas) - 1)
 
-        return self.sampler_function(
-            model_wrap, noise, sigmas, extra_args=extra_args, callback=k_callback, disable=True
-        )
+        given = {"extra_args": extra_args, "callback": k_callback, "disable": True}
+        return self.sampler_function(model_wrap, noise, sigmas, **given, **self.extra_options)
 
 
 class Wrapped:
@@ -312,15 +266,25 @@ class Wrapped:
         self.inner_model = types.SimpleNamespace(inner_model=inner)
 
     def __call__(self, x, sigma, model_options, seed):
-        return bend(x, sigma)
+        found = bend(x, sigma)
+        for hook in model_options.get("sampler_post_cfg_function", []):
+            found = hook({"denoised": found, "uncond_denoised": 0.5 * found})
+        return found
 
 
 @pytest.fixture
 def node(root, monkeypatch):
-    comfy, samplers, model_sampling = (types.ModuleType(name) for name in ("comfy", "samplers", "model_sampling"))
-    samplers.KSAMPLER, model_sampling.CONST = KSAMPLER, type("CONST", (), {})
-    comfy.samplers, comfy.model_sampling = samplers, model_sampling
-    for name, module in (("", comfy), (".samplers", samplers), (".model_sampling", model_sampling)):
+    def with_hook(options, hook, disable_cfg1_optimization):
+        return options | {"sampler_post_cfg_function": [hook]}
+
+    comfy = types.ModuleType("comfy")
+    comfy.samplers = types.SimpleNamespace(KSAMPLER=KSAMPLER)
+    comfy.model_sampling = types.SimpleNamespace(CONST=type("CONST", (), {}))
+    comfy.model_patcher = types.SimpleNamespace(set_model_options_post_cfg_function=with_hook)
+    for name, module in {
+        "": comfy,
+        **{f".{name}": each for name, each in vars(comfy).items() if name[0] != "_"},
+    }.items():
         monkeypatch.setitem(sys.modules, f"comfy{name}", module)
     module = types.ModuleType("comfyui_node")
     exec((root / "examples" / "comfyui_node" / "__init__.py").read_text(), module.__dict__)
@@ -336,14 +300,20 @@ def test_comfyui_node(node):
     defaults = {name: options["default"] for name, (_, options) in inputs.items()}
     names = inputs["sampler_name"][0]
     assert defaults["sampler_name"] in names
-    x, told = start(), []
+    x, told, last = start(), [], []
+
+    def keep(x, sigma):
+        last[:] = [bend(x, sigma)]
+        return last[0]
+
     for name in names:
         (made,) = getattr(cls(), cls.FUNCTION)(**defaults | {"sampler_name": name})
         extra_args = {"model_options": {}, "seed": 2**64 - 1}
         found = made.sample(Wrapped(None), SIGMAS, extra_args, lambda *told_of: told.append(told_of), x)
         function = sampler(name)
         eta = {"eta": 1.0} if "eta" in inspect.signature(function).parameters else {}
-        expected = function(bend, x, SIGMAS, disable=True, rng=Philox(2**64 - 1), **eta)
+        more = {"unconditional": lambda: 0.5 * last[0]} if name in GUIDED else {}
+        expected = function(keep, x, SIGMAS, disable=True, rng=Philox(2**64 - 1), **eta, **more)
         assert torch.equal(found, expected)
         assert [(i, count) for i, _, _, count in told[-5:]] == [(i, 5) for i in range(5)]
 
@@ -355,6 +325,29 @@ def test_comfyui_node_recognises_flow(node):
     found = made.sample(Wrapped(node.comfy.model_sampling.CONST()), sigmas, extra_args, lambda *_: None, x)
     assert torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True, flow=True))
     assert not torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True))
+
+
+def test_comfyui_node_takes_another_sampler_with_its_options_and_the_given_sigmas(node):
+    """One whose rows are traced, and one that has our rows: CFG++, whose noise is the unconditional output's."""
+
+    def sample_euler_cfg_pp(model, x, sigmas, extra_args=None):
+        raise AssertionError("the function itself is called")
+
+    x, extra_args = start(torch.float64), {"model_options": {}, "seed": 3}
+    sigmas = torch.tensor([14.0, 5.5, 5.0, 0.7], dtype=torch.float64)  # of no spacing, and not to 0
+
+    def taken(function, **options):
+        (made,) = node.DdpmExtTraced().get_sampler(KSAMPLER(function, options, {"random": True}))
+        assert made.inpaint_options == {"random": True}
+        return made.sample(Wrapped(None), sigmas, extra_args, lambda *_: None, x)
+
+    expected = weighted(Wrapped(None), x, sigmas, extra_args, weights=(0.25,))
+    torch.testing.assert_close(taken(weighted, weights=(0.25,)), expected, rtol=1e-13, atol=1e-13)
+    expected = x
+    for now, after in pairwise(sigmas):
+        m = bend(expected, now.expand(3))
+        expected = m + after * (expected - 0.5 * m) / now
+    torch.testing.assert_close(taken(sample_euler_cfg_pp), expected, rtol=1e-13, atol=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables

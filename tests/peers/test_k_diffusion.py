@@ -204,14 +204,6 @@ def test_every_function_is_tried(sampling):
     assert found == {name for name, *_ in TRACED} | {"dpm_fast", "dpm_adaptive"}
 
 
-def test_what_is_refused(sampling):
-    for name in ("dpm_fast", "dpm_adaptive"):
-        with pytest.raises(
-            TypeError, match=r"is a function of model, x, sigma_min .*, expected one of model, x and sigmas"
-        ):
-            sampler(getattr(sampling, f"sample_{name}"))
-
-
 def test_names_of_an_installed_k_diffusion(sampling, monkeypatch):
     with pytest.raises(
         ValueError, match=r"sampler is 'dpmpp_sde', expected .*'dpmpp_2m_sde'.* or with k-diffusion installed"

@@ -9,7 +9,7 @@ from support.pasted import BLOCK, paste
 
 from ddpm_ext.cli.arguments import SPACING_NAMES
 from ddpm_ext.cli.main import build_parser
-from ddpm_ext.integrations.k_diffusion import NAMES
+from ddpm_ext.integrations.k_diffusion import GUIDED, NAMES
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.samplers import SAMPLERS
@@ -65,9 +65,9 @@ def test_every_choice_is_documented(root):
     for spacing, timesteps in rows:
         steps = None if spacing[-1].isdigit() else 5
         assert spaced_timesteps(1000, steps, spacing).tolist() == [int(t) for t in timesteps.split()]
-    section = (root / "docs" / "migrate.md").read_text().partition("## From k-diffusion")[2]
-    named = re.findall(r"`(\w+)`", section.partition("among them")[2].partition("Any function")[0])
-    assert len(named) == 10 and set(named) <= set(NAMES)
+    section = (root / "docs" / "k_diffusion.md").read_text().partition("among them")[2].partition("Their loops")[0]
+    named = set(re.findall(r"[ (]`(\w+)`", section)) - {"GUIDED"}
+    assert len(named) == 16 and set(GUIDED) <= named <= {*NAMES, *GUIDED}
 
 
 def test_paths_that_the_pages_name_exist(root):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext.integrations.diffusers.custom_timesteps import with_timesteps
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
@@ -55,6 +56,8 @@ class TracedScheduler(Forward):
         super().__init_subclass__()
         peer = vars(cls).get("_peer")
         step = getattr(peer, step_name(peer), None)
+        if peer is not None and hasattr(peer, "set_timesteps"):
+            cls.set_timesteps = with_timesteps(peer, cls.set_timesteps)  # type: ignore[attr-defined]
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
             cls._inputs = input_names([parameter.name for parameter in parameters])
