@@ -251,9 +251,9 @@ class StepTable:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
-        ones = np.ones(len(self))
-        w = torch.from_numpy(numbers("guidance", ones if guidance is None else guidance, len(self)))
-        loops = {"w": w, "c_in": torch.from_numpy(ones)}  # which are no columns
+        ones = torch.from_numpy(np.ones(len(self)))
+        w = ones if guidance is None else torch.from_numpy(numbers("guidance", guidance, len(self)))
+        loops = {"w": w, "c_in": ones}  # which are no columns
         columns = [loops[name] if name in loops else getattr(self, name) for name in ROW]
         if self.timestep.device.type != "cpu":
             columns = [column.cpu() for column in columns]
