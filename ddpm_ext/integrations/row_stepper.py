@@ -15,6 +15,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.ops.row import ROW
 from ddpm_ext.ops.table_step import CalledTableStep
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import KernelTables
@@ -42,6 +43,7 @@ class RowStepper:
     """
 
     scales: Any = None
+    _c_in: Tensor | None = None
 
     def __init__(
         self,
@@ -52,7 +54,9 @@ class RowStepper:
     ) -> None:
         self.table, self.clip, self.threshold = table, clip, threshold
         self.needs = row_needs(table)
-        self._tables = KernelTables(table)
+        cpu = torch.device("cpu")
+        with torch.inference_mode(False):
+            self._packed = {(cpu, torch.float32): table.packed(cpu)}
         self._quiet_steps: dict[tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         self._reads = [[k for k, is_read in enumerate(needs.history) if is_read] for needs in self.needs]
@@ -61,16 +65,17 @@ class RowStepper:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without steps for devices that may not be there when they are unpickled."""
-        return {**self.__dict__, "_quiet_steps": {}}
+        """Without what is for devices that may not be there when they are unpickled."""
+        packed = {key: rows for key, rows in self._packed.items() if key[0].type == "cpu"}
+        return {**self.__dict__, "_packed": packed, "_quiet_steps": {}}
 
     def for_inputs(self, c_in: Tensor) -> RowStepper:
         """The same rows, which can also write the model's next input, by `model_input`: c_in[i] times row i's sample.
 
-        c_in: float64 (rows,).
+        c_in: (rows,).
         """
         made = copy.copy(self)
-        made._tables = self._tables.for_inputs(c_in)  # noqa: SLF001 (of this class)
+        made.__dict__.update(_c_in=c_in, _packed={}, _quiet_steps={})
         return made
 
     def take(
@@ -113,11 +118,25 @@ class RowStepper:
 
     def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
-        table = self._tables.get("steps", device, checks.compute_dtype(dtype))
-        step = operators.TableStep(table, clip=self.clip, rng=rng, add_noise=rng is not None)
+        rows = self._rows(device, checks.compute_dtype(dtype))
+        step = operators.TableStep(rows, clip=self.clip, rng=rng, add_noise=rng is not None)
         if rng is None:
             self._quiet_steps[device, dtype] = step
         return step
+
+    def _rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The rows as the kernels read them, which are made once for each device."""
+        rows = self._packed.get((device, dtype))
+        if rows is None:
+            with torch.inference_mode(False):  # Inference tensors could not be saved for a backward pass later on.
+                rows = self.table.packed("cpu", dtype)
+                if self._c_in is not None:
+                    rows[:, ROW.index("c_in")] = self._c_in
+                rows = rows.to(device)
+            # A tensor that was made within a function transform or a fake mode is of no use after it.
+            if checks.is_plain(rows):
+                self._packed[device, dtype] = rows
+        return rows
 
 
 def clip_in_notes(table: StepTable, clip: Clip | None, threshold: DynamicThreshold | None = None) -> Clip | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -73,18 +71,6 @@ class KernelTables(DeviceTables):
     def __len__(self) -> int:
         """How many rows the step table has."""
         return len(self.timesteps(torch.device("cpu")))
-
-    def for_inputs(self, c_in: Tensor) -> KernelTables:
-        """The same rows, of which row i also scales what the model is called with next by c_in[i]; (rows,)."""
-        made = copy.copy(self)
-        on_cpu = {key: table for key, table in self._tables.items() if key[1].type == "cpu"}
-        with torch.inference_mode(False):
-            for key, table in on_cpu.items():
-                if key[0] == "steps":
-                    on_cpu[key] = table.clone()
-                    on_cpu[key][:, ROW.index("c_in")] = c_in
-        made._tables = on_cpu  # noqa: SLF001 (of this class)
-        return made
 
     def timesteps(self, device: torch.device) -> Tensor:
         """(rows,), int64, or float32 where timesteps lie between the schedule's own."""

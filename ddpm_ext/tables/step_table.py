@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import os
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, overload
@@ -46,6 +46,7 @@ from ddpm_ext.tables.step_table_columns import (
     NEEDED,
     NOT_PLAIN,
     OPTIONAL,
+    Array,
     Column,
     Values,
     check_float32,
@@ -250,9 +251,9 @@ class StepTable:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
-        ones = np.ones(len(self))
-        w = torch.from_numpy(numbers("guidance", ones if guidance is None else guidance, len(self)))
-        loops = {"w": w, "c_in": torch.from_numpy(ones)}  # which are no columns
+        ones = torch.from_numpy(np.ones(len(self)))
+        w = ones if guidance is None else torch.from_numpy(numbers("guidance", guidance, len(self)))
+        loops = {"w": w, "c_in": ones}  # which are no columns
         columns = [loops[name] if name in loops else getattr(self, name) for name in ROW]
         if self.timestep.device.type != "cpu":
             columns = [column.cpu() for column in columns]
@@ -385,6 +386,18 @@ ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
+
+
+def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
+    """The table of columns that need no check, which are not copied: float64 (rows,), finite, of which nobody has
+    others; those that are missing are zeros. timestep and draw are integers or floats as StepTable has them."""
+    table = object.__new__(StepTable)
+    object.__setattr__(table, "notes", {})
+    zeros = np.zeros(len(columns["timestep"]))
+    with torch.inference_mode(False):
+        for name in COLUMNS:
+            object.__setattr__(table, name, torch.from_numpy(columns.get(name, zeros)))
+    return table
 
 
 class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]

@@ -41,6 +41,7 @@ class TraceResult(NamedTuple):
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
         begins: the rows with which the steps of a function begin, as its callback tells.
         asks: whether a function read attributes of the model.
+        scales: for each step, what its sample is multiplied by for the model; None where it is not.
         read: the attributes of the scheduler that its steps read before they wrote them; None: nobody knows.
     """
 
@@ -51,6 +52,7 @@ class TraceResult(NamedTuple):
     noise: list[int | None]
     given: list[list[int]]
     second: bool
+    scales: Array | None = None
     begins: tuple[int, ...] = ()
     asks: bool = False
     read: frozenset[str] | None = None
@@ -178,7 +180,7 @@ def _proven(rows: Columns, clip: Clip | None, linear: Linear, trial: Trial, numb
     if linear.run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
     columns = {"timestep": times} | rows
-    return TraceResult(columns, clip, residual, trial.steps, linear.noise, linear.given, linear.second)
+    return TraceResult(columns, clip, residual, trial.steps, linear.noise, linear.given, linear.second, trial.scales)
 
 
 # ------------------------------------------------------------------------------------------------------------ clips

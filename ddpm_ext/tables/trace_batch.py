@@ -20,6 +20,7 @@ RANDOM = 48  # random samples of a kind
 LINEAR = 1e-10  # the largest relative residual of a step
 ROUNDED = 1e-5  # the same where a sampler computes in float32, whatever it is given
 UNIT = 2.0**-20  # the length of unit vectors: so short that no clip touches them, and exact to divide by
+EXACT = 1e-12  # how far the model's input may be from a factor times the sample, relatively
 DRAWS = 1, 4, 16  # draws of noise in a step for which there are unit vectors, tried in turn
 
 
@@ -56,6 +57,8 @@ class Trial(NamedTuple):
         second: the same as `prev` for the second tensor, where a step returns one.
         follows: random samples, each made of the one before by the loop's own steps.
         loose: two loops of random samples that do not follow from each other, in a loop that may clip.
+        scales: (steps,), what each step's sample is multiplied by for the model, 1 for the first; None where it is not
+            multiplied, or something else is done to it.
     """
 
     steps: list[Step]
@@ -64,6 +67,7 @@ class Trial(NamedTuple):
     second: list[Array | None]
     follows: Numbers
     loose: tuple[Numbers, ...]
+    scales: Array | None
 
     @classmethod
     def of(cls, run: Run) -> Trial:
@@ -94,21 +98,21 @@ class Trial(NamedTuple):
 
         def inputs(count: int, first: int, scale: float) -> Array:
             made = np.zeros((count, random.stop))
-            made[range(count), range(first, first + count)] = UNIT
+            made[:, first : first + count].flat[:: count + 1] = UNIT
             made[:, random] = scale * generator.standard_normal((count, random.stop - random.start))
             return made
 
         x, m, z = inputs(n, 0, size), inputs(n, n, size), inputs(most_draws * n, 2 * n, 1.0)
         shape = random.stop, *[1] * (run.dims - 1)
         # The loop's own copies, of which it gets one after the other.
-        xs, ms, zs = (torch.from_numpy(each.copy()).reshape(-1, *shape).unbind() for each in (x, m, z))
+        own = x.copy()
+        xs, ms, zs = (torch.from_numpy(each).reshape(-1, *shape).unbind() for each in (own, m.copy(), z.copy()))
         drawn, prev = iter(zs), []
 
         def sample(i: int, before: Tensor | None) -> Tensor:
             if before is not None:
                 prev.append(flat(before))
-                x[i, following] = prev[-1][following]
-                xs[i].numpy().reshape(-1)[following] = x[i, following]
+                own[i, following] = x[i, following] = prev[-1][following]
             return xs[i]
 
         def noise() -> Tensor:
@@ -138,13 +142,25 @@ class Trial(NamedTuple):
             [None if found is None else found[:count] / UNIT for found in second],
             numbers(parts[0]),
             tuple(map(numbers, parts[1:])),
+            _scales(x, [each.scaled for each in taken]),
         )
+
+
+def _scales(x: Array, scaled: list[Any]) -> Array | None:
+    """Trial.scales, of samples (steps, batch) and what was made of each."""
+    if len(scaled) == 1 or not all(isinstance(each, Tensor) and each.dtype == torch.float64 for each in scaled[1:]):
+        return None
+    results = np.stack([x[0], *map(flat, scaled[1:])])
+    steps = np.arange(len(x))
+    factors = results[steps, steps] / UNIT
+    made = factors[:, None] * x
+    return factors if (np.abs(results - made) <= EXACT * np.abs(made)).all() else None
 
 
 def flat(x: Tensor) -> Array:
     if x.dim() == 0 or x.numel() != x.shape[0]:
         raise ValueError(f"a step returns a tensor of shape {tuple(x.shape)} for samples of one number each")
-    return x.detach().double().numpy().reshape(-1)
+    return x.double().numpy(force=True).reshape(-1)
 
 
 def relative(error: Array, parts: Array) -> Array:

@@ -56,16 +56,16 @@ class Linear:
             linear = rest.max(1) <= LINEAR * np.abs(own).max(1)
             self.clean[found] = np.where(linear[:, None], own, 0)
             self.second = len(found) == n and bool(linear.all())
-        draws = [self._draws_of(i, counts[i], step.given) for i, step in enumerate(trial.steps)]
+        bounds = (NEGLIGIBLE * np.abs(self.prev).max(1)).tolist()
+        draws = [self._draws_of(i, counts[i], step.given, bounds[i]) for i, step in enumerate(trial.steps)]
         self.noise = [z for z, _ in draws]
         self.given = [given for _, given in draws]
 
-    def _draws_of(self, i: int, draws: int, given: int) -> tuple[int | None, list[int]]:
-        """The draw that is a step's z, and the others that it reads, all among the first `given`."""
-        if not draws:
-            return None, []
-        factors = np.abs(self.prev[i, self.first_draw[i] : self.first_draw[i] + draws])
-        used = [int(draw) for draw in np.flatnonzero(factors > NEGLIGIBLE * np.abs(self.prev[i]).max())]
+    def _draws_of(self, i: int, draws: int, given: int, bound: float) -> tuple[int | None, list[int]]:
+        """The draw that is a step's z, and the others that it reads, all among the first `given`. bound: what the
+        factors of those exceed."""
+        factors = self.prev[i, self.first_draw[i] : self.first_draw[i] + draws].tolist()
+        used = [draw for draw, factor in enumerate(factors) if abs(factor) > bound]
         drawn = [draw for draw in used if draw >= given]
         if len(drawn) > 1:
             raise ValueError(f"{at(self, i)}, adds {len(drawn)} draws of noise, expected at most 1")

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Step(NamedTuple):
         stores: whether it stores anything else than `state`, such as a tensor.
         holds_output: whether a list of the scheduler's then holds the very tensor that is the model's output.
         given: how many of `draws` are tensors that it was given.
+        scaling: the attributes that scale_model_input changed before it.
     """
 
     result: Result
@@ -72,14 +74,17 @@ class Step(NamedTuple):
     stores: bool = False
     holds_output: bool = False
     given: int = 0
+    scaling: Mapping[str, Any] = MappingProxyType({})
 
 
 class Taken(NamedTuple):
-    """A step, the next sample, and the other tensor that it returned."""
+    """A step, the next sample, the other tensor that it returned, and what scale_model_input made of its sample before
+    it; None where that returned the sample itself, or wrote to it."""
 
     step: Step
     prev: Tensor
     second: Tensor | None
+    scaled: Tensor | None = None
 
 
 Samples = Callable[[int, Tensor | None], Tensor]
@@ -242,8 +247,14 @@ def observe(
             if i:
                 x = samples(i, made[-1].prev)
             m = outputs(i).as_subclass(Wide) if wide else outputs(i)
+            scaled, scaling = None, {}
             if scale is not None:
-                scale(x.clone(), t)
+                before, given_x = vars(own).copy(), x.clone()
+                scaled = scale(given_x, t)
+                if scaled is given_x or given_x._version:
+                    scaled = None
+                else:
+                    scaling = changed(own, before if watch is None else watch.loaded | before)
             drawn = len(observed.draws)
             for name in given:
                 arguments[name] = observed.draw(x.shape, dtype=x.dtype)
@@ -260,8 +271,8 @@ def observe(
                 result = first
             elif tuples and "return_dict" in parameters:
                 arguments.setdefault("return_dict", False)
-            taken = _step_of(own, result, m, before, observed.draws[drawn:], len(given))
-            made.append(Taken(taken, prev, second))
+            taken = _step_of(own, result, m, before, observed.draws[drawn:], len(given), scaling)
+            made.append(Taken(taken, prev, second, scaled))
     return made
 
 
@@ -276,17 +287,35 @@ def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
+def changed(own: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of an object that are not those of `before`."""
+    return {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
+
+
 def _step_of(
-    own: Any, result: Result, m: Tensor, before: Mapping[str, Any], draws: list[torch.dtype], given: int
+    own: Any,
+    result: Result,
+    m: Tensor,
+    before: Mapping[str, Any],
+    draws: list[torch.dtype],
+    given: int,
+    scaling: Mapping[str, Any],
 ) -> Step:
     """What a step did to a scheduler, whose attributes were `before`. m: the model's output."""
-    attributes, shape = vars(own), m.shape
-    changes = {name: value for name, value in attributes.items() if before.get(name, before) is not value}
-    state = {name: value for name, value in changes.items() if is_simple(value)}
-    lists = [value for value in attributes.values() if type(value) is list]
-    tensors = [name for name, value in attributes.items() if isinstance(value, Tensor) and value.shape == shape]
-    stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
-    return Step(result, draws, state, tensors, stores, any(x is m for values in lists for x in values), given)
+    shape, state, tensors = m.shape, {}, []
+    stores = holds_output = False
+    for name, value in vars(own).items():
+        if type(value) is list:
+            stores = stores or any(isinstance(x, Tensor) for x in value)
+            holds_output = holds_output or any(x is m for x in value)
+        elif isinstance(value, Tensor) and value.shape == shape:
+            tensors.append(name)
+        if before.get(name, before) is not value:
+            if is_simple(value):
+                state[name] = value
+            else:
+                stores = True
+    return Step(result, draws, state, tensors, stores, holds_output, given, scaling)
 
 
 def _parts(returned: Any) -> tuple[Result, Tensor, Tensor | None]:

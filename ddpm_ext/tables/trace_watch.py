@@ -23,6 +23,7 @@ UNSEEN = {
 }  # fmt: skip
 OWN_WAYS = {"__init_subclass__", "__new__", "__setattr__", "__getattribute__", "__slots__"}
 MISSING = object()
+SIMPLE = bool, int, float, str
 
 
 class Wide(Tensor):
@@ -98,8 +99,10 @@ def copied(value: Any) -> Any:
         return value.detach().cpu().clone()
     if is_simple(value):
         return value
-    if isinstance(value, dict) and all(map(_is_constant, (*value.values(), *getattr(value, "__dict__", {}).values()))):
-        return copy.copy(value)  # in a twentieth of the time
+    if isinstance(value, dict):
+        held = (*value.values(), *getattr(value, "__dict__", {}).values())
+        if all([type(x) in SIMPLE or _is_constant(x) for x in held]):
+            return copy.copy(value)  # in a twentieth of the time
     return copy.deepcopy(value)
 
 
@@ -110,9 +113,7 @@ def _is_constant(value: object) -> bool:
 
 def is_simple(value: object) -> bool:
     """Whether it is a number, also in a tensor, a string or None."""
-    return (
-        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
-    )
+    return value is None or isinstance(value, SIMPLE) or (isinstance(value, Tensor) and not value.dim())
 
 
 class _Known(NamedTuple):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_rows import TracedRows
 from ddpm_ext.integrations.row_stepper import RowStepper
-from ddpm_ext.integrations.shared import new
 from ddpm_ext.integrations.tensors import DTYPES
 
-PROBE = (1.0, -3.0, 0.0, 0.1)
-EXACT = 1e-12  # how far scale_model_input may be from a factor, relatively
+SIMPLE = {bool, int, float, str, type(None)}  # values that need no copy
 
 
 class InputScales(NamedTuple):
@@ -27,7 +27,7 @@ class InputScales(NamedTuple):
 
     stepper: RowStepper
     factors: list[float]
-    changes: list[dict[str, Any]]
+    changes: list[Mapping[str, Any]]
 
     @staticmethod
     def take(*args: Any) -> bool:
@@ -37,8 +37,7 @@ class InputScales(NamedTuple):
 
 
 def scales_of(rows: TracedRows) -> InputScales | None:
-    """The factor of each row, found by the class's own scale_model_input of numbers of which one is 0. None where it
-    does anything else with a sample than to multiply it."""
+    """Those that tracing found. None where scale_model_input does anything else with a sample than to multiply it."""
     stepper = rows.stepper
     if stepper.scales is None:
         stepper.scales = _scales(rows) or False
@@ -46,33 +45,9 @@ def scales_of(rows: TracedRows) -> InputScales | None:
 
 
 def _scales(rows: TracedRows) -> InputScales | None:
-    probe = new(type(rows.scheduler))
-    probe.__dict__.update(vars(rows.scheduler))
-    changes: list[dict[str, Any]] = [{}]
-    found = []
-    with torch.inference_mode(False), torch.no_grad():
-        numbers = torch.tensor(PROBE, dtype=torch.float64, device="cpu")
-        x = numbers.reshape(-1, *[1] * (rows.key.dims - 1)).clone()
-        own = vars(probe)
-        for step, timestep in zip(rows.trace.steps, rows.timesteps[1:], strict=False):
-            own.update(step.state)
-            own.update(dict.fromkeys(step.tensors, x))
-            before = own.copy()
-            try:
-                scaled = probe.scale_model_input(x, timestep)
-            except Exception:  # it takes no such samples
-                return None
-            changed = {name: value for name, value in own.items() if before.get(name, before) is not value}
-            if not isinstance(scaled, Tensor) or (scaled.dtype, scaled.shape) != (x.dtype, x.shape):
-                return None
-            if not all(value is None or isinstance(value, bool | int | float | str) for value in changed.values()):
-                return None
-            changes.append(changed)
-            found.append(scaled)
-        results = torch.stack(found).flatten(1)
-        factors = results[:, 0]
-        exact = torch.allclose(results, factors[:, None] * numbers, rtol=EXACT, atol=0)
-        if not exact or not torch.equal(x.flatten(), numbers):
-            return None
-        c_in = torch.cat([factors, torch.ones_like(factors[:1])]).float()
-        return InputScales(rows.stepper.for_inputs(c_in), [1.0, *c_in[:-1].tolist()], changes)
+    scales, changes = rows.trace.scales, [step.scaling for step in rows.trace.steps[1:]]
+    if scales is None or not all(type(value) in SIMPLE for each in changes for value in each.values()):
+        return None
+    factors = scales.astype(np.float32)  # what a step multiplies its result by is the next one's
+    c_in = torch.from_numpy(np.append(factors[1:], np.float32(1)))
+    return InputScales(rows.stepper.for_inputs(c_in), factors.tolist(), [{}, *changes])

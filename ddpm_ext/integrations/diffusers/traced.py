@@ -209,12 +209,13 @@ class TracedScheduler(Forward):
 
     def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
         """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
-        rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
-        index = self._index_of(timestep) if is_tensor else None
-        if index is None and is_tensor and not (timestep.is_cpu and timestep.numel() == 1):
-            return False
-        if not bool(rows.timesteps[loop.at] == timestep if index is None else rows.first + loop.at == index):
-            return False
+        rows, is_tensor, repeated = loop.rows, isinstance(timestep, Tensor), loop.repeated
+        if not (repeated is not None and type(timestep) is Tensor and repeated.is_at(loop.at, timestep)):
+            index = self._index_of(timestep) if is_tensor else None
+            if index is None and is_tensor and not (timestep.is_cpu and timestep.numel() == 1):
+                return False
+            if not bool(rows.timesteps[loop.at] == timestep if index is None else rows.first + loop.at == index):
+                return False
         return loop.settings.are_those_of(self) or loop.settings.renewed(self, vars(rows.scheduler)) is not None
 
     # -------------------------------------------------------------------------------------------------- arguments

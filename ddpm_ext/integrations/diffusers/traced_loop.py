@@ -96,7 +96,7 @@ class RepeatedCall(NamedTuple):
         m, timestep, x = args
         if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
             return False
-        if (m.dtype, m.shape, m.device, x.dtype, x.shape, x.device, timestep.dtype) != self.tensors:
+        if (m.dtype, m.shape, m.device, x.dtype, x.shape, x.device) != self.tensors[:-1]:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or m.requires_grad):
             return False
@@ -107,10 +107,12 @@ class RepeatedCall(NamedTuple):
         for name, value in options.items():
             if self.options.get(name, self) is not value:
                 return False
-        # An element of the scheduler's own timesteps is known by where it lies. It is not read: it may be on a GPU.
-        if timestep.data_ptr() != self.address + loop.at * self.stride:
-            return False
-        return loop.settings.are_those_of(scheduler)
+        return self.is_at(loop.at, timestep) and loop.settings.are_those_of(scheduler)
+
+    def is_at(self, at: int, timestep: Tensor) -> bool:
+        """Whether a timestep is that of row `at`. An element of the scheduler's own is known by where it lies. It is
+        not read: it may be on a GPU."""
+        return timestep.dtype is self.tensors[-1] and timestep.data_ptr() == self.address + at * self.stride
 
 
 class Made(NamedTuple):

@@ -17,7 +17,7 @@ from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
-from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tables.step_table import table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
@@ -184,10 +184,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     try:
         trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims)
         timesteps = timesteps[: len(trace.steps)]
-        draws = None
-        if first is not None:  # whatever part of a loop the rows are of, their noise is that of the whole loop's
-            draws = default_draws(numbers("timestep", own))[first:][: len(timesteps)]
-        table = StepTable(**trace.columns, draw=draws)
+        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
+        every = numbers("timestep", trace.columns["timestep"] if first is None else own)
+        draws = default_draws(every)[first or 0 :][: len(timesteps)]
+        table = table_of_checked(trace.columns | {"draw": draws})  # their finite numbers were proven
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
