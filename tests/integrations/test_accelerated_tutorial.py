@@ -8,17 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accelerated_tutorial import (
-    SHAPE,
-    Exact,
-    Given,
-    both,
-    check,
-    own_code,
-    record_bars,
-    seeded,
-    with_method,
-)
+from support.accelerated_tutorial import SHAPE, Exact, Given, both, check, own_code, record_bars, seeded, with_method
 from support.choices import for_many
 from support.eager_tutorial import GaussianDiffusion
 from support.launches import launches

@@ -40,9 +40,7 @@ def test_nothing_at_all(backend, shape, table, device):
 
 BAD = {
     "model_output": [(None, TypeError, ["model_output is a NoneType", "tensor"])],
-    "x_start": [
-        ([1.0], TypeError, ["x_start is a list", "tensor"]),
-    ],
+    "x_start": [([1.0], TypeError, ["x_start is a list", "tensor"])],
     "loss": [("l2", ValueError, ["loss is 'l2'", "'mse' or 'l1' or 'huber'"]), (None, ValueError, ["loss is None"])],
     "reduction": [("batchmean", ValueError, ["reduction is 'batchmean'", "'mean' or 'none' or 'sum'"])],
     "delta": [
@@ -58,10 +56,7 @@ BAD = {
         (-1, ValueError, ["t is -1", "0 <= t < 7"]),
         (1.5, TypeError, ["t is a float"]),
     ],
-    "noise": [
-        (None, ValueError, ["noise and rng are both None"]),
-        ([0.0], TypeError, ["noise is a list", "tensor"]),
-    ],
+    "noise": [(None, ValueError, ["noise and rng are both None"]), ([0.0], TypeError, ["noise is a list", "tensor"])],
     "rng": [(Philox(0), ValueError, ["noise and rng are both given"]), (5, TypeError, ["rng is"])],
 }
 

@@ -10,18 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.diffusers_classes import (
-    ALONE,
-    SHAPE,
-    TRACED,
-    check,
-    classes,
-    loop,
-    make,
-    set_timesteps,
-    shape_of,
-    step_of,
-)
+from support.diffusers_classes import ALONE, SHAPE, TRACED, check, classes, loop, make, set_timesteps, shape_of, step_of
 from support.launches import launches as counted_launches
 
 from ddpm_ext import accelerate
@@ -193,12 +182,7 @@ def test_other_classes_run_their_own_code(name):
     "name, config, options, reason",
     [
         ("PNDMScheduler", {"skip_prk_steps": False}, {}, "reads more of the steps before it than the 3 tensors"),
-        (
-            "DEISMultistepScheduler",
-            {"thresholding": True, "sample_max_value": 0.5},
-            {},
-            "is not linear",
-        ),
+        ("DEISMultistepScheduler", {"thresholding": True, "sample_max_value": 0.5}, {}, "is not linear"),
         ("DEISMultistepScheduler", {}, {"dtype": torch.float64}, "its samples are float64"),
     ],
 )

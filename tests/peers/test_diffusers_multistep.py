@@ -153,10 +153,7 @@ def test_sa_solver(monkeypatch, arguments, theirs, orders, spacing, how):
     assert compare(table, scheduler, start, outputs, clip=clip, noise=noise, monkeypatch=monkeypatch) < RELATIVE
 
 
-KDPM2 = {
-    "dpm_2": ("KDPM2Discrete", {}),
-    "dpm_2_ancestral": ("KDPM2AncestralDiscrete", {"eta": 1.0}),
-}
+KDPM2 = {"dpm_2": ("KDPM2Discrete", {}), "dpm_2_ancestral": ("KDPM2AncestralDiscrete", {"eta": 1.0})}
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

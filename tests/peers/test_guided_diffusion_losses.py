@@ -29,8 +29,7 @@ SHAPE = (4, 3, 4, 6)
 TIMESTEPS = 60
 # its mean of an "x_prev" is the model's, whatever the clip of x_0
 clipped = pytest.mark.parametrize(
-    ("prediction", "clip"),
-    [("eps", True), ("eps", False), ("x0", True), ("x0", False), ("x_prev", False)],
+    ("prediction", "clip"), [("eps", True), ("eps", False), ("x0", True), ("x0", False), ("x_prev", False)]
 )
 
 

@@ -166,10 +166,7 @@ def test_every_method_is_the_variance_preserving_one_scaled(choose):
         same(found[0], expected[0] * each(scale, t))
         same(found[1], expected[1] * each(scale, t) ** 2)
         same(found[2], expected[2] + 2 * each(scale, t).log())
-    same(
-        ours.p_sample(model, x_t * each(r, t), t, noise=z),
-        unit.p_sample(model, x_t, t, noise=z) * each(r_before, t),
-    )
+    same(ours.p_sample(model, x_t * each(r, t), t, noise=z), unit.p_sample(model, x_t, t, noise=z) * each(r_before, t))
     same(ours.predict_start_from_noise(x_t * each(r, t), t, z), unit.predict_start_from_noise(x_t, t, z))
     bounded = options["variance"] != "learned_variance" and not (prediction == "eps" and signal[-1] == 0)
     losses = [{"loss": "l1"}, *([{"loss": "vlb"}] if bounded else [])]
