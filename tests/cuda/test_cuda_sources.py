@@ -230,12 +230,7 @@ def test_no_arithmetic_but_float32(kernels):
 
     def wrong(i: Instruction) -> bool:
         half = i.name.startswith("H") and not is_move(i) and not (i.opcode == "HADD2.F32" and "-RZ" in i.operands)
-        return (
-            half
-            or ".FTZ" in i.opcode
-            or ".F64" in i.opcode
-            or re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", i.name) is not None
-        )
+        return half or ".FTZ" in i.opcode or ".F64" in i.opcode or bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", i.name))
 
     assert not offenders(kernels, wrong)
 

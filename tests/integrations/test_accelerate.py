@@ -73,9 +73,7 @@ def test_noise_torch_draws_no_seed():
     settings = Acceleration.of("torch", None, 0)
     assert torch.equal(torch.get_rng_state(), before)
     settings.begin_loop()
-    assert (
-        settings.rng is None and settings.whole_loop(3) is None and settings.next_forward(torch.device("cpu")) is None
-    )
+    assert settings.rng is None and settings.whole_loop(3) is None and settings.next_forward(X.device) is None
     assert settings.rng_of_step(3, 0) is None and settings.rng_of_step_at(torch.arange(3), 9) is None
     assert torch.equal(torch.get_rng_state(), before)
 

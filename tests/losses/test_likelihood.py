@@ -180,9 +180,7 @@ def test_gradients(variance):
         with torch.no_grad():
             output = model(gd.q_sample(x_start, t, z), t).to(dtype)
         output.requires_grad_()
-        terms = gd.vlb_terms(
-            lambda *_, output=output: output, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False
-        )
+        terms = gd.vlb_terms(lambda *_, y=output: y, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False)
         assert not terms.pred_xstart.requires_grad
         terms.output.sum().backward()
         slopes.append(output.grad)

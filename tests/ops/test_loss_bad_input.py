@@ -27,9 +27,7 @@ def test_nothing_at_all(backend, shape, table, device):
     """As in torch: the mean of an empty batch is NaN, its sum 0. The mean of a sample without elements is NaN, too."""
     m = torch.zeros(shape, device=device, requires_grad=True)
     for noise in ({"noise": torch.zeros(shape, device=device)}, {"rng": Philox(0)}):
-        mean, each, total = (
-            backend.diffusion_loss(m, m.detach(), table, 0, reduction=how, **noise) for how in REDUCTIONS
-        )
+        mean, each, total = (backend.diffusion_loss(m, m.detach(), table, 0, reduction=r, **noise) for r in REDUCTIONS)
         assert mean.shape == () and mean.isnan()
         assert each.shape == shape[:1] and each.isnan().all()
         assert total.shape == () and (total == 0 if shape[0] == 0 else total.isnan())

@@ -197,9 +197,7 @@ def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
 UNTHRESHOLDED = ("EDMDPMSolverMultistepScheduler", "LCMScheduler")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in TRACED if "thresholding" in make(name).config and name not in UNTHRESHOLDED]
-)
+@pytest.mark.parametrize("name", [n for n in TRACED if "thresholding" in make(n).config and n not in UNTHRESHOLDED])
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_thresholding(name, launches):
     """The quantile takes a launch of its own. A small one, so that many numbers are clipped."""

@@ -206,16 +206,12 @@ def test_every_function_is_tried(sampling):
 
 def test_what_is_refused(sampling):
     for name in ("dpm_fast", "dpm_adaptive"):
-        with pytest.raises(
-            TypeError, match=r"is a function of model, x, sigma_min .*, expected one of model, x and sigmas"
-        ):
+        with pytest.raises(TypeError, match=r"is a function of model, x, sigma_min .*, expected one of model"):
             sampler(getattr(sampling, f"sample_{name}"))
 
 
 def test_names_of_an_installed_k_diffusion(sampling, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"sampler is 'dpmpp_sde', expected .*'dpmpp_2m_sde'.* or with k-diffusion installed"
-    ):
+    with pytest.raises(ValueError, match=r"sampler is 'dpmpp_sde', expected .*'dpmpp_2m_sde'.* or with k-diff"):
         sampler("dpmpp_sde")
     monkeypatch.setitem(sys.modules, "k_diffusion", sampling)
     monkeypatch.setitem(sys.modules, "k_diffusion.sampling", sampling)

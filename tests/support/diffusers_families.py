@@ -238,15 +238,12 @@ def cogvideox() -> Any:
     return diffusers.CogVideoXPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=None, **NO_TEXT)
 
 
+POOLED_16 = embeds(*POOLED, tokens=None) | OF_16
 # By name: what makes the pipeline, its call's arguments apart from the generator, and how many steps these take.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "stable_diffusion": (stable_diffusion, embeds(*BOTH) | OF_16, 9),  # PNDM takes its second step twice
-    "stable_diffusion_xl": (
-        stable_diffusion_xl,
-        embeds(*BOTH, width=2 * HIDDEN) | embeds(*POOLED, tokens=None) | OF_16,
-        8,
-    ),
-    "stable_diffusion_3": (stable_diffusion_3, embeds(*BOTH) | embeds(*POOLED, tokens=None) | OF_16, 8),
+    "stable_diffusion_xl": (stable_diffusion_xl, embeds(*BOTH, width=2 * HIDDEN) | POOLED_16, 8),
+    "stable_diffusion_3": (stable_diffusion_3, embeds(*BOTH) | POOLED_16, 8),
     "flux": (flux, embeds(*BOTH[:1]) | embeds(*POOLED[:1], tokens=None) | OF_16, 8),
     "wan": (wan, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
     "latent_consistency": (latent_consistency, embeds(*BOTH[:1]) | OF_16 | {"num_inference_steps": 4}, 4),

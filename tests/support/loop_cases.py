@@ -124,10 +124,7 @@ CASES = {
     "cond_fn": (constant(cond_fn=cond_fn), constant(cond_fn=cond_fn)),
     "denoised_fn": (constant(denoised_fn=denoised_fn), constant(denoised_fn=denoised_fn)),
     "threshold": (constant(clip_denoised=DynamicThreshold(0.8)), constant(quantile=0.8)),
-    "threshold maximum": (
-        constant(clip_denoised=DynamicThreshold(0.95, maximum=1.25)),
-        constant(quantile=0.95, maximum=1.25),
-    ),
+    "threshold maximum": (constant(clip_denoised=DynamicThreshold(0.95, 1.25)), constant(quantile=0.95, maximum=1.25)),
     "inpaint": inpaint(),
     "inpaint soft": inpaint(soft=True),
     "inpaint jumps": inpaint(jump_length=2, jump_n_sample=3),
