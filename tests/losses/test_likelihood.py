@@ -244,12 +244,8 @@ def test_batches_and_shapes_do_not_matter(device):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         assert not expected.requires_grad
     flat = images((6,), device)
-    for one, other in zip(
-        gd.bits_per_dim(exact_model(gd), flat, rng=RNG),
-        gd.bits_per_dim(exact_model(gd), flat[:, None], rng=RNG),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    found = [gd.bits_per_dim(exact_model(gd), x, rng=RNG) for x in (flat, flat[:, None])]
+    assert all(map(torch.equal, *found))
 
 
 BYTES = {"x_start": torch.zeros(2, 3, dtype=torch.uint8)}
@@ -274,11 +270,9 @@ BYTES = {"x_start": torch.zeros(2, 3, dtype=torch.uint8)}
 )
 def test_bad_arguments_never_reach_the_model(method, change, kind, message):
     model = Model()
-    given = {"vlb_terms": {"model": model, "t": 3}, "bits_per_dim": {"model": model, "rng": RNG}, "prior_bpd": {}}[
-        method
-    ]
+    own = {"vlb_terms": {"model": model, "t": 3}, "bits_per_dim": {"model": model, "rng": RNG}, "prior_bpd": {}}[method]
     with pytest.raises(kind, match=message):
-        getattr(diffusion(), method)(**given | {"x_start": images()} | change)
+        getattr(diffusion(), method)(**own | {"x_start": images()} | change)
     assert model.calls == 0
 
 

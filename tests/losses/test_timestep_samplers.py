@@ -163,14 +163,6 @@ def test_ranks_do_not_matter(make, parts):
 
 
 @each
-def test_other_seeds_iterations_and_places_get_other_timesteps(make):
-    first = make().sample(64, seed=9, iteration=4)[0]
-    assert torch.equal(first, make().sample(64, seed=9, iteration=4)[0])
-    for seed, iteration, place in ((10, 4, 0), (9 + 2**32, 4, 0), (9, 5, 0), (9, 4, 64)):
-        assert not torch.equal(first, make().sample(64, seed=seed, iteration=iteration, first=place)[0])
-
-
-@each
 def test_defaults_and_generators_of_torch_are_left_alone(make, device):
     sampler, before, state = make(), torch.get_default_dtype(), torch.get_rng_state()
     expected = sampler.sample(6, seed=0, iteration=1, device=device)
