@@ -138,12 +138,8 @@ def test_a_made_class():
     cls = make_class(Mixin, Peer, Peer, restore)
     assert make_class(Mixin, Peer, Peer, restore) is cls
     assert cls.__bases__ == (Mixin, Peer) and cls is not Peer
-    assert (cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__) == (
-        Peer.__name__,
-        Peer.__qualname__,
-        Peer.__module__,
-        Peer.__doc__,
-    )
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(cls, name) == getattr(Peer, name)
     assert peer_of(Peer).step(2) == 20
     assert super(Mixin, peer_of(Peer)).step(2) == 4.0
 
@@ -201,9 +197,6 @@ def test_subclasses():
     found = peer_of(cls)
     assert isinstance(found, cls)
     assert (found.step(2), found.other(), super(Mixin, found).step(2)) == (20, 3, 10.0)
-
-
-# ----------------------------------------------------------------------------------------------------- small things
 
 
 class Odd(torch.Tensor):

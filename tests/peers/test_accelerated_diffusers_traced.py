@@ -243,13 +243,6 @@ def test_outputs_and_options_of_their_own(name, config, channels, options, launc
     assert len(launches) == 6
 
 
-def test_options_are_part_of_a_loop(launches):
-    """LMS's order is one."""
-    name = "LMSDiscreteScheduler"
-    check(loop(accelerate(make(name)), 8, order=2), loop(make(name), 8, order=2), 1e-5)
-    assert len(launches) == 8
-
-
 # --------------------------------------------------------------------------------------------------------- objects
 
 
