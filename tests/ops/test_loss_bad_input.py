@@ -49,11 +49,7 @@ BAD = {
         (True, TypeError, ["delta is True", "a number"]),
         (None, TypeError, ["delta is None", "a number"]),
     ],
-    "t": [
-        (7, ValueError, ["t is 7", "0 <= t < 7"]),
-        (-1, ValueError, ["t is -1", "0 <= t < 7"]),
-        (1.5, TypeError, ["t is a float"]),
-    ],
+    "t": [(7, ValueError, ["t is 7", "0 <= t < 7"]), (-1, ValueError, ["t is -1"]), (1.5, TypeError, ["t is a float"])],
     "noise": [(None, ValueError, ["noise and rng are both None"]), ([0.0], TypeError, ["noise is a list", "tensor"])],
     "rng": [(Philox(0), ValueError, ["noise and rng are both given"]), (5, TypeError, ["rng is"])],
 }

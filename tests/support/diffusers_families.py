@@ -200,7 +200,7 @@ def wan() -> Any:
     return diffusers.WanPipeline(**wan_parts(), **NO_TEXT, vae=None)
 
 
-def stable_video_diffusion() -> Any:
+def svd() -> Any:
     from transformers import CLIPImageProcessor, CLIPVisionConfig
     from transformers import CLIPVisionModelWithProjection as VisionModel
 
@@ -248,11 +248,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "wan": (wan, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
     "latent_consistency": (latent_consistency, embeds(*BOTH[:1]) | OF_16 | {"num_inference_steps": 4}, 4),
     "controlnet": (controlnet, embeds(*BOTH) | OF_16 | {"image": normal(7, 2, 3, 16, 16).sigmoid()}, 8),
-    "stable_video_diffusion": (
-        stable_video_diffusion,
-        OF_16 | {"image": normal(7, 1, 3, 16, 16).sigmoid(), "num_frames": 2},
-        8,
-    ),
+    "stable_video_diffusion": (svd, OF_16 | {"image": normal(7, 1, 3, 16, 16).sigmoid(), "num_frames": 2}, 8),
     "cogvideox": (cogvideox, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from support.plain_loop import TIMESTEPS, Row, noise, plain_loop, rows_of
 
-from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Philox
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, repaint
 
@@ -206,7 +206,3 @@ def truth(gd, case, sampler="ddpm", *, start=None, rows=None, **others):
 
 def make_diffusion(**options):
     return GaussianDiffusion(100, "linear", **options)
-
-
-def interpolation(part, device, dtype, **options):
-    return Interpolation(given(1, part, device, dtype), given(2, part, device, dtype), **options)
