@@ -307,10 +307,8 @@ def test_special_values(host, clip):
     plain = make_table(8)
     plain[:, 3:5] = 0
     for table in (make_table(8), plain):
-        for row, noise, dtype in itertools.product(
-            range(8), ("none", "given", "drawn"), (torch.float32, torch.float16)
-        ):
-            tensors = {"x_t": x, "model_output": m.to(dtype), **({"noise": z} if noise == "given" else {})}
+        for row, noise, kind in itertools.product(range(8), ("none", "given", "drawn"), (torch.float32, torch.float16)):
+            tensors = {"x_t": x, "model_output": m.to(kind), **({"noise": z} if noise == "given" else {})}
             call = Call("reverse_step", tensors, table, t_index=row, clip=clip, drawn=noise == "drawn")
             host.check(call)
             host.check(call, "odd")

@@ -239,9 +239,7 @@ def test_a_function_of_ones_own():
     x = start(torch.float64)
     for weights in ((0.25,), [0.25], [0.75]):  # a list has no hash
         expected = mine(bend, x, SIGMAS.double(), {}, weights=weights)
-        torch.testing.assert_close(
-            found(bend, x, SIGMAS, weights=weights, disable=True), expected, rtol=1e-13, atol=1e-13
-        )
+        torch.testing.assert_close(found(bend, x, SIGMAS, weights=weights), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_a_function_that_reads_attributes_of_the_model():
@@ -276,12 +274,10 @@ class KSAMPLER:
         self.sampler_function = sampler_function
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise):
-        def k_callback(info):
+        def told(info):
             callback(info["i"], info["denoised"], info["x"], len(sigmas) - 1)
 
-        return self.sampler_function(
-            model_wrap, noise, sigmas, extra_args=extra_args, callback=k_callback, disable=True
-        )
+        return self.sampler_function(model_wrap, noise, sigmas, extra_args=extra_args, callback=told, disable=True)
 
 
 class Wrapped:

@@ -271,9 +271,6 @@ def test_no_step_has_a_fused_form(name):
     assert not compare(name, plain, M, np.int64(5), X)[1]
 
 
-# ------------------------------------------------------------------------------------------ single numbers
-
-
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep"])
 def test_numbers_that_are_none_stay_so(name):
     x = X.clone()
