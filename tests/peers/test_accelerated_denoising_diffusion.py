@@ -109,7 +109,11 @@ def test_p_losses(choose, device):
     net = Net(self_condition=choose.one_of((False, True), "self_condition"))
     min_snr = choose.one_of((False, True), "min_snr")
     plain = make(model=net, device=device, min_snr_loss_weight=min_snr, **options)
-    reduction = {"loss_reduction": choose.one_of(("mean", "none"))} if has("p_losses", "loss_reduction") else {}
+    reduction = (
+        {"loss_reduction": choose.one_of(("mean", "none"), "loss_reduction")}
+        if has("p_losses", "loss_reduction")
+        else {}
+    )
     seed = choose.integer(0, 2**31, "coin")
 
     def step(gd, x, t, z):

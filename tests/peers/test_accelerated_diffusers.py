@@ -166,7 +166,9 @@ def test_ddpm(config, steps, part, kind, tensors):
 
 
 @many
-@given(ddim_configs, steps, parts, flag, kinds, st.sampled_from([0.0, 0.3, 1, 1.0, 1.2]), flag, flag, given_tensors())
+@given(
+    ddim_configs, steps, parts, flag, kinds, st.sampled_from([0.0, 0.0, 0.3, 1, 1.0, 1.2]), flag, flag, given_tensors()
+)
 def test_ddim(config, steps, part, anywhere, kind, eta, use_clipped_model_output, with_noise, tensors):
     scheduler = in_schedule("DDIM", config, steps)
     assume(scheduler is not None and not refused(scheduler, tensors))
