@@ -121,9 +121,7 @@ def test_json_that_is_none(tmp_path, monkeypatch):
     refused(ValueError, "it is not a regular file", files.read_json, tmp_path / "pipe")
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("9 requested and 2 written")]
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("9 requested, 2 written")])
 def test_a_full_disk_names_the_path(tmp_path, error):
     with pytest.raises(OSError) as info, files.atomic_path(tmp_path / "a.npz"):
         raise error

@@ -22,9 +22,7 @@ for _ in range(40): torch.ones(2**20)
 print(pages() - before)
 """
 
-glibc = pytest.mark.skipif(
-    not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="of glibc"
-)
+glibc = pytest.mark.skipif(not hasattr(os, "confstr") or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="glibc")
 
 
 def provided(**env):

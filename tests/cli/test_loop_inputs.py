@@ -172,12 +172,7 @@ def captures(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "graph"),
-    [
-        (("--num", 3, "--guidance", 2.5), "step"),
-        (("--num", 3, "--guidance", 2.5), "loop"),
-        (START, "loop"),
-        (FILL, "step"),
-    ],
+    [(("--num", 3, "--guidance", 2), "step"), (("--num", 3, "--guidance", 2), "loop"), (START, "loop"), (FILL, "step")],
 )
 def test_one_capture_for_each_shape(pets, files, tmp_path, monkeypatch, captures, options, graph):
     """Two samples and one: two captures, and the samples of a run without graphs, whose classes, noise and images

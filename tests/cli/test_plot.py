@@ -101,9 +101,7 @@ def test_grid_of_a_file(tmp_path, monkeypatch, capsys):
 def test_histogram_goes_from_the_starting_noise_to_the_samples(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     seen, real = [], plots.histogram_figure
-    monkeypatch.setattr(
-        plots, "histogram_figure", lambda *of, **options: seen.append((of, options)) or real(*of, **options)
-    )
+    monkeypatch.setattr(plots, "histogram_figure", lambda *of, **how: seen.append((of, how)) or real(*of, **how))
     options = ("--model", tiny, "--num", 4, "--seed", 5, "--sampler", "ddim", "--steps", 6, "--bins", 10, "--limit", 3)
     assert call("plot", "histogram", *options, "--quiet") == 0
     ((x_t, timesteps, *_), given) = seen[0]

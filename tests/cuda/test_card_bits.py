@@ -177,9 +177,7 @@ def call(case: Case, device: torch.device, layout: str) -> Tensor:
     return torch.stack([prev, *results.values()])
 
 
-def loss_and_gradient(
-    case: Case, x: Tensor, t: Tensor | int, how: dict[str, Any], lay: Callable[[Tensor], Tensor]
-) -> Tensor:
+def loss_and_gradient(case: Case, x: Tensor, t: Tensor | int, how: dict, lay: Callable[[Tensor], Tensor]) -> Tensor:
     """Each sample's loss, and the gradient with respect to the model's output."""
     kind, *options = case.options
     bound, learned = "bound" in options, "learned" in options

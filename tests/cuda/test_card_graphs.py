@@ -175,6 +175,4 @@ def test_a_draw_that_a_graph_counts(device, capture, name):
 def test_a_seed_that_stays_is_noticed(device, capture):
     stays = Philox(1)
     with pytest.raises(AssertionError, match="not the eager bits"):
-        check_replays(
-            lambda rng, device: q_sample(stays if rng and rng.seed is not None else rng, device), device, capture
-        )
+        check_replays(lambda rng, on: q_sample(stays if rng and rng.seed is not None else rng, on), device, capture)

@@ -141,9 +141,7 @@ def test_channels_last(host, variant):
     for channels, pixels in [*some, *(more if variant == VARIANTS[0] else [])]:
         call = make_call(variant, 1, channels, *pixels)
         chosen = ("model_output", "uncond_output", "model_variance") if "model_output" in call.tensors else ("x_t",)
-        last = call.with_tensors(
-            lambda n, x, chosen=chosen: x.to(memory_format=torch.channels_last) if n in chosen else x
-        )
+        last = call.with_tensors(lambda n, x, of=chosen: x.to(memory_format=torch.channels_last) if n in of else x)
         host.check(last, expected=call.on_cpu())
 
 
@@ -309,10 +307,8 @@ def test_special_values(host, clip):
     plain = make_table(8)
     plain[:, 3:5] = 0
     for table in (make_table(8), plain):
-        for row, noise, dtype in itertools.product(
-            range(8), ("none", "given", "drawn"), (torch.float32, torch.float16)
-        ):
-            tensors = {"x_t": x, "model_output": m.to(dtype), **({"noise": z} if noise == "given" else {})}
+        for row, noise, kind in itertools.product(range(8), ("none", "given", "drawn"), (torch.float32, torch.float16)):
+            tensors = {"x_t": x, "model_output": m.to(kind), **({"noise": z} if noise == "given" else {})}
             call = Call("reverse_step", tensors, table, t_index=row, clip=clip, drawn=noise == "drawn")
             host.check(call)
             host.check(call, "odd")
@@ -398,13 +394,7 @@ def test_dense_samples_off_alignment_move_by_words(host, variant):
 @pytest.mark.parametrize("variant", LARGE, ids=name)
 def test_more_samples_than_two_grids_have_rows(one_host, windows, variant):
     twice, word = 2 * 65535, 16 // variant[2][0].itemsize
-    batches = [
-        (twice * 256 + 65537, 1),
-        (twice * 64 + 257, 13),
-        (twice + 17, 1031),
-        (2**33 + 513, 1),
-        (2**32 + 3, word),
-    ]
+    batches = [(twice * 256 + 65537, 1), (twice * 64 + 257, 13), (twice + 9, 1031), (2**33 + 513, 1), (2**32 + 3, word)]
     for batch, numel in batches:
         rows = (grids * 65535 * samples for grids in (1, 2) for samples in (1, 64, 256))
         samples = {0, 65535, batch // 2, 2**32 + 2**31 + 1, batch - 1, *rows}
@@ -483,11 +473,7 @@ def sanitized(one_host):
 def test_under_sanitizers(sanitized):
     """All of the above again, but for what is about arithmetic alone."""
     less = "not (sanitize or rounding or special or trace or large or sector or by_words or refused or grid or root)"
-    files = [
-        Path(__file__),
-        Path(__file__).with_name("test_cuda_host_steps.py"),
-        Path(__file__).with_name("test_stand_in.py"),
-    ]
+    files = [Path(__file__).with_name(f"test_{of}.py") for of in ("cuda_host", "cuda_host_steps", "stand_in")]
     # -s: a sanitizer's report ends the process, and what pytest has captured is lost
     done = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-k", less, *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

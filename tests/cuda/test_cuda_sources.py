@@ -25,9 +25,6 @@ EACH_SET = pytest.mark.parametrize(("source", "arch"), [("step_with_options", ar
 EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
-# ----------------------------------------------------------------------------------------------- includes
-
-
 def includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
 
@@ -105,9 +102,6 @@ def test_no_library_headers_but_the_runtimes(build):
     assert any(f.endswith("core/philox.h") for f in files)
     heavy = re.compile(r"/(ATen|torch/csrc|caffe2)/|/(cublas|cusparse|cusolver|cufft|curand|cudnn)\w*\.h$")
     assert not [f for f in files if heavy.search(f)]
-
-
-# ----------------------------------------------------------------------------------------------------- PTX
 
 
 def floating_point(ptx: str) -> set[str]:
@@ -230,12 +224,7 @@ def test_no_arithmetic_but_float32(kernels):
 
     def wrong(i: Instruction) -> bool:
         half = i.name.startswith("H") and not is_move(i) and not (i.opcode == "HADD2.F32" and "-RZ" in i.operands)
-        return (
-            half
-            or ".FTZ" in i.opcode
-            or ".F64" in i.opcode
-            or re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", i.name) is not None
-        )
+        return half or ".FTZ" in i.opcode or ".F64" in i.opcode or bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", i.name))
 
     assert not offenders(kernels, wrong)
 

@@ -73,9 +73,7 @@ def test_noise_torch_draws_no_seed():
     settings = Acceleration.of("torch", None, 0)
     assert torch.equal(torch.get_rng_state(), before)
     settings.begin_loop()
-    assert (
-        settings.rng is None and settings.whole_loop(3) is None and settings.next_forward(torch.device("cpu")) is None
-    )
+    assert settings.rng is None and settings.whole_loop(3) is None and settings.next_forward(X.device) is None
     assert settings.rng_of_step(3, 0) is None and settings.rng_of_step_at(torch.arange(3), 9) is None
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -140,12 +138,8 @@ def test_a_made_class():
     cls = make_class(Mixin, Peer, Peer, restore)
     assert make_class(Mixin, Peer, Peer, restore) is cls
     assert cls.__bases__ == (Mixin, Peer) and cls is not Peer
-    assert (cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__) == (
-        Peer.__name__,
-        Peer.__qualname__,
-        Peer.__module__,
-        Peer.__doc__,
-    )
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(cls, name) == getattr(Peer, name)
     assert peer_of(Peer).step(2) == 20
     assert super(Mixin, peer_of(Peer)).step(2) == 4.0
 
@@ -203,9 +197,6 @@ def test_subclasses():
     found = peer_of(cls)
     assert isinstance(found, cls)
     assert (found.step(2), found.other(), super(Mixin, found).step(2)) == (20, 3, 10.0)
-
-
-# ----------------------------------------------------------------------------------------------------- small things
 
 
 class Odd(torch.Tensor):

@@ -8,17 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accelerated_tutorial import (
-    SHAPE,
-    Exact,
-    Given,
-    both,
-    check,
-    own_code,
-    record_bars,
-    seeded,
-    with_method,
-)
+from support.accelerated_tutorial import SHAPE, Exact, Given, both, check, own_code, record_bars, seeded, with_method
 from support.choices import for_many
 from support.eager_tutorial import GaussianDiffusion
 from support.launches import launches
@@ -276,9 +266,7 @@ def test_philox_says_so_where_a_loop_begins_otherwise():
         return self.p_sample(model, img, torch.full(shape[:1], 5))
 
     fast = accelerate(with_method(p_sample_loop)(50), noise="philox", seed=9)
-    with pytest.warns(
-        UserWarning, match="p_sample_loop runs the own code and noise .*: it begins with noise of its own"
-    ):
+    with pytest.warns(UserWarning, match="p_sample_loop runs the own code and noise .*: it begins with noise of its"):
         fast.p_sample_loop(Net(), SHAPE)
 
 

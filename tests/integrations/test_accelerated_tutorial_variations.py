@@ -196,11 +196,7 @@ def test_another_loss_or_forward_process_stays_the_classs_own(method, name):
     plain, model = with_method(method, name)(50), Net()
     x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
-    for call in (
-        lambda gd: gd.train_losses(model, x, t),
-        lambda gd: gd.q_sample(x, t),
-        lambda gd: gd.p_sample(model, x, t),
-    ):
+    for call in (lambda d: d.train_losses(model, x, t), lambda d: d.q_sample(x, t), lambda d: d.p_sample(model, x, t)):
         (ours, state), (theirs, their_state) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
         torch.testing.assert_close(ours, theirs)
         assert torch.equal(state, their_state)
@@ -214,10 +210,7 @@ BAD_TABLES = {
     "array": (lambda table: table.numpy(), "is no tensor of float32 or float64"),
     "half": (lambda table: table.half(), "is no tensor of float32 or float64"),
     "short": (lambda table: table[:-1], r"has shape \(49,\), no number a timestep"),
-    "infinite": (
-        lambda table: table / 0,
-        r"the tutorial's class: its tables make no rows: .* expected finite numbers$",
-    ),
+    "infinite": (lambda table: table / 0, r"the tutorial's class: its tables make no rows: .* expected finite numbers"),
 }
 
 

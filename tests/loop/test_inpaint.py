@@ -13,8 +13,6 @@ from ddpm_ext.loop.interpolation import slerp
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 F32, F64 = torch.float32, torch.float64
 
-# ---------------------------------------------------------------------------------------------------- inpainting
-
 
 @backends
 def test_masks(device, backend):
@@ -98,9 +96,6 @@ def test_slerp_of_one_direction_is_lerp(dtype, shape):
             found.double(), (a.double() + b.double()) / 2, rtol=1e-2 if dtype != F64 else 1e-12, atol=0
         )
     assert slerp(a, -a, 0.5).isfinite().all()
-
-
-# ------------------------------------------------------------------------------------------------------- refused
 
 
 @pytest.mark.parametrize(

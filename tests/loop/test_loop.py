@@ -17,9 +17,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 LEVELS = diffusion().alphas_cumprod
 # Those whose rows read what the rows before found or kept.
-OF_HIGHER_ORDER = [
-    name for name, sampler in SAMPLERS.items() if (table := sampler(make_grid(LEVELS, [90, 60, 30]))).history
-]
+OF_HIGHER_ORDER = [name for name, of in SAMPLERS.items() if of(make_grid(LEVELS, [90, 60, 30])).history]
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 

@@ -180,9 +180,7 @@ def test_gradients(variance):
         with torch.no_grad():
             output = model(gd.q_sample(x_start, t, z), t).to(dtype)
         output.requires_grad_()
-        terms = gd.vlb_terms(
-            lambda *_, output=output: output, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False
-        )
+        terms = gd.vlb_terms(lambda *_, y=output: y, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False)
         assert not terms.pred_xstart.requires_grad
         terms.output.sum().backward()
         slopes.append(output.grad)
@@ -246,12 +244,8 @@ def test_batches_and_shapes_do_not_matter(device):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         assert not expected.requires_grad
     flat = images((6,), device)
-    for one, other in zip(
-        gd.bits_per_dim(exact_model(gd), flat, rng=RNG),
-        gd.bits_per_dim(exact_model(gd), flat[:, None], rng=RNG),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    found = [gd.bits_per_dim(exact_model(gd), x, rng=RNG) for x in (flat, flat[:, None])]
+    assert all(map(torch.equal, *found))
 
 
 BYTES = {"x_start": torch.zeros(2, 3, dtype=torch.uint8)}
@@ -276,11 +270,9 @@ BYTES = {"x_start": torch.zeros(2, 3, dtype=torch.uint8)}
 )
 def test_bad_arguments_never_reach_the_model(method, change, kind, message):
     model = Model()
-    given = {"vlb_terms": {"model": model, "t": 3}, "bits_per_dim": {"model": model, "rng": RNG}, "prior_bpd": {}}[
-        method
-    ]
+    own = {"vlb_terms": {"model": model, "t": 3}, "bits_per_dim": {"model": model, "rng": RNG}, "prior_bpd": {}}[method]
     with pytest.raises(kind, match=message):
-        getattr(diffusion(), method)(**given | {"x_start": images()} | change)
+        getattr(diffusion(), method)(**own | {"x_start": images()} | change)
     assert model.calls == 0
 
 

@@ -81,9 +81,7 @@ def test_reference_is_the_truth(table, clip):
     found = log_prob(*given, row)
     expected = truth(table, *given, row, (-1, 1) if clip else None, "sum")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    for ours, true in zip(
-        torch.autograd.grad(found.sum(), given), torch.autograd.grad(expected.sum(), given), strict=True
-    ):
+    for ours, true in zip(*(torch.autograd.grad(y.sum(), given) for y in (found, expected)), strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-8 * true.abs().max())
 
 

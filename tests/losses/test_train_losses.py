@@ -176,9 +176,6 @@ def test_nothing_is_kept_without_data(options, device):
     assert torch.equal(gd.train_losses(lambda *_: m, x, t, rng=Philox(0), **options), expected)
 
 
-# ------------------------------------------------------------------------------------------------- refusals
-
-
 @backends
 def test_bad_options_before_the_model_is_called(backend, device):
     before = torch.get_rng_state()
@@ -246,26 +243,3 @@ def test_compiled(fresh_compiler, diffusion, options, device):
             before = found[0][0]
             own.mul_(2)
             assert torch.equal(compiled(x, t, own), 2 * before)
-
-
-@pytest.mark.subprocess
-def test_compiled_by_inductor(fresh_compiler, device):
-    if device.type == "cuda":
-        pytest.importorskip("triton")
-    net, (x,) = make_net(device), normals(1, device)
-    t = timesteps(device)
-    objects = [GaussianDiffusion(prediction=p) for p in ("eps", "v")]
-
-    def losses(x, t, m):
-        options = [{"loss": loss, "rng": Philox(4), "weighting": "min_snr"} for loss in LOSSES]
-        return torch.stack([gd.train_losses(lambda *_: m, x, t, **o) for gd in objects for o in options])
-
-    found = []
-    for function in (torch.compile(losses, fullgraph=True), losses):
-        m = net(x).detach().requires_grad_()
-        values = function(x, t, m)
-        values.backward(torch.linspace(1, 2, 6, device=device))
-        found.append((values.detach(), m.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    # the compiler chooses the order in which six gradients are added
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)

@@ -103,15 +103,7 @@ FUSED = [
 
 
 # All of these are for the first operator that has the argument; its checks are the others' too, which get a few.
-FURTHER = (
-    "{x} has dtype",
-    "{y} has shape .*4, 5",
-    "t is 5",
-    "t.* is .*-1",
-    "noise and rng",
-    "out has shape",
-    "sample_ids",
-)
+FURTHER = ("{x} has dtype", "{y} has shape .*4, 5", "t is 5", "t.* is .*-1", "noise and rng", "out has", "sample_ids")
 
 
 def cases(listed):

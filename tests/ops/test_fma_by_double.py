@@ -23,9 +23,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("fma") / "trial.so"
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    subprocess.run(
-        [find_compiler("g++"), *flags, ROOT / "tests" / "support" / "fma_trial.cpp", "-o", target], check=True
-    )
+    subprocess.run([find_compiler("g++"), *flags, ROOT / "tests/support/fma_trial.cpp", "-o", target], check=True)
     return ctypes.CDLL(str(target))
 
 

@@ -194,9 +194,6 @@ def test_bad_arguments(given, kind, message):
 
 
 def test_x_must_be_a_float_tensor():
-    for x, message in (
-        (0.5, "x is a float, expected a tensor"),
-        (torch.zeros(2).byte(), "x has dtype torch.uint8, ex"),
-    ):
+    for x, message in ((0.5, "x is a float, expected a tensor"), (torch.zeros(2).byte(), "x has dtype torch.uint8,")):
         with pytest.raises(TypeError, match=message):
             discretized_gaussian_log_likelihood(x, mean=torch.zeros(2), log_scale=-1.0)

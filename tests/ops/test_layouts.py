@@ -6,12 +6,10 @@ import pytest
 import torch
 from support.choices import for_many
 from support.operators import DTYPES as DTYPE_PAIRS
-from support.operators import layouts
 from support.step_inputs import RESULTS
 
 import ddpm_ext
 from ddpm_ext import Philox, ops
-from ddpm_ext.ops.row import ROW
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -44,29 +42,6 @@ def run_on_the_cpu(run):
 def assert_same(got, expected):
     for name, result in expected.items():
         assert torch.equal(got[name].cpu(), result.cpu()), name
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        *(((3, 3, 8, 8), F32), ((3, 5, 7, 9), F32), ((3, 5, 7, 9), BF16), ((2, 4, 3, 5, 6), F16), ((2, 1, 1, 1), F32)),
-        *(((5, 67), F32), ((5, 67), F16), ((1, 2, 600), BF16), ((1, 2, 600), F32)),
-    ],
-    ids=str,
-)
-def test_memory_layout(run, run_on_the_cpu, normal, device, shape, dtype):
-    x, m = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
-    t, rng = torch.arange(shape[0], device=device) % 4, Philox(1, FIRST)
-    expected = run_on_the_cpu(x, m, t, rng)
-    assert_same(run(x, m, t, rng), expected)
-    for (name, x2), (_, m2) in zip(layouts(x), layouts(m), strict=True):
-        assert torch.equal(x2, x), name
-        for a, b in ((x2, m2), (x2, m), (x, m2)):
-            assert_same(run(a, b, t, rng), expected)
-    for dim in range(x.dim()):
-        a = x.narrow(dim, 0, 1).expand(shape)
-        assert_same(run(a, m, t, rng), run_on_the_cpu(a, m, t, rng))
-        assert_same(run(m, a, t, rng), run_on_the_cpu(m, a, t, rng))
 
 
 def in_order(x, order):
@@ -120,9 +95,8 @@ def test_any_mixture_of_orders(all_operators, normal, device, choose):
     plain = [normal(*shape, seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)]
     given = []
     for x in plain:
-        wide = (
-            torch.cat([x, x + 1], 1) if choose.one_of([False, False, True], "half") else x
-        )  # a model's first channels
+        half = choose.one_of([False, False, True], "half")  # a model's first channels
+        wide = torch.cat([x, x + 1], 1) if half else x
         given.append(in_order(wide, [0, *choose.one_of(orders, "memory")])[:, : shape[1]])
     name = choose.one_of(sorted(all_operators), "operator")
     got, expected = all_operators[name](*given), all_operators[name](*plain)
@@ -209,15 +183,3 @@ def test_a_16_bit_step_is_the_float32_step_rounded(make_step_table, normal, devi
     wide = ops.reverse_step(x.float(), m.float(), table, t, rng=Philox(1))
     assert torch.equal(ops.reverse_step(x, m, table, t, rng=Philox(1)), wide.to(dtype))
     assert torch.equal(ops.reverse_step(x.float(), m, table, t, rng=Philox(1)), wide)
-
-
-def test_drawn_noise_is_that_of_randn(make_step_table, normal, device):
-    table = make_step_table(4)
-    x, m, t = normal(4, 333), normal(4, 333, seed=1), torch.tensor([1, 2, 3, 1], device=device)
-    draws = [draw % 2**32 for draw in table.view(torch.int32)[t, ROW.index("draw")].tolist()]
-    for rng in (Philox(1, FIRST), Philox(1, FIRST, draw=7, stream=3)):
-        own = draws if rng.draw is None else [7] * 4
-        rngs = [Philox(1, FIRST + i, draw=draw, stream=rng.stream) for i, draw in enumerate(own)]
-        z = torch.cat([ddpm_ext.randn((1, 333), each, device=device) for each in rngs])
-        got = ops.reverse_step(x, m, table, t, rng=rng)
-        assert torch.equal(got, ops.reverse_step(x, m, table, t, noise=z))

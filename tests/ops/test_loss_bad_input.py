@@ -27,9 +27,7 @@ def test_nothing_at_all(backend, shape, table, device):
     """As in torch: the mean of an empty batch is NaN, its sum 0. The mean of a sample without elements is NaN, too."""
     m = torch.zeros(shape, device=device, requires_grad=True)
     for noise in ({"noise": torch.zeros(shape, device=device)}, {"rng": Philox(0)}):
-        mean, each, total = (
-            backend.diffusion_loss(m, m.detach(), table, 0, reduction=how, **noise) for how in REDUCTIONS
-        )
+        mean, each, total = (backend.diffusion_loss(m, m.detach(), table, 0, reduction=r, **noise) for r in REDUCTIONS)
         assert mean.shape == () and mean.isnan()
         assert each.shape == shape[:1] and each.isnan().all()
         assert total.shape == () and (total == 0 if shape[0] == 0 else total.isnan())
@@ -40,9 +38,7 @@ def test_nothing_at_all(backend, shape, table, device):
 
 BAD = {
     "model_output": [(None, TypeError, ["model_output is a NoneType", "tensor"])],
-    "x_start": [
-        ([1.0], TypeError, ["x_start is a list", "tensor"]),
-    ],
+    "x_start": [([1.0], TypeError, ["x_start is a list", "tensor"])],
     "loss": [("l2", ValueError, ["loss is 'l2'", "'mse' or 'l1' or 'huber'"]), (None, ValueError, ["loss is None"])],
     "reduction": [("batchmean", ValueError, ["reduction is 'batchmean'", "'mean' or 'none' or 'sum'"])],
     "delta": [
@@ -53,15 +49,8 @@ BAD = {
         (True, TypeError, ["delta is True", "a number"]),
         (None, TypeError, ["delta is None", "a number"]),
     ],
-    "t": [
-        (7, ValueError, ["t is 7", "0 <= t < 7"]),
-        (-1, ValueError, ["t is -1", "0 <= t < 7"]),
-        (1.5, TypeError, ["t is a float"]),
-    ],
-    "noise": [
-        (None, ValueError, ["noise and rng are both None"]),
-        ([0.0], TypeError, ["noise is a list", "tensor"]),
-    ],
+    "t": [(7, ValueError, ["t is 7", "0 <= t < 7"]), (-1, ValueError, ["t is -1"]), (1.5, TypeError, ["t is a float"])],
+    "noise": [(None, ValueError, ["noise and rng are both None"]), ([0.0], TypeError, ["noise is a list", "tensor"])],
     "rng": [(Philox(0), ValueError, ["noise and rng are both given"]), (5, TypeError, ["rng is"])],
 }
 

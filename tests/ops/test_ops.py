@@ -8,9 +8,8 @@ import torch
 from support.choices import Choose, for_many
 from support.operators import CLIPS, Inputs, assert_near, columns, each, host, row_numbers
 
-from ddpm_ext import Philox, ops, reference
+from ddpm_ext import ops, reference
 from ddpm_ext.ops.row import ROW
-from ddpm_ext.tables.step_table import StepTable
 
 
 def random_table(choose: Choose, device: torch.device) -> torch.Tensor:
@@ -74,14 +73,3 @@ def test_affine(name, device, choose):
         got = getattr(backend, name)(first, second, table, t)
         assert got.shape == first.shape and got.dtype == first.dtype and got.device == device
         assert_near(got, [k0 * x, k1 * y])
-
-
-@pytest.mark.parametrize("backend", [ops, reference])
-def test_draws_of_32_bits(backend, device):
-    """The draw in a row is an unsigned number."""
-    for draw in (2**31 - 1, 2**31, 2**32 - 1):
-        table = StepTable([3], a=[0.0], b=[0.0], c0=[0.0], c1=[0.0], s=[1.0], draw=[draw]).packed(device)
-        zeros = torch.zeros(2, 9, device=device)
-        for t in (0, torch.tensor([0, 0], device=device)):
-            z = backend.reverse_step(zeros, zeros, table, t, rng=Philox(5))
-            assert torch.equal(z, backend.randn((2, 9), Philox(5), draw=draw, stream=0, device=device))

@@ -228,9 +228,6 @@ def test_the_bound_is_an_eighth_of_the_containers_memory(monkeypatch, tmp_path):
     assert result_memory._limit() == 10 * MIB
 
 
-# -------------------------------------------------------------------------------------------------------- large pages
-
-
 def advised(x):
     """Whether the middle of a tensor's memory is marked for large pages (madvise)."""
     middle = x.data_ptr() + x.nbytes // 2

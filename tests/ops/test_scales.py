@@ -208,10 +208,7 @@ def test_refused(backend, name, changes, error, message):
 
 def test_float64_is_for_the_reference():
     x = torch.randn(2, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
-    for call in (
-        lambda b: b.x_start_scale(x, quantile=0.9),
-        lambda b: b.output_scale(x, -x, guidance=2.0, rescale=1.0),
-    ):
+    for call in (lambda b: b.x_start_scale(x, quantile=0.9), lambda b: b.output_scale(x, -x, guidance=2, rescale=1.0)):
         assert call(reference).dtype == torch.float64
         with pytest.raises(TypeError, match=r"dtype Double, expected float32.*reference"):
             call(ops)

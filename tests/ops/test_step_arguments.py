@@ -228,9 +228,7 @@ def test_the_steps_own_arguments(device, error, words, changes):
     refuse(ops, device, error, words, **changes)
 
 
-@pytest.mark.parametrize(
-    ("result", "name"), [*((result, "x_t") for result in RESULTS), *(("out", name) for name in READ[1:])]
-)
+@pytest.mark.parametrize(("result", "name"), [*((r, "x_t") for r in RESULTS), *(("out", n) for n in READ[1:])])
 def test_results_that_overlap_an_argument_in_part(device, result, name):
     memory = torch.randn(5, *SHAPE[1:], device=device)
     words = [rf"\b{result}\b", "shares memory"]

@@ -370,14 +370,3 @@ def test_layouts_batches_and_threads_have_the_same_bits(normal, device, threads,
     for samples in (slice(0, 3), slice(3, 8)):
         part = run({n: v[samples] for n, v in given.items()}, samples)
         assert all(same_bits(result, expected[name][samples]) for name, result in part.items())
-
-
-@BACKENDS
-@pytest.mark.parametrize("shape", [(0,), (0, 3, 4), (2, 0), (2, 3, 0, 5)])
-def test_empty(device, backend, shape):
-    for dtype, model_dtype in DTYPES:
-        x, m = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=model_dtype, device=device)
-        given = moved(options(shape, dtype, model_dtype), device) | {"history_out": x.clone(), "x0_out": x.clone()}
-        for t in (0, torch.zeros(shape[0], dtype=torch.int64, device=device)):
-            got = backend.step_with_options(x, m, make_table(2).to(device), t, rng=Philox(0), **given)
-            assert got.shape == shape and got.dtype == dtype

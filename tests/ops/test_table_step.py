@@ -124,18 +124,6 @@ def test_each_call_takes_the_launches_of_its_inputs(tensors):
     assert torch.equal(out, ops.step_with_options(x, m, TABLE, 1, add_noise=False))
 
 
-@BACKENDS
-def test_without_a_source_each_call_draws_a_seed(device, tensors, backend):
-    given, table = tensors(), TABLE.to(device)
-    x, m, step = given["x_t"], given["model_output"], backend.TableStep(table)
-    torch.manual_seed(1)
-    found = [step.take(x, m, None, 1) for _ in range(2)]
-    torch.manual_seed(1)
-    expected = [backend.reverse_step(x, m, table, 1) for _ in range(2)]
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    assert not torch.equal(*found)
-
-
 def test_gradients_are_recorded_by_the_plain_step_alone(device, tensors):
     given, table = tensors(), TABLE.to(device)
     x, m, z = given["x_t"].requires_grad_(), given["model_output"], given["noise"]

@@ -25,9 +25,7 @@ def make_call(name, device):
     return call
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit", "ignore:.*batching rule"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit", "ignore:.*batching")
 
 
 @NAMES

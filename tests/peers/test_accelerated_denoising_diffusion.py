@@ -132,6 +132,31 @@ def test_p_losses(choose, device):
         check(*found)
 
 
+@pytest.mark.parametrize(("dtype", "objective"), [(torch.float16, "pred_v"), (torch.bfloat16, "pred_x0")])
+def test_half(objective, dtype, device):
+    """With a model, buffers and samples of 16 bits, the rows are those of the rounded buffers, computed in float32."""
+    plain = make(objective, Given(torch.randn(SHAPE)), device=device).to(dtype)
+    plain.model.output = torch.randn(SHAPE, device=device, dtype=dtype)
+    fast = accelerate(plain)
+    x = torch.randn(SHAPE, device=device).to(dtype)
+    output = plain.model.output.clone()
+    for t in (0, 1, 20, 49):
+        (ours, our_start), _ = seeded(1, lambda t=t: fast.p_sample(x, t))
+        (theirs, their_start), _ = seeded(1, lambda t=t: plain.p_sample(x, t))
+        plain.model.output = fast.model.output = output.clone()
+        z, _ = seeded(1, lambda: torch.randn_like(x))
+        with normals(randn_like=z):
+            true, true_start = in64(plain).p_sample(x.double().cpu(), t)
+        check(ours, theirs, true)
+        check(our_start, their_start, true_start)
+    t = torch.tensor([0, 1, 20, 49], device=device)
+    for call in (lambda gd: gd.q_sample(x, t), lambda gd: gd.p_losses(x, t)):
+        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
+        assert ours.dtype == theirs.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    assert fast.accelerated.fallbacks == {}
+
+
 # -------------------------------------------------------------------------------------------------------- whole loops
 
 
@@ -291,12 +316,8 @@ def test_a_models_output_that_requires_grad():
     leaf = torch.randn(SHAPE).requires_grad_()
     plain = make("pred_x0", Given(leaf), sampling_timesteps=5)
     fast = accelerate(plain)
-    for call in (
-        lambda: fast.p_sample(torch.randn(SHAPE), 20),
-        lambda: [fast.sample(4)],
-        lambda: [fast.p_sample_loop(SHAPE)],
-    ):
-        assert not any(x.requires_grad for x in call())
+    for found in (fast.p_sample(torch.randn(SHAPE), 20), [fast.sample(4)], [fast.p_sample_loop(SHAPE)]):
+        assert not any(x.requires_grad for x in found)
     x, t = torch.rand(SHAPE), torch.arange(4)
     fast.p_losses(x, t).backward()
     expected = 2 / x.numel() * plain.loss_weight[:4].reshape(-1, 1, 1, 1) * (leaf.detach() - x)

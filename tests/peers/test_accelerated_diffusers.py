@@ -167,15 +167,7 @@ def test_ddpm(config, steps, part, kind, tensors):
 
 @many
 @given(
-    ddim_configs,
-    steps,
-    parts,
-    flag,
-    kinds,
-    st.sampled_from([0.0, 0.0, 0.3, 1, 1.0, 1.2]),
-    flag,
-    flag,
-    given_tensors(),
+    ddim_configs, steps, parts, flag, kinds, st.sampled_from([0.0, 0.0, 0.3, 1, 1.0, 1.2]), flag, flag, given_tensors()
 )
 def test_ddim(config, steps, part, anywhere, kind, eta, use_clipped_model_output, with_noise, tensors):
     scheduler = in_schedule("DDIM", config, steps)
@@ -279,9 +271,6 @@ def test_no_step_has_a_fused_form(name):
     if name == "DDIM":
         plain.alphas_cumprod = torch.ones(1000)
     assert not compare(name, plain, M, np.int64(5), X)[1]
-
-
-# ------------------------------------------------------------------------------------------ single numbers
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep"])

@@ -167,9 +167,7 @@ def test_no_samples(name):
 
 
 @of_alphas
-@pytest.mark.parametrize(
-    "kind", [int, np.int32, lambda t: torch.tensor(t, dtype=torch.int32), lambda t: torch.tensor([t])]
-)
+@pytest.mark.parametrize("kind", [int, np.int32, lambda t: torch.tensor(t).int(), lambda t: torch.tensor([t])])
 def test_kinds_of_timesteps(name, kind):
     plain, t = at_third(name)
     assert compare(name, plain, M, kind(int(t)), X)[1]

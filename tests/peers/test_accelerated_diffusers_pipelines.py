@@ -57,9 +57,6 @@ def close(found, expected, within=1e-4):
     torch.testing.assert_close(found, expected, rtol=0, atol=within * max(1.0, expected.abs().max().item()))
 
 
-# ---------------------------------------------------------------------------------------------------- unconditional
-
-
 def test_ddpm_pipeline_by_seed_and_id():
     """It draws its start noise before set_timesteps, and takes no latents."""
     plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=make("DDPM")))
@@ -70,9 +67,6 @@ def test_ddpm_pipeline_by_seed_and_id():
         for i in (0, 1)
     )
     close(alone.images, whole.images[1:])
-
-
-# ----------------------------------------------------------------------------------------------------------- latent
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.diffusers_classes import (
-    ALONE,
-    SHAPE,
-    TRACED,
-    check,
-    classes,
-    loop,
-    make,
-    set_timesteps,
-    shape_of,
-    step_of,
-)
+from support.diffusers_classes import ALONE, SHAPE, TRACED, check, classes, loop, make, set_timesteps, shape_of, step_of
 from support.launches import launches as counted_launches
 
 from ddpm_ext import accelerate
@@ -193,12 +182,7 @@ def test_other_classes_run_their_own_code(name):
     "name, config, options, reason",
     [
         ("PNDMScheduler", {"skip_prk_steps": False}, {}, "reads more of the steps before it than the 3 tensors"),
-        (
-            "DEISMultistepScheduler",
-            {"thresholding": True, "sample_max_value": 0.5},
-            {},
-            "is not linear",
-        ),
+        ("DEISMultistepScheduler", {"thresholding": True, "sample_max_value": 0.5}, {}, "is not linear"),
         ("DEISMultistepScheduler", {}, {"dtype": torch.float64}, "its samples are float64"),
     ],
 )
@@ -213,9 +197,7 @@ def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
 UNTHRESHOLDED = ("EDMDPMSolverMultistepScheduler", "LCMScheduler")
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in TRACED if "thresholding" in make(name).config and name not in UNTHRESHOLDED]
-)
+@pytest.mark.parametrize("name", [n for n in TRACED if "thresholding" in make(n).config and n not in UNTHRESHOLDED])
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_thresholding(name, launches):
     """The quantile takes a launch of its own. A small one, so that many numbers are clipped."""
@@ -259,13 +241,6 @@ def test_outputs_and_options_of_their_own(name, config, channels, options, launc
         results.append(x)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert len(launches) == 6
-
-
-def test_options_are_part_of_a_loop(launches):
-    """LMS's order is one."""
-    name = "LMSDiscreteScheduler"
-    check(loop(accelerate(make(name)), 8, order=2), loop(make(name), 8, order=2), 1e-5)
-    assert len(launches) == 8
 
 
 # --------------------------------------------------------------------------------------------------------- objects

@@ -19,15 +19,9 @@ from ddpm_ext.integrations.row_stepper import RowStepper
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
               pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
 PNDM = {"skip_prk_steps": True, "steps_offset": 1}
-# Class, config, and whether diffusers holds the outputs themselves, so that they must stay as they are.
-SCHEDULERS = [
-    ("PNDM", PNDM, True),
-    ("DEISMultistep", {}, False),
-    ("IPNDM", {}, False),
-    ("LMSDiscrete", {}, False),
-    ("UniPCMultistep", {}, False),
-]
-schedulers = pytest.mark.parametrize("name, config, holds", SCHEDULERS, ids=[name for name, *_ in SCHEDULERS])
+SCHEDULERS = {"PNDM": PNDM, "DEISMultistep": {}, "IPNDM": {}, "LMSDiscrete": {}, "UniPCMultistep": {}}
+HOLDS = "PNDM"  # diffusers holds the outputs themselves, so that they must stay as they are
+schedulers = pytest.mark.parametrize("name, config", SCHEDULERS.items(), ids=SCHEDULERS)
 
 
 def loop(scheduler, buffer=None):
@@ -40,15 +34,15 @@ def loop(scheduler, buffer=None):
 
 
 @schedulers
-def test_one_tensor_for_all_outputs(name, config, holds):
+def test_one_tensor_for_all_outputs(name, config):
     """Where diffusers takes such a model, so do ours."""
-    buffer = torch.empty(2, 3, 4, 5)
+    buffer, holds = torch.empty(2, 3, 4, 5), name == HOLDS
     assert torch.equal(loop(make(name, **config), buffer), loop(make(name, **config))) != holds
     assert torch.equal(loop(accelerate(make(name, **config)), buffer), loop(accelerate(make(name, **config)))) != holds
 
 
 @schedulers
-def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, holds):
+def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config):
     """A step then writes the next sample alone."""
     written = []
     own = RowStepper.take
@@ -60,7 +54,7 @@ def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, 
 
     monkeypatch.setattr(RowStepper, "take", take)
     loop(accelerate(make(name, **config)))
-    assert any(written) != holds
+    assert any(written) != (name == HOLDS)
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "LCM", "DPMSolverMultistep"])
@@ -153,11 +147,11 @@ def scaled_loop(scheduler, between=lambda x: x, calls=None):
     return x, seen
 
 
-@pytest.mark.parametrize("name", [*SCALED, "FlowMatchEulerDiscrete", *(name for name, *_ in SCHEDULERS)])
+@pytest.mark.parametrize("name", [*SCALED, "FlowMatchEulerDiscrete", *SCHEDULERS])
 def test_the_step_writes_what_scale_model_input_returns(name):
     """So that one launch lies between two calls of the model: anything more would be a launch or a synchronisation in
     each step. The scheduler's own attributes stay right."""
-    plain = make(name, **(PNDM if name == "PNDM" else {}))
+    plain = make(name, **SCHEDULERS.get(name, {}))
     ours, counted = accelerate(plain), accelerate(plain, noise="philox", seed=0)
     expected, states = scaled_loop(plain)
     found, seen = scaled_loop(ours)

@@ -139,9 +139,7 @@ def test_loops_share_no_noise(library, method):
 @libraries
 @kinds
 def test_parts_of_a_batch(library, method):
-    parts(
-        lambda **ids: made(library, "ddim25", seed=9, **ids), lambda diffusion, batch: sampled(diffusion, method, batch)
-    )
+    parts(lambda **ids: made(library, "ddim25", seed=9, **ids), lambda d, batch: sampled(d, method, batch))
 
 
 @libraries

@@ -89,9 +89,6 @@ def test_keys_dtypes_and_draws(device, library, variance, loss):
     torch.testing.assert_close(found[0][1:], found[1][1:], rtol=2e-4, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- philox
-
-
 @pytest.mark.parametrize(
     ("variance", "loss"), [("FIXED_SMALL", "MSE"), ("LEARNED", "KL"), ("LEARNED_RANGE", "RESCALED_MSE")]
 )

@@ -9,16 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from support.accelerated_guided import (
-    LIBRARIES,
-    SHAPE,
-    libraries,
-    make,
-    model_of,
-    module,
-    no_fallback,
-    numbers,
-)
+from support.accelerated_guided import LIBRARIES, SHAPE, libraries, make, model_of, module, no_fallback, numbers
 from support.launches import launches
 from support.warned import user_warnings
 

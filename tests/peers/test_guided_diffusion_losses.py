@@ -29,8 +29,7 @@ SHAPE = (4, 3, 4, 6)
 TIMESTEPS = 60
 # its mean of an "x_prev" is the model's, whatever the clip of x_0
 clipped = pytest.mark.parametrize(
-    ("prediction", "clip"),
-    [("eps", True), ("eps", False), ("x0", True), ("x0", False), ("x_prev", False)],
+    ("prediction", "clip"), [("eps", True), ("eps", False), ("x0", True), ("x0", False), ("x_prev", False)]
 )
 
 
@@ -51,12 +50,10 @@ def model_of(gd, x_start):
     def model(x, t):
         kept = gd.alphas_cumprod.to(x.device)[t].reshape(-1, 1, 1, 1)
         x0 = x_start + 0.01 * torch.sin(40 * x)
-        of_x0, of_x = (
+        c0, c1 = (
             table.to(x.device)[t].reshape(-1, 1, 1, 1) for table in (gd.posterior_mean_coef1, gd.posterior_mean_coef2)
         )
-        m = {"x0": x0, "eps": (x - kept.sqrt() * x0) / (1 - kept).sqrt(), "x_prev": of_x0 * x0 + of_x * x}[
-            gd.prediction
-        ]
+        m = {"x0": x0, "eps": (x - kept.sqrt() * x0) / (1 - kept).sqrt(), "x_prev": c0 * x0 + c1 * x}[gd.prediction]
         if gd.variance == "learned":
             return torch.cat([m, -4 + torch.cos(3 * x)], 1)
         return m if gd.variance.startswith("fixed") else torch.cat([m, torch.cos(3 * x)], 1)
@@ -71,11 +68,8 @@ def test_whole_bound(device, exact_bins, monkeypatch, prediction, clip, variance
     gd, theirs = pair(prediction, variance)
     x_start = images(device)
     drawn = iter(range(TIMESTEPS - 1, -1, -1))
-    monkeypatch.setattr(
-        peer.th,
-        "randn_like",
-        lambda x: randn(SHAPE, RNG, stream=STREAM_FORWARD, draw=next(drawn), device=device).to(x.dtype),
-    )
+    own = {"stream": STREAM_FORWARD, "device": device}
+    monkeypatch.setattr(peer.th, "randn_like", lambda x: randn(SHAPE, RNG, draw=next(drawn), **own).to(x.dtype))
     model = model_of(gd, x_start)
     with in_float64():
         expected = theirs.calc_bpd_loop(model, x_start, clip_denoised=clip)

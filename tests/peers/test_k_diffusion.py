@@ -205,9 +205,7 @@ def test_every_function_is_tried(sampling):
 
 
 def test_names_of_an_installed_k_diffusion(sampling, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"sampler is 'dpmpp_sde', expected .*'dpmpp_2m_sde'.* or with k-diffusion installed"
-    ):
+    with pytest.raises(ValueError, match=r"sampler is 'dpmpp_sde', expected .*'dpmpp_2m_sde'.* or with k-diff"):
         sampler("dpmpp_sde")
     monkeypatch.setitem(sys.modules, "k_diffusion", sampling)
     monkeypatch.setitem(sys.modules, "k_diffusion.sampling", sampling)

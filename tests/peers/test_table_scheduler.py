@@ -89,15 +89,9 @@ def test_noise(seeded_by):
         for t in scheduler.timesteps:
             x = scheduler.step(plain.unet(x, t).sample, t, x, return_dict=False)[0]
         found.append(x)
+    how = {"sampler": table, "record": "last", "progress": False}
     for ids, own in zip((0, 2), found, strict=True):
-        expected = GD.p_sample_loop(
-            lambda x, t: plain.unet(x, t).sample,
-            SHAPE,
-            sampler=table,
-            rng=Philox(7, ids),
-            record="last",
-            progress=False,
-        )
+        expected = GD.p_sample_loop(lambda x, t: plain.unet(x, t).sample, SHAPE, rng=Philox(7, ids), **how)
         torch.testing.assert_close(own, expected, rtol=0, atol=2e-6)
     assert accelerate(scheduler, noise="philox", seed=3).accelerated.seed == 3 != scheduler.accelerated.seed
 

@@ -110,14 +110,6 @@ def test_rows_are_the_scheduler(monkeypatch, name, config, history):
     torch.testing.assert_close(found, x, rtol=2e-6, atol=2e-6 * float(x.abs().max()))
 
 
-def test_two_libraries_side_by_side():
-    """Two classes with the same rows differ in none, and a printed difference says where others do."""
-    one, other = diffusers.DDIMScheduler(), diffusers.DDIMParallelScheduler()
-    assert not StepTable.trace(one, 10).diff(StepTable.trace(other, 10))
-    difference = StepTable.trace(one, 10).diff(StepTable.trace(diffusers.DDIMScheduler(set_alpha_to_one=False), 10))
-    assert difference and set(difference.columns) == {"c0", "c2"}
-
-
 def test_arguments_are_those_of_set_timesteps():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     table = StepTable.trace(scheduler, 6, mu=1.15)

@@ -152,7 +152,7 @@ BAD = [
         plots.trajectory_frames,
         (X_T, [x[..., :4, :4] for x in X_0], [""] * 3),
         {"scale": 2},
-        r"x_0: got shape \(2, 1, 4, 4\)",
+        r"x_0: got shape \(2, 1,",
     ),
     (plots.save_gif, ([], "a.gif"), {}, "frames: got none"),
     (plots.save_gif, ([FRAME, FRAME[:1]], "a.gif"), {}, "frames: got shapes"),

@@ -37,62 +37,26 @@ def each(values, t):
 # --------------------------------------------------------------------------------------------------------- formulas
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("fused", torch.float32), ("reference", F64)])
-def test_flow_by_its_formulas(device, backend, dtype):
-    """x_t = (1 - sigma) x_0 + sigma z with sigma = (t + 1) / T; the model gets 1000 sigma and returns z - x_0; a
-    step's distribution is a product of normal densities."""
-    gd = GaussianDiffusion(T, "flow", prediction="flow", backend=backend)
+def test_flow_by_its_formulas(device):
+    """x_t = (1 - sigma) x_0 + sigma z with sigma = (t + 1) / T; the model gets 1000 sigma and returns z - x_0. The
+    kernels' steps are the reference's, which the next tests compare with those of other levels."""
     x_0, z, m = normals(3)
-    t = torch.tensor([0, 7, 12, 19])
-    sigma, before = each(torch.arange(T + 1, dtype=F64) / T, t + 1), each(torch.arange(T + 1, dtype=F64) / T, t)
-    x_t = (1 - sigma) * x_0 + sigma * z
-    given = {"device": device, "dtype": dtype}
-    close = {"rtol": 1e-10, "atol": 1e-12} if dtype == F64 else {"rtol": 2e-5, "atol": 3e-6}
-    close |= {"check_dtype": False, "check_device": False}
-
-    def same(ours, expected):
-        torch.testing.assert_close(ours.cpu().to(F64), expected, **close)
-
-    x, there = x_0.to(**given), t.to(device)
-    same(gd.q_sample(x, there, z.to(**given)), x_t)
-    mean, variance, log_variance = gd.q_mean_variance(x, there)
-    same(mean, (1 - sigma) * x_0)
-    same(variance, sigma**2)
-    same(log_variance, 2 * sigma.log())
-    inverse = gd.predict_start_from_noise(x_t.to(**given), there, z.to(**given))
-    same(inverse[:3], x_0[:3])  # at sigma 1 there is no x_0
-
-    # x_{t-1} | x_0 ~ N((1 - before) x_0, before^2); x_t | x_{t-1} ~ N(k x_{t-1}, rest), with what is left of both.
-    k = (1 - sigma) / (1 - before)
-    rest = sigma**2 - (k * before) ** 2
-    variance = before**2 * rest / (rest + (k * before) ** 2)
-    mean = ((1 - before) * rest * x_0 + k * before**2 * x_t) / sigma**2
-    ours = gd.q_posterior_mean_variance(x, x_t.to(**given), there)
-    same(ours[0], mean)
-    same(ours[1], variance)
-    same(ours[2][1:], variance[1:].log())
-
-    asked = []
-    predicted = (x_t - sigma * m).clamp(-1, 1)
-    mean = ((1 - before) * rest * predicted + k * before**2 * x_t) / sigma**2
-
-    def model(x, t):
-        asked.append(t)
-        return m.to(x)
-
-    same(
-        gd.p_sample(model, x_t.to(**given), there, noise=z.to(**given)),
-        mean + variance.sqrt() * z * (t > 0)[:, None, None],
-    )
-    same(gd.p_mean_variance(model, x_t.to(**given), there)[0], mean)
-    same(gd.p_mean_variance(model, x_t.to(**given), there)[1], variance)
-    assert asked[0].tolist() == [50, 400, 650, 1000] and asked[0].device == device
-    gd.p_sample(model, x_t.to(**given), 12)
-    assert asked[-1].tolist() == [650.0] * 4
-
-    loss = gd.train_losses(model, x, there, z.to(**given), reduction="none")
-    same(loss, ((m - (z - x_0)) ** 2).mean((1, 2)))
-    assert asked[-1].tolist() == [50, 400, 650, 1000]
+    t, found = torch.tensor([0, 7, 12, 19]), []
+    sigma = each(torch.arange(1, T + 1, dtype=F64) / T, t)
+    for backend, dtype in (("reference", F64), ("fused", torch.float32)):
+        gd, asked = GaussianDiffusion(T, "flow", prediction="flow", backend=backend), []
+        x, noise, output = (v.to(device, dtype) for v in (x_0, z, m))
+        there, model = t.to(device), lambda x, t, asked=asked, output=output: asked.append(t) or output
+        x_t = gd.q_sample(x, there, noise)
+        loss = gd.train_losses(model, x, there, noise, reduction="none")
+        mean, variance, _ = gd.p_mean_variance(model, x_t, there)
+        posterior = gd.q_posterior_mean_variance(x, x_t, there)[0]
+        results = x_t, loss, mean, variance, posterior, gd.p_sample(model, x_t, there, noise=noise)
+        found.append([v.cpu().to(F64) for v in results])
+        assert all(told.tolist() == [50, 400, 650, 1000] and told.device == device for told in asked)
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=3e-6)
+    torch.testing.assert_close(found[0][0], (1 - sigma) * x_0 + sigma * z, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0][1], ((m - (z - x_0)) ** 2).mean((1, 2)), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.3])
@@ -166,10 +130,7 @@ def test_every_method_is_the_variance_preserving_one_scaled(choose):
         same(found[0], expected[0] * each(scale, t))
         same(found[1], expected[1] * each(scale, t) ** 2)
         same(found[2], expected[2] + 2 * each(scale, t).log())
-    same(
-        ours.p_sample(model, x_t * each(r, t), t, noise=z),
-        unit.p_sample(model, x_t, t, noise=z) * each(r_before, t),
-    )
+    same(ours.p_sample(model, x_t * each(r, t), t, noise=z), unit.p_sample(model, x_t, t, noise=z) * each(r_before, t))
     same(ours.predict_start_from_noise(x_t * each(r, t), t, z), unit.predict_start_from_noise(x_t, t, z))
     bounded = options["variance"] != "learned_variance" and not (prediction == "eps" and signal[-1] == 0)
     losses = [{"loss": "l1"}, *([{"loss": "vlb"}] if bounded else [])]

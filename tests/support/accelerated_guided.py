@@ -19,10 +19,8 @@ if not LIBRARIES:
     pytest.skip("neither guided_diffusion nor improved_diffusion is there", allow_module_level=True)
 
 TIMESTEPS, ULP = 1000, 2.0**-23
-PREDICTIONS, VARIANCES = (
-    ("EPSILON", "START_X", "PREVIOUS_X"),
-    ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"),
-)
+PREDICTIONS = ("EPSILON", "START_X", "PREVIOUS_X")
+VARIANCES = ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE")
 OURS = dict(zip(("eps", "x0", "x_prev"), PREDICTIONS, strict=True))  # by our names
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
 SHAPE = (5, 3, 4, 6)

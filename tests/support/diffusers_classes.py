@@ -53,9 +53,7 @@ def classes() -> dict[str, type]:
 
 # Those that run their own code, and those whose rows are traced.
 ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(OWN.values(), ())]
-TRACED = [
-    name for name, cls in classes().items() if name not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)
-]
+TRACED = [n for n, cls in classes().items() if n not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)]
 
 
 def make(name: str, **config: Any) -> Any:

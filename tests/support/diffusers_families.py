@@ -200,7 +200,7 @@ def wan() -> Any:
     return diffusers.WanPipeline(**wan_parts(), **NO_TEXT, vae=None)
 
 
-def stable_video_diffusion() -> Any:
+def svd() -> Any:
     from transformers import CLIPImageProcessor, CLIPVisionConfig
     from transformers import CLIPVisionModelWithProjection as VisionModel
 
@@ -238,24 +238,17 @@ def cogvideox() -> Any:
     return diffusers.CogVideoXPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=None, **NO_TEXT)
 
 
+POOLED_16 = embeds(*POOLED, tokens=None) | OF_16
 # By name: what makes the pipeline, its call's arguments apart from the generator, and how many steps these take.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "stable_diffusion": (stable_diffusion, embeds(*BOTH) | OF_16, 9),  # PNDM takes its second step twice
-    "stable_diffusion_xl": (
-        stable_diffusion_xl,
-        embeds(*BOTH, width=2 * HIDDEN) | embeds(*POOLED, tokens=None) | OF_16,
-        8,
-    ),
-    "stable_diffusion_3": (stable_diffusion_3, embeds(*BOTH) | embeds(*POOLED, tokens=None) | OF_16, 8),
+    "stable_diffusion_xl": (stable_diffusion_xl, embeds(*BOTH, width=2 * HIDDEN) | POOLED_16, 8),
+    "stable_diffusion_3": (stable_diffusion_3, embeds(*BOTH) | POOLED_16, 8),
     "flux": (flux, embeds(*BOTH[:1]) | embeds(*POOLED[:1], tokens=None) | OF_16, 8),
     "wan": (wan, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
     "latent_consistency": (latent_consistency, embeds(*BOTH[:1]) | OF_16 | {"num_inference_steps": 4}, 4),
     "controlnet": (controlnet, embeds(*BOTH) | OF_16 | {"image": normal(7, 2, 3, 16, 16).sigmoid()}, 8),
-    "stable_video_diffusion": (
-        stable_video_diffusion,
-        OF_16 | {"image": normal(7, 1, 3, 16, 16).sigmoid(), "num_frames": 2},
-        8,
-    ),
+    "stable_video_diffusion": (svd, OF_16 | {"image": normal(7, 1, 3, 16, 16).sigmoid(), "num_frames": 2}, 8),
     "cogvideox": (cogvideox, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
 }
 

@@ -37,19 +37,10 @@ def run(test: str, seed: int, examples: int) -> tuple[str, str]:
     """A test, in each of its parametrized forms, with so many examples: how it failed, or "", and what it wrote."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "DDPM_EXT_FUZZ": str(examples), "PYTHONPATH": paths}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        f"--hypothesis-seed={seed}",
-    ]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", f"--hypothesis-seed={seed}"]
     try:
         done = subprocess.run(
-            [*command, test], cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=PATIENCE
+            [*words, test], cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=PATIENCE
         )
     except subprocess.TimeoutExpired:
         return "hangs", ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from support.plain_loop import TIMESTEPS, Row, noise, plain_loop, rows_of
 
-from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Philox
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, repaint
 
@@ -124,10 +124,7 @@ CASES = {
     "cond_fn": (constant(cond_fn=cond_fn), constant(cond_fn=cond_fn)),
     "denoised_fn": (constant(denoised_fn=denoised_fn), constant(denoised_fn=denoised_fn)),
     "threshold": (constant(clip_denoised=DynamicThreshold(0.8)), constant(quantile=0.8)),
-    "threshold maximum": (
-        constant(clip_denoised=DynamicThreshold(0.95, maximum=1.25)),
-        constant(quantile=0.95, maximum=1.25),
-    ),
+    "threshold maximum": (constant(clip_denoised=DynamicThreshold(0.95, 1.25)), constant(quantile=0.95, maximum=1.25)),
     "inpaint": inpaint(),
     "inpaint soft": inpaint(soft=True),
     "inpaint jumps": inpaint(jump_length=2, jump_n_sample=3),
@@ -209,7 +206,3 @@ def truth(gd, case, sampler="ddpm", *, start=None, rows=None, **others):
 
 def make_diffusion(**options):
     return GaussianDiffusion(100, "linear", **options)
-
-
-def interpolation(part, device, dtype, **options):
-    return Interpolation(given(1, part, device, dtype), given(2, part, device, dtype), **options)

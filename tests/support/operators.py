@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from support.choices import Choose
@@ -55,21 +53,6 @@ def row_numbers(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> di
     found = dict(zip(ROW, columns(table, t, x), strict=False))
     del found["draw"]
     return found
-
-
-def layouts(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """x's values in other memory layouts."""
-    reverse = list(reversed(range(x.dim())))
-    yield "transposed", x.transpose(1, -1).contiguous().transpose(1, -1)
-    yield "batch last", x.movedim(0, -1).contiguous().movedim(-1, 0)
-    yield "reversed", x.permute(reverse).contiguous().permute(reverse)
-    yield "sliced inside", torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
-    yield "sliced batch", torch.stack([x, x + 1], 1).flatten(0, 1)[::2]
-    yield "offset", torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    yield "padded", torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None:
-        yield "channels last", x.to(memory_format=last)
 
 
 def as_float64(table: torch.Tensor) -> torch.Tensor:

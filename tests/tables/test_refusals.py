@@ -11,19 +11,7 @@ from ddpm_ext.tables import samplers
 from ddpm_ext.tables.beta_quantile import beta_quantile
 from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, flow_spaced_grid
 from ddpm_ext.tables.grid import Grid, grid_of_levels, make_grid
-from ddpm_ext.tables.samplers import (
-    SAMPLERS,
-    WITH_ETA,
-    ddim,
-    ddpm,
-    dpmpp_2m_sde,
-    eta_argument,
-    flow_sde,
-    repaint,
-    restart,
-    sa_solver,
-    tcd,
-)
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, ddim, ddpm, dpmpp_2m_sde, eta_argument, repaint, sa_solver
 from ddpm_ext.tables.schedules import make_betas, rescale_zero_terminal_snr
 from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, linear_quadratic, log_snr_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
@@ -100,9 +88,9 @@ ARGUMENTS = [
     (lambda: ddpm(GRID, variance="large"), ValueError, "variance is 'large', expected 'fixed_small' or .* 'learned_v"),
     (lambda: samplers.ddim_inverse(GRID), ValueError, "grid does not ascend"),
     (lambda: samplers.ddim_inverse(GRID, prediction="x_prev"), ValueError, r"prediction is 'x_prev'.*expected another"),
-    (lambda: tcd(GRID, eta=1.5), ValueError, r"eta is 1.5, expected 0 <= eta <= 1"),
-    (lambda: tcd(BARE), ValueError, "grid has no schedule, in which tcd counts"),
-    (lambda: flow_sde(GRID, variant="cps"), ValueError, "variant is 'cps', expected 'flow_grpo' or 'dance_grpo'"),
+    (lambda: samplers.tcd(GRID, eta=1.5), ValueError, r"eta is 1.5, expected 0 <= eta <= 1"),
+    (lambda: samplers.tcd(BARE), ValueError, "grid has no schedule, in which tcd counts"),
+    (lambda: samplers.flow_sde(GRID, variant="cps"), ValueError, "variant is 'cps', expected 'flow_grpo' or"),
     (lambda: samplers.unipc(GRID, solver="bh3"), ValueError, "solver is 'bh3', expected 'bh2' or 'bh1'"),
     *((lambda s=SAMPLERS[s]: s(GRID, order=5), ValueError, "order is 5") for s in ("deis", "lms", "unipc")),
     *((lambda s=SAMPLERS[s]: s(GRID, order=2.0), TypeError, "order is 2.0") for s in ("deis", "lms", "unipc")),
@@ -110,10 +98,10 @@ ARGUMENTS = [
     (lambda: sa_solver(GRID, interval=(200, "800")), TypeError, "interval is '800'"),
     (lambda: samplers.edm(GRID, s_churn=-1.0), ValueError, "s_churn is -1.0"),
     (lambda: samplers.edm(GRID, s_tmin=math.nan), ValueError, "s_tmin is nan"),
-    (lambda: restart(GRID, intervals=[(1, 1, 0.1, 0.2)]), ValueError, r"intervals\[0\]'s n is 1"),
-    (lambda: restart(GRID, intervals=[GOOD, (3, 0, 0.1, 0.2)]), ValueError, r"intervals\[1\]'s k is 0"),
-    (lambda: restart(GRID, intervals=[(3, 1, 0.2, 0.1)]), ValueError, r"\[0\] has t_min 0.2 and t_max 0.1"),
-    (lambda: restart(GRID, intervals=[], s_noise=-1), ValueError, "s_noise is -1"),
+    (lambda: samplers.restart(GRID, intervals=[(1, 1, 0.1, 0.2)]), ValueError, r"intervals\[0\]'s n is 1"),
+    (lambda: samplers.restart(GRID, intervals=[GOOD, (3, 0, 0.1, 0.2)]), ValueError, r"intervals\[1\]'s k is 0"),
+    (lambda: samplers.restart(GRID, intervals=[(3, 1, 0.2, 0.1)]), ValueError, r"\[0\] has t_min 0.2 and t_max 0.1"),
+    (lambda: samplers.restart(GRID, intervals=[], s_noise=-1), ValueError, "s_noise is -1"),
     (lambda: repaint([1]), TypeError, "table is a list, expected a StepTable"),
     (lambda: repaint(TABLE, jump_length=0), ValueError, "jump_length is 0, expected 1 <= jump_length"),
     (lambda: repaint(TABLE, jump_n_sample=0), ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
@@ -121,11 +109,7 @@ ARGUMENTS = [
     (lambda: repaint(StepTable([1, 0], *[[0, 0]] * 4)), ValueError, "table does not descend"),
     (lambda: repaint(SAMPLERS["dpmpp_2m"](GRID)), ValueError, "table has history"),
     (lambda: ddim(GRID, eta=MOST + 1e-4), ValueError, rf"in step 0, from timestep 900, .* expected at most {MOST}$"),
-    (
-        lambda: ddim(UP, eta=0.5),
-        ValueError,
-        "grid's step 0, from timestep 1, goes up to more noise, expected steps down",
-    ),
+    (lambda: ddim(UP, eta=0.5), ValueError, "grid's step 0, from timestep 1, goes up to more noise"),
     (lambda: ddpm(UP), ValueError, "grid's step 0, from timestep 1, goes up to more noise, expected steps down"),
     (lambda: linear_quadratic(4, linear_steps=5), ValueError, "linear_steps is 5, expected 1 <= linear_steps < 5"),
     *((lambda s=SAMPLERS[s]: s(GRID, prediction="x_prev"), ValueError, "'x_prev'.*between its times") for s in BETWEEN),
@@ -165,4 +149,6 @@ def test_eta_as_an_option(eta, error):
 
 
 def test_without_a_schedule_tcd_takes_no_noise():
-    assert tcd(BARE, eta=0.0) == ddim(BARE) and tcd(GRID[1:]) == tcd(make_grid(LEVELS, [100, 20]))
+    assert samplers.tcd(BARE, eta=0.0) == ddim(BARE) and samplers.tcd(GRID[1:]) == samplers.tcd(
+        make_grid(LEVELS, [100, 20])
+    )

@@ -8,18 +8,7 @@ import torch
 from support.gaussian import take
 
 from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.samplers import (
-    SAMPLERS,
-    ddim,
-    ddim_inverse,
-    ddpm,
-    dpmpp_2m,
-    dpmpp_2m_sde,
-    euler,
-    euler_ancestral,
-    lcm,
-    tcd,
-)
+from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
@@ -176,7 +165,7 @@ def test_eulers_methods_are_k_diffusions(grid, eta, clip):
     # With noise, the root of a difference of numbers near 1, if one step removes nearly all of it.
     tolerance = 1e-11 if eta == 0 else 1e-7
     close(apply(table, x, m, z, clip), expected, rtol=tolerance, atol=tolerance)
-    assert eta or table == euler(grid)
+    assert eta or table == SAMPLERS["euler"](grid)
 
 
 @pytest.mark.parametrize("keep_eps", [False, True])
@@ -244,7 +233,7 @@ def test_lcm_is_the_formula(scaling):
     """f(x, t) = c_skip x + c_out x0, noised to the next timestep; at timestep 0 it is x itself."""
     _, levels = schedule("scaled_linear")
     timestep = [999, 500, 3, 0]
-    table = lcm(make_grid(levels, timestep), timestep_scaling=scaling)
+    table = SAMPLERS["lcm"](make_grid(levels, timestep), timestep_scaling=scaling)
     x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
     x0 = ((x - coroot * m) / root).clamp(-1, 1)
@@ -260,7 +249,7 @@ def test_tcd_is_the_formula(eta):
     """Down to timestep (1 - eta) s with the model's eps, and up to s with fresh noise; no noise in the last step."""
     _, levels = schedule("scaled_linear")
     timestep = [999, 501, 33, 7]
-    table = tcd(make_grid(levels, timestep), eta=eta)
+    table = SAMPLERS["tcd"](make_grid(levels, timestep), eta=eta)
     x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
     x0 = (x - coroot * m) / root

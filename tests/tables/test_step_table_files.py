@@ -31,9 +31,7 @@ NEWER = ("cu", "h1", "h2", "h3", "k0", "k1", "k2")
 
 
 @pytest.mark.parametrize(("version", "left_out"), [(1, NEWER), (2, ())])
-@pytest.mark.parametrize(
-    "levels", [[(0.0, 0.0), (0.25, 0.75), (0.75, 1.0)], [(0.0, 0.0)] * 3], ids=["known", "unknown"]
-)
+@pytest.mark.parametrize("levels", [[(0.0, 0.0), (0.25, 0.75), (0.75, 1.0)], [(0.0, 0.0)] * 3], ids=["known", "none"])
 def test_files_of_older_versions_are_read(tmp_path, version, left_out, levels):
     """Their levels are alphas_cumprod, in two columns, which are all 0 where no level is known."""
     columns = [name for name in COLUMNS if name not in (*LEVELS, *left_out)]

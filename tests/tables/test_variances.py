@@ -106,9 +106,6 @@ def test_rows_of_learned_variances_have_their_columns():
     assert fixed.plain
 
 
-# ---------------------------------------------------------------------------------------------------- gradients
-
-
 def grids():
     _, levels = schedule("scaled_linear")
     return [

@@ -28,9 +28,7 @@ VARIANTS = {
 def killed(tmp_path_factory):
     """The folder of each variant, killed after 17 of 24 steps, of which a checkpoint has 10."""
     folder = tmp_path_factory.mktemp("killed")
-    ended = trainer_run.in_forks(
-        folder, {name: [{**variant, "steps": 24, "die_at": 17}] for name, variant in VARIANTS.items()}
-    )
+    ended = trainer_run.in_forks(folder, {name: [{**how, "steps": 24, "die_at": 17}] for name, how in VARIANTS.items()})
     assert ended == {name: [-signal.SIGKILL] for name in VARIANTS}
     return {name: folder / name / "run" for name in VARIANTS}
 

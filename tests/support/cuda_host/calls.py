@@ -135,7 +135,8 @@ class Call:
 
     def result_like(self, name: str, like: Tensor) -> Tensor:
         dtype, times = self.input_kind if name == "model_input" else (None, 1)
-        return torch.empty_like(like if times == 1 else torch.cat([like] * times), dtype=dtype)
+        like = like if times == 1 else torch.cat([like] * times)
+        return torch.empty_strided(like.shape, like.stride(), dtype=dtype or like.dtype)
 
     def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Call:
         """change(name, tensor) in place of each that is like x_t."""
