@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ class RowStepper:
     Attributes:
         table, clip, threshold: the arguments.
         needs: what each row needs.
+        edited: the same rows, as `for_edits` makes them; None until somebody needs them.
         scales: what a traced scheduler multiplies the model's inputs by; False where it does something else; None until
             somebody asks.
     """
 
+    edited: RowStepper | None = None
     scales: Any = None
 
     def __init__(
@@ -71,6 +74,14 @@ class RowStepper:
         """
         made = copy.copy(self)
         made._tables = self._tables.for_inputs(c_in)  # noqa: SLF001 (of this class)
+        return made
+
+    def for_edits(self, own: Sequence[float]) -> RowStepper:
+        """The same rows, where the part own[i] of row i's factor of its sample is one of `uncond_output`."""
+        made = copy.copy(self)
+        part = torch.tensor(own, dtype=torch.float64, device=self.table.c1.device)
+        made.table = replace(self.table, c1=self.table.c1 - part, cu=part)
+        made._tables = KernelTables(made.table)  # noqa: SLF001 (of this class)
         return made
 
     def take(

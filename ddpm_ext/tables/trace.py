@@ -39,6 +39,7 @@ class TraceResult(NamedTuple):
         noise: the number of the draw that is a step's z, or None where it has none.
         given: for each step, the numbers of the draws that stand in the place of its history, the first in that of h1.
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
+        own: for each row, `Linear.own`.
         begins: the rows with which the steps of a function begin, as its callback tells.
         asks: whether a function read attributes of the model.
         read: the attributes of the scheduler that its steps read before they wrote them; None: nobody knows.
@@ -51,6 +52,7 @@ class TraceResult(NamedTuple):
     noise: list[int | None]
     given: list[list[int]]
     second: bool
+    own: list[float]
     begins: tuple[int, ...] = ()
     asks: bool = False
     read: frozenset[str] | None = None
@@ -178,7 +180,8 @@ def _proven(rows: Columns, clip: Clip | None, linear: Linear, trial: Trial, numb
     if linear.run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
     columns = {"timestep": times} | rows
-    return TraceResult(columns, clip, residual, trial.steps, linear.noise, linear.given, linear.second)
+    own = columns.pop("own").tolist()
+    return TraceResult(columns, clip, residual, trial.steps, linear.noise, linear.given, linear.second, own)
 
 
 # ------------------------------------------------------------------------------------------------------------ clips
