@@ -156,7 +156,8 @@ class TracedScheduler(Forward):
         rows, i, ring = loop.rows, loop.at, loop.ring
         trace = rows.trace
         step = trace.steps[i]
-        stepper, inputs = rows.stepper, {}
+        stepper = rows.stepper
+        inputs: dict[str, Any] = {}
         edited = loop.last if loop.last is not None and loop.last.may_differ(x) else None
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
