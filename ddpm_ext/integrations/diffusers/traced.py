@@ -190,7 +190,7 @@ class TracedScheduler(Forward):
         if kept is not None:
             ring = (kept, *ring[:2])
         last = None if own is None else OwnResult(prev, written(prev), own)
-        made = loop.made if model_input is own else Made(prev, written(prev), model_input)
+        made = loop.made if model_input is None or own is not None else Made(prev, written(prev), model_input)
         self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, last, made)
         if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
