@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,10 +39,12 @@ class RowStepper:
     Attributes:
         table, clip, threshold: the arguments.
         needs: what each row needs.
+        edited: the same rows, as `for_edits` makes them; None until somebody needs them.
         scales: what a traced scheduler multiplies the model's inputs by; False where it does something else; None until
             somebody asks.
     """
 
+    edited: RowStepper | None = None
     scales: Any = None
     _c_in: Tensor | None = None
 
@@ -76,6 +79,13 @@ class RowStepper:
         """
         made = copy.copy(self)
         made.__dict__.update(_c_in=c_in, _packed={}, _quiet_steps={})
+        return made
+
+    def for_edits(self, own: Sequence[float]) -> RowStepper:
+        """The same rows, where the part own[i] of row i's factor of its sample is one of `uncond_output`."""
+        made = copy.copy(self)
+        part = torch.tensor(own, dtype=torch.float64, device=self.table.c1.device)
+        made.__dict__.update(table=replace(self.table, c1=self.table.c1 - part, cu=part), _packed={}, _quiet_steps={})
         return made
 
     def take(

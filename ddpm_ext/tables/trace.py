@@ -39,6 +39,7 @@ class TraceResult(NamedTuple):
         noise: the number of the draw that is a step's z, or None where it has none.
         given: for each step, the numbers of the draws that stand in the place of its history, the first in that of h1.
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
+        own: for each row, `Linear.own`.
         begins: the rows with which the steps of a function begin, as its callback tells.
         asks: whether a function read attributes of the model.
         scales: for each step, what its sample is multiplied by for the model; None where it is not.
@@ -52,6 +53,7 @@ class TraceResult(NamedTuple):
     noise: list[int | None]
     given: list[list[int]]
     second: bool
+    own: list[float]
     scales: Array | None = None
     begins: tuple[int, ...] = ()
     asks: bool = False
@@ -180,7 +182,9 @@ def _proven(rows: Columns, clip: Clip | None, linear: Linear, trial: Trial, numb
     if linear.run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
     columns = {"timestep": times} | rows
-    return TraceResult(columns, clip, residual, trial.steps, linear.noise, linear.given, linear.second, trial.scales)
+    own = columns.pop("own").tolist()
+    found = (linear.noise, linear.given, linear.second, own, trial.scales)
+    return TraceResult(columns, clip, residual, trial.steps, *found)
 
 
 # ------------------------------------------------------------------------------------------------------------ clips

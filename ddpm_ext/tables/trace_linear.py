@@ -14,7 +14,7 @@ from ddpm_ext.tables.trace_run import Run
 
 HISTORY = 3  # tensors that a row may read
 NEGLIGIBLE = 1e-12  # a number below this part of those that it is made of is 0
-NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2")
+NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "own")  # a step table's, and `Linear.own`
 
 Columns = dict[str, Array]
 Factors = tuple[float, float, float, dict[int, float]]  # of sample, output, noise, and the tensors kept by steps
@@ -105,14 +105,46 @@ class Linear:
         if not self.has_history(10 * NEGLIGIBLE):
             return self._rows_without_history()
         try:
-            return self._rows()
+            rows = self._rows()
         except ValueError as error:
             other = copy.copy(self)
             other.prev = self._without_past_noise()
             try:
-                return other._rows()  # noqa: SLF001 (of this module)
+                rows = other._rows()  # noqa: SLF001 (of this module)
             except ValueError:
                 raise error from None
+        return rows | {"own": self.own(rows)}
+
+    def own(self, rows: Columns) -> Array:
+        """The part of each row's factor of its sample that is one of the result of the step before, (steps,).
+
+        A scheduler that keeps a sample does not read what somebody makes of its result: there, the sample stands for
+        what the result was made of. NaN where the row with both parts is not what the step makes of any sample.
+        """
+        n, steps = self.n, np.arange(self.n)
+        factors, kept = (
+            (rows[clean] * rows["a"] + rows[x], rows[clean] * rows["b"] + rows[m])
+            for clean, x, m in (("c0", "c1", "c2"), ("k0", "k1", "k2"))
+        )
+        sizes = np.abs(self.prev).max(1)
+        own = factors[0] - self.prev[steps, steps]
+        own[np.abs(own) <= LINEAR * sizes] = 0
+        rest = self.prev.copy()
+        rest[steps, steps] -= factors[0] - own
+        rest[steps, n + steps] -= factors[1]
+        rest[1:] -= own[1:, None] * self.prev[:-1]
+        sizes[1:] += np.abs(own[1:]) * sizes[:-1]
+        ring: list[int] = []
+        for i in range(n):
+            z, given = self.column(i), self.given_columns(i)
+            if z is not None:
+                rest[i, z] -= rows["s"][i]
+            rest[i, given] = 0
+            for k, j in enumerate(() if given else ring):
+                rest[i, [j, n + j]] -= rows[f"h{1 + k}"][i] * np.array([kept[0][j], kept[1][j]])
+            if rows["k0"][i] or rows["k1"][i] or rows["k2"][i]:
+                ring = [i, *ring][:HISTORY]
+        return np.where(np.abs(rest).max(1) <= 10 * LINEAR * sizes, own, np.nan)
 
     def _rows_without_history(self) -> Columns:
         steps = np.arange(self.n)
@@ -131,15 +163,17 @@ class Linear:
                 rows[f"h{1 + k}"][i] = self.prev[i, column]
 
     def _without_past_noise(self) -> Array:
-        """`prev`, where the noise of an earlier step is written as the next step's sample less all else in it."""
+        """`prev`, where the noise of an earlier step is written as the next step's sample less all else in it; behind a
+        step without noise, as the last result less all else in it, which a scheduler that keeps a sample has in it."""
         prev = self.prev.copy()
         for i in range(self.n):
             for j in reversed(range(i)):
                 z = self.column(j)
                 if z is not None and prev[i, z]:
-                    factor = prev[i, z] / self.prev[j, z]
-                    prev[i] -= factor * self.prev[j]
-                    prev[i, j + 1] += factor
+                    k = i - 1 if self.column(i - 1) is None and self.prev[i - 1, z] else j
+                    factor = prev[i, z] / self.prev[k, z]
+                    prev[i] -= factor * self.prev[k]
+                    prev[i, k + 1] += factor
         return prev
 
     def _rows(self) -> Columns:

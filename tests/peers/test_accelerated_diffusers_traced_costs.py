@@ -210,12 +210,13 @@ def watched(written):
     return take
 
 
-def test_what_is_not_scaled_is_not_written_twice():
+@pytest.mark.parametrize("name, writes", [("DEISMultistep", 0), ("UniPCMultistep", 4)])
+def test_what_is_not_scaled_is_written_twice_only_where_the_next_row_takes_a_part_of_it(name, writes):
     written = []
     for _ in range(2):
         with mock.patch.object(RowStepper, "take", watched(written)):
-            scaled_loop(accelerate(make("UniPCMultistep")))
-    assert written == [False] * 12
+            scaled_loop(accelerate(make(name)))
+    assert written == 2 * ([True] * writes + [False] * (6 - writes))
 
 
 def test_what_is_no_factor_is_the_classes_own():

@@ -1,11 +1,15 @@
 """Traced schedulers whose loops do not go on as they began: an error that says so, or the same as diffusers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
-from support.diffusers_classes import SHAPE, TRACED, loop, make
+from support.choices import for_many
+from support.diffusers_classes import SHAPE, TRACED, check, loop, make
 from support.launches import launches
 from support.warned import user_warnings
 
@@ -133,6 +137,70 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
         loop(scheduler, 10, stop=3)
         results.append([x[0] for x in loop(scheduler, 10)[0]])
     same(*reversed(results))
+
+
+def in_place(x):
+    return x.mul_(0.9)
+
+
+def another(x):
+    return x * 0.9
+
+
+def of_a_part(x):
+    x[1:].add_(0.1)
+    return x
+
+
+# Beside each class as it is, what other rows and operators take an edited sample of.
+EDITED = [
+    *((name, {}) for name in TRACED),
+    (HISTORY, {"solver_order": 3, "prediction_type": "v_prediction"}),
+    (HISTORY, {"thresholding": True, "dynamic_thresholding_ratio": 0.6, "sample_max_value": 1.5}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
+    ("SASolverScheduler", {"algorithm_type": "noise_prediction"}),
+]
+
+
+@pytest.mark.parametrize("name, config", EDITED)
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_samples_that_somebody_edits(name, config):
+    """Between steps, as pipelines' callbacks do. What a scheduler keeps of a sample, it keeps of an edited one."""
+
+    @for_many(examples=2 if "KDPM2" in name else 6)  # whose own set_timesteps takes a tenth of a second
+    def an_edited_loop_is_the_same(choose):
+        edits = [choose.one_of([lambda x: x, in_place, another, of_a_part], f"edit {i}") for i in range(2 * STEPS)]
+        dtype = choose.one_of([torch.float32, torch.float32, torch.float16, torch.bfloat16], "dtype")
+
+        def run(scheduler):
+            return loop(scheduler, STEPS, dtype, edit=lambda i, x: edits[i](x))
+
+        theirs = run(make(name, **config))
+        with launches() as called:
+            found = run(accelerate(make(name, **config)))
+        check(found, theirs, 1e-5 if dtype == torch.float32 else 100 * torch.finfo(dtype).eps)
+        assert len([name for name in called if name != "x_start_scale"]) == len(theirs[0])
+
+    an_edited_loop_is_the_same()
+
+
+@pytest.mark.parametrize("edit", [lambda x: x, in_place, another])
+def test_copies_know_edited_samples(edit):
+    """Those in the middle of a loop have the same bits. In inference mode nobody counts what is written in place."""
+
+    def edited(scheduler, how=lambda scheduler: scheduler):
+        scheduler.set_timesteps(STEPS)
+        x = torch.ones(SHAPE)
+        for t in scheduler.timesteps:
+            x = edit(scheduler.step(x / 2, t, x).prev_sample)
+            scheduler = how(scheduler)
+        return x
+
+    whole = edited(accelerate(make(HISTORY)))
+    for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
+        assert torch.equal(edited(accelerate(make(HISTORY)), how), whole)
+    with torch.inference_mode():
+        same([edited(accelerate(make(HISTORY)))], [edited(make(HISTORY))])
 
 
 @pytest.mark.parametrize("name, began, offset", [(HISTORY, 3, 0), ("PNDMScheduler", 0, 7)])

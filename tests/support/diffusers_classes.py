@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -105,12 +106,14 @@ def loop(
     stop: int | None = None,
     by_index: bool = True,
     rounded: torch.dtype | None = None,
+    edit: Callable[[int, Tensor], Tensor] = lambda i, x: x,
     **options: Any,
 ) -> tuple[list[tuple[Any, ...]], Tensor]:
     """The results of a loop whose outputs are random, and the generator's state after it.
 
     by_index: whether a start is told by set_begin_index; otherwise the first timestep tells it.
     rounded: the dtype that all numbers are rounded to; None: `dtype`.
+    edit: what becomes of the result of step i before the next one.
     """
 
     def normal() -> Tensor:
@@ -132,7 +135,7 @@ def loop(
         m = normal() - (scaled / 4).clamp(-1, 1).to(dtype)
         found = call_step(scheduler, i, m, x, results[-1] if results else None, normal, **options)
         results.append(found if isinstance(found, tuple) else tuple(vars(found).values()))
-        x = results[-1][0]
+        x = results[-1][0] if i + 1 == len(timesteps) else edit(i, results[-1][0])
     return results, generator.get_state()
 
 

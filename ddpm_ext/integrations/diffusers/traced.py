@@ -20,7 +20,7 @@ from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, RepeatedCall, Settings
+from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, RepeatedCall, Settings
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.shared import peer_class, peer_method
@@ -159,21 +159,32 @@ class TracedScheduler(Forward):
         rows, i, ring = loop.rows, loop.at, loop.ring
         trace = rows.trace
         step = trace.steps[i]
+        stepper = rows.stepper
+        inputs: dict[str, Any] = {}
+        edited = loop.last if loop.last is not None and loop.last.may_differ(x) else None
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
         if tensors:
             tensors = [tensor.to(of_loop.computed) for tensor in tensors]
-        noise = {} if of_loop.quiet[i] else self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
+        if not of_loop.quiet[i]:
+            inputs = self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
         x0 = empty_like(x) if trace.second else None
         history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
         is_last = i + 1 == len(rows.timesteps)
-        stepper, model_input = rows.stepper, None
-        if self._scales_inputs and loop.made is None and not is_last:
+        model_input = own = None
+        if edited is not None:
+            if stepper.edited is None:
+                stepper.edited = stepper.for_edits(trace.own)
+            stepper, m = stepper.edited, m.to(x.dtype)
+            inputs["uncond_output"] = edited.copy.to(x.dtype)
+        if not is_last and trace.own[i + 1]:
+            model_input = own = empty_like(x)
+        elif self._scales_inputs and loop.made is None and edited is None and not is_last:
             scales = scales_of(rows)
             if scales is not None:
                 stepper = scales.stepper
                 model_input = empty_like(x) if x.dtype is of_loop.prev else torch.empty_like(x, dtype=of_loop.prev)
-        prev, kept = stepper.take(i, x, m, history, x0=x0, model_input=model_input, **noise)
+        prev, kept = stepper.take(i, x, m, history, x0=x0, model_input=model_input, **inputs)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
         self.__dict__.update(step.state)
@@ -181,8 +192,9 @@ class TracedScheduler(Forward):
             self._hold(rows, step, None if is_last else x)
         if kept is not None:
             ring = (kept, *ring[:2])
-        made = loop.made if model_input is None else Made(prev, written(prev), model_input)
-        self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, made)
+        last = None if own is None else OwnResult(prev, written(prev), own)
+        made = loop.made if model_input is None or own is not None else Made(prev, written(prev), model_input)
+        self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, last, made)
         if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
         result = step.result

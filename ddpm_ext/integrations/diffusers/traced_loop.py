@@ -139,12 +139,38 @@ class Made(NamedTuple):
         )
 
 
+class OwnResult(NamedTuple):
+    """The result of a loop's last step, for the next one, which takes a part of it whatever somebody makes of it.
+
+    Attributes:
+        sample, version: the result, and how often it had been written to. Pickles have None: there, its numbers tell.
+        copy: the same numbers, which nobody writes to.
+    """
+
+    sample: Tensor | None
+    version: int
+    copy: Tensor
+
+    def __deepcopy__(self, memo: object) -> OwnResult:
+        return self
+
+    def __reduce__(self) -> Any:
+        return OwnResult, (None, 0, self.copy)
+
+    def may_differ(self, x: Tensor) -> bool:
+        """Whether x may be another sample than that. Inference tensors do not tell whether they were written to."""
+        if self.sample is None:
+            return not torch.equal(x, self.copy.to(x))
+        return x is not self.sample or x.is_inference() or x._version != self.version
+
+
 class LoopPosition(NamedTuple):
     """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
 
     Attributes:
         settings: the scheduler's when the loop began.
         repeated: None where the next step's arguments are to be looked at, whatever they are.
+        last: None where the next row takes no part of it.
         made: by the last step that made some and of which it was not asked for, as by a pipeline that doubles its batch
             before it scales it. No later step makes any then.
     """
@@ -154,6 +180,7 @@ class LoopPosition(NamedTuple):
     at: int = 0
     ring: tuple[Tensor, ...] = ()
     repeated: RepeatedCall | None = None
+    last: OwnResult | None = None
     made: Made | None = None
 
     def is_over(self) -> bool:
