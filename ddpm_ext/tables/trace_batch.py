@@ -153,8 +153,9 @@ def _scales(x: Array, scaled: list[Any]) -> Array | None:
     results = np.stack([x[0], *map(flat, scaled[1:])])
     steps = np.arange(len(x))
     factors = results[steps, steps] / UNIT
-    made = factors[:, None] * x
-    return factors if (np.abs(results - made) <= EXACT * np.abs(made)).all() else None
+    with np.errstate(invalid="ignore"):  # a factor may be infinite
+        made = factors[:, None] * x
+        return factors if (np.abs(results - made) <= EXACT * np.abs(made)).all() else None
 
 
 def flat(x: Tensor) -> Array:
