@@ -126,6 +126,7 @@ def pytest_xdist_make_scheduler(config, log):
             folder = file.rpartition("/")[0]
             return folder if folder.endswith("tests/cuda") else file
 
+    config.option.loadscopereorder = False  # the files' order is that of pytest_collection_modifyitems
     return Scheduling(config, log)
 
 
@@ -134,6 +135,9 @@ def pytest_collection_modifyitems(config, items):
         for place in places(item.path):
             if place in MARKED:
                 item.add_marker(MARKED[place])
+    # Files of long tests first, so that no process has one left when the others have ended.
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in ("subprocess", "slow"))}
+    items.sort(key=lambda item: item.path not in long)
     types = {device.type for device in config.stash[DEVICES]}
     kept, left_out = [], []
     for item in items:

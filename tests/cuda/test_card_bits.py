@@ -224,9 +224,6 @@ def cases(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
             yield from (case._replace(options=options) for options in sets)
 
 
-# ----------------------------------------------------------------------------------------------------- comparison
-
-
 def wrong(these: Iterator[Case], device: torch.device) -> list[str]:
     """The cases in which the device's bits are not the CPU's."""
     found = []

@@ -278,9 +278,6 @@ def test_training_allocates_two_batches_at_most(train, allocations):
     assert allocations(train)[1] <= 2 * BYTES + SMALL
 
 
-# ------------------------------------------------------------------------------ that the counters can see more at all
-
-
 def test_more_is_counted(inputs, train, launches, allocations):
     """Of steps, and of training beside a step."""
     assert allocations(lambda: STEPS["p_sample"](inputs._replace(m=inputs.m.clone()), inputs.t)) == (2, 2 * BYTES)

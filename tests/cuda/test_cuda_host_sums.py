@@ -169,9 +169,6 @@ def test_channels_last(host, pair, noise):
             assert_same_bits(a.contiguous(), b)
 
 
-# ---------------------------------------------------------------------------------------------- special numbers
-
-
 def test_special_numbers_of_losses(host):
     special = SPECIAL.repeat(30).view(3, -1)
     for kind in range(3):

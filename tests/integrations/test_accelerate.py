@@ -65,9 +65,6 @@ def test_other_ways_to_call_it():
     assert ddpm_ext.accelerate is accelerate
 
 
-# -------------------------------------------------------------------------------------------------------- settings
-
-
 def test_noise_torch_draws_no_seed():
     before = torch.get_rng_state()
     settings = Acceleration.of("torch", None, 0)

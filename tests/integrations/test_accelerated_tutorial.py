@@ -142,9 +142,6 @@ def test_a_step_keeps_gradients_where_the_class_does():
     assert accelerate(inference(50)).p_sample(Net(), x, t % 50).is_inference()
 
 
-# -------------------------------------------------------------------------------------------- where its own code runs
-
-
 @own_code
 @pytest.mark.parametrize(
     ("method", "output"), [("p_sample", torch.rand(4, 1, 5, 5)), ("train_losses", torch.rand(SHAPE).double())]
@@ -284,9 +281,6 @@ def test_philox_leaves_a_loop_that_fails():
             fast.p_sample_loop(model, SHAPE)
         assert torch.equal(*(seeded(1, lambda: torch.randn(3))[0] for _ in range(2)))
         assert torch.overrides._get_current_function_mode() is None
-
-
-# ----------------------------------------------------------------------------------------------- costs, and the object
 
 
 @pytest.mark.parametrize("noise", ["torch", "philox"])

@@ -159,9 +159,6 @@ def test_churn_is_between_two_sigmas_and_at_both():
     assert [bool(info["sigma_hat"] > info["sigma"]) for info in told] == [1.0 <= s <= 6.0 for s in SIGMAS[:-1]]
 
 
-# --------------------------------------------------------------------------------------------------------------- flow
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ddpm"])
 def test_flow_is_the_same_process_at_another_scale(name):
     """x of flow is (1 - sigma) times that of sigma space, at the same ratio of signal and noise."""

@@ -196,9 +196,6 @@ def test_bad_options_before_the_model_is_called(backend, device):
     assert torch.equal(torch.get_rng_state(), before)  # no seed was drawn before the refusal
 
 
-# -------------------------------------------------------------------------------------------------- compiled
-
-
 def test_weights_may_be_written_to_between_calls(device):
     gd, own, (x, m) = GaussianDiffusion(1000), torch.linspace(0.5, 2, 1000), normals(2, device)
     before = gd.train_losses(lambda *_: m, x, 5, rng=Philox(3), weighting=own)

@@ -248,9 +248,6 @@ def test_second_derivatives(make_step_table, normal, affine, rows, name):
         assert (gradient.double() - expected).abs().max() <= 1e-6 * scale  # measured worst 2.9e-7
 
 
-# ------------------------------------------------------------------------------------------------- no graph
-
-
 def test_out_is_refused_where_gradients_are_needed(make_step_table, normal, affine, rows, device):
     table, out = make_step_table(3), torch.empty(SHAPE, device=device)
     leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)

@@ -339,9 +339,6 @@ def test_square_root(device):
         assert deviations(torch.tensor([NAN]), device, backend, log_variance=False).isnan().all()
 
 
-# -------------------------------------------------------------------------------------------------- layouts and threads
-
-
 @noises
 @PAIRS
 def test_layouts_batches_and_threads_have_the_same_bits(normal, device, threads, noise, dtype, model_dtype):

@@ -157,9 +157,6 @@ def test_half(objective, dtype, device):
     assert fast.accelerated.fallbacks == {}
 
 
-# -------------------------------------------------------------------------------------------------------- whole loops
-
-
 LOOPS = {
     "sample": lambda gd: gd.sample(4),
     "p_sample_loop": lambda gd: gd.p_sample_loop(SHAPE, return_all_timesteps=True),

@@ -99,9 +99,6 @@ def test_after_set_timesteps_the_numbers_are_new(name, method):
     torch.testing.assert_close(call(ours, method, X, Z, t), call(plain, method, X, Z, t), rtol=1e-6, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------- timesteps
-
-
 EULER, INT32 = ("EulerDiscreteScheduler", "add_noise"), T.int()
 
 

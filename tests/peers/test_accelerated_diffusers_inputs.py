@@ -196,9 +196,6 @@ def test_steps_of_the_own_code_without_a_warning():
     assert not compare("DDPM", plain, M, 0, X)[1]
 
 
-# ------------------------------------------------------------------------------------------- refused as there
-
-
 @pytest.mark.parametrize(
     "name, config, change, inputs",
     [

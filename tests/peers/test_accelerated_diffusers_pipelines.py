@@ -117,9 +117,6 @@ def test_stable_diffusion(sd, name, config):
     close(found, expected, within=1 / 255)  # through the decoder
 
 
-# -------------------------------------------------------------------------------------------------- what it is
-
-
 def test_another_scheduler_by_the_line_of_every_guide(sd):
     """It is accelerated with the settings of the one before, whose sample ids it goes on with. So are copies."""
     ours = accelerate(sd, noise="philox", seed=4)

@@ -212,9 +212,6 @@ def test_made_by_its_class_and_accelerated_again():
     assert ours.accelerated.rng is None and again.accelerated.rng.seed_value == 3
 
 
-# ------------------------------------------------------------------------------------------------ files and copies
-
-
 @pytest.mark.parametrize("name", ["DDPM", "EulerDiscrete"])
 def test_files(name, tmp_path):
     """The files name diffusers' class, which can read them, and so can other schedulers."""

@@ -243,9 +243,6 @@ def test_outputs_and_options_of_their_own(name, config, channels, options, launc
     assert len(launches) == 6
 
 
-# --------------------------------------------------------------------------------------------------------- objects
-
-
 def test_a_subclass_with_a_step_of_its_own(launches):
     """It is traced, whatever its step is."""
 

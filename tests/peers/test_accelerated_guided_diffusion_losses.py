@@ -111,9 +111,6 @@ def test_noise_by_address(device, variance, loss):
     torch.testing.assert_close(part, ours["loss"][3:], rtol=1e-5, atol=1e-7)
 
 
-# ---------------------------------------------------------------------------------------------------------- costs
-
-
 @variances
 @losses
 @pytest.mark.parametrize("noise", ["torch", "philox"])

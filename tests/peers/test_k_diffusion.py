@@ -227,7 +227,4 @@ def test_signatures(sampling, name):
     assert list(own)[:6] == list(theirs)[:6]
 
 
-# ------------------------------------------------------------------------------------------------- rows of a schedule
-
-
 # Samplers that `sampler` does not give, or with options of their own: ours, and k-diffusion's function.

@@ -41,8 +41,6 @@ def test_good_arguments_pass(device):
             assert (model.calls > 0) == ("model" in arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------ t
-
 # A tensor's values are checked on the CPU only.
 BAD_T_VALUES = {
     "tensor too large": (lambda: steps(0, 50, 3), ValueError, ["50"]),
@@ -86,8 +84,6 @@ def test_tables_give_the_nearest_timesteps_numbers_on_a_gpu(device):
     )
     assert torch.equal(found, expected)
 
-
-# ------------------------------------------------------------------------------------------------------ samples
 
 BAD_SAMPLES = {
     "int64": (lambda: ones(dtype=torch.int64), TypeError, ["int64|Long"]),

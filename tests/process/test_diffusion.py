@@ -25,8 +25,6 @@ import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.tables.schedules import SCHEDULES
 
-# ------------------------------------------------------------------------------------------------- attributes
-
 
 @pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"flow"}))
 def test_attributes(name):

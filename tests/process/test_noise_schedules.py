@@ -34,9 +34,6 @@ def each(values, t):
     return values[t].reshape(-1, 1, 1)
 
 
-# --------------------------------------------------------------------------------------------------------- formulas
-
-
 def test_flow_by_its_formulas(device):
     """x_t = (1 - sigma) x_0 + sigma z with sigma = (t + 1) / T; the model gets 1000 sigma and returns z - x_0. The
     kernels' steps are the reference's, which the next tests compare with those of other levels."""
@@ -161,9 +158,6 @@ def test_input_perturbation_is_relative_to_the_noise():
     gd.train_losses(lambda x, t: seen.append(x.clone()) or x, zeros, 11, rng=rng, input_perturbation=0.5)
     more = randn(SHAPE, rng, stream=5, draw=11)
     torch.testing.assert_close(seen[1] - seen[0], (0.5 * SIGMAS[11]).float() * more, rtol=1e-5, atol=1e-5)
-
-
-# -------------------------------------------------------------------------------------------------------- schedules
 
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "integers"])

@@ -34,9 +34,6 @@ GRIDS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- the grid
-
-
 @pytest.mark.parametrize(("signal", "noise"), [(1 - FLOW, FLOW), (torch.ones_like(SIGMAS), SIGMAS), CURVED])
 def test_grid_of_levels(signal, noise):
     """It holds the levels; alphas_cumprod is the signal's share of the power, and beta what a step adds."""
@@ -58,9 +55,6 @@ def test_timesteps_by_a_function():
     torch.testing.assert_close(found.timestep, 5 * CURVED[1][:-1], rtol=1e-15, atol=0)
     part = found[2:4]
     torch.testing.assert_close(part.unscaled().timestep_of(*unit_levels(part.now)), part.timestep, rtol=1e-10, atol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------- scales
 
 
 @pytest.mark.parametrize("make", [flow, sigma_space])
