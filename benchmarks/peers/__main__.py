@@ -87,12 +87,6 @@ def main() -> None:
         for line in itertools.chain(HEAD, first_loop_rows()):
             lines.append(line)
             print(line, flush=True)
-    lines += [
-        "",
-        "Launches and reads from one call of the model to the next, by the pipeline's own code and the scheduler;",
-        "small models of random weights on a CPU, where a read of what a GPU's host has itself counts, too.",
-        "",
-    ]
     for line in table():
         lines.append(line)
         print(line, flush=True)

@@ -82,7 +82,9 @@ def pipelines() -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 def table() -> Iterator[str]:
     """The lines of a table of all."""
-    yield "## Pipelines"
+    yield from ("", "## Pipelines", "")
+    yield "Launches and reads from one call of the model to the next, by the pipeline's own code and the scheduler;"
+    yield "small models of random weights on a CPU, where a read of what a GPU's host has itself counts, too."
     yield ""
     yield "| pipeline | launches, plain | accelerated | reads, plain | accelerated |"
     yield "|---|---:|---:|---:|---:|"

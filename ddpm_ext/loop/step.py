@@ -67,17 +67,20 @@ class _Buffers(NamedTuple):
 
     @classmethod
     def like(cls, x: Tensor, doubled: bool, dtype: torch.dtype) -> _Buffers:
-        batch = len(x)
-        whole = x.expand(2, *x.shape) if doubled else x[None]
+        whole = x.expand(2, *x.shape) if doubled else x
         # In memory of the pool, which torch.cat does not have
-        twice = (empty_like(whole) if dtype is x.dtype else torch.empty_like(whole, dtype=dtype)).flatten(0, 1)
-        once = twice[:batch] if doubled else twice
+        twice = empty_like(whole) if dtype is x.dtype else torch.empty_like(whole, dtype=dtype)
+        once, again = twice, None
+        if doubled:
+            once, again = twice.unbind()
+            twice = twice.flatten(0, 1)
         if dtype is x.dtype:
-            return cls(once, once, twice, twice[batch:] if doubled else None)
+            return cls(once, once, twice, again)
         return cls(empty_like(x), once, twice, None)
 
     def fill(self, x: Tensor) -> None:
-        self.twice.unflatten(0, (-1, len(x))).copy_(x)
+        twice = self.twice
+        (twice if len(twice) == len(x) else twice.unflatten(0, (-1, len(x)))).copy_(x)
         if self.once is not self.x:
             self.x.copy_(x)
 
@@ -129,8 +132,8 @@ class LoopStep:
         noisy.check(x, None, 0)
         # Python has to do with the model's output, or with what the model is called with.
         by_hand = (options.cond_fn, options.denoised_fn, options.autocast)
-        self._dtype = options.input_dtype or x.dtype
-        is_direct = options.doubled or self._dtype is x.dtype
+        self._dtype, self._doubled = options.input_dtype or x.dtype, options.doubled
+        is_direct = self._doubled or self._dtype is x.dtype
         self._direct = is_direct and not (any(each is not None for each in by_hand) or options.self_condition)
         self.calls = self._calls(rows, x, quiet, noisy)
 
@@ -138,7 +141,7 @@ class LoopStep:
         """Lays out the loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads
         one and writes the other; and three tensors of history, of which the newest replaces the oldest."""
         options = self.options
-        samples = [_Buffers.like(x, options.doubled, self._dtype) for _ in range(2)]
+        samples = [_Buffers.like(x, self._doubled, self._dtype) for _ in range(2)]
         samples[0].fill(x)
         has_x0 = options.x0 or options.self_condition
         clean = [torch.zeros_like(x), torch.zeros_like(x)] if has_x0 else [None, None]
@@ -149,11 +152,12 @@ class LoopStep:
         if options.threshold is not None:
             constant |= {"quantile": options.threshold.quantile, "maximum": float(options.threshold.maximum)}
         step_of = {False: noisy if options.inpaint is not None else quiet, True: noisy}
+        writes_input = self._doubled or self._dtype is not x.dtype
         made: dict[Any, StepCall] = {}
         calls = []
         for needs, following in zip(rows.needs, [*rows.needs[1:], None], strict=True):
-            model_input = samples[1].model_input(following)
-            key = (needs, *map(id, (samples[0], clean[0], *history, model_input)))
+            model_input = samples[1].model_input(following) if writes_input else None
+            key = needs, id(samples[0]), id(clean[0]), id(history[0]) if history else 0, id(model_input)
             if key not in made:
                 own = constant if model_input is None else constant | {"model_input": model_input}
                 made[key] = self._call(needs, step_of[needs.noisy], samples, clean, history, own)
@@ -184,9 +188,9 @@ class LoopStep:
         guidance = self.options.guidance
         if needs.guided and guidance is not None and guidance.rescale > 0:
             inputs |= {"guidance": float(guidance.scale), "rescale": float(guidance.rescale)}
-        run = step.run if self._direct and needs.calls_model and needs.guided == self.options.doubled else None
+        run = step.run if self._direct and needs.calls_model and needs.guided == self._doubled else None
         run_inputs = dict(inputs)
-        if self.options.doubled:
+        if self._doubled:
             run_inputs["doubled"] = samples[0].twice
         if self.options.learned:
             run_inputs["learned"] = self._variance is not None
