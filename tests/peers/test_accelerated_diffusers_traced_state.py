@@ -192,7 +192,7 @@ def test_copies_know_edited_samples(edit):
         scheduler.set_timesteps(STEPS)
         x = torch.ones(SHAPE)
         for t in scheduler.timesteps:
-            x = edit(scheduler.step(x / 2, t, x).prev_sample)
+            x = edit(scheduler.step(scheduler.scale_model_input(x, t) / 2, t, x).prev_sample)
             scheduler = how(scheduler)
         return x
 
@@ -200,7 +200,8 @@ def test_copies_know_edited_samples(edit):
     for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
         assert torch.equal(edited(accelerate(make(HISTORY)), how), whole)
     with torch.inference_mode():
-        same([edited(accelerate(make(HISTORY)))], [edited(make(HISTORY))])
+        for name in (HISTORY, "EulerDiscreteScheduler"):
+            same([edited(accelerate(make(name)))], [edited(make(name))])
 
 
 @pytest.mark.parametrize("name, began, offset", [(HISTORY, 3, 0), ("PNDMScheduler", 0, 7)])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
-from ddpm_ext.integrations.tensors import written
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 FUNCTORCH = torch._C._functorch
@@ -115,6 +114,11 @@ class RepeatedCall(NamedTuple):
         return timestep.dtype is self.tensors[-1] and timestep.data_ptr() == self.address + at * self.stride
 
 
+def is_unchanged(x: object, result: Tensor, version: int) -> bool:
+    """Whether x is a step's very result, as it was. Inference tensors do not tell whether they were written to."""
+    return x is result and not result.is_inference() and result._version == version
+
+
 class Made(NamedTuple):
     """What a loop's step has made for the model's next call. Copies and pickles have none.
 
@@ -132,11 +136,8 @@ class Made(NamedTuple):
 
     def is_of(self, sample: object) -> bool:
         """Whether that is the very tensor that the step returned, as it was."""
-        return (
-            sample is self.sample
-            and written(self.sample) == self.version
-            and not (self.sample.requires_grad and torch.is_grad_enabled())
-        )
+        is_differentiated = self.sample.requires_grad and torch.is_grad_enabled()
+        return is_unchanged(sample, self.sample, self.version) and not is_differentiated
 
 
 class OwnResult(NamedTuple):
@@ -158,10 +159,10 @@ class OwnResult(NamedTuple):
         return OwnResult, (None, 0, self.copy)
 
     def may_differ(self, x: Tensor) -> bool:
-        """Whether x may be another sample than that. Inference tensors do not tell whether they were written to."""
+        """Whether x may be another sample than that."""
         if self.sample is None:
             return not torch.equal(x, self.copy.to(x))
-        return x is not self.sample or x.is_inference() or x._version != self.version
+        return not is_unchanged(x, self.sample, self.version)
 
 
 class LoopPosition(NamedTuple):
