@@ -1,4 +1,4 @@
-"""python -m benchmarks.overview: the README's numbers and its chart, in ten minutes on two cores that do nothing else.
+"""python -m benchmarks.overview: the step's ratios, their chart and whole loops, in ten minutes on two idle cores.
 
 --table FILE writes the numbers, --chart FILE the chart.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     if options.table:
         write_text(Path(options.table), "\n".join([*lines, ""]))
     if options.chart:
-        draw(measured, timed, Path(options.chart))
+        draw(measured, Path(options.chart))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from sampler_quality import Features, frechet, pixels
 from shapes_quality import train_classifier
 from torch import Tensor
@@ -131,8 +132,10 @@ def as_text(found: dict[str, Cells], options: argparse.Namespace) -> str:
 
 
 def plot(found: dict[str, Cells], path: Path) -> None:
-    with new_figure(9, 3.8, path, "drawing quality against calls") as figure:
-        for axes, (name, cells) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    with new_figure(9, 3.9, path, "drawing quality against calls") as figure:
+        ticks = sorted({calls for _, every in NAMED for calls in every if calls < EVERY_STEP})
+        every_axes = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, (name, cells) in zip(every_axes, found.items(), strict=True):
             for number, (curve, own) in enumerate(each for each in cells.items() if each[0] != "ddpm"):
                 style = line_style(number, len(own)) | ({"linewidth": 3} if curve == "tuned" else {})
                 axes.plot(list(own), list(own.values()), label=curve, **style)
@@ -142,7 +145,12 @@ def plot(found: dict[str, Cells], path: Path) -> None:
             title = name if guidance is None else f"{name}, guidance {guidance:g}"
             axes.set(title=title, xlabel="calls of the model", ylabel=f"Fréchet distance to {REFERENCES[name]}")
             axes.set_yscale("log")
-            axes.legend(fontsize="small")
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        handles = every_axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), fontsize="small")
 
 
 def main() -> None:

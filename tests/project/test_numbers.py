@@ -99,8 +99,12 @@ def test_sentences():
     compare(told_in(readme, "is # and # times as fast as in eager"), [ratios[f"step, {shape}"] for shape in shapes])
     few, many = table_after(RESULTS / "samplers.md"), table_after(RESULTS / "samplers.md", "## In many steps")
     distances = [cell.split("/ ")[1] for cell in (few["`dpmpp_2m`",][2], many["`ddpm`",][2])]
-    assert told_in(readme, "1,000 steps of DDPM (# and # on") == distances
-    assert told_in(SPEED, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
+    calls = table_after(RESULTS / "calls.md", "## digits")
+    by_calls = [calls["unipc",][5], calls["ddpm",][6], calls["tuned",][0]]
+    told = told_in(readme, "Fréchet distance of # to the images, and 1,000 of DDPM one of #.")
+    assert [*told, *told_in(readme, "4 calls then have a distance of #.")] == by_calls
+    for page in (SPEED, SPEED.with_name("sampling.md")):
+        assert told_in(page, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
     loops = table_after(RESULTS / "overview.md", "## Whole loops", keys=2)
     large = next(model for model, _ in loops if "CIFAR-10" in model)
     seconds = [float(loops[large, f"{way}, ddpm"][1]) for way in ("ddpm_ext", "eager PyTorch")]
