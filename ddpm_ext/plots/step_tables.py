@@ -35,8 +35,8 @@ def step_table_figure(
     Of one table, the factors of the predicted x0 share a panel, and so do those of the next sample; the timestep has
     one, and so has the standard deviation of the noise where there is noise; where rows keep or read a history, its
     factors have two more. Of several tables, each column has a panel and each table a line. Columns that are 0 in all
-    tables are left out, but for a to c2 in a single table's panels. An axis with factors above 10 is logarithmic, but
-    linear around 0. The columns for draws, levels, learned variances and gradients are not drawn.
+    tables are left out, but for a single table's a and b. An axis with factors above 10 is logarithmic, but linear
+    around 0. The columns for draws, levels, learned variances and gradients are not drawn.
 
     Args:
         tables: a StepTable; or tables by their names, which the legend shows, or of one alone the title.
@@ -114,7 +114,7 @@ def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
 
 def _one_table(label: str, table: StepTable, path: PathLike | None, against: str) -> Figure:
     noisy, noise = _column(table, "s").any(), "s exp(l0 + l1 v)" if _learned(table) else "s"
-    plain = ("c0", "c1", "c2", *_drawn([table], ("cu",)))
+    plain = _drawn([table], ("c0", "c1", "c2", "cu")) or ["c0"]
     read, kept = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
     more = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
     following = f"{_sum(plain)}{more if len(plain) < 5 else f'{chr(10)}{more}'}{_explained(plain)}"

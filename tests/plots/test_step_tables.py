@@ -42,7 +42,7 @@ def test_history_has_panels_of_its_own():
     """Of one table by what they are for, of several each column."""
     plain, linear = StepTable(**STEPS), StepTable(**STEPS, **HISTORY)
     following, read, kept = linear.plot().axes[1:4]
-    assert legend(following) == ["c0", "c1", "c2", "cu"]
+    assert legend(following) == ["c0", "c1", "cu"]  # c2 is 0
     for axes, names in ((read, ("h1", "h2")), (kept, ("k0", "k2"))):
         assert drawn(axes) == {name: points(range(3), HISTORY[name]) for name in names}
     figure = step_table_figure({"plain": plain, "linear": linear})
@@ -101,7 +101,7 @@ def test_several_tables_have_a_panel_a_column():
 
 @pytest.mark.parametrize("rows", [1, 1000])
 def test_step_table_picture(rows, tmp_path):
-    table = StepTable(**{name: values[0:1] * rows for name, values in STEPS.items()}, draw=range(rows))
+    table = StepTable(**{name: values[0:1] * rows for name, values in STEPS.items()}, c2=[0.5] * rows, draw=range(rows))
     figure = table.plot(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.size == (900, 560)
