@@ -34,6 +34,15 @@ def write_npz(
     labels, (count,), as arr_1, and `more` by their names.
 
     The same samples give the same bytes.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from ddpm_ext.bulk.shards import Shards
+        >>> shards = Shards(Path("many"), count=6, size=4, shape=(8, 8, 3))
+        >>> from ddpm_ext.bulk.run import sample_many
+        >>> grey = lambda first, count: torch.full((count, 8, 8, 3), 128, dtype=torch.uint8).numpy()
+        >>> result = sample_many(shards, {"seed": 0}, grey, batch_size=4)
+        >>> write_npz(shards, "many.npz")
     """
     target = Path(path)
     _remove_leftovers(target)
@@ -54,6 +63,15 @@ def write_pngs(shards: Shards, folder: Path) -> None:
     The folder appears once all pictures are written. If it exists already, it is left as it is.
 
     Raises ValueError as check_png_folder.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from ddpm_ext.bulk.shards import Shards
+        >>> shards = Shards(Path("many"), count=6, size=4, shape=(8, 8, 3))
+        >>> from ddpm_ext.bulk.run import sample_many
+        >>> grey = lambda first, count: torch.full((count, 8, 8, 3), 128, dtype=torch.uint8).numpy()
+        >>> result = sample_many(shards, {"seed": 0}, grey, batch_size=4)
+        >>> write_pngs(shards, Path("pictures"))
     """
     check_png_folder(shards, folder)
     if folder.exists():

@@ -70,6 +70,15 @@ def sample_many(
         ValueError: the folder has samples of other settings, another run at work or a damaged shard, or the ranks do
             not share it; draw returned something else.
         ConnectionError: another rank was lost. TimeoutError: another rank has stopped writing shards.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from ddpm_ext.bulk.shards import Shards
+        >>> shards = Shards(Path("many"), count=6, size=4, shape=(8, 8, 3))
+        >>> grey = lambda first, count: torch.full((count, 8, 8, 3), 128, dtype=torch.uint8).numpy()
+        >>> result = sample_many(shards, {"seed": 0}, grey, batch_size=4)
+        >>> result.drawn
+        6
     """
     ranks = ranks or Ranks()
     with ExitStack() as until_the_end:

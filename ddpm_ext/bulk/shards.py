@@ -32,6 +32,13 @@ class Shards:
     """Samples 0 to `count` - 1 in files of `size` samples; the last file holds what remains.
 
     shape: (height, width, channels) of a sample.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from ddpm_ext.bulk.shards import Shards
+        >>> shards = Shards(Path("many"), count=6, size=4, shape=(8, 8, 3))
+        >>> len(shards.missing())  # files of up to four samples
+        2
     """
 
     folder: Path

@@ -62,6 +62,14 @@ class Acceleration:
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
         fused_calls, own_calls: how many calls of methods took their fused form, each mostly one launch, and how many
             ran the peer's own code. Code compiled by torch.compile is not counted.
+
+    Examples:
+        >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
+        >>> scheduler.accelerated.seed = 1  # begins anew, with the first sample ids
+        >>> scheduler.accelerated.begin_loop()
+        >>> scheduler.accelerated.rng
+        Philox(seed=1, ...)
+        >>> told = scheduler.accelerated.summary()
     """
 
     _rng: Philox | None

@@ -33,6 +33,12 @@ def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
 
     Raises:
         ValueError: levels that are not known, that do not follow on one another, or without signal.
+
+    Examples:
+        >>> from ddpm_ext.tables.samplers import ddim
+        >>> sigmas, table = table_sigmas(ddim(grid))
+        >>> sigmas.round(decimals=2).tolist()
+        [157.41, 3.42, 0.01, 0.0]
     """
     signal, noise, signal_after, noise_after = (getattr(table, name) for name in LEVELS)
     if scale_of(table) != FLOW:

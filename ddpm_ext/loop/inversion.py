@@ -24,6 +24,12 @@ def inversion_table(process: Process, steps: int | None = None, spacing: str | N
 
     Raises:
         TypeError, ValueError: `steps` or `spacing` is unknown or out of range, or there is no step up.
+
+    Examples:
+        >>> up = inversion_table(gd, steps=10)
+        >>> options = {"record": "last", "progress": False, "clip_denoised": False}
+        >>> noise = gd.p_sample_loop(model, images.shape, sampler=up, noise=images, **options)
+        >>> again = gd.p_sample_loop(model, images.shape, sampler="ddim", steps=10, noise=noise, **options)
     """
     down = spaced_grid(process.alphas_cumprod, process.betas, steps, spacing, scale=process.schedule.scale)
     timestep, levels = down.timestep.flip(0), down.now.flip(0)

@@ -30,6 +30,13 @@ class Record(NamedTuple):
     step: 0 for the first. timestep: where the step started. x_t: the samples after it. x0: the predicted clean samples,
     or None where they were not asked for. Both tensors are on the loop's device, in buffers that later steps overwrite:
     copy what you want to keep.
+
+    Examples:
+        >>> for record in gd.sample_progressive(model, images.shape, sampler="ddim", steps=3, x0=True):
+        ...     print(record.step, record.timestep, record.x0.shape)
+        0 999 torch.Size([4, 3, 8, 8])
+        1 666 torch.Size([4, 3, 8, 8])
+        2 332 torch.Size([4, 3, 8, 8])
     """
 
     step: int

@@ -65,7 +65,12 @@ def collect(
 
 class CapturedLoop:
     """A loop to run again and again, with other seeds and conditioning, in the same memory: by a CUDA graph of its
-    step, or of all its steps. GaussianDiffusion.capture makes it."""
+    step, or of all its steps. GaussianDiffusion.capture makes it.
+
+    Examples:
+        >>> captured = gd.capture(model, images.shape, steps=10, device="cuda")
+        >>> first, second = captured(Philox(0)).clone(), captured(Philox(1))
+    """
 
     def __init__(self, loop: Loop, whole: bool) -> None:
         self._loop, self._whole = loop, whole

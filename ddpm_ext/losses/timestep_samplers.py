@@ -47,6 +47,13 @@ class TimestepSampler:
 
     Args:
         timesteps: of the diffusion, at least 1.
+
+    Examples:
+        >>> from ddpm_ext.losses.timestep_samplers import Uniform
+        >>> sampler = Uniform(1000)
+        >>> t, weights = sampler.sample(4, seed=0, iteration=17)
+        >>> sampler.update(t, torch.rand(4))  # with the losses at t, for those that learn from them
+        >>> sampler.load_state_dict(sampler.state_dict())  # of a checkpoint
     """
 
     learns = False
@@ -133,7 +140,11 @@ class TimestepSampler:
 
 
 class Uniform(TimestepSampler):
-    """Each timestep is drawn independently, all with the same probability: Ho et al. 2020, algorithm 1."""
+    """Each timestep is drawn independently, all with the same probability: Ho et al. 2020, algorithm 1.
+
+    Examples:
+        >>> t, weights = Uniform(1000).sample(4, seed=0, iteration=17)
+    """
 
 
 class LowDiscrepancy(TimestepSampler):
@@ -141,6 +152,11 @@ class LowDiscrepancy(TimestepSampler):
 
     Each sample's timestep is uniform, and each of B equal stretches of timesteps gets one sample, so that the loss
     varies less between iterations. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
+
+    Examples:
+        >>> t, weights = LowDiscrepancy(1000).sample(4, seed=0, iteration=17)
+        >>> t.sort().values.diff().tolist()
+        [250, 250, 250]
     """
 
     def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
@@ -166,6 +182,9 @@ class Importance(_Weighted):
 
     Raises:
         TypeError, ValueError: density is no such tensor.
+
+    Examples:
+        >>> sampler = Importance(torch.linspace(2, 1, 1000))  # more of the timesteps with little noise
     """
 
     def __init__(self, density: Tensor) -> None:
@@ -197,6 +216,11 @@ class LossSecondMoment(_Weighted):
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
+
+    Examples:
+        >>> sampler = LossSecondMoment(1000)
+        >>> t, weights = sampler.sample(4, seed=0, iteration=17)
+        >>> sampler.update(t, losses=torch.rand(4))
     """
 
     learns = True
@@ -280,6 +304,9 @@ class LogitNormal(_Density):
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
+
+    Examples:
+        >>> sampler = LogitNormal(1000, logit_mean=0.5)
     """
 
     def __init__(self, timesteps: int, logit_mean: float = 0.0, logit_std: float = 1.0) -> None:
@@ -310,6 +337,9 @@ class Mode(_Density):
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
+
+    Examples:
+        >>> sampler = Mode(1000, mode_scale=0.8)
     """
 
     LARGEST = 2 / (math.pi - 2)

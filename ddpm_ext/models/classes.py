@@ -25,8 +25,13 @@ class Classes:
 
     Examples:
         >>> from ddpm_ext.models import Classes
-        >>> Classes(("circle", "square"), null=2).find("square")
+        >>> classes = Classes(("circle", "square"), null=2)
+        >>> classes.find("square")
         1
+        >>> classes.labels_of(range(3))  # of samples 0 to 2
+        tensor([0, 1, 0])
+        >>> classes.model_kwargs(range(1), guided=True)
+        {'class_labels': tensor([2, 0])}
     """
 
     names: tuple[str, ...]

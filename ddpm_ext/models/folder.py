@@ -40,6 +40,12 @@ class LoadedModel:
 
     classes: those of a class-conditional model, which is called with class_labels; None for another.
     shape: (channels, height, width) of one sample.
+
+    Examples:
+        >>> digits = load_model("digits")
+        >>> loop = digits.settings.diffusion().p_sample_loop
+        >>> table = digits.tuned(4)  # for four calls
+        >>> images = loop(digits.unet, (2, *digits.shape), sampler=table, record="last", progress=False)
     """
 
     unet: UNet2DModel

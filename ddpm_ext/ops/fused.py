@@ -184,6 +184,9 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
     """k0 x_t + k1 noise by row t of a table (rows, 2): the clean sample that x_t was made of with this noise.
 
     Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
+
+    Examples:
+        >>> clean = predict_start(x_t, 0.1 * x_t, torch.tensor([[1.25, -0.75]]), 0)
     """
     return _affine("predict_start", {"x_t": x_t, "noise": noise}, table, t)
 
@@ -192,6 +195,9 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
     """k0 x_start + k1 x_t by row t of a table (rows, 2): the mean of q(x_{t-1} | x_t, x_0).
 
     Args, raises: as reverse_step. Differentiable in x_start and x_t.
+
+    Examples:
+        >>> mean = posterior_mean(images, x_t, torch.tensor([[0.2, 0.8]]), 0)
     """
     return _affine("posterior_mean", {"x_start": x_start, "x_t": x_t}, table, t)
 

@@ -67,6 +67,10 @@ def normal_kl(
 
     Raises:
         TypeError, ValueError: none is a tensor, one is of another type, dtype or device, or the shapes don't broadcast.
+
+    Examples:
+        >>> normal_kl(torch.tensor(0.5), 0.0, 0.0, 0.0)
+        tensor(0.1250)
     """
     mean1, log_variance1, mean2, log_variance2 = _tensors(
         {"mean1": mean1, "log_variance1": log_variance1, "mean2": mean2, "log_variance2": log_variance2}
@@ -102,6 +106,9 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     Raises:
         TypeError, ValueError: x is no tensor, one of them is of another type, dtype or device, or the shapes don't
             broadcast.
+
+    Examples:
+        >>> nats = discretized_gaussian_log_likelihood(images, mean=0.1, log_scale=-2.0)  # as images
     """
     checks.tensor("x", x)
     x, mean, log_scale = _tensors({"x": x, "mean": mean, "log_scale": log_scale})

@@ -49,6 +49,10 @@ def x_start_scale(
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+    Examples:
+        >>> x_start_scale(2 * x_t, quantile=0.995).shape
+        torch.Size([4])
     """
     checks.tensor("x_t", x_t)
     options = {"uncond_output": uncond_output, "output_scale": output_scale}
@@ -81,6 +85,10 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+    Examples:
+        >>> output_scale(x_t, 0.9 * x_t, guidance=3.0, rescale=0.7).shape
+        torch.Size([4])
     """
     checks.tensor("model_output", model_output)
     checks.tensor("uncond_output", uncond_output)

@@ -96,6 +96,11 @@ def step_with_options(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
             gradient; a mask without known or known without a mask; uncond_output without model_output.
+
+    Examples:
+        >>> table = gd.table("steps", "x_t", x_t)
+        >>> half = (torch.arange(8) < 4).float().expand_as(x_t)  # known where it is 1
+        >>> x_before = step_with_options(x_t, model(x_t, 999), table, 999, rng=Philox(0), known=images, mask=half)
     """
     inputs: dict[str, Any] = {
         "uncond_output": uncond_output,

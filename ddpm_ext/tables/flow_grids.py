@@ -60,6 +60,10 @@ def flow_shift(sigma: Tensor, shift: float) -> Tensor:
     Args:
         sigma: of any shape, floating, in [0, 1].
         shift: above 0; above 1 for more noise. Flux gives its logarithm, mu.
+
+    Examples:
+        >>> flow_shift(torch.tensor([0.75, 0.5, 0.25]), 3.0)
+        tensor([0.9000, 0.7500, 0.5000])
     """
     if not checks.finite("shift", shift) > 0:
         raise ValueError(f"shift is {shift}, expected shift > 0")
@@ -74,6 +78,10 @@ def resolution_mu(
     Args:
         tokens: how many the transformer gets, at least 1; of latents with patches of 2, height times width over 4.
         base_tokens, base_mu, max_tokens, max_mu: the two points.
+
+    Examples:
+        >>> resolution_mu(4096)  # 64 by 64 patches: an image of 1024 by 1024
+        1.15
     """
     checks.integer("tokens", tokens, 2**53, "2^53", start=1)
     return base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)
@@ -124,6 +132,10 @@ def flow_sigmas(
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
+
+    Examples:
+        >>> flow_sigmas(4, shift=3.0)
+        tensor([1.0000, 0.9000, 0.7500, 0.5000], dtype=torch.float64)
     """
     checks.integer("steps", steps, 2**31, "2^31", start=1)
     if least is not None and not 0 < checks.finite("least", least) <= 1:
@@ -150,6 +162,11 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or dtype, or out of range.
+
+    Examples:
+        >>> from ddpm_ext.tables.flow_grids import flow_sigmas
+        >>> flow_grid(flow_sigmas(4, shift=3.0)).timestep.tolist()
+        [1000.0, 900.0, 750.0, 500.0]
     """
     own = checks.floats("sigma", sigma, "(steps,)")
     checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)

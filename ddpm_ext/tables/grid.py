@@ -45,6 +45,10 @@ class Grid:
         schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None where there is none.
         scale: of the samples, by which a level's signal and noise follow from its alphas_cumprod; None: 1 everywhere.
         timestep_of: what the model is called with at a level between; None: interpolated in the schedule.
+
+    Examples:
+        >>> grid.timestep.tolist()  # in the order of a loop; grid.alphas_cumprod has one level more
+        [999, 499, 0]
     """
 
     timestep: Tensor
@@ -215,6 +219,10 @@ def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor,
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: another shape, numbers out of range, or the same ratio of signal and noise twice in a row.
+
+    Examples:
+        >>> sigmas = torch.tensor([1.0, 0.9, 0.5, 0.0], dtype=torch.float64)
+        >>> flow = grid_of_levels(lambda signal, noise: 1000 * noise, signal=1 - sigmas, noise=sigmas)
     """
     signal, noise = checked_pairs(signal, noise)
     expected = f"({len(signal) - 1},), one less than there are levels"

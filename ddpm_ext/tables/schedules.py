@@ -120,6 +120,10 @@ def flow(timesteps: int) -> NoiseSchedule:
     """Rectified flow: noise sigma_t = (t + 1) / timesteps and signal 1 - sigma_t (Liu et al. 2023; Lipman et al. 2023).
 
     The model is called with 1000 sigma_t. Both are as in diffusers' FlowMatchEulerDiscreteScheduler without a shift.
+
+    Examples:
+        >>> flow(4).noise
+        tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64)
     """
     sigma = torch.arange(1, timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
     return NoiseSchedule(1 - sigma, sigma, levels.flow_timestep, levels.flow)
@@ -134,6 +138,10 @@ def sigma_space(sigmas: Tensor, timestep: Tensor | levels.TimestepOf | None = No
 
     Raises:
         TypeError, ValueError: as NoiseSchedule.
+
+    Examples:
+        >>> sigmas = torch.linspace(0.01, 10.0, 18)
+        >>> diffusion = GaussianDiffusion(18, sigma_space(sigmas), prediction="x0")
     """
     checks.tensor("sigmas", sigmas)
     return NoiseSchedule(torch.ones_like(sigmas), sigmas, timestep, levels.sigma_space)
@@ -150,6 +158,10 @@ def edm(sigmas: Tensor, sigma_data: float = 0.5) -> NoiseSchedule:
 
     Raises:
         TypeError, ValueError: as NoiseSchedule, or `sigma_data` is not a number above 0.
+
+    Examples:
+        >>> sigmas = torch.linspace(0.01, 10.0, 18)
+        >>> diffusion = GaussianDiffusion(18, edm(sigmas), prediction="edm")
     """
     checks.tensor("sigmas", sigmas)
     checks.nonnegative("sigma_data", sigma_data)
@@ -225,7 +237,12 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
 
 
 def make_betas(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> Tensor:
-    """The betas of forward_levels, which are in (0, 1); the last may be 1. The arguments are the same."""
+    """The betas of forward_levels, which are in (0, 1); the last may be 1. The arguments are the same.
+
+    Examples:
+        >>> make_betas("cosine", 1000).shape
+        torch.Size([1000])
+    """
     return forward_levels(beta_schedule, timesteps).betas
 
 
@@ -271,6 +288,10 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: as make_betas, or a single beta.
+
+    Examples:
+        >>> betas = rescale_zero_terminal_snr(gd.betas)
+        >>> diffusion = GaussianDiffusion(1000, betas, prediction="v")
     """
     checks.tensor("betas", betas)
     if betas.dim() != 1 or len(betas) < 2:

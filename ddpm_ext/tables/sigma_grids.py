@@ -45,12 +45,22 @@ ALIGN_YOUR_STEPS = {
 
 
 def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
-    """sqrt(1 / alphas_cumprod - 1), float64 of the same shape."""
+    """sqrt(1 / alphas_cumprod - 1), float64 of the same shape.
+
+    Examples:
+        >>> sigmas_of(torch.tensor([0.2, 0.8], dtype=torch.float64))
+        tensor([2.0000, 0.5000], dtype=torch.float64)
+    """
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
 def alphas_cumprod_of(sigma: Tensor) -> Tensor:
-    """1 / (1 + sigma^2), float64 of the same shape."""
+    """1 / (1 + sigma^2), float64 of the same shape.
+
+    Examples:
+        >>> alphas_cumprod_of(torch.tensor([2.0, 0.5], dtype=torch.float64))
+        tensor([0.2000, 0.8000], dtype=torch.float64)
+    """
     return 1 / (1 + sigma**2)
 
 
@@ -63,6 +73,10 @@ def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
 
     Returns:
         float64 (n,), in [0, timesteps - 1].
+
+    Examples:
+        >>> timestep_at(gd.alphas_cumprod, torch.tensor([1.0], dtype=torch.float64)).round().tolist()
+        [258.0]
     """
     if len(alphas_cumprod) == 1:
         return torch.zeros_like(sigma)
@@ -81,7 +95,12 @@ def _ramp(steps: int) -> Tensor:
 
 
 def karras_sigmas(greatest: float, least: float, steps: int, rho: float = 7.0) -> Tensor:
-    """Evenly spaced in sigma^(1/rho), with both ends: Karras et al. 2022, eq. (5). float64 (steps,)."""
+    """Evenly spaced in sigma^(1/rho), with both ends: Karras et al. 2022, eq. (5). float64 (steps,).
+
+    Examples:
+        >>> karras_sigmas(10.0, 0.1, 3)
+        tensor([10.0000,  1.4507,  0.1000], dtype=torch.float64)
+    """
     if not rho > 0:
         raise ValueError(f"rho is {rho}, expected rho > 0")
     ramp = _ramp(steps)
@@ -89,13 +108,23 @@ def karras_sigmas(greatest: float, least: float, steps: int, rho: float = 7.0) -
 
 
 def exponential_sigmas(greatest: float, least: float, steps: int) -> Tensor:
-    """Evenly spaced in log sigma, with both ends. float64 (steps,)."""
+    """Evenly spaced in log sigma, with both ends. float64 (steps,).
+
+    Examples:
+        >>> exponential_sigmas(10.0, 0.1, 3)
+        tensor([10.0000,  1.0000,  0.1000], dtype=torch.float64)
+    """
     ramp = _ramp(steps)
     return torch.exp(math.log(greatest) * (1 - ramp) + math.log(least) * ramp)
 
 
 def beta_sigmas(greatest: float, least: float, steps: int, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Evenly spaced quantiles of a beta distribution between the ends, which it includes. float64 (steps,)."""
+    """Evenly spaced quantiles of a beta distribution between the ends, which it includes. float64 (steps,).
+
+    Examples:
+        >>> beta_sigmas(10.0, 0.1, 3)
+        tensor([10.0000,  5.0500,  0.1000], dtype=torch.float64)
+    """
     return least + beta_quantile(1 - _ramp(steps), alpha, beta) * (greatest - least)
 
 
@@ -113,6 +142,10 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
 
     Raises:
         TypeError, ValueError: `linear_steps` is not an int, or out of range.
+
+    Examples:
+        >>> linear_quadratic(4)
+        tensor([1.0000, 0.9875, 0.9750, 0.7250], dtype=torch.float64)
     """
     linear = max(1, steps // 2)
     if linear_steps is not None:
@@ -159,6 +192,9 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
+
+    Examples:
+        >>> grid = karras_grid(gd.alphas_cumprod, 10, rho=5.0)
     """
     return _sigma_grid(alphas_cumprod, karras_sigmas(*_sigma_range(alphas_cumprod, steps), steps, rho), final)
 
@@ -167,6 +203,9 @@ def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> G
     """Sigmas evenly spaced in log sigma, minus half the log of the signal-to-noise ratio: Lu et al. 2022, section 3.
 
     k-diffusion and diffusers call this exponential. Args, returns, raises: as for karras_grid.
+
+    Examples:
+        >>> grid = log_snr_grid(gd.alphas_cumprod, 10)
     """
     return _sigma_grid(alphas_cumprod, exponential_sigmas(*_sigma_range(alphas_cumprod, steps), steps), final)
 
@@ -183,6 +222,9 @@ def beta_sigmas_grid(
         alpha, beta: above 0, at most 10. Below 1, more steps are near that end: alpha's is low noise, beta's high.
 
     Others, returns, raises: as for karras_grid.
+
+    Examples:
+        >>> grid = beta_sigmas_grid(gd.alphas_cumprod, 10)
     """
     return _sigma_grid(alphas_cumprod, beta_sigmas(*_sigma_range(alphas_cumprod, steps), steps, alpha, beta), final)
 
@@ -192,6 +234,10 @@ def sgm_uniform_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) 
     and with the interpolation of ComfyUI.
 
     Args, returns, raises: as for karras_grid.
+
+    Examples:
+        >>> sgm_uniform_grid(gd.alphas_cumprod, 3).timestep.round().tolist()
+        [999.0, 666.0, 333.0]
     """
     _sigma_range(alphas_cumprod, steps)
     known = sigmas_of(checked_levels(alphas_cumprod)).log()
@@ -209,6 +255,9 @@ def linear_quadratic_grid(
         threshold, linear_steps: as for linear_quadratic.
 
     Others, returns, raises: as for karras_grid.
+
+    Examples:
+        >>> grid = linear_quadratic_grid(gd.alphas_cumprod, 10)
     """
     greatest, _ = _sigma_range(alphas_cumprod, steps)
     return _sigma_grid(alphas_cumprod, greatest * linear_quadratic(steps, threshold, linear_steps), final)
@@ -225,6 +274,9 @@ def align_your_steps_grid(alphas_cumprod: Tensor, steps: int, *, model: str = "s
 
     Raises:
         TypeError, ValueError: as karras_grid; an unknown model, or one that begins above the schedule's greatest sigma.
+
+    Examples:
+        >>> grid = align_your_steps_grid(gd.alphas_cumprod, 10, model="sdxl")
     """
     greatest, _ = _sigma_range(alphas_cumprod, steps)
     checks.one_of("model", model, ALIGN_YOUR_STEPS)

@@ -178,6 +178,10 @@ def spaced_grid(
 
     Raises:
         TypeError, ValueError: as spaced_timesteps; a schedule that SIGMA_GRIDS do not take, or no `steps` for them.
+
+    Examples:
+        >>> spaced_grid(gd.alphas_cumprod, gd.betas, 3, "leading").timestep.tolist()
+        [666, 333, 0]
     """
     if isinstance(spacing, str) and not _SECTIONS.fullmatch(spacing):
         spacing = _known(spacing, SPACINGS)

@@ -306,6 +306,10 @@ class StepTable:
 
         Raises:
             ValueError: `path` is a folder or a device. OSError: it can't be written.
+
+        Examples:
+            >>> from ddpm_ext.tables.samplers import ddim
+            >>> ddim(grid).save("mine.json")
         """
         step_table_files.write(path, COLUMNS, self, self.notes)
 
@@ -316,6 +320,12 @@ class StepTable:
         Raises:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
             that a StepTable refuses. OSError: it can't be read.
+
+        Examples:
+            >>> from ddpm_ext.tables.samplers import ddim
+            >>> ddim(grid).save("mine.json")
+            >>> StepTable.load("mine.json") == ddim(grid)
+            True
         """
         columns, notes = step_table_files.read(path, PLAIN, ADDED)
         try:
@@ -350,6 +360,9 @@ class StepTable:
             TypeError: `scheduler` is neither.
             ValueError: a step is not linear, or reads more of the steps before it than three tensors. The message says
                 which step it is, and by how much. Or other sigmas than finite numbers >= 0, at least 2 of them.
+
+        Examples:
+            >>> table = StepTable.trace(diffusers.EulerDiscreteScheduler(), 20)
         """
         return cls(**trace.trace_columns(scheduler, steps, arguments))
 
@@ -363,6 +376,10 @@ class StepTable:
 
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
+
+        Examples:
+            >>> from ddpm_ext.tables.samplers import ddim
+            >>> figure = ddim(grid).plot("ddim.png", name="ddim")
         """
         # The plots package stands above the tables and is an extra, so it is looked up by name when it is used.
         return require("ddpm_ext.plots", "drawing a step table").step_table_figure({name: self}, path)
@@ -374,6 +391,12 @@ class StepTable:
 
         Raises:
             TypeError: `other` is not a StepTable.
+
+        Examples:
+            >>> from ddpm_ext.tables.samplers import ddim, euler_ancestral
+            >>> print(ddim(grid, eta=1.0).diff(euler_ancestral(grid)))
+            column  rows  first        here      there  max absolute  max relative
+                c0     2      0  ...
         """
         if not isinstance(other, StepTable):
             raise TypeError(f"other is a {type(other).__name__}, expected a StepTable")
@@ -401,6 +424,12 @@ def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
 
 
 class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]
-    """A row of a StepTable: one step, as Python floats with the columns' names; draw is an int, timestep may be one."""
+    """A row of a StepTable: one step, as Python floats with the columns' names; draw is an int, timestep may be one.
+
+    Examples:
+        >>> from ddpm_ext.tables.samplers import ddim
+        >>> ddim(grid)[0].timestep
+        999
+    """
 
     __slots__ = ()

@@ -16,6 +16,11 @@ class ColumnDiff(NamedTuple):
 
     rows: in how many rows; first: the first of these; here, there: its two values; absolute: the largest |here - there|
     of all rows; relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
+
+    Examples:
+        >>> from ddpm_ext.tables.samplers import ddim
+        >>> ddim(grid, eta=1.0).diff(ddim(grid)).columns["s"].rows
+        2
     """
 
     rows: int
@@ -31,6 +36,11 @@ class TableDiff:
     """How two tables differ. False where they don't; as a string, a report.
 
     rows: how many each has. dtypes: those of their timesteps. columns: by name, those that differ.
+
+    Examples:
+        >>> from ddpm_ext.tables.samplers import ddim
+        >>> sorted(ddim(grid, eta=1.0).diff(ddim(grid)).columns)
+        ['c2', 'g1', 's']
     """
 
     rows: tuple[int, int]

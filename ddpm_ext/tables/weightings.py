@@ -32,27 +32,52 @@ __all__ = [
 
 
 def snr(ratio: Tensor) -> Tensor:
-    """The ratio itself, so that eps has the same weight everywhere: L_simple of Ho et al. 2020."""
+    """The ratio itself, so that eps has the same weight everywhere: L_simple of Ho et al. 2020.
+
+    Examples:
+        >>> snr(torch.tensor([0.25, 4.0, 16.0]))
+        tensor([ 0.2500,  4.0000, 16.0000])
+    """
     return ratio
 
 
 def min_snr(ratio: Tensor, gamma: float = 5.0) -> Tensor:
-    """The ratio, but at most gamma: Hang et al. 2023, section 3.4."""
+    """The ratio, but at most gamma: Hang et al. 2023, section 3.4.
+
+    Examples:
+        >>> min_snr(torch.tensor([0.25, 4.0, 16.0]), gamma=5.0)
+        tensor([0.2500, 4.0000, 5.0000])
+    """
     return ratio.clamp(max=gamma)
 
 
 def truncated_snr(ratio: Tensor) -> Tensor:
-    """The ratio, but at least 1: Salimans & Ho 2022, section 4."""
+    """The ratio, but at least 1: Salimans & Ho 2022, section 4.
+
+    Examples:
+        >>> truncated_snr(torch.tensor([0.25, 4.0, 16.0]))
+        tensor([ 1.,  4., 16.])
+    """
     return ratio.clamp(min=1)
 
 
 def p2(ratio: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """The ratio, reduced where little noise is left: Choi et al. 2022, eq. (8)."""
+    """The ratio, reduced where little noise is left: Choi et al. 2022, eq. (8).
+
+    Examples:
+        >>> p2(torch.tensor([0.25, 4.0, 16.0]), k=1.0, gamma=1.0)
+        tensor([0.2000, 0.8000, 0.9412])
+    """
     return ratio / (k + ratio) ** gamma
 
 
 def edm(ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """Karras et al. 2022, table 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma^2 = 1 / ratio."""
+    """Karras et al. 2022, table 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma^2 = 1 / ratio.
+
+    Examples:
+        >>> edm(torch.tensor([0.25, 4.0, 16.0]), sigma_data=0.5)
+        tensor([ 4.2500,  8.0000, 20.0000])
+    """
     return 1 / sigma_data**2 + ratio
 
 
@@ -63,13 +88,23 @@ def flow_sigma(ratio: Tensor) -> Tensor:
 
 def sigma_sqrt(ratio: Tensor) -> Tensor:
     """sigma^-2 for the error of a flow's velocity, which is that of x_0 divided by sigma: diffusers' training scripts
-    for Stable Diffusion 3."""
+    for Stable Diffusion 3.
+
+    Examples:
+        >>> sigma_sqrt(torch.tensor([0.25, 4.0, 16.0], dtype=torch.float64))
+        tensor([  5.0625,  81.0000, 625.0000], dtype=torch.float64)
+    """
     return flow_sigma(ratio) ** -4
 
 
 def cosmap(ratio: Tensor) -> Tensor:
     """2 / (pi (1 - 2 sigma + 2 sigma^2)) for the error of a flow's velocity, so that log SNR counts as under the cosine
-    schedule: Esser et al. 2024, section 3.1."""
+    schedule: Esser et al. 2024, section 3.1.
+
+    Examples:
+        >>> cosmap(torch.tensor([0.25, 4.0, 16.0]))
+        tensor([ 2.5783, 10.3132, 23.4051])
+    """
     sigma = flow_sigma(ratio)
     return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)) / sigma**2
 
@@ -108,6 +143,10 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
         TypeError: `weighting` is neither a name nor a tensor.
         ValueError: an unknown name, a name that the prediction cannot have, or weights of another shape, not finite or
             that require a gradient.
+
+    Examples:
+        >>> weights(gd.alphas_cumprod, "v", "min_snr").shape
+        torch.Size([1000])
     """
     if isinstance(weighting, Tensor):
         check_given(alphas_cumprod, weighting)

@@ -43,6 +43,10 @@ def push_to_hub(
         ValueError: the folder holds no UNet2DModel, or `model` has no push_to_hub.
         ConnectionError: the upload fails. The message names the repository, and what tries it again.
         MissingExtra: diffusers is not installed.
+
+    Examples:
+        >>> from ddpm_ext.training import push_to_hub
+        >>> where = push_to_hub("my-run", "me/flowers")  # doctest: +SKIP
     """
     folder = Path(run)
     if model is not None:

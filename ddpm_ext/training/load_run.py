@@ -46,7 +46,11 @@ class Trained:
     Examples:
         >>> from ddpm_ext.models.scheduler import DiffusionSettings
         >>> from ddpm_ext.training import Trained
-        >>> trained = Trained(torch.nn.Identity(), DiffusionSettings(timesteps=100), (3, 8, 8))
+        >>> class Denoiser(torch.nn.Conv2d):
+        ...     def forward(self, x, t):
+        ...         return super().forward(x)
+        >>> trained = Trained(Denoiser(3, 3, 1), DiffusionSettings(timesteps=100), (3, 8, 8))
+        >>> samples = trained.sample(2, seed=0, sampler="ddim", steps=5, progress=False)
     """
 
     model: nn.Module

@@ -76,7 +76,8 @@ class Trainer:
         ...     def forward(self, x, t):
         ...         return super().forward(x)
         >>> denoiser = Denoiser(3, 3, kernel_size=3, padding=1)
-        >>> result = Trainer(denoiser, GaussianDiffusion(1000), images, "my-run", steps=2, batch_size=4).fit()
+        >>> trainer = Trainer(denoiser, GaussianDiffusion(1000), images, "my-run", steps=2, batch_size=4)
+        >>> result = trainer.fit()
         84 parameters, 4 images of shape (3, 8, 8), on ...
         step      2/2  loss ...
         my-run has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; ...
@@ -193,6 +194,9 @@ class Trainer:
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
         awaited; a second one ends the run at once. An exception ends it after a checkpoint of the last step, if
         its losses are finite, and among several ranks known.
+
+        Returns:
+            Result, with `folder`, `parameters` (how many the model has), `final_loss` and `seconds`.
 
         Raises:
             KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.

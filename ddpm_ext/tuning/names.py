@@ -27,6 +27,12 @@ class Named:
     """A sampler and a spacing by their names.
 
     steps: of its loop; calls: of the model. error, median: of the samples' distances to the teacher's.
+
+    Examples:
+        >>> from ddpm_ext.tuning import Tuner
+        >>> tuner = Tuner(gd, model, images.shape, seeds=4, progress=False)  # doctest: +SKIP
+        >>> nearest = tuner.compare(3)[0]  # doctest: +SKIP
+        >>> loop = {"sampler": nearest.sampler, "spacing": nearest.spacing, "steps": nearest.steps}  # doctest: +SKIP
     """
 
     sampler: str

@@ -29,6 +29,12 @@ class Report:
             relative to the samples' root mean square.
         seeds: how many samples it was fitted to; held_out: how many the errors are of.
         model_calls: how often the model was called in all.
+
+    Examples:
+        >>> from ddpm_ext.tuning import tune
+        >>> tuned = tune(gd, model, images.shape, steps=4, seeds=4, progress=False)  # doctest: +SKIP
+        >>> tuned.report.calls, len(tuned.report.timesteps)  # doctest: +SKIP
+        (4, 4)
     """
 
     calls: int

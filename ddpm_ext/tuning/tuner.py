@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tuned:
-    """table: for `sampler=` of a loop, or StepTable.save. report: how near it comes, and what else was tried."""
+    """table: for `sampler=` of a loop, or StepTable.save. report: how near it comes, and what else was tried.
+
+    Examples:
+        >>> from ddpm_ext.tuning import tune
+        >>> tuned = tune(gd, model, images.shape, steps=4, seeds=4, progress=False)  # doctest: +SKIP
+        >>> tuned.table.save("tuned.json")  # doctest: +SKIP
+        >>> figure = tuned.plot("tuned.png")  # doctest: +SKIP
+    """
 
     table: StepTable
     report: Report
@@ -56,6 +63,13 @@ class Tuner:
 
     Attributes:
         teacher_error: see Report.
+
+    Examples:
+        >>> from ddpm_ext.tuning import Tuner
+        >>> tuner = Tuner(gd, model, images.shape, seeds=4)  # doctest: +SKIP
+        >>> most = tuner.planned_calls([3, 4])  # doctest: +SKIP
+        >>> nearest = tuner.compare(3)[0]  # doctest: +SKIP
+        >>> tables = {calls: tuner.tune(calls).table for calls in (3, 4)}  # doctest: +SKIP
     """
 
     def __init__(
@@ -228,8 +242,8 @@ def tune(
 
     Examples:
         >>> gd = GaussianDiffusion(1000)
-        >>> tuned = tune(gd, model, (4, 3, 8, 8), steps=4, seeds=8, progress=False)
-        >>> samples = gd.p_sample_loop(model, (4, 3, 8, 8), sampler=tuned.table, record="last", progress=False)
+        >>> tuned = tune(gd, model, (4, 3, 8, 8), steps=4, seeds=8)  # doctest: +SKIP
+        >>> samples = gd.p_sample_loop(model, (4, 3, 8, 8), sampler=tuned.table, record="last")  # doctest: +SKIP
     """
     return Tuner(
         diffusion,

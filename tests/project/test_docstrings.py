@@ -1,66 +1,68 @@
-"""The examples in public docstrings: each public name has one, and all of them run."""
+"""The examples in docstrings: each name of the reference has one, and all of them run."""
 
 import doctest
 import inspect
-import types
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ddpm_ext
-from ddpm_ext import GaussianDiffusion, Philox, models, plots, training
-from ddpm_ext.integrations import k_diffusion
-from ddpm_ext.loop import interpolation, keywords
+from ddpm_ext import GaussianDiffusion, Philox, models, plots
+from ddpm_ext.loop import keywords
 from ddpm_ext.loop.options import LoopOptions
-from ddpm_ext.losses import step_log_prob, timestep_samplers
-from ddpm_ext.ops import fused
-from ddpm_ext.tables import grid, schedules, spacing
+from ddpm_ext.tables.grid import make_grid
 
 diffusers = pytest.importorskip("diffusers")
 for module in ("matplotlib", "PIL", "safetensors"):
     pytest.importorskip(module)
 
 NAMES = {name: getattr(ddpm_ext, name) for name in ddpm_ext.__all__}
-OF_BASES = ("q_sample", "q_mean_variance", "q_posterior_mean_variance", "predict_start_from_noise")
-OF_BASES += ("p_mean_variance", "p_sample", "train_losses", "vlb_terms", "prior_bpd", "bits_per_dim")
-METHODS = {name: value for name, value in vars(GaussianDiffusion).items() if name[0] != "_" and callable(value)}
-METHODS |= {name: getattr(GaussianDiffusion, name) for name in OF_BASES}
-PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, types.ModuleType)}
-PUBLIC |= {f"GaussianDiffusion.{name}": value for name, value in METHODS.items()}
-PUBLIC |= {f"plots.{name}": getattr(plots, name) for name in plots.__all__}
-PUBLIC |= {"load_model": models.load_model, "save_model": models.save_model, "sampler": k_diffusion.sampler}
-OF_TRAINING = ("Trained", "Trainer", "TrainOptions", "load", "train")
-PUBLIC |= {f"training.{name}": getattr(training, name) for name in OF_TRAINING}
-# What readers of the reference's other pages meet first; these examples import what they are of.
-MET_FIRST = (
-    fused.diffusion_loss,
-    fused.forward_process,
-    fused.reverse_step,
-    grid.make_grid,
-    interpolation.slerp,
-    models.Classes,
-    schedules.NoiseSchedule,
-    spacing.spaced_timesteps,
-    step_log_prob.StepLogProb,
-    timestep_samplers.make_timestep_sampler,
-)
-PUBLIC |= {f"{value.__module__}.{value.__name__}": value for value in MET_FIRST}
-# Small methods share the example of their class.
-SHARED = [name for name in METHODS if f"gd.{name}(" in (inspect.getdoc(GaussianDiffusion) or "")]
+# What a page of the reference shows: a name, and what of it.
+ENTRY = re.compile(r"^::: (\S+)\n(?:    options:\n((?:      .+\n)*))?", re.MULTILINE)
 
 
-def test_each_public_name_has_an_example():
-    without = [name for name, value in PUBLIC.items() if ">>> " not in (inspect.getdoc(value) or "")]
-    assert sorted(without) == sorted(f"GaussianDiffusion.{name}" for name in SHARED) and len(PUBLIC) > 40
+def shown() -> dict[str, tuple[Any, Any]]:
+    """The functions, classes and methods of the reference by their names, each with what it is in."""
+    found = {}
+    for page in (Path(__file__).resolve().parents[2] / "docs" / "api").glob("*.md"):
+        for name, options in ENTRY.findall(page.read_text()):
+            value, chosen = pkgutil.resolve_name(name), re.search(r"^      members: (.+)", options, re.MULTILINE)
+            inherited = re.search(r"inherited_members: (.+)", options)
+            own = getattr(value, "__all__", vars(value) if inspect.isclass(value) else ())
+            within = re.findall(r"\w+", chosen[1]) if chosen else [each for each in own if each[0] != "_"]
+            within = [] if within == ["false"] else [*within, *re.findall(r"\w+", inherited[1] if inherited else "")]
+            found |= {f"{name}.{each}": (getattr(value, each), value) for each in within}
+            found[name] = (value, ddpm_ext)
+    return {name: pair for name, pair in found.items() if inspect.isclass(pair[0]) or inspect.isroutine(pair[0])}
+
+
+def example(value: Any) -> str:
+    return (inspect.getdoc(value) or "").partition("Examples:\n")[2]
+
+
+SHOWN = shown()
+
+
+def test_each_name_has_an_example():
+    """Methods may share that of their class."""
+    without = [name for name, (value, _) in SHOWN.items() if not example(value) and not name.endswith(".__call__")]
+    alone = [name for name in without if not re.search(rf"[. ]{name.rpartition('.')[2]}\(", example(SHOWN[name][1]))]
+    assert alone == [] and len(SHOWN) > 150
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
-@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if ">>> " in (inspect.getdoc(value) or "")])
+@pytest.mark.parametrize("name", [name for name, (value, _) in SHOWN.items() if example(value)])
 def test_examples_run(name, tmp_path, monkeypatch):
-    """As one pastes them after `import torch`, `from ddpm_ext import *`, a model, images and noise."""
+    """As one pastes them after `import torch`, `from ddpm_ext import *`, and what the page says."""
     monkeypatch.chdir(tmp_path)
-    text = inspect.getdoc(PUBLIC[name])
-    given = {"torch": torch, "plots": plots, "model": lambda x, t: 0.1 * x, **NAMES, name: PUBLIC[name]}
+    value, gd = SHOWN[name][0], GaussianDiffusion(1000)
+    text = inspect.getdoc(value)
+    given = {"torch": torch, "plots": plots, "model": lambda x, t: 0.1 * x, **NAMES, value.__name__: value}
+    given |= {"gd": gd, "grid": make_grid(gd.alphas_cumprod, [999, 499, 0])}
     given |= {"images": torch.zeros(4, 3, 8, 8), "x_t": ddpm_ext.randn((4, 3, 8, 8), Philox(0))}
     given |= {"load_model": models.load_model, "diffusers": diffusers}
     if not torch.cuda.is_available():
@@ -84,12 +86,12 @@ def test_help_and_editors_see_the_loops_options():
         ("sample_progressive", "Progressive", {"progress": False}, {"record", "callback"}),
         ("capture", "Capture", {"graph": True}, {*own, "x0"}),
     ):
-        shown = inspect.signature(METHODS[method]).parameters
+        shown = inspect.signature(getattr(GaussianDiffusion, method)).parameters
         chosen = {name: each for name, each in shown.items() if each.kind is each.KEYWORD_ONLY}
         assert set(chosen) == of_all - refused, method
         for name, each in chosen.items():
             assert each.default == differs.get(name, options[name].default if name in options else own[name]), name
-        hints = METHODS[method].__annotations__
+        hints = getattr(GaussianDiffusion, method).__annotations__
         assert hints["options"] == f"Unpack[{of}Keywords]"
         typed = {name: kind.__forward_arg__ for name, kind in vars(keywords)[f"{of}Keywords"].__annotations__.items()}
         declared = typed | {name: hints[name] for name in chosen if name in hints}

@@ -71,6 +71,12 @@ def tune_pipeline(
         TypeError: pipe is no pipeline with a scheduler of diffusers.
         ValueError: an argument is out of range, a scheduler that does not tell its levels or prediction, or a teacher
             that has not converged.
+
+    Examples:
+        >>> from diffusers import DDPMPipeline
+        >>> pipe = DDPMPipeline(load_model("digits").unet, diffusers.DDPMScheduler())
+        >>> tuned = tune_pipeline(pipe, steps=6, seeds=16, batch_size=16)  # doctest: +SKIP
+        >>> fast = accelerate(pipe, table=tuned.table)  # doctest: +SKIP
     """
     steps = checks.integer("steps", steps, 2**20, "2^20", start=2)
     teacher_steps = checks.integer("teacher_steps", teacher_steps, 2**20, "2^20", start=4 * steps)

@@ -40,6 +40,9 @@ def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
     Raises:
         TypeError: `order` is not an int.
         ValueError: an unknown `prediction`, or an `order` out of range.
+
+    Examples:
+        >>> table = lms(grid, order=3)  # for sampler= of a loop
     """
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     sigma = (1 / grid.alphas_cumprod - 1).sqrt().tolist()
@@ -62,6 +65,9 @@ def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_fin
     The first step is of first order, and so is a last step that arrives at clean data, where log sigma is infinite.
 
     Raises: as for lms.
+
+    Examples:
+        >>> table = deis(grid, order=3)  # for sampler= of a loop
     """
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     log_sigma = (-coefficients.half_log_snr(grid)).tolist()
@@ -82,6 +88,9 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
 
     Raises:
         ValueError: an unknown `prediction`.
+
+    Examples:
+        >>> table = ipndm(grid)  # for sampler= of a loop
     """
     used = multistep.orders(grid, 4, lower_order_final=False, lower_order_clean=False)
     return multistep.of_eps(grid, prediction, [ADAMS_BASHFORTH[order - 1] for order in used])
@@ -96,6 +105,10 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
     len(grid) + 1 rows; a single step is one row. With prediction "v", diffusers takes means of v in place of eps.
 
     Args, raises: as for ipndm.
+
+    Examples:
+        >>> len(plms(grid))  # the first step calls the model twice
+        4
     """
     table = ipndm(grid, prediction=prediction)
     first = multistep.first_step(grid)

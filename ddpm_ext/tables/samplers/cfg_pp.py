@@ -34,6 +34,9 @@ def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     not the same as no guidance. Without guidance the rows are ddim's. Where x0 is clipped, eps_u stays as it was.
 
     Args, raises: as for ddim.
+
+    Examples:
+        >>> table = euler_cfg_pp(grid)  # for a loop with guidance=0.6, say
     """
     return _renoised(grid, prediction, torch.zeros_like(grid.now))
 
@@ -43,6 +46,9 @@ def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: 
     """CFG++ with fresh noise, as ComfyUI has it: euler_cfg_pp's rows with euler_ancestral's noise.
 
     Args, raises: as for ddim.
+
+    Examples:
+        >>> table = euler_ancestral_cfg_pp(grid, eta=0.5)  # for a loop with guidance
     """
     return _renoised(grid, prediction, ancestral_sigma(grid, eta))
 
@@ -61,6 +67,9 @@ def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
     step has no u0', and a last step to clean data is one row, as is a step from pure noise.
 
     Args, raises: as for dpmpp_2m; there is no lower_order_final.
+
+    Examples:
+        >>> table = dpmpp_2m_cfg_pp(grid)  # for a loop with guidance
     """
     table, first = euler_cfg_pp(grid, prediction=prediction), multistep.first_step(grid)
     h = coefficients.half_log_snr(grid).diff()

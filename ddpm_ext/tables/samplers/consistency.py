@@ -30,6 +30,9 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
 
     Raises:
         ValueError: an unknown `prediction`.
+
+    Examples:
+        >>> table = lcm(grid)  # for sampler= of a loop
     """
     scaled = timestep_scaling * grid.timestep.double()
     total = scaled**2 + SIGMA_DATA**2
@@ -53,6 +56,9 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
     Raises:
         TypeError: `eta` is not a number.
         ValueError: an unknown `prediction`, an `eta` out of range, or a grid without a schedule.
+
+    Examples:
+        >>> table = tcd(grid, eta=0.3)  # for sampler= of a loop
     """
     eta = check_eta(eta)
     if eta > 1:

@@ -51,6 +51,9 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
         TypeError: `eta` is not a number.
         ValueError: `eta` is negative, not finite, or so large that a step asks for more noise than there is where it
             arrives; a grid that goes up to more noise, unless `eta` is 0; or an unknown `prediction`.
+
+    Examples:
+        >>> table = ddim(grid, eta=0.5)  # for sampler= of a loop
     """
     sigma = coefficients.sigma(grid, eta)
     _check_noise(grid, sigma, eta)
@@ -83,6 +86,12 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
 
     Raises:
         ValueError: an unknown `prediction`, "x_prev", or a grid that does not ascend.
+
+    Examples:
+        >>> from ddpm_ext.tables.grid import make_grid
+        >>> rising = make_grid(gd.alphas_cumprod, [0, 499], final=gd.alphas_cumprod[999].item())
+        >>> ddim_inverse(rising).timestep.tolist()
+        [0, 499]
     """
     if not coefficients.prediction_entry(prediction).any_step:
         raise ValueError(f"prediction is {prediction!r}, the mean of a step down, expected another for steps up")
@@ -99,6 +108,9 @@ def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     clipped x0. The samples of k-diffusion and diffusers are the same divided by sqrt(alphas_cumprod).
 
     Args, raises: as for ddim.
+
+    Examples:
+        >>> table = euler(grid, prediction="v")  # for sampler= of a loop
     """
     return ddim(grid, prediction=prediction, eta=0.0, keep_eps=False)
 
@@ -111,6 +123,10 @@ def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float =
     next timestep has.
 
     Args, raises: as for ddim.
+
+    Examples:
+        >>> euler_ancestral(grid).s.round(decimals=2).tolist()  # fresh noise in all steps but the last
+        [0.96, 0.01, 0.0]
     """
     return implicit(grid, prediction, ancestral_sigma(grid, eta), keep_eps=False)
 

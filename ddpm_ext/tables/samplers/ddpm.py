@@ -36,6 +36,9 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
 
     Raises:
         ValueError: an unknown `prediction` or `variance`, or a grid that goes up to more noise.
+
+    Examples:
+        >>> table = ddpm(grid, variance="fixed_large")  # for sampler= of a loop
     """
     entry = VARIANCES[checks.one_of("variance", variance, VARIANCES)]
     has_end = isinstance(grid, Grid)

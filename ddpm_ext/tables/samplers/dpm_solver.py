@@ -45,6 +45,9 @@ def dpmpp_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = T
 
     Raises:
         ValueError: an unknown `prediction`.
+
+    Examples:
+        >>> table = dpmpp_2m(grid)  # for sampler= of a loop
     """
     return _dpm_solver(grid, prediction, 0.0, lower_order_final)
 
@@ -64,6 +67,9 @@ def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
     Raises:
         TypeError: `eta` is not a number.
         ValueError: `eta` is negative or not finite, or an unknown `prediction`.
+
+    Examples:
+        >>> table = dpmpp_2m_sde(grid, eta=0.5)  # for sampler= of a loop
     """
     return _dpm_solver(grid, prediction, check_eta(eta), lower_order_final)
 
@@ -109,6 +115,10 @@ def dpmpp_3m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = T
 
     Raises:
         ValueError: an unknown `prediction`.
+
+    Examples:
+        >>> dpmpp_3m(grid).history  # whether rows read what rows before them kept
+        True
     """
     return _third_order(grid, prediction, 0.0, lower_order_final)
 
@@ -128,6 +138,9 @@ def dpmpp_3m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
     Raises:
         TypeError: `eta` is not a number.
         ValueError: `eta` is negative or not finite, or an unknown `prediction`.
+
+    Examples:
+        >>> table = dpmpp_3m_sde(grid, eta=0.5)  # for sampler= of a loop
     """
     return _third_order(grid, prediction, check_eta(eta), lower_order_final)
 
@@ -140,6 +153,9 @@ def dpm_solver_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: boo
     by its change over the step before. The first and the last step are as in dpmpp_2m.
 
     Args, raises: as for dpmpp_2m.
+
+    Examples:
+        >>> table = dpm_solver_2m(grid)  # for sampler= of a loop
     """
     h = coefficients.half_log_snr(grid).diff().tolist()
     used = multistep.orders(grid, 2, lower_order_final=lower_order_final)

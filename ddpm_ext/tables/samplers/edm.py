@@ -47,6 +47,10 @@ def edm(
     Raises:
         TypeError: an argument that is not a number.
         ValueError: an argument out of range, an unknown `prediction`, or a grid with neither.
+
+    Examples:
+        >>> from ddpm_ext.tables.sigma_grids import karras_grid
+        >>> table = edm(karras_grid(gd.alphas_cumprod, 18), s_churn=30.0, s_tmin=0.01, s_tmax=1.0, s_noise=1.007)
     """
     coefficients.check_between(prediction)
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):

@@ -46,6 +46,10 @@ def flow_sde(
 
     Raises:
         TypeError, ValueError: as ddim; an unknown `variant`.
+
+    Examples:
+        >>> from ddpm_ext.tables.flow_grids import flow_grid, flow_sigmas
+        >>> table = flow_sde(flow_grid(flow_sigmas(10, shift=3.0)), prediction="flow", eta=0.7)
     """
     eta, _ = check_eta(eta), checks.one_of("variant", variant, VARIANTS)
     signal, of_noise = unit_levels(grid.now)

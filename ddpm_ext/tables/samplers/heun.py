@@ -22,6 +22,10 @@ def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     sigma is infinite. len(grid) steps are up to 2 len(grid) - 1 rows.
 
     Args, raises: as for dpmpp_2m.
+
+    Examples:
+        >>> len(heun(grid))  # two rows for each of the three steps but the last
+        5
     """
     steps = Jumps(grid.timestep, grid.now, grid.after, grid.alphas)
     return heun_steps(prediction, steps, Jumps(grid.timestep[1:], grid.now[1:], grid.after[1:], grid.alphas[1:]))

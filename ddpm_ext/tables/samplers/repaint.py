@@ -30,6 +30,11 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     Raises:
         TypeError: `table` is not a StepTable, or `jump_length` or `jump_n_sample` is not an int.
         ValueError: one of them is below 1; a table that does not descend from row to row, or has history.
+
+    Examples:
+        >>> from ddpm_ext.tables.samplers import ddpm
+        >>> repaint(ddpm(grid), jump_length=1, jump_n_sample=2).timestep.tolist()
+        [999, 499, 999, 499, 0, 499, 0]
     """
     if not isinstance(table, StepTable):
         raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")

@@ -44,6 +44,11 @@ def restart(
     Raises:
         TypeError: n or k is not an int, or another argument not a number.
         ValueError: an interval out of range, an unknown `prediction`, or a grid with neither.
+
+    Examples:
+        >>> from ddpm_ext.tables.sigma_grids import karras_grid
+        >>> grid = karras_grid(gd.alphas_cumprod, 18)
+        >>> table = restart(grid, intervals=[(3, 2, 0.06, 0.30)])  # sigmas, times, t_min, t_max
     """
     coefficients.check_between(prediction)
     checks.nonnegative("s_noise", s_noise)

@@ -51,6 +51,9 @@ def sa_solver(
     Raises:
         TypeError: `eta` is not a number, or an order not an int.
         ValueError: `eta` is negative or not finite, an unknown `prediction`, or an order out of range.
+
+    Examples:
+        >>> table = sa_solver(grid, eta=0.5)  # for sampler= of a loop
     """
     eta = check_eta(eta)
     predictor_order = checks.integer("predictor_order", predictor_order, SLOTS, str(SLOTS), start=1)

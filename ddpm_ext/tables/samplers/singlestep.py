@@ -31,6 +31,9 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
         TypeError: `eta` is not a number.
         ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid with
             neither.
+
+    Examples:
+        >>> table = dpmpp_2s(grid, eta=1.0)  # for sampler= of a loop
     """
     return _midpoint(grid, prediction, eta, of_eps=False)
 
@@ -42,6 +45,10 @@ def dpm_2(grid: Grid, *, prediction: str = "eps") -> StepTable:
     As dpmpp_2s without eta, but the second row takes the step with the eps found in the middle.
 
     Args, raises: as for dpmpp_2s.
+
+    Examples:
+        >>> dpm_2(grid).timestep.round().tolist()  # a step's second call lies between the levels of the grid
+        [999.0, 787.0, 499.0, 53.0, 0.0]
     """
     return _midpoint(grid, prediction, 0.0, of_eps=True)
 
@@ -51,6 +58,9 @@ def dpm_2_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) ->
     """DPM-Solver-2 with fresh noise, as k-diffusion's: dpm_2's step down to less noise than the next timestep's.
 
     Args, raises: as for dpmpp_2s.
+
+    Examples:
+        >>> table = dpm_2_ancestral(grid, eta=0.5)  # for sampler= of a loop
     """
     return _midpoint(grid, prediction, eta, of_eps=True)
 

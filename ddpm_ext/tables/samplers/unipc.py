@@ -39,6 +39,9 @@ def unipc(
     Raises:
         TypeError: `order` is not an int.
         ValueError: an unknown `prediction` or `solver`, or an `order` out of range.
+
+    Examples:
+        >>> table = unipc(grid)  # for sampler= of a loop
     """
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     checks.one_of("solver", solver, SOLVERS)

@@ -33,6 +33,10 @@ def load_images(
 
     Raises:
         ValueError: `size`, `channels` or `random_crop` doesn't fit, or the folder is missing or has no images.
+
+    Examples:
+        >>> load_images("shapes", size=32).shape
+        (3, 32, 32)
     """
     if random_crop and source in ("digits", "shapes"):
         raise ValueError(f"random_crop: got {random_crop} for {source}, expected a folder of images")
@@ -95,6 +99,11 @@ def digits(part: str = "all") -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: an unknown part. MissingExtra: scikit-learn is not installed.
+
+    Examples:
+        >>> images, labels = digits("heldout")
+        >>> images.shape
+        torch.Size([256, 1, 8, 8])
     """
     if part not in _PARTS:
         raise ValueError(f"part: got {part!r}, expected one of {', '.join(_PARTS)}")

@@ -31,6 +31,10 @@ class Shapes:
 
     Raises:
         ValueError: an argument is out of range.
+
+    Examples:
+        >>> Shapes(seed=1).batch(torch.tensor([0, 7])).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     seeded = False

@@ -21,6 +21,9 @@ class Labels(NamedTuple):
 
     numbers: (count,) int64, in [0, len(names)).
     names: of the classes.
+
+    Examples:
+        >>> labels = Labels(torch.tensor([0, 1, 0]), ("cat", "dog"))
     """
 
     numbers: Tensor
@@ -34,6 +37,20 @@ class ImageSource(Protocol):
 
     shape: (channels, height, width).
     seeded: whether reading an image is random, so that `batch` needs seeds.
+
+    Examples:
+        >>> class Grey:  # sixteen grey images
+        ...     shape, seeded = (1, 8, 8), False
+        ...
+        ...     def __len__(self):
+        ...         return 16
+        ...
+        ...     def batch(self, indices, seeds=None):
+        ...         return torch.zeros(len(indices), *self.shape)
+        ...
+        ...     def fingerprint(self):
+        ...         return "sixteen grey images"
+        >>> source = Grey()  # for data= of a Trainer
     """
 
     shape: tuple[int, int, int]
