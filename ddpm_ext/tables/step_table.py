@@ -69,7 +69,9 @@ class StepTable:
 
         StepTable(timestep=[2, 1, 0], a=[...], b=[...], c0=[...], c1=[...], s=[...])
 
-    Args, each but notes (rows,), a tensor of any device, an array or a list; copied:
+    A column is (rows,): a tensor of any device, an array or a list, of which the table has a copy.
+
+    Args:
         timestep: integers, or floats for a sampler that visits timesteps between them: what the model is called with.
         a, b, c0, c1: real numbers, finite.
         c2, s: real numbers, finite; None: zeros.
@@ -78,7 +80,6 @@ class StepTable:
         l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
         signal_after, noise_after: the level where it arrives. None: zeros, and where both are 0 the level is unknown.
-
         notes: what a reader of the table should know of it, by name, as JSON has it: texts, numbers, lists. Files have
             them, slices and `dataclasses.replace` keep them, and a loop warns where it has another guidance, clip or
             prediction than they say. They change nothing else, and equal tables may have different ones.
