@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from sampler_quality import Features, frechet, pixels
 from shapes_quality import train_classifier
 from torch import Tensor
 
 from ddpm_ext import Philox
 from ddpm_ext.base.files import atomic_path, write_text
+from ddpm_ext.base.optional import require
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.plots.style import line_style, new_figure
 from ddpm_ext.training.data import digits
@@ -133,6 +133,7 @@ def as_text(found: dict[str, Cells], options: argparse.Namespace) -> str:
 
 def plot(found: dict[str, Cells], path: Path) -> None:
     with new_figure(9, 3.9, path, "drawing quality against calls") as figure:
+        ticker = require("matplotlib.ticker", "drawing quality against calls")
         ticks = sorted({calls for _, every in NAMED for calls in every if calls < EVERY_STEP})
         every_axes = figure.subplots(1, len(found), squeeze=False)[0]
         for axes, (name, cells) in zip(every_axes, found.items(), strict=True):
@@ -146,9 +147,9 @@ def plot(found: dict[str, Cells], path: Path) -> None:
             axes.set(title=title, xlabel="calls of the model", ylabel=f"Fréchet distance to {REFERENCES[name]}")
             axes.set_yscale("log")
             axes.set_xticks(ticks, map(str, ticks))
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         handles = every_axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), fontsize="small")
 
