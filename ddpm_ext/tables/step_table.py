@@ -380,7 +380,7 @@ class StepTable:
 
         Examples:
             >>> from ddpm_ext.tables.samplers import ddim
-            >>> figure = ddim(grid).plot("ddim.png", name="ddim")
+            >>> figure = ddim(grid).plot("ddim.png", name="ddim")  # doctest: +SKIP
         """
         # The plots package stands above the tables and is an extra, so it is looked up by name when it is used.
         return require("ddpm_ext.plots", "drawing a step table").step_table_figure({name: self}, path)

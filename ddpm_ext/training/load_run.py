@@ -128,13 +128,10 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
-        >>> from ddpm_ext.training import TrainOptions, load, train
-        >>> options = TrainOptions(data="shapes", steps=2, batch_size=4, widths=(8, 8), attention=(), groups=4)
-        >>> result = train(options, "my-run")
-        17,899 parameters, 65,536 images of shape (3, 16, 16), on ...
-        step      2/2  loss ...
-        my-run is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read
-        >>> samples = load("my-run").sample(4, sampler="ddim", steps=5)  # a module of one's own: load("my-run", module)
+        >>> from ddpm_ext.training import load
+        >>> trained = load("my-run")  # doctest: +SKIP
+        >>> samples = trained.sample(4, sampler="ddim", steps=5)  # doctest: +SKIP
+        >>> own = load("other-run", model)  # doctest: +SKIP
     """
     folder = Path(run)
     if not folder.is_dir():

@@ -76,11 +76,11 @@ class Trainer:
         ...     def forward(self, x, t):
         ...         return super().forward(x)
         >>> denoiser = Denoiser(3, 3, kernel_size=3, padding=1)
-        >>> trainer = Trainer(denoiser, GaussianDiffusion(1000), images, "my-run", steps=2, batch_size=4)
+        >>> trainer = Trainer(denoiser, GaussianDiffusion(1000), images, "own-run", steps=2, batch_size=4)
         >>> result = trainer.fit()
         84 parameters, 4 images of shape (3, 8, 8), on ...
         step      2/2  loss ...
-        my-run has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; ...
+        own-run has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; ...
     """
 
     def __init__(

@@ -44,7 +44,8 @@ def example(value: Any) -> str:
     return (inspect.getdoc(value) or "").partition("Examples:\n")[2]
 
 
-SHOWN = shown()
+SHOWN, GD = shown(), GaussianDiffusion(1000)
+GRID = make_grid(GD.alphas_cumprod, [999, 499, 0])
 
 
 def test_each_name_has_an_example():
@@ -55,22 +56,26 @@ def test_each_name_has_an_example():
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
-@pytest.mark.parametrize("name", [name for name, (value, _) in SHOWN.items() if example(value)])
-def test_examples_run(name, tmp_path, monkeypatch):
-    """As one pastes them after `import torch`, `from ddpm_ext import *`, and what the page says."""
+@pytest.mark.parametrize(
+    "within", sorted({name.rpartition(".")[0] for name, (value, _) in SHOWN.items() if example(value)})
+)
+def test_examples_run(within, tmp_path, monkeypatch):
+    """As one pastes them after `import torch`, `from ddpm_ext import *`, and what the page says. A test runs those of a
+    module, which takes less time than a test for each."""
     monkeypatch.chdir(tmp_path)
-    value, gd = SHOWN[name][0], GaussianDiffusion(1000)
-    text = inspect.getdoc(value)
-    given = {"torch": torch, "plots": plots, "model": lambda x, t: 0.1 * x, **NAMES, value.__name__: value}
-    given |= {"gd": gd, "grid": make_grid(gd.alphas_cumprod, [999, 499, 0])}
-    given |= {"images": torch.zeros(4, 3, 8, 8), "x_t": ddpm_ext.randn((4, 3, 8, 8), Philox(0))}
-    given |= {"load_model": models.load_model, "diffusers": diffusers}
-    if not torch.cuda.is_available():
-        text = text.replace('device="cuda"', 'device="cpu"')
-    test = doctest.DocTestParser().get_doctest(text, given, name, None, 0)
     told: list[str] = []
-    result = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=told.append)
-    assert result.attempted > 0 and result.failed == 0, "".join(told)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    for name, (value, _) in SHOWN.items():
+        if name.rpartition(".")[0] != within or not example(value):
+            continue
+        given = {"torch": torch, "plots": plots, "model": lambda x, t: 0.1 * x, **NAMES, value.__name__: value}
+        given |= {"gd": GD, "grid": GRID, "load_model": models.load_model, "diffusers": diffusers}
+        given |= {"images": torch.zeros(4, 3, 8, 8), "x_t": ddpm_ext.randn((4, 3, 8, 8), Philox(0))}
+        text = inspect.getdoc(value)
+        if not torch.cuda.is_available():
+            text = text.replace('device="cuda"', 'device="cpu"')
+        runner.run(doctest.DocTestParser().get_doctest(text, given, name, None, 0), out=told.append)
+    assert runner.tries > 0 and runner.failures == 0, "".join(told)
 
 
 def test_help_and_editors_see_the_loops_options():

@@ -101,8 +101,9 @@ def digits(part: str = "all") -> tuple[Tensor, Tensor]:
         ValueError: an unknown part. MissingExtra: scikit-learn is not installed.
 
     Examples:
-        >>> images, labels = digits("heldout")
-        >>> images.shape
+        >>> from ddpm_ext.training.data import digits
+        >>> images, labels = digits("heldout")  # doctest: +SKIP
+        >>> images.shape  # doctest: +SKIP
         torch.Size([256, 1, 8, 8])
     """
     if part not in _PARTS:
