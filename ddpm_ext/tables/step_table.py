@@ -248,6 +248,12 @@ class StepTable:
         Raises:
             TypeError: another dtype, or a guidance of other things than numbers.
             ValueError: not a device; a number that `dtype` does not hold; a guidance of another length, or not finite.
+
+        Examples:
+            >>> from ddpm_ext import ops
+            >>> from ddpm_ext.tables.samplers import ddim
+            >>> rows = ddim(grid).packed("cpu")  # float32 (3, 24)
+            >>> x_before = ops.reverse_step(x_t, model(x_t, 999), rows, 0)
         """
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
