@@ -17,6 +17,11 @@ using Integers = __m128i;
 DDPM_HD Floats broadcast(float x) { return _mm_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm_mul_epu32(a, b); }
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }  // a is what is known last
+template <int kWords>
+DDPM_HD Integers shuffle(Integers a, Integers b) {
+  return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(a), _mm_castsi128_ps(b), kWords));
+}
 
 }  // namespace ddpm_ext::sse2
 
@@ -60,12 +65,6 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
   const __m128i small = _mm_cmplt_epi32(size, _mm_set1_epi32(0x00800000));
   if (__builtin_expect(_mm_movemask_epi8(_mm_or_si128(halfway, small)) != 0, 0)) return rare_fma(a, b, c);
   return result;
-}
-
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.even ^ b.even, a.odd ^ b.odd) ^ c; }
-// Joins the even words, blocks 0 and 1, to the odd ones, blocks 2 and 3.
-DDPM_HD U32 join(Words w) {
-  return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(w.even), _mm_castsi128_ps(w.odd), 0x88));
 }
 
 DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm_setr_epi32(0, 2, 1, 3))); }
