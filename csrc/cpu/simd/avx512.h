@@ -19,8 +19,8 @@ DDPM_HD Integers xor3(Integers a, Integers b, Integers c) {  // of which compile
   return _mm512_ternarylogic_epi32(a, b, c, 0x96);
 }
 template <int kWords>
-DDPM_HD Integers shuffle(Integers a, Integers b) {
-  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), kWords));
+DDPM_HD Floats shuffle(Floats a, Floats b) {
+  return _mm512_shuffle_ps(a, b, kWords);
 }
 
 }  // namespace ddpm_ext::avx512
@@ -37,18 +37,6 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm512_min_ps(hi.v, _mm512_max
 // order.
 DDPM_HD Words block_words(uint32_t first) {
   return Words(U32(first) + U32(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15)));
-}
-
-// Before, z[k] holds element k of every block. Afterwards it holds elements 16 k to 16 k + 15 of the 64.
-DDPM_HD void transpose(F32 (&z)[4]) {
-  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(z[0].v, z[1].v));
-  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(z[2].v, z[3].v));
-  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(z[0].v, z[1].v));
-  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(z[2].v, z[3].v));
-  z[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-  z[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-  z[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-  z[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
 }
 
 DDPM_HD F32 load(const float* p) { return _mm512_loadu_ps(p); }
