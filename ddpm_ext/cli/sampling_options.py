@@ -110,7 +110,7 @@ def add_sampling(
     if by_ranks:
         into_folder = (
             "number of samples to draw into a folder, by all ranks of torchrun; if the run is killed, the same "
-            "command continues it"
+            "command continues it, and a larger number adds to a folder"
         )
         counts.add_argument("--num-images", type=arguments.samples, metavar="N", help=into_folder)
     add_seed(group)
