@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,18 +45,31 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
         ValueError: the name is missing or wrong, or as training.load.
     """
     folder = Path(model)
-    if network is None and (kind := network_of(folder)) is not None:
-        name = kind if ":" in kind else f"MODULE:{kind}"
-        raise ValueError(
-            f"model: {model} is a run of a {kind.rpartition(':')[2]}, expected --network {name}, or another class or "
-            "function that makes one like it without arguments"
-        )
-    trained = load(folder, None if network is None else _made(network))
+    trained = load(folder, network_for(folder, network))
     sha256 = trained.sha256()
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
     unet, shape = TakesClassLabels(placed).eval(), trained.shape
     return RunModel(unet, trained.settings, folder, trained.classes, shape=shape, sha256=sha256)
+
+
+def network_for(folder: Path, network: str | None) -> nn.Module | None:
+    """The module that --network makes for a run. Its file may also lie in the working directory.
+
+    Raises:
+        ValueError: the name is missing or wrong, or what it makes is no module.
+    """
+    if network is not None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        return _made(network)
+    if (kind := network_of(folder)) is not None:
+        name = kind if ":" in kind else f"MODULE:{kind}"
+        raise ValueError(
+            f"model: {folder} is a run of a {kind.rpartition(':')[2]}, expected --network {name}, or another class or "
+            "function that makes one like it without arguments"
+        )
+    return None
 
 
 def _made(network: str) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -118,8 +117,6 @@ def load(options: argparse.Namespace) -> Loaded:
 
 def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     if is_run(options.model):
-        if options.network is not None and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # where the module of --network may lie
         return load_run_model(options.model, options.network, device=device, dtype=dtype)
     loaded = load_model(options.model, device=device, dtype=dtype)
     if options.network is not None:

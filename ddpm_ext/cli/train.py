@@ -146,6 +146,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("ema", "decay of the weights' moving average")
     more = "decays of further moving averages, each written to FOLDER/ema-X"
     add("extra_emas", more, type=arguments.numbers, default=argparse.SUPPRESS, metavar="A,B,...")
+    snapshots = "steps between two snapshots, of which ddpm-ext average makes averages of any length; 0 for none"
+    add("snapshot_every", snapshots)
     add("autocast", "lower precision of the model's arithmetic")
     again = "compute activations again in the backward pass, to save memory; the weights are the same"
     add("gradient_checkpointing", again)
@@ -199,7 +201,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     features = "whose Fréchet distance to the training images is the score: pixels, or a function of your own"
     add("features", features, metavar="pixels|MODULE:FUNCTION")
     tables = "tune step tables of so many calls to the model at the end, for ddpm-ext sample --sampler tuned"
-    add("tune", tables, type=arguments.whole_numbers, default=argparse.SUPPRESS, metavar="N,...")
+    usual = {"nargs": "?", "const": (4, 6, 8, 10), "default": argparse.SUPPRESS}
+    add("tune", f"{tables} (without numbers: 4,6,8,10)", type=arguments.whole_numbers, metavar="N,...", **usual)
     add("tensorboard", "also write events for TensorBoard, to FOLDER/tensorboard")
     add("wandb", "also log to this project of Weights & Biases, by its package wandb", metavar="PROJECT")
     add("weights_dtype", "of the final model file")

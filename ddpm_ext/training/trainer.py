@@ -35,7 +35,8 @@ from ddpm_ext.training.score import Features, Scorer, features_by_name
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, at_hand, loss_options
 
-_INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
+_INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
+_AT_THE_END = ("snapshot_every", "score_every")  # too, where they are asked for
 
 
 class Trainer:
@@ -188,7 +189,8 @@ class Trainer:
         before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
         with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
         a grid every `options.sample_every` steps; with `options.score_every` scores.csv, and in best/ the averaged
-        model of the step with the lowest score; and with `options.tune` tuned/ with step tables of so many calls.
+        model of the step with the lowest score; with `options.snapshot_every` snapshots/, for post_hoc_average; and
+        with `options.tune` tuned/ with step tables of so many calls.
 
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
         awaited; a second one ends the run at once. An exception ends it after a checkpoint of the last step, if
@@ -270,8 +272,8 @@ class Trainer:
             last = state.step == options.steps
             if signal := 0 if last else self.ranks.largest(noted.number):
                 self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
-            if last and options.score_every:
-                due |= {"score_every"}
+            if last:
+                due |= {name for name in _AT_THE_END if every[name]}
             if last or signal:
                 due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
             if due:
