@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> None:
     trained = found.trained
     files.check_writable(folder / _ABOUT)
     about = {"run": options.run, "length": options.length, "step": found.step, "snapshots": found.snapshots}
-    save_result(trained.model, trained.settings, folder, torch.float32, trained.shape, trained.classes)
+    described = trained.shape, trained.classes, trained.clip
+    save_result(trained.model, trained.settings, folder, torch.float32, *described)
     files.write_json(folder / _ABOUT, about | {"distance": found.distance})
     print(
         f"{folder}: average of length {options.length:g} at step {found.step}, from {found.snapshots} snapshots; its "

@@ -117,8 +117,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
     standard = training.TrainOptions()
     add = partial(_add_option, standard, parser.add_argument_group("data"))
-    data = "scikit-learn's handwritten digits, coloured shapes, or your images"
-    add("data", data, metavar="digits|shapes|FOLDER")
+    data = "scikit-learn's handwritten digits, coloured shapes, your images, or an .npz of latents"
+    add("data", data, metavar="digits|shapes|FOLDER|FILE")
     size = "crop images to a square and resize them to N by N, or draw shapes of that size"
     add("image_size", size, type=arguments.whole_number(1), metavar="N")
     add("channels", "grey or colour (default: 1 for digits, else 3)", type=int, choices=(1, 3))
@@ -156,7 +156,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("graph", "take each step by a CUDA graph; the weights are the same")
 
     add = partial(_add_option, standard, parser.add_argument_group("model (diffusers' UNet2DModel)"))
-    add("model_config", "its config.json, in place of the next four options", metavar="FILE")
+    config = "its config.json, or that of a DiTTransformer2DModel, in place of the next four options"
+    add("model_config", config, metavar="FILE")
     add("widths", "channels, one number a level", type=arguments.whole_numbers, metavar="A,B,...")
     add("layers", "residual blocks a level")
     add("attention", "levels that have attention", type=arguments.whole_numbers, metavar="I,...")

@@ -17,11 +17,12 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models import tuned
 from ddpm_ext.models.classes import Classes
+from ddpm_ext.models.networks import FOLDERS
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, log, post_hoc, run_options
 from ddpm_ext.training.hub import push_to_hub
-from ddpm_ext.training.network import is_unet, save_result
+from ddpm_ext.training.network import known_kind, save_result
 from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
@@ -121,8 +122,8 @@ class Outputs:
         options = self.options
         names = ["training.json", run_options.OPTIONS, ".lock", "losses.csv", "losses.png"]
         folders = ["checkpoints", "scheduler", *(f"ema-{decay}" for decay in options.extra_emas)]
-        if self.about[f"{run_options.OF_MODEL}class"] == "UNet2DModel":
-            names, folders = [*names, "model_index.json"], [*folders, "unet"]
+        if (kind := self.about[f"{run_options.OF_MODEL}class"]) in FOLDERS:
+            names, folders = [*names, "model_index.json"], [*folders, FOLDERS[kind]]
         else:
             names += ["model.json", "model.safetensors"]
         if options.score_every:
@@ -232,7 +233,8 @@ class Outputs:
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes)
+        clip = run_options.LATENTS not in self.about
+        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes, clip)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it; then tunes tables to
@@ -256,7 +258,7 @@ class Outputs:
         if self.options.tune:
             self._tune(state.average)
         if repo := self.options.push_to_hub:
-            model = None if is_unet(state.average) else state.average
+            model = None if known_kind(state.average) else state.average
             url = push_to_hub(self.folder, repo, model=model, private=self.options.hub_private or None)
             self.report(f"uploaded to {url}")
         return result

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddpm_ext.models.folder import read_weights, write_weights
+from ddpm_ext.models.stored import read_weights, write_weights
 from ddpm_ext.training.load_run import Trained, load
 from ddpm_ext.training.power_average import LONGEST, combination
 

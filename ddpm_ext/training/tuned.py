@@ -13,8 +13,8 @@ from ddpm_ext.models import tuned
 from ddpm_ext.models.folder import load_model, model_sha256
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.training.load_run import TakesClassLabels, Trained, load
-from ddpm_ext.training.network import is_unet
+from ddpm_ext.training.load_run import TakesClassLabels, load
+from ddpm_ext.training.network import known_kind
 from ddpm_ext.tuning import Tuner
 
 _SEEDS = 32  # samples to fit to
@@ -38,9 +38,8 @@ def tune_run(
         folder: where the model was written.
         average: the module with its weights, which stays as it is.
     """
-    if is_unet(average):
-        unet = load_model(folder, device=device)
-        trained, sha256 = Trained(unet.unet, unet.settings, unet.shape, unet.classes), model_sha256(unet)
+    if known_kind(average) is not None:
+        trained, sha256 = load(folder, device=device), model_sha256(load_model(folder))
     else:
         trained = load(folder, copy.deepcopy(average), device=device)
         sha256 = trained.sha256()
@@ -54,6 +53,7 @@ def tune_run(
         trained.settings.diffusion(),
         TakesClassLabels(trained.model),
         (batch, *trained.shape),
+        clip_denoised=trained.clip,
         model_kwargs=labels,
         seeds=_SEEDS,
         rng=Philox(seed),
