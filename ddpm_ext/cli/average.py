@@ -10,6 +10,7 @@ import torch
 from ddpm_ext.base import files
 from ddpm_ext.cli.arguments import Subparsers, add_command, positive_number
 from ddpm_ext.cli.network import network_for
+from ddpm_ext.cli.sampling_options import add_network
 from ddpm_ext.training import post_hoc_average
 from ddpm_ext.training.network import save_result
 from ddpm_ext.training.power_average import LONGEST
@@ -28,12 +29,12 @@ def add_parser(commands: Subparsers) -> None:
         "post-hoc EMA."
     )
     summary = "average a run's weights over another length"
-    add = add_command(commands, "average", summary, description, epilog=_EXAMPLES).add_argument
+    parser = add_command(commands, "average", summary, description, epilog=_EXAMPLES)
+    add = parser.add_argument
     add("run", metavar="RUN", help="the folder of a run of ddpm-ext train --snapshot-every, which may go on")
     length = f"deviation of the averaged steps as a share of the training, up to {LONGEST}, the mean of all (required)"
     add("--length", type=positive_number, required=True, metavar="X", help=length)
-    network = "for a run of a module that is no UNet2DModel: the class or function, without arguments, that makes one"
-    add("--network", metavar="MODULE:NAME", help=network)
+    add_network(parser)
     add("--out", metavar="FOLDER", help="folder for the model (default: RUN/average-X)")
 
 

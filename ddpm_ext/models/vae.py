@@ -85,10 +85,11 @@ def _check_supported(config: dict[str, Any], name: str, channels: int) -> None:
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise ValueError(f"model: {name} describes a {kind}, expected an AutoencoderKL")
+    widths = config.get("block_out_channels", [64])
     for entry, block in _BLOCKS.items():
         found = config.get(entry, [block])
-        if not isinstance(found, list) or set(map(str, found)) != {block}:
-            raise ValueError(f"model: {name} has {entry} {found!r}, expected {block} alone")
+        if not isinstance(widths, list) or found != [block] * len(widths):
+            raise ValueError(f"model: {name} has {entry} {found!r}, expected {block} for each of block_out_channels")
     if config.get("latent_channels", 4) != channels:
         got = config.get("latent_channels", 4)
         raise ValueError(f"model: {name} has latent_channels {got!r}, expected {channels}, as the denoiser")

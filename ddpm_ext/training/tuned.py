@@ -13,7 +13,7 @@ from ddpm_ext.models import tuned
 from ddpm_ext.models.folder import load_model, model_sha256
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.training.load_run import TakesClassLabels, load
+from ddpm_ext.training.load_run import TakesClassLabels, Trained, load
 from ddpm_ext.training.network import known_kind
 from ddpm_ext.tuning import Tuner
 
@@ -39,7 +39,9 @@ def tune_run(
         average: the module with its weights, which stays as it is.
     """
     if known_kind(average) is not None:
-        trained, sha256 = load(folder, device=device), model_sha256(load_model(folder))
+        loaded = load_model(folder, device=device)
+        trained = Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes, clip=loaded.clip)
+        sha256 = model_sha256(loaded)
     else:
         trained = load(folder, copy.deepcopy(average), device=device)
         sha256 = trained.sha256()
