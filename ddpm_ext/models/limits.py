@@ -9,7 +9,7 @@ from typing import Any
 
 _LAYERS = 100  # of all blocks: modules take time to make, also without memory
 _BYTES = 8 * 2**30  # of the weights, and of one sample's activations, in float32
-_CLASSES = 1_000_000
+CLASSES = 1_000_000
 _SIDE = 2**16  # of a sample, and the largest of a transformer's other numbers
 _PRODUCTS = 10**13  # multiplications in a call for one sample: some minutes of a core
 
@@ -75,7 +75,7 @@ def check_transformer(config: dict[str, Any], name: str) -> None:
     """Raises ValueError, naming `name`, unless `config` is that of a DiTTransformer2DModel which can be made in a few
     seconds and whose sample takes no more memory and time than models of images take."""
     found = {entry: config.get(entry, default) for entry, default in DIT.items()}
-    most = {"num_layers": _LAYERS, "num_embeds_ada_norm": _CLASSES}
+    most = {"num_layers": _LAYERS, "num_embeds_ada_norm": CLASSES}
     for entry, value in found.items():
         highest = most.get(entry, _SIDE)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:

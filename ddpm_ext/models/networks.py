@@ -16,7 +16,6 @@ UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 FOLDERS = {UNET: "unet", DIT: "transformer"}
 """Where a pipeline has its denoiser, by diffusers' class."""
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
-_MOST_CLASSES = 1_000_000
 
 
 def folder_of_denoiser(folder: Path) -> Path:
@@ -99,8 +98,10 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
     if kind is not None:
         raise ValueError(f"model: {path} has class_embed_type {kind!r}, expected null: classes are numbers here")
     count = config.get("num_class_embeds")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_CLASSES):
-        raise ValueError(f"model: {path} has num_class_embeds {count!r}, expected 1 to {_MOST_CLASSES}")
+    if count is not None and (
+        isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limits.CLASSES
+    ):
+        raise ValueError(f"model: {path} has num_class_embeds {count!r}, expected 1 to {limits.CLASSES}")
     if config.get("time_embedding_type") == "fourier":
         raise ValueError(f"model: {path} has Fourier time embeddings (a score model), which are not supported")
     channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)

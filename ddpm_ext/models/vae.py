@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ddpm_ext.models import limits
 from ddpm_ext.models.stored import CONFIG, load_module, one_line, read_json, update_hash
 
 FOLDER = "vae"
+_LARGEST = 1_000_000
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
@@ -100,5 +100,7 @@ def _check_supported(config: dict[str, Any], name: str, channels: int) -> None:
             raise ValueError(f"model: {name} has {entry}, expected null: one scale is taken for all channels")
     scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
     for entry, value in (("scaling_factor", scale), ("shift_factor", shift)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not scale:
-            raise ValueError(f"model: {name} has {entry} {value!r}, expected a finite number, and no scale of 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST or not scale:
+            raise ValueError(
+                f"model: {name} has {entry} {value!r}, expected a number below {_LARGEST}, and a scale not 0"
+            )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddpm_ext.models.stored import read_weights, write_weights
+from ddpm_ext.models.stored import check_finite, read_weights, write_weights
 from ddpm_ext.training.load_run import Trained, load
 from ddpm_ext.training.power_average import LONGEST, combination
 
@@ -95,6 +95,7 @@ def post_hoc_average(
             total.add_(_of_shape(weights.get(name), total, path, name), alpha=factor)
     for name, total in sums.items():
         wanted[name].copy_(total)  # the buffers are the run's own
+    check_finite(trained.model, folder)
     return PostHocAverage(trained, max(steps), len(found), distance)
 
 
