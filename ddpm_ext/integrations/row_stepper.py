@@ -19,7 +19,7 @@ from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.ops.table_step import CalledTableStep
 from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.tables.on_device import KernelTables
+from ddpm_ext.tables.on_device import KernelTables, in_use
 from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
@@ -124,6 +124,8 @@ class RowStepper:
         step = self._quiet_steps.get((x.device, x.dtype)) if rng is None else None
         if step is None:
             step = self._step(x.device, x.dtype, rng)
+        if not x.is_cpu:
+            in_use(self, self._packed, x.device)
         return step.take(x, m, None, i, out, **self._bound, **inputs), kept
 
     def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:

@@ -1,16 +1,23 @@
 """A loop's steps as CUDA graphs: on a GPU if there is one, on the CPU by direct calls and with a faked torch.cuda."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from support import fake_cuda
 from support.loop_cases import CASES, IDS, PART, SHAPE, given, make_diffusion, model, ours, with_variance
+from support.rows import changed
 
 from ddpm_ext import Guidance, Interpolation, Philox
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.loop import cuda_graphs, loop
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import LoopRowsCache, kept_loop_rows
+from ddpm_ext.ops import noise
+from ddpm_ext.tables import on_device
 
 cases = pytest.mark.parametrize("case", CASES)
 graphs = pytest.mark.parametrize("graph", ["step", "loop"])
@@ -203,6 +210,37 @@ def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
     assert x.tolist() == [2.0] * 3 and len(streams) == 3
     graphs.run("b", step, restore)
     assert x.tolist() == [3.0] * 3 and len(fake_cuda.CUDAGraph.instances) == 2
+
+
+@pytest.mark.parametrize("what", ["rows of a loop", "rows of a scheduler", "timesteps"])
+def test_tables_that_a_graph_or_another_stream_reads_outlive_their_cache(faked, monkeypatch, what):
+    """meta is the GPU here. Those that nobody can read any more are let go."""
+    meta, known, gd, cache = torch.device("meta"), [], make_diffusion(), LoopRowsCache(8)
+    monkeypatch.setattr(noise, "CAPTURING", ("meta",))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: known.append((id(x), stream)))
+    monkeypatch.setattr(on_device, "_stream_number", lambda _: id(fake_cuda.Current.stream))
+
+    def table(i):
+        if what == "timesteps":
+            return gd.tables.timestep(3, 1 + i, meta)._base
+        if what == "rows of a loop":
+            rows = kept_loop_rows(cache, gd, LoopOptions(sampler="ddim", steps=2, eta=i / 100))
+            return rows.device.get("steps", meta, torch.float32)
+        stepper = cache.get_or_make(i, lambda: (RowStepper(changed()), None))[0]
+        stepper.take(0, *torch.zeros(2, 1, 1, device=meta))
+        return stepper._rows(meta, torch.float32)
+
+    uncaptured, captured = weakref.ref(table(0)), weakref.ref(table(1))
+    fake_cuda.Current.captures = True
+    assert table(1) is captured()
+    fake_cuda.Current.captures, own, other = False, fake_cuda.DEFAULT, fake_cuda.Stream()
+    for fake_cuda.Current.stream in (own, other, other, own):
+        of_two = table(2)
+    if what != "timesteps":
+        assert [stream for x, stream in known if x == id(of_two)] == [own, other]
+    for i in range(3, 67):
+        table(i)
+    assert captured() is not None and (uncaptured() is None or what == "timesteps")
 
 
 @pytest.mark.parametrize("leaves_traces", [True, False])
