@@ -14,12 +14,13 @@ from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
+from ddpm_ext.ops.cards import check_card, in_use
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.ops.table_step import CalledTableStep
 from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.tables.on_device import KernelTables, in_use
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
@@ -140,6 +141,7 @@ class RowStepper:
         """The rows as the kernels read them, which are made once for each device."""
         rows = self._packed.get((device, dtype))
         if rows is None:
+            check_card(device)
             with torch.inference_mode(False):  # Inference tensors could not be saved for a backward pass later on.
                 rows = self.table.packed("cpu", dtype)
                 if self._c_in is not None:

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
-from ddpm_ext.ops import noise
+from ddpm_ext.ops.cards import check_card, in_use
 from ddpm_ext.ops.row import ROW
-from ddpm_ext.ops.torch_library import is_recorded
 from ddpm_ext.tables.step_table import StepTable
 
 VIEWED = 4  # batches of which the timesteps' views are kept
-_captured: dict[int, Tensor] = {}  # what CUDA graphs read, by id
-# By owner and by (device, its stream's number), how many of the owner's tensors the allocator knows that stream for.
-_known: WeakKeyDictionary[object, dict[tuple[torch.device, int], int]] = WeakKeyDictionary()
-
-
-def _stream_number(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index) if torch.cuda.is_initialized() else 0
-
-
-def in_use(owner: object, tensors: Mapping[Any, Tensor], device: torch.device) -> None:
-    """Says that the device's current stream reads an owner's tensors, which a cache may drop while it does.
-
-    A CUDA graph that is being captured will read them at each replay, so they stay for good. For any other stream than
-    theirs, the allocator will wait before it gives their memory to somebody else.
-    """
-    if is_recorded() or device.type not in noise.CAPTURING:
-        return
-    if noise.stream_captures():
-        _captured.update({id(x): x for x in tensors.values() if x.device == device})
-        return
-    known, stream = _known.setdefault(owner, {}), (device, _stream_number(device))
-    if known.get(stream) != len(tensors):
-        known[stream] = len(tensors)
-        for x in list(tensors.values()):
-            if x.device == device:
-                x.record_stream(torch.cuda.current_stream(device))
 
 
 class DeviceTables:
@@ -63,6 +32,7 @@ class DeviceTables:
         """The table of that name. Raises KeyError where there is none."""
         table = self._tables.get((name, device, dtype))
         if table is None:
+            check_card(device)
             with torch.inference_mode(False):
                 table = self._tables[name, torch.device("cpu"), dtype].to(device)
             # A tensor that was made within a function transform or a fake mode is of no use after it.

@@ -16,8 +16,7 @@ from ddpm_ext.loop import cuda_graphs, loop
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRowsCache, kept_loop_rows
-from ddpm_ext.ops import noise
-from ddpm_ext.tables import on_device
+from ddpm_ext.ops import cards
 
 cases = pytest.mark.parametrize("case", CASES)
 graphs = pytest.mark.parametrize("graph", ["step", "loop"])
@@ -216,9 +215,9 @@ def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
 def test_tables_that_a_graph_or_another_stream_reads_outlive_their_cache(faked, monkeypatch, what):
     """meta is the GPU here. Those that nobody can read any more are let go."""
     meta, known, gd, cache = torch.device("meta"), [], make_diffusion(), LoopRowsCache(8)
-    monkeypatch.setattr(noise, "CAPTURING", ("meta",))
+    monkeypatch.setattr(cards, "CAPTURING", ("meta",))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: known.append((id(x), stream)))
-    monkeypatch.setattr(on_device, "_stream_number", lambda _: id(fake_cuda.Current.stream))
+    monkeypatch.setattr(cards, "_stream_number", lambda _: id(fake_cuda.Current.stream))
 
     def table(i):
         if what == "timesteps":

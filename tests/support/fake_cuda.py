@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext.loop import cuda_graphs
-from ddpm_ext.ops import noise
+from ddpm_ext.ops import cards
 
 FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
 
@@ -169,8 +169,8 @@ def install(monkeypatch):
     CUDAGraph.instances.clear()
     Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
     Current.allocates.clear()
-    monkeypatch.setattr(noise, "CAPTURING", ("cpu", "cuda"))
-    monkeypatch.setattr(noise, "stream_captures", lambda: Current.captures)
+    monkeypatch.setattr(cards, "CAPTURING", ("cpu", "cuda"))
+    monkeypatch.setattr(cards, "stream_captures", lambda: Current.captures)
     monkeypatch.setattr(torch._C, cuda_graphs.END_ALLOCATE, end_allocate_to_pool, raising=False)
     fakes = {
         "Stream": Stream,
