@@ -260,6 +260,22 @@ def test_a_capture_that_fails_has_ended(faked, monkeypatch, leaves_traces):
     assert len(fake_cuda.CUDAGraph.instances) == 1  # no further attempt
 
 
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_what_ends_a_capture_waits_for_its_stream(faked, call, error):
+    """In the warm-up and in the capture: the buffers that the step writes are free for the caller's stream then."""
+    calls = []
+
+    def step():
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+
+    with pytest.raises(error):
+        CudaGraphs(torch.device("cuda")).run("a", step, lambda: None)
+    assert faked[-1][:2] == ("wait_stream", fake_cuda.DEFAULT) and fake_cuda.Current.stream is fake_cuda.DEFAULT
+
+
 def test_a_graph_of_very_many_nodes_is_warned_of(faked):
     class Layers(torch.nn.Sequential):
         def forward(self, x, t):

@@ -151,6 +151,9 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         with recorder:
             yield
         end_allocate_to_pool(0, pool)
+    except (KeyError, KeyboardInterrupt):  # Python's own, which no CUDA call has seen
+        end_allocate_to_pool(0, pool)
+        raise
     except BaseException:
         Current.stream = "a capture stream that was left behind"  # as torch 2.7 does
         GENERATOR.broken = True
