@@ -93,10 +93,7 @@ def test_graph_as_an_option(device, quiet):
     last = gd.p_sample_loop(**arguments, record="last")
     assert torch.equal(gd.p_sample_loop(**arguments, graph="loop", record="last"), last)
     for options in ({}, {"callback": lambda _: None}, {"record": [0, 5]}):
-        found, expected = (
-            gd.p_sample_loop(**arguments, graph="step", **options),
-            gd.p_sample_loop(**arguments, **options),
-        )
+        found, expected = (gd.p_sample_loop(**arguments, graph=graph, **options) for graph in ("step", False))
         assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
 
 
@@ -183,41 +180,29 @@ def test_recorded_and_played(faked, case, graph):
 
 def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
     """Warm-up and capture use one stream. It waits for the samples' stream, which then waits for it."""
-    device = torch.device("cuda", 1)
-    x = torch.zeros(3)
+    device, x, streams = torch.device("cuda", 1), torch.zeros(3), []
     graphs = CudaGraphs(device)
-    (made,) = [entry for entry in faked if entry[0] == "stream"]
-    assert made[1] == device
-    streams = []
 
     def step():
         streams.append(fake_cuda.Current.stream)
         x.add_(1)
 
-    def restore():
-        streams.append("restore")
-        x.sub_(1)
-
-    graphs.run("a", step, restore)
+    graphs.run("a", step, lambda: x.sub_(1))
     assert x.tolist() == [1.0] * 3
-    own = streams[0]
-    assert streams == [own, "restore", own] and own is not fake_cuda.DEFAULT
-    order = [entry[0] for entry in faked[1:]]
-    assert order == ["wait_stream", "capture", "wait_stream", "replay"]
+    own, again = streams
+    assert own is again is not fake_cuda.DEFAULT and own.device == device
+    assert [entry[0] for entry in faked] == ["stream", "wait_stream", "capture", "wait_stream", "replay"]
     assert faked[1][1:] == (own, fake_cuda.DEFAULT) and faked[3][1:] == (fake_cuda.DEFAULT, own)
-    graphs.run("a", step, restore)
-    assert x.tolist() == [2.0] * 3 and len(streams) == 3
-    graphs.run("b", step, restore)
-    assert x.tolist() == [3.0] * 3 and len(fake_cuda.CUDAGraph.instances) == 2
 
 
 @pytest.mark.parametrize("what", ["rows of a loop", "rows of a scheduler", "timesteps"])
-def test_tables_that_a_graph_or_another_stream_reads_outlive_their_cache(faked, monkeypatch, what):
-    """meta is the GPU here. Those that nobody can read any more are let go."""
+def test_tables_outlive_their_cache_where_a_graph_or_another_stream_reads_them(faked, monkeypatch, what):
+    """meta is the GPU here. Rows that nobody can read any more are let go."""
     meta, known, gd, cache = torch.device("meta"), [], make_diffusion(), LoopRowsCache(8)
+    own, other = fake_cuda.DEFAULT, fake_cuda.Stream()
     monkeypatch.setattr(cards, "CAPTURING", ("meta",))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: known.append((id(x), stream)))
     monkeypatch.setattr(cards, "_stream_number", lambda _: id(fake_cuda.Current.stream))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: known.append((id(x), stream)))
 
     def table(i):
         if what == "timesteps":
@@ -230,16 +215,14 @@ def test_tables_that_a_graph_or_another_stream_reads_outlive_their_cache(faked, 
         return stepper._rows(meta, torch.float32)
 
     uncaptured, captured = weakref.ref(table(0)), weakref.ref(table(1))
-    fake_cuda.Current.captures = True
-    assert table(1) is captured()
-    fake_cuda.Current.captures, own, other = False, fake_cuda.DEFAULT, fake_cuda.Stream()
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_cuda.Current, "captures", True)
+        assert table(1) is captured()
     for fake_cuda.Current.stream in (own, other, other, own):
-        of_two = table(2)
-    if what != "timesteps":
-        assert [stream for x, stream in known if x == id(of_two)] == [own, other]
-    for i in range(3, 67):
-        table(i)
-    assert captured() is not None and (uncaptured() is None or what == "timesteps")
+        last = id(table(2))
+    assert what == "timesteps" or [stream for x, stream in known if x == last] == [own, other]
+    assert all(table(i).is_meta for i in range(3, 67)) and captured() is not None
+    assert what == "timesteps" or uncaptured() is None
 
 
 @pytest.mark.parametrize("leaves_traces", [True, False])
@@ -258,22 +241,6 @@ def test_a_capture_that_fails_has_ended(faked, monkeypatch, leaves_traces):
     assert left_open == ((False, False, True) if leaves_traces else (True, True, False))
     graphs.run("a", step, lambda: None)
     assert len(fake_cuda.CUDAGraph.instances) == 1  # no further attempt
-
-
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_what_ends_a_capture_waits_for_its_stream(faked, call, error):
-    """In the warm-up and in the capture: the buffers that the step writes are free for the caller's stream then."""
-    calls = []
-
-    def step():
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-
-    with pytest.raises(error):
-        CudaGraphs(torch.device("cuda")).run("a", step, lambda: None)
-    assert faked[-1][:2] == ("wait_stream", fake_cuda.DEFAULT) and fake_cuda.Current.stream is fake_cuda.DEFAULT
 
 
 def test_a_graph_of_very_many_nodes_is_warned_of(faked):
@@ -324,8 +291,10 @@ def test_one_kind_of_step_that_cannot_be_captured(faked):
     assert sum(graph.replays for graph in fake_cuda.CUDAGraph.instances) == 3  # 99, 80, 61
 
 
-def test_an_error_of_the_model_is_the_models(faked):
-    """An error in the model's first call, and one in a later call only."""
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_error_of_the_model_is_the_models(faked, error):
+    """In the warm-up, in the capture, and later. The caller's stream waits for the other one, which may be writing to
+    buffers that are freed next."""
     gd = make_diffusion()
     for after in (0, 1, 2):
         calls = []
@@ -333,10 +302,10 @@ def test_an_error_of_the_model_is_the_models(faked):
         def model(x, t, after=after, calls=calls):
             calls.append(1)
             if len(calls) > after:
-                raise KeyError("mine")
+                raise error("mine")
             return x * 0.5
 
-        with warnings.catch_warnings(), pytest.raises(KeyError, match="mine"):
-            warnings.simplefilter("ignore")
+        with pytest.raises(error, match="mine"):
             gd.p_sample_loop(**ours(gd, "plain", model=model), graph="step")
         assert fake_cuda.Current.stream is fake_cuda.DEFAULT
+        assert faked[-1][:2] == ("wait_stream", fake_cuda.DEFAULT)
