@@ -78,7 +78,7 @@ def in_use(owner: object, tensors: Mapping[Any, Tensor], device: torch.device) -
     if is_recorded() or device.type not in CAPTURING:
         return
     if stream_captures():
-        _captured.update({id(x): x for x in tensors.values() if x.device == device})
+        _captured.update({id(x): x for x in list(tensors.values()) if x.device == device})
         return
     known, stream = _known.setdefault(owner, {}), (device, _stream_number(device))
     if known.get(stream) != len(tensors):
