@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
+from ddpm_ext.ops.cards import lacks_code_for
 from ddpm_ext.ops.extension import BUILT, C
 
 
@@ -46,5 +48,13 @@ def build_info() -> dict[str, Any]:
 
 
 def default_device() -> str:
-    """Where commands and training run if no device is named: "cuda" if this build and torch can use a GPU, or "cpu"."""
-    return "cuda" if C.build_info()["cuda"] is not None and torch.cuda.is_available() else "cpu"
+    """Where commands and training run if no device is named: "cuda" if this build and torch can use a GPU, or "cpu".
+
+    Warns of a GPU that this build has no code for.
+    """
+    if C.build_info()["cuda"] is None or not torch.cuda.is_available():
+        return "cpu"
+    why = lacks_code_for(torch.cuda.current_device())
+    if why:
+        warnings.warn(f"device is cpu, since {why}", stacklevel=2)
+    return "cpu" if why else "cuda"

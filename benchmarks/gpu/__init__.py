@@ -5,5 +5,6 @@
     python -m benchmarks.gpu.speed steps         # one part by itself
 
 It needs torch with CUDA, numpy, setuptools, ninja, pytest, pytest-benchmark and nvcc. It needs no network and installs
-nothing. `parts` lists what is done, in which order, and how much time each part has.
+nothing. Where diffusers is installed, its step is timed, too. `parts` lists what is done, in which order, and how much
+time each part has.
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -29,14 +31,41 @@ def output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+# What may hold a card's clocks down, by NVML's bits. Its bit 1 says that the card is idle.
+LIMITS = {
+    **{0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost"},
+    **{0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake", 0x100: "display clocks"},
+}
+
+
+def uuid() -> str:
+    """The current card's, by which NVIDIA's tools know it whatever CUDA_VISIBLE_DEVICES says."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
 def asked(names: str) -> list[str]:
-    """What nvidia-smi says of the first card; nothing where there is none."""
-    return output("nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader").split("\n")[0].split(", ")
+    """What nvidia-smi says of the current card; nothing where it can't."""
+    return output("nvidia-smi", "-i", uuid(), f"--query-gpu={names}", "--format=csv,noheader").split(", ")
 
 
-def clock() -> str:
-    """Of the multiprocessors now, in MHz; empty where nobody can tell."""
-    return asked("clocks.sm")[0].removesuffix(" MHz")
+@functools.cache
+def _nvml() -> tuple[Any, ctypes.c_void_p]:
+    """The driver's library and its handle of the current card."""
+    library, handle = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(uuid().encode(), ctypes.byref(handle)):
+        raise OSError("NVML does not know the card")
+    return library, handle
+
+
+def limits() -> str:
+    """What holds the current card's clocks down now, "none" or, where nobody can tell, "unknown"."""
+    bits = ctypes.c_ulonglong()
+    try:
+        library, handle = _nvml()
+        failed = library.nvmlDeviceGetCurrentClocksThrottleReasons(handle, ctypes.byref(bits))
+    except (OSError, AttributeError):
+        return "unknown"
+    return "unknown" if failed else ", ".join(name for bit, name in LIMITS.items() if bits.value & bit) or "none"
 
 
 def card() -> dict[str, Any]:

@@ -7,20 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu.logs import COUNTERS
-from benchmarks.gpu.ways import ADD, COMPILED, NEAR, STEPS
+from benchmarks.gpu.ways import ADD, COMPILED, DIFFUSERS, NEAR, STEPS
 
 COMMAND = "python -m benchmarks.gpu"
 SPEED = """Microseconds: the median, and the quartiles. Cold and warm are the device's own time, from CUDA graphs of
 many launches; cold, the L2 cache has lost a set of inputs when it comes again. A call is what the host waits, launch
-included. Of copy: the time of a device-to-device copy of the bytes that must be moved, over the cold time. MHz: the
-multiprocessors' clock right behind these; a row whose clock is lower than the others' cannot be compared with them.
+included. Of copy: the time of a device-to-device copy of the bytes that must be moved, as cold or as warm, over this
+time. MHz: the multiprocessors' clock right behind the launches, by a kernel that waits for a number of cycles, and what
+held it down; a row whose clock is lower than the others' cannot be compared with them.
 """
 
 
 BOUNDS = """A step's time over that of an empty launch, and over that of a torch.add, whose one kernel reads and writes
 three tensors as the step does; the time of a copy of the same bytes, and of others' steps, over the step's. A step is
 as fast as its bytes if it takes as long as the copy, and else as a launch if it takes as long as torch.add, both within
-15 %.
+15 %. What fits in the L2 cache is warm here, as a step is that follows a model, and all else cold. Beside diffusers'
+step, which no graph can hold, both are calls.
 """
 NEARLY = 1.15
 
@@ -39,18 +41,24 @@ def time(found: Mapping[str, Any] | None) -> str:
     return f"{found['us']:.{digits}f} ({found['us_low']:.{digits}f} to {found['us_high']:.{digits}f})"
 
 
+KEYS = ("warm", "cold", "call")  # the first that a row has is its headline
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
-    cold = row.get("cold")
     names = [row["operation"], "x".join(map(str, row["shape"])), row["dtype"], row["way"]]
-    of_copy = [f"{row['moved_bytes'] / cold['us'] / 1e3:.0f}", f"{100 * cold['of_copy']:.1f} %"] if cold else ["", ""]
-    return [*names, time(cold), *of_copy, time(row.get("warm")), time(row["call"]), row.get("mhz", "")]
+    cold, warm = row.get("cold", {}), row.get("warm", {})
+    bandwidth = f"{row['moved_bytes'] / cold['us'] / 1e3:.0f}" if cold else ""
+    copies = [f"{100 * found['of_copy']:.1f} %" if "of_copy" in found else "" for found in (cold, warm)]
+    clock = warm or cold
+    held = [f"{clock['mhz']}", *([clock["limits"]] if clock["limits"] != "none" else [])] if "mhz" in clock else []
+    return [*names, time(cold), bandwidth, copies[0], time(warm), copies[1], time(row["call"]), ", ".join(held)]
 
 
 def ratio(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> float:
-    """A row's time over another's, both by the first of these that both have."""
+    """A row's time over another's, both by the first of KEYS that both have."""
     if other is None:
         return math.nan
-    key = next(key for key in ("cold", "warm", "call") if key in row and key in other)
+    key = next(key for key in KEYS if key in row and key in other)
     return row[key]["us"] / other[key]["us"]
 
 
@@ -60,8 +68,8 @@ def bounds(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     ways = {(row["way"], str(row["shape"]), row["dtype"]): row for row in rows if row["operation"] == "p_sample"}
     for (way, shape, dtype), row in ways.items():
         if way == STEPS[0].way and "cold" in row:
-            add, *peers = (ways.get((other, shape, dtype)) for other in (ADD, NEAR, COMPILED))
-            beside, copy = (ratio(row, empty), ratio(row, add)), row["cold"]["of_copy"]
+            add, *peers = (ways.get((other, shape, dtype)) for other in (ADD, NEAR, COMPILED, DIFFUSERS))
+            beside, copy = (ratio(row, empty), ratio(row, add)), row.get("warm", row["cold"])["of_copy"]
             found = [*beside, copy, *(1 / ratio(row, peer) for peer in peers)]
             fast = ["its bytes"] * (copy > 1 / NEARLY) or ["a launch"] * (beside[1] < NEARLY)
             yield [
@@ -82,9 +90,10 @@ def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [f"- {name}: {value}" for name, value in about.items() if name != "card"]
     lines += ["", "## Parts", "", *table(head, ([name, *(p[key] for key in head[1:])] for name, p in parts.items()), 4)]
     if speed:
-        head = ("operation", "shape", "dtype", "way", "cold µs", "GB/s", "of copy", "warm µs", "call µs", "MHz")
+        head = ("operation", "shape", "dtype", "way", "cold µs", "GB/s", "of copy", "warm µs", "of copy", "call µs")
+        head += ("MHz",)
         lines += ["## Speed", "", SPEED, *table(head, map(cells, speed), 4)]
-        head = ("shape", "dtype", "of empty", "of add", "copy", "eager", "compiled", "as fast as")
+        head = ("shape", "dtype", "of empty", "of add", "copy", "eager", "compiled", "diffusers", "as fast as")
         lines += ["## A step", "", BOUNDS, *table(head, bounds(speed), 2)]
     if counted := parts.get("counters", {}).get("rows"):
         names = ("operation", "dtype", *COUNTERS)

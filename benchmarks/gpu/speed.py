@@ -7,9 +7,10 @@ Prints a row of JSON for each operation, way, shape and dtype:
         sets of inputs that the L2 cache has lost a set when it comes again; warm, there is one set.
     call: what a caller waits by the host's clock, launch included.
     of_copy: the time of a device-to-device copy that moves as many bytes as the operation must, over this one's.
-    mhz: the multiprocessors' clock right behind the measurements of the device.
+    mhz, limits: of cold and of warm, the multiprocessors' clock right behind the launches, and what held it down.
 
-Each row is measured in a process of its own, so that one that fails loses no other.
+The rows are measured in a process beside this one. Behind one that fails another process goes on, so that it loses no
+other.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ import gc
 import json
 import math
 import multiprocessing
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.machine import clock
 from benchmarks.gpu.timing import Scale, Timer
 from benchmarks.gpu.ways import (
+    CHANNELS_LAST,
     GD,
     MOVED,
     NEAR,
@@ -52,9 +56,9 @@ Pair = tuple[torch.dtype, torch.dtype]  # of the samples and of the model's outp
 Row = dict[str, Any]
 Job = Callable[[], Row]
 
-# Large first, then the smallest, which a launch alone bounds.
+# Large first, then the smallest, which a launch alone bounds, and the latents of 64 images of 512 x 512.
 SHAPES: tuple[Shape, ...] = (
-    *((64, 3, 512, 512), (1, 3, 32, 32)),
+    *((64, 3, 512, 512), (1, 3, 32, 32), (64, 4, 64, 64)),
     *((16, 3, 256, 256), (256, 3, 32, 32), (64, 3, 32, 32)),
 )
 DRY_SHAPES, DRY = ((2, 3, 64, 64), (1, 3, 32, 32)), Scale(8, 10**5, 3, 1e-4, 0)
@@ -79,6 +83,9 @@ class Bench:
 
         def make(name: str) -> Tensor:
             dtype = pair[name in OF_MODEL]
+            if name in way.channels_last:
+                batch, channels, *sides = shape
+                return torch.randn(count, batch, *sides, channels, device=self.device, dtype=dtype).movedim(-1, 2)
             if name in MOVED[way.operation]:
                 return torch.randn(count, *shape, device=self.device, dtype=dtype)
             return torch.zeros(shape, device=self.device, dtype=dtype).expand(count, *shape)
@@ -104,8 +111,6 @@ class Bench:
                 calls = [functools.partial(way.call, b) for b in self.batches(sets, way, shape, pair)]
                 time, copy = self.timer.of_device(calls, moved), self.timer.copy(moved, cold)
                 found[name] = time | {"copy_us": copy, "of_copy": round(copy / time["us"], 4)}
-        if "cold" in found or "warm" in found:
-            found["mhz"] = clock()
         (b,) = self.batches(1, way, shape, pair)
         return found | {"call": self.timer.of_calls(lambda: way.call(b))}
 
@@ -117,7 +122,8 @@ class Bench:
 
 
 def steps(bench: Bench) -> Iterator[Job]:
-    """What matters most: a step at two shapes beside a kernel of three tensors, eager code, and that compiled."""
+    """What matters most: a step at three shapes beside a kernel of three tensors, eager code, that compiled, and
+    diffusers'."""
 
     def empty() -> Row:
         """A kernel that does nothing; on the CPU a call of nothing."""
@@ -127,8 +133,12 @@ def steps(bench: Bench) -> Iterator[Job]:
 
     yield empty
     ours, _, add = STEPS
-    peers = [way for way in (*others(), *compiled(bench.compiler)) if way.operation == "p_sample"]
-    yield from bench.jobs([ours, add, *peers], [(F32, F32), (BF16, BF16)], bench.shapes[:2])
+    near, *peers = [way for way in (*others(), *compiled(bench.compiler)) if way.operation == "p_sample"]
+    peers = [near, *reversed(peers)]  # what is compiled comes second
+    yield from bench.jobs([ours, add], [(F32, F32), (BF16, BF16)], bench.shapes[:3])
+    yield from bench.jobs([CHANNELS_LAST], [(F32, F32)], bench.shapes[:1])
+    yield from bench.jobs(peers, [(F32, F32)], bench.shapes[:3])
+    yield from bench.jobs(peers, [(BF16, BF16)], bench.shapes[:2])
 
 
 def loop(bench: Bench) -> Iterator[Job]:
@@ -153,7 +163,7 @@ def loop(bench: Bench) -> Iterator[Job]:
 
 def rest(bench: Bench) -> Iterator[Job]:
     both, large, others_too = [(F32, F32), (BF16, BF16)], bench.shapes[:1], [*others(), *compiled(bench.compiler)]
-    yield from bench.jobs(STEPS[::2], both, bench.shapes[2:])
+    yield from bench.jobs(STEPS[::2], both, bench.shapes[3:])
     yield from bench.jobs([*WITH_HISTORY, *REST], both, large)
     # Of odd sides, so that nearly all samples begin off alignment.
     batch, channels, *sides = large[0]
@@ -165,7 +175,7 @@ def rest(bench: Bench) -> Iterator[Job]:
     yield from bench.jobs([*WITH_HISTORY, *REST], [(F32, F32)], bench.shapes[1:])
     yield from bench.jobs(STEPS[1:2], [(F32, F32)], bench.shapes)
     yield from bench.jobs(STEPS[:1], [(F16, F16), (F32, BF16)], bench.shapes)
-    yield from bench.jobs([way for way in others_too if way.way != NEAR], [(F32, F32)], bench.shapes[2:])
+    yield from bench.jobs([way for way in others_too if way.way != NEAR], [(F32, F32)], bench.shapes[3:])
 
 
 GROUPS = {"steps": steps, "loop": loop, "rest": rest}
@@ -180,23 +190,38 @@ def attempt(job: Job) -> Row:
         return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
-def apart(job: Job) -> Row:
-    """attempt(job) in a forked process."""
-    fork = multiprocessing.get_context("fork")
-    here, there = fork.Pipe(duplex=False)
-    process = fork.Process(target=lambda: there.send(attempt(job)))
-    process.start()
-    there.close()
-    row = None
-    if here.poll(MOST_SECONDS):
-        try:
-            row = here.recv()
-        except EOFError:  # it crashed
-            process.join()
-            row = {"error": f"exit status {process.exitcode}"}
-    process.kill()
-    process.join()
-    return row or {"error": f"it took longer than {MOST_SECONDS} s"}
+def work(jobs: Iterable[Job], there: Connection) -> None:
+    """Sends the jobs' rows, up to the first error, which may have left CUDA of no use."""
+    for job in jobs:
+        row = attempt(job)
+        there.send(row)
+        if "error" in row:
+            return
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def apart(jobs: Iterable[Job]) -> Iterator[Row]:
+    """The jobs' rows, from one forked process after the other: each is left at its first error."""
+    fork, todo = multiprocessing.get_context("fork"), deque(jobs)
+    while todo:
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=work, args=(todo, there))
+        process.start()
+        there.close()
+        row: Row = {}
+        while todo and "error" not in row:
+            row = {"error": f"it took longer than {MOST_SECONDS} s"}
+            if here.poll(MOST_SECONDS):
+                try:
+                    row = here.recv()
+                except EOFError:  # it crashed
+                    process.join()
+                    row = {"error": f"exit status {process.exitcode}"}
+            todo.popleft()
+            yield row
+        process.kill()
+        process.join()
 
 
 if __name__ == "__main__":
@@ -205,6 +230,7 @@ if __name__ == "__main__":
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny sizes")
     options = parser.parse_args()
     gc.freeze()  # torch before 2.9 collects garbage at every capture; this leaves it little to look at
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else each compiling process starts one a core
     torch.manual_seed(0)
-    for job in GROUPS[options.group](Bench(dry=options.dry)):
-        print(json.dumps(apart(job)), flush=True)
+    for found in apart(GROUPS[options.group](Bench(dry=options.dry))):
+        print(json.dumps(found), flush=True)

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu.machine import limits
+
+CYCLES = 2**20  # of a kernel that waits, by which the clock is measured: about half a millisecond
+IDLE = 0.1  # seconds without work, after which a card may have lowered its clocks
 Function = Callable[[], Any]
 
 
@@ -23,7 +27,7 @@ class Scale(NamedTuple):
     bytes: int = 8 * 10**9  # moved by a graph, about
     times: int = 15
     seconds: float = 0.02  # of a round of calls, about
-    warm_up: float = 0.25  # seconds of work before the first measurement, until an idle card has raised its clocks
+    warm_up: float = 0.25  # seconds of work before a measurement, until an idle card has raised its clocks
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -37,16 +41,18 @@ class Timer:
         self.device, self.scale, self.on_gpu = device, scale, device.type == "cuda"
         self.l2 = 2**15
         if self.on_gpu:
+            limits()  # loads the driver's library, which takes longer than a measurement
             self.l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
         self.copy = functools.cache(self._copy)
-        self.is_warm = False
+        self.busy = -math.inf  # when the device was last at work, by the host's clock
+        self.clock: dict[str, Any] = {}  # on a GPU, what the latest measurement ran at, and what held it down
 
     def sets(self, moved: int, cold: bool) -> int:
         """Cold, so many sets of inputs that twice the L2 cache is moved before one comes again."""
         return min(max(math.ceil(2 * self.l2 / moved), 2), self.scale.launches) if cold else 1
 
-    def of_device(self, calls: Sequence[Function], moved: int, *, graph: bool = True) -> dict[str, float]:
-        """The device's time of one call, without the host's part; the calls take turns."""
+    def of_device(self, calls: Sequence[Function], moved: int, *, graph: bool = True) -> dict[str, Any]:
+        """The device's time of one call, without the host's part, and its clock; the calls take turns."""
         launches = max(len(calls), min(max(self.scale.bytes // moved, 8), 1024, self.scale.launches))
         kept: deque[Any] = deque(maxlen=len(calls))  # so that new results are not written to the same place
 
@@ -55,7 +61,7 @@ class Timer:
                 kept.append(calls[i % len(calls)]())
 
         replay = self.capture(run) if graph and self.on_gpu else run
-        return spread([seconds / launches for seconds in self.each(replay)])
+        return spread([seconds / launches for seconds in self.each(replay)]) | self.clock
 
     def of_calls(self, function: Function) -> dict[str, float]:
         """The host's time of one call, launch included."""
@@ -75,9 +81,11 @@ class Timer:
         """Replays a function's launches from a CUDA graph."""
         current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):  # tables and handles are made before the capture
-            function()
-        current.wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside):  # tables and handles are made before the capture
+                function()
+        finally:
+            current.wait_stream(aside)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -88,13 +96,13 @@ class Timer:
         return graph.replay
 
     def warm_up(self, function: Function) -> None:
-        """Keeps an idle device at work until it has its full clocks; once."""
-        end = time.perf_counter() + self.scale.warm_up
-        while not self.is_warm and time.perf_counter() < end:
+        """Keeps a device that was idle, as while something was compiled, at work until it has its full clocks."""
+        now = time.perf_counter()
+        end = now + (self.scale.warm_up if now - self.busy > IDLE else 0)
+        while time.perf_counter() < end:
             function()
             if self.on_gpu:
                 torch.cuda.synchronize(self.device)
-        self.is_warm = True
 
     def each(self, function: Function) -> list[float]:
         """Seconds on the device of each call, one right behind the other."""
@@ -103,13 +111,19 @@ class Timer:
             return self.rounds(function, 1, self.scale.times)
         for _ in range(3):  # not waited for, so that the host stays ahead and no gap is measured
             function()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.scale.times + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.scale.times + 2)]
         events[0].record()
-        for event in events[1:]:
+        for event in events[1:-1]:
             function()
             event.record()
+        torch.cuda._sleep(CYCLES)  # before the card is idle and changes its clock
+        events[-1].record()
+        limited = limits()  # while it is at work
         torch.cuda.synchronize(self.device)
-        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+        *found, waited = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+        self.busy = time.perf_counter()
+        self.clock = {"mhz": round(CYCLES / waited / 1e6), "limits": limited}
+        return found
 
     def rounds(self, function: Function, calls: int, times: int) -> list[float]:
         """Seconds a call by the host's clock, of each round."""
@@ -120,5 +134,6 @@ class Timer:
                 function()
             if self.on_gpu:
                 torch.cuda.synchronize(self.device)
-            found.append((time.perf_counter() - start) / calls)
+            self.busy = time.perf_counter()
+            found.append((self.busy - start) / calls)
         return found[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,12 +59,14 @@ MOVED = {
 
 
 class Way(NamedTuple):
-    """`captured`: whether a CUDA graph can hold it, so that the device's own time is measured."""
+    """`captured`: whether a CUDA graph can hold it, so that the device's own time is measured. `channels_last`: the
+    tensors of a Batch that are so; the others are contiguous."""
 
     operation: str
     way: str
     call: Callable[[Batch], Any]
     captured: bool = True
+    channels_last: Sequence[str] = ()
 
 
 # Of a step with noise, and with history, guidance, a learned variance and a known part where they are given.
@@ -136,6 +139,8 @@ STEPS = (
     Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
+# As behind a U-Net in channels_last.
+CHANNELS_LAST = Way(*("p_sample", "ddpm_ext, out=, model's output channels_last", STEPS[0].call), channels_last=("m",))
 WITH_HISTORY = tuple(ways_with_history())
 # That have kernels of their own.
 WITH_OPTIONS = tuple(f"step_with_options, {name}" for name in ("guidance", "x0 and history", "guidance and history"))
@@ -169,6 +174,7 @@ TRAINING = Way(
 
 
 EAGER, NEAR, COMPILED = EagerDiffusion(), "eager, tables on the device", "torch.compile of eager"
+DIFFUSERS = "diffusers' DDPMScheduler.step"
 
 
 @functools.cache
@@ -182,6 +188,19 @@ def near_eager(device: torch.device) -> EagerDiffusion:
 
 def far_eager(_: torch.device) -> EagerDiffusion:
     return EAGER
+
+
+@functools.cache
+def diffusers_scheduler(device: torch.device) -> Any:
+    """With its timesteps on the device, as a pipeline has them."""
+    scheduler = importlib.import_module("diffusers").DDPMScheduler(1000)
+    scheduler.set_timesteps(1000, device=device)
+    return scheduler
+
+
+def diffusers_step(b: Batch) -> Tensor:
+    scheduler = diffusers_scheduler(b.x.device)
+    return scheduler.step(b.m, scheduler.timesteps[999 - T], b.x).prev_sample
 
 
 def eager_loss(eager: EagerDiffusion, m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,6 +218,8 @@ def others() -> Iterator[Way]:
         yield Way("q_sample", way, lambda b, e=eager: e(b.x.device).q_sample(b.x, b.t), way == NEAR)
         loss = trained(lambda m, b, e=eager: eager_loss(e(b.x.device), m, b.x, b.t)[0])
         yield Way("train_losses", way, loss, False)
+    if importlib.util.find_spec("diffusers"):
+        yield Way("p_sample", DIFFUSERS, diffusers_step, captured=False)  # it reads values back
     yield Way("randn", "torch.randn", lambda b: torch.randn(b.x.shape, device=b.x.device, dtype=b.x.dtype))
 
 

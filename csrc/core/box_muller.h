@@ -26,7 +26,7 @@ DDPM_HD auto radius(U w) {
 // the angle after the nearest half turn is in the low 31 bits of w, read as a signed number.
 template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
-  const F x = signed_to_float(w << 1) * F(0x1p-31f);  // quarter turns, in [-1, 1]
+  const F x = signed_to_fraction(w << 1);  // quarter turns, in [-1, 1]
   const F x2 = x * x;
   const F s = polynomial(x2, 0x1.3912a8p-13f, -0x1.31fbf4p-8f, 0x1.466504p-4f, -0x1.4abba2p-1f, 0x1.921fb4p+0f) * x;
   const F c = polynomial(x2, 0x1.c2939cp-11f, -0x1.55020cp-6f, 0x1.03bd9ap-2f, -0x1.3bd3b0p+0f);

@@ -23,19 +23,6 @@ DDPM_HD PhiloxKeys philox_keys(uint64_t seed) {
   return keys;
 }
 
-// Takes rounds `first` to 9 over counter words of type U, which is uint32_t or a vector of them.
-template <class U>
-DDPM_HD void philox_rounds(const PhiloxKeys& keys, int first, U& c0, U& c1, U& c2, U& c3) {
-  DDPM_UNROLL
-  for (int i = first; i < kPhiloxRounds; ++i) {
-    auto p0 = multiply_wide(c0, kPhiloxM0), p1 = multiply_wide(c2, kPhiloxM1);
-    c0 = xor3(high(p1), c1, keys.k0[i]);
-    c1 = low(p1);
-    c2 = xor3(high(p0), c3, keys.k1[i]);
-    c3 = low(p0);
-  }
-}
-
 // The three words of the counter that are the same for a whole sample.
 struct SampleCounter {
   uint32_t draw, id_low, id_high;
@@ -60,16 +47,31 @@ DDPM_HD PhiloxSample philox_sample(const PhiloxKeys& keys, const SampleCounter& 
   return {counter.id_high ^ keys.k1[0], high(q0) ^ keys.k1[1], low(p1) ^ keys.k0[1], low(q0)};
 }
 
-// Computes the four words w[0..3] of the counter (block, draw, id_low, id_high).
-template <class U>
-DDPM_HD void philox_block(const PhiloxKeys& keys, const PhiloxSample& sample, U block, U (&w)[4]) {
-  auto p0 = multiply_wide(block, kPhiloxM0);
+// Computes the four words w[0..3] of the counter (block, draw, id_low, id_high) from p0, the product of block and
+// kPhiloxM0. A vector's words are joined in the last round, where that takes the fewest instructions.
+template <class Product, class U>
+DDPM_HD void philox_words(const PhiloxKeys& keys, const PhiloxSample& sample, Product p0, U (&w)[4]) {
   auto p1 = multiply_wide(high(p0) ^ sample.c3_key, kPhiloxM1);
-  w[0] = high(p1) ^ sample.c1_key;
-  w[1] = low(p1);
-  w[2] = low(p0) ^ sample.c0_high;
-  w[3] = U(sample.c3);
-  philox_rounds(keys, 2, w[0], w[1], w[2], w[3]);
+  auto c0 = high(p1) ^ sample.c1_key, c1 = low(p1), c2 = low(p0) ^ sample.c0_high;
+  auto c3 = decltype(c0)(sample.c3);
+  constexpr int kLast = kPhiloxRounds - 1;
+  DDPM_UNROLL
+  for (int i = 2; i < kLast; ++i) {
+    p0 = multiply_wide(c0, kPhiloxM0), p1 = multiply_wide(c2, kPhiloxM1);
+    c0 = xor3(high(p1), c1, keys.k0[i]);
+    c1 = low(p1);
+    c2 = xor3(high(p0), c3, keys.k1[i]);
+    c3 = low(p0);
+  }
+  p0 = multiply_wide(c0, kPhiloxM0), p1 = multiply_wide(c2, kPhiloxM1);
+  w[0] = xor3(join_high(p1), join(c1), keys.k0[kLast]);
+  w[1] = join(low(p1));
+  w[2] = xor3(join_high(p0), join(c3), keys.k1[kLast]);
+  w[3] = join(low(p0));
+}
+
+DDPM_HD void philox_block(const PhiloxKeys& keys, const PhiloxSample& sample, uint32_t block, uint32_t (&w)[4]) {
+  philox_words(keys, sample, multiply_wide(block, kPhiloxM0), w);
 }
 
 }  // namespace ddpm_ext

@@ -10,9 +10,9 @@
 // The CPU's also provide, for the kernels (cpu/kernels/):
 //   F::kLanes                        the number of elements
 //   Words, Products                  Philox's words and their 64-bit products, in the order that suits the machine
-//   multiply_wide, high, low, xor3, Words ^ uint32_t
+//   multiply_wide, high, low, xor3, Words ^ uint32_t, Products + uint64_t
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
-//   join(Words)                      the same words as a U
+//   join(Words), join_high(Products) the words, or the products' high words, as a U, whose xor3 is there, too
 //   transpose(F (&z)[4])             brings the elements of kLanes blocks, z[k] with element k of each, to memory order
 //   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even
 #pragma once
@@ -57,6 +57,12 @@ DDPM_HD uint32_t float_to_bits(float f) {
 DDPM_HD float unsigned_to_float(uint32_t u) { return static_cast<float>(u); }
 DDPM_HD float signed_to_float(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 
+// Converts an integer times 2^-31, rounding to nearest even. NEON has one instruction for it.
+template <class U>
+DDPM_HD auto signed_to_fraction(U u) {
+  return signed_to_float(u) * decltype(signed_to_float(u))(0x1p-31f);
+}
+
 // Returns f with its sign flipped if u has bit 31 set.
 DDPM_HD float flip_sign(float f, uint32_t u) { return bits_to_float(float_to_bits(f) ^ (u & 0x80000000u)); }
 
@@ -78,6 +84,8 @@ DDPM_HD F polynomial(F x, float highest, Floats... others) {
 DDPM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 DDPM_HD uint32_t high(uint64_t p) { return static_cast<uint32_t>(p >> 32); }
 DDPM_HD uint32_t low(uint64_t p) { return static_cast<uint32_t>(p); }
+DDPM_HD uint32_t join(uint32_t w) { return w; }
+DDPM_HD uint32_t join_high(uint64_t p) { return high(p); }
 DDPM_HD uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 
 }  // namespace ddpm_ext

@@ -80,9 +80,6 @@ struct MomentsRun {
 
 using LossRunKernel = void (*)(const LossRun&);
 
-// Brings a pixel's channels `apart` elements from each other, or together. False: it has no code for so many channels.
-using ChannelsCopy = bool (*)(int64_t channels, const void* from, void* to, int64_t apart, int64_t pixels);
-
 struct Kernels {
   const char* name;
   // By Noise, by the dtype of x and out, and by the dtype of the second tensor, which is the model's output or, for
@@ -103,8 +100,8 @@ struct Kernels {
   Neighbours (*select)(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top,
                        int32_t* scratch);
   void (*moments[3])(const MomentsRun&);  // by the dtype of the model's output
-  // By whether an element has 16 bits, not 32.
-  ChannelsCopy split[2], join[2];
+  // to[r * out + c] = from[c * in + r], by whether an element has 16 bits, not 32.
+  void (*transpose[2])(const void* from, int64_t in, void* to, int64_t out, int64_t rows, int64_t columns);
 };
 
 #define DDPM_DECLARE_KERNELS(isa) \

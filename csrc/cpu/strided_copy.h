@@ -21,22 +21,20 @@ struct Apart {
 // Copies a matrix of elements of type T.
 template <class T>
 void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_t columns) {
-  if (rows < columns) {  // the inner loop takes the longer dimension
+  if (in.rows == 1 && out.columns == 1)
+    return kernels().transpose[sizeof(T) == 2](from, in.columns, to, out.rows, rows, columns);
+  if (in.columns == 1 && out.rows == 1)
+    return kernels().transpose[sizeof(T) == 2](from, in.rows, to, out.columns, columns, rows);
+  if (rows > columns) {  // the inner loop takes the longer dimension
     std::swap(rows, columns);
     std::swap(in.rows, in.columns);
     std::swap(out.rows, out.columns);
   }
-  if (in.columns == 1 && in.rows == columns && out.rows == 1 &&
-      kernels().split[sizeof(T) == 2](columns, from, to, out.columns, rows))
-    return;
-  if (out.columns == 1 && out.rows == columns && in.rows == 1 &&
-      kernels().join[sizeof(T) == 2](columns, from, to, in.columns, rows))
-    return;
-  for (int64_t c = 0; c < columns; ++c, from += in.columns, to += out.columns) {
-    if (in.rows == 1 && out.rows == 1)
-      std::copy(from, from + rows, to);
+  for (int64_t r = 0; r < rows; ++r, from += in.rows, to += out.rows) {
+    if (in.columns == 1 && out.columns == 1)
+      std::copy(from, from + columns, to);
     else
-      for (int64_t r = 0; r < rows; ++r) to[r * out.rows] = from[r * in.rows];
+      for (int64_t c = 0; c < columns; ++c) to[c * out.columns] = from[c * in.columns];
   }
 }
 

@@ -38,9 +38,9 @@ Tensor run_forward(const Tensor& x_start, const Rows& rows, const NoiseSource& s
   begin(op, call, "x_start", x_start, rows);
   set_noise(op, call, call.noise, x_start, "x_start", source);
   if (out.has_value())
-    check_out(
-        op, *out, "x_start", x_start,
-        {&x_start, given, &rows.table, pointer(rows.t), pointer(source.rng.sample_ids), pointer(source.rng.seed)});
+    check_out(op, *out, "x_start", x_start,
+              {&x_start, given, &rows.table, pointer(rows.t), pointer(source.rng.sample_ids), pointer(source.rng.seed),
+               pointer(source.rng.draw_data)});
   const Tensor result = out.has_value() ? *out : empty_result_like(x_start, x_start.scalar_type());
   bind(op, call, order_of(call), {{&x_start, &call.x}, {drawn != nullptr ? drawn : given, &call.noise}}, result,
        call.out);

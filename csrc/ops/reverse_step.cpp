@@ -17,7 +17,7 @@ void begin(ElementwiseCall& call, const Tensor& x_t, const Rows& rows, const Noi
   if (out.has_value())
     check_out(op, *out, "x_t", x_t,
               {&x_t, pointer(source.noise), &rows.table, pointer(rows.t), pointer(source.rng.sample_ids),
-               pointer(source.rng.seed)});
+               pointer(source.rng.seed), pointer(source.rng.draw_data)});
 }
 
 }  // namespace

@@ -49,7 +49,8 @@ void check_model_input(StepCall& call, const Tensor* given, const Tensor& x_t) {
 // Checks that each result has memory of its own. It may share memory only with a tensor that it is computed from
 // element by element, and then at the same places.
 void check_results(const StepInputs& given, const Rows& rows, const Rng& rng) {
-  const Tensor* const others[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed)};
+  const Tensor* const others[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed),
+                                  pointer(rng.draw_data)};
   for (int i = 0; i < kResults; ++i) {
     const char* name = kResultNames[i];
     const Tensor* result = given.results[i];

@@ -60,7 +60,8 @@ def write_npz(
 def write_pngs(shards: Shards, folder: Path) -> None:
     """Writes all samples to `folder` as 000000.png, 000001.png and so on.
 
-    The folder appears once all pictures are written. If it exists already, it is left as it is.
+    A new folder appears once all pictures are written. One that has all of them is left as it is. One with the first of
+    them, as of a smaller number of samples, gets the others in ascending order.
 
     Raises ValueError as check_png_folder.
 
@@ -73,35 +74,48 @@ def write_pngs(shards: Shards, folder: Path) -> None:
         >>> result = sample_many(shards, {"seed": 0}, grey, batch_size=4)
         >>> write_pngs(shards, Path("pictures"))
     """
-    check_png_folder(shards, folder)
-    if folder.exists():
+    folder = Path(os.path.realpath(folder))
+    there = check_png_folder(shards, folder)
+    if there == shards.count:
         return
     _remove_leftovers(folder)
     image = require("PIL.Image", "writing pictures")
-    digits = max(6, len(str(shards.count - 1)))
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     beside.mkdir()
 
     def save(sample: int, pixels: Pixels) -> None:
-        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / f"{sample:0{digits}d}.png")
+        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / _picture(shards, sample))
 
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            for index, images in enumerate(shards.images()):
-                list(pool.map(save, shards.ids(index), images))
-        os.replace(beside, folder)
+            # From the beginning of a shard, since one that was not full has been drawn again.
+            for index in range(there // shards.size, len(shards)):
+                list(pool.map(save, shards.ids(index), shards.read(index)))
+        if folder.exists():
+            for path in sorted(beside.iterdir()):
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def check_png_folder(shards: Shards, folder: Path) -> None:
-    """Raises ValueError if the channels are not 1 or 3, or the folder exists with another number of pictures."""
+def check_png_folder(shards: Shards, folder: Path) -> int:
+    """How many pictures the folder has, which are the first ones; 0 if it does not exist.
+
+    Raises ValueError if the channels are not 1 or 3, or the folder has other pictures.
+    """
     if shards.shape[-1] not in (1, 3):
         raise ValueError(f"png: got samples of {shards.shape[-1]} channels, expected 1 or 3")
-    if folder.exists():
-        found = sum(1 for _ in folder.glob("*.png"))
-        if found != shards.count:
-            raise ValueError(f"png: {folder} has {found} pictures, expected {shards.count}; remove it for new ones")
+    found = {path.name for path in folder.glob("*.png")}
+    if len(found) > shards.count or found != {_picture(shards, sample) for sample in range(len(found))}:
+        expected = f"the {shards.count} from {_picture(shards, 0)} on, or the first of them"
+        raise ValueError(f"png: {folder} has {len(found)} pictures, expected {expected}; remove it for new ones")
+    return len(found)
+
+
+def _picture(shards: Shards, sample: int) -> str:
+    return f"{sample:0{max(6, len(str(shards.count - 1)))}d}.png"
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -1,4 +1,5 @@
-"""Draws the samples that a folder lacks, by one process or several. A run that was killed continues where it was.
+"""Draws the samples that a folder lacks, by one process or several. A run that was killed continues where it was, and
+one with a larger number of samples adds to those of a smaller one.
 
 The ranks take turns at the missing shards: with R ranks, rank r draws every R-th of them, starting with the r-th.
 """
@@ -56,6 +57,8 @@ def sample_many(
 ) -> Result:
     """Draws the shards that are missing in the folder. When it returns, the folder has all of them.
 
+    A folder of fewer samples grows. It keeps its shards, but a last one that was not full is drawn again.
+
     Args:
         settings: what determines the samples, as JSON. A folder holds samples of one set of settings only.
         draw: draw(first sample, count) -> uint8 (count, height, width, channels).
@@ -67,8 +70,8 @@ def sample_many(
             Their count is written to the manifest.
 
     Raises:
-        ValueError: the folder has samples of other settings, another run at work or a damaged shard, or the ranks do
-            not share it; draw returned something else.
+        ValueError: the folder has samples of other settings, more samples, another run at work or a damaged shard, or
+            the ranks do not share it; draw returned something else.
         ConnectionError: another rank was lost. TimeoutError: another rank has stopped writing shards.
 
     Examples:
@@ -105,13 +108,20 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
     if shards.folder.exists() and not shards.folder.is_dir():
         raise ValueError(f"out: {shards.folder} is a file, expected a folder")
     if shards.manifest.exists():
-        _check_same(shards.manifest, settings)
+        until_the_end.enter_context(files.lock(shards.manifest))
+        found = _check_same(shards.manifest, settings)
+        if found["settings"]["num_images"] < shards.count:
+            before = replace(shards, count=found["settings"]["num_images"])
+            if before.path(len(before) - 1) != shards.path(len(before) - 1):
+                before.remove(len(before) - 1)  # first: until the manifest is written, the folder is a smaller one's
+            files.write_json(shards.manifest, {**found, "settings": settings})
+            until_the_end.enter_context(files.lock(shards.manifest))  # which is another file now
     elif shards.inside.exists():
         raise ValueError(f"out: {shards.folder} has shards but no {MANIFEST}, expected both or neither")
     else:
         files.check_writable(shards.manifest)
         files.write_json(shards.manifest, {"format": _FORMAT, "settings": settings, "about": about})
-    until_the_end.enter_context(files.lock(shards.manifest))
+        until_the_end.enter_context(files.lock(shards.manifest))
     shards.inside.mkdir(exist_ok=True)
     for leftover in shards.inside.glob(".*"):  # of a process that was killed while it wrote
         leftover.unlink()
@@ -129,8 +139,8 @@ def _count_not_finite(shards: Shards) -> int:
     return count
 
 
-def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError, naming what differs, if the folder's samples have other settings."""
+def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest. Raises ValueError, naming what differs, if the folder has other settings, or more samples."""
     try:
         found = files.read_json(manifest)
         form, there = found["format"], found["settings"]
@@ -141,9 +151,18 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
     if not isinstance(there, dict):
         raise ValueError(f"out: {manifest} has settings {there!r}, expected an object")
     names = [name for name in {**settings, **there} if settings.get(name) != there.get(name)]
+    count, wanted = there.get("num_images"), settings["num_images"]
+    if isinstance(count, int) and 0 < count < wanted:
+        names.remove("num_images")
+    if names == ["num_images"]:
+        raise ValueError(
+            f"out: {manifest.parent} has {count} samples, of which none is removed; got num_images {wanted}, expected "
+            "at least as many, or another folder"
+        )
     if names:
         differ = "; ".join(f"{name} is {there.get(name)} there and {settings.get(name)} here" for name in names)
         raise ValueError(f"out: {manifest.parent} has samples of other settings: {differ}; expected another folder")
+    return dict(found)
 
 
 def _wait_until_visible(path: Path) -> None:

@@ -84,6 +84,11 @@ class Shards:
         with files.atomic_path(self.path(index)) as beside:
             np.save(beside, images)
 
+    def remove(self, index: int) -> None:
+        """Removes a shard, if it is there, and the numbers of its samples that were not finite."""
+        self.path(index).unlink(missing_ok=True)
+        self.path(index).with_suffix(_NOT_FINITE).unlink(missing_ok=True)
+
     def read(self, index: int) -> Pixels:
         """A shard's samples, memory-mapped. Raises ValueError if the file is damaged or holds something else."""
         path = self.path(index)

@@ -76,7 +76,7 @@ def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, li
     if options.plot is not None:
         check_out(options.plot, FIGURES, "plot")
         require("matplotlib.figure", "drawing errors")
-    loaded = load(options)
+    loaded = load(options, latents=True)
     numbers, most = sorted({*getattr(options, counts)}), loaded.diffusion.timesteps
     if most < STEPS:
         raise ValueError(f"model: {options.model} has {most} timesteps, expected at least {STEPS}, to compare with")

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
-from ddpm_ext.cli import bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
+from ddpm_ext.cli import average, bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
@@ -22,6 +22,7 @@ _COMMANDS = {
     "sample": sample,
     "invert": invert,
     "train": train,
+    "average": average,
     "tune": tune,
     "compare": compare,
     "bits-per-dim": bits_per_dim,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ddpm_ext.models.folder import CONFIG, DIGITS, SHAPES, LoadedModel, check_finite, model_sha256, one_line
+from ddpm_ext.models.folder import DIGITS, SHAPES, LoadedModel, model_sha256
+from ddpm_ext.models.networks import folder_of_denoiser
+from ddpm_ext.models.stored import CONFIG, check_finite, one_line
+from ddpm_ext.models.vae import find_decoder
 from ddpm_ext.training import load, run_options
 from ddpm_ext.training.import_by_name import import_by_name
 from ddpm_ext.training.load_run import TakesClassLabels, network_of
@@ -20,6 +25,10 @@ class RunModel(LoadedModel):
 
     sha256: str
 
+    @property
+    def embeddings(self) -> int:
+        return 0 if self.classes is None else self.classes.embeddings
+
 
 def model_hash(model: LoadedModel) -> str:
     """The SHA-256 of all that a model is, wherever its folder lies."""
@@ -29,7 +38,7 @@ def model_hash(model: LoadedModel) -> str:
 def is_run(model: str) -> bool:
     """Whether --model names the folder of a run of another module than a UNet2DModel, or of one that goes on."""
     folder = Path(model)
-    if model in (DIGITS.name, SHAPES.name) or (folder / "unet").is_dir() or (folder / CONFIG).is_file():
+    if model in (DIGITS.name, SHAPES.name) or folder_of_denoiser(folder) != folder or (folder / CONFIG).is_file():
         return False
     return any((folder / name).exists() for name in ("model.json", run_options.OPTIONS, "checkpoints"))
 
@@ -43,18 +52,39 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
         ValueError: the name is missing or wrong, or as training.load.
     """
     folder = Path(model)
-    if network is None and (kind := network_of(folder)) is not None:
-        name = kind if ":" in kind else f"MODULE:{kind}"
-        raise ValueError(
-            f"model: {model} is a run of a {kind.rpartition(':')[2]}, expected --network {name}, or another class or "
-            "function that makes one like it without arguments"
-        )
-    trained = load(folder, None if network is None else _made(network))
+    trained = load(folder, network_for(folder, network))
     sha256 = trained.sha256()
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
-    unet, shape = TakesClassLabels(placed).eval(), trained.shape
-    return RunModel(unet, trained.settings, folder, trained.classes, shape=shape, sha256=sha256)
+    return RunModel(
+        TakesClassLabels(placed).eval(),
+        trained.settings,
+        folder,
+        trained.classes,
+        shape=trained.shape,
+        clip=trained.clip,
+        decoder=find_decoder(folder, trained.shape, device),
+        sha256=sha256,
+    )
+
+
+def network_for(folder: Path, network: str | None) -> nn.Module | None:
+    """The module that --network makes for a run. Its file may also lie in the working directory.
+
+    Raises:
+        ValueError: the name is missing or wrong, or what it makes is no module.
+    """
+    if network is not None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        return _made(network)
+    if (kind := network_of(folder)) is not None:
+        name = kind if ":" in kind else f"MODULE:{kind}"
+        raise ValueError(
+            f"model: {folder} is a run of a {kind.rpartition(':')[2]}, expected --network {name}, or another class or "
+            "function that makes one like it without arguments"
+        )
+    return None
 
 
 def _made(network: str) -> nn.Module:

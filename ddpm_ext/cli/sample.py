@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("num: draws in one process, expected --num-images among several ranks")
     out = options.out or "samples.npz"
     ending = check_ending(out, _ENDINGS)
-    prepared = prepare(options, pictures=ending == ".png")
+    prepared = prepare(options, pictures=ending == ".png", latents=True)
     files.check_writable(out)
     batches = range(0, options.num, options.batch_size)
     pictures, wrong = [], 0
@@ -99,9 +99,9 @@ def _run_many(options: argparse.Namespace) -> None:
         options.device = ranks.device(options.device)
         if check_device(options.device).type == "cuda":
             torch.cuda.set_device(options.device)  # a model's own kernels may launch on the current device
-        prepared = prepare(options, pictures=options.png)
+        prepared = prepare(options, pictures=options.png, latents=True)
         settings = settings_of(options, prepared)
-        channels, height, width = prepared.model.shape
+        channels, height, width = prepared.model.image_shape
         shards = Shards(folder, options.num_images, options.shard_size, (height, width, channels))
         npz, png = _npz_path(options, shards), folder / "png"
 
@@ -173,6 +173,7 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
     return {
         "version": __version__,
         "model_sha256": model_hash(prepared.model),
+        **({} if prepared.model.decoder is None else {"vae_sha256": prepared.model.decoder.sha256()}),
         **loop,
         "seed": options.seed,
         "dtype": options.dtype,

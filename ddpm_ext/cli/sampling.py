@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,7 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.cli.chosen_tables import Tables, chosen_tables
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
-from ddpm_ext.cli.network import RunModel, is_run, load_run_model
+from ddpm_ext.cli.network import is_run, load_run_model
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.results import CapturedLoop
@@ -94,8 +93,12 @@ class Prepared(Loaded):
     tables: Tables
 
 
-def load(options: argparse.Namespace) -> Loaded:
+def load(options: argparse.Namespace, *, latents: bool = False) -> Loaded:
     """Loads the model of the options --model, --network, --class, --null-class, --guidance and of how to run.
+
+    Where the model's samples are not clipped and the options don't say how, options.no_clip becomes true.
+
+    latents: whether the command can work with a model whose samples are latents.
 
     Raises:
         TypeError, ValueError: an option is out of range, or the model's folder is wrong.
@@ -103,6 +106,10 @@ def load(options: argparse.Namespace) -> Loaded:
     """
     device, dtype = check_device(options.device), DTYPES[options.dtype]
     model = _load_model(options, device, dtype)
+    if model.latent and not latents:
+        raise ValueError(f"model: {options.model} samples latents, expected a model of images, or another command")
+    if not (model.clip or getattr(options, "clip", None) or getattr(options, "threshold", None)):
+        options.no_clip = True
     classes, chosen = _classes(model, options)
     if getattr(options, "channels_last", False):
         model.unet.to(memory_format=torch.channels_last)
@@ -118,22 +125,21 @@ def load(options: argparse.Namespace) -> Loaded:
 
 def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     if is_run(options.model):
-        if options.network is not None and os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # where the module of --network may lie
         return load_run_model(options.model, options.network, device=device, dtype=dtype)
     loaded = load_model(options.model, device=device, dtype=dtype)
     if options.network is not None:
         needs = "which needs none; expected the folder of a run of another module"
-        raise ValueError(f"network: got {options.network}, but {options.model} is a UNet2DModel, {needs}")
+        kind = type(loaded.unet).__name__
+        raise ValueError(f"network: got {options.network}, but {options.model} is a {kind}, {needs}")
     return loaded
 
 
-def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
+def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = False) -> Prepared:
     """Loads the model and images, and checks before the work starts what can be checked then.
 
     Where options.num is None, it becomes the number of samples to draw.
 
-    pictures: whether the command will write pictures, which need pillow.
+    pictures: whether the command will write pictures, which need pillow. latents: as in load.
 
     Raises:
         TypeError, ValueError: an option is out of range or doesn't fit another, or the model's folder is wrong.
@@ -143,7 +149,9 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     if pictures:
         require("PIL.Image", "writing pictures")
     check_eta(options.eta, [options.sampler])
-    loaded = load(options)
+    loaded = load(options, latents=latents)
+    if loaded.model.latent:
+        _check_latents(options, loaded.model)
     tables = chosen_tables(options, loaded.model)
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
@@ -154,6 +162,19 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
     return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables)
+
+
+def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
+    """Raises ValueError where latents have no decoder, or are to begin from images."""
+    if model.decoder is None:
+        raise ValueError(
+            f"model: {options.model} samples latents, expected their AutoencoderKL in {model.folder / 'vae'}"
+        )
+    for name in ("start", "to", "inpaint"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"{name}: got {getattr(options, name)}, but {options.model} samples latents, expected none"
+            )
 
 
 def _loop_options(
@@ -174,9 +195,9 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
                 raise ValueError(f"{option}: got {getattr(options, name)}, but {reason}")
         return None, ()
     if getattr(options, "null_class", None) is not None:
-        count = classes.embeddings if isinstance(model, RunModel) else model.unet.config.num_class_embeds
-        if options.null_class >= count:
-            raise ValueError(f"null-class: got {options.null_class}, expected 0 to {count - 1}, the model's classes")
+        if options.null_class >= model.embeddings:
+            expected = f"expected 0 to {model.embeddings - 1}, the model's classes"
+            raise ValueError(f"null-class: got {options.null_class}, {expected}")
         classes = replace(classes, null=options.null_class)
     if getattr(options, "guidance", None) is not None and classes.null is None:
         raise ValueError(f"guidance: {options.model} does not say which class is the null class, expected --null-class")
@@ -200,7 +221,7 @@ def draw(
         progress: whether to show a progress bar, unless the options say --quiet.
 
     Returns:
-        (count, channels, height, width), of the options' dtype, on the model's device.
+        (count, channels, height, width), of the options' dtype, on the model's device; of latents their images.
     """
     model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
     chosen = {
@@ -212,7 +233,8 @@ def draw(
     called: Any = model.unet
     if recorder is not None:
         called, chosen = recorder, {**chosen, "x0": True, "callback": recorder.keep}
-    return prepared.last_samples(called, (count, *model.shape), progress=progress and not options.quiet, **chosen)
+    drawn = prepared.last_samples(called, (count, *model.shape), progress=progress and not options.quiet, **chosen)
+    return drawn if model.decoder is None else model.decoder(drawn)
 
 
 def are_finite(samples: torch.Tensor) -> list[bool]:

@@ -18,6 +18,11 @@ def add_model(group: Any, default: str = "digits") -> None:
     """Adds --model and --network to a group of options."""
     models = "a model that comes with the package, a folder in diffusers' layout, or that of a training run"
     group.add_argument("--model", default=default, metavar="digits|shapes|FOLDER", help=models)
+    add_network(group)
+
+
+def add_network(group: Any) -> None:
+    """Adds --network."""
     network = "for a run of a module that is no UNet2DModel: the class or function, without arguments, that makes one"
     group.add_argument("--network", metavar="MODULE:NAME", help=network)
 
@@ -110,7 +115,7 @@ def add_sampling(
     if by_ranks:
         into_folder = (
             "number of samples to draw into a folder, by all ranks of torchrun; if the run is killed, the same "
-            "command continues it"
+            "command continues it, and a larger number adds to a folder"
         )
         counts.add_argument("--num-images", type=arguments.samples, metavar="N", help=into_folder)
     add_seed(group)

@@ -14,7 +14,7 @@ from ddpm_ext.cli import arguments
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
-from ddpm_ext.models.folder import one_line
+from ddpm_ext.models.stored import one_line
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES

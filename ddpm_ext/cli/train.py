@@ -117,8 +117,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
     standard = training.TrainOptions()
     add = partial(_add_option, standard, parser.add_argument_group("data"))
-    data = "scikit-learn's handwritten digits, coloured shapes, or your images"
-    add("data", data, metavar="digits|shapes|FOLDER")
+    data = "scikit-learn's handwritten digits, coloured shapes, your images, or an .npz of latents"
+    add("data", data, metavar="digits|shapes|FOLDER|FILE")
     size = "crop images to a square and resize them to N by N, or draw shapes of that size"
     add("image_size", size, type=arguments.whole_number(1), metavar="N")
     add("channels", "grey or colour (default: 1 for digits, else 3)", type=int, choices=(1, 3))
@@ -146,6 +146,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("ema", "decay of the weights' moving average")
     more = "decays of further moving averages, each written to FOLDER/ema-X"
     add("extra_emas", more, type=arguments.numbers, default=argparse.SUPPRESS, metavar="A,B,...")
+    snapshots = "steps between two snapshots, of which ddpm-ext average makes averages of any length; 0 for none"
+    add("snapshot_every", snapshots)
     add("autocast", "lower precision of the model's arithmetic")
     again = "compute activations again in the backward pass, to save memory; the weights are the same"
     add("gradient_checkpointing", again)
@@ -154,7 +156,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("graph", "take each step by a CUDA graph; the weights are the same")
 
     add = partial(_add_option, standard, parser.add_argument_group("model (diffusers' UNet2DModel)"))
-    add("model_config", "its config.json, in place of the next four options", metavar="FILE")
+    config = "its config.json, or that of a DiTTransformer2DModel, in place of the next four options"
+    add("model_config", config, metavar="FILE")
     add("widths", "channels, one number a level", type=arguments.whole_numbers, metavar="A,B,...")
     add("layers", "residual blocks a level")
     add("attention", "levels that have attention", type=arguments.whole_numbers, metavar="I,...")
@@ -199,7 +202,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     features = "whose Fréchet distance to the training images is the score: pixels, or a function of your own"
     add("features", features, metavar="pixels|MODULE:FUNCTION")
     tables = "tune step tables of so many calls to the model at the end, for ddpm-ext sample --sampler tuned"
-    add("tune", tables, type=arguments.whole_numbers, default=argparse.SUPPRESS, metavar="N,...")
+    usual = {"nargs": "?", "const": (4, 6, 8, 10), "default": argparse.SUPPRESS}
+    add("tune", f"{tables} (without numbers: 4,6,8,10)", type=arguments.whole_numbers, metavar="N,...", **usual)
     add("tensorboard", "also write events for TensorBoard, to FOLDER/tensorboard")
     add("wandb", "also log to this project of Weights & Biases, by its package wandb", metavar="PROJECT")
     add("weights_dtype", "of the final model file")

@@ -14,6 +14,7 @@ from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
+from ddpm_ext.ops.cards import check_card, in_use
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.row import ROW
@@ -124,6 +125,8 @@ class RowStepper:
         step = self._quiet_steps.get((x.device, x.dtype)) if rng is None else None
         if step is None:
             step = self._step(x.device, x.dtype, rng)
+        if not x.is_cpu:
+            in_use(self, self._packed, x.device)
         return step.take(x, m, None, i, out, **self._bound, **inputs), kept
 
     def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
@@ -138,6 +141,7 @@ class RowStepper:
         """The rows as the kernels read them, which are made once for each device."""
         rows = self._packed.get((device, dtype))
         if rows is None:
+            check_card(device)
             with torch.inference_mode(False):  # Inference tensors could not be saved for a backward pass later on.
                 rows = self.table.packed("cpu", dtype)
                 if self._c_in is not None:

@@ -56,15 +56,18 @@ class CudaGraphs:
         captured, so that libraries set themselves up, and `restore` then undoes what it did.
         """
         if self._possible and key not in self._graphs:
-            self._capture(key, step, restore)
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            try:
+                self._capture(key, step, restore)
+            finally:  # whatever ends it: the buffers that the step writes may be freed next
+                current.wait_stream(self._stream)
         if self._possible:
             self._graphs[key].replay()
         else:
             step()
 
     def _capture(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         # This also leaves the stream when a capture fails, which some versions of torch do not.
         with torch.cuda.stream(self._stream):
@@ -85,7 +88,6 @@ class CudaGraphs:
                 if _FAILURES_LEAVE_TRACES:
                     self._end(graph)
                 self._fall_back(" ".join(str(cause or error).split()))
-        current.wait_stream(self._stream)
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends for torch's allocator and generator a capture that failed: to them it would go on, so that freed memory

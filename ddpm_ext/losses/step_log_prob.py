@@ -120,7 +120,8 @@ class StepLogProb:
             model_output = self._ops.reverse_step(x, model_output, steps, row, clip=self.clip, add_noise=False)
         rows = tables.get(name, x.device, dtype)
         squares = self._ops.diffusion_loss(model_output, prev, rows, row, noise=x, reduction="none")
-        return squares + tables.get("constant", x.device, squares.dtype)[row]
+        constant = tables.get("constant", x.device, squares.dtype)
+        return squares + constant[row.clamp(0, len(constant) - 1) if isinstance(row, Tensor) else row]
 
     def _check_rows(self, row: int | Tensor, x: Tensor) -> None:
         rows = len(self.table)

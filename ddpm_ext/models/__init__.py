@@ -1,6 +1,18 @@
-"""Denoisers in folders: diffusers' UNet2DModel layout, and "digits" and "shapes", the models in the package."""
+"""Denoisers in folders of diffusers' layout, and "digits" and "shapes", the models in the package."""
 
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.models.folder import LoadedModel, build_unet, check_supported, load_model, read_weights, save_model
+from ddpm_ext.models.folder import LoadedModel, load_model, save_model
+from ddpm_ext.models.networks import build_unet, check_supported
+from ddpm_ext.models.stored import read_weights
+from ddpm_ext.models.vae import LatentDecoder
 
-__all__ = ["Classes", "LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
+__all__ = [
+    "Classes",
+    "LatentDecoder",
+    "LoadedModel",
+    "build_unet",
+    "check_supported",
+    "load_model",
+    "read_weights",
+    "save_model",
+]

@@ -1,4 +1,4 @@
-"""What the configuration of a UNet2DModel may ask for: layers, memory and time, found before anything is made.
+"""What the configuration of a model may ask for: layers, memory and time, found before anything is made.
 
 A folder may be a stranger's, and a few digits in it may stand for hours or for all of the machine's memory.
 """
@@ -9,6 +9,8 @@ from typing import Any
 
 _LAYERS = 100  # of all blocks: modules take time to make, also without memory
 _BYTES = 8 * 2**30  # of the weights, and of one sample's activations, in float32
+CLASSES = 1_000_000
+_SIDE = 2**16  # of a sample, and the largest of a transformer's other numbers
 _PRODUCTS = 10**13  # multiplications in a call for one sample: some minutes of a core
 
 
@@ -22,19 +24,21 @@ def check_layers(config: dict[str, Any], name: str) -> None:
         )
 
 
-def check_cost(unet: Any, size: tuple[int, int] | None, name: str) -> None:
-    """Raises ValueError, naming `name`, where the weights, or a sample's activations or time, are beyond what models of
-    images take, or the size does not fit the blocks.
+def check_weights(module: Any, name: str) -> None:
+    """Raises ValueError, naming `name`, where a module, which may be on the meta device, has too many weights."""
+    weights = 4 * sum(value.numel() for value in module.parameters())
+    if weights > _BYTES:
+        raise ValueError(f"model: {name} has {_gib(weights)} of weights, expected at most {_gib(_BYTES)}")
+
+
+def check_unet(unet: Any, size: tuple[int, int], name: str) -> None:
+    """Raises ValueError, naming `name`, where a sample's activations or time are beyond what models of images take, or
+    the size does not fit the blocks.
 
     Args:
         unet: a UNet2DModel, which may be on the meta device.
-        size: (height, width) of a sample; None: only the weights are looked at.
+        size: (height, width) of a sample.
     """
-    weights = 4 * sum(value.numel() for value in unet.parameters())
-    if weights > _BYTES:
-        raise ValueError(f"model: {name} has {_gib(weights)} of weights, expected at most {_gib(_BYTES)}")
-    if size is None:
-        return
     config, text = unet.config, " by ".join(map(str, size))
     widths, layers = config.block_out_channels, config.layers_per_block
     smallest = 2 ** (len(widths) - 1)  # each block but the last halves the sides, which are doubled on the way up
@@ -52,6 +56,66 @@ def check_cost(unet: Any, size: tuple[int, int] | None, name: str) -> None:
         (2 * layers + 1) * (2 * 9 * width**2 * count + attended * 2 * width * count**2)
         for width, count, attended in zip(widths, pixels, attends, strict=True)
     )
+    _check_sample(kept, products, text, name)
+
+
+DIT = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+"""The numbers in the configuration of a DiTTransformer2DModel, and diffusers' defaults."""
+
+
+def check_transformer(config: dict[str, Any], name: str) -> None:
+    """Raises ValueError, naming `name`, unless `config` is that of a DiTTransformer2DModel which can be made in a few
+    seconds and whose sample takes no more memory and time than models of images take."""
+    found = {entry: config.get(entry, default) for entry, default in DIT.items()}
+    most = {"num_layers": _LAYERS, "num_embeds_ada_norm": CLASSES}
+    for entry, value in found.items():
+        highest = most.get(entry, _SIDE)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+            raise ValueError(f"model: {name} has {entry} {value!r}, expected 1 to {highest}")
+    size, channels, outputs = found["sample_size"], found["in_channels"], config.get("out_channels")
+    if size % found["patch_size"]:
+        raise ValueError(f"model: {name} has sample_size {size}, expected a multiple of {found['patch_size']}, a patch")
+    if outputs not in (None, channels, 2 * channels):
+        raise ValueError(
+            f"model: {name} has {outputs} output channels for {channels} of input, expected as many or twice as many"
+        )
+    tokens, width = (size // found["patch_size"]) ** 2, found["num_attention_heads"] * found["attention_head_dim"]
+    # A block's hidden layer, of four times the width, and what is around it; the products of queries and keys.
+    kept = 12 * tokens * width + found["num_attention_heads"] * tokens**2 + 3 * channels * size**2
+    products = found["num_layers"] * (12 * tokens * width**2 + 2 * width * tokens**2 + 6 * width**2)
+    _check_sample(kept, products, f"{size} by {size}", name)
+
+
+def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
+    """Raises ValueError, naming `name`, where decoding latents takes more memory or time than models of images take.
+
+    Args:
+        vae: an AutoencoderKL of plain blocks, which may be on the meta device.
+        size: (height, width) of the latents.
+    """
+    widths, layers = list(reversed(vae.config.block_out_channels)), vae.config.layers_per_block
+    latents = size[0] * size[1]
+    # Each block but the last doubles the sides at its end.
+    inside = [latents * 4**level for level in range(len(widths))]
+    after = [*inside[1:], inside[-1]]
+    kept = 6 * max(width * count for width, count in zip(widths, after, strict=True)) + latents**2
+    products = 2 * widths[0] * latents**2 + sum(
+        9 * width**2 * (2 * (layers + 2) * count + above)
+        for width, count, above in zip(widths, inside, after, strict=True)
+    )
+    _check_sample(kept, products, f"latents of {size[0]} by {size[1]}", name)
+
+
+def _check_sample(kept: int, products: int, text: str, name: str) -> None:
+    """kept: float32 numbers in memory. text: the size of the sample."""
     if 4 * kept > _BYTES:
         raise ValueError(
             f"model: {name} has samples of {text}, of which one takes about {_gib(4 * kept)}, expected at most "

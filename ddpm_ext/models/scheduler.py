@@ -34,7 +34,6 @@ _FLOW_DEFAULTS = {
 # What a loop is told here: the entry, what it must be, and the value of clip_denoised that stands for another.
 _OF_LOOP: tuple[tuple[str, object, str], ...] = (
     ("thresholding", False, "DynamicThreshold(...)"),
-    ("clip_sample", True, "False"),
     ("clip_sample_range", 1.0, "(low, high)"),
 )
 _MOST_TIMESTEPS = 1_000_000
@@ -83,8 +82,10 @@ class DiffusionSettings:
             backend=backend,
         )
 
-    def to_scheduler_config(self) -> dict[str, Any]:
+    def to_scheduler_config(self, *, clip: bool = True) -> dict[str, Any]:
         """The configuration of a diffusers DDPMScheduler, or FlowMatchEulerDiscreteScheduler, with these settings.
+
+        clip: whether samples are in [-1, 1].
 
         Raises:
             ValueError: diffusers has no scheduler for the prediction and the schedule.
@@ -101,6 +102,7 @@ class DiffusionSettings:
                 "num_train_timesteps": self.timesteps,
                 "shift": 1.0,
                 **({} if variance == "fixed_small" else {"variance_type": variance}),
+                **({} if clip else {"clip_sample": False}),
             }
         if self.prediction not in _PREDICTIONS.values():
             raise ValueError(f"prediction is {self.prediction!r}, expected one of {', '.join(_PREDICTIONS.values())}")
@@ -109,7 +111,7 @@ class DiffusionSettings:
             "num_train_timesteps": self.timesteps,
             "prediction_type": next(theirs for theirs, ours in _PREDICTIONS.items() if ours == self.prediction),
             "variance_type": variance,
-            "clip_sample": True,
+            "clip_sample": clip,
             "clip_sample_range": 1.0,
         }
         if self.beta_schedule == "linear":
@@ -135,7 +137,7 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
         raise ValueError(f"model: {name} is for a {kind}, expected one of {', '.join((*_SCHEDULERS, _FLOW))}")
     for entry, value, instead in _OF_LOOP:
         found = config.get(entry, value)
-        if found != value and not (kind == "PNDMScheduler" and entry == "clip_sample"):
+        if found != value:
             raise ValueError(
                 f"model: {name} has {entry} {found!r}, expected {value!r}; pass clip_denoised={instead} to "
                 "p_sample_loop instead"
@@ -152,6 +154,17 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
     if not len(betas) or not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError(f"model: {name} makes betas outside (0, 1]")
     return DiffusionSettings(len(betas), tuple(betas.tolist()), prediction, variance)
+
+
+def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
+    """Whether a scheduler's configuration asks for samples in [-1, 1]; `default` where it says nothing.
+
+    Raises ValueError, naming `name`, if the entry is damaged.
+    """
+    found = config.get("clip_sample", default)
+    if not isinstance(found, bool):
+        raise ValueError(f"model: {name} has clip_sample {found!r}, expected true or false")
+    return default if config.get("_class_name") == "PNDMScheduler" else found  # that one never clips in diffusers
 
 
 def _read_flow(config: dict[str, Any], name: str) -> DiffusionSettings:

@@ -24,9 +24,12 @@ def in_sources() -> bool:
     return (FOLDER.parent / "setup.py").is_file() and (FOLDER.parent / "csrc").is_dir()
 
 
-def mend() -> str:
-    """The command that builds the module again. For the package in the source folder, only an editable install does."""
-    install = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps"
+def mend(variables: str = "") -> str:
+    """The command that builds the module again. For the package in the source folder, only an editable install does.
+
+    variables: what stands before it, as "NAME=VALUE ".
+    """
+    install = f"{variables}{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps"
     return f"run: {install} -e {FOLDER.parent}" if in_sources() else f"run in ddpm_ext's source folder: {install} ."
 
 

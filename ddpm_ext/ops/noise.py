@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from ddpm_ext.base import checks
+from ddpm_ext.ops import cards
 from ddpm_ext.ops.extension import C
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 STREAMS_REVERSE_MORE = range(6, 16)  # the reverse steps of a pipeline's second scheduler, of its third, ...
-CAPTURING = ("cuda",)  # the types of devices whose calls a graph can capture
 
 
 # seed, seed_value, sample_ids, first_id, stream, draw, draw_data, as the operators take them
@@ -180,12 +180,6 @@ def _seed_of_torch() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def stream_captures() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    # The second question raises an error where there is no driver, as for a fake tensor of a GPU.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None:
     """A fresh seed, int64 (), where an int would become a constant of a graph; elsewhere None.
 
@@ -198,7 +192,7 @@ def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None
         return torch.ops.ddpm_ext.draw_seed()
     if (recorded and torch._C._is_tracing()) or (get_interpreter_stack() is not None and in_vmap()):
         return _seed_of_torch()
-    if device.type in CAPTURING and stream_captures():
+    if device.type in cards.CAPTURING and cards.stream_captures():
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
     return None
 
@@ -279,6 +273,7 @@ def randn(
     if rng is not None:
         check_rng(rng)
     device = checks.device(device)
+    cards.check_card(device)
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("randn: torch.jit.trace cannot record it; expected noise as an input of the function")
     arguments = fresh_arguments(0, device) if rng is None else rng.arguments(0, 0)

@@ -49,7 +49,8 @@ def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -
     """The numbers of each sample's row of a packed table, (rows, WIDTH), float32 or float64.
 
     Args:
-        t: int64 (batch,), or one int for all.
+        t: int64 (batch,), or one int for all. A tensor's values out of range, which nobody sees on a GPU, count as the
+            nearest in it, as in the kernels.
         x: the samples, (batch, ...).
 
     Returns:
@@ -60,7 +61,7 @@ def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -
     """
     if table.dim() != 2 or table.shape[1] != WIDTH:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected (rows, {WIDTH})")
-    rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
+    rows = table[t.clamp(0, len(table) - 1)] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
     integers = torch.int64 if table.dtype == torch.float64 else torch.int32
     each = [number.reshape(-1, *[1] * (x.dim() - 1)) for number in rows.to(dtype).unbind(1)]
     each[ROW.index("draw")] = rows.view(integers)[:, ROW.index("draw")].long() & WORD

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_ext.plots.style import COLOURS, PathLike, line_style, new_figure, plural
+from ddpm_ext.plots.style import COLOURS, PathLike, line_style, new_figure
 
 __all__ = ["save_loss_curve"]
 
@@ -21,7 +21,7 @@ def save_loss_curve(
     title: str = "Loss of each training step",
     quarters: Sequence[Sequence[float]] | None = None,
 ) -> None:
-    """Draws the loss of each step, and the mean over a hundredth of the run, on two logarithmic axes.
+    """Draws the loss of each step, and from 200 steps on the mean over a hundredth of them, on two logarithmic axes.
 
     Args:
         losses: (steps,).
@@ -50,8 +50,8 @@ def save_loss_curve(
     with new_figure(7, 4, path, "the curve of losses") as figure:
         axes = figure.subplots()
         axes.loglog(np.arange(1, len(values) + 1), values, color="0.75", linewidth=0.6, label="each step")
-        mean = f"mean of {plural(window, 'step')}"
-        axes.loglog(steps, _moving_mean(values, window), color=COLOURS[0], label=mean)
+        if window > 1:
+            axes.loglog(steps, _moving_mean(values, window), color=COLOURS[0], label=f"mean of {window} steps")
         for number, (label, part) in enumerate(zip(_QUARTERS, parts.T, strict=True), 1):
             means = _moving_mean(part, window)
             if np.isfinite(means).any():

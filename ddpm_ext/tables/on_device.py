@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
+from ddpm_ext.ops.cards import check_card, in_use
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.tables.step_table import StepTable
 
@@ -31,11 +32,14 @@ class DeviceTables:
         """The table of that name. Raises KeyError where there is none."""
         table = self._tables.get((name, device, dtype))
         if table is None:
+            check_card(device)
             with torch.inference_mode(False):
                 table = self._tables[name, torch.device("cpu"), dtype].to(device)
             # A tensor that was made within a function transform or a fake mode is of no use after it.
             if is_plain(table):
                 self._tables[name, device, dtype] = table
+        if not table.is_cpu:
+            in_use(self, self._tables, device)
         return table
 
     def __getstate__(self) -> dict[str, object]:
@@ -94,7 +98,16 @@ class KernelTables(DeviceTables):
         timesteps = self.timesteps(device)
         if not 0 <= row < len(timesteps):  # only compiled calls come here without a check
             raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
-        return timesteps[row].clone().expand(batch)  # no view of the table, which a model could write to
+        # Never views of the table, since a model could write to them.
+        if torch.compiler.is_compiling():
+            return timesteps[row].clone().expand(batch)
+        key = "given timesteps", device, self._timestep_dtype
+        given = self._tables.get(key)
+        if given is None or given._version:
+            given = self.timesteps(torch.device("cpu")).to(device, copy=True)
+            if is_plain(given):
+                self._tables[key] = given
+        return given[row].expand(batch)
 
 
 def _to_x0(rows: Tensor) -> Tensor:

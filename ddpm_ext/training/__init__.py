@@ -8,16 +8,19 @@ from ddpm_ext.training.hub import push_to_hub
 from ddpm_ext.training.load_run import Trained, load
 from ddpm_ext.training.options import TrainOptions, with_defaults_of
 from ddpm_ext.training.outputs import Result
+from ddpm_ext.training.post_hoc import PostHocAverage, post_hoc_average
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trainer import Trainer, train
 
 __all__ = [
+    "PostHocAverage",
     "Result",
     "TrainOptions",
     "Trained",
     "Trainer",
     "learning_rate",
     "load",
+    "post_hoc_average",
     "push_to_hub",
     "train",
     "with_defaults_of",

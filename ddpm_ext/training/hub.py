@@ -11,8 +11,10 @@ from torch import nn
 
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import CLASSES
-from ddpm_ext.models.folder import SCHEDULER, one_line, read_json
-from ddpm_ext.training.network import is_unet
+from ddpm_ext.models.folder import SCHEDULER
+from ddpm_ext.models.networks import folder_of_denoiser, kind_of
+from ddpm_ext.models.stored import CONFIG, one_line, read_json
+from ddpm_ext.training.network import known_kind
 
 
 def push_to_hub(
@@ -25,8 +27,9 @@ def push_to_hub(
 ) -> str:
     """Uploads the model of a run to a repository of the Hub, which is made if it doesn't exist.
 
-    A UNet2DModel goes there as a DDPMPipeline, by that class's push_to_hub; one with classes as its parts, with
-    classes.json beside the U-Net, so that the repository's files are again a folder for ddpm_ext and diffusers.
+    A UNet2DModel goes there as a DDPMPipeline, by that class's push_to_hub; one with classes or of latents, and a DiT,
+    as its parts, with classes.json beside it, so that the repository's files are again a folder for ddpm_ext and
+    diffusers.
 
     Args:
         run: the folder of a finished run, or its best/.
@@ -52,13 +55,13 @@ def push_to_hub(
     if model is not None:
         check_pushable(model)
         push: Callable[..., Any] = model.push_to_hub  # type: ignore[assignment]
-    elif (folder / "unet").is_dir():
-        if (folder / "unet" / CLASSES).is_file():
-            push = _push_parts(folder)
-        else:
+    elif (inner := folder_of_denoiser(folder)) != folder:
+        if (folder / "model_index.json").is_file():
             push = require("diffusers", "the upload").DDPMPipeline.from_pretrained(folder).push_to_hub
+        else:
+            push = _push_parts(folder, inner)
     else:
-        raise ValueError(f"push_to_hub: {folder} has no unet/, expected the folder of a UNet2DModel, or model=")
+        raise ValueError(f"push_to_hub: {folder} has no unet/ or transformer/, expected one, or model=")
     try:
         return str(push(repo, private=private, token=token))
     except Exception as error:  # of the network, the login, the Hub's answer: they have no common class
@@ -69,28 +72,29 @@ def push_to_hub(
 
 
 def check_pushable(model: nn.Module) -> None:
-    """Raises ValueError unless the model is a UNet2DModel or has a push_to_hub of its own, as diffusers' models do."""
-    if not is_unet(model) and not callable(getattr(model, "push_to_hub", None)):
+    """Raises ValueError unless load_model can read the model, or it has a push_to_hub, as diffusers' models do."""
+    if known_kind(model) is None and not callable(getattr(model, "push_to_hub", None)):
         raise ValueError(
             f"push_to_hub: a {type(model).__name__} has no method push_to_hub, expected a model of diffusers; "
             "hf upload REPO FOLDER uploads the run's files"
         )
 
 
-def _push_parts(folder: Path) -> Callable[..., Any]:
-    """A function that uploads the U-Net, its classes and its scheduler."""
+def _push_parts(folder: Path, inner: Path) -> Callable[..., Any]:
+    """A function that uploads the denoiser in `inner`, its classes and its scheduler."""
     diffusers = require("diffusers", "the upload")
-    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    denoiser = getattr(diffusers, kind_of(read_json(inner / CONFIG), inner)).from_pretrained(inner)
     kind = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
 
     def push(repo: str, *, private: bool | None, token: str | None) -> Any:
-        found = unet.push_to_hub(repo, subfolder="unet", private=private, token=token)
+        found = denoiser.push_to_hub(repo, subfolder=inner.name, private=private, token=token)
         scheduler.push_to_hub(repo, subfolder="scheduler", private=private, token=token)
-        api = require("huggingface_hub", "the upload").HfApi(token=token)
-        # `repo` may be without its owner's name, which the address of the upload has.
-        named = getattr(getattr(found, "repo_url", None), "repo_id", repo)
-        api.upload_file(path_or_fileobj=str(folder / "unet" / CLASSES), path_in_repo=f"unet/{CLASSES}", repo_id=named)
+        if (inner / CLASSES).is_file():
+            api = require("huggingface_hub", "the upload").HfApi(token=token)
+            # `repo` may be without its owner's name, which the address of the upload has.
+            named, place = getattr(getattr(found, "repo_url", None), "repo_id", repo), f"{inner.name}/{CLASSES}"
+            api.upload_file(path_or_fileobj=str(inner / CLASSES), path_in_repo=place, repo_id=named)
         return found
 
     return push

@@ -15,22 +15,14 @@ from torch import Tensor, nn
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.models.classes import CLASSES, Classes
-from ddpm_ext.models.folder import (
-    SCHEDULER,
-    build_unet,
-    check_architecture,
-    check_finite,
-    check_supported,
-    load_model,
-    read_json,
-    read_weights,
-)
-from ddpm_ext.models.limits import check_cost
-from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.models.folder import SCHEDULER, load_model
+from ddpm_ext.models.networks import FOLDERS, build_unet, check_size, check_supported, folder_of_denoiser
+from ddpm_ext.models.scheduler import DiffusionSettings, clips, read_settings
+from ddpm_ext.models.stored import check_architecture, check_finite, read_json, read_weights
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.options import with_defaults_of
-from ddpm_ext.training.run_options import OF_MODEL, SHAPE, settings_by
+from ddpm_ext.training.run_options import LATENTS, OF_MODEL, SHAPE, settings_by
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,7 @@ class Trained:
     shape: (channels, height, width) of one sample.
     classes: of a class-conditional model; None for another.
     diffusion: the one to sample with; None: settings.diffusion().
+    clip: whether samples are in [-1, 1], which latents are not.
 
     Examples:
         >>> from ddpm_ext.models.scheduler import DiffusionSettings
@@ -58,6 +51,7 @@ class Trained:
     shape: tuple[int, int, int]
     classes: Classes | None = None
     diffusion: GaussianDiffusion | None = field(default=None, repr=False)
+    clip: bool = True
 
     def sample(self, count: int, *, seed: int = 0, first: int = 0, classes: Sequence[int] = (), **loop: Any) -> Tensor:
         """Samples from the model.
@@ -70,7 +64,7 @@ class Trained:
                 null class unless it has an unconditional model of its own.
 
         Returns:
-            (count, channels, height, width), about in [-1, 1], on the model's device.
+            (count, channels, height, width), about in [-1, 1], on the model's device; or latents.
         """
         model, device, labels = self.model, next(self.model.parameters()).device, {}
         if self.classes is not None:
@@ -79,7 +73,8 @@ class Trained:
             twice = isinstance(guidance, Guidance) and guidance.unconditional is None
             found = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
             labels = {"labels": found["class_labels"]}
-        options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
+        options: dict[str, Any] = {"record": "last", "progress": False, "device": device}
+        options |= {"clip_denoised": self.clip} | loop
         with torch.no_grad():
             drawn = (self.diffusion or self.settings.diffusion()).p_sample_loop(
                 model if self.classes is None else lambda x, t, labels: model(x, t, labels),
@@ -136,32 +131,34 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
     folder = Path(run)
     if not folder.is_dir():
         raise ValueError(f"run: no such folder: {run}; expected the folder of a run")
-    if (folder / "unet").is_dir():
-        if model is not None:
-            raise ValueError(f"model: that of {folder} is a UNet2DModel, expected no model= beside it")
+    if folder_of_denoiser(folder) != folder:
         loaded = load_model(folder, device=device)
-        return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes)
+        if model is not None:
+            kind = type(loaded.unet).__name__
+            raise ValueError(f"model: that of {folder} is a {kind}, expected no model= beside it")
+        return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes, clip=loaded.clip)
     described = _described(folder)
     parts = _finished(folder, described) if described else _unfinished(folder)
     if model is None:
-        if parts.config["class"] != _UNET:
+        if parts.config["class"] not in FOLDERS:
             what = f"is a {parts.config['class']}, expected model=, a module like the one that was trained"
             raise ValueError(f"model: that of {folder} {what}")
-        config = {name: value for name, value in parts.config.items() if name != "class"}
+        config = {"_class_name" if name == "class" else name: value for name, value in parts.config.items()}
         check_supported(config, parts.path)
         planned = build_unet(config, str(parts.path), "meta")
-        check_cost(planned, parts.shape[1:], str(parts.path))
+        check_size(planned, parts.shape[1:], str(parts.path))
         check_architecture(planned, parts.weights, parts.path, "its configuration")
         model = build_unet(config, str(parts.path))
     check_architecture(model, parts.weights, parts.path, f"the {type(model).__name__}")
     model.load_state_dict(parts.weights)
     check_finite(model, parts.path)
     placed = nn.Module.to(model, device).eval().requires_grad_(False)
-    return Trained(placed, parts.settings, parts.shape, parts.classes)
+    return Trained(placed, parts.settings, parts.shape, parts.classes, clip=parts.clip)
 
 
 def network_of(folder: Path) -> str | None:
-    """The class of a run's model, as "module:name" where it is known where it is defined; None: a UNet2DModel.
+    """The class of a run's model, as "module:name" where it is known where it is defined; None: one of diffusers'
+    that a folder can hold.
 
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
@@ -170,15 +167,12 @@ def network_of(folder: Path) -> str | None:
     kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{OF_MODEL}class"))
     network = str(described.get("network", ""))
     importable = network and not network.startswith("__main__:") and "<" not in network
-    return None if kind == _UNET else network if importable else kind
+    return None if kind in FOLDERS else network if importable else kind
 
 
 def _described(folder: Path) -> dict[str, Any]:
     """What a finished run says of its module; empty for another."""
     return read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
-
-
-_UNET = "UNet2DModel"
 
 
 class _Parts(NamedTuple):
@@ -190,6 +184,7 @@ class _Parts(NamedTuple):
     shape: tuple[int, int, int]
     classes: Classes | None
     config: dict[str, Any]
+    clip: bool
 
 
 def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
@@ -197,12 +192,13 @@ def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
     path = folder / "model.safetensors"
     scheduler, names = folder / "scheduler" / SCHEDULER, folder / CLASSES
     classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
-    settings = read_settings(read_json(scheduler), str(scheduler))
+    found = read_json(scheduler)
+    settings, clip = read_settings(found, str(scheduler)), clips(found, str(scheduler))
     shape = described.get("shape")
     if shape is None:  # a run from before it was written there
         shape = run_options.find(folder)[1]["about"].get(SHAPE)
     config = {"class": described.get("class")}
-    return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config)
+    return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config, clip)
 
 
 def _unfinished(folder: Path) -> _Parts:
@@ -216,7 +212,8 @@ def _unfinished(folder: Path) -> _Parts:
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
     weights = checkpoints.under(checkpoints.load(path)[0], "average.")
     config = {name.removeprefix(OF_MODEL): value for name, value in about.items() if name.startswith(OF_MODEL)}
-    return _Parts(weights, path, settings_by(options), _checked_shape(about.get(SHAPE), folder), classes, config)
+    shape = _checked_shape(about.get(SHAPE), folder)
+    return _Parts(weights, path, settings_by(options), shape, classes, config, not about.get(LATENTS))
 
 
 def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:

@@ -17,8 +17,6 @@ from ddpm_ext.base import files
 from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
-FINAL_STEPS = 500
-"""The final loss of a run is the mean over this many steps, its last ones."""
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
 """Columns of losses.csv: the mean loss of the samples whose t is in the first quarter, of least noise, and so on."""
 _BEFORE_QUARTERS = "step,loss,grad_norm,lr,images_per_second\n"
@@ -139,9 +137,14 @@ def progress_line(rows: list[LogRow], step: int, steps: int, lr: float, images_p
     return f"step {step:>6}/{steps}  loss {mean:.4f} ({quarters})  lr {lr:.2e}  {images_per_second:.1f} images/s"
 
 
+def final_steps(steps: int) -> int:
+    """How many of a run's steps, its last ones, its final loss is the mean of: a tenth, rounded up."""
+    return -(-steps // 10)
+
+
 def final_loss(losses: list[float]) -> float:
-    """The mean over the last FINAL_STEPS steps; NaN if there are none."""
-    last = losses[-FINAL_STEPS:]
+    """The mean over the last tenth of the steps; NaN if there are none."""
+    last = losses[-final_steps(len(losses)) :]
     return sum(last) / len(last) if last else math.nan
 
 

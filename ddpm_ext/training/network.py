@@ -1,4 +1,4 @@
-"""The model of a training run: makes a UNet2DModel, tries a model out, describes it and writes it."""
+"""The model of a training run: makes a UNet2DModel or a DiT, tries a model out, describes it and writes it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.models.folder import (
-    SCHEDULER,
-    build_unet,
-    check_supported,
-    one_line,
-    read_json,
-    save_model,
-    write_weights,
-)
+from ddpm_ext.models.folder import SCHEDULER, save_model
+from ddpm_ext.models.networks import DIT, FOLDERS, build_unet, check_supported, kind_of
 from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.models.stored import one_line, read_json, write_weights
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.import_by_name import name_of
@@ -34,10 +28,11 @@ _WIDTHS = ("widths", "layers", "attention", "groups")
 
 
 def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> nn.Module:
-    """Makes a UNet2DModel with random weights.
+    """Makes a UNet2DModel with random weights, or a DiTTransformer2DModel whose blocks begin as the identity.
 
     Args:
-        source: its configuration, or a JSON file that holds one. None: it is made by the options.
+        source: its configuration, or a JSON file that holds one; for a DiT with `_class_name`. None: a UNet2DModel is
+            made by the options.
         options: the options of the run.
         shape: (channels, height, width) of the images.
         classes: the number of class embeddings; None for an unconditional model.
@@ -53,14 +48,20 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
             raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration decides it")
     name = "config" if isinstance(source, dict) else str(source)
     given = source if isinstance(source, dict) else read_json(Path(source))
-    fits = _required(options, shape, classes)
+    kind = kind_of(given, name)
+    fits = _required_of_dit(options, shape, classes, name) if kind == DIT else _required(options, shape, classes)
     for key, value in fits.items():
         if given.get(key) not in (None, value):
             what = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
             raise ValueError(f"model: {name} has {key} {given[key]}, expected {value} for {what}")
-    config = {"_class_name": "UNet2DModel", "dropout": options.dropout, **given, **fits}
+    config = {"_class_name": kind, "dropout": options.dropout, **given, **fits}
     check_supported(config, Path(name))
-    return build_unet(config, name)
+    model = build_unet(config, name)
+    if kind == DIT:  # adaLN-Zero, as the paper of DiT begins
+        zero = [model.proj_out_1, model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)]
+        for value in (value for layer in zero for value in layer.parameters()):
+            nn.init.zeros_(value)
+    return model
 
 
 def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> dict[str, Any]:
@@ -100,6 +101,22 @@ def _required(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         "in_channels": channels,
         "out_channels": channels * VARIANCES[options.variance].channels,
         "num_class_embeds": classes,
+    }
+
+
+def _required_of_dit(
+    options: TrainOptions, shape: tuple[int, int, int], classes: int | None, name: str
+) -> dict[str, Any]:
+    channels, height, width = shape
+    if classes is None:
+        raise ValueError(f"classes: {name} describes a {DIT}, expected classes of the images: it always has them")
+    if height != width:
+        raise ValueError(f"model: {name} describes a {DIT}, expected squares, and the images are {height} by {width}")
+    return {
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels * VARIANCES[options.variance].channels,
+        "num_embeds_ada_norm": classes - bool(options.class_dropout),  # without the null class, which it adds
     }
 
 
@@ -147,16 +164,17 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tenso
     return found
 
 
-def is_unet(model: nn.Module) -> bool:
-    """Whether the model is diffusers' UNet2DModel; does not import diffusers."""
+def known_kind(model: nn.Module) -> str | None:
+    """Which of diffusers' denoisers the model is that a folder can hold; None: another. Does not import diffusers."""
     diffusers = sys.modules.get("diffusers")
-    return diffusers is not None and isinstance(model, diffusers.UNet2DModel)
+    kinds = FOLDERS if diffusers is not None else ()
+    return next((kind for kind in kinds if isinstance(model, getattr(diffusers, kind))), None)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The class of a model, and its configuration or, if it has none, the shapes of its weights."""
     kind = type(model).__qualname__
-    if is_unet(model):
+    if known_kind(model) is not None:
         config = json.loads(model.to_json_string())  # type: ignore[operator]
         return {"class": kind, **{name: value for name, value in config.items() if not name.startswith("_")}}
     return {"class": kind, **{name: list(value.shape) for name, value in model.state_dict().items()}}
@@ -169,21 +187,24 @@ def save_result(
     dtype: torch.dtype,
     shape: tuple[int, int, int],
     classes: Classes | None = None,
+    clip: bool = True,
 ) -> str:
     """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, the shape of its samples,
-    (channels, height, width), and its classes.
+    (channels, height, width), its classes, and whether its samples are clipped, as latents are not.
 
-    A UNet2DModel is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a model, as
-    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class,
-    where it is defined, the settings and the shape.
+    A UNet2DModel of images is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a
+    model, or of latents, and a DiT, as its parts alone. For another module, model.safetensors holds the state dict, and
+    model.json the class, where it is defined, the settings and the shape.
 
     Returns:
         A sentence that says what can read the folder.
     """
-    scheduler = settings.to_scheduler_config()
+    scheduler = settings.to_scheduler_config(clip=clip)
     files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
-    if is_unet(model):
-        save_model(model, settings, folder / "unet", dtype=dtype, classes=classes)
+    if known := known_kind(model):
+        save_model(model, settings, folder / FOLDERS[known], dtype=dtype, classes=classes, clip=clip)
+        if not clip:
+            return f"{folder} is for ddpm-ext sample, with the latents' AutoencoderKL copied to {folder / 'vae'}"
         if classes is not None:
             return f"{folder} is for ddpm-ext sample; diffusers can read its parts, but has no pipeline for classes"
         parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}

@@ -45,7 +45,7 @@ CHANGEABLE = (
 )
 """The options that affect the weights and may all the same be changed at a resume, if that is said."""
 _AT_LEAST = (
-    (0, ("warmup", "workers", "sample_every", "score_every")),
+    (0, ("warmup", "workers", "snapshot_every", "sample_every", "score_every")),
     (1, ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps")),
     (1, ("checkpoint_every", "log_every", "keep", "sample_steps", "sample_count")),
     (2, ("score_count",)),
@@ -108,6 +108,7 @@ class TrainOptions:
     clip: float = 1.0
     ema: float = 0.999
     extra_emas: tuple[float, ...] = ()
+    snapshot_every: int = 0
     autocast: str = "none"
     gradient_checkpointing: bool = False
     seed: int = 0

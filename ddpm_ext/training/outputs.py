@@ -17,11 +17,12 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models import tuned
 from ddpm_ext.models.classes import Classes
+from ddpm_ext.models.networks import FOLDERS
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
-from ddpm_ext.training import checkpoints, log, run_options
+from ddpm_ext.training import checkpoints, log, post_hoc, run_options
 from ddpm_ext.training.hub import push_to_hub
-from ddpm_ext.training.network import is_unet, save_result
+from ddpm_ext.training.network import known_kind, save_result
 from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
@@ -39,7 +40,7 @@ class Result:
 
     folder: where its files are.
     parameters: the number of the model's parameters.
-    final_loss: the mean loss of the last 500 steps.
+    final_loss: the mean loss of the last tenth of the steps.
     seconds: the time that this process took; a resumed run took more in all.
     """
 
@@ -110,6 +111,7 @@ class Outputs:
             if path.name == run_options.OPTIONS:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
+        post_hoc.remove_later(folder, step)
         run_options.save(folder, asdict(self.options), self.about)
         self.log = log.Log(folder, step, trackers_of(folder, step, asdict(self.options)))
         until_the_end.callback(self.log.close)
@@ -120,13 +122,18 @@ class Outputs:
         options = self.options
         names = ["training.json", run_options.OPTIONS, ".lock", "losses.csv", "losses.png"]
         folders = ["checkpoints", "scheduler", *(f"ema-{decay}" for decay in options.extra_emas)]
-        if self.about[f"{run_options.OF_MODEL}class"] == "UNet2DModel":
-            names, folders = [*names, "model_index.json"], [*folders, "unet"]
+        if (kind := self.about[f"{run_options.OF_MODEL}class"]) in FOLDERS:
+            names, folders = [*names, "model_index.json"], [*folders, FOLDERS[kind]]
         else:
             names += ["model.json", "model.safetensors"]
         if options.score_every:
             names, folders = [*names, "scores.csv"], [*folders, BEST]
-        asked = {"samples": options.sample_every, tuned.FOLDER: options.tune, "tensorboard": options.tensorboard}
+        asked = {
+            "samples": options.sample_every,
+            post_hoc.SNAPSHOTS: options.snapshot_every,
+            tuned.FOLDER: options.tune,
+            "tensorboard": options.tensorboard,
+        }
         folders += [name for name, wanted in asked.items() if wanted]
         for name in names:
             files.check_writable(self.folder / name)
@@ -160,7 +167,7 @@ class Outputs:
         Args:
             state: the state after the step.
             images_per_second: for the log.
-            due: the names of the options whose interval ends here: log_every, checkpoint_every, sample_every.
+            due: the names of the options whose interval ends here, such as log_every.
             draw: makes samples, (count, channels, height, width) in [-1, 1].
             score: of the averaged model, if it was scored.
         """
@@ -172,6 +179,8 @@ class Outputs:
             self._since = []
         if score is not None:  # before the checkpoint, which has the score
             self._record_score(state, score)
+        if "snapshot_every" in due:  # before the checkpoint, from which a resume continues behind it
+            post_hoc.write_snapshots(self.folder, step, state.power)
         if "checkpoint_every" in due:
             self._checkpoint(state)
         if "sample_every" in due:
@@ -224,7 +233,8 @@ class Outputs:
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes)
+        clip = run_options.LATENTS not in self.about
+        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes, clip)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it; then tunes tables to
@@ -248,7 +258,7 @@ class Outputs:
         if self.options.tune:
             self._tune(state.average)
         if repo := self.options.push_to_hub:
-            model = None if is_unet(state.average) else state.average
+            model = None if known_kind(state.average) else state.average
             url = push_to_hub(self.folder, repo, model=model, private=self.options.hub_private or None)
             self.report(f"uploaded to {url}")
         return result
@@ -280,7 +290,7 @@ class Outputs:
             "versions": log.versions(),
             "parameters": result.parameters,
             "final_loss": final,
-            "final_loss_over_steps": min(log.FINAL_STEPS, self.options.steps),
+            "final_loss_over_steps": log.final_steps(self.options.steps),
             "seconds": round(result.seconds, 1),
             "threads": torch.get_num_threads(),
         }

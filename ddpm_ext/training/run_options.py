@@ -15,12 +15,13 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
-from ddpm_ext.training.data import ImageSource, Labels
+from ddpm_ext.training.data import ImageSource, Labels, Latents
 from ddpm_ext.training.data.source import digest
 from ddpm_ext.training.options import TrainOptions
 
 OPTIONS = "options.json"
 SHAPE = "the shape of images"
+LATENTS = "the images are latents"
 OF_MODEL = "model's "  # before the names of what network.describe says
 
 
@@ -58,6 +59,7 @@ def inputs_of(
     return {
         **model_part,
         **of_classes,
+        **({LATENTS: True} if isinstance(images, Latents) else {}),
         "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
         "the schedule's hash": schedule,
         "the number of images": len(images),

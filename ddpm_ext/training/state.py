@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
-from ddpm_ext.training import checkpoints
+from ddpm_ext.training import checkpoints, power_average
 from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
 from ddpm_ext.training.score import Scores
 
@@ -49,13 +49,16 @@ class TrainState:
         self.scores = Scores(options)
         self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
         self.extra = {decay: copy.deepcopy(self.average) for decay in options.extra_emas}  # further averages
+        lengths = power_average.LENGTHS if options.snapshot_every else ()
+        self.power = {length: copy.deepcopy(self.average) for length in lengths}  # those that snapshots are made of
         self._averaged: dict[nn.Module, list[Tensor]] = {
             average: [average.get_parameter(name) for name in self.parameters]
-            for average in (self.average, *self.extra.values())
+            for average in (self.average, *self.extra.values(), *self.power.values())
         }
         self._weights: list[Tensor] = list(self.parameters.values())
         # What has a state dict of tensors, by the name that its tensors begin with.
         averages = {"average": self.average} | {f"average {decay}": own for decay, own in self.extra.items()}
+        averages |= {f"average of length {length}": own for length, own in self.power.items()}
         self._parts: dict[str, Any] = {"model": model, **averages, "timestep_sampler": self.timestep_sampler}
 
     def set_learning_rate(self, rate: float) -> None:
@@ -76,9 +79,11 @@ class TrainState:
     def update_averages(self, decay: float) -> None:
         """Moves the average towards the weights by 1 - decay of their difference, and the others by their own decays;
         buffers are copied."""
-        for own, average in ((decay, self.average), *self.extra.items()):
-            # A smaller decay at first, so that the initial weights soon stop mattering.
-            kept = min(own, (1 + self.step) / (10 + self.step))
+        # A smaller decay at first, so that the initial weights soon stop mattering.
+        first = (1 + self.step) / (10 + self.step)
+        shares = [(min(own, first), average) for own, average in ((decay, self.average), *self.extra.items())]
+        shares += [(power_average.decay(length, self.step + 1), own) for length, own in self.power.items()]
+        for kept, average in shares:
             torch._foreach_lerp_(self._averaged[average], self._weights, 1 - kept)
             for value, now in zip(average.buffers(), self.model.buffers(), strict=True):
                 value.copy_(now)

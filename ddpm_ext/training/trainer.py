@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import require
-from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.ops.noise import Philox
-from ddpm_ext.training import checkpoints, network
+from ddpm_ext.training import checkpoints
 from ddpm_ext.training.batches import Batch, StepBatches
-from ddpm_ext.training.data import ImageSource, as_images, labels_of
-from ddpm_ext.training.hub import check_pushable
+from ddpm_ext.training.data import ImageSource, Latents, as_images, labels_of
 from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.interruption import NotedSignal, end, noted_signals
 from ddpm_ext.training.load_run import Trained
@@ -32,10 +29,12 @@ from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
 from ddpm_ext.training.run_options import inputs_of, with_settings
 from ddpm_ext.training.score import Features, Scorer, features_by_name
+from ddpm_ext.training.setup import check_fit, make_model, try_out
 from ddpm_ext.training.state import TrainState
-from ddpm_ext.training.step import TrainingStep, at_hand, loss_options
+from ddpm_ext.training.step import TrainingStep, at_hand
 
-_INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
+_INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
+_AT_THE_END = ("snapshot_every", "score_every")  # too, where they are asked for
 
 
 class Trainer:
@@ -48,11 +47,11 @@ class Trainer:
         model: a Module that is called as model(x, t) and returns (batch, channels, height, width), or an object with
             that as `.sample`; for a learned variance twice the channels. With options.classes it is called as
             model(x, t, labels), with int64 labels (batch,): the null class, for images whose label is dropped, is the
-            number of classes. It is moved to the device and trained. Or the configuration of a UNet2DModel, or a JSON
-            file that holds one. None: it is made by the options.
+            number of classes. It is moved to the device and trained. Or the configuration of a UNet2DModel or a
+            DiTTransformer2DModel, or a JSON file that holds one. None: it is made by the options.
         diffusion: the schedule, the prediction and the variance. None: it is made by the options.
-        data: "digits", "shapes", a folder of images, a tensor (count, channels, height, width), or a map-style torch
-            Dataset of images: see ddpm_ext.training.data.as_images. None: `options.data`.
+        data: "digits", "shapes", a folder of images, an .npz of latents, a tensor (count, channels, height, width), or
+            a map-style torch Dataset of images: see ddpm_ext.training.data.as_images. None: `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
         resume: whether to continue from the newest checkpoint of the run in `out`, which must have been started.
@@ -124,47 +123,20 @@ class Trainer:
         )
         self.labels = labels_of(self.images) if self.options.classes else None
         self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
-        if self.options.sample_every and self.images.shape[0] not in (1, 3):
-            raise ValueError(f"sample_every: images have {self.images.shape[0]} channels, expected 1 or 3 for pictures")
+        check_fit(self.options, self.images, self.ranks)
         if self.options.score_every:
             chosen = features_by_name(self.options.features) if features is None else features
             self._scorer = Scorer(chosen, self.images, self.options, self.device)
-        if self.options.batch_size < self.ranks.size * self.options.accumulate:
-            raise ValueError(
-                f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
-                f"{self.options.accumulate} accumulated parts"
-            )
-        if self.options.graph and self.ranks.size > 1:
-            raise ValueError(f"graph: got {self.ranks.size} ranks, expected 1")
         with _current_device(self.device):
-            self.model = self._make_model(model)
-            self._try_out()
+            shape, labelled = self.images.shape, self.labels is not None
+            self.model = make_model(model, self.options, shape, self.classes, self.device)
+            try_out(self.model, self.diffusion, self.options, shape, self.device, labelled=labelled)
             if self.options.score_every:
                 self._scorer.try_out()
             self.state = TrainState(self.model, self.options, self.device)
         self._skipped: list[str] = []  # images that this rank has skipped, and not told the others yet
         about = inputs_of(self.model, self.images, self.labels, self.diffusion)
         self._outputs = Outputs(self.folder, self.options, about, self.settings, self.classes, self.report, change)
-
-    def _make_model(self, model: Any) -> nn.Module:
-        if not isinstance(model, nn.Module):
-            source = self.options.model_config if model is None else model
-            torch.manual_seed(seed_for(self.options.seed, "weights"))
-            embeddings = None if self.classes is None else self.classes.embeddings
-            model = network.make_unet(source, self.options, self.images.shape, embeddings)
-        if self.options.push_to_hub:
-            check_pushable(model)
-        if self.options.gradient_checkpointing:
-            network.enable_checkpointing(model)
-        return nn.Module.to(model, self.device).train()
-
-    def _try_out(self) -> None:
-        """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
-        x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device="cpu")
-        labels = None if self.labels is None else torch.zeros(1, dtype=torch.int64, device=self.device)
-        with torch.no_grad():
-            output = network.try_out(self.model, x, t.to(self.device), self.diffusion.variance, labels)
-            self.diffusion.train_losses(lambda x, t: output, x, 0, rng=Philox(0), **loss_options(self.options))
 
     def sample(self) -> Tensor:
         """Samples with DDIM from the averaged model, with the same noise in each call, and all classes in turn.
@@ -176,7 +148,8 @@ class Trainer:
 
     def _draw(self, samples: range) -> Tensor:
         """The samples with these ids."""
-        average = Trained(self.state.average, self.settings, self.images.shape, self.classes, self.diffusion)
+        clip = not isinstance(self.images, Latents)
+        average = Trained(self.state.average, self.settings, self.images.shape, self.classes, self.diffusion, clip)
         steps, seed = self.options.sample_steps, self.options.seed
         return average.sample(len(samples), first=samples.start, seed=seed, sampler="ddim", steps=steps)
 
@@ -189,7 +162,8 @@ class Trainer:
         before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
         with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
         a grid every `options.sample_every` steps; with `options.score_every` scores.csv, and in best/ the averaged
-        model of the step with the lowest score; and with `options.tune` tuned/ with step tables of so many calls.
+        model of the step with the lowest score; with `options.snapshot_every` snapshots/, for post_hoc_average; and
+        with `options.tune` tuned/ with step tables of so many calls.
 
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
         awaited; a second one ends the run at once. An exception ends it after a checkpoint of the last step, if
@@ -274,8 +248,8 @@ class Trainer:
             last = state.step == options.steps
             if signal := 0 if last else self.ranks.largest(noted.number):
                 self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
-            if last and options.score_every:
-                due |= {"score_every"}
+            if last:
+                due |= {name for name in _AT_THE_END if every[name]}
             if last or signal:
                 due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
             if due:

@@ -14,7 +14,7 @@ from ddpm_ext.models.folder import load_model, model_sha256
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.training.load_run import TakesClassLabels, Trained, load
-from ddpm_ext.training.network import is_unet
+from ddpm_ext.training.network import known_kind
 from ddpm_ext.tuning import Tuner
 
 _SEEDS = 32  # samples to fit to
@@ -38,9 +38,10 @@ def tune_run(
         folder: where the model was written.
         average: the module with its weights, which stays as it is.
     """
-    if is_unet(average):
-        unet = load_model(folder, device=device)
-        trained, sha256 = Trained(unet.unet, unet.settings, unet.shape, unet.classes), model_sha256(unet)
+    if known_kind(average) is not None:
+        loaded = load_model(folder, device=device)
+        trained = Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes, clip=loaded.clip)
+        sha256 = model_sha256(loaded)
     else:
         trained = load(folder, copy.deepcopy(average), device=device)
         sha256 = trained.sha256()
@@ -54,6 +55,7 @@ def tune_run(
         trained.settings.diffusion(),
         TakesClassLabels(trained.model),
         (batch, *trained.shape),
+        clip_denoised=trained.clip,
         model_kwargs=labels,
         seeds=_SEEDS,
         rng=Philox(seed),

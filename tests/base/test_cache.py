@@ -47,18 +47,14 @@ def test_threads_get_the_value_that_was_stored_first():
 
 
 def test_threads_never_exceed_the_size_or_see_another_keys_value():
-    cache, errors, stop = BoundedCache(3), [], time.monotonic() + 0.3
+    cache, stop = BoundedCache(3), time.monotonic() + 0.3
 
-    def work(offset):
-        n = offset
+    def work(key):
         while time.monotonic() < stop:
-            key = n % 7
-            if cache.get_or_make(key, lambda key=key: (key,)) != (key,) or cache.get(key) not in (None, (key,)):
-                errors.append(key)
-            if len(cache) > 4:  # one is added before the oldest goes
-                errors.append(len(cache))
-            n += 1
+            key = (key + 1) % 7
+            assert cache.get_or_make(key, lambda key=key: (key,)) == (key,) and cache.get(key) in (None, (key,))
+            assert len(cache) <= 4  # one is added before the oldest goes
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert errors == [] and len(cache) <= 3
+    assert len(cache) <= 3

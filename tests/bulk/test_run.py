@@ -12,6 +12,7 @@ from support.refused import refused
 from ddpm_ext import Philox, randn
 from ddpm_ext.base import files
 from ddpm_ext.bulk import run as bulk_run
+from ddpm_ext.bulk.export import write_pngs
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import Shards
 from ddpm_ext.ops.noise import STREAM_START
@@ -71,11 +72,34 @@ def test_other_settings_are_refused_by_name(tmp_path):
         ({"eta": None}, {}, "eta is 0.5 there and None here"),
         ({"spacing": "leading"}, {}, "spacing is None there and leading here"),
         ({"sampler": "ddpm", "seed": 2}, {}, "seed is 0 there and 2 here; sampler is ddim there and ddpm here"),
-        ({}, {"count": COUNT + 1}, f"num_images is {COUNT} there and {COUNT + 1} here"),
+        ({"seed": 2}, {"size": 5}, "seed is 0 there and 2 here; shard_size is 4 there and 5 here"),
     ):
         with pytest.raises(ValueError, match=f"samples of other settings: {message}; expected another folder"):
             exact_run.run(tmp_path, settings=settings | change, **options)
+    with pytest.raises(
+        ValueError, match=rf"has {COUNT} samples, of which none is removed; got num_images {COUNT - 1}, "
+    ):
+        exact_run.run(tmp_path, settings=settings, count=COUNT - 1)
     assert (contents(tmp_path), (tmp_path / "manifest.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize(("first", "kept"), [(10, 8), (12, 12), (3, 0)])
+def test_a_folder_grows(tmp_path, truth, first, kept):
+    """Behind a symbolic link, with its pictures; test_several_ranks.py grows one by ranks that are killed."""
+    pytest.importorskip("PIL.Image")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    of_first, _ = exact_run.run(tmp_path / "link", count=first)
+    of_first.path(len(of_first) - 1).with_suffix(".not_finite.json").write_text(f"[{first - 1}]")  # drawn again, or not
+    write_pngs(of_first, tmp_path / "link" / "png")
+    shards, result = exact_run.run(tmp_path / "link")
+    assert (result.drawn, result.not_finite) == (COUNT - kept, int(kept == first))
+    assert np.array_equal(joined(shards), truth) and len(list(shards.inside.glob("*.npy"))) == len(shards)
+    write_pngs(shards, tmp_path / "link" / "png")
+    exact_run.run(tmp_path / "new")
+    write_pngs(Shards(tmp_path / "new", COUNT, SIZE, SHAPE), tmp_path / "new" / "png")
+    (tmp_path / "real" / "shards" / "000000008-000000011.not_finite.json").unlink(missing_ok=True)
+    assert contents(tmp_path / "real") == contents(tmp_path / "new")
 
 
 def test_folders_of_something_else_are_refused(tmp_path):

@@ -21,9 +21,10 @@ def ended(tmp_path_factory):
     """Runs of several ranks by name: the folder, and the exit codes."""
     folder = tmp_path_factory.mktemp("ranks")
     exact_run.run(folder / "other seed" / "run")
+    exact_run.run(folder / "killed 1" / "run", count=6)  # a shard and a half, from which the ranks go on
     runs = {
         "killed 0": [KILLED, {"batch_size": 1}],
-        "killed 1": [{"batch_size": 1}, KILLED],
+        "killed 1": [{"batch_size": 1}, KILLED | {"die_at": (1, 3)}],
         "other folder": [{"visible_within": 0.3}, {"visible_within": 0.3, "elsewhere": str(folder / "elsewhere")}],
         "stuck": [{"patience": 0.5}, {"patience": 0.5, "pause": 1000, "stuck": True}],
         "other seed": [{"seed": 5}] * 2,

@@ -1,5 +1,6 @@
 """`ddpm-ext`: help, info, messages for wrong input, and interruption."""
 
+import functools
 import os
 import re
 import signal
@@ -13,8 +14,10 @@ import torch
 from support.command_line import ENVIRONMENT, call, check_refused, in_forks
 from support.forks import said
 
-from ddpm_ext import cli, version
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, cli, version
 from ddpm_ext.cli import sample
+from ddpm_ext.ops import cards
 from ddpm_ext.training import TrainOptions
 
 SAMPLE = ("sample", "--num", 3, "--batch-size", 1, "--steps", 2)
@@ -142,16 +145,35 @@ def test_a_warning_is_one_line(ended):
     assert code == 0 and re.fullmatch(message, said(folder, 0))
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_default_device_is_a_gpu_that_this_build_can_use(monkeypatch, gpu):
+@pytest.mark.parametrize(
+    "archs, card, runs",
+    [("8.0 9.0+PTX", None, False), ("8.0 9.0", (8, 9), True), ("8.6 9.0+PTX", (8, 0), False), ("Hopper", (9, 0), True)]
+    + [(f"8.0 9.0{kind}", (10, 0), kind == "+PTX") for kind in ("", "+PTX", "a", "a+PTX")],
+)
+@pytest.mark.filterwarnings("ignore:device is cpu, since Card 1 has")
+def test_default_device_is_a_gpu_that_this_build_can_use(monkeypatch, archs, card, runs):
+    """And what is asked for on another one says which command makes the code for it."""
     taken = []
     monkeypatch.setattr(sample, "run", lambda options: taken.append(options.device))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    says = {"is_available": bool(card), "get_device_name": "Card 1", "current_device": 0, "get_device_capability": card}
+    for name, value in says.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(cards, "lacks_code_for", lacks := functools.cache(cards.lacks_code_for.__wrapped__))
+    monkeypatch.setattr(version, "lacks_code_for", lacks)
+    monkeypatch.setattr(cards, "BUILT", {"archs": archs})
     for cuda in (None, "13.0"):
         monkeypatch.setattr(version, "C", SimpleNamespace(build_info=lambda cuda=cuda: {"cuda": cuda}))
         assert cli.main(["sample"]) == 0 and cli.main(["sample", "--device", "cpu"]) == 0
         assert TrainOptions().device == taken[-2]
-    assert taken == ["cpu", "cpu", "cuda" if gpu else "cpu", "cpu"]
+    assert taken == ["cpu", "cpu", "cuda" if runs else "cpu", "cpu"]
+    if card is not None and not runs:
+        gpu, own = torch.device("cuda", 0), "{}.{}".format(*card)
+        says = (
+            f"device is cuda:0, expected .* capability {own}, and ddpm_ext was compiled for {re.escape(archs)}; run: "
+        )
+        for call, given in ((ddpm_ext.randn, ((1, 1),)), (GaussianDiffusion(20).tables.find, ("steps",))):
+            with pytest.raises(ValueError, match=f"{says}TORCH_CUDA_ARCH_LIST={own} "):
+                call(*given, device=gpu, dtype=torch.float32)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from support.command_line import call, save_tiny
-from support.trainer_run import IMAGES, assert_same, make, make_unet
+from support.trainer_run import IMAGES, make
 
 from ddpm_ext import plots, training
-from ddpm_ext.training import checkpoints
 
 N = 5
 LOOP = ("--num", N, "--sampler", "ddim", "--steps", 4, "--quiet")
@@ -99,19 +98,6 @@ def test_classes_and_guidance(here):
     other = samples(*named, "--class", 1, "--guidance", 3, "--null-class", 0)["arr_0"]
     assert not np.array_equal(strong, one["arr_0"]) and not np.array_equal(strong, other)
     assert call("plot", "guidance", *named, "--steps", 2, "--num", 2, "--quiet", "--out", "g.png") == 0
-
-
-def test_runs_that_go_on(here):
-    """From the newest checkpoint: a UNet2DModel, which needs no name; tests/training/test_trained.py has a module."""
-    make_unet("unet", labelled(), classes=True).fit()
-    finished = samples("--model", "unet", "--class", "1,0")
-    (here / "unet" / "unet").rename(here / "elsewhere")
-    (here / "unet" / "training.json").unlink()
-    goes_on = samples("--model", "unet", "--class", "1,0")
-    assert abs(goes_on["arr_0"].astype(int) - finished["arr_0"]).max() <= 1
-    assert goes_on["arr_1"].tolist() == [1, 0, 1, 0, 1]
-    average = checkpoints.under(checkpoints.load(checkpoints.newest(here / "unet"))[0], "average.")
-    assert_same(dict(training.load("unet").model.state_dict()), average)
 
 
 def test_message_says_which_name_is_missing(here, capsys, monkeypatch):

@@ -276,11 +276,3 @@ def test_training_waits_for_nothing(train, waits):
 
 def test_training_allocates_two_batches_at_most(train, allocations):
     assert allocations(train)[1] <= 2 * BYTES + SMALL
-
-
-def test_more_is_counted(inputs, train, launches, allocations):
-    """Of steps, and of training beside a step."""
-    assert allocations(lambda: STEPS["p_sample"](inputs._replace(m=inputs.m.clone()), inputs.t)) == (2, 2 * BYTES)
-    more = launches(lambda: (train(), GD.q_sample(inputs.x, inputs.t)))
-    assert sum(count for kernel, count in more.kernels.items() if "ddpm_ext" in kernel) == 3 * CALLS
-    assert allocations(lambda: [train() for _ in range(3)])[1] > 2 * BYTES + SMALL

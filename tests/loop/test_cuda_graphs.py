@@ -1,16 +1,22 @@
 """A loop's steps as CUDA graphs: on a GPU if there is one, on the CPU by direct calls and with a faked torch.cuda."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from support import fake_cuda
 from support.loop_cases import CASES, IDS, PART, SHAPE, given, make_diffusion, model, ours, with_variance
+from support.rows import changed
 
 from ddpm_ext import Guidance, Interpolation, Philox
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.loop import cuda_graphs, loop
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import LoopRowsCache, kept_loop_rows
+from ddpm_ext.ops import cards
 
 cases = pytest.mark.parametrize("case", CASES)
 graphs = pytest.mark.parametrize("graph", ["step", "loop"])
@@ -87,10 +93,7 @@ def test_graph_as_an_option(device, quiet):
     last = gd.p_sample_loop(**arguments, record="last")
     assert torch.equal(gd.p_sample_loop(**arguments, graph="loop", record="last"), last)
     for options in ({}, {"callback": lambda _: None}, {"record": [0, 5]}):
-        found, expected = (
-            gd.p_sample_loop(**arguments, graph="step", **options),
-            gd.p_sample_loop(**arguments, **options),
-        )
+        found, expected = (gd.p_sample_loop(**arguments, graph=graph, **options) for graph in ("step", False))
         assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
 
 
@@ -177,32 +180,49 @@ def test_recorded_and_played(faked, case, graph):
 
 def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
     """Warm-up and capture use one stream. It waits for the samples' stream, which then waits for it."""
-    device = torch.device("cuda", 1)
-    x = torch.zeros(3)
+    device, x, streams = torch.device("cuda", 1), torch.zeros(3), []
     graphs = CudaGraphs(device)
-    (made,) = [entry for entry in faked if entry[0] == "stream"]
-    assert made[1] == device
-    streams = []
 
     def step():
         streams.append(fake_cuda.Current.stream)
         x.add_(1)
 
-    def restore():
-        streams.append("restore")
-        x.sub_(1)
-
-    graphs.run("a", step, restore)
+    graphs.run("a", step, lambda: x.sub_(1))
     assert x.tolist() == [1.0] * 3
-    own = streams[0]
-    assert streams == [own, "restore", own] and own is not fake_cuda.DEFAULT
-    order = [entry[0] for entry in faked[1:]]
-    assert order == ["wait_stream", "capture", "wait_stream", "replay"]
+    own, again = streams
+    assert own is again is not fake_cuda.DEFAULT and own.device == device
+    assert [entry[0] for entry in faked] == ["stream", "wait_stream", "capture", "wait_stream", "replay"]
     assert faked[1][1:] == (own, fake_cuda.DEFAULT) and faked[3][1:] == (fake_cuda.DEFAULT, own)
-    graphs.run("a", step, restore)
-    assert x.tolist() == [2.0] * 3 and len(streams) == 3
-    graphs.run("b", step, restore)
-    assert x.tolist() == [3.0] * 3 and len(fake_cuda.CUDAGraph.instances) == 2
+
+
+@pytest.mark.parametrize("what", ["rows of a loop", "rows of a scheduler", "timesteps"])
+def test_tables_outlive_their_cache_where_a_graph_or_another_stream_reads_them(faked, monkeypatch, what):
+    """meta is the GPU here. Rows that nobody can read any more are let go."""
+    meta, known, gd, cache = torch.device("meta"), [], make_diffusion(), LoopRowsCache(8)
+    own, other = fake_cuda.DEFAULT, fake_cuda.Stream()
+    monkeypatch.setattr(cards, "CAPTURING", ("meta",))
+    monkeypatch.setattr(cards, "_stream_number", lambda _: id(fake_cuda.Current.stream))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: known.append((id(x), stream)))
+
+    def table(i):
+        if what == "timesteps":
+            return gd.tables.timestep(3, 1 + i, meta)._base
+        if what == "rows of a loop":
+            rows = kept_loop_rows(cache, gd, LoopOptions(sampler="ddim", steps=2, eta=i / 100))
+            return rows.device.get("steps", meta, torch.float32)
+        stepper = cache.get_or_make(i, lambda: (RowStepper(changed()), None))[0]
+        stepper.take(0, *torch.zeros(2, 1, 1, device=meta))
+        return stepper._rows(meta, torch.float32)
+
+    uncaptured, captured = weakref.ref(table(0)), weakref.ref(table(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_cuda.Current, "captures", True)
+        assert table(1) is captured()
+    for fake_cuda.Current.stream in (own, other, other, own):
+        last = id(table(2))
+    assert what == "timesteps" or [stream for x, stream in known if x == last] == [own, other]
+    assert all(table(i).is_meta for i in range(3, 67)) and captured() is not None
+    assert what == "timesteps" or uncaptured() is None
 
 
 @pytest.mark.parametrize("leaves_traces", [True, False])
@@ -271,8 +291,10 @@ def test_one_kind_of_step_that_cannot_be_captured(faked):
     assert sum(graph.replays for graph in fake_cuda.CUDAGraph.instances) == 3  # 99, 80, 61
 
 
-def test_an_error_of_the_model_is_the_models(faked):
-    """An error in the model's first call, and one in a later call only."""
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_error_of_the_model_is_the_models(faked, error):
+    """In the warm-up, in the capture, and later. The caller's stream waits for the other one, which may be writing to
+    buffers that are freed next."""
     gd = make_diffusion()
     for after in (0, 1, 2):
         calls = []
@@ -280,10 +302,10 @@ def test_an_error_of_the_model_is_the_models(faked):
         def model(x, t, after=after, calls=calls):
             calls.append(1)
             if len(calls) > after:
-                raise KeyError("mine")
+                raise error("mine")
             return x * 0.5
 
-        with warnings.catch_warnings(), pytest.raises(KeyError, match="mine"):
-            warnings.simplefilter("ignore")
+        with pytest.raises(error, match="mine"):
             gd.p_sample_loop(**ours(gd, "plain", model=model), graph="step")
         assert fake_cuda.Current.stream is fake_cuda.DEFAULT
+        assert faked[-1][:2] == ("wait_stream", fake_cuda.DEFAULT)

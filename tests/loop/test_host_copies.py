@@ -60,9 +60,8 @@ def test_copies_are_finished_before_their_source_is_written_to(pinned, dtype):
         assert len(late) <= 2
     arrays = copies.arrays()
     assert [a.flat[0] for a in arrays] == [0, 1, 2, 3, 5, 6, 7, 8]
-    assert all(
-        (a == a.flat[0]).all() and a.dtype == (np.float16 if dtype == torch.float16 else np.float32) for a in arrays
-    )
+    on_host = np.float16 if dtype == torch.float16 else np.float32
+    assert all((a == a.flat[0]).all() and a.dtype == on_host for a in arrays)
     assert len(memory) == 2  # the number of buffers does not grow
     assert copies.arrays() is arrays
     waits = [entry for entry in log if entry[0] == "wait"]

@@ -192,7 +192,6 @@ def test_bad_scheduler_configs():
         ({"_class_name": "ScoreSdeVeScheduler"}, "is for a ScoreSdeVeScheduler, expected one of DDPMScheduler"),
         ({"thresholding": True}, "has thresholding True, expected False; pass clip_denoised=DynamicThreshold"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "has shift 3.0, expected 1.0"),
-        ({"clip_sample": False}, "has clip_sample False, expected True; pass clip_denoised=False"),
         ({"clip_sample_range": 3.0}, r"has clip_sample_range 3.0, expected 1.0; pass clip_denoised=\(low, high\)"),
         ({"prediction_type": ["epsilon"]}, r"prediction_type \['epsilon'\], expected one of epsilon"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),

@@ -258,7 +258,7 @@ def test_results_in_what_all_elements_share(device, result):
     numbers = torch.zeros(336, dtype=torch.int64, device=device)
     view = numbers.view(F32)[:336].view(SHAPE)
     refuse(ops, device, ValueError, words, **{result: view, "t": numbers[:4]})
-    for rng in (Philox(0, numbers[:4]), Philox(numbers[7])):
+    for rng in (Philox(0, numbers[:4]), Philox(numbers[7]), Philox(0, draw=numbers[7])):
         refuse(ops, device, ValueError, words, **{result: view, "noise": ..., "rng": rng})
 
 

@@ -30,7 +30,7 @@ def test_the_reference_takes_numbers_by_their_names():
     values = torch.randn(5, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     table, x = StepTable(range(2), *values, draw=[2**32 - 1, 7], k1=[3.0, 4.0]), torch.zeros(3, 2, 5)
     for dtype in (torch.float32, torch.float64):
-        row = row_numbers(table.packed("cpu", dtype), torch.tensor([1, 0, 1]), x, torch.float64)
+        row = row_numbers(table.packed("cpu", dtype), torch.tensor([9, -1, 1]), x, torch.float64)
         assert row._fields == ROW and row.draw.tolist() == [7, 2**32 - 1, 7]
         assert row.k1.shape == (3, 1, 1) and row.k1.dtype == torch.float64 and row.k1.flatten().tolist() == [4, 3, 4]
 

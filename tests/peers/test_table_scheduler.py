@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 from diffusers import DDIMPipeline, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from support.accelerated_diffusers import make, normal, seeded
 from support.diffusers_families import FAMILIES, embeds, of_pixels, quiet
-from support.launches import launches
+from support.launches import Operators, launches
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, accelerate, randn
 from ddpm_ext.integrations.diffusers.levels import levels_of
@@ -119,6 +119,16 @@ def test_samples_of_sigma_space_are_those_of_diffusers():
     torch.testing.assert_close(ours.scheduler.sigmas, own.sigmas)
     expected, found = (each(**arguments, generator=seeded(3)).images for each in (plain, ours))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    ours.scheduler.set_timesteps(steps)
+    x, m = 9 * normal(0, 2, 3, 4, 5), normal(1, 2, 3, 4, 5)
+    for i, t in enumerate(ours.scheduler.timesteps):  # The step has written the next input, unless x was edited since.
+        with Operators() as called:
+            scaled = ours.scheduler.scale_model_input(x, t)
+        assert len(called.names) == (i in (0, steps - 1))
+        torch.testing.assert_close(scaled, x / (1 + sigmas[i] ** 2).sqrt().float())
+        x = ours.scheduler.step(m, t, x).prev_sample
+        if i == steps - 2:
+            x.mul_(0.5)
 
 
 def test_image_to_image():

@@ -70,12 +70,18 @@ def test_torch_func_gets_the_references_derivative_of_a_step_and_none_of_others(
         torch.func.grad(lambda x: step(fused, x))(x.float())
 
 
-def test_out_in_the_memory_of_t_is_refused(device):
+def test_out_in_the_memory_of_t_or_of_a_draw_is_refused(device):
     memory = torch.zeros(64, dtype=torch.int64, device=device)
     x = torch.full((40,), 1e30, device=device)
     gd = GaussianDiffusion(50)
-    with pytest.raises(ValueError, match="out shares memory"):
-        gd.q_sample(x, memory[:40], noise=x, out=memory.view(torch.float32)[20:60])
+    out, rng = memory.view(torch.float32)[20:60], Philox(0, draw=memory[20])
+    for call in (
+        lambda: gd.q_sample(x, memory[:40], noise=x, out=out),
+        lambda: gd.q_sample(x, 3, rng=rng, out=out),
+        lambda: gd.p_sample(lambda x, t: x, x, 3, rng=rng, out=out),
+    ):
+        with pytest.raises(ValueError, match="out shares memory"):
+            call()
     assert (memory == 0).all()
 
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import logs, parts, speed, timing
+from benchmarks.gpu import logs, machine, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
 from benchmarks.gpu.parts import ROOT, Part
 from benchmarks.gpu.report import bounds, markdown
-from benchmarks.gpu.ways import ADD, MOVED, NEAR, STEPS, WITH_OPTIONS
+from benchmarks.gpu.ways import ADD, CHANNELS_LAST, COMPILED, DIFFUSERS, MOVED, NEAR, STEPS, WITH_OPTIONS
 
 
 def part(name, code, seconds=1000.0, read=logs.read_rows):
@@ -78,7 +78,8 @@ def run(monkeypatch, folder, *chosen, grace=0.0):
     """The exit status and the results."""
     monkeypatch.setattr(script, "GRACE", grace)
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Process}))
-    status = script.run_all(chosen, sum(p.seconds for p in chosen), folder)
+    with contextlib.redirect_stdout(None):  # a crash on purpose is nobody's concern
+        status = script.run_all(chosen, sum(p.seconds for p in chosen), folder)
     results = json.loads((folder / "card-1.json").read_text())["parts"]
     assert sorted(path.name for path in folder.iterdir()) == ["card-1.json", "card-1.log", "card-1.md"]
     assert list(results) == [p.name for p in chosen]
@@ -87,14 +88,14 @@ def run(monkeypatch, folder, *chosen, grace=0.0):
 
 def test_a_part_that_crashes_stops_no_other(monkeypatch, tmp_path):
     """Each result is written, whole, before the next part begins. No paths of this machine are published."""
-    crash = part("crash", row(n=1) + "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    crash = part("crash", row(n=1) + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     missing = Part("missing", 100, ("no such program",), logs.read_rows)
     raises = part("raises", f"print({str(ROOT)!r}, {sys.prefix!r}); raise SystemExit('no memory in ' + {str(ROOT)!r})")
     look = part("look", f"print(open({str(tmp_path / 'card-1.json')!r}).read().replace('\\n', ''))")
     not_installed = Part("not installed", 100, (), logs.read_rows)
     status, found = run(monkeypatch, tmp_path, MACHINE, crash, missing, raises, not_installed, look)
     assert status == 1 and [p["verdict"] for p in found.values()] == [PASS, FAIL, FAIL, FAIL, NOT_MEASURED, PASS]
-    assert found["crash"]["rows"] == [{"n": 1}] and "exit status -11" in found["crash"]["found"]
+    assert found["crash"]["rows"] == [{"n": 1}] and "exit status -9" in found["crash"]["found"]
     assert "no such program" in found["missing"]["found"]
     assert "exit status 1" in found["raises"]["found"] and "no memory" in found["raises"]["found"]
     (seen,) = found["look"]["rows"]
@@ -199,13 +200,12 @@ def test_a_dry_run(monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
 def test_every_operation_and_way_is_timed(monkeypatch):
-    monkeypatch.setattr(speed, "clock", lambda: "1980")
     bench = speed.Bench(dry=True)
     rows = [speed.attempt(job) for group in speed.GROUPS.values() for job in group(bench)]
     assert not [row for row in rows if "error" in row]
     ways = {name: {row["way"] for row in rows if row["operation"] == name} for name in {r["operation"] for r in rows}}
     assert set(ways) == {*MOVED, "a step of a loop", "empty launch"}
-    assert {"ddpm_ext, out=", "eager", "eager, tables on the device", "torch.compile of eager"} <= ways["p_sample"]
+    assert {way.way for way in (*STEPS, CHANNELS_LAST)} | {"eager", NEAR, COMPILED, DIFFUSERS} == ways["p_sample"]
     assert {"ddpm_ext", "eager", "torch.compile of eager"} <= ways["train_losses"]
     assert {"ddpm_ext", "torch.randn"} <= ways["randn"]
     of_float32 = [row for row in rows if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"]
@@ -218,21 +218,24 @@ def test_every_operation_and_way_is_timed(monkeypatch):
     for row in rows:
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
+    rows[0]["warm"] |= {"mhz": 1410, "limits": "power cap"}
     text = markdown({"speed-all": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": rows}})
-    assert all(f"| {operation} |" in text for operation in ways) and " | 1980 |" in text
+    assert all(f"| {operation} |" in text for operation in ways) and " | 1410, power cap |" in text
 
 
 def test_a_row_that_fails_loses_no_other(monkeypatch):
+    """All that succeed in a row share a process."""
 
     def fails():
         raise ValueError("too large\nand more")
 
     monkeypatch.setattr(speed, "MOST_SECONDS", 1000)
-    jobs = (fails, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: {"n": 1})
-    errors = "ValueError: too large", "exit status -9"
-    assert [speed.apart(job) for job in jobs] == [*({"error": error} for error in errors), {"n": 1}]
+    works, crashes = lambda: {"n": os.getpid()}, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    first, failed, second, crashed, *third = speed.apart([works, fails, works, crashes, works, works])
+    assert (failed, crashed) == ({"error": "ValueError: too large"}, {"error": "exit status -9"})
+    assert third[0] == third[1] and len({row["n"] for row in (first, second, *third)}) == 3
     monkeypatch.setattr(speed, "MOST_SECONDS", 1)
-    assert speed.apart(lambda: time.sleep(600)) == {"error": "it took longer than 1 s"}
+    assert [*speed.apart([lambda: time.sleep(600)])] == [{"error": "it took longer than 1 s"}]
 
 
 def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
@@ -248,28 +251,63 @@ def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
     assert "CUDA is used" in speed.attempt(next(speed.steps(bench)))["error"]
 
 
-def test_the_first_measurement_waits_for_the_clocks(monkeypatch):
-    """An idle card has low ones. Afterwards nothing is waited for."""
-    now = itertools.count()
+def test_a_measurement_behind_an_idle_time_waits_for_the_clocks(monkeypatch):
+    """An idle card has low ones. Nothing is waited for right behind another measurement."""
+    now = itertools.count(step=timing.IDLE / 100)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
-    timer, calls = timing.Timer(torch.device("cpu"), timing.Scale(times=3, warm_up=40)), []
-    timer.each(lambda: calls.append(1))
-    first = len(calls)
-    timer.each(lambda: calls.append(1))
-    assert first >= 39 + 4 and len(calls) - first == 4 and timing.Scale().warm_up > 0
+    timer, calls = timing.Timer(torch.device("cpu"), timing.Scale(times=3, warm_up=timing.IDLE / 2)), [0]
+    for idle in (0, 0, 101):
+        [next(now) for _ in range(idle)]
+        calls.append(0)
+        timer.each(lambda: calls.append(calls.pop() + 1))
+    assert calls[1] == calls[3] >= 45 + 4 and calls[2] == 4 and timing.Scale().warm_up > 0
+
+
+def test_the_clock_is_measured_right_behind_the_work(monkeypatch):
+    """A faked card of 1500 MHz, which is known by its identity, and at work when it is asked what limits it."""
+    ms, said = [0.0], []
+
+    class Event(SimpleNamespace):
+        def record(self):
+            self.ms = ms[0]
+
+        def elapsed_time(self, later):
+            return later.ms - self.ms
+
+    def work(cycles):
+        ms[0] += cycles / 1.5e6
+
+    def reasons(_, bits):
+        said.append("limits")
+        bits._obj.value = 0x25
+
+    library = SimpleNamespace(nvmlInit_v2=int, nvmlDeviceGetHandleByUUID=lambda card, _: said.append(card))
+    library.nvmlDeviceGetCurrentClocksThrottleReasons = reasons
+    fakes = {"Event": Event, "_sleep": work, "synchronize": lambda _: said.append("idle"), "current_device": int}
+    for name, fake in (fakes | {"get_device_properties": lambda _: SimpleNamespace(uuid="12-34")}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(machine, "_nvml", machine._nvml.__wrapped__)
+    timer = timing.Timer(torch.device("cpu"), timing.Scale(times=2, warm_up=0))
+    timer.on_gpu = True
+    assert timer.each(lambda: work(3e6)) == [0.002, 0.002] and said == [b"GPU-12-34", "limits", "idle"]
+    assert timer.clock == {"mhz": 1500, "limits": "power cap, software thermal"}
+    monkeypatch.setattr(machine, "output", lambda *command: ", ".join(command))
+    assert machine.asked("pstate")[:3] == ["nvidia-smi", "-i", "GPU-12-34"]
 
 
 CALLS = "".join(json.dumps({"operation": name, "dtype": "float32"}) + "\n" for name in ("p_sample", "randn"))
 LINES = [("ID", "Kernel Name", *COUNTERS.values()), ("", "", *["unit"] * len(COUNTERS))]
 LINES += [(str(i), f"void ddpm_ext::f{i}<a, b>(c)", *map(str, range(10 * i, 10 * i + len(COUNTERS)))) for i in (0, 1)]
 KERNELS = "==PROF== Disconnected\n" + "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in LINES)
-TIMES = {"us": 1.0, "us_low": 0.5, "us_high": 2.0}
-TIMED = {"operation": "p_sample", "way": "eager", "shape": [1], "dtype": "float32", "moved_bytes": 12, "call": TIMES}
+PASSED = "tests/a.py::test_a[cuda-x y] PASSED [ 50%]\n"
+SKIPPED = "tests/a.py::test_b SKIPPED (needs two GPUs) [ 75%]\n"
+FAILED = "tests/a.py::test_c FAILED [100%]\n"
+NO_ERRORS, ERRORS = (f"========= ERROR SUMMARY: {count} errors\n" for count in (0, 3))
 WHOLE = {
-    logs.read_rows: f"{json.dumps(TIMED)}\n" * 2,
-    logs.read_pytest: "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b SKIPPED (why) [100%]\n",
-    logs.read_sanitizer: "========= COMPUTE-SANITIZER\ntests/a.py::test_a PASSED [100%]\n"
-    "========= ERROR SUMMARY: 0 errors\n",
+    logs.read_rows: CALLS,
+    logs.read_pytest: PASSED + SKIPPED,
+    logs.read_sanitizer: "========= COMPUTE-SANITIZER\n" + PASSED + NO_ERRORS,
     logs.read_counters: CALLS + KERNELS,
 }
 
@@ -294,22 +332,22 @@ def step_row(way, us, of_copy=0.5, key="cold"):
     return about | {key: {"us": us, "of_copy": of_copy}, "call": {"us": 9.0}}
 
 
+@pytest.mark.parametrize("key", ["cold", "warm"])
 @pytest.mark.parametrize(
     "us, of_copy, found",
     [(2.0, 0.5, "a launch"), (2.4, 0.5, "neither"), (2.4, 0.9, "its bytes"), (2.0, 0.9, "its bytes")],
 )
-def test_what_follows_from_the_times_of_others(us, of_copy, found):
+def test_what_follows_from_the_times_of_others(us, of_copy, found, key):
+    """By the warm ones, where the cache holds what is moved."""
     empty = {"operation": "empty launch", "way": "", "shape": [], "dtype": "", "warm": {"us": 1.0}, "call": {"us": 4.5}}
-    rows = [empty, step_row(STEPS[0].way, us, of_copy), step_row(ADD, 2.0), step_row(NEAR, 12.0, key="warm")]
-    ((shape, dtype, of_empty, of_add, copy, eager, compiled, fast),) = bounds(rows)
-    assert (shape, dtype, of_empty, copy, fast) == ("1x3x32x32", "float32", "2.00", f"{of_copy:.2f}", found)
+    own = {"cold": step_row("", 100.0)["cold"]} | step_row(STEPS[0].way, us, of_copy, key)
+    rows = [empty, own, step_row(ADD, 2.0, key=key), step_row(NEAR, 12.0, key="none of ours")]
+    ((shape, dtype, of_empty, of_add, copy, eager, compiled, _, fast),) = bounds(rows)
+    assert (shape, dtype, copy, fast) == ("1x3x32x32", "float32", f"{of_copy:.2f}", found)
+    assert of_empty == f"{us if key == 'warm' else 2:.2f}"  # cold: by the call
     assert (of_add, eager, compiled) == (f"{us / 2:.2f}", "1.00", "nan")  # eager: by the call, which both have
 
 
-PASSED = "tests/a.py::test_a[cuda-x y] PASSED [ 50%]\n"
-SKIPPED = "tests/a.py::test_b SKIPPED (needs two GPUs) [ 75%]\n"
-FAILED = "tests/a.py::test_c FAILED [100%]\n"
-NO_ERRORS, ERRORS = (f"========= ERROR SUMMARY: {count} errors\n" for count in (0, 3))
 OURS, THEIRS = (
     f"========= Invalid __global__ read of size 4 bytes\n=========     at void {name}::f()\n"
     for name in ("ddpm_ext::cuda", "at::native")
@@ -324,7 +362,6 @@ OURS, THEIRS = (
         (logs.read_pytest, PASSED + "Fatal Python error: Segmentation fault", -11, FAIL, "exit status -11, 1 passed"),
         (logs.read_pytest, SKIPPED, 0, NOT_MEASURED, "1 skipped"),
         (logs.read_pytest, "ERROR: but torch finds no GPU", 4, FAIL, "torch finds no GPU"),
-        (logs.read_sanitizer, PASSED + NO_ERRORS, 0, PASS, ""),
         (logs.read_sanitizer, OURS + PASSED + ERRORS, 9, FAIL, ""),
         (logs.read_sanitizer, THEIRS + PASSED + ERRORS, 9, NOT_MEASURED, ""),
         (logs.read_sanitizer, "========= Error: Device not supported\n" + NO_ERRORS, 1, NOT_MEASURED, ""),

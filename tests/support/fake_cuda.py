@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext.loop import cuda_graphs
-from ddpm_ext.ops import noise
+from ddpm_ext.ops import cards
 
 FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
 
@@ -151,6 +151,9 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         with recorder:
             yield
         end_allocate_to_pool(0, pool)
+    except (KeyError, KeyboardInterrupt):  # Python's own, which no CUDA call has seen
+        end_allocate_to_pool(0, pool)
+        raise
     except BaseException:
         Current.stream = "a capture stream that was left behind"  # as torch 2.7 does
         GENERATOR.broken = True
@@ -169,8 +172,8 @@ def install(monkeypatch):
     CUDAGraph.instances.clear()
     Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
     Current.allocates.clear()
-    monkeypatch.setattr(noise, "CAPTURING", ("cpu", "cuda"))
-    monkeypatch.setattr(noise, "stream_captures", lambda: Current.captures)
+    monkeypatch.setattr(cards, "CAPTURING", ("cpu", "cuda"))
+    monkeypatch.setattr(cards, "stream_captures", lambda: Current.captures)
     monkeypatch.setattr(torch._C, cuda_graphs.END_ALLOCATE, end_allocate_to_pool, raising=False)
     fakes = {
         "Stream": Stream,

@@ -11,8 +11,8 @@ from support.trainer_run import Conditional, Tiny, make
 from torch.utils.data import Subset, TensorDataset
 
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
-from ddpm_ext.models import Classes, load_model
-from ddpm_ext.training import TrainOptions, captured_step, checkpoints, train
+from ddpm_ext.models import Classes
+from ddpm_ext.training import TrainOptions, captured_step, checkpoints
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import DamagedImage, Labels, Shapes, TensorImages, as_images, labels_of, load_images
 
@@ -135,17 +135,6 @@ def test_what_does_not_fit(tmp_path):
         given = {"model": Conditional(), "data": labelled(), "steps": 2, "classes": True} | changes
         with pytest.raises(ValueError, match=message):
             make(tmp_path / "run", resume=True, **given).fit()
-
-
-def test_unet_is_conditional_and_can_be_loaded(tmp_path):
-    pytest.importorskip("diffusers")
-    options = TrainOptions(**trainer_run.UNET, data="shapes", image_size=8, classes=True)
-    train(options, tmp_path / "run", report=lambda text: None)
-    loaded = load_model(tmp_path / "run")
-    assert loaded.unet.config.num_class_embeds == 11
-    assert loaded.classes == load_model(tmp_path / "run" / "unet").classes
-    assert (loaded.classes.names[0], loaded.classes.null) == ("arrow", 10)
-    assert not (tmp_path / "run" / "model_index.json").exists()  # no pipeline of diffusers gives a class
 
 
 def test_shapes_depend_on_seed_and_number_alone():

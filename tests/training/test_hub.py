@@ -90,4 +90,4 @@ def test_refusals_come_before_training(tmp_path):
     refused(ValueError, "push_to_hub: a Tiny has no method push_to_hub,", make, tmp_path / "run", push_to_hub="flowers")
     assert not (tmp_path / "run").exists()
     make(tmp_path / "run", steps=2).fit()
-    refused(ValueError, "run has no unet/, expected the folder of a UNet2DMo", push_to_hub, tmp_path / "run", "flowers")
+    refused(ValueError, "run has no unet/ or transformer/, expected one", push_to_hub, tmp_path / "run", "flowers")

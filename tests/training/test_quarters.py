@@ -89,6 +89,7 @@ def test_curve_shows_them(tmp_path, monkeypatch):
         assert np.allclose(found[:, 1], means, equal_nan=True) and np.array_equal(found[:, 0], np.arange(3, 301))
     with pytest.raises(ValueError, match=r"quarters: got shape \(299, 4\), expected \(300, 4\), four for each loss"):
         save_loss_curve(losses, tmp_path / "losses.png", quarters=quarters[1:])
-    save_loss_curve(losses[:1], tmp_path / "losses.png")
+    save_loss_curve(losses[:199], tmp_path / "losses.png")
+    assert legend(made[1].axes[0]) == ["each step"]  # the mean of one step would lie on it
     with pytest.raises(ValueError, match="losses: got none"):
         save_loss_curve([], tmp_path / "losses.png")

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from support import trainer_run
 from support.command_line import TINY
 from support.launches import Operators
-from support.refused import refused
 from support.trainer_run import Squares, Tiny, make, rows
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.losses.timestep_samplers import Importance, LogitNormal, Mode
-from ddpm_ext.training import Trainer, TrainOptions, checkpoints, load
+from ddpm_ext.training import Trainer, TrainOptions, checkpoints
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
 from ddpm_ext.training.log import QUARTERS
@@ -233,30 +232,3 @@ def test_configuration_of_a_unet(tmp_path):
         loaded = load_model(tmp_path / f"{number}")
         assert (loaded.unet.config.block_out_channels, loaded.unet.config.dropout) == ([8, 8], 0.25)
         assert loaded.shape == (1, 8, 8)
-
-
-def test_each_average_has_its_decay(tmp_path, monkeypatch):
-    """Those beside the one that is sampled from; and a longer run with a constant rate is one that was longer."""
-    seen, take = [], TrainingStep.take
-
-    def note(self, images, labels):
-        take(self, images, labels)
-        seen.append({name: value.detach().clone() for name, value in self.state.model.state_dict().items()})
-
-    monkeypatch.setattr(TrainingStep, "take", note)
-    folder, decays = tmp_path / "run", (0.3, 0.95)
-    make(folder, steps=10, lr_schedule="constant", extra_emas=decays).fit()
-    make(folder, steps=20, lr_schedule="constant", extra_emas=decays, resume=True).fit()
-    assert len(seen) == 20
-    for decay in decays:
-        expected = {name: value.double() for name, value in Tiny().state_dict().items()}
-        for step, now in enumerate(seen):
-            kept = min(decay, (1 + step) / (10 + step))
-            expected = {name: kept * value + (1 - kept) * now[name] for name, value in expected.items()}
-        found = load(folder / f"ema-{decay}", Tiny()).model.state_dict()
-        assert found.pop("calls") == 20
-        assert all(torch.allclose(value.double(), expected[name], atol=1e-6) for name, value in found.items())
-    make(tmp_path / "plain", steps=20, lr_schedule="constant").fit()
-    trainer_run.assert_same(tmp_path / "plain", folder)
-    refused(ValueError, "change: got lr, expected resume=True beside it", make, folder, change=["lr"])
-    refused(ValueError, "change: got seed, expected some of", make, folder, change=["seed"], resume=True)

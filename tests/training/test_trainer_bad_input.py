@@ -73,7 +73,7 @@ BAD = [
     ({"data": Items(IMAGE.byte())}, r"item 0 is a torch.uint8 \(1, 8, 8\), expected a floating"),
     ({"data": Items(IMAGE + 255)}, r"item 0 has values from 255 to 255, expected them in \[-1, 1\]"),
     ({"data": torch.zeros(3, 8, 8)}, "images: got torch.float32 of shape"),
-    ({"data": "nowhere"}, "data: no such folder: nowhere; expected one, 'digits' or 'shapes'"),
+    ({"data": "nowhere"}, "data: no such folder: nowhere; expected one, an .npz of latents, 'digits'"),
     ({"model": Tiny(3)}, r"model: it fails for images of shape \(1, 8, 8\) \(.*channels"),
     ({"model": Tiny(1, 2)}, r"model: it returns shape \(1, 2, 8, 8\) for images of shape \(1, 1, 8, 8\)"),
     ({"model": Tiny().requires_grad_(False)}, "model: a Tiny has no parameters to train, expected at"),

@@ -2,12 +2,12 @@
 // DDPM_ISA as their namespace, and then this file.
 #pragma once
 
-#include "cpu/kernels/channels.h"
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/quantile.h"
 #include "cpu/kernels/spread.h"
 #include "cpu/kernels/step_with_options.h"
 #include "cpu/kernels/steps.h"
+#include "cpu/kernels/transpose.h"
 
 namespace ddpm_ext::DDPM_ISA {
 
@@ -46,8 +46,7 @@ const Kernels kernels = {
     group_maxima,
     select,
     {moments<float>, moments<Float16>, moments<BFloat16>},
-    {split<uint32_t>, split<uint16_t>},
-    {join<uint32_t>, join<uint16_t>},
+    {transpose_matrix<uint32_t>, transpose_matrix<uint16_t>},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

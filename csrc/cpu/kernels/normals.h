@@ -5,13 +5,6 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Draws Philox's words for as many blocks as a vector has lanes, beginning with `block`.
-DDPM_HD void draw_words(const PhiloxKeys& keys, const PhiloxSample& counter, uint32_t block, U32 (&w)[4]) {
-  Words words[4];
-  philox_block(keys, counter, block_words(block), words);
-  for (int k = 0; k < 4; ++k) w[k] = join(words[k]);
-}
-
 // Turns the words of these blocks into their normals: four vectors, in memory order.
 DDPM_HD void normals(const U32 (&w)[4], F32 (&z)[4]) {
   box_muller(w[0], w[1], z[0], z[1]);
@@ -23,18 +16,21 @@ DDPM_HD void normals(const U32 (&w)[4], F32 (&z)[4]) {
 template <Noise kNoise, class Run, class Body>
 DDPM_HD void for_each_four(const Run& run, Body body) {
   static_assert(kRunMultiple % (4 * F32::kLanes) == 0);
-  const PhiloxSample counter =
-      run.counter;  // a copy, since the compiler cannot know that the body's stores leave it as it is
+  // Copies, since the compiler cannot know that the body's stores leave them as they are.
+  const PhiloxSample counter = run.counter;
+  const PhiloxKeys keys = *run.keys;
   const int64_t count = run.count;
-  uint32_t block = run.block;
+  // As many blocks as a vector has lanes. Their products with kPhiloxM0 grow by the same number from one to the next.
+  Products first = multiply_wide(block_words(run.block), kPhiloxM0);
   U32 w[4];
-  if constexpr (kNoise == Noise::drawn) draw_words(*run.keys, counter, block, w);
+  if constexpr (kNoise == Noise::drawn) philox_words(keys, counter, first, w);
   for (int64_t i = 0; i < count; i += 4 * F32::kLanes) {
     F32 z[4];
     if constexpr (kNoise == Noise::drawn) {
       // Both are long chains of dependent instructions, so the next words are drawn in parallel with these normals.
       normals(w, z);
-      draw_words(*run.keys, counter, block += F32::kLanes, w);
+      first = first + uint64_t{kPhiloxM0} * F32::kLanes;
+      philox_words(keys, counter, first, w);
     }
     body(i, z);
   }

@@ -15,6 +15,11 @@ using Integers = __m256i;
 DDPM_HD Floats broadcast(float x) { return _mm256_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm256_mul_epu32(a, b); }
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }  // a is what is known last
+template <int kWords>
+DDPM_HD Floats shuffle(Floats a, Floats b) {
+  return _mm256_shuffle_ps(a, b, kWords);
+}
 
 }  // namespace ddpm_ext::avx2
 
@@ -26,22 +31,8 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 DDPM_HD F32 sqrt(F32 x) { return _mm256_sqrt_ps(x.v); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm256_min_ps(hi.v, _mm256_max_ps(lo.v, x.v)); }  // NaN stays NaN
 
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.even ^ b.even, a.odd ^ b.odd) ^ c; }
-DDPM_HD U32 join(Words w) { return _mm256_blend_epi32(w.even, _mm256_shuffle_epi32(w.odd, 0xA0), 0xAA); }
-
-// In the order that transpose() needs, as in avx512.h.
-DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7))); }
-
-DDPM_HD void transpose(F32 (&z)[4]) {
-  const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(z[0].v, z[1].v));
-  const __m256d b = _mm256_castps_pd(_mm256_unpacklo_ps(z[2].v, z[3].v));
-  const __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(z[0].v, z[1].v));
-  const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(z[2].v, z[3].v));
-  z[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
-  z[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
-  z[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
-  z[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
-}
+// In the order that join() and transpose() need, as in avx512.h.
+DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7))); }
 
 DDPM_HD F32 load(const float* p) { return _mm256_loadu_ps(p); }
 DDPM_HD void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }

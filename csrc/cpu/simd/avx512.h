@@ -15,6 +15,13 @@ using Integers = __m512i;
 DDPM_HD Floats broadcast(float x) { return _mm512_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm512_mul_epu32(a, b); }
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) {  // of which compilers make two instructions
+  return _mm512_ternarylogic_epi32(a, b, c, 0x96);
+}
+template <int kWords>
+DDPM_HD Floats shuffle(Floats a, Floats b) {
+  return _mm512_shuffle_ps(a, b, kWords);
+}
 
 }  // namespace ddpm_ext::avx512
 
@@ -26,27 +33,10 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 DDPM_HD F32 sqrt(F32 x) { return _mm512_sqrt_ps(x.v); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v)); }  // NaN stays NaN
 
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) {  // of which compilers make two instructions
-  const __m512i k = broadcast(c);
-  return {_mm512_ternarylogic_epi32(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi32(a.odd, b.odd, k, 0x96)};
-}
-DDPM_HD U32 join(Words w) { return _mm512_mask_shuffle_epi32(w.even, 0xAAAA, w.odd, static_cast<_MM_PERM_ENUM>(0xA0)); }
-
-// The numbers of 16 consecutive blocks, in those lanes from which transpose() puts the elements into memory order.
+// The numbers of 16 consecutive blocks, in those lanes from which join() and transpose() put the elements into memory
+// order.
 DDPM_HD Words block_words(uint32_t first) {
-  return Words(U32(first) + U32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
-}
-
-// Before, z[k] holds element k of every block. Afterwards it holds elements 16 k to 16 k + 15 of the 64.
-DDPM_HD void transpose(F32 (&z)[4]) {
-  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(z[0].v, z[1].v));
-  const __m512d b = _mm512_castps_pd(_mm512_unpacklo_ps(z[2].v, z[3].v));
-  const __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(z[0].v, z[1].v));
-  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(z[2].v, z[3].v));
-  z[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-  z[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-  z[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-  z[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  return Words(U32(first) + U32(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15)));
 }
 
 DDPM_HD F32 load(const float* p) { return _mm512_loadu_ps(p); }

@@ -23,6 +23,7 @@ namespace ddpm_ext::neon {
 
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c.v, a.v, b.v); }
 DDPM_HD F32 sqrt(F32 x) { return vsqrtq_f32(x.v); }
+DDPM_HD F32 signed_to_fraction(U32 u) { return vcvtq_n_f32_s32(vreinterpretq_s32_u32(u.v), 31); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return vminq_f32(vmaxq_f32(x.v, lo.v), hi.v); }  // NaN stays NaN
 
 // Unlike on x86, one instruction takes the high or low words of four products, so that Philox's words stay in order.
@@ -36,9 +37,14 @@ DDPM_HD Products multiply_wide(Words a, uint32_t b) {
 }
 DDPM_HD Words high(Products p) { return vuzp2q_u32(p.lower, p.upper); }
 DDPM_HD Words low(Products p) { return vuzp1q_u32(p.lower, p.upper); }
+DDPM_HD Products operator+(Products p, uint64_t x) {
+  using Longs = uint64_t __attribute__((vector_size(16)));
+  return {uint32x4_t(Longs(p.lower) + x), uint32x4_t(Longs(p.upper) + x)};
+}
 DDPM_HD Words operator^(Words a, uint32_t b) { return a.v ^ broadcast(b); }
 DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.v ^ b.v) ^ c; }
 DDPM_HD U32 join(Words w) { return w; }
+DDPM_HD U32 join_high(Products p) { return high(p); }
 
 DDPM_HD Words block_words(uint32_t first) {
   const uint32_t order[] = {0, 1, 2, 3};

@@ -55,9 +55,13 @@ DDPM_HD Words high(Products p) {
 DDPM_HD Words low(Products p) {
   return map<Words>([&](int i) { return ddpm_ext::low(p.v[i]); });
 }
+DDPM_HD Products operator+(Products p, uint64_t x) {
+  return map<Products>([&](int i) { return p.v[i] + x; });
+}
 DDPM_HD Words operator^(Words a, uint32_t b) { return a.v ^ broadcast(b); }
 DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.v ^ b.v) ^ c; }
 DDPM_HD U32 join(Words w) { return w; }
+DDPM_HD U32 join_high(Products p) { return high(p); }
 DDPM_HD Words block_words(uint32_t first) { return U32(first) + U32(Integers{0, 1, 2, 3}); }
 
 DDPM_HD void transpose(F32 (&z)[4]) {

@@ -17,6 +17,11 @@ using Integers = __m128i;
 DDPM_HD Floats broadcast(float x) { return _mm_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm_mul_epu32(a, b); }
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }  // a is what is known last
+template <int kWords>
+DDPM_HD Floats shuffle(Floats a, Floats b) {
+  return _mm_shuffle_ps(a, b, kWords);
+}
 
 }  // namespace ddpm_ext::sse2
 
@@ -62,15 +67,7 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
   return result;
 }
 
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.even ^ b.even, a.odd ^ b.odd) ^ c; }
-// Joins the even words, blocks 0 and 1, to the odd ones, blocks 2 and 3.
-DDPM_HD U32 join(Words w) {
-  return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(w.even), _mm_castsi128_ps(w.odd), 0x88));
-}
-
 DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm_setr_epi32(0, 2, 1, 3))); }
-
-DDPM_HD void transpose(F32 (&z)[4]) { _MM_TRANSPOSE4_PS(z[0].v, z[1].v, z[2].v, z[3].v); }
 
 DDPM_HD F32 load(const float* p) { return _mm_loadu_ps(p); }
 DDPM_HD void store(float* p, F32 x) { _mm_storeu_ps(p, x.v); }

@@ -1,5 +1,6 @@
 // Philox's words for all vector types of x86, which have an instruction for the products of every other word.
-// multiply_even is that instruction.
+// multiply_even is that instruction, xor3 combines three vectors, and shuffle takes two words of each of two vectors in
+// every 128 bits.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -29,6 +30,26 @@ DDPM_HD Products multiply_wide(Words a, uint32_t b) {
 }
 DDPM_HD Words high(Products p) { return {upper_words(p.even), upper_words(p.odd)}; }
 DDPM_HD Words low(Products p) { return {p.even, p.odd}; }
+DDPM_HD Products operator+(Products p, uint64_t x) { return {Integers(Longs(p.even) + x), Integers(Longs(p.odd) + x)}; }
 DDPM_HD Words operator^(Words a, uint32_t b) { return {a.even ^ broadcast(b), a.odd ^ broadcast(b)}; }
+DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
+  return {xor3(a.even, b.even, broadcast(c)), xor3(a.odd, b.odd, broadcast(c))};
+}
+DDPM_HD U32 xor3(U32 a, U32 b, uint32_t c) { return xor3(a.v, b.v, broadcast(c)); }
+
+// Every 128 bits of the result have two even words before two odd ones.
+DDPM_HD U32 join(Words w) { return Integers(shuffle<0x88>(Floats(w.even), Floats(w.odd))); }
+DDPM_HD U32 join_high(Products p) { return Integers(shuffle<0xDD>(Floats(p.even), Floats(p.odd))); }
+
+// Before, z[k] holds element k of every block. Afterwards the four hold the elements in memory order: block_words()
+// numbers the blocks of a vector's lanes so that it is enough to transpose every 128 bits.
+DDPM_HD void transpose(F32 (&z)[4]) {
+  const Floats a = shuffle<0x44>(z[0].v, z[1].v), b = shuffle<0x44>(z[2].v, z[3].v);
+  const Floats c = shuffle<0xEE>(z[0].v, z[1].v), d = shuffle<0xEE>(z[2].v, z[3].v);
+  z[0] = shuffle<0x88>(a, b);
+  z[1] = shuffle<0xDD>(a, b);
+  z[2] = shuffle<0x88>(c, d);
+  z[3] = shuffle<0xDD>(c, d);
+}
 
 }  // namespace ddpm_ext::DDPM_ISA

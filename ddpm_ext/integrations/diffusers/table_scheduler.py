@@ -18,9 +18,11 @@ from ddpm_ext import ops
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.predictions import prediction_of, prediction_type_of
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of
+from ddpm_ext.integrations.diffusers.traced_loop import Made
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
+from ddpm_ext.integrations.tensors import written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
@@ -82,6 +84,11 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self.table = as_table(table)
         self.register_to_config(table=_as_config(self.table))
         self._stepper = RowStepper(self.table, *self._clip())
+        self._input_scales = None
+        if scale_of(self.table) == SIGMA_SPACE:
+            scales = (1 + self.table.noise_now**2).rsqrt()
+            self._input_scales = scales.float().tolist()
+            self._stepper = self._stepper.for_inputs(torch.cat([scales[1:], scales.new_ones(1)]))
         self._levels = DeviceTables(levels=torch.stack([self.table.signal_now, self.table.noise_now], 1))
         times = self.table.timestep
         self._own_times = times.float() if times.is_floating_point() else times
@@ -99,6 +106,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     def _begin(self) -> None:
         self._step_index: int | None = None
         self._ring: tuple[Tensor, ...] = ()
+        self._made: Made | None = None
         self.accelerated.begin_loop()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -167,11 +175,16 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._begin()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the model is called with."""
-        if scale_of(self.table) != SIGMA_SPACE:
+        """What the model is called with: of what a step has returned, and nobody has written to, a tensor that the step
+        has written as well."""
+        if self._input_scales is None:
             return sample
         row = self._row_of(timestep) if self._step_index is None else self._step_index
-        return sample / (1 + self.table.noise_now[row].item() ** 2) ** 0.5
+        made = self._made
+        if made is None or not made.is_of(sample):
+            return sample * self._input_scales[row]
+        self._made = None  # once: who has it may write to it
+        return made.model_input
 
     @torch.no_grad()
     def step(
@@ -207,8 +220,13 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         x0 = empty_like(x)
+        # A loop that scales something else than a step's result, as two samples for guidance, has one written in vain.
+        scales = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
+        model_input = empty_like(x) if scales else None
         noise = self._noise(kind.noisy, model_output, generator, x, row)
-        prev, kept = self._stepper.take(row, x, model_output, ring, x0=x0, **noise)
+        prev, kept = self._stepper.take(row, x, model_output, ring, x0=x0, model_input=model_input, **noise)
+        if model_input is not None:
+            self._made = Made(prev, written(prev), model_input)
         if kept is not None:
             self._ring = (kept, *ring[:2])
         self._step_index = row + 1
@@ -254,7 +272,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
-Made = TypeVar("Made", bound=TableScheduler)
+Kind = TypeVar("Kind", bound=TableScheduler)
 
 
 def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> StepTable:
@@ -284,8 +302,8 @@ def with_table(
     scheduler: Any,
     table: Any,
     settings: Acceleration,
-    kind: type[Made] = TableScheduler,
-) -> Made:
+    kind: type[Kind] = TableScheduler,
+) -> Kind:
     """A TableScheduler, or a subclass's object, in the place of another scheduler.
 
     Raises:

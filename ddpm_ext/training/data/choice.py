@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_ext.base.optional import require
 from ddpm_ext.training.data.dataset import DatasetImages, TensorImages
 from ddpm_ext.training.data.folder import FolderImages
+from ddpm_ext.training.data.latents import read_latents
 from ddpm_ext.training.data.shapes import Shapes
 from ddpm_ext.training.data.source import ImageSource, Labels
 
@@ -26,7 +27,8 @@ def load_images(
     """Opens images by name.
 
     Args:
-        source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; or a folder of images.
+        source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; a folder of images;
+            or an .npz of latents, as read_latents takes it.
         size: height and width in pixels; a folder needs it, digits are 8 by 8, and shapes by default 16 by 16.
         channels: 1 (grey) or 3 (colour). None: 1 for digits, else 3.
         random_crop: as in FolderImages; only a folder has it.
@@ -40,13 +42,18 @@ def load_images(
     """
     if random_crop and source in ("digits", "shapes"):
         raise ValueError(f"random_crop: got {random_crop} for {source}, expected a folder of images")
+    if source.lower().endswith(".npz"):
+        for name, value in (("image size", size), ("channels", channels), ("random_crop", random_crop)):
+            if value:
+                raise ValueError(f"{name}: got {value} for latents, expected none: {source} says their shape")
+        return read_latents(source)
     if source == "shapes":
         if channels not in (None, 3):
             raise ValueError(f"channels: got {channels}, but shapes have 3")
         return Shapes() if size is None else Shapes(size)
     if source != "digits":
         if not os.path.isdir(source):
-            raise ValueError(f"data: no such folder: {source}; expected one, 'digits' or 'shapes'")
+            raise ValueError(f"data: no such folder: {source}; expected one, an .npz of latents, 'digits' or 'shapes'")
         if size is None:
             raise ValueError("image size: a folder of images needs one")
         return FolderImages(source, size, 3 if channels is None else channels, random_crop)

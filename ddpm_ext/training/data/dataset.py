@@ -35,9 +35,12 @@ class TensorImages:
                 "expected float32 of shape (count, channels, height, width), count at least 1"
             )
         images = images.detach().cpu()
-        check_range("images: the tensor", images)
+        self._check_values(images)
         self.images, self._labels = images, labels
         self.shape: tuple[int, int, int] = tuple(images.shape[1:])  # type: ignore[assignment]
+
+    def _check_values(self, images: Tensor) -> None:
+        check_range("images: the tensor", images)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,0 +1,62 @@
+"""`ddpm-ext average`: a model whose weights are averaged over another length, from a run's snapshots."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ddpm_ext.base import files
+from ddpm_ext.cli.arguments import Subparsers, add_command, positive_number
+from ddpm_ext.cli.network import network_for
+from ddpm_ext.cli.sampling_options import add_network
+from ddpm_ext.training import post_hoc_average
+from ddpm_ext.training.network import save_result
+from ddpm_ext.training.power_average import LONGEST
+
+_ABOUT = "average.json"
+_EXAMPLES = """examples:
+  ddpm-ext train --snapshot-every 250 --out my-run
+  ddpm-ext average my-run --length 0.15
+  ddpm-ext sample --model my-run/average-0.15 --num 64 --out samples.png"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `average` to the commands of ddpm-ext."""
+    description = (
+        "Makes a model whose weights are averaged over another length than those of the run, from the run's snapshots: "
+        "post-hoc EMA."
+    )
+    summary = "average a run's weights over another length"
+    parser = add_command(commands, "average", summary, description, epilog=_EXAMPLES)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the folder of a run of ddpm-ext train --snapshot-every, which may go on")
+    length = f"deviation of the averaged steps as a share of the training, up to {LONGEST}, the mean of all (required)"
+    add("--length", type=positive_number, required=True, metavar="X", help=length)
+    add_network(parser)
+    add("--out", metavar="FOLDER", help="folder for the model (default: RUN/average-X)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the model, as a run writes its own.
+
+    Raises:
+        ValueError: an option is wrong, or the run has no snapshots.
+        OSError: a file can't be written.
+        MissingExtra: a package that the command needs is not installed.
+    """
+    folder = Path(options.run) / f"average-{options.length:g}" if options.out is None else Path(options.out)
+    if folder.exists() and not (folder / _ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out: {folder} holds something else, expected a new folder or one of ddpm-ext average")
+    found = post_hoc_average(options.run, options.length, network_for(Path(options.run), options.network))
+    trained = found.trained
+    files.check_writable(folder / _ABOUT)
+    about = {"run": options.run, "length": options.length, "step": found.step, "snapshots": found.snapshots}
+    described = trained.shape, trained.classes, trained.clip
+    save_result(trained.model, trained.settings, folder, torch.float32, *described)
+    files.write_json(folder / _ABOUT, about | {"distance": found.distance})
+    print(
+        f"{folder}: average of length {options.length:g} at step {found.step}, from {found.snapshots} snapshots; its "
+        f"profile is within {found.distance:.1%} of the exact one"
+    )

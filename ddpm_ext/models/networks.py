@@ -1,0 +1,118 @@
+"""Makes the denoisers of diffusers that can be sampled, UNet2DModel and DiTTransformer2DModel, from configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_ext.base.optional import require
+from ddpm_ext.models import limits
+from ddpm_ext.models.stored import one_line
+
+UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
+FOLDERS = {UNET: "unet", DIT: "transformer"}
+"""Where a pipeline has its denoiser, by diffusers' class."""
+UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
+
+
+def folder_of_denoiser(folder: Path) -> Path:
+    """unet/ or transformer/ of a pipeline; else the folder itself."""
+    return next((folder / name for name in FOLDERS.values() if (folder / name).is_dir()), folder)
+
+
+def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
+    """The class that a configuration describes; raises ValueError, naming `name`, if it is none of FOLDERS."""
+    kind = config.get("_class_name", UNET)
+    if kind not in tuple(FOLDERS):
+        raise ValueError(f"model: {name} describes a {kind}, expected a UNet2DModel or a DiTTransformer2DModel")
+    return str(kind)
+
+
+def embeddings_of(config: Mapping[str, Any], kind: str) -> int | None:
+    """How many classes a model tells apart; None: it has no classes. A DiT has a null class behind the others."""
+    if kind == DIT:
+        return int(config.get("num_embeds_ada_norm", limits.DIT["num_embeds_ada_norm"])) + 1
+    count: int | None = config.get("num_class_embeds")
+    return count
+
+
+def shape_of(network: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of a sample."""
+    size = network.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return network.config.in_channels, height, width
+
+
+def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
+    """Makes a UNet2DModel with random weights on `device`, or the DiTTransformer2DModel that `_class_name` asks for.
+
+    While a DiT is trained, its blocks don't drop labels by themselves, as they do in diffusers, each by other numbers.
+
+    Raises:
+        ValueError: diffusers can't make a model from `config`, or it would take more memory or time than models of
+            images take, of which nothing is taken then; the message names `name`.
+    """
+    planned = _make(config, name, "meta")
+    limits.check_weights(planned, name)
+    if planned.config.sample_size is not None:
+        check_size(planned, shape_of(planned)[1:], name)
+    return planned if device == "meta" else _make(config, name, device)
+
+
+def check_size(network: Any, size: tuple[int, int], name: str) -> None:
+    """Raises ValueError, naming `name`, if samples of this (height, width) don't fit, or take too much."""
+    if type(network).__name__ == UNET:
+        limits.check_unet(network, size, name)
+    elif size != shape_of(network)[1:]:
+        raise ValueError(f"model: {name} has samples of {size[0]} by {size[1]}, expected those of its configuration")
+
+
+def _make(config: dict[str, Any], name: str, device: str) -> Any:
+    kind = kind_of(config, name)
+    maker = getattr(require("diffusers", "the model"), kind)  # an import that fails is no fault of the configuration's
+    if kind == DIT:
+        limits.check_transformer(config, name)
+    else:
+        limits.check_layers(config, name)
+    try:
+        with torch.device(device):
+            made = maker.from_config(config)
+    except Exception as error:  # diffusers checks little, so a bad value can raise any exception
+        raise ValueError(f"model: {name} can't make a {kind} ({one_line(error)})") from error
+    for module in made.modules():
+        if hasattr(module, "token_drop"):  # diffusers' LabelEmbedding
+            module.dropout_prob = 0.0
+    return made
+
+
+def check_supported(config: dict[str, Any], path: Path) -> None:
+    """Raises ValueError, naming `path`, unless `config` describes a UNet2DModel or a DiTTransformer2DModel that can be
+    sampled."""
+    if kind_of(config, path) == DIT:
+        limits.check_transformer(config, str(path))
+        return
+    kind = config.get("class_embed_type")
+    if kind is not None:
+        raise ValueError(f"model: {path} has class_embed_type {kind!r}, expected null: classes are numbers here")
+    count = config.get("num_class_embeds")
+    if count is not None and (
+        isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limits.CLASSES
+    ):
+        raise ValueError(f"model: {path} has num_class_embeds {count!r}, expected 1 to {limits.CLASSES}")
+    if config.get("time_embedding_type") == "fourier":
+        raise ValueError(f"model: {path} has Fourier time embeddings (a score model), which are not supported")
+    channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)
+    if outputs not in (channels, 2 * channels if isinstance(channels, int) else None):
+        raise ValueError(
+            f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice as many"
+        )
+    padding = config.get("downsample_padding", 1)
+    if padding not in (0, 1):
+        raise ValueError(f"model: {path} has downsample_padding {padding!r}, expected 0 or 1")
+    size = config.get("sample_size")
+    sizes = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(isinstance(side, int) and side > 0 for side in sizes):
+        raise ValueError(f"model: {path} has sample_size {size}, expected a positive number or two")

@@ -1,0 +1,106 @@
+"""The images of latents: the decoder of an AutoencoderKL in a folder of diffusers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base.optional import require
+from ddpm_ext.models import limits
+from ddpm_ext.models.stored import CONFIG, load_module, one_line, read_json, update_hash
+
+FOLDER = "vae"
+_LARGEST = 1_000_000
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+@dataclass(frozen=True)
+class LatentDecoder:
+    """Makes images of latents; a call takes and returns (batch, channels, height, width).
+
+    vae: diffusers' AutoencoderKL, in float32: in 16 bits the usual ones overflow.
+    scale, shift: latents are those of the autoencoder minus `shift`, times `scale`.
+    shape: (channels, height, width) of an image.
+    folder: where it is.
+    """
+
+    vae: Any
+    scale: float
+    shift: float
+    shape: tuple[int, int, int]
+    folder: Path
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """The images, about in [-1, 1], float32; one after the other, so that memory does not grow with the batch."""
+        return torch.cat([self.vae.decode(one[None].float() / self.scale + self.shift).sample for one in latents])
+
+    def sha256(self) -> str:
+        """The SHA-256 of the configuration and the weights."""
+        digest = hashlib.sha256()
+        update_hash(digest, self.folder)
+        return digest.hexdigest()
+
+
+def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> LatentDecoder | None:
+    """The decoder in vae/ of a model's folder; None if there is no vae/.
+
+    shape: (channels, height, width) of the latents.
+
+    Raises:
+        ValueError: the files are missing, damaged, of another architecture, or ask for too much.
+    """
+    inner = folder / FOLDER
+    if not inner.is_dir():
+        return None
+    name = str(inner / CONFIG)
+    config = read_json(inner / CONFIG)
+    _check_supported(config, name, shape[0])
+
+    def make(where: str) -> Any:
+        maker = require("diffusers", "the autoencoder").AutoencoderKL
+        limits.check_layers(config, name)
+        try:
+            with torch.device(where):
+                made = maker.from_config(config)
+        except Exception as error:  # diffusers checks little, so a bad value can raise any exception
+            raise ValueError(f"model: {name} can't make an AutoencoderKL ({one_line(error)})") from error
+        if where == "meta":
+            limits.check_weights(made, name)
+            limits.check_decoder(made, shape[1:], name)
+        return made
+
+    vae = load_module(make, inner).to(device)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    of_image = (vae.config.out_channels, shape[1] * factor, shape[2] * factor)
+    return LatentDecoder(vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0, of_image, inner)
+
+
+def _check_supported(config: dict[str, Any], name: str, channels: int) -> None:
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ValueError(f"model: {name} describes a {kind}, expected an AutoencoderKL")
+    widths = config.get("block_out_channels", [64])
+    for entry, block in _BLOCKS.items():
+        found = config.get(entry, [block])
+        if not isinstance(widths, list) or found != [block] * len(widths):
+            raise ValueError(f"model: {name} has {entry} {found!r}, expected {block} for each of block_out_channels")
+    if config.get("latent_channels", 4) != channels:
+        got = config.get("latent_channels", 4)
+        raise ValueError(f"model: {name} has latent_channels {got!r}, expected {channels}, as the denoiser")
+    if config.get("out_channels", 3) not in (1, 3):
+        raise ValueError(f"model: {name} has out_channels {config['out_channels']!r}, expected 1 or 3")
+    for entry in ("latents_mean", "latents_std"):
+        if config.get(entry) is not None:
+            raise ValueError(f"model: {name} has {entry}, expected null: one scale is taken for all channels")
+    scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
+    for entry, value in (("scaling_factor", scale), ("shift_factor", shift)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST or not scale:
+            raise ValueError(
+                f"model: {name} has {entry} {value!r}, expected a number below {_LARGEST}, and a scale not 0"
+            )

@@ -1,0 +1,61 @@
+"""Precomputed latents to train on: what an autoencoder made of images."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.training.data.dataset import TensorImages
+from ddpm_ext.training.data.source import Labels
+
+
+class Latents(TensorImages):
+    """An ImageSource of latents in memory, whose values may be any finite numbers.
+
+    A model is trained on them as they are, so they are scaled: times the autoencoder's `scaling_factor`.
+
+    Args:
+        images: (count, channels, height, width) float32, count at least 1.
+        labels: the classes, for class-conditional training.
+
+    Raises:
+        ValueError: another dtype or number of dimensions, none, or values that are not finite.
+    """
+
+    def _check_values(self, images: Tensor) -> None:
+        if not images.isfinite().all():
+            raise ValueError("data: the latents have values that are not finite numbers")
+
+
+def read_latents(path: str | os.PathLike[str]) -> Latents:
+    """Reads an .npz: arr_0, floats (count, channels, height, width), and if it is there arr_1, the classes by number.
+
+    Raises:
+        ValueError: the file can't be read, or holds something else.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ValueError("it is no archive")
+        with found:
+            latents, numbers = found["arr_0"], found.get("arr_1")
+    except OSError as error:
+        raise ValueError(f"data: cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data: {path} is no .npz with arr_0, the latents ({error})") from error
+    if latents.dtype.kind != "f" or latents.ndim != 4:
+        expected = "floats (count, channels, height, width)"
+        raise ValueError(f"data: {path} holds {latents.dtype} of shape {latents.shape}, expected {expected}")
+    labels = None
+    if numbers is not None:
+        if numbers.dtype.kind not in "iu" or numbers.shape != latents.shape[:1] or not (numbers >= 0).all():
+            raise ValueError(
+                f"data: {path} holds arr_1, {numbers.dtype} of shape {numbers.shape}, expected whole numbers >= 0, one "
+                "for each of the latents"
+            )
+        labels = Labels(torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, range(int(numbers.max()) + 1))))
+    return Latents(torch.from_numpy(latents.astype(np.float32)), labels)
