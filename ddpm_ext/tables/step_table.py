@@ -251,22 +251,20 @@ class StepTable:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
-        ones = torch.from_numpy(np.ones(len(self)))
-        w = ones if guidance is None else torch.from_numpy(numbers("guidance", guidance, len(self)))
+        ones = np.ones(len(self))
+        w = ones if guidance is None else numbers("guidance", guidance, len(self))
         loops = {"w": w, "c_in": ones}  # which are no columns
-        columns = [loops[name] if name in loops else getattr(self, name) for name in ROW]
-        if self.timestep.device.type != "cpu":
-            columns = [column.cpu() for column in columns]
-        table = torch.zeros(len(self), WIDTH, dtype=dtype, device="cpu")
-        floats = [column if column.is_floating_point() else column.double() for column in columns]
-        table[:, : len(ROW)] = torch.stack(floats, 1)
-        if dtype == torch.float32 and table.isinf().any():
+        columns = [loops[name] if name in loops else getattr(self, name).numpy(force=True) for name in ROW]
+        table = np.zeros((len(self), WIDTH), np.float32 if dtype == torch.float32 else np.float64)
+        with np.errstate(over="ignore"):
+            table[:, : len(ROW)] = np.array(columns).T
+        if dtype == torch.float32 and np.isinf(table).any():
             for name, column in zip(ROW, columns, strict=True):
-                check_float32(name, column)
+                check_float32(name, torch.from_numpy(column))
         # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
-        integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
+        integers = table.view(np.int32 if dtype == torch.float32 else np.int64)
         integers[:, ROW.index("draw")] = columns[ROW.index("draw")]
-        return table.to(there)
+        return torch.from_numpy(table).to(there)
 
     def _any(self, *names: str) -> bool:
         """Whether any number of these columns is not 0."""

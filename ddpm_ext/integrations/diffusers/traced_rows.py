@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.integrations.diffusers.closed_rows import closed
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
@@ -21,7 +22,7 @@ from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
+from ddpm_ext.tables.trace_run import Taken, observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
 
 READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
@@ -182,8 +183,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         timesteps = list((times[:, None] if key.has_dim else times).to(key.kind))
     else:
         timesteps = [key.kind(t) for t in times.tolist()]
+    is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
+    known = closed(scheduler, first, timesteps, key.dims) if is_whole else None  # type: ignore[arg-type]
     try:
-        trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims)
+        trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims) if known is None else known[0]
         timesteps = timesteps[: len(trace.steps)]
         # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
         every = numbers("timestep", trace.columns["timestep"] if first is None else own)
@@ -202,7 +205,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
+    rows = TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
+    if known is not None:
+        rows.dtypes[torch.float32, torch.float32] = _dtypes(rows, torch.float32, torch.float32, [known[1]])
+    return rows
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
@@ -219,11 +225,16 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         )  # fmt: skip
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
+    return _dtypes(rows, output, sample, taken)
+
+
+def _dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype, taken: list[Taken]) -> LoopDtypes:
+    """By the first steps of the loop, or all."""
     prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
     if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
     drawn = [each.step.draws for each in taken]
-    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
+    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[len(taken) :]]
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, drawn, quiet)

@@ -1,0 +1,237 @@
+"""The rows of three schedulers of diffusers from their own levels, in closed form and without a trace.
+
+So their first loop costs hardly more than any other: a trace takes longer than a loop of their own steps. As there, the
+scheduler's own steps on random numbers prove the rows, here the first and the last one. What an expression does not
+cover is traced, and so is a class whose methods are not diffusers' own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.integrations.shared import new
+from ddpm_ext.tables.trace import TraceResult, timestep_column
+from ddpm_ext.tables.trace_batch import ROUNDED, Array, flat, relative
+from ddpm_ext.tables.trace_linear import columns_of
+from ddpm_ext.tables.trace_run import Step, Taken, on_cpu, parts_of, step_of
+
+METHODS = (
+    "step", "scale_model_input", "index_for_timestep", "_init_step_index",
+    "get_scalings_for_boundary_condition_discrete",
+)  # fmt: skip
+TRIED = 8  # random numbers in a proof
+NONE: Any = object()  # a generator that nobody can draw by
+WIDE = np.float64
+
+
+class Uncovered(Exception):
+    """An expression is not what a scheduler's steps do."""
+
+
+class Factors(NamedTuple):
+    """Of steps prev = x * sample + m * output + s * noise, float64 (steps,) each.
+
+    Attributes:
+        clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; zeros without one.
+        noisy: (steps,), whether a step draws noise.
+        scales: what each step's sample is multiplied by for the model, 1 for the first; None where it is not.
+    """
+
+    x: Array
+    m: Array
+    s: Array
+    clean: Array
+    noisy: list[bool]
+    scales: Array | None = None
+
+
+# Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64.
+
+
+def _root(x: Array) -> Array:
+    """By torch, as diffusers' own: numpy's last bit may be another."""
+    return torch.from_numpy(x).sqrt().numpy()
+
+
+def _euler(own: Any, first: int) -> Factors:
+    """x + (x - x0) / sigma * (sigma' - sigma)"""
+    sigmas = own.sigmas.numpy()[first:]
+    sigma, dt = sigmas[:-1], np.diff(sigmas).astype(WIDE)
+    zero, one, variance = np.zeros(len(dt)), np.ones(len(dt)), sigma**2 + 1
+    root = _root(variance)
+    a, b = {
+        "epsilon": lambda: (one, -sigma),
+        "v_prediction": lambda: (1 / variance.astype(WIDE), -sigma / root),
+        "sample": lambda: (zero, one),
+    }[own.config.prediction_type]()
+    clean = np.stack([a, b], 1)
+    scales = np.append(1.0, 1 / root[1:].astype(WIDE))
+    return Factors(1 + (1 - a) / sigma * dt, -b.astype(WIDE) / sigma * dt, zero, clean, [False] * len(dt), scales)
+
+
+def _flow_match_euler(own: Any, first: int) -> Factors:
+    """x + (sigma' - sigma) v"""
+    if own.config.stochastic_sampling:
+        raise Uncovered
+    dt = np.diff(own.sigmas.numpy()[first:]).astype(WIDE)
+    zero = np.zeros(len(dt))
+    return Factors(zero + 1, dt, zero, np.zeros((len(dt), 2)), [False] * len(dt))
+
+
+def _lcm(own: Any, first: int) -> Factors:
+    """x0' = c_skip x + c_out x0, with noise again to the next level, but for the last step."""
+    config = own.config
+    if config.thresholding or config.clip_sample:
+        raise Uncovered
+    t, alphas = own.timesteps.numpy()[first:], own.alphas_cumprod.numpy()
+    following = np.append(t[1:], t[-1])
+    alpha = alphas[t]
+    after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
+    signal, noise = _root(alpha).astype(WIDE), _root(1 - alpha).astype(WIDE)
+    a, b = {
+        "epsilon": lambda: (1 / signal, -noise / signal),
+        "v_prediction": lambda: (signal, -noise),
+        "sample": lambda: (0 * signal, 0 * signal + 1),
+    }[config.prediction_type]()
+    scaled = t.astype(np.float32) * np.float32(config.timestep_scaling)
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / _root(scaled**2 + 0.25)
+    a, b = c_out * a + c_skip, c_out * b
+    noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
+    kept, added = np.where(noisy, _root(after), 1).astype(WIDE), np.where(noisy, _root(1 - after), 0).astype(WIDE)
+    return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist())
+
+
+class Form(NamedTuple):
+    """A class's expression, and the attributes that it and the class's own steps read before they write them."""
+
+    factors: Callable[[Any, int], Factors]
+    reads: frozenset[str]
+
+
+STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
+FORMS: Mapping[str, Form] = {
+    "EulerDiscreteScheduler": Form(_euler, STEPS_READ | {"sigmas"}),
+    "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, STEPS_READ | {"sigmas"}),
+    "LCMScheduler": Form(_lcm, STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"}),
+}
+
+
+def _form_of(scheduler: Any) -> Form | None:
+    """That of an object of diffusers' own class, none of whose methods was replaced."""
+    cls: Any = type(scheduler)
+    form = FORMS.get(cls.__name__)
+    if form is None or not cls.__module__.startswith("diffusers.schedulers."):
+        return None
+    file = sys.modules[cls.__module__].__file__
+    methods = [vars(cls)[name] for name in METHODS if name in vars(cls)]
+    is_own = all(type(method) is FunctionType and method.__code__.co_filename == file for method in methods)
+    return form if is_own and not any(name in vars(scheduler) for name in METHODS) else None
+
+
+def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tuple[TraceResult, Taken] | None:
+    """What `follow` finds, and the first step in float32. None where it is to be traced.
+
+    Args:
+        scheduler: an object of diffusers' class, on the CPU, as a loop begins; it stays as it is.
+        first: the place of the first of `timesteps` among its own, of which they are all that follow.
+        dims: how many dimensions samples have.
+    """
+    form = _form_of(scheduler)
+    if form is None:
+        return None
+    try:
+        with np.errstate(all="ignore"), on_cpu():
+            factors = form.factors(scheduler, first)
+            begin, residual = _tried(scheduler, form.reads, first, timesteps, factors, dims)
+    except Exception:  # which a trace explains
+        return None
+    n, result = len(timesteps), begin.step.result
+    columns = columns_of(factors.x, factors.m, factors.clean) | {"s": factors.s}
+    columns["timestep"] = timestep_column(scheduler.timesteps.numpy()[first:].astype(WIDE))
+    noise = [0 if draws else None for draws in factors.noisy]
+    draws = {False: [], True: [torch.float32]}
+    steps = [Step(result, draws[noisy], {"_step_index": first + 1 + i}) for i, noisy in enumerate(factors.noisy)]
+    steps[0] = begin.step
+    given: list[list[int]] = [[]] * n
+    second = begin.second is not None
+    found = TraceResult(columns, None, residual, steps, noise, given, second, [0.0] * n, factors.scales)
+    return found._replace(read=form.reads), begin
+
+
+class Numbers(NamedTuple):
+    """What a proof takes. Nobody may write to it.
+
+    Attributes:
+        x, m: samples and outputs of one number each.
+        inputs: (3, TRIED), these and the noise that a generator with the seed 0 draws first.
+        following: what it draws then.
+    """
+
+    x: Tensor
+    m: Tensor
+    inputs: Array
+    following: float
+
+    @staticmethod
+    @functools.cache
+    def of(dims: int) -> Numbers:
+        generator = torch.Generator().manual_seed(1)
+        shape = TRIED, *[1] * (dims - 1)
+        x, m = (torch.randn(shape, generator=generator) for _ in range(2))
+        z = torch.randn(shape, generator=generator.manual_seed(0))
+        return Numbers(x, m, np.array([flat(y) for y in (x, m, z)]), torch.rand((), generator=generator).item())
+
+
+def _tried(
+    scheduler: Any, reads: Iterable[str], first: int, timesteps: list[Tensor], factors: Factors, dims: int
+) -> tuple[Taken, float]:
+    """The first step of a loop, and the largest relative difference between own steps and their factors. Raises
+    Uncovered where it is too large, or where a step does anything else.
+
+    reads: the attributes that own steps may read.
+    """
+    n, scales = len(timesteps), factors.scales
+    numbers = np.concatenate([factors.x, factors.m, factors.s, factors.clean.reshape(-1)])
+    if len(numbers) != 5 * n or not np.isfinite(numbers).all():
+        raise Uncovered
+    own = new(type(scheduler))
+    own.__dict__.update({name: vars(scheduler)[name] for name in reads})
+    x, m, inputs, following = Numbers.of(dims)
+    scale = getattr(own, "scale_model_input", None)
+    taken, found, weights = [], [], []
+    for i in sorted({0, n - 1}):
+        if i:
+            own._step_index = first + i  # noqa: SLF001 (diffusers' classes have it)
+        scaled = x if scale is None else scale(x, timesteps[i])
+        before, noisy = vars(own).copy(), factors.noisy[i]
+        generator = torch.Generator().manual_seed(0) if noisy else None
+        result, prev, second = parts_of(own.step(m, timesteps[i], x, generator=generator or NONE))
+        step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
+        if step.state.get("_step_index") != first + i + 1 or step.stores or step.tensors or (i and len(step.state) > 1):
+            raise Uncovered
+        if generator is not None and torch.rand((), generator=generator).item() != following:
+            raise Uncovered
+        taken.append(Taken(step, prev, second))
+        found.append(prev)
+        weights.append((factors.x[i], factors.m[i], factors.s[i]))
+        if second is not None:
+            found.append(second)
+            weights.append((*factors.clean[i], 0.0))
+        if scales is not None and i:
+            found.append(scaled)
+            weights.append((scales[i], 0.0, 0.0))
+        elif scales is None and scaled is not x:
+            raise Uncovered
+    results, sums = torch.stack(found).double().numpy().reshape(-1, TRIED), np.array(weights)
+    errors = relative(np.abs(results - sums @ inputs), np.abs(sums) @ np.abs(inputs))
+    if not (errors <= ROUNDED).all():
+        raise Uncovered
+    return taken[0], float(errors.max())
