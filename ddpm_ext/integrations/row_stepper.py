@@ -121,18 +121,20 @@ class RowStepper:
                 inputs["history_out"] = kept
         if x0 is not None:
             inputs["x0_out"] = x0
-        step = self._quiet_steps.get((x.device, x.dtype)) if rng is None else None
-        if step is None:
-            step = self._step(x.device, x.dtype, rng)
+        step = self.quiet_step(x.device, x.dtype) if rng is None else self._step(x.device, x.dtype, rng)
         return step.take(x, m, None, i, out, **self._bound, **inputs), kept
+
+    def quiet_step(self, device: torch.device, dtype: torch.dtype) -> CalledTableStep:
+        """Takes the rows of such samples, without noise unless that is given."""
+        step = self._quiet_steps.get((device, dtype))
+        if step is None:
+            step = self._quiet_steps[device, dtype] = self._step(device, dtype, None)
+        return step
 
     def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
         rows = self._rows(device, checks.compute_dtype(dtype))
-        step = operators.TableStep(rows, clip=self.clip, rng=rng, add_noise=rng is not None)
-        if rng is None:
-            self._quiet_steps[device, dtype] = step
-        return step
+        return operators.TableStep(rows, clip=self.clip, rng=rng, add_noise=rng is not None)
 
     def _rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The rows as the kernels read them, which are made once for each device."""

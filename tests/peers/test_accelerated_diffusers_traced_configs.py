@@ -1,5 +1,6 @@
 """Loops of traced schedulers of any configuration, against diffusers in float64."""
 
+import functools
 import inspect
 
 import pytest
@@ -14,6 +15,8 @@ from support.diffusers_classes import TRACED, check, classes, loop, make
 from support.launches import launches
 
 from ddpm_ext import accelerate
+from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
+from ddpm_ext.tables.trace import follow
 
 # What a class's constructor may be given, where it has the parameter. What diffusers refuses is not tried.
 CHOICES = {
@@ -103,6 +106,55 @@ def test_any_configuration(name):
                     assert off(x, z) <= max(FACTOR * off(y, z), 1e-5 * z.abs().max().item())
 
     a_loop_is_the_same()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_in_closed_form_are_the_traced_ones(name):
+    """In every bit, from any step of a loop on. What is not covered is traced."""
+    covered = []
+
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @given(configs(name), st.integers(1, 9), st.integers(0, 3))
+    def the_same(config, steps, begun):
+        try:
+            scheduler = make(name, **config)
+            scheduler.set_timesteps(steps)
+        except Exception:
+            assume(False)
+        scheduler.set_begin_index(min(begun, steps - 1))
+        times = list(scheduler.timesteps[scheduler.begin_index :])
+        found = closed(scheduler, scheduler.begin_index, times, 4)
+        covered.append(found is not None)
+        if found is not None:
+            ours, theirs = found[0], follow(scheduler, times)
+            assert all((x == theirs.columns[key]).all() for key, x in ours.columns.items())
+            assert not any(x.any() for key, x in theirs.columns.items() if key not in ours.columns)
+            assert (ours.clip, ours.noise, ours.second) == (theirs.clip, theirs.noise, theirs.second)
+            assert str(ours.scales) == str(theirs.scales)
+            for x, y in zip(ours.steps, theirs.steps, strict=True):
+                assert (x.result, x.state, len(x.draws)) == (y.result, y.state, len(y.draws))
+
+    the_same()
+    assert sum(covered) > len(covered) // 5
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("of_subclass", [False, True])
+def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, of_subclass):
+    """Even if its first and last one are."""
+    cls = classes()[name]
+    own = cls.step
+
+    @functools.wraps(own)
+    def step(self, *args, **kwargs):
+        prev, *others = own(self, *args, **kwargs | {"return_dict": False})
+        return (1.5 * prev if self.step_index == 3 else prev, *others)
+
+    if of_subclass:
+        cls = type(name, (cls,), {"step": step})
+    else:
+        monkeypatch.setattr(cls, "step", step)
+    check(loop(accelerate(cls()), 6), loop(cls(), 6), 1e-5)
 
 
 @pytest.mark.parametrize(

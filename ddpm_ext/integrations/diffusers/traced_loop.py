@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
+from ddpm_ext.ops.extension import C
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
-FUNCTORCH = torch._C._functorch
 
 
 class Settings(NamedTuple):
@@ -35,11 +35,7 @@ class Settings(NamedTuple):
 
     def are_those_of(self, scheduler: Any) -> bool:
         """Whether all are the same objects with the same contents. No tensor is read."""
-        config, state = scheduler.config, scheduler.__dict__
-        for name, value, count in self.watched:
-            if state.get(name) is not value or (count is not None and value._version != count):
-                return False
-        return self.attributes == config.__dict__ and bool(config == self.items)
+        return bool(C.unchanged(scheduler.__dict__, *self))
 
     def renewed(self, scheduler: Any, began: Mapping[str, Any]) -> Settings | None:
         """The settings of now, where copies of tensors and moved ones are no edits; None where something was edited.
@@ -51,23 +47,19 @@ class Settings(NamedTuple):
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
-class RepeatedCall(NamedTuple):
-    """The arguments of a loop's last step. A step with arguments of the same kinds needs no other look at them.
-
-    Copies and pickles have none.
+class Repeated(NamedTuple):
+    """A loop's last step. One with arguments of the same kinds needs no other look at them. Copies and pickles have
+    none.
 
     Attributes:
         of_loop: the dtypes of the loop.
-        tensors: dtypes, shapes and devices of output and sample, and the timestep's dtype.
-        address, stride: where the timestep of the loop's first row lies in memory, and how many bytes lie between two.
-        options: the other arguments, none of them a tensor.
+        call: of the compiled module. is_for(row, the scheduler's attributes, args, kwargs) says whether a step with
+            these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
+            the row's timestep. Both are False where settings were edited. No tensor is read: it may be on a GPU.
     """
 
     of_loop: LoopDtypes
-    tensors: tuple[Any, ...]
-    address: int
-    stride: int
-    options: Mapping[str, Any]
+    call: Any
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -75,7 +67,7 @@ class RepeatedCall(NamedTuple):
     @classmethod
     def of(
         cls, loop: LoopPosition, of_loop: LoopDtypes, args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor
-    ) -> RepeatedCall | None:
+    ) -> Repeated | None:
         """For the steps after the loop's next one, which has these arguments; None where they may need another look.
 
         timesteps: the scheduler's, of which the given one is an element.
@@ -85,33 +77,7 @@ class RepeatedCall(NamedTuple):
             return None
         if any(isinstance(y, Tensor) for y in options.values()):
             return None
-        stride = timesteps.stride(0) * timestep.element_size()
-        address = timestep.data_ptr() - loop.at * stride
-        tensors = m.dtype, x.shape, x.device, x.dtype, x.shape, x.device, timestep.dtype
-        return cls(of_loop, tensors, address, stride, dict(options))
-
-    def is_for(self, loop: LoopPosition, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
-        """Whether a step with these arguments is the loop's next one, and of the same kinds as the last one."""
-        m, timestep, x = args
-        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
-            return False
-        if (m.dtype, m.shape, m.device, x.dtype, x.shape, x.device) != self.tensors[:-1]:
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or m.requires_grad):
-            return False
-        if FUNCTORCH.peek_interpreter_stack() is not None or FUNCTORCH.is_legacy_batchedtensor(m):
-            return False
-        if len(options) != len(self.options):
-            return False
-        for name, value in options.items():
-            if self.options.get(name, self) is not value:
-                return False
-        return self.is_at(loop.at, timestep) and loop.settings.are_those_of(scheduler)
-
-    def is_at(self, at: int, timestep: Tensor) -> bool:
-        """Whether a timestep is that of row `at`. An element of the scheduler's own is known by where it lies. It is
-        not read: it may be on a GPU."""
-        return timestep.dtype is self.tensors[-1] and timestep.data_ptr() == self.address + at * self.stride
+        return cls(of_loop, C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings))
 
 
 def is_unchanged(x: object, result: Tensor, version: int) -> bool:
@@ -180,7 +146,7 @@ class LoopPosition(NamedTuple):
     settings: Settings
     at: int = 0
     ring: tuple[Tensor, ...] = ()
-    repeated: RepeatedCall | None = None
+    repeated: Repeated | None = None
     last: OwnResult | None = None
     made: Made | None = None
 

@@ -53,13 +53,15 @@ class RowsKey(NamedTuple):
 
 
 class LoopDtypes(NamedTuple):
-    """The dtypes of a loop, and which rows draw nothing.
+    """The dtypes of a loop, and what its rows need beside a launch.
 
     Attributes:
         computed: that of the operator's sample.
         prev, second: those of a step's results; `second` is None where it has one alone.
         draws: those of each step's draws.
         quiet: whether a row draws nothing.
+        alone: whether a step is its row's launch alone: of sample and output as they are, without anything of the steps
+            before or for those after.
     """
 
     computed: torch.dtype
@@ -67,6 +69,7 @@ class LoopDtypes(NamedTuple):
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     quiet: list[bool]
+    alone: list[bool]
 
 
 class TracedRows(NamedTuple):
@@ -237,4 +240,13 @@ def _dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype, taken: l
     drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[len(taken) :]]
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
-    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, drawn, quiet)
+    computed = torch.promote_types(computed, second or computed)
+    converts = {sample, prev, second or prev} != {computed}
+    own, stepper = [*rows.trace.own, 0.0], rows.stepper
+    alone = [
+        quiet[i] and not (own[i] or own[i + 1] or step.tensors or needs.keeps or any(needs.history))
+        for i, (step, needs) in enumerate(zip(rows.trace.steps, stepper.needs, strict=True))
+    ]
+    if converts or stepper.threshold is not None:
+        alone = [False] * len(alone)
+    return LoopDtypes(computed, prev, second, drawn, quiet, alone)
