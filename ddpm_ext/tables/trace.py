@@ -179,15 +179,12 @@ def _proven(rows: Columns, clip: Clip | None, linear: Linear, trial: Trial, numb
     """What tracing found, once the rows have been tried on numbers that they were not found by."""
     residual = _prove(rows, clip, linear, numbers)
     times = np.array([float(t) for t in linear.run.times])
-    columns = {"timestep": timestep_column(times) if linear.run.unit == "timestep" else times} | rows
+    if linear.run.unit == "timestep" and (times % 1 == 0).all():
+        times = times.astype(np.int64)
+    columns = {"timestep": times} | rows
     own = columns.pop("own").tolist()
     found = (linear.noise, linear.given, linear.second, own, trial.scales)
     return TraceResult(columns, clip, residual, trial.steps, *found)
-
-
-def timestep_column(times: Array) -> Array:
-    """A table's timesteps: integers, where all are."""
-    return times.astype(np.int64) if (times % 1 == 0).all() else times
 
 
 # ------------------------------------------------------------------------------------------------------------ clips

@@ -260,13 +260,13 @@ def test_a_subclass_with_a_step_of_its_own(launches):
     assert len(launches) == 3
 
 
-@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "LCMScheduler"])
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "TCDScheduler"])
 def test_a_setting_is_traced_once(monkeypatch, name):
     """Loops of the same setting share the rows, whatever object they are of, and what a loop leaves behind is no
     setting. To find them, a scheduler's own code takes each step once, and some a second time in other dtypes."""
     taken = []
-    own = trace_run._parts
-    monkeypatch.setattr(trace_run, "_parts", lambda returned: taken.append(1) or own(returned))
+    own = trace_run.parts_of
+    monkeypatch.setattr(trace_run, "parts_of", lambda returned: taken.append(1) or own(returned))
     for _ in range(2):
         ours = accelerate(make(name, num_train_timesteps=991))
         for _ in range(3):

@@ -17,16 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.shared import new
-from ddpm_ext.tables.trace import TraceResult, timestep_column
+from ddpm_ext.tables.row_needs import RowNeeds
+from ddpm_ext.tables.trace import TraceResult
 from ddpm_ext.tables.trace_batch import ROUNDED, Array, flat, relative
 from ddpm_ext.tables.trace_linear import columns_of
-from ddpm_ext.tables.trace_run import Step, Taken, on_cpu, parts_of, step_of
+from ddpm_ext.tables.trace_run import Step, on_cpu, parts_of, step_of
 
 METHODS = (
     "step", "scale_model_input", "index_for_timestep", "_init_step_index",
     "get_scalings_for_boundary_condition_discrete",
 )  # fmt: skip
+CACHED = 64  # kinds of loops
 TRIED = 8  # random numbers in a proof
 NONE: Any = object()  # a generator that nobody can draw by
 WIDE = np.float64
@@ -40,7 +43,7 @@ class Factors(NamedTuple):
     """Of steps prev = x * sample + m * output + s * noise, float64 (steps,) each.
 
     Attributes:
-        clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; zeros without one.
+        clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; None without one.
         noisy: (steps,), whether a step draws noise.
         scales: what each step's sample is multiplied by for the model, 1 for the first; None where it is not.
     """
@@ -48,7 +51,7 @@ class Factors(NamedTuple):
     x: Array
     m: Array
     s: Array
-    clean: Array
+    clean: Array | None
     noisy: list[bool]
     scales: Array | None = None
 
@@ -61,10 +64,11 @@ def _root(x: Array) -> Array:
     return torch.from_numpy(x).sqrt().numpy()
 
 
+@np.errstate(all="ignore")
 def _euler(own: Any, first: int) -> Factors:
     """x + (x - x0) / sigma * (sigma' - sigma)"""
     sigmas = own.sigmas.numpy()[first:]
-    sigma, dt = sigmas[:-1], np.diff(sigmas).astype(WIDE)
+    sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     zero, one, variance = np.zeros(len(dt)), np.ones(len(dt)), sigma**2 + 1
     root = _root(variance)
     a, b = {
@@ -81,11 +85,13 @@ def _flow_match_euler(own: Any, first: int) -> Factors:
     """x + (sigma' - sigma) v"""
     if own.config.stochastic_sampling:
         raise Uncovered
-    dt = np.diff(own.sigmas.numpy()[first:]).astype(WIDE)
+    sigmas = own.sigmas.numpy()[first:]
+    dt = (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     zero = np.zeros(len(dt))
-    return Factors(zero + 1, dt, zero, np.zeros((len(dt), 2)), [False] * len(dt))
+    return Factors(zero + 1, dt, zero, None, [False] * len(dt))
 
 
+@np.errstate(all="ignore")
 def _lcm(own: Any, first: int) -> Factors:
     """x0' = c_skip x + c_out x0, with noise again to the next level, but for the last step."""
     config = own.config
@@ -110,60 +116,97 @@ def _lcm(own: Any, first: int) -> Factors:
 
 
 class Form(NamedTuple):
-    """A class's expression, and the attributes that it and the class's own steps read before they write them."""
+    """A class's expression.
+
+    Attributes:
+        factors: of an object and the place of a loop's first timestep.
+        settings: of the config, on which it hangs what the expression is.
+        reads: the attributes that it and the class's own steps read before they write them.
+    """
 
     factors: Callable[[Any, int], Factors]
+    settings: tuple[str, ...]
     reads: frozenset[str]
 
 
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
 FORMS: Mapping[str, Form] = {
-    "EulerDiscreteScheduler": Form(_euler, STEPS_READ | {"sigmas"}),
-    "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, STEPS_READ | {"sigmas"}),
-    "LCMScheduler": Form(_lcm, STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"}),
+    "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
+    "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),
+    "LCMScheduler": Form(
+        _lcm,
+        ("prediction_type", "thresholding", "clip_sample"),
+        STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"},
+    ),
 }
 
 
-def _form_of(scheduler: Any) -> Form | None:
-    """That of an object of diffusers' own class, none of whose methods was replaced."""
+class Steps(NamedTuple):
+    """What is the same for all levels: of a class with these methods and settings, and a loop of as many steps.
+
+    Attributes:
+        steps: what each does.
+        dtypes: as TracedRows has them, of all such loops.
+        needs: what the rows need.
+    """
+
+    steps: list[Step]
+    dtypes: dict[Any, Any]
+    needs: list[RowNeeds]
+
+
+_steps: BoundedCache[Steps] = BoundedCache(CACHED)
+
+
+def _own_methods(scheduler: Any) -> tuple[FunctionType, ...] | None:
+    """Those of an object of diffusers' own class; None where one was replaced."""
     cls: Any = type(scheduler)
-    form = FORMS.get(cls.__name__)
-    if form is None or not cls.__module__.startswith("diffusers.schedulers."):
+    if not cls.__module__.startswith("diffusers.schedulers."):
         return None
     file = sys.modules[cls.__module__].__file__
-    methods = [vars(cls)[name] for name in METHODS if name in vars(cls)]
-    is_own = all(type(method) is FunctionType and method.__code__.co_filename == file for method in methods)
-    return form if is_own and not any(name in vars(scheduler) for name in METHODS) else None
+    found = tuple([vars(cls)[name] for name in METHODS if name in vars(cls)])
+    is_own = all([type(method) is FunctionType and method.__code__.co_filename == file for method in found])
+    return found if is_own and vars(scheduler).keys().isdisjoint(METHODS) else None
 
 
-def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tuple[TraceResult, Taken] | None:
-    """What `follow` finds, and the first step in float32. None where it is to be traced.
+def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tuple[TraceResult, Steps] | None:
+    """What `follow` finds. None where it is to be traced.
 
     Args:
         scheduler: an object of diffusers' class, on the CPU, as a loop begins; it stays as it is.
         first: the place of the first of `timesteps` among its own, of which they are all that follow.
         dims: how many dimensions samples have.
     """
-    form = _form_of(scheduler)
-    if form is None:
+    form, methods = FORMS.get(type(scheduler).__name__), _own_methods(scheduler)
+    if form is None or methods is None:
         return None
     try:
-        with np.errstate(all="ignore"), on_cpu():
-            factors = form.factors(scheduler, first)
-            begin, residual = _tried(scheduler, form.reads, first, timesteps, factors, dims)
+        factors = form.factors(scheduler, first)
+        _check(scheduler, first, len(timesteps), factors)
+        settings = tuple([getattr(scheduler.config, name) for name in form.settings])
+        key = form, methods, settings, first, tuple(factors.noisy), dims
+        found = _steps.get_or_make(key, lambda: _tried(scheduler, form.reads, first, timesteps, factors, dims))
     except Exception:  # which a trace explains
         return None
-    n, result = len(timesteps), begin.step.result
-    columns = columns_of(factors.x, factors.m, factors.clean) | {"s": factors.s}
-    columns["timestep"] = timestep_column(scheduler.timesteps.numpy()[first:].astype(WIDE))
-    noise = [0 if draws else None for draws in factors.noisy]
-    draws = {False: [], True: [torch.float32]}
-    steps = [Step(result, draws[noisy], {"_step_index": first + 1 + i}) for i, noisy in enumerate(factors.noisy)]
-    steps[0] = begin.step
+    n, noise = len(timesteps), [0 if noisy else None for noisy in factors.noisy]
+    second = factors.clean is not None
+    columns = {"c1": factors.x, "c2": factors.m} if not second else columns_of(factors.x, factors.m, factors.clean)
+    times = scheduler.timesteps.numpy()[first:]
+    columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
     given: list[list[int]] = [[]] * n
-    second = begin.second is not None
-    found = TraceResult(columns, None, residual, steps, noise, given, second, [0.0] * n, factors.scales)
-    return found._replace(read=form.reads), begin
+    trace = TraceResult(columns, None, 0.0, found.steps, noise, given, second, [0.0] * n, factors.scales)
+    return trace._replace(read=form.reads), found
+
+
+def _check(scheduler: Any, first: int, n: int, factors: Factors) -> None:
+    """Raises Uncovered for a loop that begins elsewhere, and for numbers that are no steps'."""
+    begin = scheduler._begin_index if scheduler._step_index is None else scheduler._step_index  # noqa: SLF001
+    if begin is None:
+        times = scheduler.timesteps.numpy()
+        begin = np.flatnonzero(times == times[first])[:2][-1]  # the second one, where an image is denoised from there
+    numbers = [factors.x, factors.m, factors.s, *(() if factors.clean is None else factors.clean.T)]
+    if begin != first or any(len(each) != n for each in numbers) or not np.isfinite(numbers).all():
+        raise Uncovered
 
 
 class Numbers(NamedTuple):
@@ -192,48 +235,53 @@ class Numbers(NamedTuple):
 
 def _tried(
     scheduler: Any, reads: Iterable[str], first: int, timesteps: list[Tensor], factors: Factors, dims: int
-) -> tuple[Taken, float]:
-    """The first step of a loop, and the largest relative difference between own steps and their factors. Raises
-    Uncovered where it is too large, or where a step does anything else.
+) -> Steps:
+    """What the steps do beside their factors, once the first one and the last one have shown that these are theirs.
+    Raises Uncovered where they are not.
 
     reads: the attributes that own steps may read.
     """
     n, scales = len(timesteps), factors.scales
-    numbers = np.concatenate([factors.x, factors.m, factors.s, factors.clean.reshape(-1)])
-    if len(numbers) != 5 * n or not np.isfinite(numbers).all():
-        raise Uncovered
     own = new(type(scheduler))
     own.__dict__.update({name: vars(scheduler)[name] for name in reads})
-    x, m, inputs, following = Numbers.of(dims)
-    scale = getattr(own, "scale_model_input", None)
-    taken, found, weights = [], [], []
-    for i, options in ((0, {}), (n - 1, {"return_dict": False})):
-        if taken:
-            own._step_index = first + i  # noqa: SLF001 (diffusers' classes have it)
-        scaled = x if scale is None else scale(x, timesteps[i])
-        before, noisy = vars(own).copy(), factors.noisy[i]
-        generator = torch.Generator().manual_seed(0) if noisy else None
-        result, prev, second = parts_of(own.step(m, timesteps[i], x, generator=generator or NONE, **options))
-        step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
-        if step.state.get("_step_index") != first + i + 1 or step.stores or step.tensors:
-            raise Uncovered
-        if taken and (len(step.state) > 1 or (second is None) != (taken[0].second is None)):
-            raise Uncovered
-        if generator is not None and torch.rand((), generator=generator).item() != following:
-            raise Uncovered
-        taken.append(Taken(step, prev, second))
-        found.append(prev)
-        weights.append((factors.x[i], factors.m[i], factors.s[i]))
-        if second is not None:
-            found.append(second)
-            weights.append((*factors.clean[i], 0.0))
-        if scales is not None and i:
-            found.append(scaled)
-            weights.append((scales[i], 0.0, 0.0))
-        elif scales is None and n > 1 and scaled is not x:
-            raise Uncovered
-    results, sums = torch.stack(found).double().numpy().reshape(-1, TRIED), np.array(weights)
-    errors = relative(np.abs(results - sums @ inputs), np.abs(sums) @ np.abs(inputs))
-    if not (errors <= ROUNDED).all():
+    with on_cpu():
+        x, m, inputs, following = Numbers.of(dims)
+        scale = getattr(own, "scale_model_input", None)
+        steps: list[Step] = []
+        found, weights = [], []
+        for i, options in ((0, {}), (n - 1, {"return_dict": False})):
+            if steps:
+                own._step_index = first + i  # noqa: SLF001 (diffusers' classes have it)
+            scaled = x if scale is None else scale(x, timesteps[i])
+            before, noisy = vars(own).copy(), factors.noisy[i]
+            generator = torch.Generator().manual_seed(0) if noisy else None
+            returned = own.step(m, timesteps[i], x, generator=generator or NONE, **options)
+            result, prev, second = parts_of(returned)
+            step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
+            if step.state.get("_step_index") != first + i + 1 or step.stores or step.tensors:
+                raise Uncovered
+            if (steps and len(step.state) > 1) or (second is None) != (factors.clean is None):
+                raise Uncovered
+            if generator is not None and torch.rand((), generator=generator).item() != following:
+                raise Uncovered
+            steps.append(step)
+            found.append(prev)
+            weights.append((factors.x[i], factors.m[i], factors.s[i]))
+            if second is not None and factors.clean is not None:
+                found.append(second)
+                weights.append((*factors.clean[i], 0.0))
+            if scales is not None and i:
+                found.append(scaled)
+                weights.append((scales[i], 0.0, 0.0))
+            elif scales is None and n > 1 and scaled is not x:
+                raise Uncovered
+        results, sums = torch.stack(found).double().numpy().reshape(-1, TRIED), np.array(weights)
+    if not (relative(np.abs(results - sums @ inputs), np.abs(sums) @ np.abs(inputs)) <= ROUNDED).all():
         raise Uncovered
-    return taken[0], float(errors.max())
+    draws: dict[bool, list[torch.dtype]] = {False: [], True: [torch.float32]}
+    others = [
+        Step(steps[0].result, draws[noisy], {"_step_index": first + 2 + i}, scaling={})
+        for i, noisy in enumerate(factors.noisy[1:])
+    ]
+    needs = [RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=noisy) for noisy in (False, True)]
+    return Steps([steps[0], *others], {}, [needs[noisy] for noisy in factors.noisy])

@@ -19,10 +19,10 @@ from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
-from ddpm_ext.tables.step_table import table_of_checked
+from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import Taken, observe, parameters_of, setting, step_name
+from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
 
 READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
@@ -145,7 +145,7 @@ class RowsCache:
 
         state: the attributes of an object of diffusers' class.
         """
-        of_class = cls, torch.get_default_dtype(), key
+        of_class = cls, getattr(cls, step_name(cls)), torch.get_default_dtype(), key
         reads = self._reads.get_or_make(of_class, dict)
         contents = functools.cache(lambda name: _contents_of(state.get(name, MISSING)))  # read once from a GPU
         for names in list(reads):
@@ -191,10 +191,13 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     try:
         trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims) if known is None else known[0]
         timesteps = timesteps[: len(trace.steps)]
-        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-        every = numbers("timestep", trace.columns["timestep"] if first is None else own)
-        draws = default_draws(every)[first or 0 :][: len(timesteps)]
-        table = table_of_checked(trace.columns | {"draw": draws})  # their finite numbers were proven
+        draws = np.zeros(len(timesteps), np.int64)
+        if any(used is not None for used in trace.noise):
+            # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
+            every = numbers("timestep", trace.columns["timestep"] if first is None else own)
+            draws = default_draws(every)[first or 0 :][: len(timesteps)]
+        columns = trace.columns | {"draw": draws}
+        table, packed = table_of_checked(columns), packed_rows(columns)  # their finite numbers were proven
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
@@ -204,14 +207,14 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
-    stepper = RowStepper(table, trace.clip, threshold, held=[step.holds_output for step in trace.steps])
+    held = [step.holds_output for step in trace.steps]
+    needs = None if known is None else known[1].needs
+    stepper = RowStepper(table, trace.clip, threshold, held, packed=packed, needs=needs)
     stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    rows = TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
-    if known is not None:
-        rows.dtypes[torch.float32, torch.float32] = _dtypes(rows, torch.float32, torch.float32, [known[1]])
-    return rows
+    dtypes = {} if known is None else known[1].dtypes
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, {})
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
@@ -228,16 +231,11 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         )  # fmt: skip
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
-    return _dtypes(rows, output, sample, taken)
-
-
-def _dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype, taken: list[Taken]) -> LoopDtypes:
-    """By the first steps of the loop, or all."""
     prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
     if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
     drawn = [each.step.draws for each in taken]
-    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[len(taken) :]]
+    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)
