@@ -1,5 +1,5 @@
-// Questions that a loop asks in each of its steps, and that take longer in Python than a small step: whether the step is
-// the next one of the loop before it, called with arguments of the same kinds, of an object that nobody has edited.
+// Questions that a loop asks in each of its steps, and that take longer in Python than a small step: whether the step
+// is the next one of the loop before it, called with arguments of the same kinds, of an object that nobody has edited.
 #include "ops/repeated_call.h"
 
 #include <ATen/core/grad_mode.h>
@@ -130,6 +130,14 @@ PyObject* is_for(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// has_kinds(args, options): whether the arguments are like those before, whatever the timestep.
+PyObject* has_kinds(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("RepeatedCall.has_kinds", count, 2);
+    return as_bool(have_kinds(call_of(self), args[0], args[1]));
+  });
+}
+
 // is_at(row, state, timestep): whether that is the row's timestep, and nothing was edited.
 PyObject* is_at(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
@@ -152,7 +160,8 @@ void define_repeated_call(py::module_& m) {
                                     fastcall::definition("unchanged", called_unchanged)};
   for (PyMethodDef& each : functions)
     m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
-  static PyMethodDef methods[] = {fastcall::definition("is_for", is_for), fastcall::definition("is_at", is_at)};
+  static PyMethodDef methods[] = {fastcall::definition("is_for", is_for), fastcall::definition("is_at", is_at),
+                                  fastcall::definition("has_kinds", has_kinds)};
   py::class_<RepeatedCall> type(m, "RepeatedCall");
   type.def(py::init(&make));
   for (PyMethodDef& each : methods) {

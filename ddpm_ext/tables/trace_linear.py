@@ -311,7 +311,6 @@ class Linear:
         return {name: np.zeros(self.n) for name in NAMES} | columns_of(x, m, self.clean)
 
 
-
 def columns_of(x: Array, m: Array, clean: Array) -> Columns:
     """The columns a, b, c0, c1 and c2 of rows with these factors of sample and output, (steps,) each. That of the
     output goes by way of the clean sample, if it can. clean: (steps, 2), a and b."""

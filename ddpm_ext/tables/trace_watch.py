@@ -120,7 +120,7 @@ def _shallow(value: dict[str, Any]) -> dict[str, Any]:
 
 def _is_constant(value: object) -> bool:
     """Whether nobody changes it: a number, a string, None, or names in a list."""
-    return is_simple(value) or (isinstance(value, list | tuple) and all(isinstance(x, str) for x in value))
+    return is_simple(value) or (isinstance(value, (list, tuple)) and {*map(type, value)} <= {str})
 
 
 def is_simple(value: object) -> bool:

@@ -1,6 +1,5 @@
 """Loops of traced schedulers of any configuration, against diffusers in float64."""
 
-import functools
 import inspect
 
 import pytest
@@ -127,10 +126,10 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
         covered.append(found is not None)
         if found is not None:
             ours, theirs = found[0], follow(scheduler, times)
-            assert all((x == theirs.columns[key]).all() for key, x in ours.columns.items())
-            assert not any(x.any() for key, x in theirs.columns.items() if key not in ours.columns)
-            assert (ours.clip, ours.noise, ours.second) == (theirs.clip, theirs.noise, theirs.second)
-            assert str(ours.scales) == str(theirs.scales)
+            for key, column in theirs.columns.items():
+                assert (column == ours.columns.get(key, 0)).all()
+            for x, y in zip((*ours[1:2], *ours[4:9]), (*theirs[1:2], *theirs[4:9]), strict=True):
+                assert str(x) == str(y)
             for x, y in zip(ours.steps, theirs.steps, strict=True):
                 assert (x.result, x.state, len(x.draws)) == (y.result, y.state, len(y.draws))
 
@@ -145,15 +144,12 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, of_subcla
     cls = classes()[name]
     own = cls.step
 
-    @functools.wraps(own)
-    def step(self, *args, **kwargs):
-        prev, *others = own(self, *args, **kwargs | {"return_dict": False})
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        prev, *others = own(self, model_output, timestep, sample, generator=generator, return_dict=False)
         return (1.5 * prev if self.step_index == 3 else prev, *others)
 
-    if of_subclass:
-        cls = type(name, (cls,), {"step": step})
-    else:
-        monkeypatch.setattr(cls, "step", step)
+    cls = type(name, (cls,), {"step": step}) if of_subclass else cls
+    monkeypatch.setattr(cls, "step", step)
     check(loop(accelerate(cls()), 6), loop(cls(), 6), 1e-5)
 
 

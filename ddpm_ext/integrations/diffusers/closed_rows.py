@@ -59,6 +59,13 @@ class Factors(NamedTuple):
 # Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64.
 
 
+def _levels(x: Tensor) -> Array:
+    if x.dtype is not torch.float32:
+        raise Uncovered
+    found: Array = x.numpy()
+    return found
+
+
 def _root(x: Array) -> Array:
     """By torch, as diffusers' own: numpy's last bit may be another."""
     return torch.from_numpy(x).sqrt().numpy()
@@ -67,7 +74,7 @@ def _root(x: Array) -> Array:
 @np.errstate(all="ignore")
 def _euler(own: Any, first: int) -> Factors:
     """x + (x - x0) / sigma * (sigma' - sigma)"""
-    sigmas = own.sigmas.numpy()[first:]
+    sigmas = _levels(own.sigmas)[first:]
     sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     zero, one, variance = np.zeros(len(dt)), np.ones(len(dt)), sigma**2 + 1
     root = _root(variance)
@@ -85,7 +92,7 @@ def _flow_match_euler(own: Any, first: int) -> Factors:
     """x + (sigma' - sigma) v"""
     if own.config.stochastic_sampling:
         raise Uncovered
-    sigmas = own.sigmas.numpy()[first:]
+    sigmas = _levels(own.sigmas)[first:]
     dt = (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     zero = np.zeros(len(dt))
     return Factors(zero + 1, dt, zero, None, [False] * len(dt))
@@ -97,7 +104,7 @@ def _lcm(own: Any, first: int) -> Factors:
     config = own.config
     if config.thresholding or config.clip_sample:
         raise Uncovered
-    t, alphas = own.timesteps.numpy()[first:], own.alphas_cumprod.numpy()
+    t, alphas = own.timesteps.numpy()[first:], _levels(own.alphas_cumprod)
     following = np.append(t[1:], t[-1])
     alpha = alphas[t]
     after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
@@ -178,7 +185,7 @@ def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tu
         dims: how many dimensions samples have.
     """
     form, methods = FORMS.get(type(scheduler).__name__), _own_methods(scheduler)
-    if form is None or methods is None:
+    if form is None or methods is None or torch.get_default_dtype() is not torch.float32:
         return None
     try:
         factors = form.factors(scheduler, first)
@@ -189,12 +196,12 @@ def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tu
     except Exception:  # which a trace explains
         return None
     n, noise = len(timesteps), [0 if noisy else None for noisy in factors.noisy]
-    second = factors.clean is not None
-    columns = {"c1": factors.x, "c2": factors.m} if not second else columns_of(factors.x, factors.m, factors.clean)
+    clean = factors.clean
+    columns = {"c1": factors.x, "c2": factors.m} if clean is None else columns_of(factors.x, factors.m, clean)
     times = scheduler.timesteps.numpy()[first:]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
     given: list[list[int]] = [[]] * n
-    trace = TraceResult(columns, None, 0.0, found.steps, noise, given, second, [0.0] * n, factors.scales)
+    trace = TraceResult(columns, None, 0.0, found.steps, noise, given, clean is not None, [0.0] * n, factors.scales)
     return trace._replace(read=form.reads), found
 
 
@@ -251,7 +258,7 @@ def _tried(
         found, weights = [], []
         for i, options in ((0, {}), (n - 1, {"return_dict": False})):
             if steps:
-                own._step_index = first + i  # noqa: SLF001 (diffusers' classes have it)
+                own._step_index = first + i
             scaled = x if scale is None else scale(x, timesteps[i])
             before, noisy = vars(own).copy(), factors.noisy[i]
             generator = torch.Generator().manual_seed(0) if noisy else None

@@ -137,7 +137,7 @@ class Scheduler(Accelerated):
         if cache is None:
             cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
         by_identity, by_contents = cache
-        versions = tuple([(id(x), written(x)) if isinstance(x, Tensor) else x for x in key])
+        versions = tuple([_identity(x) if isinstance(x, Tensor) else x for x in key])
         found = by_identity.get(versions)
         if found is None:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
@@ -167,8 +167,7 @@ class Scheduler(Accelerated):
         if timestep.numel() != 1 or timestep.is_floating_point():
             return None
         index, own = self._index_of(timestep), self.timesteps
-        # Inference tensors do not tell whether they were written to. Those on a GPU are read once nonetheless.
-        if index is None or (own.is_inference() and own.is_cpu):
+        if index is None or (own.is_inference() and own.is_cpu):  # see _identity
             return int(timestep.item())
         known = self.__dict__.get("_host_timesteps")
         if known is None or known.own is not own or known.version != written(own):
@@ -303,6 +302,12 @@ def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
 def are_tensors(*values: object) -> bool:
     """Whether all values are tensors. diffusers rejects what isn't, or takes it in its own way."""
     return all(isinstance(x, Tensor) for x in values)
+
+
+def _identity(x: Tensor) -> tuple[object, ...]:
+    """A key of the tensor as it is. Inference tensors do not tell whether they were written to: those on a GPU are
+    taken for what they were."""
+    return tensor_contents(x) if x.is_inference() and x.is_cpu else (id(x), written(x))
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

@@ -1,13 +1,12 @@
 """Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
 
 Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes about as long as two of diffusers' own
-loops, and a few milliseconds at least, once for each setting.
-What is no row runs diffusers' own code.
+loops, once for each setting. Three classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
+own code.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,9 @@ from ddpm_ext.integrations.diffusers.custom_timesteps import with_timesteps
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, Repeated, Settings
+from ddpm_ext.integrations.diffusers.traced_loop import Begun, LoopPosition, Made, OwnResult, Repeated, Settings
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.shared import peer_class, peer_method
@@ -34,7 +34,7 @@ __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_scales_inputs")
+OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_begun", "_scales_inputs")
 EMPTY = inspect.Parameter.empty
 
 _rows = RowsCache(CACHED)
@@ -51,6 +51,7 @@ class TracedScheduler(Forward):
     _are_first: bool  # whether they come first, in this order
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
     _traced_loop: LoopPosition | bool | None = None
+    _begun: Begun | None = None
     _scales_inputs = False  # whether scale_model_input was called and returned another tensor
 
     def __init_subclass__(cls) -> None:
@@ -66,7 +67,7 @@ class TracedScheduler(Forward):
             cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
             cls._parameters = {each.name: EMPTY if each.name in always else each.default for each in parameters}
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
-            for name, repeats in ((step_name(peer), _repeating_step), ("scale_model_input", _repeating_scale)):
+            for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
                 if name in vars(cls):
                     setattr(cls, name, repeats(vars(cls)[name]))
 
@@ -96,6 +97,11 @@ class TracedScheduler(Forward):
         loop: Any = self._traced_loop
         if loop is False:
             raise Fallback
+        begun = self._begun
+        if loop is None and begun is not None and begun.is_like(self, args, kwargs):
+            loop, of_loop = LoopPosition(begun.rows, Settings.of(self)), begun.repeated.of_loop
+            repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
+            return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:
             repeated = loop.repeated
             if repeated is not None and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):
@@ -141,6 +147,8 @@ class TracedScheduler(Forward):
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
             repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
+        if repeated is not None and loop.at == 0:
+            self._begun = Begun.of(loop.rows, repeated)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(
@@ -376,52 +384,6 @@ class TracedScheduler(Forward):
                     m.shape, generator=generator, device=m.device, dtype=dtype
                 )
         return found
-
-
-# ----------------------------------------------------------------------------------------------------- calls again
-
-
-def _repeating_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step that is its row's launch alone, and like the last one, leaves out all that `step` would do before it."""
-
-    @functools.wraps(step)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        attributes = self.__dict__
-        loop = None if torch.compiler.is_compiling() else attributes.get("_traced_loop")
-        if not loop or loop.repeated is None:
-            return step(self, *args, **kwargs)
-        rows, _, at, _, repeated, _, made = loop
-        of_loop = repeated.of_loop
-        if not of_loop.alone[at] or not repeated.call.is_for(at, attributes, args, kwargs):
-            return step(self, *args, **kwargs)
-        x, is_last = args[2], at + 1 == len(of_loop.alone)
-        stepper, model_input, x0 = rows.stepper, None, empty_like(x) if rows.trace.second else None
-        if self._scales_inputs and made is None and not is_last and stepper.scales:
-            stepper, model_input = stepper.scales.stepper, empty_like(x)
-        prev = stepper.quiet_step(x.device, x.dtype).take(x, args[0], None, at, None, x0_out=x0, model_input=model_input)
-        if model_input is not None:
-            made = Made(prev, written(prev), model_input)
-        self.accelerated.fused_calls += 1
-        position = LoopPosition(rows, loop.settings, at + 1, (), None if is_last else repeated, None, made)
-        return self._taken(position, of_loop, kwargs, prev, x0)
-
-    return call
-
-
-def _repeating_scale(scale: Callable[..., Any]) -> Callable[..., Any]:
-    """scale_model_input of what the last step returned."""
-
-    @functools.wraps(scale)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loop = None if torch.compiler.is_compiling() else self.__dict__.get("_traced_loop")
-        if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
-            is_next = loop.made.is_of(args[0]) and loop.repeated.call.is_at(loop.at, self.__dict__, args[1])
-            if is_next:
-                self.accelerated.fused_calls += 1
-                return self._made(loop)
-        return scale(self, *args, **kwargs)
-
-    return call
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

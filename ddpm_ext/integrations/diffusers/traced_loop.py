@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
+from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
+from ddpm_ext.integrations.diffusers.traced_rows import READ_HERE, LoopDtypes, TracedRows, outside, state_contents
 from ddpm_ext.ops.extension import C
+from ddpm_ext.tables.trace_watch import MISSING
 
+SIMPLE = {int, float, str, bool, type(None)}
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 
 
@@ -55,7 +60,8 @@ class Repeated(NamedTuple):
         of_loop: the dtypes of the loop.
         call: of the compiled module. is_for(row, the scheduler's attributes, args, kwargs) says whether a step with
             these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
-            the row's timestep. Both are False where settings were edited. No tensor is read: it may be on a GPU.
+            the row's timestep, both False where settings were edited; has_kinds(args, kwargs) whether they are like the
+            last ones, whatever the timestep. No tensor is read: it may be on a GPU.
     """
 
     of_loop: LoopDtypes
@@ -78,6 +84,55 @@ class Repeated(NamedTuple):
         if any(isinstance(y, Tensor) for y in options.values()):
             return None
         return cls(of_loop, C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings))
+
+
+class Begun(NamedTuple):
+    """How an object's last loop began. One that begins alike has the same rows. Copies and pickles have none.
+
+    Attributes:
+        rows, repeated: the loop's.
+        names: the attributes of the scheduler on which the rows hang.
+        outside: what else they hang on.
+    """
+
+    rows: TracedRows
+    repeated: Repeated
+    names: frozenset[str]
+    outside: tuple[Any, ...]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    @classmethod
+    def of(cls, rows: TracedRows, repeated: Repeated) -> Begun | None:
+        """None where nobody knows what the rows hang on."""
+        read = rows.trace.read
+        return None if read is None else cls(rows, repeated, read | READ_HERE, outside(type(rows.scheduler)))
+
+    def is_like(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Whether a step with these arguments begins such a loop. No tensor on a GPU is read."""
+        if not self.repeated.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
+            return False
+        if scheduler._index_of(args[1]) != self.rows.first or outside(type(self.rows.scheduler)) != self.outside:  # noqa: SLF001 (of a Scheduler)
+            return False
+        now, began = scheduler.__dict__, self.rows.scheduler.__dict__
+        return all([_is_same(now.get(name, MISSING), began.get(name, MISSING)) for name in self.names])
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    """Whether attributes are equal, as far as that is seen at once."""
+    if x is y:
+        return True
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, Tensor):
+        return x.is_cpu and tensor_contents(x) == tensor_contents(y)
+    if isinstance(x, OrderedDict):  # a config
+        with contextlib.suppress(ValueError):  # of arrays
+            return x == y and x.__dict__ == y.__dict__
+    if type(x) is list:
+        return {*map(type, x)} <= SIMPLE and x == y
+    return type(x) in SIMPLE and bool(x == y)
 
 
 def is_unchanged(x: object, result: Tensor, version: int) -> bool:

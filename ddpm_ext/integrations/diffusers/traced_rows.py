@@ -145,7 +145,7 @@ class RowsCache:
 
         state: the attributes of an object of diffusers' class.
         """
-        of_class = cls, getattr(cls, step_name(cls)), torch.get_default_dtype(), key
+        of_class = cls, outside(cls), key
         reads = self._reads.get_or_make(of_class, dict)
         contents = functools.cache(lambda name: _contents_of(state.get(name, MISSING)))  # read once from a GPU
         for names in list(reads):
@@ -159,6 +159,11 @@ class RowsCache:
         names = tuple(sorted(read))
         reads[names] = None
         return self._rows.get_or_make((of_class, names, tuple(map(contents, names))), lambda: made)
+
+
+def outside(cls: type) -> tuple[Any, ...]:
+    """What the rows of an object of diffusers' class hang on beside its attributes."""
+    return getattr(cls, step_name(cls)), torch.get_default_dtype()
 
 
 def _contents_of(value: object) -> object:
@@ -183,7 +188,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     else:
         times = own[first : first + 1 if key.alone else None]
     if isinstance(key.kind, torch.dtype):
-        timesteps = list((times[:, None] if key.has_dim else times).to(key.kind))
+        timesteps = list((times[:, None] if key.has_dim else times).to(key.kind).unbind())
     else:
         timesteps = [key.kind(t) for t in times.tolist()]
     is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
@@ -192,7 +197,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims) if known is None else known[0]
         timesteps = timesteps[: len(trace.steps)]
         draws = np.zeros(len(timesteps), np.int64)
-        if any(used is not None for used in trace.noise):
+        if trace.noise.count(None) < len(timesteps):
             # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
             every = numbers("timestep", trace.columns["timestep"] if first is None else own)
             draws = default_draws(every)[first or 0 :][: len(timesteps)]
@@ -202,7 +207,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    if np.isnan(trace.own).any():
+    if known is None and np.isnan(trace.own).any():
         raise Fallback("what its step makes of a sample that somebody has edited is no row")
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
@@ -210,7 +215,9 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     held = [step.holds_output for step in trace.steps]
     needs = None if known is None else known[1].needs
     stepper = RowStepper(table, trace.clip, threshold, held, packed=packed, needs=needs)
-    stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
+    stateless = known is not None or not (
+        any(kind.keeps for kind in stepper.needs) or any(step.stores for step in trace.steps)
+    )
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     dtypes = {} if known is None else known[1].dtypes
