@@ -60,8 +60,8 @@ def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config):
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "LCM", "DPMSolverMultistep"])
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise):
-    """While they are of the same kinds: a step costs little more than its launch. Another generator is another kind. The
-    first one's are not looked at in a loop that begins like the one before."""
+    """While they are of the same kinds: a step costs little more than its launch. Another generator is another kind. A
+    second loop that begins like the first one needs no look there."""
     looks = []
     own = TracedScheduler._traced_step
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_ext.integrations.diffusers.next_input import SIMPLE
 from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
 from ddpm_ext.integrations.diffusers.traced_rows import READ_HERE, LoopDtypes, TracedRows, outside, state_contents
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_watch import MISSING
 
-SIMPLE = {int, float, str, bool, type(None)}
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 
 
@@ -131,7 +131,7 @@ def _is_same(x: Any, y: Any) -> bool:
         with contextlib.suppress(ValueError):  # of arrays
             return x == y and x.__dict__ == y.__dict__
     if type(x) is list:
-        return {*map(type, x)} <= SIMPLE and x == y
+        return {*map(type, x), *map(type, y)} <= SIMPLE and bool(x == y)
     return type(x) in SIMPLE and bool(x == y)
 
 
