@@ -45,5 +45,5 @@ def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
     keeps_output = ~k1 & (np.where(x0_is_output, k0_value + k2_value, k2_value) == 1) & (x0_is_output | ~k0)
     columns = (calls_model, calls_model & guided, needs_output, s, h1, h2, h3, k0 | k1 | k2, keeps_output)
     rows = list(zip(*np.array(columns).tolist(), strict=True))
-    known = {row: RowNeeds(*row[:4], row[4:7], row[7], row[8]) for row in set(rows)}  # in a long loop, few differ
+    known = {row: RowNeeds._make((*row[:4], row[4:7], *row[7:])) for row in set(rows)}  # in a long loop, few differ
     return [known[row] for row in rows]
