@@ -1,8 +1,9 @@
 """The rows of three schedulers of diffusers from their own levels, in closed form and without a trace.
 
 So their first loop costs hardly more than any other: a trace takes longer than a loop of their own steps. As there, the
-scheduler's own steps on random numbers prove the rows, here the first and the last one. What an expression does not
-cover is traced, and so is a class whose methods are not diffusers' own.
+scheduler's own steps on random numbers prove the rows: here the first and the last one, of the first loop of each kind,
+which are those of a class, its settings and a number of steps. What an expression does not cover is traced, and so is a
+class whose methods are not diffusers' own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Factors(NamedTuple):
     scales: Array | None = None
 
 
-# Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64.
+# Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So
+# the rows have the bits of traced ones.
 
 
 def _levels(x: Tensor) -> Array:
@@ -201,8 +203,9 @@ def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tu
     times = scheduler.timesteps.numpy()[first:]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
     given: list[list[int]] = [[]] * n
-    trace = TraceResult(columns, None, 0.0, found.steps, noise, given, clean is not None, [0.0] * n, factors.scales)
-    return trace._replace(read=form.reads), found
+    second, own = clean is not None, [0.0] * n
+    trace = TraceResult(columns, None, ROUNDED, found.steps, noise, given, second, own, factors.scales, read=form.reads)
+    return trace, found
 
 
 def _check(scheduler: Any, first: int, n: int, factors: Factors) -> None:

@@ -147,7 +147,7 @@ class TracedScheduler(Forward):
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
             repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
-        if repeated is not None and loop.at == 0:
+        if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
             self._begun = Begun.of(loop.rows, repeated)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
