@@ -13,6 +13,7 @@
 #include "ops/eager.h"
 #include "ops/fastcall.h"
 #include "ops/library.h"
+#include "ops/repeated_call.h"
 #include "ops/result_memory.h"
 #include "ops/table_step.h"
 
@@ -86,6 +87,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   using namespace ddpm_ext::fastcall;
   namespace eager = ddpm_ext::eager;
+  ddpm_ext::define_repeated_call(m);
   ddpm_ext::define_table_step(m);
   Function<&eager::reverse_step>::define(m, "reverse_step");
   Function<&step_with_options>::define(m, "step_with_options");
@@ -103,7 +105,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("row_names",
         [] { return std::vector<std::string>(std::begin(ddpm_ext::kRowNames), std::end(ddpm_ext::kRowNames)); });
   m.def("build_info", &build_info);
-  m.def("empty_result_like", &empty_result_like);
+  Function<&empty_result_like>::define(m, "empty_result_like");
   m.def("result_memory", &result_memory);
   m.def("release_result_memory", [] { ddpm_ext::BlockPool::instance().release(); }, Unlocked());
   m.def("limit_result_memory", [](size_t bytes) { ddpm_ext::BlockPool::instance().set_limit(bytes); }, Unlocked());

@@ -21,7 +21,7 @@ from ddpm_ext.ops.row import ROW
 from ddpm_ext.ops.table_step import CalledTableStep
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import KernelTables
-from ddpm_ext.tables.row_needs import row_needs
+from ddpm_ext.tables.row_needs import RowNeeds, row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
@@ -36,6 +36,7 @@ class RowStepper:
         threshold: what they are divided by before.
         held: for each row, whether somebody holds the model's output anyway, so that a row that keeps it need not write
             it; None: all.
+        packed, needs: of the table, where they are there already.
 
     Attributes:
         table, clip, threshold: the arguments.
@@ -55,15 +56,19 @@ class RowStepper:
         clip: Clip | None = None,
         threshold: DynamicThreshold | None = None,
         held: Sequence[bool] | None = None,
+        *,
+        packed: Tensor | None = None,
+        needs: list[RowNeeds] | None = None,
     ) -> None:
         self.table, self.clip, self.threshold = table, clip, threshold
-        self.needs = row_needs(table)
+        self.needs = row_needs(table) if needs is None else needs
         cpu = torch.device("cpu")
         with torch.inference_mode(False):
-            self._packed = {(cpu, torch.float32): table.packed(cpu)}
+            self._packed = {(cpu, torch.float32): table.packed(cpu) if packed is None else packed}
         self._quiet_steps: dict[tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
-        self._reads = [[k for k, is_read in enumerate(needs.history) if is_read] for needs in self.needs]
+        reads = {history: [k for k in range(3) if history[k]] for history in {needs.history for needs in self.needs}}
+        self._reads = [reads[needs.history] for needs in self.needs]
         self._keeps_output = [
             needs.keeps_output and clip is None and (held is None or held[i]) for i, needs in enumerate(self.needs)
         ]
@@ -122,19 +127,20 @@ class RowStepper:
                 inputs["history_out"] = kept
         if x0 is not None:
             inputs["x0_out"] = x0
-        step = self._quiet_steps.get((x.device, x.dtype)) if rng is None else None
-        if step is None:
-            step = self._step(x.device, x.dtype, rng)
-        if not x.is_cpu:
-            in_use(self, self._packed, x.device)
+        step = self.step_for(x.device, x.dtype, rng)
         return step.take(x, m, None, i, out, **self._bound, **inputs), kept
 
-    def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
-        operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
-        rows = self._rows(device, checks.compute_dtype(dtype))
-        step = operators.TableStep(rows, clip=self.clip, rng=rng, add_noise=rng is not None)
-        if rng is None:
-            self._quiet_steps[device, dtype] = step
+    def step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None = None) -> CalledTableStep:
+        """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""
+        step = self._quiet_steps.get((device, dtype)) if rng is None else None
+        if step is None:
+            operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
+            rows = self._rows(device, checks.compute_dtype(dtype))
+            step = operators.TableStep(rows, clip=self.clip, rng=rng, add_noise=rng is not None)
+            if rng is None:
+                self._quiet_steps[device, dtype] = step
+        if device.type != "cpu":
+            in_use(self, self._packed, device)
         return step
 
     def _rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:

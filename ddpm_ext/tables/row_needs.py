@@ -35,16 +35,15 @@ class RowNeeds(NamedTuple):
 def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
     """What each row needs. scales: (rows,), those of classifier-free guidance; None: ones."""
     names = ("a", "b", "c2", "cu", "s", "h1", "h2", "h3", "k0", "k1", "k2")
-    a, b, c2, cu, s, h1, h2, h3, k0, k1, k2 = (getattr(table, name).cpu().numpy() for name in names)
-    needs_output = (c2 != 0) | (cu != 0) | (k2 != 0)
-    calls_model = (b != 0) | needs_output
-    guided = cu != 0 if scales is None else (scales.cpu().numpy() != 1) | (cu != 0)
-    x0_is_output = (a == 0) & (b == 1)
-    keeps_output = (k1 == 0) & (np.where(x0_is_output, k0 + k2, k2) == 1) & (x0_is_output | (k0 == 0))
-    history = np.stack([h1, h2, h3], 1) != 0
-    keeps = (k0 != 0) | (k1 != 0) | (k2 != 0)
-    columns = (calls_model, calls_model & guided, needs_output, s != 0, history, keeps, keeps_output)
-    return [
-        RowNeeds(calls, guide, output, noisy, tuple(read), keep, is_output)
-        for calls, guide, output, noisy, read, keep, is_output in zip(*(c.tolist() for c in columns), strict=True)
-    ]
+    values = np.array([getattr(table, name).numpy(force=True) for name in names])
+    a, b, c2, cu, s, h1, h2, h3, k0, k1, k2 = values != 0
+    b_value, k0_value, k2_value = values[[1, 8, 10]]
+    needs_output = c2 | cu | k2
+    calls_model = b | needs_output
+    guided = cu if scales is None else (scales.cpu().numpy() != 1) | cu
+    x0_is_output = ~a & (b_value == 1)
+    keeps_output = ~k1 & (np.where(x0_is_output, k0_value + k2_value, k2_value) == 1) & (x0_is_output | ~k0)
+    columns = (calls_model, calls_model & guided, needs_output, s, h1, h2, h3, k0 | k1 | k2, keeps_output)
+    rows = list(zip(*np.array(columns).tolist(), strict=True))
+    known = {row: RowNeeds._make((*row[:4], row[4:7], *row[7:])) for row in set(rows)}  # in a long loop, few differ
+    return [known[row] for row in rows]

@@ -258,22 +258,10 @@ class StepTable:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
-        ones = torch.from_numpy(np.ones(len(self)))
-        w = ones if guidance is None else torch.from_numpy(numbers("guidance", guidance, len(self)))
-        loops = {"w": w, "c_in": ones}  # which are no columns
-        columns = [loops[name] if name in loops else getattr(self, name) for name in ROW]
-        if self.timestep.device.type != "cpu":
-            columns = [column.cpu() for column in columns]
-        table = torch.zeros(len(self), WIDTH, dtype=dtype, device="cpu")
-        floats = [column if column.is_floating_point() else column.double() for column in columns]
-        table[:, : len(ROW)] = torch.stack(floats, 1)
-        if dtype == torch.float32 and table.isinf().any():
-            for name, column in zip(ROW, columns, strict=True):
-                check_float32(name, column)
-        # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
-        integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
-        integers[:, ROW.index("draw")] = columns[ROW.index("draw")]
-        return table.to(there)
+        columns = {name: getattr(self, name).numpy(force=True) for name in COLUMNS}
+        if guidance is not None:
+            columns["w"] = numbers("guidance", guidance, len(self))
+        return packed_rows(columns, dtype).to(there)
 
     def _any(self, *names: str) -> bool:
         """Whether any number of these columns is not 0."""
@@ -415,6 +403,8 @@ PLAIN = tuple(each.name for each in fields(StepTable) if not each.kw_only)  # in
 ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
+PLACES = {name: at for at, name in enumerate(ROW)}  # in a packed row
+ONES = ("w", "c_in")  # which are no columns
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
 
 
@@ -423,11 +413,29 @@ def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
     others; those that are missing are zeros. timestep and draw are integers or floats as StepTable has them."""
     table = object.__new__(StepTable)
     object.__setattr__(table, "notes", {})
-    zeros = np.zeros(len(columns["timestep"]))
     with torch.inference_mode(False):
+        zeros = torch.from_numpy(np.zeros(len(columns["timestep"])))
         for name in COLUMNS:
-            object.__setattr__(table, name, torch.from_numpy(columns.get(name, zeros)))
+            object.__setattr__(table, name, torch.from_numpy(columns[name]) if name in columns else zeros)
     return table
+
+
+def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32) -> Tensor:
+    """What StepTable.packed makes of such columns, on the CPU. Those that are missing are zeros, w and c_in ones."""
+    draw = columns["draw"]
+    table = np.zeros((len(draw), WIDTH), np.float32 if dtype == torch.float32 else np.float64)
+    placed = {name: at for name, at in PLACES.items() if name in columns}
+    with np.errstate(over="ignore"):
+        for name in ONES:
+            table[:, PLACES[name]] = 1
+        for name, at in placed.items():
+            table[:, at] = columns[name]
+    if dtype == torch.float32 and np.isinf(table).any():
+        for name in placed:
+            check_float32(name, columns[name])
+    # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
+    table.view(np.int32 if dtype == torch.float32 else np.int64)[:, PLACES["draw"]] = draw
+    return torch.from_numpy(table)
 
 
 class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
@@ -100,9 +99,10 @@ def default_draws(timestep: Array) -> Array:
     return np.array(draws, dtype=np.int64)
 
 
-def check_float32(name: str, values: Tensor) -> None:
+def check_float32(name: str, values: Array) -> None:
     """Raises ValueError if a number is beyond float32."""
-    beyond = values.to(torch.float32).isinf()
-    if beyond.any():
-        i = int(beyond.nonzero()[0])
+    with np.errstate(over="ignore"):
+        beyond = np.flatnonzero(np.isinf(values.astype(np.float32)))
+    if beyond.size:
+        i = beyond[0]
         raise ValueError(f"{name}[{i}] is {values[i]:.6g}, expected numbers within float32 (backend='reference')")

@@ -149,7 +149,7 @@ class Linear:
     def _rows_without_history(self) -> Columns:
         steps = np.arange(self.n)
         z = np.array([-1 if column is None else column for column in map(self.column, range(self.n))])
-        rows = self.columns(self.prev[steps, steps], self.prev[steps, self.n + steps])
+        rows = self._columns(self.prev[steps, steps], self.prev[steps, self.n + steps])
         rows["s"] = np.where(z < 0, 0.0, self.prev[steps, z])
         self._put_given(rows)
         return rows
@@ -252,7 +252,7 @@ class Linear:
                 tensors[i] = keeps[i][0] * samples[i]
                 tensors[i][n + i] += keeps[i][1]
                 ring = [i, *ring][:HISTORY]
-        rows = self.columns(*(np.array([factors[k] for factors in found]) for k in (0, 1)))
+        rows = self._columns(*(np.array([factors[k] for factors in found]) for k in (0, 1)))
         rows["s"] = np.array([factors[2] for factors in found])
         reads = [list(factors[3]) for factors in found]
         for i, (_, _, _, history) in enumerate(found):
@@ -306,13 +306,17 @@ class Linear:
             f"{residual:.1e} of it is left"
         )
 
-    def columns(self, x: Array, m: Array) -> Columns:
-        """Rows of the factors of sample and output; that of the output goes by way of the clean sample, if it can."""
-        rows = {name: np.zeros(self.n) for name in NAMES}
-        a, b = self.clean.T
-        c0 = np.divide(m, b, out=np.zeros(self.n), where=b != 0)
-        c1 = x - c0 * a
-        by_clean = (b != 0) & ((np.abs(c1) <= 1e3 * np.abs(x)) | (x == 0))
-        rows |= {"a": a.copy(), "b": b.copy(), "c0": np.where(by_clean, c0, 0.0), "c2": np.where(by_clean, 0.0, m)}
-        rows["c1"] = np.where(by_clean, np.where(np.abs(c1) <= NEGLIGIBLE * np.abs(x), 0.0, c1), x)
-        return rows
+    def _columns(self, x: Array, m: Array) -> Columns:
+        """All NAMES, those that `columns_of` does not know as zeros."""
+        return {name: np.zeros(self.n) for name in NAMES} | columns_of(x, m, self.clean)
+
+
+def columns_of(x: Array, m: Array, clean: Array) -> Columns:
+    """The columns a, b, c0, c1 and c2 of rows with these factors of sample and output, (steps,) each. That of the
+    output goes by way of the clean sample, if it can. clean: (steps, 2), a and b."""
+    a, b = clean.T.copy()
+    c0 = np.divide(m, b, out=np.zeros(len(x)), where=b != 0)
+    c1 = x - c0 * a
+    by_clean = (b != 0) & ((np.abs(c1) <= 1e3 * np.abs(x)) | (x == 0))
+    c1 = np.where(by_clean, np.where(np.abs(c1) <= NEGLIGIBLE * np.abs(x), 0.0, c1), x)
+    return {"a": a, "b": b, "c0": np.where(by_clean, c0, 0.0), "c1": c1, "c2": np.where(by_clean, 0.0, m)}

@@ -263,7 +263,7 @@ def observe(
             returned = step(**arguments)
             if watch is not None:  # what a step only reads is there from the beginning
                 before = watch.loaded | before
-            result, prev, second = _parts(returned)
+            result, prev, second = parts_of(returned)
             if i and tuples:
                 first = made[0].step.result
                 if (first.name is None) != (result.name is None):
@@ -271,7 +271,7 @@ def observe(
                 result = first
             elif tuples and "return_dict" in parameters:
                 arguments.setdefault("return_dict", False)
-            taken = _step_of(own, result, m, before, observed.draws[drawn:], len(given), scaling)
+            taken = step_of(own, result, m, before, observed.draws[drawn:], len(given), scaling)
             made.append(Taken(taken, prev, second, scaled))
     return made
 
@@ -292,7 +292,7 @@ def changed(own: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
 
 
-def _step_of(
+def step_of(
     own: Any,
     result: Result,
     m: Tensor,
@@ -318,7 +318,7 @@ def _step_of(
     return Step(result, draws, state, tensors, stores, holds_output, given, scaling)
 
 
-def _parts(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
+def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")

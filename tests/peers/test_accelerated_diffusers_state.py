@@ -93,6 +93,17 @@ def test_settings_that_change(name, t, change):
     assert not torch.allclose(found[1], before, atol=1e-3)
 
 
+@torch.inference_mode()
+def test_timesteps_that_are_edited_in_inference_mode():
+    """Where nobody counts what is written to a tensor."""
+    plain, ours = make("DDIM"), accelerate(make("DDIM"))
+    for scheduler in (plain, ours):
+        scheduler.set_timesteps(10)
+        scheduler.step(M, scheduler.timesteps[2], X)
+        of_timesteps(scheduler)
+    close(*(scheduler.step(M, scheduler.timesteps[3], X)[0] for scheduler in (ours, plain)))
+
+
 def test_new_timesteps_of_the_same_numbers():
     """Their rows are found again by their contents."""
     ours = accelerate(prepared("DDPM"))

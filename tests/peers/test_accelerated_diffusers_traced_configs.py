@@ -1,6 +1,7 @@
 """Loops of traced schedulers of any configuration, against diffusers in float64."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from support.diffusers_classes import TRACED, check, classes, loop, make
 from support.launches import launches
 
 from ddpm_ext import accelerate
+from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
+from ddpm_ext.tables.trace import follow
 
 # What a class's constructor may be given, where it has the parameter. What diffusers refuses is not tried.
 CHOICES = {
@@ -103,6 +106,48 @@ def test_any_configuration(name):
                     assert off(x, z) <= max(FACTOR * off(y, z), 1e-5 * z.abs().max().item())
 
     a_loop_is_the_same()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_rows_in_closed_form_are_the_traced_ones(name):
+    """In every bit, from any step of a loop on. What is not covered is traced."""
+    covered = []
+
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @given(configs(name), st.integers(1, 9), st.integers(0, 3))
+    def the_same(config, steps, begun):
+        try:
+            scheduler = make(name, **config)
+            scheduler.set_timesteps(steps)
+        except Exception:
+            assume(False)
+        scheduler.set_begin_index(min(begun, steps - 1))
+        times = list(scheduler.timesteps[scheduler.begin_index :])
+        found = closed(scheduler, scheduler.begin_index, times, 4)
+        covered.append(found is not None)
+        if found is not None:
+            ours, theirs = found[0], follow(scheduler, times)
+            assert all((column == ours.columns.get(key, 0)).all() for key, column in theirs.columns.items())
+            assert str([ours.clip, *ours[4:9]]) == str([theirs.clip, *theirs[4:9]])
+
+    the_same()
+    assert sum(covered) > len(covered) // 5
+
+
+@pytest.mark.parametrize("name, is_patched", [*itertools.product(FORMS, [False, True]), ("DDIMScheduler", False)])
+def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patched):
+    """Of a subclass, or put in the class, even if its first and last one are."""
+    own = classes()[name].step
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        prev, *others = own(self, model_output, timestep, sample, generator=generator, return_dict=False)
+        return (1.5 * prev if timestep == self.timesteps[3] else prev, *others)
+
+    cls = classes()[name] if is_patched else type(name, (classes()[name],), {})
+    monkeypatch.setattr(cls, "step", step)
+    ours = accelerate(cls())
+    check(loop(ours, 6, return_dict=False), loop(cls(), 6, return_dict=False), 1e-5)
+    assert ours.accelerated.fallbacks == {}
 
 
 @pytest.mark.parametrize(

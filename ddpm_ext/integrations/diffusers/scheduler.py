@@ -19,6 +19,7 @@ from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, resu
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated, peer_method
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient, written
+from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
@@ -56,23 +57,12 @@ def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
 class HostTimesteps(NamedTuple):
     """A scheduler's timesteps on the host. Copies and pickles have none.
 
-    Attributes:
-        own, version: the tensor that was read, and how often it was written to by then.
-        address, stride: where the first one lies in memory, and how many bytes lie between two.
-        values: as numbers; none where the tensor is no vector.
+    own, version: the tensor that was read, and how often it was written to by then. values: what it held.
     """
 
     own: Tensor
     version: int
-    address: int
-    stride: int
     values: list[int]
-
-    @classmethod
-    def of(cls, own: Tensor) -> HostTimesteps:
-        is_vector = own.dim() == 1
-        stride = (own.stride(0) if is_vector else 0) * own.element_size()
-        return cls(own, written(own), own.data_ptr(), stride or 1, own.tolist() if is_vector else [])
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -147,7 +137,7 @@ class Scheduler(Accelerated):
         if cache is None:
             cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
         by_identity, by_contents = cache
-        versions = tuple([(id(x), written(x)) if isinstance(x, Tensor) else x for x in key])
+        versions = tuple([_identity(x) if isinstance(x, Tensor) else x for x in key])
         found = by_identity.get(versions)
         if found is None:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
@@ -176,27 +166,20 @@ class Scheduler(Accelerated):
             return int(timestep) if isinstance(timestep, numbers.Integral) else None
         if timestep.numel() != 1 or timestep.is_floating_point():
             return None
-        own: Any = self.timesteps
-        if not isinstance(own, Tensor):
+        index, own = self._index_of(timestep), self.timesteps
+        if index is None or (own.is_inference() and own.is_cpu):  # see _identity
             return int(timestep.item())
         known = self.__dict__.get("_host_timesteps")
         if known is None or known.own is not own or known.version != written(own):
-            known = self.__dict__["_host_timesteps"] = HostTimesteps.of(own)
-        offset = timestep.data_ptr() - known.address
-        at = offset // known.stride
-        if 0 <= at < len(known.values) and offset % known.stride == 0 and timestep.dtype is own.dtype:
-            return known.values[at] if timestep.is_cpu is own.is_cpu else int(timestep.item())
-        return int(timestep.item())
+            known = self.__dict__["_host_timesteps"] = HostTimesteps(own, written(own), own.tolist())
+        found: int = known.values[index]
+        return found
 
     def _index_of(self, timestep: Tensor) -> int | None:
-        """The index of the element of self.timesteps that `timestep` is a view of, or None."""
-        own = self.timesteps
-        if timestep.dtype != own.dtype or own.dim() != 1:
-            return None
-        if timestep.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
-            return None
-        index, rest = divmod(int(timestep.storage_offset() - own.storage_offset()), own.stride(0) or 1)
-        return index if rest == 0 and 0 <= index < len(own) else None
+        """The index of the element of self.timesteps that `timestep` is a view of, or None. Neither is read."""
+        own: Any = self.timesteps
+        index: int | None = C.index_of(own, timestep) if isinstance(own, Tensor) else None
+        return index
 
     # --------------------------------------------------------------------------------------------------------- noise
 
@@ -319,6 +302,12 @@ def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
 def are_tensors(*values: object) -> bool:
     """Whether all values are tensors. diffusers rejects what isn't, or takes it in its own way."""
     return all(isinstance(x, Tensor) for x in values)
+
+
+def _identity(x: Tensor) -> tuple[object, ...]:
+    """A key of the tensor as it is. Inference tensors do not tell whether they were written to: those on a GPU are
+    taken for what they were."""
+    return tensor_contents(x) if x.is_inference() and x.is_cpu else (id(x), written(x))
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

@@ -1,8 +1,8 @@
 """Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
 
 Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes about as long as two of diffusers' own
-loops, and a few milliseconds at least, once for each setting.
-What is no row runs diffusers' own code.
+loops, once for each setting. Three classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
+own code.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ddpm_ext.integrations.diffusers.custom_timesteps import with_timesteps
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, RepeatedCall, Settings
+from ddpm_ext.integrations.diffusers.traced_loop import Begun, LoopPosition, Made, OwnResult, Repeated, Settings
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.shared import peer_class, peer_method
@@ -33,7 +34,7 @@ __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_scales_inputs")
+OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_begun", "_scales_inputs")
 EMPTY = inspect.Parameter.empty
 
 _rows = RowsCache(CACHED)
@@ -50,6 +51,7 @@ class TracedScheduler(Forward):
     _are_first: bool  # whether they come first, in this order
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
     _traced_loop: LoopPosition | bool | None = None
+    _begun: Begun | None = None
     _scales_inputs = False  # whether scale_model_input was called and returned another tensor
 
     def __init_subclass__(cls) -> None:
@@ -65,6 +67,9 @@ class TracedScheduler(Forward):
             cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
             cls._parameters = {each.name: EMPTY if each.name in always else each.default for each in parameters}
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
+            for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
+                if name in vars(cls):
+                    setattr(cls, name, repeats(vars(cls)[name]))
 
     @classmethod
     def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
@@ -88,13 +93,18 @@ class TracedScheduler(Forward):
     # ------------------------------------------------------------------------------------------------------ steps
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """A step of the same kinds as the last one takes its row at once."""
+        """A step of the same kinds as the last one takes its row without another look at its arguments."""
         loop: Any = self._traced_loop
         if loop is False:
             raise Fallback
+        begun = self._begun
+        if loop is None and begun is not None and begun.is_like(self, args, kwargs):
+            loop, of_loop = LoopPosition(begun.rows, Settings.of(self)), begun.repeated.of_loop
+            repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
+            return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:
             repeated = loop.repeated
-            if repeated is not None and len(args) == 3 and repeated.is_for(loop, args, kwargs, self):
+            if repeated is not None and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):
                 return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
@@ -136,7 +146,9 @@ class TracedScheduler(Forward):
         of_loop, repeated = loop.rows.dtypes_of(m.dtype, x.dtype), None
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
-            repeated = RepeatedCall.of(loop, of_loop, args, kwargs, self.timesteps)
+            repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
+        if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
+            self._begun = Begun.of(loop.rows, repeated)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(
@@ -147,7 +159,7 @@ class TracedScheduler(Forward):
         x: Tensor,
         tensors: Sequence[Tensor],
         others: Mapping[str, Any],
-        repeated: RepeatedCall | None,
+        repeated: Repeated | None,
     ) -> Any:
         """The loop's next step.
 
@@ -187,17 +199,25 @@ class TracedScheduler(Forward):
         prev, kept = stepper.take(i, x, m, history, x0=x0, model_input=model_input, **inputs)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
-        self.__dict__.update(step.state)
         if step.tensors:
             self._hold(rows, step, None if is_last else x)
         if kept is not None:
             ring = (kept, *ring[:2])
         last = None if own is None else OwnResult(prev, written(prev), own)
         made = loop.made if model_input is None or own is not None else Made(prev, written(prev), model_input)
-        self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, last, made)
         if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
-        result = step.result
+        position = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, last, made)
+        return self._taken(position, of_loop, others, prev, x0)
+
+    def _taken(
+        self, loop: LoopPosition, of_loop: LoopDtypes, others: Mapping[str, Any], prev: Tensor, x0: Tensor | None
+    ) -> Any:
+        """What a step returns that has come to this place of the loop."""
+        step = loop.rows.trace.steps[loop.at - 1]
+        attributes, result = self.__dict__, step.result
+        attributes.update(step.state)
+        attributes["_traced_loop"] = loop
         if not others.get("return_dict", True) or result.cls is tuple:
             return (prev,) if of_loop.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}
@@ -213,21 +233,29 @@ class TracedScheduler(Forward):
             if not self._scales_inputs:
                 self._scales_inputs = bool(args) and found is not args[0]
             return found
+        if loop.made is not None and loop.made.is_of(args[0]):
+            return self._made(loop)
         self.__dict__.update(scales.changes[loop.at])
-        if loop.made is None or not loop.made.is_of(args[0]):
-            return args[0] * scales.factors[loop.at]
-        self._traced_loop = LoopPosition(*loop[:-1])  # once: who has it may write to it
-        return loop.made.model_input
+        return args[0] * scales.factors[loop.at]
+
+    def _made(self, loop: LoopPosition) -> Tensor:
+        """The model's next input, which the last step has written."""
+        attributes, made = self.__dict__, loop.made
+        assert made is not None
+        attributes.update(loop.rows.stepper.scales.changes[loop.at])
+        attributes["_traced_loop"] = LoopPosition(*loop[:-1])  # once: who has it may write to it
+        return made.model_input
 
     def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
         """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
-        rows, is_tensor, repeated = loop.rows, isinstance(timestep, Tensor), loop.repeated
-        if not (repeated is not None and type(timestep) is Tensor and repeated.is_at(loop.at, timestep)):
-            index = self._index_of(timestep) if is_tensor else None
-            if index is None and is_tensor and not (timestep.is_cpu and timestep.numel() == 1):
-                return False
-            if not bool(rows.timesteps[loop.at] == timestep if index is None else rows.first + loop.at == index):
-                return False
+        if loop.repeated is not None and loop.repeated.call.is_at(loop.at, self.__dict__, timestep):
+            return True
+        rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
+        index = self._index_of(timestep) if is_tensor else None
+        if index is None and is_tensor and not (timestep.is_cpu and timestep.numel() == 1):
+            return False
+        if not bool(rows.timesteps[loop.at] == timestep if index is None else rows.first + loop.at == index):
+            return False
         return loop.settings.are_those_of(self) or loop.settings.renewed(self, vars(rows.scheduler)) is not None
 
     # -------------------------------------------------------------------------------------------------- arguments

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
+from ddpm_ext.integrations.diffusers.next_input import SIMPLE
+from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
+from ddpm_ext.integrations.diffusers.traced_rows import READ_HERE, LoopDtypes, TracedRows, outside, state_contents
+from ddpm_ext.ops.extension import C
+from ddpm_ext.tables.trace_watch import MISSING
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
-FUNCTORCH = torch._C._functorch
 
 
 class Settings(NamedTuple):
@@ -35,11 +40,7 @@ class Settings(NamedTuple):
 
     def are_those_of(self, scheduler: Any) -> bool:
         """Whether all are the same objects with the same contents. No tensor is read."""
-        config, state = scheduler.config, scheduler.__dict__
-        for name, value, count in self.watched:
-            if state.get(name) is not value or (count is not None and value._version != count):
-                return False
-        return self.attributes == config.__dict__ and bool(config == self.items)
+        return bool(C.unchanged(scheduler.__dict__, *self))
 
     def renewed(self, scheduler: Any, began: Mapping[str, Any]) -> Settings | None:
         """The settings of now, where copies of tensors and moved ones are no edits; None where something was edited.
@@ -51,23 +52,20 @@ class Settings(NamedTuple):
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
-class RepeatedCall(NamedTuple):
-    """The arguments of a loop's last step. A step with arguments of the same kinds needs no other look at them.
-
-    Copies and pickles have none.
+class Repeated(NamedTuple):
+    """A loop's last step. One with arguments of the same kinds needs no other look at them. Copies and pickles have
+    none.
 
     Attributes:
         of_loop: the dtypes of the loop.
-        tensors: dtypes, shapes and devices of output and sample, and the timestep's dtype.
-        address, stride: where the timestep of the loop's first row lies in memory, and how many bytes lie between two.
-        options: the other arguments, none of them a tensor.
+        call: of the compiled module. is_for(row, the scheduler's attributes, args, kwargs) says whether a step with
+            these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
+            the row's timestep, both False where settings were edited; has_kinds(args, kwargs) whether they are like the
+            last ones, whatever the timestep. No tensor is read: it may be on a GPU.
     """
 
     of_loop: LoopDtypes
-    tensors: tuple[Any, ...]
-    address: int
-    stride: int
-    options: Mapping[str, Any]
+    call: Any
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -75,7 +73,7 @@ class RepeatedCall(NamedTuple):
     @classmethod
     def of(
         cls, loop: LoopPosition, of_loop: LoopDtypes, args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor
-    ) -> RepeatedCall | None:
+    ) -> Repeated | None:
         """For the steps after the loop's next one, which has these arguments; None where they may need another look.
 
         timesteps: the scheduler's, of which the given one is an element.
@@ -85,33 +83,56 @@ class RepeatedCall(NamedTuple):
             return None
         if any(isinstance(y, Tensor) for y in options.values()):
             return None
-        stride = timesteps.stride(0) * timestep.element_size()
-        address = timestep.data_ptr() - loop.at * stride
-        tensors = m.dtype, x.shape, x.device, x.dtype, x.shape, x.device, timestep.dtype
-        return cls(of_loop, tensors, address, stride, dict(options))
+        return cls(of_loop, C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings))
 
-    def is_for(self, loop: LoopPosition, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
-        """Whether a step with these arguments is the loop's next one, and of the same kinds as the last one."""
-        m, timestep, x = args
-        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
-            return False
-        if (m.dtype, m.shape, m.device, x.dtype, x.shape, x.device) != self.tensors[:-1]:
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or m.requires_grad):
-            return False
-        if FUNCTORCH.peek_interpreter_stack() is not None or FUNCTORCH.is_legacy_batchedtensor(m):
-            return False
-        if len(options) != len(self.options):
-            return False
-        for name, value in options.items():
-            if self.options.get(name, self) is not value:
-                return False
-        return self.is_at(loop.at, timestep) and loop.settings.are_those_of(scheduler)
 
-    def is_at(self, at: int, timestep: Tensor) -> bool:
-        """Whether a timestep is that of row `at`. An element of the scheduler's own is known by where it lies. It is
-        not read: it may be on a GPU."""
-        return timestep.dtype is self.tensors[-1] and timestep.data_ptr() == self.address + at * self.stride
+class Begun(NamedTuple):
+    """How an object's last loop began. One that begins alike has the same rows. Copies and pickles have none.
+
+    Attributes:
+        rows, repeated: the loop's.
+        names: the attributes of the scheduler on which the rows hang.
+        outside: what else they hang on.
+    """
+
+    rows: TracedRows
+    repeated: Repeated
+    names: frozenset[str]
+    outside: tuple[Any, ...]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    @classmethod
+    def of(cls, rows: TracedRows, repeated: Repeated) -> Begun | None:
+        """None where nobody knows what the rows hang on."""
+        read = rows.trace.read
+        return None if read is None else cls(rows, repeated, read | READ_HERE, outside(type(rows.scheduler)))
+
+    def is_like(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Whether a step with these arguments begins such a loop. No tensor on a GPU is read."""
+        if not self.repeated.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
+            return False
+        if scheduler._index_of(args[1]) != self.rows.first or outside(type(self.rows.scheduler)) != self.outside:  # noqa: SLF001 (of a Scheduler)
+            return False
+        now, began = scheduler.__dict__, self.rows.scheduler.__dict__
+        return all([_is_same(now.get(name, MISSING), began.get(name, MISSING)) for name in self.names])
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    """Whether attributes are equal, as far as that is seen at once."""
+    if x is y:
+        return True
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, Tensor):
+        return x.is_cpu and tensor_contents(x) == tensor_contents(y)
+    if isinstance(x, OrderedDict):  # a config
+        with contextlib.suppress(ValueError):  # of arrays
+            return x == y and x.__dict__ == y.__dict__
+    if type(x) is list:
+        return {*map(type, x), *map(type, y)} <= SIMPLE and bool(x == y)
+    return type(x) in SIMPLE and bool(x == y)
 
 
 def is_unchanged(x: object, result: Tensor, version: int) -> bool:
@@ -180,7 +201,7 @@ class LoopPosition(NamedTuple):
     settings: Settings
     at: int = 0
     ring: tuple[Tensor, ...] = ()
-    repeated: RepeatedCall | None = None
+    repeated: Repeated | None = None
     last: OwnResult | None = None
     made: Made | None = None
 

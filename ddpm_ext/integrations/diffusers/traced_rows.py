@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.integrations.diffusers.closed_rows import closed
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
-from ddpm_ext.tables.step_table import table_of_checked
+from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
@@ -52,13 +53,15 @@ class RowsKey(NamedTuple):
 
 
 class LoopDtypes(NamedTuple):
-    """The dtypes of a loop, and which rows draw nothing.
+    """The dtypes of a loop, and what its rows need beside a launch.
 
     Attributes:
         computed: that of the operator's sample.
         prev, second: those of a step's results; `second` is None where it has one alone.
         draws: those of each step's draws.
         quiet: whether a row draws nothing.
+        alone: whether a step is its row's launch alone: of sample and output as they are, without anything of the steps
+            before or for those after.
     """
 
     computed: torch.dtype
@@ -66,6 +69,7 @@ class LoopDtypes(NamedTuple):
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     quiet: list[bool]
+    alone: list[bool]
 
 
 class TracedRows(NamedTuple):
@@ -141,7 +145,7 @@ class RowsCache:
 
         state: the attributes of an object of diffusers' class.
         """
-        of_class = cls, torch.get_default_dtype(), key
+        of_class = cls, outside(cls), key
         reads = self._reads.get_or_make(of_class, dict)
         contents = functools.cache(lambda name: _contents_of(state.get(name, MISSING)))  # read once from a GPU
         for names in list(reads):
@@ -155,6 +159,11 @@ class RowsCache:
         names = tuple(sorted(read))
         reads[names] = None
         return self._rows.get_or_make((of_class, names, tuple(map(contents, names))), lambda: made)
+
+
+def outside(cls: type) -> tuple[Any, ...]:
+    """What the rows of an object of diffusers' class hang on beside its attributes."""
+    return getattr(cls, step_name(cls)), torch.get_default_dtype()
 
 
 def _contents_of(value: object) -> object:
@@ -179,30 +188,40 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     else:
         times = own[first : first + 1 if key.alone else None]
     if isinstance(key.kind, torch.dtype):
-        timesteps = list((times[:, None] if key.has_dim else times).to(key.kind))
+        timesteps = list((times[:, None] if key.has_dim else times).to(key.kind).unbind())
     else:
         timesteps = [key.kind(t) for t in times.tolist()]
+    is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
+    known = closed(scheduler, first, timesteps, key.dims) if is_whole else None  # type: ignore[arg-type]
     try:
-        trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims)
+        trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims) if known is None else known[0]
         timesteps = timesteps[: len(trace.steps)]
-        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-        every = numbers("timestep", trace.columns["timestep"] if first is None else own)
-        draws = default_draws(every)[first or 0 :][: len(timesteps)]
-        table = table_of_checked(trace.columns | {"draw": draws})  # their finite numbers were proven
+        draws = np.zeros(len(timesteps), np.int64)
+        if trace.noise.count(None) < len(timesteps):
+            # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
+            every = numbers("timestep", trace.columns["timestep"] if first is None else own)
+            draws = default_draws(every)[first or 0 :][: len(timesteps)]
+        columns = trace.columns | {"draw": draws}
+        table, packed = table_of_checked(columns), packed_rows(columns)  # their finite numbers were proven
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    if np.isnan(trace.own).any():
+    if known is None and np.isnan(trace.own).any():
         raise Fallback("what its step makes of a sample that somebody has edited is no row")
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
-    stepper = RowStepper(table, trace.clip, threshold, held=[step.holds_output for step in trace.steps])
-    stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
+    held = [step.holds_output for step in trace.steps]
+    needs = None if known is None else known[1].needs
+    stepper = RowStepper(table, trace.clip, threshold, held, packed=packed, needs=needs)
+    stateless = known is not None or not (
+        any(kind.keeps for kind in stepper.needs) or any(step.stores for step in trace.steps)
+    )
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
+    dtypes = {} if known is None else known[1].dtypes
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, {})
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
@@ -226,4 +245,13 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
-    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, drawn, quiet)
+    computed = torch.promote_types(computed, second or computed)
+    converts = {sample, prev, second or prev} != {computed}
+    own, stepper = [*rows.trace.own, 0.0], rows.stepper
+    alone = [
+        quiet[i] and not (own[i] or own[i + 1] or step.tensors or needs.keeps or any(needs.history))
+        for i, (step, needs) in enumerate(zip(rows.trace.steps, stepper.needs, strict=True))
+    ]
+    if converts or stepper.threshold is not None:
+        alone = [False] * len(alone)
+    return LoopDtypes(computed, prev, second, drawn, quiet, alone)

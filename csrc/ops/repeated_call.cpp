@@ -1,0 +1,173 @@
+// Questions that a loop asks in each of its steps, and that take longer in Python than a small step: whether the step
+// is the next one of the loop before it, called with arguments of the same kinds, of an object that nobody has edited.
+#include "ops/repeated_call.h"
+
+#include <ATen/core/grad_mode.h>
+
+#include "ops/direct_call.h"
+#include "ops/fastcall.h"
+
+namespace py = pybind11;
+
+namespace ddpm_ext {
+namespace {
+
+const auto as_tensor = fastcall::Argument<Tensor>::of;
+
+// A plain tensor's dtype, device and shape.
+struct Kind {
+  at::ScalarType dtype;
+  at::Device device;
+  c10::DimVector sizes;
+
+  static Kind of(const Tensor& x) { return {x.scalar_type(), x.device(), c10::DimVector(x.sizes())}; }
+  bool is_of(const Tensor& x) const { return x.scalar_type() == dtype && x.device() == device && x.sizes() == sizes; }
+};
+
+// The arguments of a step, and what must be as it was.
+struct RepeatedCall {
+  Kind output, sample;
+  Tensor timesteps;                       // the object's own
+  int64_t first;                          // the place of the loop's first row among them
+  py::dict options;                       // the other arguments, none of them a tensor
+  py::object watched, attributes, items;  // as unchanged takes them
+};
+
+// The index of the element of the vector `own` that `t` is a view of, or -1. Neither is read.
+int64_t index_of(const Tensor& own, const Tensor& t) {
+  if (own.dim() != 1 || t.numel() != 1 || t.scalar_type() != own.scalar_type()) return -1;
+  if (!own.has_storage() || !t.has_storage() || !own.storage().is_alias_of(t.storage())) return -1;
+  const int64_t offset = t.storage_offset() - own.storage_offset();
+  const int64_t stride = own.size(0) == 0 || own.stride(0) == 0 ? 1 : own.stride(0);
+  return offset >= 0 && offset % stride == 0 && offset / stride < own.size(0) ? offset / stride : -1;
+}
+
+bool are_equal(PyObject* one, PyObject* other) {
+  const int equal = PyObject_RichCompareBool(one, other, Py_EQ);
+  if (equal < 0) throw py::error_already_set();
+  return equal == 1;
+}
+
+// Whether an object whose attributes are the dict `state` has the same tensors and settings as before, with the same
+// contents. No tensor is read.
+//   watched: tuples of an attribute's name, its value, and how often that had been written to; None: nobody knows.
+//   attributes, items: those of its config.
+bool unchanged(PyObject* state, PyObject* watched, PyObject* attributes, PyObject* items) {
+  static PyObject* const config_name = PyUnicode_InternFromString("_internal_dict");
+  static PyObject* const dict_name = PyUnicode_InternFromString("__dict__");
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(watched); ++i) {
+    PyObject* const each = PyTuple_GET_ITEM(watched, i);
+    PyObject *const value = PyTuple_GET_ITEM(each, 1), *const count = PyTuple_GET_ITEM(each, 2);
+    PyObject* const found = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(each, 0));
+    if ((found == nullptr ? Py_None : found) != value) return false;
+    if (count != Py_None && THPVariable_Unpack(value)._version() != PyLong_AsLongLong(count)) return false;
+  }
+  PyObject* const config = PyDict_GetItemWithError(state, config_name);
+  if (config == nullptr || !are_equal(config, items)) return false;
+  const auto own = py::reinterpret_steal<py::object>(PyObject_GetAttr(config, dict_name));
+  if (!own) throw py::error_already_set();
+  return are_equal(own.ptr(), attributes);
+}
+
+bool has_settings(const RepeatedCall& call, PyObject* state) {
+  return unchanged(state, call.watched.ptr(), call.attributes.ptr(), call.items.ptr());
+}
+
+bool is_timestep(const RepeatedCall& call, int64_t row, PyObject* t) {
+  if (!THPVariable_CheckExact(t)) return false;
+  const Tensor& timestep = THPVariable_Unpack(t);
+  return timestep.dim() == 0 && index_of(call.timesteps, timestep) == call.first + row;
+}
+
+bool have_kinds(const RepeatedCall& call, PyObject* args, PyObject* options) {
+  if (PyTuple_GET_SIZE(args) != 3) return false;
+  PyObject *const output = PyTuple_GET_ITEM(args, 0), *const sample = PyTuple_GET_ITEM(args, 2);
+  if (!THPVariable_CheckExact(output) || !THPVariable_CheckExact(sample)) return false;
+  const Tensor &m = THPVariable_Unpack(output), &x = THPVariable_Unpack(sample);
+  if (!plain({{"model_output", m}, {"sample", x}}) || !call.output.is_of(m) || !call.sample.is_of(x)) return false;
+  if (at::GradMode::is_enabled() && (m.requires_grad() || x.requires_grad())) return false;
+  if (PyDict_GET_SIZE(options) != PyDict_GET_SIZE(call.options.ptr())) return false;
+  Py_ssize_t position = 0;
+  PyObject *name = nullptr, *value = nullptr;
+  while (PyDict_Next(options, &position, &name, &value))
+    if (PyDict_GetItemWithError(call.options.ptr(), name) != value) return false;
+  return true;
+}
+
+PyObject* as_bool(bool value) { return Py_NewRef(value ? Py_True : Py_False); }
+
+const RepeatedCall& call_of(PyObject* self) {
+  void* const call = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr();
+  TORCH_CHECK_TYPE(call != nullptr, "RepeatedCall: __init__ was not called");
+  return *static_cast<RepeatedCall*>(call);
+}
+
+// index_of(own, t), None for -1.
+PyObject* called_index_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("index_of", count, 2);
+    const int64_t index = index_of(as_tensor("own", args[0]), as_tensor("t", args[1]));
+    return index < 0 ? Py_NewRef(Py_None) : PyLong_FromLongLong(index);
+  });
+}
+
+// unchanged(state, watched, attributes, items)
+PyObject* called_unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("unchanged", count, 4);
+    return as_bool(unchanged(args[0], args[1], args[2], args[3]));
+  });
+}
+
+// is_for(row, state, args, options): whether a step with these arguments is that of `row`, and like the one before.
+PyObject* is_for(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("RepeatedCall.is_for", count, 4);
+    const RepeatedCall& call = call_of(self);
+    const int64_t row = fastcall::Argument<int64_t>::of("row", args[0]);
+    return as_bool(have_kinds(call, args[2], args[3]) && is_timestep(call, row, PyTuple_GET_ITEM(args[2], 1)) &&
+                   has_settings(call, args[1]));
+  });
+}
+
+// has_kinds(args, options): whether the arguments are like those before, whatever the timestep.
+PyObject* has_kinds(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("RepeatedCall.has_kinds", count, 2);
+    return as_bool(have_kinds(call_of(self), args[0], args[1]));
+  });
+}
+
+// is_at(row, state, timestep): whether that is the row's timestep, and nothing was edited.
+PyObject* is_at(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("RepeatedCall.is_at", count, 3);
+    const RepeatedCall& call = call_of(self);
+    const int64_t row = fastcall::Argument<int64_t>::of("row", args[0]);
+    return as_bool(is_timestep(call, row, args[2]) && has_settings(call, args[1]));
+  });
+}
+
+RepeatedCall make(const Tensor& output, const Tensor& sample, const Tensor& timesteps, int64_t first, py::dict options,
+                  py::tuple watched, py::dict attributes, py::dict items) {
+  return {Kind::of(output), Kind::of(sample), timesteps, first, options, watched, attributes, items};
+}
+
+}  // namespace
+
+void define_repeated_call(py::module_& m) {
+  static PyMethodDef functions[] = {fastcall::definition("index_of", called_index_of),
+                                    fastcall::definition("unchanged", called_unchanged)};
+  for (PyMethodDef& each : functions)
+    m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
+  static PyMethodDef methods[] = {fastcall::definition("is_for", is_for), fastcall::definition("is_at", is_at),
+                                  fastcall::definition("has_kinds", has_kinds)};
+  py::class_<RepeatedCall> type(m, "RepeatedCall");
+  type.def(py::init(&make));
+  for (PyMethodDef& each : methods) {
+    auto* const of = reinterpret_cast<PyTypeObject*>(type.ptr());
+    type.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(of, &each));
+  }
+}
+
+}  // namespace ddpm_ext
