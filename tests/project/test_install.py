@@ -100,12 +100,22 @@ def test_where_cuda_cannot_be_had(tmp_path, torch_version, torch_cuda, nvcc, why
     assert re.search(why, plan.why_cpu)
 
 
-def test_default_architectures_are_those_that_both_know():
-    assert setup.default_archs(["7.0", *BOTH, "12.1"], lambda arch: True) == "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
-    assert setup.default_archs(["8.0", "8.6", "8.9", "9.0"], lambda arch: True) == "8.0 8.6 8.9 9.0+PTX"
-    assert setup.default_archs(BOTH, lambda arch: arch in ("8.6", "9.0")) == "8.6 9.0+PTX"
+@pytest.mark.parametrize(
+    ("wish", "known", "cards", "archs"),
+    [
+        ("8.9;9.0+PTX", BOTH, [(8, 0)], "8.9 9.0+PTX"),
+        ("all", ["7.0", *BOTH, "12.1"], [(8, 0)], "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
+        ("all", ["8.6", "9.0"], [], "8.6 9.0+PTX"),
+        ("", [*BOTH, "12.1"], [(12, 1), (8, 9), (12, 1)], "8.9 12.1+PTX"),
+        ("", ["8.0", "9.0"], [(12, 0), (8, 6), (6, 0)], "8.0 9.0+PTX"),  # cards newer and older than nvcc
+        ("", BOTH, [], "8.0+PTX"),
+        ("", ["8.6", "9.0"], [(7, 5)], "8.6+PTX"),
+    ],
+)
+def test_architectures(wish, known, cards, archs):
+    assert setup.choose_archs(wish, known, cards)[0] == archs
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
-        setup.default_archs(["5.0"], lambda arch: True)
+        setup.choose_archs("", ["5.0"], cards)
 
 
 def test_asking_torch_for_architectures_leaves_no_trace(monkeypatch):
