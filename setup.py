@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -285,12 +287,22 @@ def add_ninja_to_path() -> None:
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
 
+def requirements(commands: Collection[str]) -> list[str]:
+    """What is needed at run time. A compiled module fits the torch that it was compiled for, the sources any."""
+    torch = ">=" + ".".join(map(str, OLDEST_TORCH))
+    if not (COMPILING | {"dist_info"}).isdisjoint(commands):  # dist_info: the metadata of a wheel to come
+        with suppress(metadata.PackageNotFoundError):
+            torch = f"=={'.'.join(metadata.version('torch').split('.')[:2])}.*"
+    return [f"torch{torch}", "numpy"]
+
+
 def main() -> None:
+    options = {"license": LICENSE, "install_requires": requirements(sys.argv)}
     if COMPILING.isdisjoint(sys.argv):
-        setup(license=LICENSE, ext_modules=[Extension(MODULE, sources(cuda=True))])
+        setup(**options, ext_modules=[Extension(MODULE, sources(cuda=True))])
     else:
         extension, build_ext = configure()
-        setup(license=LICENSE, ext_modules=[extension], cmdclass={"build_ext": build_ext})
+        setup(**options, ext_modules=[extension], cmdclass={"build_ext": build_ext})
 
 
 if __name__ == "__main__":

@@ -69,12 +69,13 @@ def contents(sdist) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """A wheel, built from the sdist without compiling: all but the extension."""
+    """A wheel, built from the sdist by its setup.py, but without compiling: all but the extension."""
     tree, out = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as opened:
         opened.extractall(tree, filter="data")
     (source,) = tree.iterdir()
-    (source / "setup.py").write_text('from setuptools import setup\n\nsetup(license="Apache-2.0")\n')
+    text = (source / "setup.py").read_text()
+    (source / "setup.py").write_text(text.replace("ext_modules=[extension]", "ext_modules=[]"))
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=source)
     (made,) = out.iterdir()
     return made
@@ -128,7 +129,7 @@ def test_sdist_has_what_git_has(root, contents):
 def test_wheel_has_the_package_alone(wheel, contents):
     with zipfile.ZipFile(wheel) as opened:
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
-    assert found == {name for name in contents if name.startswith("ddpm_ext/")}
+    assert found == {name for name in contents if name.startswith("ddpm_ext/")} | {"ddpm_ext_command.py"}
     assert {"ddpm_ext/py.typed", "ddpm_ext/models/digits/config.json", "ddpm_ext/training/trainer.py"} <= found
 
 
@@ -137,11 +138,16 @@ def test_twine_finds_nothing_wrong(sdist, wheel, tmp_path):
     assert run("-m", "twine", "check", "--strict", str(sdist), str(wheel), cwd=tmp_path).count("PASSED") == 2
 
 
-def test_metadata(root, metadata, version):
+def test_metadata(root, sdist, metadata, version):
     assert (metadata["Name"], metadata["Version"]) == ("ddpm-ext", version)
     assert metadata["Author"] == "The ddpm_ext authors"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     assert metadata.get_payload().strip() == (root / "README.md").read_text().strip()
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    assert f"torch=={major}.{minor}.*" in metadata.get_all("Requires-Dist")  # which a module is compiled for
+    with tarfile.open(sdist) as opened:
+        (name,) = (name for name in opened.getnames() if name.count("/") == 1 and name.endswith("PKG-INFO"))
+        assert b"\nRequires-Dist: torch>=2.7\n" in opened.extractfile(name).read()
     citation = pytest.importorskip("yaml").safe_load((root / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["title"] == "ddpm_ext" and "version" not in citation  # which comes from pyproject.toml
