@@ -68,15 +68,22 @@ def contents(sdist) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory) -> Path:
-    """A wheel, built from the sdist by its setup.py, but without compiling: all but the extension."""
-    tree, out = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("wheel")
+def unpacked(sdist, tmp_path_factory) -> Path:
+    """The sdist's files, whose setup.py does all but compile."""
+    tree = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as opened:
         opened.extractall(tree, filter="data")
     (source,) = tree.iterdir()
     text = (source / "setup.py").read_text()
     (source / "setup.py").write_text(text.replace("ext_modules=[extension]", "ext_modules=[]"))
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, tmp_path_factory) -> Path:
+    """A wheel of all but the extension."""
+    out = tmp_path_factory.mktemp("wheel")
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(unpacked), cwd=unpacked)
     (made,) = out.iterdir()
     return made
 
@@ -131,6 +138,14 @@ def test_wheel_has_the_package_alone(wheel, contents):
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
     assert found == {name for name in contents if name.startswith("ddpm_ext/")} | {"ddpm_ext_command.py"}
     assert {"ddpm_ext/py.typed", "ddpm_ext/models/digits/config.json", "ddpm_ext/training/trainer.py"} <= found
+
+
+def test_an_editable_install_is_a_folder_on_the_path(unpacked):
+    """Where type checkers look, which do not run setuptools' hooks."""
+    run("-c", "from setuptools import build_meta; build_meta.build_editable('.')", cwd=unpacked)
+    with zipfile.ZipFile(next(unpacked.glob("*editable*.whl"))) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith(".pth"))
+        assert Path(opened.read(name).decode().strip()) == unpacked
 
 
 def test_twine_finds_nothing_wrong(sdist, wheel, tmp_path):
