@@ -145,7 +145,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             x0: whether a Record has the predicted clean samples as well.
             callback: called with a Record (step, timestep, x_t, x0) after each step; the loop ends when it returns
                 true.
-            progress: whether to show a progress bar (where tqdm is installed).
+            progress: whether to show a progress bar on a terminal (where tqdm is installed).
             device: where to sample; None: where start or noise are, or the model's parameters, else the CPU.
             dtype: of the samples; torch.float32 by default.
             compile: whether to compile the model by torch.compile; or the mode to compile it with.
