@@ -79,10 +79,9 @@ def test_help_shows_groups_and_defaults(capsys):
         assert word in pages["sample"]
     assert cli.main([]) == 0 and capsys.readouterr().out == pages[""]
     pages["--version"] = f"ddpm-ext {version.__version__}\n"
-    for given, page in (("", ""), ("--help", ""), ("--version", "--version")):  # as installed: without importing torch
+    for option, page in (("--help", ""), ("--version", "--version")):  # as installed: without importing torch
         code = "import sys, ddpm_ext_command as c; c.main(); sys.exit('torch' in sys.modules)"
-        command = [sys.executable, "-c", code, *given.split()]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, option], env=ENVIRONMENT, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, pages[page])
 
 
