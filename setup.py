@@ -3,7 +3,8 @@
 Environment variables:
 - DDPM_EXT_CUDA: 0 builds without CUDA, 1 fails if CUDA can't be built; unset builds it if possible
 - CUDA_HOME, or else CUDA_PATH: the CUDA toolkit; without both, the toolkit of the `nvcc` on PATH
-- TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0+PTX"
+- TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0+PTX"; "all", for a wheel that others will install; unset takes
+  those of the visible GPUs
 - MAX_JOBS: how many compilers run at once
 - DDPM_EXT_SANITIZE: for g++'s -fsanitize, as "address,undefined": `make sanitize`
 """
@@ -17,7 +18,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -26,6 +29,7 @@ from setuptools import Extension, setup
 MODULE = "ddpm_ext._C"
 OLDEST_TORCH = (2, 7)
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+WITHOUT_CARD = "8.0"  # what any newer GPU can run through PTX, and the oldest that converts bfloat16 by itself
 LICENSE = "Apache-2.0"  # not in pyproject.toml, which has no form that setuptools before and after 77 both accept
 INSTALL = "pip install --no-build-isolation ."
 
@@ -145,12 +149,24 @@ def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None
     return Plan(None, why)
 
 
-def default_archs(nvcc_knows: Collection[str], torch_knows: Callable[[str], bool]) -> str:
-    """Those of ARCHS that nvcc and torch both know, and PTX of the last, which later GPUs can run."""
-    archs = [arch for arch in ARCHS if arch in nvcc_knows and torch_knows(arch)]
-    if not archs:
+def choose_archs(wish: str, known: Collection[str], cards: Collection[tuple[int, int]]) -> tuple[str, str]:
+    """The architectures to compile for, and whose they are.
+
+    wish: TORCH_CUDA_ARCH_LIST. known: those that nvcc and torch both know. cards: the visible GPUs' capabilities. What
+    is chosen here ends with PTX of the last, which later GPUs can run.
+    """
+    if wish not in ("", "all"):
+        return wish.replace(";", " "), "as you chose"
+    ours = [arch for arch in ARCHS if arch in known]
+    if not ours:
         fail(f"nvcc and torch share none of the architectures {' '.join(ARCHS)}; set TORCH_CUDA_ARCH_LIST")
-    return " ".join(archs) + "+PTX"
+    if wish == "all":
+        return " ".join(ours) + "+PTX", "for all cards"
+    able = sorted(tuple(map(int, arch.split("."))) for arch in known)
+    fitting = sorted({max(arch for arch in able if arch <= card) for card in cards if card >= able[0]})
+    if fitting:
+        return " ".join(f"{major}.{minor}" for major, minor in fitting) + "+PTX", "for the visible cards"
+    return (WITHOUT_CARD if WITHOUT_CARD in ours else ours[0]) + "+PTX", "as no card is visible"
 
 
 def torch_knows(arch: str) -> bool:
@@ -221,12 +237,14 @@ def configure():
 
     if plan.toolkit:
         cpp_extension.CUDA_HOME = plan.toolkit.home
-        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(
-            plan.toolkit.archs, torch_knows
+        archs, why = choose_archs(
+            os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+            [arch for arch in plan.toolkit.archs if torch_knows(arch)],
+            [torch.cuda.get_device_capability(card) for card in range(torch.cuda.device_count())],
         )
-        info["cuda"] = plan.toolkit.version
-        info["archs"] = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
-        print(f"ddpm_ext: CPU and CUDA kernels, nvcc {info['cuda']} for {info['archs']}")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+        info |= {"cuda": plan.toolkit.version, "archs": archs}
+        print(f"ddpm_ext: CPU and CUDA kernels, nvcc {info['cuda']} for {archs}, {why} (TORCH_CUDA_ARCH_LIST)")
     else:
         print(f"ddpm_ext: CPU kernels only: {plan.why_cpu}")
 
@@ -275,12 +293,22 @@ def add_ninja_to_path() -> None:
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
 
+def requirements(commands: Collection[str]) -> list[str]:
+    """What is needed at run time. A compiled module fits the torch that it was compiled for, the sources any."""
+    torch = ">=" + ".".join(map(str, OLDEST_TORCH))
+    if not (COMPILING | {"dist_info"}).isdisjoint(commands):  # dist_info: the metadata of a wheel to come
+        with suppress(metadata.PackageNotFoundError):
+            torch = f"=={'.'.join(metadata.version('torch').split('.')[:2])}.*"
+    return [f"torch{torch}", "numpy"]
+
+
 def main() -> None:
+    options = {"license": LICENSE, "install_requires": requirements(sys.argv)}
     if COMPILING.isdisjoint(sys.argv):
-        setup(license=LICENSE, ext_modules=[Extension(MODULE, sources(cuda=True))])
+        setup(**options, ext_modules=[Extension(MODULE, sources(cuda=True))])
     else:
         extension, build_ext = configure()
-        setup(license=LICENSE, ext_modules=[extension], cmdclass={"build_ext": build_ext})
+        setup(**options, ext_modules=[extension], cmdclass={"build_ext": build_ext})
 
 
 if __name__ == "__main__":

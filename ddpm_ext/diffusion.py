@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 from torch import Tensor
 
 from ddpm_ext.base.types import Model
-from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, SampleKeywords
+from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, Recorded, SampleKeywords
 from ddpm_ext.loop.loop import Record
 from ddpm_ext.loop.options import LoopOptions, lists_options_of
 from ddpm_ext.loop.plan import Plan, make_plan
@@ -79,6 +79,19 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         super().__init__(timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend)
         self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache(CACHED)
 
+    @overload
+    def p_sample_loop(
+        self, model: Model, shape: tuple[int, ...], *, record: Literal["last"], **options: Unpack[SampleKeywords]
+    ) -> Tensor: ...
+    @overload
+    def p_sample_loop(
+        self, model: Model, shape: tuple[int, ...], *, record: Recorded = "all", **options: Unpack[SampleKeywords]
+    ) -> list[np.ndarray]: ...
+    @overload
+    def p_sample_loop(
+        self, model: Model, shape: tuple[int, ...], *, record: str, **options: Unpack[SampleKeywords]
+    ) -> list[np.ndarray] | Tensor: ...
+
     @lists_options_of(LoopOptions)
     def p_sample_loop(
         self,
@@ -132,7 +145,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             x0: whether a Record has the predicted clean samples as well.
             callback: called with a Record (step, timestep, x_t, x0) after each step; the loop ends when it returns
                 true.
-            progress: whether to show a progress bar (where tqdm is installed).
+            progress: whether to show a progress bar on a terminal (where tqdm is installed).
             device: where to sample; None: where start or noise are, or the model's parameters, else the CPU.
             dtype: of the samples; torch.float32 by default.
             compile: whether to compile the model by torch.compile; or the mode to compile it with.
@@ -207,9 +220,50 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     def _plan(self, model: Model, shape: tuple[int, ...], options: ProgressiveKeywords) -> Plan:
         return make_plan(self, self._loop_rows, model, shape, LoopOptions(**options))
 
+    @overload
+    def sample(
+        self,
+        model: Model,
+        image_size: int,
+        batch_size: int = 8,
+        channels: int = 3,
+        *,
+        record: Literal["last"],
+        **options: Unpack[SampleKeywords],
+    ) -> Tensor: ...
+    @overload
+    def sample(
+        self,
+        model: Model,
+        image_size: int,
+        batch_size: int = 8,
+        channels: int = 3,
+        *,
+        record: Recorded = "all",
+        **options: Unpack[SampleKeywords],
+    ) -> list[np.ndarray]: ...
+    @overload
+    def sample(
+        self,
+        model: Model,
+        image_size: int,
+        batch_size: int = 8,
+        channels: int = 3,
+        *,
+        record: str,
+        **options: Unpack[SampleKeywords],
+    ) -> list[np.ndarray] | Tensor: ...
+
     @lists_options_of(p_sample_loop)
     def sample(
-        self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Unpack[SampleKeywords]
+        self,
+        model: Model,
+        image_size: int,
+        batch_size: int = 8,
+        channels: int = 3,
+        *,
+        record: str | int | Sequence[int] = "all",
+        **options: Unpack[SampleKeywords],
     ) -> list[np.ndarray] | Tensor:
         """p_sample_loop for images of shape (batch_size, channels, image_size, image_size), with its options.
 
@@ -217,4 +271,5 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             >>> len(GaussianDiffusion(1000).sample(model, 8, batch_size=4, sampler="ddim", steps=5, progress=False))
             5
         """
-        return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
+        shape = (batch_size, channels, image_size, image_size)
+        return self.p_sample_loop(model, shape, record=record, **options)

@@ -36,10 +36,10 @@ def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
         raise MissingExtra(f"{purpose} needs {package}{inner}: pip install {package}{others}") from None
 
 
-def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:
-    """range(count), with a progress bar labelled `what` if tqdm is installed; disable is tqdm's, None: not on a
-    terminal alone."""
-    if disable or not has_bars(tell=disable is False):
+def counter(count: int, what: str | None, disable: bool | None = None) -> Iterable[int]:
+    """range(count), with a progress bar labelled `what` if tqdm is installed; disable is tqdm's, None: where standard
+    error is no terminal."""
+    if disable or not has_bars():
         return range(count)
     from tqdm.auto import tqdm
 
@@ -47,12 +47,12 @@ def counter(count: int, what: str | None, disable: bool | None = False) -> Itera
 
 
 def has_bars(*, tell: bool = True) -> bool:
-    """Whether tqdm is installed; if not, and `tell`, a line on stderr says once what would show a progress bar."""
+    """Whether tqdm is installed; if not, and `tell`, a line on a terminal says once what would show a progress bar."""
     global _told
     try:
         importlib.import_module("tqdm.auto")
     except ImportError:
-        if tell and not _told:
+        if tell and not _told and sys.stderr is not None and sys.stderr.isatty():
             print("no progress bar without tqdm: pip install tqdm", file=sys.stderr)
             _told = True
         return False

@@ -65,7 +65,7 @@ def sample_many(
         batch_size: how many samples to draw at a time; a batch never goes past the end of a shard.
         ranks: the processes at work, all with the same arguments and the same folder; None: this one alone.
         about: further entries of the manifest, which later runs do not compare.
-        progress: whether rank 0 shows a progress bar over the samples of all ranks; it needs tqdm.
+        progress: whether rank 0 shows a progress bar on a terminal, over the samples of all ranks; it needs tqdm.
         not_finite: the numbers of samples in which `draw` has found NaN or infinities; it is asked after each shard.
             Their count is written to the manifest.
 
@@ -195,7 +195,8 @@ class _Watch:
         self.bar = None
         if bar:
             tqdm = require("tqdm", "the progress bar").tqdm
-            self.bar = tqdm(total=shards.count, initial=shards.count - self.wanted, desc="samples", unit="image")
+            made = shards.count - self.wanted
+            self.bar = tqdm(total=shards.count, initial=made, desc="samples", unit="image", disable=None)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -9,42 +9,18 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from ddpm_ext.base import files
+from ddpm_ext.cli.overview import COMMANDS, Formatter
 from ddpm_ext.tables.names import find_name, sampler_and_spacing
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
 Number = TypeVar("Number", int, float)
-WRONG_INPUT = 2  # the exit code
 FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default after each help text unless it is None or False, and does not wrap the lines of examples."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
-
-    def add_argument(self, action: argparse.Action) -> None:
-        super().add_argument(action)
-        if isinstance(action, argparse._SubParsersAction):
-            # argparse does not count the indentation of commands, and would wrap the longest one.
-            self._action_max_length += 2
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.required
-        return action.help if bare else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error as one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 Subparsers = Any  # argparse's type for them is private
@@ -52,17 +28,23 @@ Subparsers = Any  # argparse's type for them is private
 
 
 def add_command(
-    subparsers: Subparsers, command: str, summary: str, description: str, *, takes: str = "", epilog: str | None = None
+    subparsers: Subparsers,
+    command: str,
+    description: str,
+    *,
+    summary: str | None = None,
+    takes: str = "",
+    epilog: str | None = None,
 ) -> argparse.ArgumentParser:
     """Adds a command, such as "sample" or "plot grid", to the parsers of commands or of a command's kinds.
 
-    takes: what comes before the options in the line of usage.
+    summary: its line in the list; None: that of COMMANDS. takes: what comes before the options in the line of usage.
     """
     return subparsers.add_parser(
         command.split()[-1],
         prog=f"ddpm-ext {command}",
         usage=f"ddpm-ext {command} {takes}[options]",
-        help=summary,
+        help=COMMANDS[command] if summary is None else summary,
         description=description,
         epilog=epilog,
         formatter_class=Formatter,

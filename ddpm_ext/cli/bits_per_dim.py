@@ -31,13 +31,12 @@ _EXAMPLES = """examples:
 
 def add_parser(commands: Subparsers) -> None:
     """Adds `bits-per-dim` to the commands of ddpm-ext."""
-    summary = "measure how well a model explains images"
     description = (
         "Prints the variational bound of the images' negative log-likelihood, in bits per dimension (Ho et al. 2020, "
         "eq. 5).\nThe model is called once for each of its timesteps. A class-conditional one gets each image's "
         "class,\nwhere the data has classes: sub-folders, or arr_1 of an .npz."
     )
-    parser = add_command(commands, "bits-per-dim", summary, description, takes="DATA ", epilog=_EXAMPLES)
+    parser = add_command(commands, "bits-per-dim", description, takes="DATA ", epilog=_EXAMPLES)
     data = f"digits, those held out from training; shapes, {_SHAPES} that training does not draw; or {IMAGES}"
     parser.add_argument("data", metavar="DATA", help=data)
     group = parser.add_argument_group("what to measure")

@@ -35,8 +35,7 @@ _EXAMPLES = """examples:
 def add_parser(commands: Subparsers) -> None:
     """Adds `compare` to the commands of ddpm-ext."""
     description = "Shows how far each sampler with each spacing ends from the samples of a loop of many steps."
-    summary = "compare samplers in few calls of a model"
-    parser = add_command(commands, "compare", summary, description, epilog=_EXAMPLES)
+    parser = add_command(commands, "compare", description, epilog=_EXAMPLES)
     add_options(parser, "calls", "numbers of calls of the model", seeds="samples that are compared")
 
 

@@ -14,7 +14,7 @@ from ddpm_ext.version import build_info
 def add_parser(commands: Subparsers) -> None:
     """Adds `info` to the commands of ddpm-ext."""
     description = "Shows how the extension was built and what it runs on."
-    add_command(commands, "info", "show build, devices and instruction set", description)
+    add_command(commands, "info", description)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -22,12 +22,11 @@ _EXAMPLES = """examples:
 
 def add_parser(commands: Subparsers) -> None:
     """Adds `invert` to the commands of ddpm-ext."""
-    summary = "find the noise that leads to an image"
     description = (
         "Goes from images up to the noise from which the sampler ddim, with the same steps and spacing and without a "
         "clip,\ncomes back to them. The more steps, the closer."
     )
-    parser = add_command(commands, "invert", summary, description, takes="FILES ", epilog=_EXAMPLES)
+    parser = add_command(commands, "invert", description, takes="FILES ", epilog=_EXAMPLES)
     parser.add_argument("images", metavar="FILES", help=IMAGES)
     group = parser.add_argument_group("how to invert")
     add_model(group)

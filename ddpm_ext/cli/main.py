@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
 from ddpm_ext.cli import average, bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
-from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
+from ddpm_ext.cli.overview import WRONG_INPUT, begin_parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
@@ -35,15 +35,7 @@ _COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ddpm-ext` with all its commands."""
-    parser = Parser(
-        prog="ddpm-ext",
-        usage="ddpm-ext COMMAND [options]",
-        description="Diffusion with one kernel launch a step, and the same noise for the same seed everywhere.",
-        epilog="ddpm-ext COMMAND --help shows a command's options.",
-        formatter_class=Formatter,
-    )
-    parser.add_argument("--version", action="version", version=f"ddpm-ext {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    parser, commands = begin_parser(__version__)
     for command in _COMMANDS.values():
         command.add_parser(commands)
     return parser

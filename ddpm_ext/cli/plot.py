@@ -56,7 +56,6 @@ def add_parser(commands: arguments.Subparsers) -> None:
     plot = arguments.add_command(
         commands,
         "plot",
-        "draw schedules, step tables, losses, samples and how they come about",
         "Draws a picture.",
         takes="KIND ",
         epilog="ddpm-ext plot KIND --help shows a kind's options.",
@@ -65,7 +64,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
     def add(name: str, takes: str, summary: str, draw_kind: DrawKind | None = None) -> argparse.ArgumentParser:
         description, epilog = f"Draws {summary}.", _EXAMPLES[name]
-        parser = arguments.add_command(kinds, f"plot {name}", summary, description, takes=takes, epilog=epilog)
+        parser = arguments.add_command(kinds, f"plot {name}", description, summary=summary, takes=takes, epilog=epilog)
         parser.set_defaults(draw_kind=draw_kind)
         return parser
 

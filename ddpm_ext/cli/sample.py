@@ -38,8 +38,7 @@ _EXAMPLES = """examples:
 
 def add_parser(commands: Subparsers) -> None:
     """Adds `sample` to the commands of ddpm-ext."""
-    summary = "draw samples into an .npz, a picture or a folder"
-    parser = add_command(commands, "sample", summary, "Draws samples from a model.", epilog=_EXAMPLES)
+    parser = add_command(commands, "sample", "Draws samples from a model.", epilog=_EXAMPLES)
     kinds = (
         "with --num .npz: arr_0, uint8, (num, height, width, channels), and arr_1, classes, as guided-diffusion's "
         "scripts write them, and the options by name; or .png: a grid (default: samples.npz); with --num-images a "

@@ -53,9 +53,7 @@ class Loaded:
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
             if not options["graph"]:
-                drawn = self.diffusion.p_sample_loop(called, shape, record="last", progress=progress, **options)
-                assert isinstance(drawn, torch.Tensor)  # with record="last"
-                return drawn
+                return self.diffusion.p_sample_loop(called, shape, record="last", progress=progress, **options)
             key = (shape, options.get("guidance"))
             if key not in self.captured:
                 self.captured[key] = self.diffusion.capture(called, shape, **options), options

@@ -34,8 +34,7 @@ _EXAMPLES = """examples:
 def add_parser(commands: arguments.Subparsers) -> None:
     """Adds `table` to the commands of ddpm-ext."""
     description = "Prints one row of numbers for each step, with which the next sample is made."
-    summary = "print, save, draw and compare step tables"
-    parser = arguments.add_command(commands, "table", summary, description, epilog=_EXAMPLES)
+    parser = arguments.add_command(commands, "table", description, epilog=_EXAMPLES)
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
     sampler: dict[str, Any] = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
     what.add_argument("--sampler", **sampler, metavar="NAME", help=", ".join(SAMPLERS))

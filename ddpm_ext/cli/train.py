@@ -15,6 +15,7 @@ from ddpm_ext import training
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import has_bars
 from ddpm_ext.cli import arguments
+from ddpm_ext.cli.overview import Parser
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training import run_options
@@ -31,7 +32,7 @@ _EXAMPLES = """examples:
 def add_parser(commands: arguments.Subparsers) -> None:
     """Adds `train` to the commands of ddpm-ext."""
     description = "Trains a denoiser. A run may be killed at any time and resumed."
-    _add_options(arguments.add_command(commands, "train", "train a model", description, epilog=_EXAMPLES))
+    _add_options(arguments.add_command(commands, "train", description, epilog=_EXAMPLES))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -83,7 +84,7 @@ def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any])
 
 def _given(line: list[str], names: set[str]) -> dict[str, Any]:
     """Those of the named options that the command line has, without the defaults of the others."""
-    parser = arguments.Parser(prog="ddpm-ext train")
+    parser = Parser(prog="ddpm-ext train")
     _add_options(parser)
     absent = object()  # argparse sets a default only where the namespace has no value
     options = argparse.Namespace(**dict.fromkeys(names, absent))

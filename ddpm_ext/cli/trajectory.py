@@ -25,7 +25,7 @@ _EXAMPLES = """examples:
 def add_parser(commands: Subparsers) -> None:
     """Adds `trajectory` to the commands of ddpm-ext."""
     description = "Draws x_t and the predicted x_0 at the same steps of the loop, for the first samples of the seed."
-    parser = add_command(commands, "trajectory", "draw how samples come about", description, epilog=_EXAMPLES)
+    parser = add_command(commands, "trajectory", description, epilog=_EXAMPLES)
     add_options(parser)
 
 

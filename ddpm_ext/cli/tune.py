@@ -28,7 +28,7 @@ def add_parser(commands: Subparsers) -> None:
     description = (
         "Fits step tables to a model: their few steps end near to where many steps would. The model is only called."
     )
-    parser = add_command(commands, "tune", "fit step tables to a model", description, epilog=_EXAMPLES)
+    parser = add_command(commands, "tune", description, epilog=_EXAMPLES)
     counts = "steps of the tables, in each of which the model is called once"
     output = compare.add_options(parser, "steps", counts, seeds="samples to fit to; as many again are held out")
     folder = f"folder for the tables, N.json or with guidance N-guidance-X.json (default: {tuned.FOLDER}/ of the model)"

@@ -47,7 +47,7 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25, progress: bool 
     def draw(count: int, scale: float, denoiser: Any = model.unet, **options: Any) -> torch.Tensor:
         """Samples (count, channels, height, width), of the classes in turn."""
         with torch.no_grad():
-            drawn = diffusion.p_sample_loop(
+            return diffusion.p_sample_loop(
                 denoiser,
                 (count, *model.shape),
                 sampler="dpmpp_2m",
@@ -60,8 +60,6 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25, progress: bool 
                 progress=progress,
                 **options,
             )
-        assert isinstance(drawn, torch.Tensor)  # with record="last"
-        return drawn
 
     columns = len(classes.names)
     recorder = Recorder(model.unet, max(1, steps // _PICTURES), steps, _SHOWN)

@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
-from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.acceleration import AcceleratedObject, Acceleration
 from ddpm_ext.integrations.diffusers.pipeline import accelerated_pipeline, is_pipeline
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.registry import accelerated_class, support_table
 from ddpm_ext.integrations.shared import Accelerated, Support, accelerated_copy, peer_class
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
-
-T = TypeVar("T")
+__all__ = ["AcceleratedObject", "Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 
 
 def accelerate(
-    obj: T,
+    obj: Any,
     *,
     table: StepTable | str | os.PathLike[str] | None = None,
     noise: str = "torch",
     seed: int | None = None,
     sample_ids: int | Tensor = 0,
-) -> T:
+) -> AcceleratedObject:
     """An object like `obj` whose steps take one launch each: `pipe = accelerate(pipe)`, as obj itself stays as it was.
 
     It is of a subclass of obj's class and shares its model and parameters. A call that has no fused form runs the

@@ -8,6 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,27 @@ from ddpm_ext.ops.noise import (
 
 NOISES = ("torch", "philox")
 BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
+
+
+if TYPE_CHECKING:
+
+    class AcceleratedObject(Any):  # no type says "and of obj's class", so all else of the object is Any
+        """What `accelerate` returns."""
+
+        @property
+        def accelerated(self) -> Acceleration: ...
+
+else:
+
+    @runtime_checkable
+    class AcceleratedObject(Protocol):
+        """What `accelerate` returns: an object of a subclass of obj's class, with its settings.
+
+        Attributes:
+            accelerated: the settings, an Acceleration.
+        """
+
+        accelerated: Acceleration
 
 
 class Acceleration:

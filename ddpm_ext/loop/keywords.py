@@ -6,7 +6,7 @@ GaussianDiffusion.p_sample_loop says what they mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["CaptureKeywords", "ProgressiveKeywords", "SampleKeywords"]
+__all__ = ["CaptureKeywords", "ProgressiveKeywords", "Recorded", "SampleKeywords"]
+
+Recorded: TypeAlias = Literal["all", "x0"] | int | Sequence[int]
+"""A `record` whose result is a list."""
 
 
 class CaptureKeywords(TypedDict, total=False):
@@ -57,8 +60,7 @@ class ProgressiveKeywords(CaptureKeywords, total=False):
 
 
 class SampleKeywords(ProgressiveKeywords, total=False):
-    """Those of `sample`, which are all."""
+    """Those of `sample`, which are all but `record`, by which the result's type is known."""
 
-    record: str | int | Sequence[int]
     callback: Callable[[Record], object] | None
     progress: bool

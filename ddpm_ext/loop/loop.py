@@ -176,7 +176,7 @@ class Loop:
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
-    bar = counter(count, "sampling loop time step", disable=not progress)
+    bar = counter(count, "sampling loop time step", disable=None if progress else True)
     return bar if isinstance(bar, range) else _with_rate(bar, count, batch)
 
 

@@ -163,7 +163,7 @@ class LikelihoodMethods(ReverseMethods):
             model, x_start, clip_denoised: as vlb_terms'.
             rng: seed and sample ids (stream 2, draw t); None: a seed from torch's default generator. One with a draw or
                 a stream of its own is refused: it would give each timestep the same noise.
-            progress: whether to show a progress bar (where tqdm is installed).
+            progress: whether to show a progress bar on a terminal (where tqdm is installed).
 
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.

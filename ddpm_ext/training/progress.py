@@ -43,7 +43,7 @@ def progress_bar(steps: int, begun: int, *, shown: bool) -> Iterator[Bar]:
         yield Bar()
         return
     tqdm = require("tqdm", "the progress bar").tqdm
-    with tqdm(total=steps, initial=begun, desc="training", unit="step") as bar:
+    with tqdm(total=steps, initial=begun, desc="training", unit="step", disable=None) as bar:
         yield Bar(bar)
 
 

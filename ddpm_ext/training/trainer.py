@@ -59,7 +59,7 @@ class Trainer:
             ddpm_ext.training.options. `steps` may always differ. The learning rate is what the new options give.
         command: the command that training.json names.
         report: called with lines of text, on rank 0.
-        progress: whether rank 0 shows a progress bar; it needs tqdm.
+        progress: whether rank 0 shows a progress bar on a terminal; it needs tqdm.
         features: with `score_every`, a function of images, (batch, channels, height, width) in [-1, 1] on the device,
             that returns (batch, features); it may be a network. None: `options.features`.
         keywords: options that replace those in `options`.

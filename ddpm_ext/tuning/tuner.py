@@ -193,7 +193,7 @@ class Tuner:
             return
         from tqdm.auto import tqdm
 
-        with tqdm(total=planned, desc=f"{what}: calls of the model, at most") as bar:
+        with tqdm(total=planned, desc=f"{what}: calls of the model, at most", disable=None) as bar:
             self._loops.model.on_call = bar.update
             try:
                 yield
@@ -231,7 +231,7 @@ def tune(
         seeds: samples to fit to, rounded up to whole batches; as many again are held out. Each takes the memory of 100
             samples.
         rng: seed and first sample id of the samples; None: Philox(seed=0). The same seed gives the same table.
-        progress: whether to show a progress bar (where tqdm is installed).
+        progress: whether to show a progress bar on a terminal (where tqdm is installed).
 
     Returns:
         Tuned: its table has notes of what it was made for.

@@ -31,7 +31,7 @@ def ended(tiny, tmp_path_factory):
     folder, full = tmp_path_factory.mktemp("commands"), {"full": (1,)}
     runs = {f"full, {name}": full | {"arguments": name.split(), "unbuffered": FULL[name]} for name in FULL}
     for name, streams in GONE.items():
-        out = ("--out", folder / f"gone, {name}" / "a.npz")
+        out = ("--graph", "--out", folder / f"gone, {name}" / "a.npz")  # --graph: a warning, on a CPU
         runs[f"gone, {name}"] = {"arguments": [*SAMPLE, "--model", tiny, *out], "gone": streams, "unbuffered": True}
     runs["info"] = {"arguments": ["info"]}
     runs["warning"] = {"arguments": [*SAMPLE, "--model", tiny, "--quiet", "--graph", "--out", folder / "a.npz"]}
@@ -59,7 +59,7 @@ def test_stdout_on_a_full_disk(ended, command):
 
 @pytest.mark.parametrize("gone", GONE)
 def test_work_goes_on_when_nobody_reads(ended, gone):
-    """Who reads the lines or the progress bar goes away, as `head` does: the file is written, and the code is 1."""
+    """Who reads the lines or a warning goes away, as `head` does: the file is written, and the code is 1."""
     folder, code = ended[f"gone, {gone}"]
     texts = {name: said(folder, 0, name[3:]) for name in ("stdout", "stderr")}
     assert code == 1 and all(bool(text) == (name not in gone) for name, text in texts.items())
@@ -81,6 +81,11 @@ def test_help_shows_groups_and_defaults(capsys):
     for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
         assert word in pages["sample"]
     assert cli.main([]) == 0 and capsys.readouterr().out == pages[""]
+    pages["--version"] = f"ddpm-ext {version.__version__}\n"
+    for option, page in (("--help", ""), ("--version", "--version")):  # as installed: without importing torch
+        code = "import sys, ddpm_ext_command as c; c.main(); sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code, option], env=ENVIRONMENT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, pages[page])
 
 
 BAD = [
@@ -180,6 +185,7 @@ def test_default_device_is_a_gpu_that_this_build_can_use(monkeypatch, archs, car
 def test_ctrl_c(tiny, tmp_path):
     # So many that it takes minutes: it must not be over before it is interrupted.
     command = [sys.executable, "-m", "ddpm_ext", "sample", "--num", "2000", "--out", str(tmp_path / "a.npz")]
+    command += ["--device", "cpu", "--graph"]
     # A shell's background jobs ignore the signal, and what a process ignores its children ignore, too.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -187,8 +193,8 @@ def test_ctrl_c(tiny, tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     seen = b""
-    while b"/1000" not in seen and running.poll() is None:
-        seen += os.read(running.stderr.fileno(), 4096)  # until the progress bar shows that sampling has started
+    while b"not captured" not in seen and running.poll() is None:
+        seen += os.read(running.stderr.fileno(), 4096)  # until a warning of the loop says that sampling has started
     running.send_signal(signal.SIGINT)
     rest = running.communicate(timeout=300)[1]
     assert running.returncode == 130 and b"ddpm-ext sample: interrupted" in rest and b"Traceback" not in rest

@@ -17,6 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 def test_sample_writes_guided_diffusions_npz(tiny, tmp_path, monkeypatch, capsys, device):
     monkeypatch.chdir(tmp_path)
     options = ("--num", 5, "--batch-size", 2, "--device", device, "--out", "new/samples.npz")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert call("sample", "--model", tiny, *options) == 0
     written = capsys.readouterr()
     assert "new/samples.npz: 5 samples, 8x12x3" in written.out

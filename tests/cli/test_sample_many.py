@@ -4,6 +4,7 @@ tests/cli/test_classes.py and test_loop_inputs.py compare the samples with those
 """
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,7 @@ def test_writes_what_fid_scripts_read(tiny, tmp_path, monkeypatch, capsys, devic
     image = pytest.importorskip("PIL.Image")
     loud = [argument for argument in arguments(tiny, "new/run", "--npz", "--png") if argument != "--quiet"]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert call(*loud, "--device", device) == 0
     written = capsys.readouterr()
     first, *files = written.out.splitlines()

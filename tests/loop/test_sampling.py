@@ -87,6 +87,9 @@ def test_sample_ids_where_a_device_is_asked_for_by_its_type(run, device, backend
 
 def test_progress(run, capfd, monkeypatch):
     pytest.importorskip("tqdm")
+    run(diffusion(), steps=3, progress=True)  # no terminal
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run(diffusion(), steps=3, progress=False)
     assert capfd.readouterr() == ("", "")
     run(diffusion(), steps=3, progress=True)

@@ -1,6 +1,7 @@
 """ddpm_ext.losses.likelihood for data whose best denoiser is known (gaussian.py), against formulas in float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -221,7 +222,8 @@ def test_terminal_level_of_zero_and_single_timesteps(prediction):
     torch.testing.assert_close(found.vlb[:, 0], (-mean(log_p) / math.log(2)).float(), rtol=1e-4, atol=0)
 
 
-def test_seeds_and_progress(capsys):
+def test_seeds_and_progress(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     gd, x_start = diffusion(), images()
     torch.manual_seed(3)
     first = gd.bits_per_dim(noisy(), x_start)

@@ -100,12 +100,16 @@ def test_where_cuda_cannot_be_had(tmp_path, torch_version, torch_cuda, nvcc, why
     assert re.search(why, plan.why_cpu)
 
 
-def test_default_architectures_are_those_that_both_know():
-    assert setup.default_archs(["7.0", *BOTH, "12.1"], lambda arch: True) == "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
-    assert setup.default_archs(["8.0", "8.6", "8.9", "9.0"], lambda arch: True) == "8.0 8.6 8.9 9.0+PTX"
-    assert setup.default_archs(BOTH, lambda arch: arch in ("8.6", "9.0")) == "8.6 9.0+PTX"
+def test_architectures():
+    choose = lambda *given: setup.choose_archs(*given)[0]  # noqa: E731
+    assert choose("8.9;9.0+PTX", BOTH, [(8, 0)]) == "8.9 9.0+PTX"
+    assert choose("all", ["7.0", *BOTH, "12.1"], [(8, 0)]) == "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+    assert choose("", [*BOTH, "12.1"], [(12, 1), (8, 9), (12, 1)]) == "8.9 12.1+PTX"
+    assert choose("", ["8.0", "9.0"], [(12, 0), (8, 6), (6, 0)]) == "8.0 9.0+PTX"  # cards newer and older than nvcc
+    assert (choose("", BOTH, []), choose("", ["8.6", "9.0"], [(7, 5)])) == ("8.0+PTX", "8.6+PTX")
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
-        setup.default_archs(["5.0"], lambda arch: True)
+        choose("", ["5.0"], [])
+    assert setup.requirements(["setup.py", "sdist"]) == ["torch>=2.7", "numpy"]
 
 
 def test_asking_torch_for_architectures_leaves_no_trace(monkeypatch):

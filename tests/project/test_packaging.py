@@ -69,15 +69,15 @@ def contents(sdist) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """A wheel, built from the sdist without compiling: all but the extension."""
+    """A wheel, built from the sdist without compiling: all but the extension. Beside it is the one to edit."""
     tree, out = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as opened:
         opened.extractall(tree, filter="data")
     (source,) = tree.iterdir()
-    (source / "setup.py").write_text('from setuptools import setup\n\nsetup(license="Apache-2.0")\n')
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=source)
-    (made,) = out.iterdir()
-    return made
+    text = (source / "setup.py").read_text()
+    (source / "setup.py").write_text(text.replace("ext_modules=[extension]", "ext_modules=[]"))
+    run("-c", f"from setuptools.build_meta import *; build_editable('{out}'); build_wheel('{out}')", cwd=source)
+    return next(out.glob("*[!e]-py3-*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +128,15 @@ def test_sdist_has_what_git_has(root, contents):
 def test_wheel_has_the_package_alone(wheel, contents):
     with zipfile.ZipFile(wheel) as opened:
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
-    assert found == {name for name in contents if name.startswith("ddpm_ext/")}
+    assert found == {name for name in contents if name.startswith("ddpm_ext/")} | {"ddpm_ext_command.py"}
     assert {"ddpm_ext/py.typed", "ddpm_ext/models/digits/config.json", "ddpm_ext/training/trainer.py"} <= found
+
+
+def test_an_editable_install_is_a_folder_on_the_path(wheel):
+    """Where type checkers look, which do not run setuptools' hooks."""
+    with zipfile.ZipFile(next(wheel.parent.glob("*editable*"))) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith(".pth"))
+        assert (Path(opened.read(name).decode().strip()) / "setup.py").exists()
 
 
 def test_twine_finds_nothing_wrong(sdist, wheel, tmp_path):
@@ -142,6 +149,8 @@ def test_metadata(root, metadata, version):
     assert metadata["Author"] == "The ddpm_ext authors"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     assert metadata.get_payload().strip() == (root / "README.md").read_text().strip()
+    torch = re.match(r"\d+\.\d+", importlib.metadata.version("torch"))[0]
+    assert f"torch=={torch}.*" in metadata.get_all("Requires-Dist")  # which a module is compiled for
     citation = pytest.importorskip("yaml").safe_load((root / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["title"] == "ddpm_ext" and "version" not in citation  # which comes from pyproject.toml

@@ -1,5 +1,7 @@
 """The progress bar of a run: it counts the steps, and shows the smoothed loss without a wait of its own."""
 
+import sys
+
 import pytest
 import torch
 from support.trainer_run import make, rows
@@ -16,6 +18,7 @@ def shown(monkeypatch):
     import tqdm
 
     texts = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
     def note(bar, text, refresh=True):
         texts.append((bar.n, text))

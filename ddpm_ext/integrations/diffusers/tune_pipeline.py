@@ -60,7 +60,7 @@ def tune_pipeline(
         teacher_steps: at most the scheduler's training timesteps.
         seeds: runs to fit to; as many others are held out. Each takes the memory of teacher_steps samples on the CPU.
         first_seed: of the first run's generator; the others have the next ones.
-        progress: whether to show a progress bar (where tqdm is installed).
+        progress: whether to show a progress bar on a terminal (where tqdm is installed).
         call: further arguments of the pipeline, as in the calls that will take the table: guidance_scale, height,
             num_images_per_prompt, batch_size, prompt_embeds and the like.
 
@@ -222,6 +222,6 @@ def _bar(runs: Runs, planned: int | None) -> Iterator[None]:
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=planned, desc="steps of the pipeline, about") as bar:
+    with tqdm(total=planned, desc="steps of the pipeline, about", disable=None) as bar:
         runs.on_call = bar.update
         yield

@@ -115,7 +115,7 @@ def digits(part: str = "all") -> tuple[Tensor, Tensor]:
     """
     if part not in _PARTS:
         raise ValueError(f"part: got {part!r}, expected one of {', '.join(_PARTS)}")
-    loaded = require("sklearn.datasets", "the digits data set").load_digits()
+    loaded = require("sklearn.datasets", "the digits data set", in_demo=False).load_digits()
     images = torch.from_numpy(loaded.images).float().div_(8).sub_(1).unsqueeze(1)  # pixels are 0 to 16
     labels = torch.from_numpy(loaded.target).long()
     held_out = torch.arange(len(labels), device="cpu") % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1

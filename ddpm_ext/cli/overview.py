@@ -1,0 +1,75 @@
+"""What `ddpm-ext` says of itself: its version and its commands.
+
+ddpm_ext_command.py runs this file alone, without the package and torch, so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any, NoReturn
+
+WRONG_INPUT = 2  # the exit code
+COMMANDS = {
+    "sample": "draw samples into an .npz, a picture or a folder",
+    "invert": "find the noise that leads to an image",
+    "train": "train a model",
+    "average": "average a run's weights over another length",
+    "tune": "fit step tables to a model",
+    "compare": "compare samplers in few calls of a model",
+    "bits-per-dim": "measure how well a model explains images",
+    "trajectory": "draw how samples come about",
+    "table": "print, save, draw and compare step tables",
+    "plot": "draw schedules, step tables, losses, samples and how they come about",
+    "info": "show build, devices and instruction set",
+}
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default after each help text unless it is None or False, and does not wrap the lines of examples."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # argparse does not count the indentation of commands, and would wrap the longest one.
+            self._action_max_length += 2
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        bare = action.default is None or action.default is False or action.required
+        return action.help if bare else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error as one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def begin_parser(version: str) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser of `ddpm-ext` without commands, and what they are added to."""
+    parser = Parser(
+        prog="ddpm-ext",
+        usage="ddpm-ext COMMAND [options]",
+        description="Diffusion with one kernel launch a step, and the same noise for the same seed everywhere.",
+        epilog="ddpm-ext COMMAND --help shows a command's options.",
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ddpm-ext {version}")
+    return parser, parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+
+def answer(arguments: Sequence[str]) -> str | None:
+    """What `ddpm-ext` prints for these arguments, or None if that takes the package."""
+    if list(arguments) == ["--version"]:
+        return f"ddpm-ext {metadata.version('ddpm-ext')}\n"
+    if list(arguments) not in ([], ["-h"], ["--help"]):
+        return None
+    parser, commands = begin_parser("")
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary)
+    return parser.format_help()
