@@ -28,7 +28,7 @@ def add_parser(commands: Subparsers) -> None:
         "Makes a model whose weights are averaged over another length than those of the run, from the run's snapshots: "
         "post-hoc EMA."
     )
-    parser = add_command(commands, "average", description, epilog=_EXAMPLES)
+    parser = add_command(commands, "average", description, takes="RUN ", epilog=_EXAMPLES)
     add = parser.add_argument
     add("run", metavar="RUN", help="the folder of a run of ddpm-ext train --snapshot-every, which may go on")
     length = f"deviation of the averaged steps as a share of the training, up to {LONGEST}, the mean of all (required)"
