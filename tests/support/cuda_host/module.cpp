@@ -9,6 +9,7 @@
 
 #include "c10/cuda/CUDACachingAllocator.h"
 #include "c10/cuda/CUDAGraphsC10Utils.h"
+#include "c10/cuda/CUDAStream.h"
 #include "control.h"
 #include "core/box_muller.h"
 #include "cpu/operators.h"
@@ -131,6 +132,8 @@ PYBIND11_MODULE(control, m) {
   m.def("set_seconds", [](int seconds) { control.seconds = seconds; });
   m.def("set_full", [](int calls) { control.full = calls; });
   m.def("set_capturing", [](bool capturing) { standin::capturing = capturing; });
+  m.def("set_external", [](bool external) { standin::external = external ? cudaStream_t(0x2) : nullptr; });
+  m.def("allocations", [] { return standin::allocations; });
   m.def("blocks_of_allocator", [] { return standin::of_allocator.size(); });
   m.def("overwrite_memory_of_allocator", &standin::overwrite_memory_of_allocator);
   m.def("caches_emptied", [] { return standin::caches_emptied; });
