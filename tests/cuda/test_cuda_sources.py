@@ -311,6 +311,15 @@ def test_words_are_loaded_ahead_of_the_noise(kernels):
 
 
 @EACH
+def test_neighbours_are_loaded_before_the_first_is_stored(kernels):
+    """By strides: four elements, and where tensors are optional two."""
+    for kernel in (k for k in kernels if k.variant.access == "strided"):
+        count, reads = 2 if kernel.variant.has_options else 4, len(kernel.variant.tensors) - kernel.variant.written
+        code = "".join({"LDG": "L", "STG": "S"}.get(i.name, "") for i in kernel.kernel.instructions)
+        assert re.search(f"L{{{count * reads}}}S{{{count}}}", code), named(kernel)
+
+
+@EACH
 def test_wide_loads_and_stores(kernels):
     """Of a vector all is stored by 128 bits, and every tensor is loaded so, or by 64 where a wider one is beside it,
     and nothing else is loaded for it. The model's next input has a dtype of its own."""

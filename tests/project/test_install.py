@@ -123,12 +123,11 @@ def test_no_flag_lets_a_compiler_reorder_arithmetic():
 
 
 def test_one_ptx_for_several_architectures():
-    """As torch names them, also those that are too old for one of ours or run nowhere else."""
-    of_torch = [("90", "sm_90"), ("90", "compute_90"), ("121", "sm_121"), ("90a", "sm_90a"), ("61", "sm_61")]
-    flags = setup.nvcc_flags("13.0", [f"-gencode=arch=compute_{arch},code={code}" for arch, code in of_torch])
-    ours = [("80", "sm_90"), ("80", "compute_80"), ("100", "sm_121"), ("90a", "sm_90a"), ("61", "sm_61")]
-    assert flags[-5:] == [f"-gencode=arch=compute_{arch},code={code}" for arch, code in ours]
-    assert "--compress-mode=size" in flags and "--compress-mode=size" not in setup.nvcc_flags("12.9", [])
+    """Torch's flags are given. Those older than ours stay as they are."""
+    of_torch = [f"-gencode=arch=compute_{of}" for of in ("90,code=sm_90", "90,code=compute_90", "61,code=sm_61")]
+    *_, size, binary, ptx, old = setup.nvcc_flags("13.0", of_torch)
+    assert [binary, ptx, old] == [*(flag.replace("compute_90", "compute_80") for flag in of_torch[:2]), of_torch[2]]
+    assert size == "--compress-mode=size" not in setup.nvcc_flags("12.9", [])
 
 
 @pytest.mark.parametrize("name", ["g++", "clang++", "aarch64-linux-gnu-g++"])

@@ -9,7 +9,6 @@
 
 #include "c10/cuda/CUDACachingAllocator.h"
 #include "c10/cuda/CUDAGraphsC10Utils.h"
-#include "c10/cuda/CUDAStream.h"
 #include "control.h"
 #include "core/box_muller.h"
 #include "cpu/operators.h"

@@ -2,13 +2,7 @@
 
 #include <stdint.h>
 
-#include "standin/launch.h"
-
-namespace standin {
-
-inline cudaStream_t external = nullptr;  // if set, the current stream, which torch has not made
-
-}  // namespace standin
+#include "c10/cuda/CUDAGraphsC10Utils.h"
 
 namespace c10 {
 using DeviceIndex = int8_t;
