@@ -45,7 +45,10 @@ TUNING_FLAGS = [
     "-fsched-pressure",
     "--param=sched-pressure-algorithm=2",
 ]
-NVCC_FLAGS = ["-O3", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all", f"-Xcompiler={','.join(HOST_FLAGS)}"]
+NVCC_FLAGS = ["-O3", "-fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
+# The kernels differ only between these architectures (__CUDA_ARCH__ in csrc/cuda). From one of them up to the next, all
+# are made of one PTX, for which nvcc takes most of its time; docs/cuda.md compares the machine code.
+PTX_ARCHS = (75, 80, 100)
 
 # Commands of setuptools that compile. The others (sdist, metadata) need no torch.
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
@@ -210,6 +213,17 @@ def sources(cuda: bool) -> list[str]:
     return files("ops/*.cpp", "cpu/**/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if cuda else []))
 
 
+def nvcc_flags(version: str, arch_flags: Collection[str]) -> list[str]:
+    """Those for an nvcc of a version, given torch's for the architectures."""
+
+    def of_one_ptx(found: re.Match[str]) -> str:
+        return f"compute_{max((arch for arch in PTX_ARCHS if arch <= int(found[1])), default=found[1])}"
+
+    # The smaller form can't be read by drivers older than CUDA 12.4, which CUDA 13 can't use anyway.
+    small = "--compress-mode=size" if int(version.split(".")[0]) >= 13 else "-Xfatbin=-compress-all"
+    return [*NVCC_FLAGS, small, *(re.sub(r"compute_(\d+)\b", of_one_ptx, flag) for flag in arch_flags)]
+
+
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
@@ -251,7 +265,8 @@ def configure():
     cxx = [*CXX_FLAGS, *known_flags(TUNING_FLAGS), macro("DDPM_EXT_TORCH_VERSION", torch.__version__)]
     if plan.toolkit:
         cxx += [macro("DDPM_EXT_CUDA_VERSION", info["cuda"]), macro("DDPM_EXT_CUDA_ARCHS", info["archs"])]
-    link = []
+    nvcc = nvcc_flags(plan.toolkit.version, cpp_extension._get_cuda_arch_flags()) if plan.toolkit else []
+    link = ["-Wl,-s"] if sys.platform == "linux" else []  # without names, a twentieth of the module
     if os.environ.get("DDPM_EXT_SANITIZE"):
         link = [f"-fsanitize={os.environ['DDPM_EXT_SANITIZE']}", "-fno-sanitize-recover=undefined"]
         cxx = [flag for flag in cxx if flag not in TUNING_FLAGS] + [*link, "-O0", "-g1"]
@@ -262,7 +277,7 @@ def configure():
         include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
         depends=files("**/*.h", "**/*.cuh", "**/*.def"),
         define_macros=[("DDPM_EXT_WITH_CUDA", None)] if plan.toolkit else [],
-        extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,
     )
     # Warnings of torch's headers are off: g++ ignores -I for a folder that -isystem names as well.

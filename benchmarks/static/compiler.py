@@ -53,7 +53,7 @@ class Build(NamedTuple):
 class Tools(NamedTuple):
     nvcc: Path
     archs: list[str]  # of ours, those that this nvcc knows
-    flags: list[str]
+    flags: dict[str, list[str]]  # by architecture
     nvdisasm: Path
     cuobjdump: Path
 
@@ -94,9 +94,12 @@ def find_tools() -> Tools:
     if demangler() is None:
         raise Missing("there is no c++filt on PATH to read the kernels' names: install binutils")
     home = Path(plan.toolkit.home)
-    flags = [flag for flag in setup.NVCC_FLAGS if flag != "-lineinfo"]
-    flags += ["-std=c++20", f"-I{CSRC}", *(f"-isystem={path}" for path in cpp_extension.include_paths())]
+    paths = ["-std=c++20", f"-I{CSRC}", *(f"-isystem={path}" for path in cpp_extension.include_paths())]
     archs = [arch for arch in ARCHS if f"{arch[:-1]}.{arch[-1]}" in plan.toolkit.archs]
+    flags = {
+        arch: [*setup.nvcc_flags(plan.toolkit.version, [f"-gencode=arch=compute_{arch},code=sm_{arch}"]), *paths]
+        for arch in archs
+    }
     return Tools(home / "bin" / "nvcc", archs, flags, disassembler("nvdisasm", home), disassembler("cuobjdump", home))
 
 
@@ -135,7 +138,7 @@ def build(tools: Tools, source: str, arch: str, folder: Path) -> Build:
     path = Path(source) if source.endswith(".cu") else CSRC / "cuda" / f"{source}.cu"
     cubin = folder / f"{path.stem}.cubin"
     keep = ["--keep", "--keep-dir", folder, "-Xptxas=-v"]
-    remarks = output(tools.nvcc, *tools.flags, *keep, f"-arch=sm_{arch}", "-cubin", "-o", cubin, path)
+    remarks = output(tools.nvcc, *tools.flags[arch], *keep, "-cubin", "-o", cubin, path)
     preprocessed = (folder / f"{path.stem}.cpp1.ii").read_text(errors="replace")
     return Build(
         source,

@@ -156,9 +156,15 @@ class Elementwise {
     for (Index e = whole; e < static_cast<Index>(call_.numel); ++e) {
       F2 z[2] = {};
       if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, e, z);
-      const F2 half = e & 2 ? z[1] : z[0];
-      element({e, e, e, e}, noisy, e & 1 ? half.v.y : half.v.x);
+      element({e, e, e, e}, noisy, one_of_four(z, e));
     }
+  }
+
+  // The noise of the element that is number i of four.
+  template <class Number>
+  static __device__ __forceinline__ float one_of_four(const F2* z, Number i) {
+    const F2 half = i & 2 ? z[1] : z[0];
+    return i & 1 ? half.v.y : half.v.x;
   }
 
   // Where the sample lies in all of its tensors.
@@ -182,24 +188,13 @@ class Elementwise {
       F2 z[2] = {};
       if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, j, phase, z);
       if (whole) {
-        Vector<X, 4> stored;
-        DDPM_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          F2 x = {}, m = {};
-          if constexpr (Op::kX) x = widen(inputs.x[0].pairs[i]);
-          if constexpr (Op::kSecond) m = widen(inputs.m[0].pairs[i]);
-          if constexpr (kNoise == Noise::given) z[i] = widen(inputs.noise[0].pairs[i]);
-          F2 out = Op::mean(row_, call_, x, m);
-          if (noisy) out = Op::noisy(row_, out, x, z[i]);
-          narrow(out, stored.pairs[i]);
-        }
-        stored.store(out_ + j);
+        four(inputs, noisy, z).store(out_ + j);
         continue;
       }
-      DDPM_UNROLL
+#pragma unroll 1
       for (int i = 0; i < 4; ++i) {
         const Index e = j + i;
-        if (e >= 0 && e < call_.numel) element({e, e, e, e}, noisy, i % 2 == 0 ? z[i / 2].v.x : z[i / 2].v.y);
+        if (e >= 0 && e < call_.numel) element({e, e, e, e}, noisy, one_of_four(z, i));
       }
     }
   }
@@ -208,24 +203,48 @@ class Elementwise {
   __device__ __forceinline__ void elements(Index first, Index step) const {
     const bool noisy = this->noisy();
     const Index channels = channels_in_turn(call_), pixels = channels == 1 ? call_.numel : call_.sizes[1];
+#pragma unroll 1
     for (Index pixel = first; pixel < pixels; pixel += step) {
+#pragma unroll 1
       for (Index j = pixel; j < call_.numel; j += pixels) {
         F2 z[2] = {};
         if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, j, z);
-        int64_t left;
-        const Offsets four = offsets(call_, dividers_, j, left);
-        DDPM_UNROLL
-        for (int i = 0; i < kItems; ++i) {
-          if (j + i >= call_.numel) break;
-          Offsets o = four;
-          if (int64_t unused; i < left)
-            o.add(call_, call_.dims - 1, i);
-          else
-            o = offsets(call_, dividers_, j + i, unused);
-          element(o, noisy, i % 2 == 0 ? z[i / 2].v.x : z[i / 2].v.y);
+        if (in_row(call_, dividers_, j, 4)) {
+          row_of_four(offsets(call_, dividers_, j), noisy, z);
+          continue;
         }
+#pragma unroll 1
+        for (int i = 0; i < 4 && j + i < call_.numel; ++i)
+          element(offsets(call_, dividers_, j + i), noisy, one_of_four(z, i));
       }
     }
+  }
+
+  // Processes four elements that are neighbours in the last dimension. All of them are loaded before the first is
+  // stored: the compiler can't do that by itself, since it must assume that a store changes what is loaded after it.
+  __device__ __forceinline__ void row_of_four(const Offsets& o, bool noisy, F2* z) const {
+    const int d = call_.dims - 1;
+    Inputs inputs;
+    if constexpr (Op::kX) inputs.x[0].gather(x_ + o.x, call_.x.strides[d]);
+    if constexpr (Op::kSecond) inputs.m[0].gather(m_ + o.model_output, call_.model_output.strides[d]);
+    if constexpr (kNoise == Noise::given) inputs.noise[0].gather(noise_ + o.noise, call_.noise.strides[d]);
+    four(inputs, noisy, z).scatter(out_ + o.out, call_.out.strides[d]);
+  }
+
+  // The results for four elements from their inputs. z is their noise if it is drawn.
+  __device__ __forceinline__ Vector<X, 4> four(const Inputs& inputs, bool noisy, F2* z) const {
+    Vector<X, 4> results;
+    DDPM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      F2 x = {}, m = {};
+      if constexpr (Op::kX) x = widen(inputs.x[0].pairs[i]);
+      if constexpr (Op::kSecond) m = widen(inputs.m[0].pairs[i]);
+      if constexpr (kNoise == Noise::given) z[i] = widen(inputs.noise[0].pairs[i]);
+      F2 out = Op::mean(row_, call_, x, m);
+      if (noisy) out = Op::noisy(row_, out, x, z[i]);
+      narrow(out, results.pairs[i]);
+    }
+    return results;
   }
 
   __device__ __forceinline__ void element(const Offsets& o, bool noisy, float z) const {

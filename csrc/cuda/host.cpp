@@ -36,6 +36,11 @@ uint32_t* cleared(void* data, int64_t count, cudaStream_t stream) {
   return static_cast<uint32_t*>(data);
 }
 
+// Whether a stream is one of torch's. The id of any other is its handle.
+bool made_by_torch(const c10::cuda::CUDAStream& stream) {
+  return stream.stream() == nullptr || stream.id() != reinterpret_cast<int64_t>(stream.stream());
+}
+
 }  // namespace
 
 void check(cudaError_t error) { C10_CUDA_CHECK(error); }
@@ -46,7 +51,8 @@ void on_device(int device, void (*launch)(void* of, cudaStream_t stream), void* 
 }
 
 Counts::Counts(int64_t count, int device, cudaStream_t stream) {
-  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+  const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  if (captured || !made_by_torch(c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)))) {
     own_ = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(bytes_of(count), stream);
     data_ = cleared(own_, count, stream);
     return;

@@ -20,8 +20,10 @@ void on_device(int device, void (*launch)(void* of, cudaStream_t stream), void* 
 // `count` counters on a device for one launch on `stream`. They are zeros when the launch begins, and its blocks set
 // them back to zero, so that the next launch can use them as they are.
 //
-// The launches of a stream run one after the other, so they share one buffer. A launch that is captured in a CUDA graph
-// gets memory of its own, which the graph clears at each replay: several graphs may run at the same time.
+// The launches of a stream of torch's run one after the other, so they share one buffer. A launch on any other stream
+// gets memory of its own, since a handle does not tell such streams apart: cudaStreamPerThread stands for one in each
+// thread, and the handle of a destroyed stream is given to a new one. So does a launch that is captured in a CUDA
+// graph, which clears it at each replay: several graphs may run at the same time.
 //
 // A shared buffer is never freed, even after a larger one has taken its place, since another thread may have read its
 // address and not yet launched. It is allocated by cudaMalloc and not by torch's allocator: while torch.compile warms

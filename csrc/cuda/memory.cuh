@@ -54,12 +54,13 @@ struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-// kItems neighbouring elements as they lie in memory, in a word of 128 bits or of 64.
+// kItems neighbouring elements as they lie in memory, in a word of 128 bits, of 64 or of 32.
 template <class T, int kItems>
 struct Vector {
   using Pair = typename PairOf<T>::Type;
-  using Word = std::conditional_t<kItems * sizeof(T) == 8, uint2, uint4>;
-  static_assert(sizeof(Word) == kItems * sizeof(T));
+  static constexpr int kBytes = kItems * sizeof(T);
+  using Word = std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
+  static_assert(sizeof(Word) == kBytes);
   Pair pairs[kItems / 2];
 
   __device__ __forceinline__ void load(const T* p) {
@@ -76,6 +77,20 @@ struct Vector {
     Word word;
     memcpy(&word, pairs, sizeof word);
     store_word(reinterpret_cast<Word*>(p), word);
+  }
+  // The same one by one, where the elements are `stride` apart.
+  __device__ __forceinline__ void gather(const T* p, int64_t stride) {
+    T values[kItems];
+    DDPM_UNROLL
+    for (int i = 0; i < kItems; ++i) values[i] = p[i * stride];
+    memcpy(pairs, values, sizeof values);
+  }
+  __device__ __forceinline__ void scatter(T* p, int64_t stride, int count = kItems) const {
+    T values[kItems];
+    memcpy(values, pairs, sizeof values);
+    DDPM_UNROLL
+    for (int i = 0; i < kItems; ++i)
+      if (i < count) p[i * stride] = values[i];
   }
 };
 
@@ -132,23 +147,6 @@ struct Dividers {
   }
 };
 
-// The offsets of element j. `left` is how many elements follow, with j itself, until an index other than the last
-// changes.
-__device__ __forceinline__ Offsets offsets(const ElementwiseCall& call, const Dividers& dividers, int64_t j,
-                                           int64_t& left) {
-  Offsets o;
-  left = call.numel - j;
-  for (int d = call.dims - 1; d > 0; --d) {
-    const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
-    const int64_t index = j - quotient * call.sizes[d];
-    if (d == call.dims - 1) left = call.sizes[d] - index;
-    o.add(call, d, index);
-    j = quotient;
-  }
-  o.add(call, 0, j);
-  return o;
-}
-
 // Calls add(d, index) with the index of a sample's element j in each dimension, so that the division is done once for
 // all tensors.
 template <class Add>
@@ -159,6 +157,21 @@ __device__ __forceinline__ void for_each_index(const Call& call, const Dividers&
     add(d, j - quotient * call.sizes[d]);
     j = quotient;
   }
+}
+
+// The offsets of element j of a sample.
+__device__ __forceinline__ Offsets offsets(const ElementwiseCall& call, const Dividers& dividers, int64_t j) {
+  Offsets o;
+  for_each_index(call, dividers, j, [&](int d, int64_t index) { o.add(call, d, index); });
+  return o;
+}
+
+// Whether `count` elements of a sample, from j on, are neighbours in the last dimension.
+__device__ __forceinline__ bool in_row(const Call& call, const Dividers& dividers, int64_t j, int count) {
+  const int d = call.dims - 1;
+  if (d < 0) return false;
+  const int64_t row = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
+  return j + count <= (row + 1) * call.sizes[d];
 }
 
 }  // namespace ddpm_ext::cuda

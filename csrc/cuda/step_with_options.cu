@@ -34,15 +34,88 @@ __device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store
   }
 }
 
-// kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
-// issued before the first value is used.
-template <class Options, class X, class M, int kItems, class Index>
-class VectorTensors {
+// Where a thread's elements lie in every tensor of dense samples: from element j of sample b on. Nothing is loaded if
+// not `inside`.
+template <class Index>
+class DensePlaces {
  public:
-  // Loads nothing if not `inside`.
-  __device__ __forceinline__ VectorTensors(const StepCall& call, Index b, Index j, bool inside = true)
-      : call_(call), b_(b), j_(j), inside_(inside) {
+  __device__ __forceinline__ DensePlaces(Index b, Index j, bool inside = true) : b_(b), j_(j), inside_(inside) {
     make_opaque(b_);  // or the compiler would keep where each tensor's sample begins in registers
+  }
+
+  // Of the first element in a tensor.
+  template <class Which>
+  __device__ __forceinline__ int64_t offset(const StepCall& call, Which which) const {
+    return sample_start(call[which].batch_stride, b_) + j_;
+  }
+  template <class T, int kItems>
+  __device__ __forceinline__ void load(const StepCall& call, Role role, bool given, Vector<T, kItems>& to) const {
+    to.load_if(inside_ && given, static_cast<const T*>(call[role].data) + offset(call, role));
+  }
+  template <class T, int kItems>
+  __device__ __forceinline__ void store(const StepCall&, T* p, const TensorArg&, const Vector<T, kItems>& from) const {
+    from.store(p);
+  }
+
+ private:
+  Index b_;
+  const Index j_;
+  const bool inside_;
+};
+
+// The same of samples by any strides: of one element, or of two that are neighbours in the last dimension. The inputs'
+// offsets are computed together, and each result's when it is stored, since all of them would not fit in registers.
+class StridedPlaces {
+ public:
+  __device__ __forceinline__ StridedPlaces(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j,
+                                           int count)
+      : dividers_(dividers), b_(b), j_(j), count_(count) {
+    make_opaque(b_);
+    DDPM_UNROLL
+    for (int i = 0; i < kRoles; ++i) inputs_[i] = b_ * call.inputs[i].batch_stride;
+    for_each_index(call, dividers, j_, [&](int d, int64_t index) {
+      DDPM_UNROLL
+      for (int i = 0; i < kRoles; ++i) inputs_[i] += index * call.inputs[i].strides[d];
+    });
+    make_opaque(j_);
+  }
+
+  __device__ __forceinline__ int64_t offset(const StepCall& call, Result result) const {
+    const TensorArg& tensor = call[result];
+    int64_t offset = b_ * tensor.batch_stride;
+    for_each_index(call, dividers_, j_, [&](int d, int64_t index) { offset += index * tensor.strides[d]; });
+    return offset;
+  }
+  template <class T>
+  __device__ __forceinline__ void load(const StepCall& call, Role role, bool given, Vector<T, 2>& to) const {
+    const TensorArg& tensor = call[role];
+    const T* const p = static_cast<const T*>(tensor.data) + inputs_[static_cast<int>(role)];
+    if (given) to.gather(p, stride(call, tensor));
+  }
+  template <class T>
+  __device__ __forceinline__ void store(const StepCall& call, T* p, const TensorArg& tensor,
+                                        const Vector<T, 2>& from) const {
+    from.scatter(p, stride(call, tensor), count_);
+  }
+
+ private:
+  // From the first element to the second. A single one is loaded twice.
+  __device__ __forceinline__ int64_t stride(const StepCall& call, const TensorArg& tensor) const {
+    return count_ == 2 ? tensor.strides[call.dims - 1] : 0;
+  }
+
+  const Dividers& dividers_;
+  int64_t b_, j_;
+  const int count_;
+  int64_t inputs_[kRoles];
+};
+
+// kItems elements of a step's tensors. take_step takes four of them, or two if there are no more. All loads are issued
+// before the first value is used.
+template <class Options, class X, class M, int kItems, class Places>
+class Tensors {
+ public:
+  __device__ __forceinline__ Tensors(const StepCall& call, const Places& places) : call_(call), places_(places) {
     fetch(std::make_integer_sequence<int, kRoles>());
   }
 
@@ -60,19 +133,21 @@ class VectorTensors {
   __device__ __forceinline__ void store(int i, F2 value) {
     if constexpr (kResult == Result::model_input && Options::kAnyInput) {
       input_[i] = value;
-      if (i == 1) by_input_dtype(call_, [&](auto of) { store_input<decltype(of)>(); });
+      if (i == kPairs - 1) by_input_dtype(call_, [&](auto of) { store_input<decltype(of)>(); });
     } else {
       Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
       narrow(value, result.pairs[first + i]);
       if (first + i + 1 < kItems / 2) return;
       const TensorArg& to = call_[kResult];
-      result.store(static_cast<X*>(to.data) + offset(to));
+      places_.store(call_, static_cast<X*>(to.data) + places_.offset(call_, kResult), to, result);
     }
   }
 
-  int first = 0;  // the first pair of the four elements that load and store mean
+  int first = 0;  // the first pair of the elements that load and store mean
 
  private:
+  static constexpr int kPairs = kItems == 2 ? 1 : 2;  // that take_step takes
+
   template <Role kRole>
   __device__ __forceinline__ auto& get() const {
     if constexpr (of_model(kRole)) {
@@ -82,20 +157,16 @@ class VectorTensors {
     }
   }
 
-  __device__ __forceinline__ int64_t offset(const TensorArg& tensor) const {
-    return sample_start(tensor.batch_stride, b_) + j_;
-  }
-
-  // Four elements at a time, since their dtype is known only here.
+  // As many elements at a time as take_step takes, since their dtype is known only here.
   template <class T>
   __device__ __forceinline__ void store_input() const {
-    Vector<T, 4> four;
+    Vector<T, 2 * kPairs> taken;
     DDPM_UNROLL
-    for (int i = 0; i < 2; ++i) narrow(input_[i], four.pairs[i]);
+    for (int i = 0; i < kPairs; ++i) narrow(input_[i], taken.pairs[i]);
     const TensorArg &to = call_[Result::model_input], &again = call_.input_again;
-    const int64_t place = offset(to) + 2 * first;
-    four.store(static_cast<T*>(to.data) + place);
-    if (again.data != nullptr) four.store(static_cast<T*>(again.data) + place);
+    const int64_t place = places_.offset(call_, Result::model_input) + 2 * first;
+    places_.store(call_, static_cast<T*>(to.data) + place, to, taken);
+    if (again.data != nullptr) places_.store(call_, static_cast<T*>(again.data) + place, again, taken);
   }
 
   template <int... kEach>
@@ -106,36 +177,29 @@ class VectorTensors {
   __device__ __forceinline__ void fetch_one() {
     if constexpr ((Options::kMay & bit(kRole)) == 0) return;
     using T = std::conditional_t<of_model(kRole), M, X>;
-    const TensorArg& tensor = call_[kRole];
-    const_cast<Vector<T, kItems>&>(get<kRole>())
-        .load_if(inside_ && has(kRole), static_cast<const T*>(tensor.data) + offset(tensor));
+    places_.load(call_, kRole, has(kRole), const_cast<Vector<T, kItems>&>(get<kRole>()));
   }
 
   const StepCall& call_;
-  Index b_;
-  const Index j_;
-  const bool inside_;
+  const Places places_;
   Vector<X, kItems> like_x_[kLikeX];
   Vector<M, kItems> of_model_[kRoles - kLikeX];
   // Set, or ptxas would keep the registers that a branch writes to through the whole loop.
   Vector<X, kItems> results_[kResults] = {};
-  F2 input_[2] = {F2(0.0f), F2(0.0f)};
+  F2 input_[kPairs] = {};
 };
 
-// One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
-// of a pair whose second is not used.
-template <class Options, class X, class M, bool kContiguous>
+// One element of a step's tensors, in the rest of a dense sample beyond its whole vectors. It is the first of a pair
+// whose second is not used.
+template <class Options, class X, class M>
 class ElementTensors {
  public:
-  __device__ __forceinline__ ElementTensors(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j)
-      : call_(call) {
+  __device__ __forceinline__ ElementTensors(const StepCall& call, int64_t b, int64_t j) : call_(call) {
     make_opaque(b);
-    each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
-    if constexpr (!kContiguous) {
-      for_each_index(call, dividers, j, [&](int d, int64_t index) {
-        each([&](const TensorArg& tensor, int64_t& offset) { offset += index * tensor.strides[d]; });
-      });
-    }
+    DDPM_UNROLL
+    for (int i = 0; i < kRoles; ++i) inputs_[i] = b * call.inputs[i].batch_stride + j;
+    DDPM_UNROLL
+    for (int i = 0; i < kResults; ++i) results_[i] = b * call.results[i].batch_stride + j;
   }
 
   template <class Which>
@@ -164,14 +228,6 @@ class ElementTensors {
   }
 
  private:
-  template <class Visit>
-  __device__ __forceinline__ void each(Visit visit) {
-    DDPM_UNROLL
-    for (int i = 0; i < kRoles; ++i) visit(call_.inputs[i], inputs_[i]);
-    DDPM_UNROLL
-    for (int i = 0; i < kResults; ++i) visit(call_.results[i], results_[i]);
-  }
-
   const StepCall& call_;
   int64_t inputs_[kRoles], results_[kResults];
 };
@@ -185,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
   constexpr bool kDense = kAccess != Access::strided;
   using Index = std::conditional_t<kDense, uint32_t, int64_t>;
   constexpr int kItems = kStepItems<kAccess, Options, X>;
-  using Vectors = VectorTensors<Options, X, M, kItems, Index>;
+  using Vectors = Tensors<Options, X, M, kItems, DensePlaces<Index>>;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
   if (b >= static_cast<Index>(call.batch)) return;
 
@@ -209,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
       const Index place = i + phase;
       const F2 half = place & 2 ? z[1] : z[0];
       F2 one[1] = {F2(place & 1 ? half.v.y : half.v.x)};
-      ElementTensors<Options, X, M, kDense> tensors(call, dividers, b, i);
+      ElementTensors<Options, X, M> tensors(call, b, i);
       take_step(row, sample, tensors, drawn, one);
     }
   };
@@ -222,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
     const Index whole = numel / kItems * kItems;
 #pragma unroll 1
     for (; j < whole; j += step) {
-      Vectors tensors(call, b, j);
+      Vectors tensors(call, {b, j});
       DDPM_UNROLL
       for (int q = 0; q < kItems; q += 4) {
         F2 z[2] = {F2(0.0f), F2(0.0f)};
@@ -246,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
     for (; j < numel + phase; j += step) {
       const Index e = j - phase;
       const bool whole = j >= phase && e + 4 <= numel;
-      Vectors tensors(call, b, e, whole);
+      Vectors tensors(call, {b, e, whole});
       F2 z[2] = {F2(0.0f), F2(0.0f)};
       if (drawn) draw_normals(keys, counter, e, phase, z);
       if (whole) {
@@ -257,10 +313,22 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
     }
   } else {
     if (j >= pixels) return;
+#pragma unroll 1
     for (; j < numel; j += apart) {
+      int64_t own_seed = static_cast<int64_t>(seed);
+      make_opaque(own_seed);  // or the compiler would keep the keys in registers, of which there are too few
       F2 z[2] = {F2(0.0f), F2(0.0f)};
-      if (drawn) draw_normals(keys, counter, j, z);
-      by_element(j, end_of_four(j, numel), 0, z);
+      if (drawn) draw_normals(philox_keys(static_cast<uint64_t>(own_seed)), counter, j, z);
+      const int left = numel - j < 4 ? static_cast<int>(numel - j) : 4;
+#pragma unroll 1
+      for (int i = 0; i < left;) {
+        const int count = i % 2 == 0 && in_row(call, dividers, j + i, 2) ? 2 : 1;
+        const F2 half = i & 2 ? z[1] : z[0];
+        F2 taken[1] = {F2(i & 1 ? half.v.y : half.v.x, half.v.y)};
+        Tensors<Options, X, M, 2, StridedPlaces> tensors(call, {call, dividers, b, j + i, count});
+        take_step(row, sample, tensors, drawn, taken);
+        i += count;
+      }
     }
   }
 }

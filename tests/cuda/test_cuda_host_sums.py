@@ -258,19 +258,23 @@ def test_one_launch_of_every_sample(host):
 # ----------------------------------------------------------------------------------------------------- counters
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_whose_memory_the_counters_are(host, captured):
+@pytest.mark.parametrize(("captured", "external"), [(False, False), (True, False), (False, True)])
+def test_whose_memory_the_counters_are(host, captured, external):
     """Not of torch's allocator: it may draw from a CUDA graph's pool without a capture, as torch.compile's
     "reduce-overhead" makes it do before it captures, and then gives that memory to others. A launch that is captured
-    has its own."""
+    has its own, and so has one on a stream that torch has not made, whose handle may be another's as well."""
     host.control.set_capturing(captured)
+    host.control.set_external(external)
     try:
         for _ in range(2):
+            before = host.control.allocations()
             check_all(host)
+            assert (host.control.allocations() > before) == (captured or external)
             assert host.control.blocks_of_allocator() == 0
             host.control.overwrite_memory_of_allocator()
     finally:
         host.control.set_capturing(False)
+        host.control.set_external(False)
 
 
 def test_more_samples_than_before(host):

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.compilers import load_setup
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools
@@ -66,7 +67,7 @@ def kernels(build) -> list[Finding]:
 
 @EACH
 def test_compiles(build, kernels, arch):
-    assert f".target sm_{arch}" in build.ptx
+    assert f".target sm_{max(of for of in load_setup().PTX_ARCHS if of <= int(arch))}" in build.ptx
     assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
     by_access = Counter(kernel.variant.access for kernel in kernels)
     of_step = kernels[0].variant.op == STEP
@@ -307,6 +308,15 @@ def test_words_are_loaded_ahead_of_the_noise(kernels):
         assert sorted(code[at].global_bits for at in loads) == sorted(reads), named(kernel)
         assert loads[-1] < next(at for at, i in enumerate(code) if i.opcode == "MUFU.RSQ"), named(kernel)
         assert [i.global_bits for i in code if i.name == "STG" and i.global_bits >= 64] == writes, named(kernel)
+
+
+@EACH
+def test_neighbours_are_loaded_before_the_first_is_stored(kernels):
+    """By strides: four elements, and where tensors are optional two."""
+    for kernel in (k for k in kernels if k.variant.access == "strided"):
+        count, reads = 2 if kernel.variant.has_options else 4, len(kernel.variant.tensors) - kernel.variant.written
+        code = "".join({"LDG": "L", "STG": "S"}.get(i.name, "") for i in kernel.kernel.instructions)
+        assert re.search(f"L{{{count * reads}}}S{{{count}}}", code), named(kernel)
 
 
 @EACH

@@ -126,6 +126,14 @@ def test_no_flag_lets_a_compiler_reorder_arithmetic():
     assert "-ffp-contract=off" in setup.CXX_FLAGS and "-fmad=false" in setup.NVCC_FLAGS
 
 
+def test_one_ptx_for_several_architectures():
+    """Torch's flags are given. Those older than ours stay as they are."""
+    of_torch = [f"-gencode=arch=compute_{of}" for of in ("90,code=sm_90", "90,code=compute_90", "61,code=sm_61")]
+    *_, size, binary, ptx, old = setup.nvcc_flags("13.0", of_torch)
+    assert [binary, ptx, old] == [*(flag.replace("compute_90", "compute_80") for flag in of_torch[:2]), of_torch[2]]
+    assert size == "--compress-mode=size" not in setup.nvcc_flags("12.9", [])
+
+
 @pytest.mark.parametrize("name", ["g++", "clang++", "aarch64-linux-gnu-g++"])
 def test_every_compiler_takes_the_flags(name, monkeypatch):
     monkeypatch.setenv("CXX", find_compiler(name))

@@ -131,6 +131,8 @@ PYBIND11_MODULE(control, m) {
   m.def("set_seconds", [](int seconds) { control.seconds = seconds; });
   m.def("set_full", [](int calls) { control.full = calls; });
   m.def("set_capturing", [](bool capturing) { standin::capturing = capturing; });
+  m.def("set_external", [](bool external) { standin::external = external ? cudaStream_t(0x2) : nullptr; });
+  m.def("allocations", [] { return standin::allocations; });
   m.def("blocks_of_allocator", [] { return standin::of_allocator.size(); });
   m.def("overwrite_memory_of_allocator", &standin::overwrite_memory_of_allocator);
   m.def("caches_emptied", [] { return standin::caches_emptied; });

@@ -13,7 +13,7 @@ namespace standin {
 // What torch's allocator has handed out and not got back. torch may give it to others all the same, as it does with the
 // memory of a CUDA graph's pool.
 inline std::map<void*, size_t> of_allocator;
-inline int caches_emptied = 0;
+inline int allocations = 0, caches_emptied = 0;
 
 inline void overwrite_memory_of_allocator() {
   for (const auto& [p, bytes] : of_allocator) memset(p, 0xa5, bytes);
@@ -24,6 +24,7 @@ inline void overwrite_memory_of_allocator() {
 namespace c10::cuda::CUDACachingAllocator {
 
 inline void* raw_alloc_with_stream(size_t bytes, cudaStream_t) {
+  ++standin::allocations;
   void* const p = malloc(bytes);
   standin::of_allocator[p] = bytes;
   return p;
