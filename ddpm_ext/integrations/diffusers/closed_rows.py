@@ -238,9 +238,11 @@ class Numbers(NamedTuple):
     def of(dims: int) -> Numbers:
         generator = torch.Generator().manual_seed(1)
         shape = TRIED, *[1] * (dims - 1)
-        x, m = (torch.randn(shape, generator=generator) for _ in range(2))
-        z = torch.randn(shape, generator=generator.manual_seed(0))
-        return Numbers(x, m, np.array([flat(y) for y in (x, m, z)]), torch.rand((), generator=generator).item())
+        x, m = (torch.randn(shape, generator=generator, device="cpu") for _ in range(2))
+        z = torch.randn(shape, generator=generator.manual_seed(0), device="cpu")
+        return Numbers(
+            x, m, np.array([flat(y) for y in (x, m, z)]), torch.rand((), generator=generator, device="cpu").item()
+        )
 
 
 def _tried(
@@ -272,7 +274,7 @@ def _tried(
                 raise Uncovered
             if (steps and len(step.state) > 1) or (second is None) != (factors.clean is None):
                 raise Uncovered
-            if generator is not None and torch.rand((), generator=generator).item() != following:
+            if generator is not None and torch.rand((), generator=generator, device="cpu").item() != following:
                 raise Uncovered
             steps.append(step)
             found.append(prev)
