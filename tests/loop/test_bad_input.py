@@ -67,12 +67,10 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
         ({"rng": Philox(0, stream=1)}, ValueError, ["rng", "stream"]),
         ({"model": None}, TypeError, ["model is None", "a function"]),
         ({"clip_denoised": 1}, TypeError, ["clip_denoised is 1", "DynamicThreshold"]),
-        ({"clip_denoised": (1, -1)}, ValueError, [r"clip_denoised is \(1, -1\)", "low <= high"]),
         ({"clip_denoised": (0.0, float("nan"))}, ValueError, ["clip_denoised is .*nan"]),
         ({"clip_denoised": (False, True)}, TypeError, [r"clip_denoised is \(False, True\)"]),
         ({"clip_denoised": (0, 1, 2)}, TypeError, [r"clip_denoised is \(0, 1, 2\)"]),
         ({"guidance": "2"}, TypeError, ["guidance is '2'", "a Guidance or its scale"]),
-        ({"guidance": float("nan")}, ValueError, ["guidance scale is nan", "finite"]),
         ({"guidance": Guidance(2.0, len, 0.7), "shape": (3, 1)}, ValueError, [r"rescale is 0\.7.* of one element"]),
         ({"cond_fn": 2}, TypeError, ["cond_fn is 2", "a function"]),
         ({"cond_fn": len, "sampler": BARE, "steps": None}, ValueError, ["cond_fn is given", "g0 or g1"]),
@@ -118,17 +116,6 @@ def test_loop(backend, changes, error, words, device):
 
 
 @backends
-def test_sample(backend, device):
-    for changes, error, words in (
-        ({"image_size": 0}, ValueError, ["image_size|shape", "0"]),
-        ({"batch_size": 4.0}, TypeError, ["batch_size|shape", "4.0"]),
-        ({"channels": -1}, ValueError, ["channels|shape", "-1"]),
-        ({"sampler": "dpm"}, ValueError, ["sampler is 'dpm'"]),
-    ):
-        refuse("sample", backend, device, error, words, **changes)
-
-
-@backends
 def test_ids_that_run_past_the_end_in_a_loop(backend, device):
     refuse("p_sample_loop", backend, device, ValueError, ["sample_ids", r"2\^56"], rng=Philox(0, 2**56 - 1))
     gd, _, arguments = call("p_sample_loop", backend, device, rng=Philox(0, 2**56 - 3))
@@ -144,8 +131,6 @@ def test_ids_that_run_past_the_end_in_a_loop(backend, device):
         ("denoised_fn", lambda x0: None, TypeError, "what denoised_fn returns is a NoneType, expected a tensor"),
         ("cond_fn", lambda x, t: x.double(), TypeError, "gradient has dtype (torch.float64|Double), expected"),
         ("cond_fn", lambda x, t: None, TypeError, "what cond_fn returns is a NoneType, expected a tensor"),
-        ("model", lambda x, t: (x,), TypeError, "the model's output is a tuple, expected a tensor"),
-        ("model", lambda x, t: x[:2], ValueError, r"model_output has shape"),
         ("guidance", 2.0, ValueError, "the model's output has 3 samples, expected 6: guidance without a function"),
         ("guidance", Guidance(2.0, lambda x, t: x.double()), TypeError, "uncond_output has dtype .*, expected"),
         ("guidance", Guidance(2.0, lambda x, t: x[:2]), ValueError, "uncond_output has shape .2, 2, 4., expected"),
@@ -176,12 +161,6 @@ def test_x_prev_between_the_timesteps(backend):
 
 
 @backends
-def test_a_captured_loop_has_a_graph(backend, device):
-    with pytest.raises(ValueError, match="graph is False, expected True, 'step' or 'loop'"):
-        GaussianDiffusion(50, backend=backend).capture(lambda x, t: x, SHAPE, device=device, graph=False)
-
-
-@backends
 def test_graphs_of_the_whole_loop_show_nothing_in_between(backend, device):
     gd, model, arguments = call("p_sample_loop", backend, device)
     del arguments["progress"]
@@ -191,5 +170,7 @@ def test_graphs_of_the_whole_loop_show_nothing_in_between(backend, device):
         gd.capture(**arguments, self_condition=None)
     with pytest.raises(TypeError, match=r"clip_denoised is 0\.5, expected a bool, a range"):
         gd.sample_progressive(**arguments, clip_denoised=0.5)
+    with pytest.raises(ValueError, match="graph is False, expected True, 'step' or 'loop'"):
+        gd.capture(**arguments, graph=False)
     assert model.calls == 0
     assert len([*gd.sample_progressive(**arguments, clip_denoised=DynamicThreshold())]) == 2

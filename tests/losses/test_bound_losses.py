@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.comparison import backends, float64, normals, target_of
+from support.comparison import backends, float64, log_variance_of, normals, target_of
 from support.refusals import Model, raises, refuse
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -36,17 +36,6 @@ def outputs(variance, device):
     if variance not in LEARNED:
         return m
     return torch.cat([m, v * 0.7 if variance == "learned_range" else v - 6], 1)
-
-
-def log_variance_of(gd, v, t):
-    """The logarithm of the variance of p(x_{t-1} | x_t), as in guided-diffusion."""
-    small = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()[t][:, None, None, None]
-    large = gd.betas.log()[t][:, None, None, None]
-    if gd.variance == "learned":
-        return v
-    if gd.variance == "learned_range":
-        return (v + 1) / 2 * large + (1 - v) / 2 * small
-    return torch.where((t == 0)[:, None, None, None], small, large) if gd.variance == "fixed_large" else small
 
 
 def bound_of(gd, m, x, z, t):

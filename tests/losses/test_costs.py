@@ -79,9 +79,6 @@ def train(step, output):
     return output.grad
 
 
-# ------------------------------------------------------------------------------------------------------- memory
-
-
 def held(function, *made):
     """The bytes that a second call of `function` allocates at its peak, and those that its result holds afterwards.
 
@@ -101,12 +98,29 @@ def held(function, *made):
     return peak, now
 
 
+def check_peak(step, batches, kept, make=make_output):
+    """A training step needs so many batches and SMALL at its peak, and so many afterwards."""
+    peak, left = held(functools.partial(train, step), make)
+    assert batches * BATCH <= peak <= batches * BATCH + SMALL, peak / BATCH
+    assert left == kept * BATCH, left / BATCH
+
+
+def large_operators(step, make=make_output):
+    output = make()
+    with Large(NUMEL) as large:
+        train(step, output)
+    return large.names
+
+
+# ------------------------------------------------------------------------------------------ memory and operations
+
+
 @options
-def test_peak_is_two_batches(options):
-    """x_t and the gradient. Neither pass stores noise, a target or a difference."""
-    peak, kept = held(lambda output: train(fused(**options), output), make_output)
-    assert 2 * BATCH <= peak <= 2 * BATCH + SMALL, peak / BATCH
-    assert kept == BATCH, kept / BATCH
+def test_two_batches_and_two_launches(options):
+    """x_t and the gradient: neither pass stores noise, a target or a difference. And two operators on a whole batch,
+    for the forward and the backward pass together, also for one t."""
+    check_peak(fused(**options), 2, 1)
+    assert large_operators(fused(**options)) == large_operators(fused(t=500, **options)) == OURS
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -127,14 +141,13 @@ def test_peak_without_gradients_is_x_t(keeps):
 @bounds
 def test_costs_with_the_bound(variance, halves, loss):
     """x_t and the gradient of both halves. Plain torch needs at least twice as much."""
-    assert large_operators(fused(variance=variance, loss=loss, rng=Philox(1)), halves) == OURS
-    peaks = {}
-    for backend in ("fused", "reference"):
-        step = fused(variance=variance, loss=loss, backend=backend, rng=Philox(1))
-        peaks[backend], kept = held(functools.partial(train, step), lambda: make_output(halves))
-        assert kept == halves * BATCH
-    assert (1 + halves) * BATCH <= peaks["fused"] <= (1 + halves) * BATCH + SMALL, peaks["fused"] / BATCH
-    assert peaks["reference"] >= 2 * (1 + halves) * BATCH, peaks["reference"] / BATCH
+    make = functools.partial(make_output, halves)
+    ours, plain = (
+        fused(variance=variance, loss=loss, backend=backend, rng=Philox(1)) for backend in ("fused", "reference")
+    )
+    assert large_operators(ours, make) == OURS
+    check_peak(ours, 1 + halves, halves, make)
+    assert held(functools.partial(train, plain), make)[0] >= 2 * (1 + halves) * BATCH
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -145,41 +158,22 @@ def test_peak_of_a_lower_precision(dtype):
     def make_narrow_output():
         return make_output().detach().to(dtype).requires_grad_()
 
-    peak, kept = held(lambda output: train(step, output), make_narrow_output)
-    assert 2.5 * BATCH <= peak <= 2.5 * BATCH + SMALL, peak / BATCH
-    assert kept == BATCH / 2, kept / BATCH
+    check_peak(step, 2.5, 0.5, make_narrow_output)
     # A gradient is multiplied and cast at once.
     for scaled, expected in ((step, ["aten._to_copy"]), (lambda x: step(x) * 1024, ["aten.empty_like", "aten.mul"])):
-        output = make_narrow_output()
-        with Large(NUMEL) as large:
-            train(scaled, output)
-        assert large.names == [*OURS, *expected]
-
-
-# --------------------------------------------------------------------------------------------------- operations
-
-
-def large_operators(step, halves=1):
-    output = make_output(halves)
-    with Large(NUMEL) as large:
-        train(step, output)
-    return large.names
-
-
-@options
-def test_two_launches(options):
-    """Two operators on a whole batch, for the forward and the backward pass together, also for one t."""
-    assert large_operators(fused(**options)) == large_operators(fused(t=500, **options)) == OURS
+        assert large_operators(scaled, make_narrow_output) == [*OURS, *expected]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_scaled_loss_scales_its_slope(reduction):
     """A GradScaler's factor or a gradient for each sample costs one more launch, in place."""
     step = fused(rng=Philox(1), reduction=reduction)
-    assert large_operators(lambda output: (step(output) * 1024).sum()) == [*OURS, "aten.mul_"]
-    peak, kept = held(lambda output: train(lambda y: (step(y) * 1024).sum(), output), make_output)
-    assert 2 * BATCH <= peak <= 2 * BATCH + SMALL, peak / BATCH
-    assert kept == BATCH, kept / BATCH
+
+    def scaled(output):
+        return (step(output) * 1024).sum()
+
+    assert large_operators(scaled) == [*OURS, "aten.mul_"]
+    check_peak(scaled, 2, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- waits

@@ -100,20 +100,6 @@ def test_both_and_the_bound(backend, device):
     assert (whole != gd.train_losses(model, x, t, rng=RNG, reduction="none")).all()
 
 
-def test_gradients_reach_x_start(device):
-    """The gradients go through x_t, which must not be written in place then; nor is x_start ever."""
-    (x,), t, found = normals(1, device), timesteps(device), []
-    before = x.clone()
-    for backend in ("fused", "reference"):
-        leaf = x.clone().requires_grad_()
-        gd = GaussianDiffusion(backend=backend)
-        gd.train_losses(lambda x_t, t: x_t**2, leaf, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1).backward()
-        found.append(leaf.grad)
-        gd.train_losses(lambda x_t, t: x_t, x, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1)
-        assert torch.equal(x, before) and torch.equal(leaf, before)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
-
-
 @backends
 def test_own_streams_and_draws(backend, device):
     """A stream of the rng replaces that of the noise only, a draw of the rng replaces all three."""
@@ -134,14 +120,10 @@ NOISE, FLAT = torch.ones(3, 2, 4), torch.ones(3)
         (ValueError, ["offset_noise is -0.1", "number"], {"offset_noise": -0.1}),
         (ValueError, ["offset_noise is nan", "number"], {"offset_noise": math.nan}),
         (ValueError, ["offset_noise is inf", "number"], {"offset_noise": math.inf}),
-        (TypeError, ["offset_noise is '1'", "number"], {"offset_noise": "1"}),
         (TypeError, ["offset_noise is True", "a number"], {"offset_noise": True}),
         (ValueError, ["input_perturbation is -0.1", "number"], {"input_perturbation": -0.1}),
-        (TypeError, ["input_perturbation is True", "a number"], {"input_perturbation": True}),
         (ValueError, ["offset_noise is given beside noise", "offset already"], {"offset_noise": 0.1, "noise": NOISE}),
-        (ValueError, ["both given"], {"noise": NOISE, "rng": Philox(0), "input_perturbation": 0.1}),
         (ValueError, [r"offset_noise: x_start has shape \(3,\)"], {"offset_noise": 0.1, "x_start": FLAT}),
-        (TypeError, ["rng is a int", "Philox"], {"offset_noise": 0.1, "rng": 3}),
     ],
 )
 def test_refusals(backend, kind, words, change, device):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,14 +125,15 @@ def test_autocast(prediction, dtype, device):
 
 def test_gradients_reach_what_made_x_t(device):
     """x_start requires a gradient, as that of an encoder. The fused loss has it for eps only, the reference always."""
-    x, z = normals(2, device)
-    t = timesteps(device)
-    found = []
-    for backend in ("fused", "reference"):
-        leaf = x.clone().requires_grad_()
-        GaussianDiffusion(backend=backend).train_losses(lambda x_t, t: x_t**2, leaf, t, z).backward()
-        found.append(leaf.grad)
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-9)
+    (x, z), t = normals(2, device), timesteps(device)
+    for options in ({"noise": z}, {"rng": Philox(11, 2**40), "input_perturbation": 0.1, "offset_noise": 0.1}):
+        found = []
+        for backend in ("fused", "reference"):
+            leaf = x.clone().requires_grad_()
+            GaussianDiffusion(backend=backend).train_losses(lambda x_t, t: x_t**2, leaf, t, **options).backward()
+            assert torch.equal(leaf, x)
+            found.append(leaf.grad)
+        torch.testing.assert_close(*found, rtol=1e-5 if "noise" in options else 1e-4, atol=1e-9)
     for prediction in ("x0", "v", "x_prev"):
         leaf, model = x.clone().requires_grad_(), Model()
         with pytest.raises(ValueError, match="x_start requires a gradient, expected none"):
@@ -183,24 +183,13 @@ def test_bad_options_before_the_model_is_called(backend, device):
         (ValueError, ["loss is 'l2'", "'mse' or 'l1' or 'huber'"], {"loss": "l2"}),
         (ValueError, ["reduction is 'batchmean'", "'mean' or 'none' or 'sum'"], {"reduction": "batchmean"}),
         (ValueError, ["delta is 0", "delta > 0"], {"delta": 0}),
-        (TypeError, ["delta is '1'", "a number"], {"delta": "1"}),
         (ValueError, ["weighting is 'max'", "'simple' or 'snr' or 'min_snr'"], {"weighting": "max"}),
         (TypeError, ["weighting is a int", "a name or a tensor"], {"weighting": 5}),
-        (TypeError, ["weighting is a NoneType"], {"weighting": None}),
-        (TypeError, ["weighting is a ndarray"], {"weighting": np.ones(50)}),
-        (TypeError, ["weighting is a list"], {"weighting": [1.0] * 50}),
         (ValueError, [r"weighting has shape \(49,\)", r"expected \(50,\)"], {"weighting": torch.ones(49)}),
         (ValueError, ["weighting holds numbers that are not finite"], {"weighting": torch.full((50,), torch.inf)}),
     ):
         refuse("train_losses", backend, device, error, words, **change)
     assert torch.equal(torch.get_rng_state(), before)  # no seed was drawn before the refusal
-
-
-def test_weights_may_be_written_to_between_calls(device):
-    gd, own, (x, m) = GaussianDiffusion(1000), torch.linspace(0.5, 2, 1000), normals(2, device)
-    before = gd.train_losses(lambda *_: m, x, 5, rng=Philox(3), weighting=own)
-    own.mul_(2)
-    assert torch.equal(gd.train_losses(lambda *_: m, x, 5, rng=Philox(3), weighting=own), 2 * before)
 
 
 COMPILED = [

@@ -5,26 +5,17 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-from support.compilers import find_compiler
-from torch.utils import cpp_extension
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.compilers import compiled
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vectors are SSE2's, of x86-64")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("fma") / "trial.so"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
-    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    subprocess.run([find_compiler("g++"), *flags, ROOT / "tests/support/fma_trial.cpp", "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    return compiled("g++", "fma_trial.cpp", tmp_path_factory.mktemp("fma"), ("-O2", "-ffp-contract=off"))
 
 
 @pytest.fixture(scope="module", params=["vectors", "numbers"])

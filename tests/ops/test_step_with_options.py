@@ -13,7 +13,7 @@ from support.operators import CLIPS, DTYPES, NOISE_ERROR, Inputs, as_float64, ea
 from support.rounding import Number, roundings, same_bits
 from support.step_inputs import LIKE_X, PER_SAMPLE, RESULTS, make_row, make_table, options
 
-from ddpm_ext import Philox, StepTable, ops, randn, reference
+from ddpm_ext import Philox, ops, randn, reference
 from ddpm_ext.ops.row import ROW
 
 F32 = torch.float32
@@ -133,29 +133,6 @@ def test_any_subset_of_inputs(device, choose: Choose):
     assert all(torch.equal(value, everything[name]) for name, value in before.items())
 
 
-@BACKENDS
-def test_each_number_of_a_packed_row_has_its_place(device, backend):
-    """All of them differ, and none is 0, so that any two that changed places would show."""
-    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79]
-    row = {name: prime / 32 for name, prime in zip(ROW, primes, strict=True)} | {"draw": 12345}
-    columns = {name: [value] for name, value in row.items() if name not in ("w", "c_in")}
-    table = StepTable([3], **columns).packed(device, guidance=[row["w"]])
-    table[:, ROW.index("c_in")] = row["c_in"]
-    shape = (2, 3, 5)
-    x, m = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    given = moved(options(shape, F32, F32), device)
-    results = {name: torch.empty_like(x) for name in RESULTS}
-    backend.step_with_options(x, m, table, 0, clip=None, rng=Philox(7), **given, **results)
-    z = reference.randn(shape, Philox(7), draw=12345, stream=0, dtype=torch.float64).numpy()
-    exact = {name: host(value) for name, value in given.items()}
-    exact |= {name: exact[name].reshape(-1, 1, 1) for name in PER_SAMPLE}
-    row = {name: np.full((2, 1, 1), value) for name, value in row.items()}
-    prev, x0, kept, scale = formula(host(x), host(m), z, row, exact, True, None)
-    for name, factor in (("out", 1.0), ("model_input", row["c_in"])):
-        assert roundings(results[name], prev * Number(factor), factor * scale * NOISE_ERROR) <= ROUNDINGS
-    assert roundings(results["x0_out"], x0) <= ROUNDINGS and roundings(results["history_out"], kept) <= ROUNDINGS
-
-
 # --------------------------------------------------------------------------------------------- the plain step's bits
 
 
@@ -202,20 +179,6 @@ def test_without_inputs_the_plain_steps_bits(step, special, device, noise, dtype
     last = x_t.to(memory_format=torch.channels_last)
     assert same_bits(step(table, x_t=last, model_output=m, **how), expected)
     assert same_bits(step(table, x_t=last, model_output=m, **how, out=last), expected)
-
-
-@PAIRS
-@pytest.mark.parametrize("own", [{}, {"draw": 7, "stream": 200}])
-def test_noise_is_the_contracts(step, device, dtype, model_dtype, own):
-    """In an ordinary step, and for the noise of the known pixels."""
-    zeros, ids = torch.zeros(SHAPE, dtype=dtype, device=device), torch.arange(8, device=device) * 2**40
-    rng = Philox(2**63 + 5, ids, **own)
-    z = randn(SHAPE, rng, draw=own.get("draw", 0), stream=own.get("stream", 0), device=device, dtype=dtype)
-    nothing = {"x_t": zeros, "model_output": None, "clip": None, "rng": rng, "dtype": dtype}
-    assert torch.equal(step(make_row(s=1.0), 0, **nothing), z)
-    known = {"known": zeros, "mask": zeros + 1}
-    assert torch.equal(step(make_row(noise_after=1.0), 0, **nothing, **known), z)
-    assert torch.equal(step(make_row(noise_after=1.0, s=0.5), 0, **nothing, known=zeros, mask=zeros), z / 2)
 
 
 # ------------------------------------------------------------------------------------------- factors that do nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.choices import Choose, for_many
@@ -139,11 +141,6 @@ def test_gradients_are_recorded_by_the_plain_step_alone(device, tensors):
 # ------------------------------------------------------------------------------------------------ around the model
 
 
-class Output:
-    def __init__(self, sample):
-        self.sample = sample
-
-
 @pytest.fixture
 def run(device):
     """A TableStep that can call models, and what its timesteps were asked for."""
@@ -165,7 +162,7 @@ def test_run_calls_the_model_and_takes_the_step(device, tensors, run, wrapped):
 
     def model(x_t, t):
         seen.append((x_t, t, torch.is_grad_enabled()))
-        return Output(m) if wrapped else m
+        return SimpleNamespace(sample=m) if wrapped else m
 
     own = torch.full((4,), 7, device=device)
     table, rows = TABLE.to(device), torch.tensor([3, 0, 5, 1], device=device)
@@ -187,9 +184,9 @@ def test_run_calls_the_model_and_takes_the_step(device, tensors, run, wrapped):
     assert asked == [(3, 4, device)]  # made once
 
 
-def test_run_refuses_before_it_calls_the_model(device, tensors, run):
-    given, called, (call, _) = tensors(), [], run
-    x, out = given["x_t"], torch.empty_like(given["x_t"])
+def test_run_refuses_before_it_calls_the_model(device, run):
+    memory, called, (call, _) = torch.ones(5, *SHAPE[1:], device=device), [], run
+    x, out = memory[:4], torch.empty(SHAPE, device=device)
     good = [lambda x, t: called.append(t), x, 3, out]
     for place, value, error, message in (
         (1, [1.0], TypeError, "x_t is a list, expected a tensor"),
@@ -197,6 +194,9 @@ def test_run_refuses_before_it_calls_the_model(device, tensors, run):
         (2, 6, ValueError, "t is 6, expected 0 <= t < 6"),
         (2, 1.5, TypeError, "t is a float"),
         (3, out[:2], ValueError, "out has shape"),
+        (3, memory[1:], ValueError, "out shares memory"),
+        (3, out[:1].expand(SHAPE), ValueError, "out .*share memory"),
+        (3, torch.zeros(SHAPE, dtype=torch.cfloat, device=device).conj().imag, ValueError, "out is a negated view"),
     ):
         with pytest.raises(error, match=message):
             call(*[value if i == place else argument for i, argument in enumerate(good)])

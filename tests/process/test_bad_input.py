@@ -11,7 +11,7 @@ import torch
 from support.devices import moved
 from support.refusals import CPU, GOOD_T, META, SHAPE, Model, backends, call, ones, raises, refuse, spread, steps
 
-from ddpm_ext import GaussianDiffusion, Philox, reference
+from ddpm_ext import GaussianDiffusion, Philox
 
 # The names of the samples and of t differ between the methods.
 SAMPLES = {
@@ -57,12 +57,6 @@ BAD_T = {
     "bool tensor": (lambda: steps(True, False, True), TypeError, ["bool|Bool", "int64"]),
     "too long": (lambda: steps(0, 1, 2, 3), ValueError, ["4", "3"]),
     "broadcastable": (lambda: steps(7), ValueError, ["1", "3"]),
-    "0-dimensional": (lambda: torch.tensor(7), ValueError, ["3"]),
-    "2-dimensional": (lambda: steps(*GOOD_T).reshape(3, 1), ValueError, ["3, 1"]),
-    "float": (lambda: 3.0, TypeError, ["float"]),
-    "bool": (lambda: True, TypeError, ["bool"]),
-    "None": (lambda: None, TypeError, ["None"]),
-    "list": (lambda: [1, 2, 3], TypeError, ["list"]),
     "numpy": (lambda: np.array([1, 2, 3]), TypeError, ["ndarray"]),
     "device": (lambda: steps(*GOOD_T, device=META), ValueError, ["meta", "DEVICE"]),
 }
@@ -89,9 +83,6 @@ BAD_SAMPLES = {
     "int64": (lambda: ones(dtype=torch.int64), TypeError, ["int64|Long"]),
     "None": (lambda: None, TypeError, ["None"]),
     "0-dimensional": (lambda: torch.tensor(1.0), ValueError, ["0-dim"]),
-    "uint8": (lambda: ones(dtype=torch.uint8), TypeError, ["uint8|Byte"]),
-    "bool": (lambda: ones(dtype=torch.bool), TypeError, ["bool|Bool"]),
-    "complex": (lambda: ones(dtype=torch.complex64), TypeError, ["complex|Complex"]),
     "numpy": (lambda: np.ones(SHAPE, dtype=np.float32), TypeError, ["ndarray"]),
 }
 
@@ -117,9 +108,7 @@ LIKE_SAMPLES = {
     "batch": (lambda: ones(2, 2, 4), ValueError, ["2, 2, 4", "3, 2, 4"]),
     "device": (lambda: ones(device=META), ValueError, ["meta", "DEVICE"]),
     "leading 1": (lambda: ones(1, 3, 2, 4), ValueError, ["1, 3, 2, 4"]),
-    "flat": (lambda: ones(3, 8), ValueError, ["3, 8", "3, 2, 4"]),
     "0-dimensional": (lambda: torch.tensor(1.0), ValueError, ["3, 2, 4"]),
-    "complex": (lambda: ones(dtype=torch.complex64), TypeError, ["complex|Complex"]),
 }
 OTHERS = {
     "float16": (lambda: ones(dtype=torch.float16), TypeError, ["float16|Half", "float32|Float"]),
@@ -137,19 +126,6 @@ GIVEN_ELSEWHERE = ["q_posterior_mean_variance-x_t", "predict_start_from_noise-no
 def test_given_tensors(backend, method, case, device):
     (method, name), (make, error, words) = method.split("-"), case
     refuse(method, backend, device, error, [rf"\b{name}\b", *words], **{name: make()})
-
-
-def test_out_that_overlaps_in_part(device):
-    memory = torch.ones(4, 2, 4, device=device)
-    before = memory.clone()
-    for method in ("q_sample", "p_sample"):
-        gd, model, arguments = call(method, "fused", device, **{SAMPLES[method]: memory[:3]})
-        with pytest.raises(ValueError, match=r"\bout shares memory"):
-            getattr(gd, method)(**arguments, out=memory[1:])
-        with pytest.raises(ValueError, match=r"\bout .*share memory"):
-            getattr(gd, method)(**arguments, out=torch.ones(1, 2, 4, device=device).expand(3, 2, 4))
-        assert model.calls == 0
-    assert torch.equal(memory, before)
 
 
 BAD_OUTPUT = {
@@ -188,11 +164,8 @@ def test_loop_on_a_device_without_kernels(device):
 BAD_RNG = {
     "a seed": (lambda: 3, TypeError, ["rng", "int", "Philox"]),
     "ids too few": (lambda: Philox(0, steps(1, 2)), ValueError, ["sample_ids", "2", "3"]),
-    "a torch generator": (lambda: torch.Generator(), TypeError, ["rng", "Generator", "Philox"]),
     "id past the end": (lambda: Philox(0, 2**56 - 2), ValueError, ["sample_ids", str(2**56 - 2), r"2\^56"]),
-    "the class": (lambda: Philox, TypeError, ["rng", "type", "Philox"]),
     "ids elsewhere": (lambda: Philox(0, steps(1, 2, 3, device=META)), ValueError, ["sample_ids", "meta", "DEVICE"]),
-    "ids too many": (lambda: Philox(0, steps(1, 2, 3, 4)), ValueError, ["sample_ids", "4", "3"]),
     "ids broadcastable": (lambda: Philox(0, steps(1)), ValueError, ["sample_ids", "1", "3"]),
 }
 BAD_IDS = {
@@ -212,14 +185,6 @@ def test_rng(backend, method, case, device):
 @pytest.mark.parametrize("method", DRAWING[:3])
 def test_noise_together_with_rng(backend, method, device):
     refuse(method, backend, device, ValueError, ["noise", "rng"], noise=ones(), rng=Philox(0))
-
-
-@pytest.mark.parametrize("case", [*BAD_RNG, *BAD_IDS])
-def test_rng_of_the_references_randn(case, device):
-    """ops/test_noise.py has randn's own arguments, and Philox's."""
-    rng, error, words = (BAD_RNG | BAD_IDS)[case]
-    device = CPU if case in BAD_IDS else device
-    raises(error, words, lambda: reference.randn(SHAPE, moved(rng(), device), device=device), device)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from support.comparison import BACKENDS, HALF_ULPS, check, float64, normals, pair, step_magnitude, timesteps
+from support.comparison import HALF_ULPS, check, float64, log_variance_of, normals, pair, step_magnitude, timesteps
 from support.loop_cases import PART, SHAPE, TIMESTEPS, given, make_diffusion, model, ours, with_variance
+from support.refusals import backends
 from support.tutorial import Tutorial
 
 from ddpm_ext import Philox
@@ -13,7 +14,6 @@ from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.variances import VARIANCES
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
 variances = pytest.mark.parametrize("variance", [name for name, variance in VARIANCES.items() if variance.learned])
 
 
@@ -23,19 +23,6 @@ def make(device, backend, variance, prediction="eps"):
     x, m, v, z = normals(4, device)
     v = {"learned": v - 3, "learned_range": v.clamp(-1, 1), "learned_variance": v.abs() * 0.1 + 1e-3}[variance]
     return gd, Tutorial(gd.betas, prediction, "fixed_small"), x, m, v, z, timesteps(device)
-
-
-def log_variance_of(gd, variance, v, t):
-    """The logarithm of the variance: guided-diffusion's, or of a variance that the model predicts directly."""
-    v, t = float64(v), t.cpu()
-    if variance == "learned":
-        return v
-    if variance == "learned_variance":
-        return v.log()
-    smallest = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()
-    low, high = (c[t].reshape(-1, 1, 1, 1) for c in (smallest, gd.betas.log()))
-    share = (v + 1) / 2
-    return share * high + (1 - share) * low
 
 
 @backends
@@ -54,7 +41,7 @@ def test_a_step(device, backend, variance, prediction, clip):
     true_mean = truth.p_mean_variance(lambda *_: m, x, t, clip)[0]
     magnitude = step_magnitude(truth, x, m, t)
     check(mean, true_mean, magnitude, device)
-    true_log = log_variance_of(gd, variance, v, t)
+    true_log = log_variance_of(gd, v, t)
     assert var.shape == log_var.shape == x.shape and var.dtype == log_var.dtype == torch.float32
     assert ((float64(log_var) - true_log).abs() <= 8 * HALF_ULPS * true_log.abs().clamp(min=1)).all()
     # The logarithm is above -20.

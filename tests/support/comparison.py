@@ -76,6 +76,23 @@ def target_of(prediction, x, z, t):
     return truth.target(x, t, z)
 
 
+def log_variance_of(gd, v, t):
+    """The logarithm of the variance of p(x_{t-1} | x_t), as in guided-diffusion, or of one that the model returns.
+
+    `v` is the second half of the model's output.
+    """
+    smallest = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()
+    small, large = (c[t.cpu()].reshape(-1, 1, 1, 1) for c in (smallest, gd.betas.log()))
+    if gd.variance == "fixed_small":
+        return small
+    if gd.variance == "fixed_large":
+        return torch.where(t.cpu().reshape(-1, 1, 1, 1) == 0, small, large)
+    v = float64(v)
+    if gd.variance == "learned_range":
+        return (v + 1) / 2 * large + (1 - v) / 2 * small
+    return v if gd.variance == "learned" else v.log()
+
+
 def start_magnitude(truth, x, m, t):
     """The sum of the absolute values of the terms of the predicted x_0."""
     if truth.prediction == "x0":

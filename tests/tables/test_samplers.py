@@ -134,11 +134,6 @@ def test_alphas_cumprod_zero(sampler):
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
 
 
-def sigmas(grid):
-    """Sigma where each step starts and where it ends: the noise's standard deviation for a signal of scale 1."""
-    return (1 / grid.now - 1).sqrt(), (1 / grid.after - 1).sqrt()
-
-
 def grids():
     _, levels = schedule("scaled_linear")
     return [
@@ -155,7 +150,7 @@ def test_eulers_methods_are_k_diffusions(grid, eta, clip):
     """On x / sqrt(alphas_cumprod), the derivative by sigma is (x - x0) / sigma: Karras et al. 2022, eq. (4) and (5)."""
     table = euler_ancestral(grid, eta=eta)
     x, m, z = torch.randn(3, len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    sigma, after = sigmas(grid)
+    sigma, after = (1 / grid.now - 1).sqrt(), (1 / grid.after - 1).sqrt()
     up = torch.minimum(after, eta * (after**2 * (sigma**2 - after**2) / sigma**2).sqrt())
     down = (after**2 - up**2).clamp(min=0).sqrt()
     x0 = table.a * x + table.b * m

@@ -1,8 +1,5 @@
-"""ddpm's variances and a classifier's gradient in its rows, against guided-diffusion's formulas in float64."""
+"""ddpm's variances and a classifier's gradient in the rows of the samplers; loop/test_options.py has both in ddpm's."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 from support.gaussian import push, take
@@ -12,7 +9,6 @@ from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
-from ddpm_ext.tables.variances import VARIANCES
 
 LEARNED = ("learned", "learned_range", "learned_variance")
 PREDICTIONS = ("eps", "x0", "v")
@@ -23,79 +19,13 @@ def schedule(name="linear", timesteps=1000):
     return betas, (1 - betas).cumprod(0)
 
 
-def full_grid(name="linear", timesteps=1000):
-    betas, levels = schedule(name, timesteps)
-    return make_grid(levels, torch.arange(timesteps - 1, -1, -1), betas=betas)
-
-
 def random(*shape, seed):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
 
 
-class Posterior:
-    """p(x_{t-1} | x_t) of a timestep of a schedule: Ho et al. 2020, Nichol & Dhariwal 2021, Dhariwal & Nichol 2021.
-
-    `betas` belong to the steps that are taken, in ascending order.
-    """
-
-    def __init__(self, betas, t):
-        levels = np.cumprod(1 - betas)
-        before = np.append(1.0, levels[:-1])
-        small = betas * (1 - before) / (1 - levels)
-        self.now, self.before = levels[t], before[t]
-        self.beta, self.small = betas[t], small[t]
-        self.small_above = small[max(t, 1)] if len(betas) > 1 else betas[0]
-        self.of_x0 = betas[t] * before[t] ** 0.5 / (1 - levels[t])
-        self.of_x = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - levels[t])
-
-    def variance(self, name, v):
-        """The variance that multiplies a gradient in guided-diffusion."""
-        if name == "fixed_small":
-            return self.small
-        if name == "fixed_large":
-            return self.small_above if self.before == 1 else self.beta
-        if name == "learned_variance":
-            return v
-        if name == "learned":
-            return np.exp(v)
-        share = (v + 1) / 2
-        smallest = self.small or self.small_above
-        return np.exp(share * math.log(self.beta) + (1 - share) * math.log(max(smallest, 1e-20)))
-
-    def step(self, name, x0, x, v, z, g):
-        """A step whose mean is shifted by a classifier's gradient: Dhariwal & Nichol 2021, algorithm 1."""
-        variance = self.variance(name, v)
-        noise = 0.0 if self.before == 1 else np.sqrt(variance) * z
-        return self.of_x0 * x0 + self.of_x * x + variance * g + noise
-
-
-# --------------------------------------------------------------------------------------------------- variances
-
-
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("name, count", [("linear", 1000), ("cosine", 60), ("linear", 1)])
-def test_step_is_guided_diffusions(name, count, variance):
-    """With and without a gradient, over all timesteps, and over a few of them, whose steps are merged."""
-    betas, levels = schedule(name, 1000)
-    timesteps = spaced_timesteps(1000, count, "trailing")
-    table = ddpm(make_grid(levels, timesteps, betas=betas), variance=variance)
-    taken = levels[timesteps.flip(0)].numpy()
-    merged = betas.numpy() if count == 1000 else 1 - taken / np.append(1.0, taken[:-1])
-    x, m, v, z, g = random(5, count, 3, seed=0)
-    v = v.clip(-1, 1) if variance == "learned_range" else np.abs(v) if variance == "learned_variance" else v - 3
-    for i, row in enumerate(table):
-        truth = Posterior(merged, count - 1 - i)
-        x0 = np.clip((x[i] - (1 - truth.now) ** 0.5 * m[i]) / truth.now**0.5, -1, 1)
-        given = {"v": v[i] if variance in LEARNED else None, "v_is_variance": variance == "learned_variance"}
-        for gradient in (np.zeros(3), g[i]):
-            found_x0, found = take(row, x[i], m[i], z=z[i], g=gradient, clip=(-1, 1), **given)
-            assert found_x0 == pytest.approx(x0, rel=1e-9, abs=1e-9)
-            expected = truth.step(variance, x0, x[i], v[i], z[i], gradient)
-            assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
-
-
 def test_rows_of_learned_variances_have_their_columns():
-    grid = full_grid(timesteps=50)
+    betas, levels = schedule(timesteps=50)
+    grid = make_grid(levels, range(49, -1, -1), betas=betas)
     fixed = ddpm(grid)
     for variance in LEARNED:
         table = ddpm(grid, variance=variance)
@@ -104,6 +34,15 @@ def test_rows_of_learned_variances_have_their_columns():
         assert table.g1.tolist() == [1.0] * 50
         assert fixed.diff(table).columns.keys() <= {"s", "l0", "l1", "g1"}
     assert fixed.plain
+
+
+def test_the_variance_of_a_single_step_is_beta():
+    """There is no step before, whose variance the last one takes."""
+    betas, levels = schedule("cosine", 1)
+    large, ranged = (ddpm(make_grid(levels, [0], betas=betas), variance=v) for v in ("fixed_large", "learned_range"))
+    assert torch.equal(large.g1, betas)
+    torch.testing.assert_close((2 * ranged.l0).exp(), betas, rtol=1e-14, atol=0)
+    assert ranged.l1.tolist() == [0.0]
 
 
 def grids():
