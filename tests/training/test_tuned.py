@@ -6,16 +6,22 @@ from support import trainer_run
 from ddpm_ext import StepTable
 from ddpm_ext.models import load_model
 from ddpm_ext.models.folder import model_sha256
-from ddpm_ext.training import TrainOptions, train
-from ddpm_ext.tuning import search
+from ddpm_ext.training import TrainOptions, train, tuned
+from ddpm_ext.tuning import names, search, teacher
 
 pytest.importorskip("diffusers")
 
-OPTIONS = trainer_run.UNET | {"timesteps": 100, "data": "shapes", "image_size": 8, "classes": True, "batch_size": 32}
+OPTIONS = trainer_run.UNET | {"timesteps": 100, "data": "shapes", "image_size": 8, "classes": True}
 
 
 def test_tables_are_made_once_for_each_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "EVALUATIONS", 2)
+    for module, name, few in (
+        (search, "EVALUATIONS", 2),
+        (names, "SAMPLERS", ("ddim",)),
+        (teacher, "STEPS", 20),
+        (tuned, "_SEEDS", 4),
+    ):
+        monkeypatch.setattr(module, name, few)
     path, lines = tmp_path / "tuned" / "1.json", []
 
     def run(**more):
