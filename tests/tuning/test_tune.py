@@ -168,15 +168,18 @@ def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names):
 
 def test_a_loop_that_the_table_was_not_made_for_warns(tuned):
 
-    def sample(model=mixture(), **options):
+    def sample(model, **options):
         GD.p_sample_loop(model, SHAPE, sampler=tuned.table, **options, **QUIET)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sample()
-    for options, named in (({"guidance": 3.0, "model": doubled}, "guidance"), ({"clip_denoised": False}, "clip")):
+        sample(mixture())
+    for model, options, named in (
+        (doubled, {"guidance": 3.0}, "guidance"),
+        (mixture(), {"clip_denoised": False}, "clip"),
+    ):
         with pytest.warns(UserWarning, match=f"made for {named}"):
-            sample(**options)
+            sample(model, **options)
 
 
 def test_bad_arguments():
