@@ -76,10 +76,8 @@ def test_other_settings_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"samples of other settings: {message}; expected another folder"):
             exact_run.run(tmp_path, settings=settings | change, **options)
-    with pytest.raises(
-        ValueError, match=rf"has {COUNT} samples, of which none is removed; got num_images {COUNT - 1}, "
-    ):
-        exact_run.run(tmp_path, settings=settings, count=COUNT - 1)
+    message = rf"has {COUNT} samples, of which none is removed; got num_images {COUNT - 1}, "
+    refused(ValueError, message, exact_run.run, tmp_path, settings=settings, count=COUNT - 1)
     assert (contents(tmp_path), (tmp_path / "manifest.json").read_bytes()) == before
 
 
@@ -125,16 +123,9 @@ def test_manifest_is_written_first(tmp_path):
     with pytest.raises(RuntimeError, match="drawing begins"):
         sample_many(shards, {"seed": 2**64 - 1}, draw, batch_size=1, about={"model": "mine"})
     found = json.loads((shards.folder / "manifest.json").read_text())
+    message, settings = r"draw gave (float64|uint8) .*, expected uint8 of shape \(4, 4,", {"seed": 2**64 - 1}
     for given in (np.zeros((1, *SHAPE)), np.zeros((4, 4, 5, 1), np.uint8)):
-        refused(
-            ValueError,
-            r"draw gave (float64|uint8) .*, expected uint8 of shape \(4, 4,",
-            sample_many,
-            shards,
-            {"seed": 2**64 - 1},
-            lambda first, count, given=given: given,
-            batch_size=4,
-        )
+        refused(ValueError, message, sample_many, shards, settings, lambda *_, given=given: given, batch_size=4)
     assert not list(shards.inside.iterdir())
     expected = {"seed": 2**64 - 1, "num_images": COUNT, "shard_size": SIZE, "shape": list(SHAPE)}
     assert (found["settings"], found["about"]) == (expected, {"model": "mine"})

@@ -22,11 +22,8 @@ def test_bound(tiny, pets, tmp_path, capsys, options, labels):
     assert call("bits-per-dim", tmp_path / "images.npz", *fixed, *(options or ())) == 0
     loaded = models.load_model(model)
     kwargs = {} if labels is None else {"class_labels": torch.tensor(labels)}
-    expected = loaded.settings.diffusion().bits_per_dim(
-        lambda x, t: loaded.unet(x, t, **kwargs),
-        torch.from_numpy(images[:3]).permute(0, 3, 1, 2).float() / 127.5 - 1,
-        rng=Philox(7),
-    )
+    x_start, gd = torch.from_numpy(images[:3]).permute(0, 3, 1, 2).float() / 127.5 - 1, loaded.settings.diffusion()
+    expected = gd.bits_per_dim(lambda x, t: loaded.unet(x, t, **kwargs), x_start, rng=Philox(7))
     with np.load(tmp_path / "bits.npz") as found:
         assert found.files == list(expected._fields)
         for name, values in expected._asdict().items():

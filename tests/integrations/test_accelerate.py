@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from support.eager_tutorial import GaussianDiffusion as EagerTutorial
+from support.refused import refused
 from support.warned import user_warnings
 from torch import nn
 
@@ -41,8 +42,7 @@ X = torch.zeros(3, 2)
     ],
 )
 def test_bad_arguments_are_reported_before_a_bad_object(options, kind, message):
-    with pytest.raises(kind, match=message):
-        accelerate(object(), **options)
+    refused(kind, message, accelerate, object(), **options)
 
 
 @pytest.mark.parametrize("obj", [None, 3, "DDPMScheduler", object(), nn.Linear(1, 1), dict, Philox(0)])
@@ -58,10 +58,8 @@ def test_other_objects_are_refused(obj):
 def test_other_ways_to_call_it():
     """A class is known by its module, too; and only the object is given by position."""
     impostor = type("DDPMScheduler", (), {"step": lambda self: None})
-    with pytest.raises(TypeError, match=rf"obj is a {re.escape(__name__)}\.DDPMScheduler"):
-        accelerate(impostor())
-    with pytest.raises(TypeError, match="positional"):
-        accelerate(object(), "philox")
+    refused(TypeError, rf"obj is a {re.escape(__name__)}\.DDPMScheduler", accelerate, impostor())
+    refused(TypeError, "positional", accelerate, object(), "philox")
     assert ddpm_ext.accelerate is accelerate
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from support.accelerated_tutorial import SHAPE, Exact, T, both, own_code, record_bars, seeded, with_method
 from support.eager_tutorial import GaussianDiffusion
 from support.peer_training import Net
+from support.refused import refused
 from torch import nn
 
 import ddpm_ext
@@ -16,6 +17,13 @@ from ddpm_ext.integrations.tutorial import resembles
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     return record_bars(monkeypatch)
+
+
+def same(fast, plain, call):
+    """Checks that a call of both gives the same, from the same seed; the result, and the generator's states."""
+    (ours, state), (theirs, their_state) = (seeded(1, lambda gd=gd: call(gd)) for gd in (fast, plain))
+    torch.testing.assert_close(ours, theirs)
+    return ours, state, their_state
 
 
 # --------------------------------------------------------------------------------------------------- what resembles it
@@ -59,8 +67,7 @@ def test_resembles():
     for name, method in OTHERS.items():
         other = with_method(method, name)
         assert not resembles(other), name
-        with pytest.raises(TypeError, match=r"expected .*a class with the tutorial's p_sample"):
-            accelerate(other(50))
+        refused(TypeError, r"expected .*a class with the tutorial's p_sample", accelerate, other(50))
     assert resembles(with_method(lambda self, model, x_start, t, noise: None, "train_losses"))  # its own affair
     assert not resembles(with_method(None, "sample"))
 
@@ -78,8 +85,7 @@ def test_a_variation_with_further_arguments():
         "p_sample": lambda gd: gd.p_sample(model, x, t, True, 0.5),
         "train_losses": lambda gd: gd.train_losses(model, x, t, noise=z),
     }.items():
-        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
-        torch.testing.assert_close(ours, theirs)
+        same(fast, plain, call)
         assert fast.accelerated.fallbacks[method] == "it has arguments that the tutorial's hasn't"
 
 
@@ -92,8 +98,7 @@ def test_a_module_with_buffers():
     other.posterior_mean_coef1 *= 0.5
     for state in (plain, other):
         fast.load_state_dict(state.state_dict())
-        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t)) for gd in (fast, state))
-        torch.testing.assert_close(ours, theirs)
+        same(fast, state, lambda gd: gd.p_sample(model, x, t))
     assert plain.posterior_mean_coef1[3] != 0.5 and fast.accelerated.fallbacks == {}
 
 
@@ -150,8 +155,7 @@ def test_other_steps_are_refused(kind):
     """accelerate raises an error that says why; torch's generator stays where it was."""
     method, name, why = REFUSED[kind]
     plain, before = with_method(method, name)(50), torch.get_rng_state()
-    with pytest.raises(TypeError, match=why or "a class with the tutorial's p_sample"):
-        accelerate(plain)
+    refused(TypeError, why or "a class with the tutorial's p_sample", accelerate, plain)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -173,8 +177,7 @@ def test_steps_are_tried_again_where_any_table_changes():
     fast = accelerate(plain)
     for factor in (1, 4):
         fast.posterior_variance = plain.posterior_variance = plain.posterior_variance * factor
-        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd: gd.p_sample(model, x, T)) for gd in (fast, plain))
-        torch.testing.assert_close(ours, theirs)
+        same(fast, plain, lambda gd: gd.p_sample(model, x, T))
         assert (fast.accelerated.fallbacks == {}) == (factor == 1)
     assert "its p_sample gives" in fast.accelerated.fallbacks["p_sample"]
 
@@ -197,8 +200,7 @@ def test_another_loss_or_forward_process_stays_the_classs_own(method, name):
     x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
     for call in (lambda d: d.train_losses(model, x, t), lambda d: d.q_sample(x, t), lambda d: d.p_sample(model, x, t)):
-        (ours, state), (theirs, their_state) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
-        torch.testing.assert_close(ours, theirs)
+        _, state, their_state = same(fast, plain, call)
         assert torch.equal(state, their_state)
     expected = {"train_losses"} if name == "train_losses" else {"train_losses", "q_sample"}
     assert fast.accelerated.fallbacks.keys() == expected
@@ -218,8 +220,7 @@ def test_other_tables_are_refused():
     for change, why in BAD_TABLES.values():
         plain = GaussianDiffusion(50)
         plain.posterior_mean_coef2 = change(plain.posterior_mean_coef2)
-        with pytest.raises(TypeError, match=why):
-            accelerate(plain)
+        refused(TypeError, why, accelerate, plain)
 
 
 @own_code
@@ -231,17 +232,15 @@ def test_rows_are_the_objects_own_tables():
     x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
 
-    def same():
-        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t)) for gd in (fast, plain))
-        torch.testing.assert_close(ours, theirs)
-        return ours
+    def step():
+        return same(fast, plain, lambda gd: gd.p_sample(model, x, t))[0]
 
-    first = same()
+    first = step()
     fast.posterior_mean_coef2 = plain.posterior_mean_coef2 = plain.posterior_mean_coef2 * 0.5
-    second = same()
+    second = step()
     fast.posterior_mean_coef2.mul_(3)  # shared, like all of them
-    assert not torch.equal(first, second) and not torch.equal(same(), second)
+    assert not torch.equal(first, second) and not torch.equal(step(), second)
     assert fast.accelerated.fallbacks == {}
     fast.posterior_mean_coef2 = plain.posterior_mean_coef2 = plain.posterior_mean_coef2.half()
-    same()
+    step()
     assert fast.accelerated.fallbacks == {"p_sample": "its posterior_mean_coef2 is no tensor of float32 or float64"}

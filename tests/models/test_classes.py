@@ -36,9 +36,8 @@ def folder(tmp_path):
     """A class-conditional model as diffusers writes it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    diffusers.UNet2DModel(**TINY | {"in_channels": 1, "out_channels": 1, "num_class_embeds": 5}).save_pretrained(
-        tmp_path
-    )
+    config = TINY | {"in_channels": 1, "out_channels": 1, "num_class_embeds": 5}
+    diffusers.UNet2DModel(**config).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -74,19 +73,11 @@ def test_shapes_model_draws_the_classes_that_are_asked_for(device):
     loaded = models.load_model("shapes", device=device)
     assert loaded.shape == (3, 16, 16) and loaded.classes == Classes(tuple(SHAPES), 10)
     assert sum(path.stat().st_size for path in loaded.folder.iterdir()) <= 4_000_000
+    options = {"sampler": "dpmpp_2m", "steps": 12, "spacing": "trailing", "guidance": 2.5, "rng": Philox(3)}
+    labels = loaded.classes.model_kwargs(range(30), guided=True, device=device)
+    options |= {"model_kwargs": labels, "record": "last", "progress": False}
     with torch.no_grad():
-        drawn = loaded.settings.diffusion().p_sample_loop(
-            loaded.unet,
-            (30, *loaded.shape),
-            sampler="dpmpp_2m",
-            steps=12,
-            spacing="trailing",
-            guidance=2.5,
-            model_kwargs=loaded.classes.model_kwargs(range(30), guided=True, device=device),
-            rng=Philox(3),
-            record="last",
-            progress=False,
-        )
+        drawn = loaded.settings.diffusion().p_sample_loop(loaded.unet, (30, *loaded.shape), **options)
     known = Shapes(16).batch(torch.arange(2000))
     for images, least in ((Shapes(16, seed=1).batch(torch.arange(100)), 0.9), (drawn.cpu(), 0.6)):
         nearest = (outlines(images) @ outlines(known).T).argmax(1) % 10

@@ -16,19 +16,14 @@ from ddpm_ext.integrations import accelerate
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 
 SHAPE = (3, 2, 5, 6)
-# Name, steps or timesteps, config, options of each step. Any configurations of the other schedulers are drawn in
-# test_accelerated_diffusers_traced_configs.py.
+# Name, steps or timesteps, config, options of each step. Any configurations are drawn in test_accelerated_diffusers.py
+# and test_accelerated_diffusers_traced_configs.py.
 CONFIGS = [
-    ("DDPM", 1000, {}, {}),
-    ("DDPM", 20, {"variance_type": "fixed_large", "beta_schedule": "squaredcos_cap_v2"}, {}),
     ("DDPM", 20, {"thresholding": True, "sample_max_value": 3.0, "prediction_type": "v_prediction"}, {}),
     ("DDPM", 25, {"variance_type": "learned_range", "timestep_spacing": "trailing"}, {}),
     ("DDPM", 25, {"variance_type": "learned", "clip_sample": False, "prediction_type": "sample"}, {}),
     ("DDPM", [999, 700, 320, 77, 20], {"clip_sample_range": 2.0}, {}),
-    ("DDIM", 20, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {}),
-    ("DDIM", 10, {"thresholding": True, "set_alpha_to_one": False, "beta_schedule": "scaled_linear"}, {}),
     ("DDIM", 20, {"beta_schedule": "squaredcos_cap_v2"}, {"eta": 0.4, "use_clipped_model_output": True}),
-    ("DDIMInverse", 20, {"clip_sample": False}, {}),
     ("DDIMInverse", 50, {"set_alpha_to_one": False, "prediction_type": "v_prediction"}, {}),
     ("DPMSolverMultistep", [900, 500, 444, 20], {"prediction_type": "sample", "solver_order": 1}, {}),
     ("EulerAncestralDiscrete", 12, {"beta_schedule": "scaled_linear"}, {}),

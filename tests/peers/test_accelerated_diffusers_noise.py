@@ -109,16 +109,9 @@ def test_variance_noise_comes_first():
 def test_a_loop_of_gaussian_diffusion_with_the_same_seed(name, config, options, sampler, of_loop):
     """To the rounding of float32 alphas_cumprod there and float64 here: 6.7e-7 of the largest was measured."""
     scheduler = made(name, {"timestep_spacing": "trailing", **config})
+    of_loop = of_loop | {"sampler": sampler, "steps": 10, "spacing": "trailing", "rng": Philox(SEED)}
     expected = GaussianDiffusion(1000, scheduler.betas).p_sample_loop(
-        lambda x, t: model(x, t.reshape(-1, 1, 1, 1)),
-        SHAPE,
-        sampler=sampler,
-        steps=10,
-        spacing="trailing",
-        rng=Philox(SEED),
-        record="last",
-        progress=False,
-        **of_loop,
+        lambda x, t: model(x, t.reshape(-1, 1, 1, 1)), SHAPE, record="last", progress=False, **of_loop
     )
     x = randn(SHAPE, scheduler.accelerated.rng, stream=1)
     if name == "EulerAncestralDiscrete":  # whose samples are scaled by sigma; both end at clean data

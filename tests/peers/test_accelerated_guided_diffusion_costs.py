@@ -50,21 +50,16 @@ def test_images_of_a_seed_are_those_of_ddpm_exts_own_loop(device, library, loop,
     timesteps = 60 if spacing is None else 1000
     diffusion = make(variance=variance, spacing=spacing, library=library, timesteps=timesteps)
     accelerated = accelerate(diffusion, noise="philox", seed=4, sample_ids=7)
-    gd = GaussianDiffusion(
-        timesteps,
-        torch.from_numpy(module(library).get_named_beta_schedule("linear", timesteps)),
-        variance=variance.lower(),
-    )
+    betas = torch.from_numpy(module(library).get_named_beta_schedule("linear", timesteps))
+    gd = GaussianDiffusion(timesteps, betas, variance=variance.lower())
     descending = getattr(diffusion, "timestep_map", list(range(timesteps)))[::-1]
-    how = {"timesteps": descending}
-    eta = {}
+    how, eta = {"timesteps": descending}, {}
     if loop == "ddim_sample_loop":
         eta = {"eta": 0.5}
         how = {"sampler": ddim(make_grid(gd.alphas_cumprod, descending, betas=gd.betas), eta=0.5, keep_eps=False)}
     ours = getattr(accelerated, loop)(model_of(variance), SHAPE, device=device, **eta)
-    expected = gd.p_sample_loop(
-        model_of(variance), SHAPE, rng=Philox(4, 7), record="last", progress=False, device=device, **how
-    )
+    how |= {"rng": Philox(4, 7), "record": "last", "progress": False, "device": device}
+    expected = gd.p_sample_loop(model_of(variance), SHAPE, **how)
     no_fallback(accelerated)
     if spacing is None:
         assert torch.equal(ours, expected)
@@ -202,9 +197,8 @@ def test_a_step_is_one_launch(device, step, variance, noise):
 def test_a_loops_step_is_one_launch_and_makes_no_timesteps(device, loop, variance, noise, spacing):
     """It makes no predicted clean sample either, where none is returned."""
     steps = 25 if spacing else 40
-    accelerated = accelerate(
-        make(variance=variance, spacing=spacing, timesteps=1000 if spacing else steps), noise=noise
-    )
+    diffusion = make(variance=variance, spacing=spacing, timesteps=1000 if spacing else steps)
+    accelerated = accelerate(diffusion, noise=noise)
     output = torch.cat([X, X], 1).to(device) if learned(variance) else X.to(device)
     counted = cost(accelerated, lambda d: getattr(d, loop)(lambda *_: output, SHAPE, device=device))
     operator = OPTIONS if learned(variance) and loop == "p_sample_loop" else PLAIN

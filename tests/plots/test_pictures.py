@@ -148,12 +148,7 @@ BAD = [
     (plots.trajectory_frames, ([], [], []), {}, "x_0: got 0 steps"),
     (plots.trajectory_frames, (X_T, X_0, [""]), {}, "labels: got 1 for 3"),
     (plots.trajectory_frames, (X_T, X_0, ["", "", ""]), {"names": ["cat"]}, "names: got 1 for 2 samples, expected as"),
-    (
-        plots.trajectory_frames,
-        (X_T, [x[..., :4, :4] for x in X_0], [""] * 3),
-        {"scale": 2},
-        r"x_0: got shape \(2, 1,",
-    ),
+    (plots.trajectory_frames, (X_T, [x[..., :4, :4] for x in X_0], [""] * 3), {"scale": 2}, r"x_0: got shape \(2, 1,"),
     (plots.save_gif, ([], "a.gif"), {}, "frames: got none"),
     (plots.save_gif, ([FRAME, FRAME[:1]], "a.gif"), {}, "frames: got shapes"),
     (plots.save_gif, ([FRAME[..., :1]], "a.gif"), {}, "frames: got uint8 of shape"),

@@ -23,11 +23,17 @@ PAGES = [
     DOCS.parent / "README.md",
     *(p for p in sorted(DOCS.rglob("*.md")) if p.name not in ("index.md", "pictures.md")),
 ]
+# What tuning.md runs takes three seconds, and tests/tuning has its parts.
+PASTED = [
+    pytest.param(page, id=page.name, marks=[pytest.mark.slow] * (page.name == "tuning.md"))
+    for page in PAGES
+    if BLOCK.search(page.read_text())
+]
 WRITTEN = {"sampling.md": {"mine.json", "mine.png"}, "training.md": {"my-run"}, "migrate.md": {"tuned.json"}}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PASTED)
 def test_code_of_a_page_can_be_pasted(page, tmp_path, monkeypatch):
     """From top to bottom, into a fresh Python: each page imports and makes all that it uses."""
     monkeypatch.chdir(tmp_path)

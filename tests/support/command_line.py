@@ -15,16 +15,8 @@ from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 
-TINY = {
-    "sample_size": [8, 12],
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4,
-}
+TINY = {"sample_size": [8, 12], "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 4}
+TINY |= {"block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 

@@ -16,6 +16,7 @@ from support.accelerated_diffusers import make, normal
 
 CROSS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 HIDDEN = 16
+SIZES = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}  # of a UNet
 XL = {  # of Stable Diffusion XL's UNet, for two text encoders
     "cross_attention_dim": 2 * HIDDEN,
     "addition_embed_type": "text_time",
@@ -33,16 +34,8 @@ def quiet(pipeline: Any) -> Any:
 
 def of_pixels(scheduler: Any, ddim: bool = False) -> Any:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    unet = diffusers.UNet2DModel(**SIZES, in_channels=3, out_channels=3, down_block_types=down, up_block_types=up)
     return quiet((diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)(unet=unet.eval(), scheduler=scheduler))
 
 
@@ -62,43 +55,19 @@ def tokenizer(folder: Path) -> Any:
 def text_config(projection: int = HIDDEN) -> Any:
     from transformers import CLIPTextConfig
 
-    return CLIPTextConfig(
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        vocab_size=54,
-        max_position_embeddings=9,
-        projection_dim=projection,
-    )
+    words = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53, "vocab_size": 54, "max_position_embeddings": 9}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return CLIPTextConfig(**words, **sizes, projection_dim=projection)
 
 
 def latent_parts(**unet: Any) -> dict[str, Any]:
-    down, up = CROSS
     torch.manual_seed(0)
-    options = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "down_block_types": down,
-        "up_block_types": up,
-        "attention_head_dim": 2,
-    }
+    options = SIZES | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 2}
+    options |= dict(zip(("down_block_types", "up_block_types"), CROSS, strict=True))
     found = diffusers.UNet2DConditionModel(**options | unet)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=[8, 16],
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-    )
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
+    vae = diffusers.AutoencoderKL(**blocks, **sizes)
     return {"unet": found.eval(), "vae": vae.eval()}
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,17 +52,13 @@ def test_files_of_a_run(straight):
     assert sum("step " in line and "loss" in line for line in lines) == 3
 
 
-def test_result_is_a_pipeline_of_diffusers(straight, tmp_path):
+def test_result_is_a_pipeline_of_diffusers(straight):
     pipeline = diffusers.DDPMPipeline.from_pretrained(straight[0])
     pipeline.set_progress_bar_config(disable=True)
     ours = load_model(straight[0])
     assert ours.settings.timesteps == pipeline.scheduler.config.num_train_timesteps == 20 and ours.shape == (1, 8, 8)
     images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
     assert images.shape == (2, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
-    pipeline.save_pretrained(tmp_path / "again")
-    again = load_model(tmp_path / "again")
-    assert torch.allclose(again.settings.diffusion().betas, ours.settings.diffusion().betas, rtol=1e-6)
-    assert all(torch.equal(*pair) for pair in zip(again.unet.parameters(), ours.unet.parameters(), strict=True))
 
 
 def test_pipelines_of_a_learned_variance_and_of_a_rectified_flow(tmp_path):
@@ -191,7 +188,5 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
 )
 def test_bad_options(changes, message, tmp_path):
     """Some are found by the model alone."""
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path / "run", **changes) if "level" in message or "multiple of 16" in message else TrainOptions(
-            **changes
-        )
+    of_model = "level" in message or "multiple of 16" in message
+    refused(ValueError, message, partial(run, tmp_path / "run") if of_model else TrainOptions, **changes)

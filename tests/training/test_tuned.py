@@ -6,23 +6,24 @@ from support import trainer_run
 from ddpm_ext import StepTable
 from ddpm_ext.models import load_model
 from ddpm_ext.models.folder import model_sha256
-from ddpm_ext.training import TrainOptions, train
-from ddpm_ext.tuning import search
+from ddpm_ext.training import TrainOptions, train, tuned
+from ddpm_ext.tuning import names, search, teacher
 
 pytest.importorskip("diffusers")
 
-OPTIONS = trainer_run.UNET | {"timesteps": 100, "data": "shapes", "image_size": 8, "classes": True, "batch_size": 32}
+OPTIONS = trainer_run.UNET | {"timesteps": 100, "data": "shapes", "image_size": 8, "classes": True}
 
 
 def test_tables_are_made_once_for_each_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "EVALUATIONS", 2)
+    monkeypatch.setattr(names, "SAMPLERS", ("ddim",))
+    for module, name, few in ((search, "EVALUATIONS", 2), (teacher, "STEPS", 20), (tuned, "_SEEDS", 4)):
+        monkeypatch.setattr(module, name, few)
     path, lines = tmp_path / "tuned" / "1.json", []
 
     def run(**more):
         lines.clear()
-        train(
-            TrainOptions(**OPTIONS | {"tune": (1,)} | more), tmp_path, report=lines.append, resume=path.parent.exists()
-        )
+        options = TrainOptions(**OPTIONS | {"tune": (1,)} | more)
+        train(options, tmp_path, report=lines.append, resume=path.parent.exists())
         return StepTable.load(path).notes, any("tuning tables for 1 calls" in line for line in lines)
 
     notes, made = run()

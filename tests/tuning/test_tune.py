@@ -1,5 +1,6 @@
 """Step tables that are fitted to a model: what least squares must find, and that a loop with them comes nearer."""
 
+import functools
 import math
 import warnings
 
@@ -18,12 +19,13 @@ from ddpm_ext.tuning.search import search, spaced
 from ddpm_ext.tuning.teacher import Teacher, Trajectory
 
 SHAPE, TIMESTEPS = (16, 3, 4), 200
+GD = GaussianDiffusion(TIMESTEPS)
 QUIET = {"record": "last", "progress": False}
 
 
 def mixture(shift=0.0):
     """The best prediction of eps for data whose elements are -0.6 or 0.6, plus a shift, with a deviation of 0.15."""
-    kept = GaussianDiffusion(TIMESTEPS).alphas_cumprod.numpy()
+    kept = GD.alphas_cumprod.numpy()
     log_sigma = np.log(1 / kept - 1) / 2
 
     def model(x, t):
@@ -44,24 +46,33 @@ def doubled(x, t):
     return torch.cat([mixture()(x[:half], t[:half]), mixture(0.1)(x[half:], t[half:])])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def names():
+    """Named tables are made once for each number of calls: they take most of the time."""
+    made = functools.cache(named_tables)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_ext.tuning.tuner.named_tables", made)
+        yield made
+
+
 @pytest.fixture(scope="module")
-def tuned():
-    return tune(GaussianDiffusion(TIMESTEPS), mixture(), SHAPE, steps=4, seeds=16, progress=False)
+def tuned(names):
+    return tune(GD, mixture(), SHAPE, steps=3, seeds=16, progress=False)
 
 
 def test_a_tuned_loop_is_nearer_than_any_name(tuned):
     """Also on samples that tuning never saw; and the same seed gives the same table."""
-    gd, report = GaussianDiffusion(TIMESTEPS), tuned.report
-    assert report.fitted and report.error < 0.6 * report.best.error and len(tuned.table) == report.calls == 4
+    report = tuned.report
+    assert report.fitted and report.error < 0.6 * report.best.error and len(tuned.table) == report.calls == 3
 
     def final(sampler, **options):
-        return gd.p_sample_loop(mixture(), (64, 3, 4), sampler=sampler, rng=Philox(99), **options, **QUIET)
+        return GD.p_sample_loop(mixture(), (64, 3, 4), sampler=sampler, rng=Philox(99), **options, **QUIET)
 
     truth = final("dpmpp_2m", steps=TIMESTEPS)
     named = final(report.best.sampler, steps=report.best.steps, spacing=report.best.spacing)
     assert errors(final(tuned.table), truth).mean() < 0.7 * errors(named, truth).mean()
-    assert tune(gd, mixture(), SHAPE, steps=4, seeds=10, progress=False).table == tuned.table  # rounded up to a batch
-    other = tune(gd, mixture(), SHAPE, steps=4, seeds=16, rng=Philox(1), progress=False)
+    assert tune(GD, mixture(), SHAPE, steps=3, seeds=10, progress=False).table == tuned.table  # rounded up to a batch
+    other = tune(GD, mixture(), SHAPE, steps=3, seeds=16, rng=Philox(1), progress=False)
     assert other.table != tuned.table and other.report.error < 0.6 * other.report.best.error
     text = str(report)
     assert str(report.best) in text and f"{report.error:.4f}" in text and f"{report.model_calls} calls" in text
@@ -70,14 +81,14 @@ def test_a_tuned_loop_is_nearer_than_any_name(tuned):
 def test_the_loop_is_the_fit(tuned, tmp_path):
     """A loop with the table ends where the fit did, also with guidance, whose rows read the unconditional output."""
     for model, options in ((mixture(), {}), (doubled, {"guidance": 2.0, "clip_denoised": (-0.7, 0.9)})):
-        loops = Loops(GaussianDiffusion(TIMESTEPS), model, SHAPE, rng=Philox(3), **options)
+        loops = Loops(GD, model, SHAPE, rng=Philox(3), **options)
         trajectory = Teacher(loops).trajectory(loops.batch(0))
-        rows = Rows(loops, (190, 120, 60, 30, 5))
+        rows = Rows(loops, (190, 110, 50, 5))
         weights, error = fit(rows, [trajectory])
         better, polished = polish(rows, [trajectory], weights)
         for own, expected in ((weights, error), (better, polished)):
             found = errors(loops.samples(rows.table(own), trajectory.batch), trajectory.samples)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
         assert polished.mean() < error.mean()
         assert bool(rows.table(better).cu.any()) == bool(options)
     tuned.table.save(tmp_path / "a.json")
@@ -132,48 +143,47 @@ def test_search_finds_the_smallest_error():
     assert max(abs(x - y) for x, y in zip(found, best, strict=True)) <= 15
 
 
-def test_named_tables_call_the_model_as_often_and_add_no_noise():
-    found = named_tables(GaussianDiffusion(TIMESTEPS), 5)
+def test_named_tables_call_the_model_as_often_and_add_no_noise(names):
+    found = names(GD, 3)
     assert {"ddim", "heun", "unipc", "sa_solver"} <= {name for name, _, _ in found}
     for (name, _, steps), table in found.items():
         calls = int(((table.b != 0) | (table.c2 != 0)).sum())
-        assert calls == 5 and not table.s.any() and (steps == 5 or name in ("heun", "dpm_2", "dpmpp_2s", "plms")), name
+        assert calls == 3 and not table.s.any() and (steps == 3 or name in ("heun", "dpm_2", "dpmpp_2s", "plms")), name
 
 
-def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch):
+def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names):
     def of_euler(rows, trajectories):
         weights = [euler_weights(rows.base, row, 2 + min(row, 3)) for row in range(len(rows))]
         return weights, torch.ones(1)
 
     monkeypatch.setattr("ddpm_ext.tuning.tuner.fit", of_euler)
     monkeypatch.setattr("ddpm_ext.tuning.tuner.polish", lambda rows, trajectories, weights: (weights, None))
-    tuner = Tuner(GaussianDiffusion(TIMESTEPS), mixture(), SHAPE, seeds=16, progress=False)
-    found = tuner.tune(4)
+    tuner = Tuner(GD, mixture(), SHAPE, seeds=16, progress=False)
+    found = tuner.tune(3)
     best = found.report.best
-    named = named_tables(GaussianDiffusion(TIMESTEPS), 4)[best.sampler, best.spacing, best.steps]
+    named = names(GD, 3)[best.sampler, best.spacing, best.steps]
     assert not found.report.fitted and found.table == named and "no fit is nearer" in str(found.report)
-    assert found.report.error == best.error and tuner.calls <= tuner.planned_calls([4])
+    assert found.report.error == best.error and tuner.calls <= tuner.planned_calls([3])
 
 
 def test_a_loop_that_the_table_was_not_made_for_warns(tuned):
-    gd = GaussianDiffusion(TIMESTEPS)
 
-    def sample(**options):
-        gd.p_sample_loop(
-            doubled if "guidance" in options else mixture(), SHAPE, sampler=tuned.table, **options, **QUIET
-        )
+    def sample(model, **options):
+        GD.p_sample_loop(model, SHAPE, sampler=tuned.table, **options, **QUIET)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sample()
-    for options, named in (({"guidance": 3.0}, "guidance"), ({"clip_denoised": False}, "clip")):
+        sample(mixture())
+    for model, options, named in (
+        (doubled, {"guidance": 3.0}, "guidance"),
+        (mixture(), {"clip_denoised": False}, "clip"),
+    ):
         with pytest.warns(UserWarning, match=f"made for {named}"):
-            sample(**options)
+            sample(model, **options)
 
 
 def test_bad_arguments():
-    gd = GaussianDiffusion(TIMESTEPS)
-    refused(ValueError, "has not converged", tune, gd, lambda x, t: (50 * x).sin(), SHAPE, progress=False)
+    refused(ValueError, "has not converged", tune, GD, lambda x, t: (50 * x).sin(), SHAPE, steps=3, progress=False)
     refused(ValueError, "learned_range", tune, GaussianDiffusion(50, variance="learned_range"), mixture(), SHAPE)
     for options, error, message in (
         ({"steps": 0}, ValueError, "steps is 0"),
@@ -183,7 +193,7 @@ def test_bad_arguments():
         ({"rng": Philox(torch.tensor(7))}, ValueError, "expected a seed and a first sample id that are ints"),
         ({"guidance": "2"}, TypeError, "guidance is '2'"),
     ):
-        refused(error, message, tune, gd, mixture(), SHAPE, progress=False, **options)
+        refused(error, message, tune, GD, mixture(), SHAPE, progress=False, **options)
 
 
 @pytest.mark.slow
