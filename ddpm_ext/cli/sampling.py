@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ddpm_ext.base.optional import require
+from ddpm_ext.base.ranks import ranks
 from ddpm_ext.cli.arguments import check_device, check_eta
-from ddpm_ext.cli.chosen_tables import Tables, chosen_tables
+from ddpm_ext.cli.chosen_tables import Tables, choose_default, chosen_tables
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
 from ddpm_ext.cli.network import RunModel, is_run, load_run_model
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -131,7 +132,8 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
 def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     """Loads the model and images, and checks before the work starts what can be checked then.
 
-    Where options.num is None, it becomes the number of samples to draw.
+    Where options.num is None, it becomes the number of samples to draw. Where neither a sampler nor a table is given, one
+    is chosen, and a line says which.
 
     pictures: whether the command will write pictures, which need pillow.
 
@@ -142,8 +144,9 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     check_device(options.device)
     if pictures:
         require("PIL.Image", "writing pictures")
-    check_eta(options.eta, [options.sampler])
     loaded = load(options)
+    said = choose_default(options, loaded.model, loaded.diffusion.timesteps)
+    check_eta(options.eta, [options.sampler])
     tables = chosen_tables(options, loaded.model)
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
@@ -153,6 +156,8 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
         steps = len(make_loop_rows(loaded.diffusion, loop))
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
+    if said is not None and not options.quiet and ranks().rank == 0:
+        print(said, flush=True)
     return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables)
 
 

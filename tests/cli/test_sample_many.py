@@ -26,7 +26,7 @@ def many(tiny, tmp_path_factory):
 
 
 def arguments(model, folder, *more):
-    options = ("--num-images", N, "--shard-size", 4, "--batch-size", 2, "--steps", 6, "--quiet")
+    options = ("--num-images", N, "--shard-size", 4, "--batch-size", 2, "--steps", 6, "--quiet", "--sampler", "ddpm")
     return "sample", "--model", model, *options, "--out", folder, *more
 
 
