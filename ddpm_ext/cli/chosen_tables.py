@@ -22,8 +22,8 @@ FEW, FEW_STEPS = "dpmpp_2m", 20
 """The sampler and steps where there is no tuned table: on the models of this package, as near to the data as 1,000 of
 ddpm."""
 DEFAULT = (
-    f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options that "
-    f"tables are not tuned for, {FEW} in {FEW_STEPS} steps"
+    f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options "
+    f"that tables are not tuned for, {FEW} in {FEW_STEPS} steps"
 )
 # A table is tuned to samples that begin as noise, with the usual clip and guidance.
 _UNTUNED = ("spacing", "eta", "clip", "threshold", "guidance_rescale", "guidance_interval", "start", "noise", "inpaint")

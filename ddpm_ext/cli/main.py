@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
-from ddpm_ext.cli import bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
+from ddpm_ext.cli import bits_per_dim, compare, info, invert, plot, sample, score, table, train, trajectory, tune
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
@@ -20,6 +20,7 @@ from ddpm_ext.version import __version__, default_device
 _INTERRUPTED = 130
 _COMMANDS = {
     "sample": sample,
+    "score": score,
     "invert": invert,
     "train": train,
     "tune": tune,

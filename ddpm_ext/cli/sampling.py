@@ -132,8 +132,8 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
 def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     """Loads the model and images, and checks before the work starts what can be checked then.
 
-    Where options.num is None, it becomes the number of samples to draw. Where neither a sampler nor a table is given, one
-    is chosen, and a line says which.
+    Where options.num is None, it becomes the number of samples to draw. Where neither a sampler nor a table is given,
+    one is chosen, and a line says which.
 
     pictures: whether the command will write pictures, which need pillow.
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from support.trainer_run import Tiny, make
 
 from ddpm_ext import training
 from ddpm_ext.base.ranks import Ranks
-from ddpm_ext.training import TrainOptions, checkpoints
+from ddpm_ext.training import TrainOptions, checkpoints, inception, score
 from ddpm_ext.training.data import DamagedImage, TensorImages
-from ddpm_ext.training.score import Scorer, Scores, frechet, moments, pixels
+from ddpm_ext.training.score import Scorer, Scores, frechet, moments, pixels, precision_recall
 
 SCORED = {"score_every": 8, "score_count": 12, "sample_steps": 3}
 IMAGES = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
@@ -38,6 +39,55 @@ def test_distance_is_the_papers(counts, features):
     found = frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(other)))
     assert found == pytest.approx(expected, rel=1e-5)
     assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
+
+
+@pytest.mark.parametrize("distances", [2**23, 50])
+def test_precision_and_recall_are_the_papers(monkeypatch, distances):
+    """By eq. 1 and 2 of Kynkäänniemi et al. 2019, written out; whatever is computed at a time."""
+    monkeypatch.setattr(score, "_DISTANCES", distances)
+    generator = torch.Generator().manual_seed(0)
+    images, samples = (torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (40, 30))
+    samples[:, 0] = 2 * samples[:, 0] + 1
+    far = lambda a, b: (a - b).square().sum().sqrt().item()  # noqa: E731
+    expected = []
+    for among, points in ((images, samples), (samples, images)):
+        reach = [sorted(far(one, other) for other in among)[3] for one in among]
+        inside = [any(far(point, one) <= r for one, r in zip(among, reach, strict=True)) for point in points]
+        expected.append(sum(inside) / len(points))
+    assert precision_recall(images, samples) == tuple(expected) and 0.3 < expected[0] < expected[1]
+    with pytest.raises(ValueError, match="precision: got 3 images, expected more than the 3 nearest"):
+        precision_recall(images, samples[:3])
+
+
+@pytest.mark.parametrize("package", ["torch-fidelity", "pytorch-fid"])
+def test_inception_is_the_packages(monkeypatch, package):
+    """Each gets the levels of 8 bits as it reads them from files, grey ones as colour."""
+    given = []
+
+    class Network(torch.nn.Module):
+        BLOCK_INDEX_BY_DIM = types.MappingProxyType({2048: 3})
+
+        def forward(self, x):
+            given.append(x)
+            return (x[:, :, :1, :1].float(),)
+
+        def __init__(self, *told):
+            super().__init__()
+            self.told = told
+
+    name = "FeatureExtractorInceptionV3" if package == "torch-fidelity" else "InceptionV3"
+    for installed, module, _ in inception._PACKAGES:
+        fake = types.SimpleNamespace(**{name: Network}) if installed == package else None
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], fake)
+        monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(inception.metadata, "version", lambda name: "9")
+    found = score.features_by_name("inception")
+    assert found.source == f"{package} 9"
+    assert found._network.told == (("inception-v3-compat", ["2048"]) if package == "torch-fidelity" else ([3],))
+    levels = torch.arange(0, 256, 4, dtype=torch.uint8).view(1, 1, 8, 8)
+    assert found(levels / 127.5 - 1).shape == (1, 3)
+    expected = levels.expand(-1, 3, -1, -1)
+    assert torch.equal(given[0], expected if package == "torch-fidelity" else expected / 255)
 
 
 def test_pixels_are_averaged_to_16_by_16():
