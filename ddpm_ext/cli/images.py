@@ -42,7 +42,7 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
     if given.suffix.lower() not in SUFFIXES and not given.is_dir():
         what = "a picture, an .npz, an .npy or a folder" if given.exists() else "a file or a folder that exists"
         raise ValueError(f"{name}: got {path}, expected {what}")
-    paths = image_paths(given, name) if given.is_dir() else [given]
+    paths = image_paths(given, name) if given.is_dir() else [_regular(given, name)]
     return _unit(torch.stack([read_image(image, shape, name) for image in paths]))
 
 
@@ -152,7 +152,7 @@ def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"mask: got {path}, expected a picture ending in {' '.join(sorted(SUFFIXES))}")
-    return read_image(Path(path), (1, *shape[1:]), "mask", smooth=False)[None].float() / 255
+    return read_image(_regular(Path(path), "mask"), (1, *shape[1:]), "mask", smooth=False)[None].float() / 255
 
 
 def read_noise(path: str, shape: tuple[int, int, int]) -> Tensor:
@@ -190,6 +190,7 @@ def _read_array(path: str, name: str) -> np.ndarray[Any, Any]:
 
 def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
     """An .npy, or the entry of an .npz; None where that has no such entry besides arr_0, which it must have."""
+    _regular(Path(path), name)
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
@@ -204,6 +205,13 @@ def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
         reason = "damaged, or of another format" if "pickle" in str(error) else error
         raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({reason})") from error
     return np.asarray(found)
+
+
+def _regular(path: Path, name: str) -> Path:
+    """The path. Raises ValueError for a pipe or a device: opening one would wait for somebody to write to it."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name}: {path} is no regular file")
+    return path
 
 
 def _float32(found: np.ndarray[Any, Any]) -> Tensor:

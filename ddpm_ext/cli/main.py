@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
 from ddpm_ext.cli import bits_per_dim, compare, info, invert, plot, sample, score, table, train, trajectory, tune
-from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
+from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser, shortened
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
@@ -145,7 +145,7 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if stdout is not None and error is stdout.error:
             return WRONG_INPUT
-        return _wrong(options, " ".join(str(error).split()) or type(error).__name__)
+        return _wrong(options, str(error) or type(error).__name__)
     except UserCodeError as error:
         code = _wrong(options, str(error))
         traceback.print_exception(error.__cause__)
@@ -163,11 +163,7 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
 
 def _run(options: argparse.Namespace) -> None:
     parser = build_parser()
-    unknown = parser.parse_known_args(options.arguments, options)[1]
-    if unknown:
-        # argparse itself would name ddpm-ext alone, and its help, in which no option of a command is.
-        name = _name(options)
-        parser.exit(WRONG_INPUT, f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)\n")
+    parser.parse_args(options.arguments, options)
     if options.command is None:
         parser.print_help()
         return
@@ -184,7 +180,7 @@ def _wrong(options: argparse.Namespace, reason: str) -> int:
     name = _name(options)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         name += f", rank {os.environ.get('RANK')}"
-    print(f"{name}: {reason}", file=sys.stderr)
+    print(f"{name}: {shortened(reason)}", file=sys.stderr)
     return WRONG_INPUT
 
 

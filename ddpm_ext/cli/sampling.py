@@ -88,11 +88,15 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Loaded):
-    """What a loop needs beside the options, and how many steps it will take."""
+    """What a loop needs beside the options, and how many steps it will take.
+
+    said: which sampler was chosen, in a line; None where the options name one.
+    """
 
     steps: int
     inputs: LoopInputs
     tables: Tables
+    said: str | None
 
 
 def load(options: argparse.Namespace) -> Loaded:
@@ -133,7 +137,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     """Loads the model and images, and checks before the work starts what can be checked then.
 
     Where options.num is None, it becomes the number of samples to draw. Where neither a sampler nor a table is given,
-    one is chosen, and a line says which.
+    one is chosen, which tell_choice says.
 
     pictures: whether the command will write pictures, which need pillow.
 
@@ -156,9 +160,13 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
         steps = len(make_loop_rows(loaded.diffusion, loop))
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
-    if said is not None and not options.quiet and ranks().rank == 0:
-        print(said, flush=True)
-    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables)
+    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables, said=said)
+
+
+def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
+    """Prints which sampler was chosen where the options name none; once, by the first rank."""
+    if prepared.said is not None and not options.quiet and ranks().rank == 0:
+        print(prepared.said, flush=True)
 
 
 def _loop_options(

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         _check_repeated(Path(options.out), found["options"], given)
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
-        arguments.check_device(chosen.device)
+    arguments.check_device(chosen.device)
     if chosen.score_every and chosen.features != training.TrainOptions.features and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the module of --features may lie
     result = training.train(
