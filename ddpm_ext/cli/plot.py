@@ -39,7 +39,7 @@ _EXAMPLES = {
   ddpm-ext sample --num 64 --out samples.npz
   ddpm-ext plot grid samples.npz --columns 16 --out grid.png""",
     "trajectory": """examples:
-  ddpm-ext plot trajectory --num 5 --every 100 --out trajectory.png
+  ddpm-ext plot trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext plot trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif""",
     "guidance": """examples:
   ddpm-ext plot guidance --num 10 --guidance 0,1,2.5,5 --sampler ddim --steps 25 --out guidance.png

@@ -17,7 +17,7 @@ from ddpm_ext.plots.style import plural
 _ENDINGS = (".png", ".gif")
 _PICTURES = {".png": 10, ".gif": 60}  # about how many points of the loop are shown, unless --every says so
 _EXAMPLES = """examples:
-  ddpm-ext trajectory --num 5 --every 100 --out trajectory.png
+  ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif
   ddpm-ext trajectory --model shapes --class heart --guidance 2.5 --num 4 --out hearts.png"""
 

@@ -59,31 +59,23 @@ def test_sample_takes_the_table_as_the_loop_does(model):
         assert prepared.steps == 2 and torch.equal(draw(prepared, parsed, 1, 2), expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "sampler", "steps"),
-    [
-        ((), "tuned", 2),
-        (("--steps", 2), "tuned", 2),
-        (("--steps", 3), "dpmpp_2m", 3),
-        (("--guidance", "1,2"), "dpmpp_2m", 20),  # of several scales each needs its table
-        (("--no-clip",), "dpmpp_2m", 20),
-        (("--spacing", "9,3"), "dpmpp_2m", None),
-        (("--sampler", "ddpm"), "ddpm", None),
-        (("--model", "digits"), "tuned", 10),
-        (("--model", "stale"), "dpmpp_2m", 20),
-    ],
-)
-def test_the_default_is_the_best_table(model, tmp_path, monkeypatch, options, sampler, steps):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(model, "stale")
-    table = StepTable.load(model / "tuned" / "2.json")
-    save_tuned(table, "stale/tuned/2.json", model_sha256="of another", seed=0)
-    parsed = build_parser().parse_args(
-        ["plot", "guidance", "--guidance", "1", "--model", str(model), *map(str, options)]
-    )
-    said = choose_default(parsed, models.load_model(parsed.model), 100)
-    assert (parsed.sampler, parsed.steps) == (sampler, steps)
-    assert said is None if "--sampler" in options else sampler.replace("tuned", "the tuned table") in said
+def test_the_default_is_the_best_table(model, tmp_path):
+    stale = shutil.copytree(model, tmp_path / "stale")
+    save_tuned(StepTable.load(model / "tuned" / "2.json"), stale / "tuned" / "2.json", model_sha256="another", seed=0)
+    for options, sampler, steps in (
+        ("", "tuned", 2),
+        ("--steps 3", "dpmpp_2m", 3),
+        ("--guidance 1,2", "dpmpp_2m", 20),  # of several scales each needs its table
+        ("--no-clip", "dpmpp_2m", 20),
+        ("--spacing 9,3", "dpmpp_2m", None),
+        ("--sampler ddpm", "ddpm", None),
+        ("--model digits", "tuned", 10),
+        (f"--model {stale}", "dpmpp_2m", 20),
+    ):
+        parsed = build_parser().parse_args(f"plot guidance --guidance 1 --model {model} {options}".split())
+        said = choose_default(parsed, models.load_model(parsed.model), 100)
+        assert (parsed.sampler, parsed.steps) == (sampler, steps)
+        assert said is None if "--sampler" in options else sampler.replace("tuned", "the tuned table") in said
 
 
 def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):
