@@ -23,7 +23,7 @@ FEW, FEW_STEPS = "dpmpp_2m", 20
 ddpm."""
 DEFAULT = (
     f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options "
-    f"that tables are not tuned for, {FEW} in {FEW_STEPS} steps"
+    f"that tables are not tuned for, {FEW} in {FEW_STEPS} steps, or with RePaint's jumps ddpm"
 )
 # A table is tuned to samples that begin as noise, with the usual clip and guidance.
 _UNTUNED = ("spacing", "eta", "clip", "threshold", "guidance_rescale", "guidance_interval", "start", "noise", "inpaint")
@@ -54,6 +54,9 @@ def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: i
     if calls and not untuned and _is_of(model, [model.tuned(max(calls), scale) for scale in scales_of(options)]):
         options.sampler, options.steps = TUNED, max(calls)
         return f"sampler: the tuned table of {options.model} in {max(calls)} steps; --sampler and --steps choose others"
+    if options.jump_n_sample is not None or options.jump_length is not None:  # a jump goes back: no history
+        options.sampler = "ddpm"
+        return "sampler: ddpm, as RePaint has it; --sampler and --steps choose others"
     options.sampler = FEW
     if options.steps is None and options.spacing in (None, *SPACINGS):  # another spacing says how many
         options.steps = min(FEW_STEPS, timesteps)

@@ -69,6 +69,7 @@ def test_the_default_is_the_best_table(model, tmp_path):
         ("--no-clip", "dpmpp_2m", 20),
         ("--spacing 9,3", "dpmpp_2m", None),
         ("--sampler ddpm", "ddpm", None),
+        ("--inpaint a.png --mask b.png --jump-n-sample 2", "ddpm", None),
         ("--model digits", "tuned", 10),
         (f"--model {stale}", "dpmpp_2m", 20),
     ):
