@@ -107,11 +107,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError, naming the reason, if a file could not be written to `path`; leaves no file behind.
 
-    With it, a command can report a wrong path before hours of work in place of afterwards.
+    With it, a command can report a wrong path before hours of work in place of afterwards. The file's folder is made
+    where the one above it exists: a mistyped path makes no others.
     """
     try:
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(exist_ok=True)
         probe = _beside(target)
         try:
             probe.touch()
@@ -119,6 +120,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.unlink(missing_ok=True)
     except FileExistsError as error:
         raise ValueError(f"out: cannot write {path}: {error.filename} is no folder") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"out: cannot write {path}: there is no folder {target.parent.parent}") from error
     except OSError as error:
         raise ValueError(f"out: cannot write {path}: {error.strerror or error}") from error
 

@@ -9,18 +9,60 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from ddpm_ext.base import files
 from ddpm_ext.cli.overview import COMMANDS, Formatter
-from ddpm_ext.tables.names import find_name, sampler_and_spacing
+from ddpm_ext.tables.names import find_name, nearest_names, sampler_and_spacing
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
 Number = TypeVar("Number", int, float)
+WRONG_INPUT = 2  # the exit code
+_LONG = 250  # characters of a word in a message
 FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error as one sentence, without the usage. Names are given in full; an unknown one gets the nearest."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {shortened(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Takes no unknown ones: argparse itself would name ddpm-ext alone, in whose help no option of a command is."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = f", expected an option such as {nearest_names(option, known)}" if option.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = nearest_names(str(value), [str(choice) for choice in action.choices])
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}, expected one such as {near}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        as_given = action.type in (None, str) and not isinstance(action, argparse._SubParsersAction)
+        if not arg_string and as_given and arg_string != action.const:
+            raise argparse.ArgumentError(action, "got an empty text, expected one with a character at least")
+        return super()._get_value(action, arg_string)
+
+
+def shortened(message: str) -> str:
+    """A message in which no word is longer than a path can be read, and which fits on a screen."""
+    words = [
+        word if len(word) <= _LONG else f"{word[: _LONG // 2]}...{word[-_LONG // 4 :]}" for word in message.split()
+    ]
+    text = " ".join(words)
+    return text if len(text) <= 8 * _LONG else f"{text[: 6 * _LONG]} ... {text[-_LONG:]}"
 
 
 Subparsers = Any  # argparse's type for them is private
@@ -165,6 +207,8 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"device: {name} can't be used here ({reason})") from error
+    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch makes tensors there, too
+        raise ValueError(f"device: got {name}, expected cpu, or cuda with or without a number")
     return device
 
 

@@ -1,4 +1,5 @@
-"""The step tables that a command samples with in place of a sampler's: --table, and --sampler tuned."""
+"""The step tables that a command samples with in place of a sampler's: --table, and --sampler tuned; and what it takes
+where neither is given."""
 
 from __future__ import annotations
 
@@ -6,18 +7,66 @@ import argparse
 import hashlib
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models import tuned
 from ddpm_ext.models.folder import LoadedModel
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 TUNED = "tuned"  # as a sampler's name
 
+FEW, FEW_STEPS = "dpmpp_2m", 20
+"""The sampler and steps where there is no tuned table: on the models of this package, as near to the data as 1,000 of
+ddpm."""
+DEFAULT = (
+    f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options "
+    f"that tables are not tuned for, {FEW} in {FEW_STEPS} steps, or with RePaint's jumps ddpm"
+)
+# A table is tuned to samples that begin as noise, with the usual clip and guidance.
+_UNTUNED = ("spacing", "eta", "clip", "threshold", "guidance_rescale", "guidance_interval", "start", "noise", "inpaint")
+
 Tables = Mapping[float | None, StepTable]
 """By the scale of guidance; empty where a sampler has the table."""
+
+
+def scales_of(options: argparse.Namespace) -> tuple[float | None, ...]:
+    """The scales of --guidance, which a command draws one after another; (None,) without guidance."""
+    return options.guidance if isinstance(options.guidance, tuple) else (options.guidance,)
+
+
+def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: int) -> str | None:
+    """Where neither --sampler nor --table is given, sets `options.sampler` and `options.steps`.
+
+    timesteps: of the model.
+
+    Returns:
+        A line that says what was chosen; None where something was given.
+    """
+    if options.sampler is not None or options.table is not None:
+        return None
+    untuned = options.no_clip or any(getattr(options, name) is not None for name in _UNTUNED)
+    calls = set.intersection(*(tuned.calls_in(model.folder, scale) for scale in scales_of(options)))
+    if options.steps is not None:
+        calls &= {options.steps}
+    if calls and not untuned and _is_of(model, [model.tuned(max(calls), scale) for scale in scales_of(options)]):
+        options.sampler, options.steps = TUNED, max(calls)
+        return f"sampler: the tuned table of {options.model} in {max(calls)} steps; --sampler and --steps choose others"
+    if options.jump_n_sample is not None or options.jump_length is not None:  # a jump goes back: no history
+        options.sampler = "ddpm"
+        return "sampler: ddpm, as RePaint has it; --sampler and --steps choose others"
+    options.sampler = FEW
+    if options.steps is None and options.spacing in (None, *SPACINGS):  # another spacing says how many
+        options.steps = min(FEW_STEPS, timesteps)
+    steps = "" if options.steps is None else f" in {options.steps} steps"
+    return f"sampler: {FEW}{steps}, {options.model} has no tuned table for this; --sampler and --steps choose others"
+
+
+def _is_of(model: LoadedModel, tables: Iterable[StepTable]) -> bool:
+    """Whether no table was tuned to another model."""
+    return {table.notes.get(tuned.MODEL_SHA256) for table in tables} <= {None, model_hash(model)}
 
 
 def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
@@ -35,13 +84,12 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
         if wrong:
             beside = "a tuned table" if options.table is None else f"--table {options.table}"
             raise ValueError(f"{name}: got {getattr(options, name)} beside {beside}, which has rows of its own")
-    scales = options.guidance if isinstance(options.guidance, tuple) else (options.guidance,)
+    scales = scales_of(options)
     if options.table is not None:
         found = dict.fromkeys(scales, _load(Path(options.table)))
     else:
         found = {scale: _tuned(options, model, scale) for scale in scales}
-    made_for = {table.notes.get(tuned.MODEL_SHA256) for table in found.values()} - {None}
-    if made_for and made_for != {model_hash(model)}:
+    if not _is_of(model, found.values()):
         warnings.warn(
             f"the table was tuned to another model than {options.model}: named samplers may come nearer than it does",
             stacklevel=2,

@@ -12,14 +12,29 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
-from ddpm_ext.cli import average, bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
-from ddpm_ext.cli.overview import WRONG_INPUT, begin_parser
+from ddpm_ext.cli import (
+    average,
+    bits_per_dim,
+    compare,
+    info,
+    invert,
+    plot,
+    sample,
+    score,
+    table,
+    train,
+    trajectory,
+    tune,
+)
+from ddpm_ext.cli.arguments import WRONG_INPUT, Parser, shortened
+from ddpm_ext.cli.overview import begin_parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
 _INTERRUPTED = 130
 _COMMANDS = {
     "sample": sample,
+    "score": score,
     "invert": invert,
     "train": train,
     "average": average,
@@ -35,7 +50,7 @@ _COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ddpm-ext` with all its commands."""
-    parser, commands = begin_parser(__version__)
+    parser, commands = begin_parser(__version__, Parser)
     for command in _COMMANDS.values():
         command.add_parser(commands)
     return parser
@@ -137,7 +152,7 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if stdout is not None and error is stdout.error:
             return WRONG_INPUT
-        return _wrong(options, " ".join(str(error).split()) or type(error).__name__)
+        return _wrong(options, str(error) or type(error).__name__)
     except UserCodeError as error:
         code = _wrong(options, str(error))
         traceback.print_exception(error.__cause__)
@@ -155,11 +170,7 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
 
 def _run(options: argparse.Namespace) -> None:
     parser = build_parser()
-    unknown = parser.parse_known_args(options.arguments, options)[1]
-    if unknown:
-        # argparse itself would name ddpm-ext alone, and its help, in which no option of a command is.
-        name = _name(options)
-        parser.exit(WRONG_INPUT, f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)\n")
+    parser.parse_args(options.arguments, options)
     if options.command is None:
         parser.print_help()
         return
@@ -176,7 +187,7 @@ def _wrong(options: argparse.Namespace, reason: str) -> int:
     name = _name(options)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         name += f", rank {os.environ.get('RANK')}"
-    print(f"{name}: {reason}", file=sys.stderr)
+    print(f"{name}: {shortened(reason)}", file=sys.stderr)
     return WRONG_INPUT
 
 

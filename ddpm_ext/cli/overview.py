@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any
 
-WRONG_INPUT = 2  # the exit code
 COMMANDS = {
     "sample": "draw samples into an .npz, a picture or a folder",
+    "score": "measure how near finished samples are to images: FID, precision, recall",
     "invert": "find the noise that leads to an image",
     "train": "train a model",
     "average": "average a run's weights over another length",
@@ -43,16 +43,11 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
         return action.help if bare else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports an error as one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def begin_parser(version: str) -> tuple[argparse.ArgumentParser, Any]:
-    """The parser of `ddpm-ext` without commands, and what they are added to."""
-    parser = Parser(
+def begin_parser(
+    version: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser of `ddpm-ext` without commands, of a class that theirs have, too, and what they are added to."""
+    parser = kind(
         prog="ddpm-ext",
         usage="ddpm-ext COMMAND [options]",
         description="Diffusion with one kernel launch a step, and the same noise for the same seed everywhere.",

@@ -14,7 +14,7 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.cli import arguments, table, trajectory
 from ddpm_ext.cli.chosen_tables import name_of
 from ddpm_ext.cli.images import read_pixels
-from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.cli.sampling import draw, prepare, tell_choice
 from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.plots.recorder import Recorder
@@ -39,7 +39,7 @@ _EXAMPLES = {
   ddpm-ext sample --num 64 --out samples.npz
   ddpm-ext plot grid samples.npz --columns 16 --out grid.png""",
     "trajectory": """examples:
-  ddpm-ext plot trajectory --num 5 --every 100 --out trajectory.png
+  ddpm-ext plot trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext plot trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif""",
     "guidance": """examples:
   ddpm-ext plot guidance --num 10 --guidance 0,1,2.5,5 --sampler ddim --steps 25 --out guidance.png
@@ -173,6 +173,7 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
 
 def _draw_guidance(options: argparse.Namespace) -> str:
     prepared = prepare(options, pictures=True)
+    tell_choice(prepared, options)
     of_scale = argparse.Namespace(**vars(options))
     rows = []
     for of_scale.guidance in options.guidance:
@@ -221,6 +222,7 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     prepared = prepare(options, pictures=False)
     if prepared.steps < 2:
         raise ValueError(f"steps: got {prepared.steps}, expected at least 2 for a histogram")
+    tell_choice(prepared, options)
     every = max(1, prepared.steps // _HISTOGRAMS)
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)

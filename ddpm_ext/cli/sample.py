@@ -21,7 +21,7 @@ from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
 from ddpm_ext.cli.arguments import Subparsers, add_command, check_device, check_ending, check_out, eta_of, whole_number
 from ddpm_ext.cli.chosen_tables import table_hash
 from ddpm_ext.cli.network import model_hash
-from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite, tell_choice
 from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.spacing import DEFAULT_SPACING
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     ending = check_ending(out, _ENDINGS)
     prepared = prepare(options, pictures=ending == ".png", latents=True)
     files.check_writable(out)
+    tell_choice(prepared, options)
     batches = range(0, options.num, options.batch_size)
     pictures, wrong = [], 0
     for first in batches:
@@ -118,6 +119,7 @@ def _run_many(options: argparse.Namespace) -> None:
             return plots.to_uint8(samples)
 
         ranks.share(check_outputs)
+        tell_choice(prepared, options)
         result = sample_many(
             shards,
             settings,

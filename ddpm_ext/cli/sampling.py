@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ddpm_ext.base.optional import require
+from ddpm_ext.base.ranks import ranks
 from ddpm_ext.cli.arguments import check_device, check_eta
-from ddpm_ext.cli.chosen_tables import Tables, chosen_tables
+from ddpm_ext.cli.chosen_tables import Tables, choose_default, chosen_tables
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
 from ddpm_ext.cli.network import is_run, load_run_model
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -84,11 +85,15 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Loaded):
-    """What a loop needs beside the options, and how many steps it will take."""
+    """What a loop needs beside the options, and how many steps it will take.
+
+    said: which sampler was chosen, in a line; None where the options name one.
+    """
 
     steps: int
     inputs: LoopInputs
     tables: Tables
+    said: str | None
 
 
 def load(options: argparse.Namespace, *, latents: bool = False) -> Loaded:
@@ -135,7 +140,8 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
 def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = False) -> Prepared:
     """Loads the model and images, and checks before the work starts what can be checked then.
 
-    Where options.num is None, it becomes the number of samples to draw.
+    Where options.num is None, it becomes the number of samples to draw. Where neither a sampler nor a table is given,
+    one is chosen, which tell_choice says.
 
     pictures: whether the command will write pictures, which need pillow. latents: as in load.
 
@@ -146,10 +152,11 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     check_device(options.device)
     if pictures:
         require("PIL.Image", "writing pictures")
-    check_eta(options.eta, [options.sampler])
     loaded = load(options, latents=latents)
     if loaded.model.latent:
         _check_latents(options, loaded.model)
+    said = choose_default(options, loaded.model, loaded.diffusion.timesteps)
+    check_eta(options.eta, [options.sampler])
     tables = chosen_tables(options, loaded.model)
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
@@ -159,7 +166,13 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
         steps = len(make_loop_rows(loaded.diffusion, loop))
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
-    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables)
+    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables, said=said)
+
+
+def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
+    """Prints which sampler was chosen where the options name none; once, by the first rank."""
+    if prepared.said is not None and not options.quiet and ranks().rank == 0:
+        print(prepared.said, flush=True)
 
 
 def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddpm_ext.cli import arguments
-from ddpm_ext.cli.chosen_tables import TUNED
+from ddpm_ext.cli.chosen_tables import DEFAULT, TUNED
 from ddpm_ext.cli.loop_inputs import add_clip, add_images
 from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
@@ -45,9 +45,9 @@ def add_null_class(group: Any) -> None:
     group.add_argument("--null-class", type=arguments.whole_number(0), metavar="N", help=null)
 
 
-def add_spacing(group: Any) -> None:
-    """Adds --steps and --spacing."""
-    count = "steps of the loop (default: all timesteps of the model)"
+def add_spacing(group: Any, default: str = "all timesteps of the model") -> None:
+    """Adds --steps and --spacing. default: of the steps, for the help."""
+    count = f"steps of the loop (default: {default})"
     group.add_argument("--steps", type=arguments.steps, metavar="N", help=count)
     group.add_argument("--spacing", action=arguments.SpacingName, metavar="HOW", help=arguments.SPACING)
 
@@ -135,13 +135,14 @@ def add_sampling(
     add_null_class(group)
     ways = group.add_mutually_exclusive_group()
     samplers = (
-        f"the reverse step: {', '.join(SAMPLERS)}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune"
+        f"the reverse step: {', '.join(SAMPLERS)}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune "
+        f"(default: {DEFAULT})"
     )
     names: dict[str, Any] = {"action": arguments.SamplerName, "known": (*SAMPLERS, TUNED)}
-    ways.add_argument("--sampler", **names, default="ddpm", metavar="NAME", help=samplers)
+    ways.add_argument("--sampler", **names, metavar="NAME", help=samplers)
     table = "the rows of a .json file that StepTable.save wrote, as ddpm-ext tune and ddpm-ext table --save do"
     ways.add_argument("--table", metavar="FILE", help=table)
-    add_spacing(group)
+    add_spacing(group, "with --sampler all timesteps of the model")
     eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
     add("--eta", type=arguments.nonnegative_number, metavar="X", help=eta)
     add_clip(group)

@@ -15,7 +15,6 @@ from ddpm_ext import training
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import has_bars
 from ddpm_ext.cli import arguments
-from ddpm_ext.cli.overview import Parser
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training import run_options
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         _check_repeated(Path(options.out), found["options"], given)
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
-        arguments.check_device(chosen.device)
+    arguments.check_device(chosen.device)
     if chosen.score_every and chosen.features != training.TrainOptions.features and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the module of --features may lie
     result = training.train(
@@ -84,7 +83,7 @@ def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any])
 
 def _given(line: list[str], names: set[str]) -> dict[str, Any]:
     """Those of the named options that the command line has, without the defaults of the others."""
-    parser = Parser(prog="ddpm-ext train")
+    parser = arguments.Parser(prog="ddpm-ext train")
     _add_options(parser)
     absent = object()  # argparse sets a default only where the namespace has no value
     options = argparse.Namespace(**dict.fromkeys(names, absent))

@@ -9,7 +9,7 @@ from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
 from ddpm_ext.cli.chosen_tables import name_of
-from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite, tell_choice
 from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
@@ -17,7 +17,7 @@ from ddpm_ext.plots.style import plural
 _ENDINGS = (".png", ".gif")
 _PICTURES = {".png": 10, ".gif": 60}  # about how many points of the loop are shown, unless --every says so
 _EXAMPLES = """examples:
-  ddpm-ext trajectory --num 5 --every 100 --out trajectory.png
+  ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif
   ddpm-ext trajectory --model shapes --class heart --guidance 2.5 --num 4 --out hearts.png"""
 
@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
     ending = check_ending(options.out, _ENDINGS)
     prepared = prepare(options, pictures=True)
     files.check_writable(options.out)
+    tell_choice(prepared, options)
     every = options.every or max(1, prepared.steps // _PICTURES[ending])
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)

@@ -55,7 +55,9 @@ def accelerate(
 
     Returns:
         The accelerated object. Its `accelerated` holds the settings, of which `rng` and `seed` may be set anew. A copy
-        continues where the original stands; from then on, each counts its own loops.
+        continues where the original stands; from then on, each counts its own loops. sample and p_sample_loop of the
+        tutorial's and denoising-diffusion-pytorch's also take the options of GaussianDiffusion.p_sample_loop, such as
+        sampler="dpmpp_2m", steps=20, record="last": then that loop runs, with the noise that it draws.
 
     Raises:
         TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers

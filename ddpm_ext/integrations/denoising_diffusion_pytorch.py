@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, DenoisingTables
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, PREDICTIONS, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
-from ddpm_ext.integrations.own_tables import OwnTables, check_output, check_timesteps
+from ddpm_ext.integrations.loop_options import LoopOptionsTaker, diffusion_of, takes_loop_options
+from ddpm_ext.integrations.own_tables import TABLES, check_output, check_timesteps
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import Support, new
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
@@ -42,7 +44,11 @@ SUPPORT = tuple(
             "as p_sample; sampling_timesteps, ddim_sampling_eta, return_all_timesteps",
             "as p_sample; an eta that is negative, or asks for more noise than there is",
         ),
-        ("sample", "its loop: p_sample_loop or ddim_sample", "as p_sample"),
+        (
+            "sample",
+            "its loop: p_sample_loop or ddim_sample; with options of ddpm_ext's p_sample_loop that loop, and its noise",
+            "as p_sample",
+        ),
         ("interpolate", "as p_sample; t, lam", "as p_sample; images of two dtypes"),
         ("q_sample", "as p_sample, with gradients; immiscible", "as p_sample; torch.compile; torch.func"),
         (
@@ -65,7 +71,7 @@ def _library() -> Any:
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
-class Denoising(OwnTables):
+class Denoising(LoopOptionsTaker):
     """Mixin placed before GaussianDiffusion in the bases."""
 
     library = "denoising-diffusion-pytorch"
@@ -79,8 +85,8 @@ class Denoising(OwnTables):
         "predict_start_from_v",
         "predict_v",
     )
+    sample_calls = ("p_sample_loop", "ddim_sample")
     # the peer's
-    model: Callable[..., Tensor]
     objective: str
     self_condition: bool
     num_timesteps: int
@@ -168,6 +174,7 @@ class Denoising(OwnTables):
         return self.unnormalize(img if imgs is None else torch.stack(imgs, dim=1))
 
     @torch.inference_mode()
+    @takes_loop_options
     @with_fallback(compiles=False)
     def p_sample_loop(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
         steps, count = self._fused_tables(torch.get_default_dtype(), self.device).steps, self.num_timesteps
@@ -176,6 +183,7 @@ class Denoising(OwnTables):
         return self._loop("p_sample", steps, shape, count, return_all_timesteps, total=count)
 
     @torch.inference_mode()
+    @takes_loop_options
     @with_fallback(compiles=False)
     def ddim_sample(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
         tables = self._fused_tables(torch.get_default_dtype(), self.device)
@@ -199,6 +207,27 @@ class Denoising(OwnTables):
         img = (1 - lam) * noised[0] + lam * noised[1]
         desc = "interpolation sample time step"
         return self._descend("p_sample", steps, img, rng, start, desc=desc, total=start)
+
+    # --------------------------------------------------------------------------------- loops with options of ddpm_ext's
+
+    def _diffusion(self) -> GaussianDiffusion:
+        prediction = PREDICTIONS.get(self.objective)
+        if prediction is None:
+            raise Fallback(f"its objective is {self.objective!r}")
+        tables = tuple([self._buffers[name] for name in TABLES])
+        state = (GaussianDiffusion, prediction, *tables)
+        return self._of_state(state, lambda: diffusion_of(dict(zip(TABLES, tables, strict=True)), prediction))
+
+    def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"record": "last", "self_condition": self.self_condition, "device": self.device}
+        if method == "ddim_sample" and "sampler" not in ours:
+            own |= {"sampler": "ddim", "eta": self.ddim_sampling_eta}
+            own |= {} if "timesteps" in ours else {"steps": self.sampling_timesteps}
+        return own
+
+    def _finish(self, images: Any) -> Any:
+        """In [0, 1]: the samples, or a list of each step's, as arrays."""
+        return [self.unnormalize(each) for each in images] if isinstance(images, list) else self.unnormalize(images)
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -20,7 +20,8 @@ from ddpm_ext import ops
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
-from ddpm_ext.integrations.own_tables import OwnTables, check_output, check_timesteps
+from ddpm_ext.integrations.loop_options import LoopOptionsTaker, diffusion_of, takes_loop_options
+from ddpm_ext.integrations.own_tables import TABLES, check_output, check_timesteps
 from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
@@ -44,7 +45,11 @@ SUPPORT = tuple(
             "float32; clip_denoised or not; gradients where the class's own method has them",
             "other dtypes; arguments that the tutorial's method doesn't have; a model's output of another shape",
         ),
-        ("p_sample_loop, sample", "their steps, as p_sample", "the loop around them"),
+        (
+            "p_sample_loop, sample",
+            "their steps, as p_sample; with options of ddpm_ext's p_sample_loop that loop, and its noise",
+            "without these, the loop around the steps",
+        ),
         (
             "q_sample",
             "float32, with gradients",
@@ -101,7 +106,7 @@ class _StartNoise(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Tutorial(OwnTables):
+class Tutorial(LoopOptionsTaker):
     """Mixin placed in the bases before a class that resembles the tutorial's."""
 
     library = "the tutorial's class"
@@ -182,8 +187,10 @@ class Tutorial(OwnTables):
                 source = {"noise": noise} if wants_gradient(x_t, output) else noise_arguments(noise, x_t)
             return ops.reverse_step(x_t, output, fused.rows("steps", x_t), t, clip=clip, **source)
 
+    @takes_loop_options
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise."""
+        """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise.
+        With options of GaussianDiffusion.p_sample_loop, that loop."""
         settings, own = self.accelerated, peer_method(self, "p_sample_loop")
         plain = settings.noise == "torch" or torch.compiler.is_compiling()
         if plain or isinstance(attempt(self._fused_methods), Fallback):
@@ -198,6 +205,12 @@ class Tutorial(OwnTables):
             finally:
                 self.__dict__.pop("_start_noise", None)
                 settings.end_loop()
+
+    def _diffusion(self) -> GaussianDiffusion:
+        self._fused_methods()  # its steps are the tutorial's
+        tables = tuple([getattr(self, name) for name in TABLES])
+        state = (GaussianDiffusion, *tables)
+        return self._of_state(state, lambda: diffusion_of(dict(zip(TABLES, tables, strict=True)), "eps"))
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -27,6 +27,13 @@ def tables_in(folder: str | os.PathLike[str]) -> list[str]:
     return [f"{calls}{f' with guidance {guidance}' * bool(guidance)}" for guidance, calls in found]
 
 
+def calls_in(folder: str | os.PathLike[str], guidance: float | None = None) -> set[int]:
+    """How many calls of the model each of its tables for this scale of guidance has."""
+    names = [path.name for path in Path(folder, FOLDER).glob("*.json")]
+    numbers = {int(match[0]) for name in names if (match := re.match(r"\d+", name))}
+    return {calls for calls in numbers if table_name(calls, guidance) in names}
+
+
 def save_tuned(table: StepTable, path: str | os.PathLike[str], *, model_sha256: str, seed: int) -> None:
     """Writes a tuned table, with the model's hash and the seed of the samples in its notes.
 

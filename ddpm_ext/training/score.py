@@ -1,4 +1,5 @@
-"""Scores of a run's samples: their Fréchet distance to the training images (Heusel et al. 2017, eq. 6)."""
+"""Scores of samples: their Fréchet distance to images (Heusel et al. 2017, eq. 6), and precision and recall; and those
+of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ddpm_ext.base.ranks import Ranks, part_of
 from ddpm_ext.base.seeds import seed_for
+from ddpm_ext.training import inception
 from ddpm_ext.training.data import DamagedImage, ImageSource
 from ddpm_ext.training.import_by_name import import_by_name, theirs
 from ddpm_ext.training.options import TrainOptions
@@ -21,6 +23,7 @@ Features = Callable[[Tensor], Any]
 _PIXELS = "pixels"
 # Larger images are averaged to this side, because the covariance has the square of the pixels' number of entries.
 _SIDE = 16
+_DISTANCES = 2**23  # at a time
 _REFERENCE = 5000  # as many training images, at most, are compared with
 
 
@@ -48,6 +51,34 @@ def frechet(one: Moments, other: Moments) -> float:
     return max(0.0, float((mean - other_mean).square().sum() + traces - 2 * shared))
 
 
+def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """The share of samples that lie among the images, and of images that lie among the samples.
+
+    A point lies among others where it is as near to one of them as that one's nearest neighbours of its own kind are:
+    Kynkäänniemi et al. 2019, eq. 1 and 2.
+
+    Args:
+        images, samples: features, (count, features) float64, more than `neighbours` of each.
+        neighbours: the number of these, k in the paper, which takes 3.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    fewest = min(len(images), len(samples))
+    if fewest <= neighbours:
+        raise ValueError(f"precision: got {fewest} images, expected more than the {neighbours} nearest neighbours")
+    return _share_among(images, samples, neighbours), _share_among(samples, images, neighbours)
+
+
+def _share_among(others: Tensor, points: Tensor, neighbours: int) -> float:
+    """The share of the points that lie among the others."""
+    rows = max(1, _DISTANCES // len(others))
+    # The nearest to each is itself.
+    reach = torch.cat([torch.cdist(part, others).kthvalue(neighbours + 1).values for part in others.split(rows)])
+    inside = sum(int((torch.cdist(part, others) <= reach).any(1).sum()) for part in points.split(rows))
+    return inside / len(points)
+
+
 def pixels(images: Tensor) -> Tensor:
     """The pixels of images, averaged to at most 16 by 16: features that need no download, for small images."""
     height, width = (min(side, _SIDE) for side in images.shape[2:])
@@ -55,14 +86,41 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def features_by_name(name: str) -> Features:
-    """The function "pixels", or the one that "module:function" names.
+    """The function "pixels", the network "inception", or the function that "module:function" names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none. MissingExtra: "inception" is not installed.
     """
     if name == _PIXELS:
         return pixels
-    return import_by_name(name, "features", f"{_PIXELS} or module:function", "a function")
+    if name == inception.NAME:
+        return inception.Inception()
+    return import_by_name(name, "features", f"{_PIXELS}, {inception.NAME} or module:function", "a function")
+
+
+def features_of(features: Features, name: str, images: Tensor, device: torch.device) -> Tensor:
+    """(batch, features) float64 on the CPU, of images with values in [-1, 1] or beyond, which are clipped.
+
+    Args:
+        name: of the features, for a message.
+
+    Raises:
+        ValueError: they are not (batch, features), or not finite. UserCodeError: the function raises an exception.
+    """
+    given = images.to(device, torch.float32).clamp(-1, 1)
+    with torch.no_grad():
+        try:
+            returned = features(given)
+        except Exception as error:
+            raise theirs("features", name, error) from error
+        found = torch.as_tensor(returned, device="cpu").detach().to(torch.float64)
+    if found.dim() != 2 or len(found) != len(images) or not found.shape[1]:
+        raise ValueError(
+            f"features: got shape {tuple(found.shape)} for {len(images)} images, expected ({len(images)}, features)"
+        )
+    if not found.isfinite().all():
+        raise ValueError("features: got values that are not finite, expected finite numbers")
+    return found
 
 
 class Scorer:
@@ -121,20 +179,7 @@ class Scorer:
         return moments(torch.cat(every))
 
     def _features_of(self, images: Tensor) -> Tensor:
-        given = images.to(self.device, torch.float32).clamp(-1, 1)
-        with torch.no_grad():
-            try:
-                features = self.features(given)
-            except Exception as error:
-                raise theirs("features", self.options.features, error) from error
-            found = torch.as_tensor(features, device="cpu").detach().to(torch.float64)
-        if found.dim() != 2 or len(found) != len(images) or not found.shape[1]:
-            raise ValueError(
-                f"features: got shape {tuple(found.shape)} for {len(images)} images, expected ({len(images)}, features)"
-            )
-        if not found.isfinite().all():
-            raise ValueError("features: got values that are not finite, expected finite numbers")
-        return found
+        return features_of(self.features, self.options.features, images, self.device)
 
     def _read(self, indices: Tensor) -> Tensor:
         """The training images at `indices`; with skip_corrupt without those that can't be read."""

@@ -119,7 +119,7 @@ def test_manifest_is_written_first(tmp_path):
     def draw(first, count):
         raise RuntimeError("drawing begins")
 
-    shards = Shards(tmp_path / "new" / "folder", COUNT, SIZE, SHAPE)
+    shards = Shards(tmp_path / "new", COUNT, SIZE, SHAPE)
     with pytest.raises(RuntimeError, match="drawing begins"):
         sample_many(shards, {"seed": 2**64 - 1}, draw, batch_size=1, about={"model": "mine"})
     found = json.loads((shards.folder / "manifest.json").read_text())

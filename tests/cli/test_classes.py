@@ -33,7 +33,7 @@ def sample(model, folder, *options):
 )
 def test_samples_of_classes(pets, tmp_path, options, labels, scale):
     loaded, null = models.load_model(pets), torch.full((N,), 2 if "--null-class" in options else 3)
-    given = {"steps": 4, "rng": Philox(0), "record": "last", "progress": False}
+    given = {"sampler": "dpmpp_2m", "steps": 4, "rng": Philox(0), "record": "last", "progress": False}
     given["guidance"] = None if scale is None else Guidance(scale, lambda x, t: loaded.unet(x, t, null))
     given["model_kwargs"] = {"class_labels": torch.tensor(labels)}
     with torch.no_grad():

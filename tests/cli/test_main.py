@@ -97,7 +97,15 @@ BAD = [
     (("sample", "--npz"), "npz: belongs to --num-images"),
     (("sample", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
     (("sample", "--device", "abacus"), "device: abacus can't be used here"),
-    (("sample", "--colour", "red"), "sample: unrecognized arguments: --colour red (see ddpm-ext sample --help)"),
+    (("sample", "--device", "meta"), "device: got meta, expected cpu, or cuda"),
+    (("train", "--out", "run", "--device", "cpu:5"), "device: got cpu:5, expected cpu, or cuda"),
+    (("sample", "--step", "5"), "sample: unrecognized arguments: --step 5, expected an option such as '--steps', "),
+    (("sample", "--backend", "fusd"), "--backend: invalid choice: 'fusd', expected one such as 'fused', "),
+    (("sample", "--out", ""), "--out: got an empty text"),
+    (("train", "--out", "run", "--wandb", ""), "--wandb: got an empty text"),
+    (("sample", "--out", "no/such/a.npz"), "out: cannot write no/such/a.npz: there is no folder "),
+    (("sample", "--num-images", "4", "--quiet", "--out", "no/such"), "there is no folder "),
+    (("train", "--out", "no/such"), "there is no folder "),
     (("train", "--steps", "1"), "required: --out"),
     (("train", "--out", "run", "--widths", "a,b"), "--widths: got a,b"),
     (("train", "--out", "run", "--data", ".", "--image-size", "8"), "data: no images in ., expected files ending in"),
@@ -105,7 +113,7 @@ BAD = [
     (("bits-per-dim", "shapes"), "data: shapes are 3x8x8, expected 1x8x8, as digits has"),
     (("invert", "a.npz", "--spacing", "ddim5", "--steps", 5), "steps is 5 beside spacing 'ddim5'"),
     (("invert", "a.npz", "--spacing", "leading", "--steps", 1), "steps is 1 with spacing 'leading', which begins at"),
-    (("paint",), "invalid choice: 'paint'"),
+    (("tain",), "invalid choice: 'tain', expected one such as 'train', "),
 ]
 
 
@@ -114,6 +122,19 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     check_refused(capsys, message, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_long_arguments_and_pipes_are_one_short_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.png")
+    for option in ("--start", "--mask", "--noise"):
+        more = ("--inpaint", "pipe.png") if option == "--mask" else ()
+        check_refused(capsys, "is no regular file", "sample", option, "pipe.png", *more, "--steps", 2)
+    for option in ("model", "sampler", "spacing", "out", "device", "table", "start", "steps", "backend", "no"):
+        assert call("sample", f"--{option}", "x " * 2500 if option == "sampler" else "x" * 5000) == 2, option
+        written = capsys.readouterr().err
+        assert written.count("\n") == 1 and len(written) < 2500, option
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.png"]
 
 
 def test_out_is_checked_before_the_work(tiny, tmp_path, capsys):

@@ -27,7 +27,7 @@ def many(tiny, tmp_path_factory):
 
 
 def arguments(model, folder, *more):
-    options = ("--num-images", N, "--shard-size", 4, "--batch-size", 2, "--steps", 6, "--quiet")
+    options = ("--num-images", N, "--shard-size", 4, "--batch-size", 2, "--steps", 6, "--quiet", "--sampler", "ddpm")
     return "sample", "--model", model, *options, "--out", folder, *more
 
 
@@ -41,17 +41,17 @@ def pixels(folder):
 
 def test_writes_what_fid_scripts_read(tiny, tmp_path, monkeypatch, capsys, device):
     image = pytest.importorskip("PIL.Image")
-    loud = [argument for argument in arguments(tiny, "new/run", "--npz", "--png") if argument != "--quiet"]
+    loud = [argument for argument in arguments(tiny, "new", "--npz", "--png") if argument != "--quiet"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert call(*loud, "--device", device) == 0
     written = capsys.readouterr()
     first, *files = written.out.splitlines()
-    assert first.startswith(f"new/run: {N} samples, 8x12x3; {N} drawn in ") and first.endswith(" images/s")
-    assert files == [f"new/run/samples_{N}x8x12x3.npz", "new/run/png"]
+    assert first.startswith(f"new: {N} samples, 8x12x3; {N} drawn in ") and first.endswith(" images/s")
+    assert files == [f"new/samples_{N}x8x12x3.npz", "new/png"]
     assert f"{N}/{N}" in written.err and written.err.count("sampling loop") == 0
     with np.load(tmp_path / files[0]) as opened:
-        assert opened.files[0] == "arr_0" and np.array_equal(opened["arr_0"], pixels(tmp_path / "new" / "run"))
+        assert opened.files[0] == "arr_0" and np.array_equal(opened["arr_0"], pixels(tmp_path / "new"))
         for i in range(N):
             with image.open(tmp_path / files[1] / f"{i:06d}.png") as picture:
                 assert np.array_equal(np.asarray(picture), opened["arr_0"][i])

@@ -9,13 +9,14 @@ import torch
 from support.command_line import TINY, call, check_refused
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, models
+from ddpm_ext.cli.chosen_tables import choose_default
 from ddpm_ext.cli.main import build_parser
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.scheduler import DiffusionSettings
-from ddpm_ext.models.tuned import table_name
+from ddpm_ext.models.tuned import save_tuned, table_name
 from ddpm_ext.tuning import search
 
 STEPS = 2
@@ -56,6 +57,26 @@ def test_sample_takes_the_table_as_the_loop_does(model):
         parsed = build_parser().parse_args(given)
         prepared = prepare(parsed, pictures=False)
         assert prepared.steps == 2 and torch.equal(draw(prepared, parsed, 1, 2), expected)
+
+
+def test_the_default_is_the_best_table(model, tmp_path):
+    stale = shutil.copytree(model, tmp_path / "stale")
+    save_tuned(StepTable.load(model / "tuned" / "2.json"), stale / "tuned" / "2.json", model_sha256="another", seed=0)
+    for options, sampler, steps in (
+        ("", "tuned", 2),
+        ("--steps 3", "dpmpp_2m", 3),
+        ("--guidance 1,2", "dpmpp_2m", 20),  # of several scales each needs its table
+        ("--no-clip", "dpmpp_2m", 20),
+        ("--spacing 9,3", "dpmpp_2m", None),
+        ("--sampler ddpm", "ddpm", None),
+        ("--inpaint a.png --mask b.png --jump-n-sample 2", "ddpm", None),
+        ("--model digits", "tuned", 10),
+        (f"--model {stale}", "dpmpp_2m", 20),
+    ):
+        parsed = build_parser().parse_args(f"plot guidance --guidance 1 --model {model} {options}".split())
+        said = choose_default(parsed, models.load_model(parsed.model), 100)
+        assert (parsed.sampler, parsed.steps) == (sampler, steps)
+        assert said is None if "--sampler" in options else sampler.replace("tuned", "the tuned table") in said
 
 
 def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):

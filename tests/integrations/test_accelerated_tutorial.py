@@ -187,6 +187,28 @@ def test_other_reasons():
         accelerate(plain).q_sample(x, t + 100)
 
 
+# ----------------------------------------------------------------------------------------------- options of our loop
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_options_of_our_loop(variance, device):
+    """They make it GaussianDiffusion's loop, from `sample` too; a class's own option of such a name stays its own."""
+    sample = lambda self, model, image_size, device=0: (self.p_sample_loop(model, SHAPE), device)  # noqa: E731
+    plain, model = with_method(sample, "sample")(50), Net().to(device)
+    if variance == "fixed_large":
+        plain.posterior_log_variance_clipped = plain.betas.log()
+    gd, fast = ddpm_ext.GaussianDiffusion(50, plain.betas, variance=variance), accelerate(plain, noise="philox", seed=9)
+    for first, options in ((0, {"sampler": "DPM++ 2M", "steps": 5}), (4, {"record": "all"}), (8, {"rng": Philox(3)})):
+        expected = gd.p_sample_loop(model, SHAPE, **{"rng": Philox(9, first), "progress": False} | options)
+        found, own = fast.sample(model, 5, device="own", **options)
+        assert own == "own"
+        np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=1e-4)
+    with pytest.raises(TypeError, match="argument 'step'"):
+        fast.sample(model, 5, step=5)
+    with pytest.raises(TypeError, match="has no steps: it does not call p_sample_loop"):
+        accelerate(with_method(lambda self, model, image_size: [], "sample")(50)).sample(model, 5, steps=5)
+
+
 # -------------------------------------------------------------------------------------------------------------- philox
 
 

@@ -53,6 +53,20 @@ def test_philox_images_are_ours(objective, sampler, device):
     torch.testing.assert_close(loop(SHAPE), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("own", "steps"), [({}, 50), ({"sampling_timesteps": 10, "ddim_sampling_eta": 0.5}, 10)])
+def test_options_of_our_loop(own, steps, device):
+    """They make it GaussianDiffusion's loop, with self-conditioning, whose images are in [0, 1]."""
+    plain = make("pred_v", Net(self_condition=True), device=device, **own)
+    gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50), prediction="v")
+    given, fast = {"sampler": "dpmpp_2m", "steps": 5}, philox(plain)
+    options = given | {"rng": Philox(9), "record": "last", "self_condition": True, "device": device}
+    expected = gd.p_sample_loop(plain.model, SHAPE, **options)
+    torch.testing.assert_close(fast.sample(4, **given), (expected + 1) / 2, rtol=0, atol=1e-4)
+    assert len(fast.sample(4, record="all")) == steps
+    with pytest.raises(TypeError, match="return_all_timesteps is True beside steps"):
+        fast.sample(4, True, steps=5)
+
+
 @pytest.mark.parametrize(("objective", "strength"), [("pred_noise", 0.0), ("pred_v", 0.3)])
 def test_philox_training_noise_is_another_one_each_time(objective, strength, device):
     """It is that of GaussianDiffusion's train_losses; torch draws no noise."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from support.trainer_run import Tiny, make
 
 from ddpm_ext import training
 from ddpm_ext.base.ranks import Ranks
-from ddpm_ext.training import TrainOptions, checkpoints
+from ddpm_ext.training import TrainOptions, checkpoints, inception, score
 from ddpm_ext.training.data import DamagedImage, TensorImages
-from ddpm_ext.training.score import Scorer, Scores, frechet, moments, pixels
+from ddpm_ext.training.score import Scorer, Scores, frechet, moments, pixels, precision_recall
 
 SCORED = {"score_every": 8, "score_count": 12, "sample_steps": 3}
 IMAGES = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
@@ -38,6 +39,41 @@ def test_distance_is_the_papers(counts, features):
     found = frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(other)))
     assert found == pytest.approx(expected, rel=1e-5)
     assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
+
+
+@pytest.mark.parametrize("distances", [2**23, 50])
+def test_precision_and_recall_are_the_papers(monkeypatch, distances):
+    """By eq. 1 and 2 of Kynkäänniemi et al. 2019, written out; whatever is computed at a time."""
+    monkeypatch.setattr(score, "_DISTANCES", distances)
+    images, samples = torch.randn(2, 40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    samples, expected = 2 * samples[:30] + 1, []
+    for among, points in ((images, samples), (samples, images)):
+        reach = [(among - one).norm(dim=1).sort().values[3] for one in among]
+        inside = [any((point - one).norm() <= r for one, r in zip(among, reach, strict=True)) for point in points]
+        expected.append(sum(inside) / len(points))
+    assert precision_recall(images, samples) == tuple(expected) and 0.1 < expected[0] < expected[1]
+    with pytest.raises(ValueError, match="precision: got 3 images, expected more than the 3 nearest"):
+        precision_recall(images, samples[:3])
+
+
+@pytest.mark.parametrize(
+    ("package", "told"), [("torch-fidelity", ("inception-v3-compat", ["2048"])), ("pytorch-fid", ([3],))]
+)
+def test_inception_is_the_packages(monkeypatch, package, told):
+    """Each gets the levels of 8 bits as it reads them from files, grey ones as colour."""
+    made, network = [], torch.nn.Identity()
+    network.forward = lambda x: (x[:, :, :1].clone(),)
+    make = lambda *given: made.append(given) or network  # noqa: E731
+    make.BLOCK_INDEX_BY_DIM = {2048: 3}
+    fake = types.SimpleNamespace(FeatureExtractorInceptionV3=make, InceptionV3=make)
+    for each, module, _ in inception._PACKAGES:
+        for name in (module.partition(".")[0], module):
+            monkeypatch.setitem(sys.modules, name, fake if each == package else None)
+    monkeypatch.setattr(inception.metadata, "version", lambda name: "9")
+    found, levels = score.features_by_name("inception"), torch.arange(0, 256, 4, dtype=torch.uint8).view(1, 1, 8, 8)
+    assert (found.source, made) == (f"{package} 9", [told])
+    expected = levels[0, 0, 0].repeat(1, 3)
+    assert torch.equal(found(levels / 127.5 - 1), expected if package == "torch-fidelity" else expected / 255)
 
 
 def test_pixels_are_averaged_to_16_by_16():

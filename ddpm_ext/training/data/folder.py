@@ -21,7 +21,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff",
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
 _CACHE_BYTES = 1 << 29
 # The exceptions that Pillow's decoders raise for damaged files
-_PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
 
 class FolderImages:
@@ -188,7 +188,7 @@ def _decoded(path: Path, channels: int, name: str, resized: Callable[[Any], Any]
             return _tensor(resized(upright.convert("RGB" if channels == 3 else "L")), channels)
     except DamagedImage:
         raise
-    except (*_PILLOWS_ERRORS, image.DecompressionBombError) as error:
+    except (*PICTURE_ERRORS, image.DecompressionBombError) as error:
         raise DamagedImage(f"{name}: cannot read {path}: {error}") from error
 
 

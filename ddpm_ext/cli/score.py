@@ -1,0 +1,138 @@
+"""`ddpm-ext score`: how near finished samples are to images, as a Fréchet distance, precision and recall."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import counter
+from ddpm_ext.cli import arguments
+from ddpm_ext.cli.arguments import Subparsers, add_command
+from ddpm_ext.cli.images import ARRAYS, Samples
+from ddpm_ext.plots.style import plural
+from ddpm_ext.training.data import ImageSource, load_images
+from ddpm_ext.training.inception import NAME, Inception
+from ddpm_ext.training.score import Features, features_by_name, features_of, frechet, moments, precision_recall
+from ddpm_ext.version import __version__
+
+_NEIGHBOURS = 3
+_EXAMPLES = """examples:
+  ddpm-ext score samples --data photos
+  ddpm-ext score samples.npz --data digits --features pixels
+  ddpm-ext score samples --data photos --features my_module:features --device cuda --out scores.json"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `score` to the commands of ddpm-ext."""
+    description = (
+        "Computes the Fréchet distance of samples to images (Heusel et al. 2017), which is the FID with Inception's "
+        f"features,\nand precision and recall by the {_NEIGHBOURS} nearest neighbours (Kynkäänniemi et al. 2019), and "
+        "writes them to a file."
+    )
+    parser = add_command(commands, "score", description, takes="SAMPLES ", epilog=_EXAMPLES)
+    samples = "a folder of ddpm-ext sample --num-images, a folder of pictures, or an .npz or .npy of samples"
+    parser.add_argument("samples", metavar="SAMPLES", help=samples)
+    images = (
+        "the images to compare with, all of them, read as ddpm-ext train reads them in the samples' size; or an .npz"
+    )
+    parser.add_argument("--data", required=True, metavar="digits|shapes|FOLDER|FILE", help=images)
+    features = (
+        f"what is compared: {NAME}, the network of published FIDs, by torch-fidelity or pytorch-fid; pixels, averaged "
+        "to at most 16 by 16; or a function of yours, (batch, channels, height, width) in [-1, 1] -> (batch, features)"
+    )
+    parser.add_argument("--features", default=NAME, metavar=f"{NAME}|pixels|MODULE:FUNCTION", help=features)
+    out = "ends in .json (default: score.json in the folder, or beside the file)"
+    parser.add_argument("--out", metavar="FILE", help=out)
+    parser.add_argument("--device", metavar="NAME", help=arguments.DEVICES)
+    batch = "images at a time"
+    parser.add_argument("--batch-size", type=arguments.whole_number(1), default=64, metavar="N", help=batch)
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints and writes the scores.
+
+    Raises:
+        ValueError: an option is out of range, or samples or images can't be read, or are fewer than four.
+        MissingExtra: the package of the features is not installed. UserCodeError: a function of features fails.
+    """
+    device = arguments.check_device(options.device)
+    samples = Samples(options.samples, "samples")
+    out = options.out or str(_beside(Path(options.samples)))
+    arguments.check_out(out, (".json",))
+    images = _images(options.data, samples.shape)
+    if ":" in options.features and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where the module may lie
+    function = features_by_name(options.features)
+    used = f"{NAME} of {function.source}" if isinstance(function, Inception) else options.features
+    of_samples, of_images = (
+        _features(function, source, options, device, what)
+        for source, what in ((samples, "samples"), (images, "images"))
+    )
+    if of_samples.shape[1] != of_images.shape[1]:
+        kinds = f"{of_samples.shape[1]} of samples and {of_images.shape[1]} of images"
+        raise ValueError(f"features: got {kinds}, expected as many of both")
+    precision, recall = precision_recall(of_images, of_samples, _NEIGHBOURS)
+    found = {"frechet_distance": frechet(moments(of_samples), moments(of_images)), "precision": precision}
+    found |= {"recall": recall}
+    about: dict[str, Any] = {
+        "neighbours": _NEIGHBOURS,
+        "features": used,
+        "samples": {"path": options.samples, "count": len(samples), "shape": samples.shape, **samples.about},
+        "data": {"path": options.data, "count": len(images)},
+        "command": shlex.join(["ddpm-ext", *options.arguments]),
+        "versions": {"ddpm_ext": __version__, "torch": torch.__version__, "numpy": np.__version__}
+        | {"python": platform.python_version()},
+    }
+    files.write_json(out, found | about)
+    print(f"{plural(len(samples), 'sample')} of {options.samples}, {plural(len(images), 'image')} of {options.data}")
+    no_fid = "" if options.features == NAME else ", so the distance is no FID"
+    print(f"features: {used}, {of_samples.shape[1]} of an image{no_fid}")
+    print("Fréchet distance {:.4f}, precision {:.4f}, recall {:.4f}".format(*found.values()))
+    print(out)
+
+
+def _beside(samples: Path) -> Path:
+    """The default file of numbers: in a folder, beside a file."""
+    return samples / "score.json" if samples.is_dir() else samples.with_suffix(".score.json")
+
+
+def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:
+    """The images to compare with, of the samples' shape."""
+    channels, height, width = shape
+    images: ImageSource | Samples
+    if Path(data).suffix.lower() in ARRAYS and not Path(data).is_dir():
+        images = Samples(data, "data")
+    else:
+        if height != width:
+            raise ValueError(f"data: got {data} for samples of {width} by {height} pixels, expected square ones")
+        images = load_images(data, height, channels)
+    if images.shape != shape:
+        kinds = ("x".join(map(str, sizes)) for sizes in (images.shape, shape))
+        raise ValueError("data: {} has images of {}, expected {}, as the samples".format(data, *kinds))
+    return images
+
+
+def _features(
+    function: Features, images: ImageSource | Samples, options: argparse.Namespace, device: torch.device, what: str
+) -> Tensor:
+    """(count, features) float64 of all images. what: they are, for the progress bar."""
+    found = []
+    for index in counter(-(-len(images) // options.batch_size), f"features of {what}", options.quiet):
+        first = index * options.batch_size
+        indices = torch.arange(first, min(first + options.batch_size, len(images)), device="cpu")
+        found.append(features_of(function, options.features, images.batch(indices), device))
+        if found[-1].shape[1] != found[0].shape[1]:
+            sizes = f"{found[0].shape[1]} of some images and {found[-1].shape[1]} of others"
+            raise ValueError(f"features: got {sizes}, expected as many of all")
+    return torch.cat(found)

@@ -1,0 +1,66 @@
+"""The Inception network of published FIDs, by the package that is installed: torch-fidelity, else pytorch-fid."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base.optional import MissingExtra
+
+NAME = "inception"
+
+
+class Inception:
+    """Features of images, (batch, 1 or 3, height, width) float32 in [-1, 1] -> (batch, 2048).
+
+    Grey images get three equal channels. The package downloads the weights when it first makes the network.
+
+    Attributes:
+        source: the package and its version.
+
+    Raises:
+        MissingExtra: neither package is installed. ValueError: the weights can't be downloaded.
+    """
+
+    def __init__(self) -> None:
+        for package, module, load in _PACKAGES:
+            try:
+                found = importlib.import_module(module)
+            except ImportError:
+                continue
+            self.source = f"{package} {metadata.version(package)}"
+            try:
+                self._network, self._call = load(found)
+            except OSError as error:
+                raise ValueError(f"features: {self.source} can't load its weights ({error})") from error
+            self._network.eval()
+            return
+        raise MissingExtra(
+            "Inception's features need torch-fidelity: pip install torch-fidelity; or features: pixels, or "
+            "module:function, whose distances are no FID"
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        levels = ((images + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        found: Tensor = self._call(self._network.to(images.device), levels)
+        return found.flatten(1)
+
+
+def _torch_fidelity(module: Any) -> tuple[Any, Any]:
+    network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    return network, lambda network, levels: network(levels)[0]
+
+
+def _pytorch_fid(module: Any) -> tuple[Any, Any]:
+    network = module.InceptionV3([module.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
+    return network, lambda network, levels: network(levels.float() / 255)[0]
+
+
+_PACKAGES = (
+    ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", _torch_fidelity),
+    ("pytorch-fid", "pytorch_fid.inception", _pytorch_fid),
+)
