@@ -18,7 +18,7 @@ from ddpm_ext.loop.keywords import SampleKeywords
 from ddpm_ext.tables.levels import betas_between
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-LOOP_OPTIONS = frozenset(SampleKeywords.__annotations__)
+LOOP_OPTIONS = frozenset({"record", *SampleKeywords.__annotations__})
 
 
 class LoopOptionsTaker(OwnTables):

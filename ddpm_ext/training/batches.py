@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ddpm_ext.base.seeds import generator, seed_for
 from ddpm_ext.training.data import DamagedImage, ImageSource, Labels
 from ddpm_ext.training.options import TrainOptions
 
 _PREFETCHED = 4  # batches that a worker reads ahead
-# Seconds to wait for a batch. A worker that finds no shared memory for its batch doesn't die, but waits, too.
-_PATIENCE = 600
+_PATIENCE = 600  # seconds to wait for a batch
 _SHARED = "shared memory in /dev/shm"
 
 
@@ -56,7 +57,12 @@ class StepBatches(Dataset):
     def __getitem__(self, step: int) -> Batch | Exception:
         # Returned, not raised: an exception raised in a worker arrives with the worker's traceback in its message.
         try:
-            return self._read(step)
+            batch = self._read(step)
+            if get_worker_info() is not None:
+                with _names_a_lack_of_room():  # which the loader's own thread would only print, while training waits
+                    for tensor in (batch.images, batch.labels):
+                        tensor is None or tensor.share_memory_()
+            return batch
         except (OSError, TypeError, ValueError) as error:
             return error
 
@@ -74,8 +80,8 @@ class StepBatches(Dataset):
         """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
         Raises:
-            OSError, TypeError, ValueError: an image can't be read, or is not what was expected. TimeoutError: the
-                workers gave no batch for ten minutes. ChildProcessError: a worker died.
+            OSError, TypeError, ValueError: an image can't be read, or is not what was expected, or shared memory is
+                full. TimeoutError: the workers gave no batch for ten minutes. ChildProcessError: a worker died.
         """
         workers = self.options.workers
         steps = DataLoader(
@@ -89,7 +95,9 @@ class StepBatches(Dataset):
             generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
         with _translate_loader_errors():
-            with torch.device("cpu"):  # where the loader draws its workers' seed
+            with torch.device("cpu"), _names_a_lack_of_room():  # where the loader draws its workers' seed
+                if workers:
+                    torch.multiprocessing.Queue()  # where this fails, the loader would leave a traceback, too
                 batches = iter(steps)
             for batch in batches:
                 if isinstance(batch, Exception):
@@ -151,6 +159,20 @@ class StepBatches(Dataset):
 
 
 @contextmanager
+def _names_a_lack_of_room() -> Iterator[None]:
+    """Raises an OSError that says what to do where the block finds no room in shared memory."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(
+            f"data: the {_SHARED} is full, through which workers hand over batches; expected more of it (docker run "
+            "--shm-size enlarges it), or workers=0"
+        ) from error
+
+
+@contextmanager
 def _translate_loader_errors() -> Iterator[None]:
     """Raises TimeoutError or ChildProcessError, which say what to do, for a DataLoader's errors of its workers.
 
@@ -162,8 +184,7 @@ def _translate_loader_errors() -> Iterator[None]:
         text = " ".join(str(error).split())
         if text.startswith("DataLoader timed out"):
             raise TimeoutError(
-                f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
-                "enlarges it), expected more of it, or workers=0"
+                f"data: the workers gave no batch for {_PATIENCE} s; expected data that can be read, or workers=0"
             ) from error
         if text.startswith("DataLoader worker"):
             raise ChildProcessError(

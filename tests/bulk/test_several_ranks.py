@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 from support import exact_run, forks
+from support.choices import for_many
 from support.command_line import ENVIRONMENT
 from support.exact_run import COUNT, contents
 from support.forks import said
@@ -20,6 +22,8 @@ KILLED = {"batch_size": 1, "die_at": (1, 2)}  # the other has drawn, too
 def ended(tmp_path_factory):
     """Runs of several ranks by name: the folder, and the exit codes."""
     folder = tmp_path_factory.mktemp("ranks")
+    for name in ("other seed", "killed 1"):
+        (folder / name).mkdir()
     exact_run.run(folder / "other seed" / "run")
     exact_run.run(folder / "killed 1" / "run", count=6)  # a shard and a half, from which the ranks go on
     runs = {
@@ -68,6 +72,24 @@ def test_killed_rank_ends_the_others_and_the_next_run_goes_on(ended, one, killed
     assert result.drawn == COUNT - sum(len(shards.ids(i)) for i in range(6) if shards.path(i) in before)
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())
     check_same(folder, one)
+
+
+@pytest.mark.slow
+@for_many(1)
+def test_ranks_that_are_killed_at_any_time(tmp_path_factory, one, choose):
+    """Run after run in one folder, each of other ranks; the last one, which nobody kills, has what is still missing."""
+    folder = tmp_path_factory.mktemp("killed")
+
+    def rank():
+        options = {"batch_size": choose.one_of([1, 3, 4], "batch size"), "pause": 0.01}
+        return options | {"die_after": choose.integer(1, 1500, "ms") / 1000, "elsewhere": str(folder / "all")}
+
+    runs = {f"killed {i}": choose.several(rank, 1, 3, "ranks") for i in range(4)}
+    runs["last"] = [{"elsewhere": str(folder / "all")}] * 2
+    codes = forks.in_forks(exact_run.__file__, folder, runs)
+    assert codes["last"] == [0, 0] and {*chain(*codes.values())} <= {0, 1, 2, -signal.SIGALRM}
+    assert not any("Traceback" in path.read_text() for path in folder.glob("*/*.err"))
+    check_same(folder / "all", one)
 
 
 def test_ranks_that_do_not_share_a_folder_are_refused(ended):

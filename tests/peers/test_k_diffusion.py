@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.choices import for_many
 
 from ddpm_ext import StepTable
 from ddpm_ext.integrations.k_diffusion import sampler
@@ -163,6 +164,18 @@ def test_our_rows(sampling, monkeypatch, name, options, dtype, tolerance):
     """Each call of the model and each callback is the same, and so is the result."""
     for sigmas in schedules(sampling):
         check(both(sampling, monkeypatch, name, options, sigmas, dtype, sampler(name)), tolerance)
+
+
+@for_many(30)
+def test_any_options(sampling, choose):
+    name, options = choose.one_of(OURS, "of")
+    few = {"eta": [0.0, 0.3, 1.0], "s_noise": [0.9, 1.0, 1.02], "s_churn": [0.0, 2.0, 50.0], "s_tmin": [0.0, 0.7]}
+    options = {key: choose.one_of(few.get(key, [value]), key) for key, value in options.items()}
+    lowest, rho = choose.one_of([0.01, 0.4], "lowest"), choose.one_of([1.0, 3.0, 7.0], "rho")
+    sigmas = sampling.get_sigmas_karras(choose.integer(2, 12, "steps"), lowest, choose.one_of([2.0, 80.0], "top"), rho)
+    sigmas = sigmas[: choose.one_of([None, -1], "end")].double()
+    found = both(sampling, pytest.MonkeyPatch, name, options, sigmas, torch.float64, sampler(name))
+    check(found, 1e-8)  # of a long step, k-diffusion makes sigma_down as the root of a difference
 
 
 @dtypes

@@ -1,7 +1,8 @@
 """Property tests: tests of many inputs, each made by the choices of a `Choose`.
 
 hypothesis makes the choices, the same in every run, and reduces an input that fails to a small one. With
-DDPM_EXT_FUZZ=EXAMPLES in the environment it makes others, so many, by pytest's --hypothesis-seed: fuzz.py.
+DDPM_EXT_FUZZ=EXAMPLES in the environment it makes others by pytest's --hypothesis-seed, so many, or twenty times the
+usual number where that is less: fuzz.py.
 """
 
 from __future__ import annotations
@@ -43,6 +44,6 @@ def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..
     settings = hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     if FUZZ:  # what a case is reduced to takes minutes to find
         settings = hypothesis.settings(
-            settings, max_examples=FUZZ, derandomize=False, phases=[hypothesis.Phase.generate]
+            settings, max_examples=min(FUZZ, 20 * examples), derandomize=False, phases=[hypothesis.Phase.generate]
         )
     return lambda test: settings(hypothesis.given(choose=st.builds(Choose, st.data()))(test))

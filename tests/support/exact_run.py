@@ -2,7 +2,7 @@
 
 As a process this is one rank of a run, `exact_run.py FOLDER '{"batch_size": 3, ...}'`, or the parent of ranks for
 forks.in_forks. The options are those of `run` and of `as_rank`. die_at, two numbers: the process is killed when it has
-written so many shards, and so many are in the folder.
+written so many shards, and so many are in the folder. die_after: it is killed after so many seconds.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ def kill_at(own: int, all_shards: int) -> None:
     Shards.write = then_die
 
 
-def as_rank(folder, *, patience=None, visible_within=None, elsewhere=None, die_at=None, **options) -> None:
+def as_rank(
+    folder, *, patience=None, visible_within=None, elsewhere=None, die_at=None, die_after=0.0, **options
+) -> None:
     """One rank of a run."""
+    signal.setitimer(signal.ITIMER_REAL, die_after)
     bulk_run._PATIENCE = patience or bulk_run._PATIENCE
     bulk_run._VISIBLE_WITHIN = visible_within or bulk_run._VISIBLE_WITHIN
     with distributed.join() as ranks:
