@@ -137,6 +137,8 @@ class LoopInputs:
         for one, other in (("to", "start"), ("inpaint", "mask")):
             if getattr(options, one) is not None and getattr(options, other) is None:
                 raise ValueError(f"{one}: got {getattr(options, one)}, expected --{other} beside it")
+        if options.noise is not None and options.start is not None:
+            raise ValueError("noise and start are both given, expected one of them")
         found: dict[str, Tensor] = {}
         for name in ("start", "to", "inpaint"):
             if getattr(options, name) is not None:
