@@ -56,19 +56,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     # Not by tempfile: only the owner can read its files, and the rename would not change that.
     beside = _beside(target)
     try:
-        yield beside
-        with open(beside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, target)
-        _sync_folder(target.parent)
+        with errors_that_name(path):
+            yield beside
+            with open(beside, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(beside, target)
+            _sync_folder(target.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_that_name(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises an OSError that names no file, as write() does where a disk is full, as one that names `path`."""
+    try:
+        yield
     except OSError as error:
         if error.filename is not None:
             raise
-        # What write() says of a full disk has no path.
         number, reason = error.errno or errno.EIO, error.strerror or str(error)
         raise OSError(number, reason, os.fspath(path)) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -87,7 +87,7 @@ def write_pngs(shards: Shards, folder: Path) -> None:
         image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / _picture(shards, sample))
 
     try:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with files.errors_that_name(folder), ThreadPoolExecutor(_THREADS) as pool:
             # From the beginning of a shard, since one that was not full has been drawn again.
             for index in range(there // shards.size, len(shards)):
                 list(pool.map(save, shards.ids(index), shards.read(index)))

@@ -7,15 +7,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ddpm_ext.base.files import read_json, write_text
-from ddpm_ext.tables.levels import unit_levels
 
-# Version 1 had no columns cu to k2. Up to version 2, levels were alphas_cumprod, now and after. Up to version 3, c3 was
-# the factor of the x0 of the row before, which did not say that it keeps one.
 FORMAT, VERSION = "ddpm_ext.StepTable", 4
-OLD_LEVELS = ("now", "after")
 
 
 def as_notes(notes: object) -> dict[str, Any]:
@@ -54,7 +48,7 @@ def read(
     notes.
 
     Raises:
-        ValueError: not JSON, another format, a newer version, columns missing or unknown, or no rows of numbers.
+        ValueError: not JSON, another format or version, columns missing or unknown, or no rows of numbers.
         OSError: it can't be read.
     """
     try:
@@ -62,7 +56,7 @@ def read(
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
-        return _with_kept_x0(_with_levels(_parse(found, needed, (*others, *OLD_LEVELS, "c3")))), found.get("notes", {})
+        return _parse(found, needed, others), found.get("notes", {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -72,10 +66,8 @@ def _parse(found: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str
     if name != FORMAT:
         raise ValueError(f"format is {name!r}, expected {FORMAT!r}")
     version = found.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"version is {version!r}, expected an int from 1 to {VERSION}")
-    if version > VERSION:
-        raise ValueError(f"version is {version}, newer than this ddpm_ext, which reads up to {VERSION}")
+    if version != VERSION:
+        raise ValueError(f"version is {version!r}, expected {VERSION}, which this ddpm_ext reads")
     names, rows = found.get("columns"), found.get("rows")
     texts = list(map(str, names)) if isinstance(names, list) else []
     if len(set(texts)) != len(texts) or not set(needed) <= set(texts) <= {*needed, *others}:
@@ -88,35 +80,3 @@ def _parse(found: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str
         if not isinstance(row, list) or len(row) != len(names):
             raise ValueError(f"rows[{i}] is {row!r}, expected a list of {len(names)} numbers")
     return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
-
-
-def _with_levels(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns with levels of signal and noise in place of alphas_cumprod; a column of zeros had no levels.
-
-    Raises ValueError where one is not in [0, 1].
-    """
-    for name in OLD_LEVELS:
-        powers = columns.pop(name, [])
-        if not all(isinstance(power, int | float) and 0 <= power <= 1 for power in powers):
-            raise ValueError(f"{name} holds {powers}, expected 0 <= {name} <= 1")
-        if any(powers):
-            signal, noise = unit_levels(torch.tensor(powers, dtype=torch.float64, device="cpu"))
-            columns |= {f"signal_{name}": signal.tolist(), f"noise_{name}": noise.tolist()}
-    return columns
-
-
-def _with_kept_x0(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns with h1, and k0 in the row before, in place of c3.
-
-    Raises ValueError where that row cannot keep its x0.
-    """
-    c3 = columns.pop("c3", [])
-    if not any(c3):
-        return columns
-    for i, factor in enumerate(c3[1:], start=1):
-        if factor and not any(columns.get(name, [0] * i)[i - 1] for name in ("b", "c2")):
-            raise ValueError(f"c3[{i}] is {factor}, but the row before it calls no model and has no x0, expected 0")
-    for name in ("h1", "h2", "h3", "k0", "k1", "k2"):
-        if any(columns.get(name, [])):
-            raise ValueError(f"c3 and {name} are not 0, so that a row before another can't keep its x0, expected one")
-    return columns | {"h1": c3, "k0": [*(int(factor != 0) for factor in c3[1:]), 0]}
