@@ -17,6 +17,11 @@ def main() -> int:
             if said is not None:
                 print(said, end="", flush=True)
                 return 0
-    from ddpm_ext.cli import main as run
-
+    try:
+        from ddpm_ext.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print("ddpm-ext: PyTorch is not installed; run: pip install torch", file=sys.stderr)
+        return 2
     return run()

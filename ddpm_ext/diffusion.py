@@ -218,7 +218,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         return CapturedLoop(plan.make(), plan.whole)
 
     def _plan(self, model: Model, shape: tuple[int, ...], options: ProgressiveKeywords) -> Plan:
-        return make_plan(self, self._loop_rows, model, shape, LoopOptions(**options))
+        return make_plan(self, self._loop_rows, model, shape, LoopOptions.of(options))
 
     @overload
     def sample(

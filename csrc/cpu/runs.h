@@ -187,7 +187,9 @@ inline int64_t timestep(const Call& call, int64_t b) {
 template <class Range>
 void for_each_range(const Call& call, Tile tile, Range range) {
   const int64_t columns = call.numel / tile.rows, per_sample = (columns + tile.columns - 1) / tile.columns;
-  const int64_t grain = std::max<int64_t>(1, 8192 / (std::min(tile.columns, columns) * tile.rows));
+  // Elements for which a thread is worth its start: some microseconds of work. On a busy machine it may start late.
+  const int64_t least = call.noise_kind == Noise::drawn ? 16384 : 32768;
+  const int64_t grain = std::max<int64_t>(1, least / (std::min(tile.columns, columns) * tile.rows));
   parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end;) {
       const int64_t b = chunk / per_sample, from = chunk % per_sample;

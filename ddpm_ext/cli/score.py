@@ -115,7 +115,7 @@ def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:
         images = Samples(data, "data")
     else:
         if height != width:
-            raise ValueError(f"data: got {data} for samples of {width} by {height} pixels, expected square ones")
+            raise ValueError(f"samples: they are of {width} by {height} pixels, expected square ones beside {data}")
         images = load_images(data, height, channels)
     if images.shape != shape:
         kinds = ("x".join(map(str, sizes)) for sizes in (images.shape, shape))

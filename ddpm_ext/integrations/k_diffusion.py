@@ -117,8 +117,8 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
 
         rng: a Philox for the noise, without a draw or a stream of its own. None: one with a seed from torch's default
             CPU generator in each call. So two loops share noise only where they are given the same seed and ids.
-        noise_sampler: as k-diffusion's, a function of the sigmas between which a row lies that returns its noise, in
-            place of rng.
+        noise_sampler: as k-diffusion's, a function of two sigmas, that where a step begins and that to which its noise
+            leads, that returns this noise, in place of rng.
         flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0; only
             for NAMES and GUIDED.
         unconditional: a function without arguments that returns the unconditional clean samples of the model's last
@@ -144,8 +144,10 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         which = StepTable.load(which)
     if isinstance(which, StepTable):
         return _of_table(which)
-    if not callable(which):
+    if isinstance(which, str):
         which = _named(which)
+    elif not callable(which):
+        raise TypeError(f"sampler is a {type(which).__name__}, expected a name, a function, a StepTable or a path")
     if callable(which):
         check_function(which)
         name = getattr(which, "__name__", "sample")
@@ -161,7 +163,10 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     signature = inspect.Signature([*first, *own, *last])
 
     def sample(*args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name.removeprefix('sample_')}: {error}, expected {_listed(signature)}") from None
         bound.apply_defaults()
         loop = dict(bound.arguments)
         options = {each.name: loop.pop(each.name) for each in own}
@@ -199,6 +204,7 @@ def _of_table(table: StepTable) -> Sampler:
             raise ValueError(f"sigmas are {given.tolist()}, expected those of the table, {levels.tolist()}, or None")
         return _sample(own, {}, model, x, sigmas, extra_args, callback, disable, noise_sampler, rng)
 
+    sample_table.__qualname__ = "sample_table"
     return sample_table
 
 
@@ -208,16 +214,24 @@ def _named(name: str) -> str | Sampler:
     if ours is not None:
         return ours
     try:
-        found = getattr(importlib.import_module("k_diffusion.sampling"), f"sample_{name}", None)
+        theirs = vars(importlib.import_module("k_diffusion.sampling"))
     except ImportError:
-        found = None
+        theirs = {}
+    found = find_name(name, [each.removeprefix("sample_") for each in theirs if each.startswith("sample_")])
     if found is None:
         try:
-            ours, _ = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
+            ours, spacing = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
         except ValueError as error:
             raise ValueError(f"{error}, or with k-diffusion installed one of its samplers") from None
-        raise ValueError(f"sampler is {name!r}, expected {ours!r}: it is given its sigmas, and has no other spacing")
-    return found
+        raise ValueError(f"sampler is {name!r}, expected {ours!r} with sigmas that are spaced by {spacing!r}")
+    made: Sampler = theirs[f"sample_{found}"]
+    return made
+
+
+def _listed(signature: inspect.Signature) -> str:
+    """Its arguments, for an error's text."""
+    *first, last = signature.parameters
+    return f"{', '.join(first)} or {last}"
 
 
 def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -287,6 +301,8 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     if flow and churn > 0:
         raise ValueError(f"s_churn is {churn}, expected 0 for flow")
     now = sigmas[:-1]
+    for i in (now == sigmas[1:]).nonzero().flatten().tolist():
+        raise ValueError(f"sigmas[{i}] and sigmas[{i + 1}] are both {now[i]:g}, expected a step between two of them")
     gamma = min(churn / len(now), math.sqrt(2) - 1)
     hat = torch.where((now >= tmin) & (now <= tmax), now * (1 + gamma), now)
     is_churned = bool((hat > now).any())
@@ -359,7 +375,7 @@ def _sample(
             if kind.noisy:
                 more = {"rng": rng}
                 if noise_sampler is not None:
-                    more = {"noise": noise_sampler(called_with[number], arrives[number]).to(x.dtype)}
+                    more = {"noise": noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
             if kind.guided and unconditional is not None:
                 more["uncond_output"] = unconditional().to(m.dtype)
             x, kept = rows.stepper.take(number, x, m, ring, **more)

@@ -18,7 +18,7 @@ from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold, as_clip
 from ddpm_ext.tables import SAMPLERS, SPACINGS
-from ddpm_ext.tables.names import sampler_and_spacing
+from ddpm_ext.tables.names import check_options, sampler_and_spacing
 from ddpm_ext.tables.step_table import StepTable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -61,6 +61,12 @@ class LoopOptions:
     graph: bool | str = False
     clip: Clip | None = field(init=False)
     threshold: DynamicThreshold | None = field(init=False)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> LoopOptions:
+        """Those of keywords. Raises TypeError for an unknown one, beside what the class raises."""
+        check_options(options, [each.name for each in fields(cls) if each.init], "a loop")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         for name in ("cond_fn", "denoised_fn"):

@@ -270,6 +270,9 @@ def randn(
         True
     """
     sizes = check_randn(shape, draw, stream, dtype)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        others = 'float64: backend="reference", or ddpm_ext.reference.randn'
+        raise TypeError(f"dtype is {dtype}, expected float32, float16 or bfloat16 ({others})")
     if rng is not None:
         check_rng(rng)
     device = checks.device(device)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["find_name", "nearest_names", "sampler_and_spacing"]
+__all__ = ["check_options", "find_name", "nearest_names", "sampler_and_spacing"]
 
 # Other names than ours, by their letters and digits alone. Case, punctuation and AFFIXES need no entry.
 OTHER_NAMES = {
@@ -38,6 +38,16 @@ def nearest_names(given: str, known: Collection[str]) -> str:
     own = {_key(name): name for name in known}
     near = difflib.get_close_matches(_key(given), own, SHOWN, cutoff=0.0)
     return ", ".join(repr(own[key]) for key in near)
+
+
+def check_options(given: Collection[str], known: Collection[str], what: str) -> None:
+    """Raises TypeError, with the names that look most like it, for an option that is not known.
+
+    what: what takes the options, for the message.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{name} is no option of {what}, expected one such as {nearest_names(name, known)}")
 
 
 def sampler_and_spacing(

@@ -100,7 +100,7 @@ def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> t
     except FileNotFoundError:
         if found is not None:
             return found
-        raise ValueError(f"resume: {folder} holds no run, expected the folder of one that was started") from None
+        raise ValueError(f"run: {folder} holds no run, expected the folder of one that was started") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"resume: {path} is damaged; remove it, and the last checkpoint's options are used") from error
     if found is not None:

@@ -18,6 +18,7 @@ from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import require
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.classes import Classes
+from ddpm_ext.tables.names import check_options
 from ddpm_ext.training import checkpoints
 from ddpm_ext.training.batches import Batch, StepBatches
 from ddpm_ext.training.data import ImageSource, Latents, as_images, labels_of
@@ -102,7 +103,10 @@ class Trainer:
             keywords["features"] = name_of(features)
         if data is not None:
             keywords["data"] = os.fspath(data) if isinstance(data, str | os.PathLike) else type(data).__name__
+        check_options(keywords, TrainOptions.__dataclass_fields__, "training")
         options = replace(options or TrainOptions(), **keywords)
+        if not os.fspath(out):
+            raise ValueError("out: got an empty path, expected a folder")
         self.diffusion, self.settings, self.options = with_settings(diffusion, options)
         self.folder, self.resume, self.command = Path(out), resume, command
         self.ranks = distributed.ranks()

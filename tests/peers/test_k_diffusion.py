@@ -103,19 +103,26 @@ class Denoiser:
 
 
 class Noise:
-    """Draws in order, of which those are kept that the loop uses."""
+    """Draws in order, of which those are kept that the loop uses, with the sigmas that it asked for."""
 
     def __init__(self, dtype, used=None):
         self.dtype, self.used = dtype, used
         self.drawn = []
 
-    def __call__(self, *_):
-        self.drawn.append(normal(100 + len(self.drawn), *SHAPE).to(self.dtype))
-        return self.drawn[-1]
+    def __call__(self, *asked):
+        self.drawn.append((normal(100 + len(self.drawn), *SHAPE).to(self.dtype), asked))
+        return self.drawn[-1][0]
 
     def again(self):
         used = iter([z for i, z in enumerate(self.drawn) if self.used is None or self.used[i]])
-        return lambda sigma, after: next(used)
+
+        def drawn(*asked):
+            z, expected = next(used)
+            if len(expected) == 2:  # by a noise sampler
+                torch.testing.assert_close(torch.stack(asked), torch.stack(expected))
+            return z
+
+        return drawn
 
 
 def both(sampling, monkeypatch, name, options, sigmas, dtype, ours):

@@ -129,7 +129,7 @@ def test_resume_of_no_run_is_refused(tmp_path, capsys):
     """A mistyped folder does not start a run of the default options."""
     resume = ["train", "--resume", "--quiet", "--out", str(tmp_path / "rum")]
     assert cli.main(resume) == 2
-    message = f"resume: {tmp_path / 'rum'} holds no run, expected the folder of one that was started"
+    message = f"run: {tmp_path / 'rum'} holds no run, expected the folder of one that was started"
     assert capsys.readouterr().err == f"ddpm-ext train: {message}\n" and not list(tmp_path.iterdir())
     (tmp_path / "rum").mkdir()
     (tmp_path / "rum" / "options.json").write_text("{}")
