@@ -144,6 +144,8 @@ def _run_many(options: argparse.Namespace) -> None:
     if options.png:
         write_pngs(shards, png)
         print(png, flush=True)
+    elif result.drawn and png.is_dir():
+        print(f"{png} has fewer pictures than there are samples now; --png adds the others", flush=True)
     refuse_not_finite(result.not_finite, shards.count, folder)
 
 
