@@ -62,7 +62,7 @@ def a_method(choose: Choose, device):
     of_loss = {
         "loss": choose.one_of(["mse", "l1", "huber"], "loss"),
         "weighting": choose.one_of(["simple", "min_snr", torch.linspace(0.5, 1, 20)], "weighting"),
-        "offset_noise": choose.one_of([0.0, 0.1], "offset"),
+        "offset_noise": 0.0 if "noise" in noise else choose.one_of([0.0, 0.1], "offset"),
         "input_perturbation": choose.one_of([0.0, 0.1], "perturbation"),
         "reduction": choose.one_of(["mean", "sum", "none"], "reduction"),
     }
