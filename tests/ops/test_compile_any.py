@@ -62,7 +62,7 @@ def a_method(choose: Choose, device):
     of_loss = {
         "loss": choose.one_of(["mse", "l1", "huber"], "loss"),
         "weighting": choose.one_of(["simple", "min_snr", torch.linspace(0.5, 1, 20)], "weighting"),
-        "offset_noise": 0.0 if "noise" in noise else choose.one_of([0.0, 0.1], "offset"),
+        "offset_noise": choose.one_of([0.0, 0.1], "offset"),
         "input_perturbation": choose.one_of([0.0, 0.1], "perturbation"),
         "reduction": choose.one_of(["mean", "sum", "none"], "reduction"),
     }
@@ -108,6 +108,10 @@ def test_any_call(device, make, choose):
         slopes = (torch.autograd.grad(y.sum(), arguments[-1], retain_graph=True) for y in found if y.requires_grad)
         return [*found, *(slope for (slope,) in slopes)]
 
+    try:
+        expected = results(call)
+    except ValueError:  # options that don't go together, such as an offset beside given noise
+        assume(False)
     torch.compiler.reset()
-    for found, exact in zip(results(torch.compile(call, backend=backend, fullgraph=whole)), results(call), strict=True):
+    for found, exact in zip(results(torch.compile(call, backend=backend, fullgraph=whole)), expected, strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=0, equal_nan=True)
