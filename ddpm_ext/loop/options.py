@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ class LoopOptions:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LoopOptions:
         """Those of keywords. Raises TypeError for an unknown one, beside what the class raises."""
-        check_options(options, [each.name for each in fields(cls) if each.init], "a loop")
+        check_options(options, _names(), "a loop")
         return cls(**options)
 
     def __post_init__(self) -> None:
@@ -139,6 +140,12 @@ class StepOptions(LoopOptions):
         """Whether tensors in model_kwargs have two rows a sample, of which a call with a single batch gets the second
         half."""
         return self.guidance is not None and self.guidance.unconditional is None
+
+
+@cache
+def _names() -> frozenset[str]:
+    """Of the options."""
+    return frozenset(each.name for each in fields(LoopOptions) if each.init)
 
 
 def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Method], Method]:

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ddpm_ext.base.optional import require
 from ddpm_ext.models import limits
-from ddpm_ext.models.stored import one_line
+from ddpm_ext.models.stored import make_from_config
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 FOLDERS = {UNET: "unet", DIT: "transformer"}
@@ -72,16 +69,11 @@ def check_size(network: Any, size: tuple[int, int], name: str) -> None:
 
 def _make(config: dict[str, Any], name: str, device: str) -> Any:
     kind = kind_of(config, name)
-    maker = getattr(require("diffusers", "the model"), kind)  # an import that fails is no fault of the configuration's
     if kind == DIT:
         limits.check_transformer(config, name)
     else:
         limits.check_layers(config, name)
-    try:
-        with torch.device(device):
-            made = maker.from_config(config)
-    except Exception as error:  # diffusers checks little, so a bad value can raise any exception
-        raise ValueError(f"model: {name} can't make a {kind} ({one_line(error)})") from error
+    made = make_from_config(kind, config, name, device)
     for module in made.modules():
         if hasattr(module, "token_drop"):  # diffusers' LabelEmbedding
             module.dropout_prob = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,21 @@ from ddpm_ext.base.optional import require
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def make_from_config(kind: str, config: Mapping[str, Any], name: str, device: str) -> Any:
+    """A module of diffusers' class `kind` with random weights on a device. What the configuration asks for is checked
+    before.
+
+    Raises:
+        ValueError: diffusers can't make it; the message names `name`. MissingExtra: diffusers is not installed.
+    """
+    maker = getattr(require("diffusers", "the model"), kind)  # an import that fails is no fault of the configuration's
+    try:
+        with torch.device(device):
+            return maker.from_config(config)
+    except Exception as error:  # diffusers checks little, so a bad value can raise any exception
+        raise ValueError(f"model: {name} makes no {kind} ({one_line(error)})") from error
 
 
 def load_module(make: Callable[[str], Any], folder: Path) -> Any:

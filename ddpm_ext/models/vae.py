@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.base.optional import require
 from ddpm_ext.models import limits
-from ddpm_ext.models.stored import CONFIG, load_module, one_line, read_json, update_hash
+from ddpm_ext.models.stored import CONFIG, load_module, make_from_config, read_json, update_hash
 
 FOLDER = "vae"
 _LARGEST = 1_000_000
@@ -63,13 +62,8 @@ def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device
     _check_supported(config, name, shape[0])
 
     def make(where: str) -> Any:
-        maker = require("diffusers", "the autoencoder").AutoencoderKL
         limits.check_layers(config, name)
-        try:
-            with torch.device(where):
-                made = maker.from_config(config)
-        except Exception as error:  # diffusers checks little, so a bad value can raise any exception
-            raise ValueError(f"model: {name} can't make an AutoencoderKL ({one_line(error)})") from error
+        made = make_from_config("AutoencoderKL", config, name, where)
         if where == "meta":
             limits.check_weights(made, name)
             limits.check_decoder(made, shape[1:], name)

@@ -27,6 +27,7 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
         ({"steps": 0}, ValueError, ["steps is 0"]),
         ({"steps": 51}, ValueError, ["steps is 51", "50"]),
         ({"steps": 2.0}, TypeError, ["steps is 2.0"]),
+        ({"step": 2}, TypeError, ["step is no option of a loop", "'steps'"]),
         ({"eta": -0.1}, ValueError, ["eta is -0.1"]),
         ({"eta": 0.5}, ValueError, ["eta is 0.5", "'ddpm' has none"]),
         ({"sampler": ["ddim"]}, ValueError, [r"sampler is \['ddim'\], expected a name such as 'ddpm'"]),

@@ -100,6 +100,8 @@ def test_what_does_not_fit(tmp_path, monkeypatch, options, message):
     refused(TypeError, "diffusion is a str, expected a Gau", Trainer, Tiny(), "linear", Squares(), tmp_path / "run")
     gd = GaussianDiffusion(20, prediction="x_prev")
     refused(ValueError, "diffusion: its prediction is 'x_prev', exp", Trainer, Tiny(), gd, Squares(), tmp_path / "run")
+    refused(ValueError, "out: got an empty path, expected a folder", Trainer, out="")
+    refused(TypeError, "step is no option of training, expected one such as 'steps'", Trainer, step=2)
 
 
 class Worker(Items):

@@ -221,8 +221,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         x0 = empty_like(x)
         # A loop that scales something else than a step's result, as two samples for guidance, has one written in vain.
-        scales = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
-        model_input = empty_like(x) if scales else None
+        writes_input = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
+        model_input = empty_like(x) if writes_input else None
         noise = self._noise(kind.noisy, model_output, generator, x, row)
         prev, kept = self._stepper.take(row, x, model_output, ring, x0=x0, model_input=model_input, **noise)
         if model_input is not None:
