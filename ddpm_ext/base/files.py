@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 def _beside(target: Path) -> Path:
     """Another name in its folder, hidden, no longer than a name can be, and with its ending."""
-    stem = os.fsdecode(os.fsencode(target.stem)[:200])
-    return target.with_name(f".{stem}.{secrets.token_hex(4)}{target.suffix}")
+    return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
+
+
+def _short_stem(target: Path) -> str:
+    return os.fsdecode(os.fsencode(target.stem)[:200])
 
 
 def _sync_folder(folder: Path) -> None:
@@ -64,6 +69,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync_folder(target.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, of: Path | None = None) -> None:
+    """Removes from a folder what killed processes left that were writing `of`, or any file. No other may be writing."""
+    stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
+    for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def write_npz(
         >>> write_npz(shards, "many.npz")
     """
     target = Path(path)
-    _remove_leftovers(target)
+    files.remove_leftovers(target.parent, of=target)
     header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, *shards.shape)}
     with files.atomic_path(target) as beside, zipfile.ZipFile(beside, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as opened:
@@ -78,7 +77,7 @@ def write_pngs(shards: Shards, folder: Path) -> None:
     there = check_png_folder(shards, folder)
     if there == shards.count:
         return
-    _remove_leftovers(folder)
+    files.remove_leftovers(folder.parent, of=folder)
     image = require("PIL.Image", "writing pictures")
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     beside.mkdir()
@@ -116,9 +115,3 @@ def check_png_folder(shards: Shards, folder: Path) -> int:
 
 def _picture(shards: Shards, sample: int) -> str:
     return f"{sample:0{max(6, len(str(shards.count - 1)))}d}.png"
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes what a process that was killed while it wrote `target` left beside it; files.atomic_path names it."""
-    for leftover in target.parent.glob(f".{escape(target.stem)}.????????{escape(target.suffix)}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -123,8 +123,8 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
         files.write_json(shards.manifest, {"format": _FORMAT, "settings": settings, "about": about})
         until_the_end.enter_context(files.lock(shards.manifest))
     shards.inside.mkdir(exist_ok=True)
-    for leftover in shards.inside.glob(".*"):  # of a process that was killed while it wrote
-        leftover.unlink()
+    files.remove_leftovers(shards.folder, of=shards.manifest)
+    files.remove_leftovers(shards.inside)
     missing = shards.missing()
     for index in set(range(len(shards))).difference(missing):
         shards.read(index)

@@ -134,6 +134,6 @@ def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that a killed process left beside the checkpoints and the best model."""
-    for leftover in (*(folder / "checkpoints").glob(".step-*.safetensors"), *(folder / "best").rglob(".*.safetensors")):
-        leftover.unlink()
+    """Removes the temporary files that a killed process left in a run's folder."""
+    for inside in (folder, folder / "checkpoints", folder / "best", *(folder / "best").glob("*/")):
+        files.remove_leftovers(inside)

@@ -39,6 +39,7 @@ def test_torn_files_are_ignored_and_removed(tmp_path, truth):
         beside.touch()
         beside.unlink()
     beside.write_bytes(content[:-50])
+    (tmp_path / beside.with_suffix(".json").name.replace(torn.stem, "manifest")).write_text("{")
     shards, result = exact_run.run(tmp_path)
     assert result.drawn == 4 and contents(tmp_path) == whole and np.array_equal(joined(shards), truth)
 

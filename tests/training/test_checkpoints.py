@@ -41,10 +41,12 @@ def test_the_newest_are_kept_by_number(tmp_path):
     assert checkpoints.newest(tmp_path).name == "step-100000001.safetensors"
     save(tmp_path, 100_000_002, keep=2)
     (tmp_path / "checkpoints" / ".step-100000003.0a1b2c3d.safetensors").write_bytes(b"half")  # of a killed writer
+    (tmp_path / ".training.0a1b2c3d.json").write_bytes(b"half")
     assert checkpoints.newest(tmp_path).name == "step-100000002.safetensors"
     checkpoints.remove_leftovers(tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-100000001.safetensors", "step-100000002.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
