@@ -57,8 +57,8 @@ test: build ## all tests, a quarter of an hour on two cores
 test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers; two minutes
 	$(PYTEST) -m "not peers and not subprocess and not slow"
 
-fuzz: build ## property tests with new seeds, each in a process of its own (SECONDS=600; default 60)
-	OMP_NUM_THREADS=2 $(PY) tests/support/fuzz.py $(or $(SECONDS),60)
+fuzz: build ## property tests with new seeds, each in a process of its own (SECONDS=600; default 60; SEED=5 for the same)
+	OMP_NUM_THREADS=2 $(PY) tests/support/fuzz.py $(or $(SECONDS),60) $(addprefix --seed=,$(SEED))
 
 # Without optimisation, which takes most of a compiler's time. Python must load g++'s libraries before anything else.
 SANITIZED := build/sanitized
