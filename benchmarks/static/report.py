@@ -59,7 +59,7 @@ class Finding:
 
 
 # Passes over a sample whose number depends on its values and blocks: a count by element says nothing about them.
-STATISTICS = ("threshold_samples<", "spread_of_samples<")
+STATISTICS = ("threshold_samples<", "search_samples(", "spread_of_samples<")
 
 
 def findings(builds: Iterable[Build]) -> list[Finding]:

@@ -17,8 +17,8 @@ void on_device(int device, void (*launch)(void* of, cudaStream_t stream), void* 
 // The counters of a launch whose blocks add up together. Each block that has finished its part adds one, so the block
 // that brings the count to the number of blocks knows that it is the last: see comes_last in sums.cuh.
 //
-// `count` counters on a device for one launch on `stream`. They are zeros when the launch begins, and its blocks set
-// them back to zero, so that the next launch can use them as they are.
+// `count` counters on a device for a launch on `stream`, or for some one after another. They are zeros when a launch
+// begins, and its blocks set them back to zero, so that the next launch can use them as they are.
 //
 // The launches of a stream of torch's run one after the other, so they share one buffer. A launch on any other stream
 // gets memory of its own, since a handle does not tell such streams apart: cudaStreamPerThread stands for one in each

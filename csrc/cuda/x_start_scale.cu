@@ -1,6 +1,7 @@
-// Dynamic thresholding: the magnitudes of core/quantile.h, and the selection of two of them in each sample, in one
-// launch. The magnitudes' first 11 bits are counted while they are computed. The block that comes last to a sample
-// counts the next 10 bits of those that share the first bits with the magnitude to be found, and then the last 10.
+// Dynamic thresholding: the magnitudes of core/quantile.h, and the selection of two of them in each sample. The
+// magnitudes' first 11 bits are counted while they are computed. Then the next 10 bits are counted of those that share
+// the first bits with the magnitude to be found, and then the last 10. In small samples the block that comes last does
+// both, so that there is one launch. For large ones each is a launch of as many blocks as the first.
 #include "core/quantile.h"
 
 #include "core/step.h"
@@ -15,19 +16,50 @@ namespace {
 constexpr int kBins = 2048, kBinBits = 10;  // a count by the first bits, which are 11, takes all bins
 constexpr uint32_t kNan = kMagnitude;       // the only NaN among magnitudes, alone in the last bin
 
-// The bin in which a magnitude lies, and its rank among those of the bin.
-struct Bin {
-  uint32_t index, from_top;
+// Where the magnitude to be found is: its first bits, and its rank among the magnitudes that begin with them.
+struct Place {
+  uint32_t first_bits, from_top;
 };
 
-// Finds the bin of the from_top-th largest magnitude. The counts of the bins are those of all threads of a block.
-__device__ __forceinline__ Bin find_bin(const uint32_t (&bins)[kBins], uint32_t from_top, uint32_t (&sums)[kThreads],
-                                        Bin& found) {
+// What the threads of a block share: the counts by the next bits of the magnitudes that begin with the first bits, and
+// the smallest magnitude whose first bits are larger. The rest is for narrow_down and comes_last.
+struct Shared {
+  uint32_t bins[kBins], larger, sums[kThreads];
+  Place found;
+  bool last;
+};
+
+// What a launch leaves to the next one, and the blocks of the last one to each other.
+struct Search {
+  Place place;
+  uint32_t larger;
+};
+
+// How far apart the samples are in the scratch memory: each has its magnitudes, and behind them its Search.
+DDPM_HD constexpr int64_t scratch_stride(int64_t numel) { return (numel + 3) / 4 * 4 + 4; }
+
+__device__ __forceinline__ uint32_t* magnitudes_of(const XStartScaleCall& call, int64_t b) {
+  return reinterpret_cast<uint32_t*>(call.scratch) + b * scratch_stride(call.numel);
+}
+
+__device__ __forceinline__ Search* search_of(const XStartScaleCall& call, int64_t b) {
+  return reinterpret_cast<Search*>(magnitudes_of(call, b) + scratch_stride(call.numel) - 4);
+}
+
+__device__ __forceinline__ void clear(Shared& shared) {
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+  if (threadIdx.x == 0) shared.larger = kMagnitude;
+  __syncthreads();
+}
+
+// Finds the next bits of a magnitude by the counts of all, by all threads of a block.
+__device__ __forceinline__ Place narrow_down(const Place& place, Shared& shared) {
   constexpr int kEach = kBins / kThreads;
+  uint32_t (&sums)[kThreads] = shared.sums;
   const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
   uint32_t own = 0;
   DDPM_UNROLL
-  for (int i = 0; i < kEach; ++i) own += bins[top - i];
+  for (int i = 0; i < kEach; ++i) own += shared.bins[top - i];
   sums[threadIdx.x] = own;
   __syncthreads();
   for (unsigned h = 1; h < kThreads; h *= 2) {
@@ -37,64 +69,88 @@ __device__ __forceinline__ Bin find_bin(const uint32_t (&bins)[kBins], uint32_t 
     __syncthreads();
   }
   uint32_t above = sums[threadIdx.x] - own;
-  if (above < from_top && from_top <= sums[threadIdx.x]) {
+  if (above < place.from_top && place.from_top <= sums[threadIdx.x]) {
     int bin = top;
-    while (from_top - above > bins[bin]) above += bins[bin--];
-    found = {static_cast<uint32_t>(bin), from_top - above};
+    while (place.from_top - above > shared.bins[bin]) above += shared.bins[bin--];
+    shared.found = {place.first_bits << kBinBits | bin, place.from_top - above};
   }
   __syncthreads();
-  return found;
+  return shared.found;
 }
 
-// Calls take(value) for all of a sample's magnitudes, by the threads of one block. Since that block is alone, each
-// thread has several loads under way before it uses the first.
+// Calls take(value) for a sample's magnitudes, or a block's part of them. A thread has several loads under way before
+// it uses the first, since a block may be alone. A sample has fewer than 2^31 magnitudes.
 template <class Take>
-__device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, int64_t numel, Take take) {
-  constexpr int kLoads = 4;
+__device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, uint32_t numel, uint32_t block,
+                                               uint32_t blocks, Take take) {
+  constexpr uint32_t kLoads = 4, kTurn = 4 * kThreads * kLoads;
 #pragma unroll 1
-  for (int64_t first = 4 * threadIdx.x; first < numel; first += 4 * kThreads * kLoads) {
+  for (uint32_t first = block * kTurn + 4 * threadIdx.x; first < numel; first += blocks * kTurn) {
     uint4 words[kLoads] = {};
     DDPM_UNROLL
-    for (int k = 0; k < kLoads; ++k) {
-      const int64_t i = first + 4 * kThreads * k;
+    for (uint32_t k = 0; k < kLoads; ++k) {
+      const uint32_t i = first + 4 * kThreads * k;
       load_word_if(i < numel, reinterpret_cast<const uint4*>(magnitudes + i), words[k]);
     }
     DDPM_UNROLL
-    for (int k = 0; k < kLoads; ++k) {
-      const int64_t left = numel - first - 4 * kThreads * k;  // the last word may reach beyond the sample's end
-      if (left > 0) take(words[k].x);
-      if (left > 1) take(words[k].y);
-      if (left > 2) take(words[k].z);
-      if (left > 3) take(words[k].w);
+    for (uint32_t k = 0; k < kLoads; ++k) {
+      const uint32_t i = first + 4 * kThreads * k;  // the last word may reach beyond the sample's end
+      if (i < numel) take(words[k].x);
+      if (i + 1 < numel) take(words[k].y);
+      if (i + 2 < numel) take(words[k].z);
+      if (i + 3 < numel) take(words[k].w);
     }
   }
 }
 
-// The smallest of a sample's magnitudes above `least`, found by all threads of a block.
-__device__ __forceinline__ uint32_t next_larger(const uint32_t* magnitudes, int64_t numel, uint32_t least,
-                                                uint32_t (&smallest)[kThreads]) {
-  uint32_t own = kMagnitude;
-  each_magnitude(magnitudes, numel, [&](uint32_t value) {
-    if (value > least && value < own) own = value;
+// Counts the next bits, from `shift` on, of the magnitudes that begin with the first bits: of a sample, or of a block's
+// part of it.
+__device__ __forceinline__ void count_bits(const XStartScaleCall& call, int64_t b, uint32_t block, uint32_t blocks,
+                                           const Place& place, int shift, Shared& shared) {
+  clear(shared);
+  uint32_t larger = kMagnitude;
+  each_magnitude(magnitudes_of(call, b), static_cast<uint32_t>(call.numel), block, blocks, [&](uint32_t value) {
+    const uint32_t first = value >> (shift + kBinBits);
+    if (first == place.first_bits) atomicAdd(shared.bins + (value >> shift & ((1u << kBinBits) - 1)), 1u);
+    if (first > place.first_bits && value < larger) larger = value;
   });
-  __syncthreads();
-  smallest[threadIdx.x] = own;
-  for (unsigned h = kThreads / 2; h > 0; h /= 2) {
-    __syncthreads();
-    const uint32_t other = threadIdx.x < h ? smallest[threadIdx.x + h] : kMagnitude;
-    if (other < smallest[threadIdx.x]) smallest[threadIdx.x] = other;
+  DDPM_UNROLL
+  for (int h = 16; h > 0; h /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, larger, h);
+    if (other < larger) larger = other;
   }
-  __syncthreads();
-  return smallest[0];
-}
-
-__device__ __forceinline__ void clear(uint32_t (&bins)[kBins]) {
-  for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+  if (threadIdx.x % 32 == 0) atomicMin(&shared.larger, larger);
   __syncthreads();
 }
 
-// How far apart the samples are in the scratch memory.
-DDPM_HD constexpr int64_t scratch_stride(int64_t numel) { return (numel + 3) / 4 * 4; }
+// Adds the block's counts to the sample's, which are zeros before a launch and after it. Returns whether the block is
+// the last to do so, which has the sample's counts then.
+__device__ __forceinline__ bool has_counts_of_all(Shared& shared, uint32_t* counts, int64_t batch, int64_t b) {
+  if (gridDim.x == 1) return true;
+  uint32_t* const all = counts + batch + b * kBins;
+  for (int i = threadIdx.x; i < kBins; i += kThreads)
+    if (shared.bins[i] != 0) atomicAdd(all + i, shared.bins[i]);
+  if (!comes_last(counts + b, gridDim.x, shared.last)) return false;
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = of_others(all + i), all[i] = 0;
+  __syncthreads();
+  return true;
+}
+
+// Stores a sample's factor, by all threads of a block that has counted the last bits.
+__device__ __forceinline__ void finish(const XStartScaleCall& call, int64_t b, const Place& place, Shared& shared) {
+  const auto [below, from_top] = narrow_down(place, shared);
+  constexpr uint32_t kAll = (1u << kBinBits) - 1;
+  for (uint32_t i = (below & kAll) + 1 + threadIdx.x; i <= kAll; i += kThreads)
+    if (shared.bins[i] != 0) atomicMin(&shared.larger, place.first_bits << kBinBits | i);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const uint32_t above = call.rank.between() && from_top == 1 ? shared.larger : below;
+  call.scale[b] = threshold_scale(below, above, call.rank.weight, call.maximum);
+}
+
+// With how many blocks at most a sample is finished by one of them, whose passes over all magnitudes then take no more
+// time than two launches.
+constexpr unsigned kBlocksOfOneLaunch = 4;
 
 // `counts` are zeros for the samples, of the blocks that have finished their part, and then, if a sample has several
 // blocks, kBins for each sample. The launch leaves them as zeros.
@@ -103,20 +159,17 @@ __global__ void __launch_bounds__(kThreads)
     threshold_samples(const __grid_constant__ XStartScaleCall call, const __grid_constant__ Dividers dividers,
                       uint32_t* counts) {
   using Index = IndexOf<kAccess>;
-  __shared__ uint32_t bins[kBins];
-  __shared__ uint32_t sums[kThreads];
-  __shared__ Bin found;
-  __shared__ bool last;
+  __shared__ Shared shared;
   const Index b = sample_of_block<Index>();
   if (b >= static_cast<Index>(call.batch)) return;
-  clear(bins);
+  clear(shared);
 
   StepRow row{};
   const bool predicts = call.table != nullptr;
   if (predicts) row = static_cast<const StepRow*>(call.table)[sample_row(call, b)];
   const bool guided = call.uncond_output.data != nullptr && row.w != 1.0f;
   const F2 scale(of_sample(call.output_scale, b));
-  uint32_t* const magnitudes = reinterpret_cast<uint32_t*>(call.scratch) + b * scratch_stride(call.numel);
+  uint32_t* const magnitudes = magnitudes_of(call, b);
   const Index numel = static_cast<Index>(call.numel), step = static_cast<Index>(gridDim.x) * kThreads * 4;
   for (Index j = (static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x) * 4; j < numel; j += step) {
     F2 x[2], m[2], u[2];
@@ -136,36 +189,44 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 4; ++i) {
       bits[i] &= kMagnitude;
       if (bits[i] > kInfiniteMagnitude) bits[i] = kNan;
-      if (j + i < numel) atomicAdd(bins + (bits[i] >> 2 * kBinBits), 1u);
+      if (j + i < numel) atomicAdd(shared.bins + (bits[i] >> 2 * kBinBits), 1u);
     }
     store_word(reinterpret_cast<uint4*>(magnitudes + j), uint4{bits[0], bits[1], bits[2], bits[3]});
   }
   __syncthreads();
 
-  if (gridDim.x > 1) {
-    uint32_t* const all = counts + call.batch + static_cast<int64_t>(b) * kBins;
-    for (int i = threadIdx.x; i < kBins; i += kThreads)
-      if (bins[i] != 0) atomicAdd(all + i, bins[i]);
-    if (!comes_last(counts + b, gridDim.x, last)) return;
-    for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = of_others(all + i), all[i] = 0;
-    __syncthreads();
+  if (!has_counts_of_all(shared, counts, call.batch, b)) return;
+  const bool nan = shared.bins[kBins - 1] != 0;  // the quantile is NaN, too, which is the largest magnitude
+  Place place = narrow_down({0, nan ? 1 : static_cast<uint32_t>(call.rank.from_top)}, shared);
+  if (gridDim.x > kBlocksOfOneLaunch) {
+    if (threadIdx.x == 0) *search_of(call, b) = {place, kMagnitude};
+    return;
   }
-  uint32_t below = kNan, above = kNan;
-  if (bins[kBins - 1] == 0) {
-    Bin bin = find_bin(bins, static_cast<uint32_t>(call.rank.from_top), sums, found);
-    below = bin.index;
-    for (int shift = kBinBits; shift >= 0; shift -= kBinBits) {
-      clear(bins);
-      each_magnitude(magnitudes, call.numel, [&](uint32_t value) {
-        if (value >> (shift + kBinBits) == below) atomicAdd(bins + (value >> shift & ((1u << kBinBits) - 1)), 1u);
-      });
-      __syncthreads();
-      bin = find_bin(bins, bin.from_top, sums, found);
-      below = below << kBinBits | bin.index;
-    }
-    above = call.rank.between() && bin.from_top == 1 ? next_larger(magnitudes, call.numel, below, sums) : below;
+#pragma unroll 1  // or it would take more registers
+  for (int shift = kBinBits;; shift = 0) {
+    count_bits(call, b, 0, 1, place, shift, shared);
+    if (shift == 0) return finish(call, b, place, shared);
+    place = narrow_down(place, shared);
   }
-  if (threadIdx.x == 0) call.scale[b] = threshold_scale(below, above, call.rank.weight, call.maximum);
+}
+
+// Goes on where threshold_samples has ended, or this kernel before: with kBinBits for `shift`, and then with 0.
+__global__ void __launch_bounds__(kThreads)
+    search_samples(const __grid_constant__ XStartScaleCall call, uint32_t* counts, int shift) {
+  __shared__ Shared shared;
+  const int64_t b = sample_of_block<int64_t>();
+  if (b >= call.batch) return;
+  Search* const search = search_of(call, b);
+  const Place place = search->place;
+  count_bits(call, b, blockIdx.x, gridDim.x, place, shift, shared);
+  if (shift == 0 && threadIdx.x == 0) atomicMin(&search->larger, shared.larger);
+  if (!has_counts_of_all(shared, counts, call.batch, b)) return;
+  if (shift == 0) {
+    if (threadIdx.x == 0) shared.larger = of_others(&search->larger);
+    return finish(call, b, place, shared);
+  }
+  const Place next = narrow_down(place, shared);
+  if (threadIdx.x == 0) search->place = next;
 }
 
 // How many elements of a sample a block should have, since each block's counts are added to the sample's.
@@ -178,6 +239,8 @@ void launch(const XStartScaleCall& call, int device, cudaStream_t stream) {
   const Shape shape = shape_of_samples(call.batch, worth, kThreads, blocks_at_once<kKernel>(kThreads));
   const Counts counts(shape.grid.x > 1 ? call.batch * (1 + kBins) : call.batch, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), counts.data());
+  if (shape.grid.x <= kBlocksOfOneLaunch) return;
+  for (const int shift : {kBinBits, 0}) launch_on<search_samples>(shape, stream, call, counts.data(), shift);
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ def test_bounds(host, pair, kind, learned):
 @pairs
 @pytest.mark.parametrize("quantile", [1e-9, 0.3, 0.995, 1.0])
 def test_thresholds(host, pair, quantile):
-    """Parts of a block and several blocks a sample; with the model's output, guidance and its factor, and without."""
+    """Parts of a block, several blocks a sample, several launches; with the model's output, guidance and its factor."""
     for count in (1, 2, 3, 5, 64, 1023, 1026, 9000, 40_001):
         batch = 1 if count > 10_000 else 5
         x, m, u = normals((batch, count), pair[0], pair[1], pair[1])
@@ -186,9 +186,9 @@ def test_special_numbers_of_statistics(host):
     x = values(6, 90, seed=3)
     x[1] = x[1].nan_to_num(2.0)
     x[2, ::3], x[3], x[4], x[5] = math.inf, 1.5, 0.0, torch.linspace(-8, 8, 90).round()
-    for quantile in (0.2, 0.66, 0.995, 1.0):
-        check(host, threshold, x, quantile=quantile)
-        check(host, threshold, x[::2, :30].reshape(-1, 1), quantile=quantile)
+    shapes = x, x[::2, :30].reshape(-1, 1), x[::3].repeat_interleave(400, 1)
+    for y, quantile in itertools.product(shapes, (0.2, 0.66, 0.995, 1.0)):
+        check(host, threshold, y, quantile=quantile)
     check(host, spread, x, x.roll(1, 1))
 
 
@@ -212,6 +212,7 @@ def test_any_order_of_threads(host, seed):
     host.control.set_seed(seed)
     for _ in range(2):
         check_all(host)
+        check(host, threshold, *normals((2, 33_000), WIDE, WIDE))
 
 
 @pairs
@@ -229,20 +230,20 @@ def test_every_sector_of_a_loss_is_touched_once(host, pair, noise):
 @pairs
 def test_every_sector_of_a_statistic_is_touched_once(host, pair):
     """Of aligned samples: each word that a warp reads of them, or writes of their magnitudes, is one stretch of memory.
-    The last block reads all magnitudes twice, or three times where the quantile lies between two."""
-    x, m, u = normals((1, 65_536), pair[0], pair[1], pair[1])
-    for quantile, passes in ((1.0, 2), (0.5, 3)):
-        found = host.control.sectors_of(lambda q=quantile: threshold(host.operators, x, m, u, quantile=q))
-        magnitudes = 4 * x.numel() // 32
-        assert found == ((x.nbytes + m.nbytes + u.nbytes) // 32 + passes * magnitudes, magnitudes)
+    All magnitudes are read twice, by a sample's last block or by all of them."""
+    for count in (32_768, 65_536):
+        x, m, u = normals((1, count), pair[0], pair[1], pair[1])
+        found = host.control.sectors_of(lambda x=x, m=m, u=u: threshold(host.operators, x, m, u, quantile=0.5))
+        assert found == ((x.nbytes + m.nbytes + u.nbytes) // 32 + 2 * count // 8, count // 8)
     assert host.control.sectors_of(lambda: spread(host.operators, m, u)) == ((m.nbytes + u.nbytes) // 32, 0)
 
 
-def test_one_launch_of_every_sample(host):
+def test_launches_of_every_sample(host):
     def launch(call, *tensors, **options):
         host.control.take_launches()
         call(host.operators, *tensors, **options)
-        ((grid, block),) = host.control.take_launches()
+        ((grid, block),) = set(found := host.control.take_launches())
+        assert len(found) == (3 if call == threshold and tensors[0].shape[1] > 32_768 else 1)
         return grid, block
 
     for batch, count in ((1, 70_000), (3, 2000), (70, 1)):

@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "standin/vector_types.h"
 
 inline uint3 threadIdx, blockIdx;
@@ -42,13 +45,6 @@ T exchange_value(unsigned mask, T value, int source, Site site) {
 // Lane `source`, or the caller's own lane if `source` is outside its group of `width` lanes.
 inline int within(int source, int width) { return source <= (lane() | (width - 1)) ? source : lane(); }
 
-template <class T>
-T add(T* p, T value) {
-  const T before = *p;
-  *p = before + value;
-  return before;
-}
-
 }  // namespace standin
 
 #define STANDIN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -69,8 +65,9 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
   return standin::exchange_value(mask, value, source, {file, line});
 }
 
-inline int atomicAdd(int* p, int value) { return standin::add(p, value); }
-inline unsigned atomicAdd(unsigned* p, unsigned value) { return standin::add(p, value); }
+inline int atomicAdd(int* p, int value) { return std::exchange(*p, *p + value); }
+inline unsigned atomicAdd(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
+inline unsigned atomicMin(unsigned* p, unsigned value) { return std::exchange(*p, std::min(*p, value)); }
 
 // Counts up to `last`, and then begins at 0.
 inline unsigned atomicInc(unsigned* p, unsigned last) {
