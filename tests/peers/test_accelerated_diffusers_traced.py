@@ -47,7 +47,7 @@ def test_a_loop_is_the_same(name, launches):
     plain, ours = make(name), accelerate(make(name))
     theirs = loop(plain, 20)
     check(loop(ours, 20), theirs, 1e-5)
-    assert ours.accelerated.fallbacks == {} and len(launches) == len(theirs[0])
+    assert ours.accelerated.fallbacks == {} and len(launches) == len(theirs[0]) == ours.accelerated.fused_calls
     for attribute, value in vars(plain).items():
         if value is None or isinstance(value, bool | int | float | str):
             assert getattr(ours, attribute) == value or isinstance(vars(ours)[attribute], torch.Tensor), attribute
