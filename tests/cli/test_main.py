@@ -80,7 +80,8 @@ def test_help_shows_groups_and_defaults(capsys):
     assert all(word in pages[""] for word in commands) and all(word in pages["plot"] for word in kinds)
     for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
         assert word in pages["sample"]
-    assert cli.main([]) == 0 and capsys.readouterr().out == pages[""]
+    for command, page in (((), ""), (("help",), ""), (("help", "plot", "grid"), "plot grid")):
+        assert call(*command) == 0 and capsys.readouterr().out == pages[page]
     pages["--version"] = f"ddpm-ext {version.__version__}\n"
     for option, page in (("--help", ""), ("--version", "--version")):  # as installed: without importing torch
         code = "import sys, ddpm_ext_command as c; c.main(); sys.exit('torch' in sys.modules)"
@@ -99,7 +100,8 @@ BAD = [
     (("sample", "--device", "abacus"), "device: abacus can't be used here"),
     (("sample", "--device", "meta"), "device: got meta, expected cpu, or cuda"),
     (("train", "--out", "run", "--device", "cpu:5"), "device: got cpu:5, expected cpu, or cuda"),
-    (("sample", "--step", "5"), "sample: unrecognized arguments: --step 5, expected an option such as '--steps', "),
+    (("sample", "--step", "5"), "sample: unrecognized arguments: --step, expected an option such as '--steps', "),
+    (("train", "--ot", "a", "--steps", "0"), "train: unrecognized arguments: --ot, expected an option such as '--ou"),
     (("sample", "--backend", "fusd"), "--backend: invalid choice: 'fusd', expected one such as 'fused', "),
     (("sample", "--out", ""), "--out: got an empty text"),
     (("train", "--out", "run", "--wandb", ""), "--wandb: got an empty text"),

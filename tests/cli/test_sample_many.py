@@ -12,6 +12,7 @@ import pytest
 from support.command_line import call, not_finite, save_tiny
 
 from ddpm_ext import models
+from ddpm_ext.cli import sample
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models.folder import WEIGHTS, load_model
 
@@ -120,6 +121,21 @@ def test_samples_that_are_not_finite_are_counted_in_the_manifest(tiny, tmp_path,
     (folder / "shards" / "000000000-000000003.npy").unlink()
     assert call(*options) == 2 and json.loads((folder / "manifest.json").read_text())["not_finite"] == N
     assert json.loads((many / "manifest.json").read_text())["not_finite"] == 0
+
+
+def test_ctrl_c_keeps_what_is_finished(tiny, tmp_path, many, monkeypatch, capsys):
+    def drawn(prepared, options, first, count, **more):
+        if first >= 8:
+            raise KeyboardInterrupt
+        return draw(prepared, options, first, count, **more)
+
+    draw, command = sample.draw, arguments(tiny, tmp_path / "samples")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "draw", drawn)
+        assert call(*command) == 130
+    message = "\nddpm-ext sample: interrupted; what was finished is kept: run the same command again to go on\n"
+    assert capsys.readouterr().err == message and len(shards(tmp_path / "samples")) == 2
+    assert call(*command) == 0 and shards(tmp_path / "samples") == shards(many)
 
 
 def test_plain_sample_among_ranks_is_refused(tiny, tmp_path, monkeypatch, capsys):
