@@ -63,7 +63,7 @@ class LoadedModel:
     unet: UNet2DModel
     settings: DiffusionSettings
     folder: Path
-    classes: Classes | None = None
+    classes: Classes | Any = None  # "| Any": who has loaded a model of classes need not tell type checkers so
     shape: tuple[int, int, int] = field(kw_only=True)
     clip: bool = field(default=True, kw_only=True)
     decoder: LatentDecoder | None = field(default=None, kw_only=True)

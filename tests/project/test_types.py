@@ -1,9 +1,13 @@
-"""What mypy says of a user's script."""
+"""What type checkers say of a user's script, and pyright also of the documentation's code."""
 
+import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from support.pasted import BLOCK
 
 SCRIPT = """
 from numpy import ndarray
@@ -24,10 +28,11 @@ last = fast.accelerated  # wrong
 takes(fast)
 fast.set_timesteps(5)
 """
+WRONG = [number for number, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
 
 
 @pytest.mark.slow
-def test_a_script(root, tmp_path, monkeypatch):
+def test_mypy(root, tmp_path, monkeypatch):
     api = pytest.importorskip("mypy.api")
     (tmp_path / "script.py").write_text(SCRIPT)
     # In place of torch's own types, which take mypy half a minute to read.
@@ -36,5 +41,22 @@ def test_a_script(root, tmp_path, monkeypatch):
     monkeypatch.setenv("MYPYPATH", f".:{root}")
     options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
     out, err, _ = api.run([*options, "--python-executable", sys.executable, "script.py"])
-    wrong = [str(number) for number, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
-    assert sorted(set(re.findall(r"^script.py:(\d+): error", out, re.MULTILINE))) == wrong, out + err
+    assert sorted({*map(int, re.findall(r"^script.py:(\d+): error", out, re.MULTILINE))}) == WRONG, out + err
+
+
+@pytest.mark.slow
+def test_pyright(root, tmp_path):
+    pytest.importorskip("basedpyright")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for page in [root / "README.md", *(root / "docs").rglob("*.md")]:
+        (tmp_path / f"page_{page.stem}.py").write_text("\n".join(BLOCK.findall(page.read_text())))
+    # guided-diffusion is no package of an index, and pyright takes what diffusers imports late for private.
+    settings = dict.fromkeys(("reportMissingImports", "reportPrivateImportUsage"), False)
+    settings |= {"typeCheckingMode": "standard", "extraPaths": [str(root)]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson", "--level", "error"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    errors = [
+        (Path(each["file"]).name, each["range"]["start"]["line"]) for each in json.loads(out)["generalDiagnostics"]
+    ]
+    assert errors == [("script.py", number - 1) for number in WRONG], out
