@@ -10,7 +10,6 @@ import ctypes
 import gc
 import signal
 import sys
-import threading
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ import torch
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.loop.loop import Loop
 from ddpm_ext.loop.step import LoopStep
-
-pytestmark = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts CPython's instructions")
 
 GD = GaussianDiffusion(20, variance="learned_range", backend="reference")
 PLAIN = GaussianDiffusion(20)  # whose steps are one call of the compiled module
@@ -67,7 +64,6 @@ class Interruption:
             raise KeyboardInterrupt
 
 
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
 @pytest.mark.parametrize(
     ("take", "functions"),
     [
