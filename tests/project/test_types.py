@@ -48,7 +48,7 @@ def test_mypy(root, tmp_path, monkeypatch):
 def test_pyright(root, tmp_path):
     pytest.importorskip("basedpyright")
     (tmp_path / "script.py").write_text(SCRIPT)
-    for page in [root / "README.md", *(root / "docs").rglob("*.md")]:
+    for page in [root / "README.md", *(root / "docs").glob("*.md")]:
         (tmp_path / f"page_{page.stem}.py").write_text("\n".join(BLOCK.findall(page.read_text())))
     # guided-diffusion is no package of an index, and pyright takes what diffusers imports late for private.
     settings = {"typeCheckingMode": "standard", "extraPaths": [str(root)]}
