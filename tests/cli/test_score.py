@@ -59,8 +59,6 @@ def test_what_is_refused(manifest, capsys):
 
     refused("samples: got nowhere, expected a folder, or an .npz or .npy of samples, that exists", "nowhere")
     refused("channels: got 1, but shapes have 3", "a.npz", "shapes")
-    np.savez("two.npz", PIXELS[:2])
-    refused("precision: got 2 samples beside 1541 images, expected at least 4 of both, since", "two.npz")
     for name in ("training.json", "options.json"):
         (manifest.parent / "png" / name).write_text("{}")
         refused("samples: many/png is the folder of a training run, expected samples, such as", "many/png")
