@@ -22,7 +22,10 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 
-__all__ = ["Result", "sample_many"]
+__all__ = ["KEPT", "Result", "sample_many"]
+
+KEPT = "what was finished is kept: run the same command again to go on"
+"""What a message says where a run has ended early."""
 
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
@@ -234,8 +237,7 @@ class _Watch:
         patience = _PATIENCE + 10 * self.slowest if self.slowest else math.inf
         if now - self.last_change > patience:
             raise TimeoutError(
-                f"no shard has come for {patience:.0f} s, and {self.remaining} are missing: a rank is stuck; "
-                "what was finished is kept: run the same command again to go on"
+                f"no shard has come for {patience:.0f} s, and {self.remaining} are missing: a rank is stuck; {KEPT}"
             )
 
     def finish(self) -> Result:

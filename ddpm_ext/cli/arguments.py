@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -30,19 +32,30 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
+        self._given: list[str] = []
 
     def error(self, message: str) -> NoReturn:
+        """Tells of an unknown option first: it may be the misspelt one that the message says is missing."""
+        if self._subparsers is None:  # else most of the arguments are a command's
+            before = takewhile(lambda given: given != "--", self._given)
+            options = [given for given in before if given.startswith("--") and " " not in given]
+            unknown = [given for given in options if given.partition("=")[0] not in self._option_string_actions]
+            message = self._unrecognized(unknown) if unknown else message
         self.exit(WRONG_INPUT, f"{self.prog}: {shortened(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Takes no unknown ones: argparse itself would name ddpm-ext alone, in whose help no option of a command is."""
+        self._given = list(sys.argv[1:] if args is None else args)
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            option = unknown[0].partition("=")[0]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            near = f", expected an option such as {nearest_names(option, known)}" if option.startswith("-") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+            self.error(self._unrecognized(unknown))
         return found, unknown
+
+    def _unrecognized(self, unknown: list[str]) -> str:
+        option = unknown[0].partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        near = f", expected an option such as {nearest_names(option, known)}" if option.startswith("-") else ""
+        return f"unrecognized arguments: {' '.join(unknown)}{near}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -210,6 +223,12 @@ def check_device(name: str) -> torch.device:
     if device.type == "meta" or (device.type == "cpu" and device.index):  # torch makes tensors there, too
         raise ValueError(f"device: got {name}, expected cpu, or cuda with or without a number")
     return device
+
+
+def find_modules_here() -> None:
+    """Lets modules that the command line names lie in the working directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def endings_help(endings: tuple[str, ...] = FIGURES) -> str:

@@ -16,6 +16,7 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 from ddpm_ext.training.data.folder import PICTURE_ERRORS, SUFFIXES, FolderImages, image_paths, read_image
 from ddpm_ext.training.data.source import Labels
+from ddpm_ext.training.run_options import OPTIONS
 
 IMAGES = "a picture, an .npz or .npy of samples, or a folder of pictures, which are cropped and resized as in training"
 ARRAYS = (".npz", ".npy")
@@ -71,6 +72,9 @@ class Samples:
         elif (given / MANIFEST).is_file():
             shards, self.about = _finished(given, name)
             self._parts = list(shards.images())
+        elif any((given / of_run).is_file() for of_run in ("training.json", OPTIONS)):
+            expected = f"samples, such as the folder of ddpm-ext sample --model {path} --num-images 10000"
+            raise ValueError(f"{name}: {path} is the folder of a training run, expected {expected}")
         else:
             self._pictures = image_paths(given, name)
             self.shape = _picture_shape(self._pictures[0], name)

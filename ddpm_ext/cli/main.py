@@ -146,8 +146,8 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
         if isinstance(stopped.code, str):
             raise  # Python prints it
         return int(stopped.code or 0)
-    except KeyboardInterrupt:
-        print(f"\n{_name(options)}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join([f"\n{_name(options)}: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if stdout is not None and error is stdout.error:
@@ -169,8 +169,10 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
 
 
 def _run(options: argparse.Namespace) -> None:
-    parser = build_parser()
-    parser.parse_args(options.arguments, options)
+    parser, given = build_parser(), options.arguments
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
+    parser.parse_args(given, options)
     if options.command is None:
         parser.print_help()
         return

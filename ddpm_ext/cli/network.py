@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ddpm_ext.cli.arguments import find_modules_here
 from ddpm_ext.models.folder import DIGITS, SHAPES, LoadedModel, model_sha256
 from ddpm_ext.models.networks import folder_of_denoiser
 from ddpm_ext.models.stored import CONFIG, check_finite, one_line
@@ -75,8 +74,7 @@ def network_for(folder: Path, network: str | None) -> nn.Module | None:
         ValueError: the name is missing or wrong, or what it makes is no module.
     """
     if network is not None:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        find_modules_here()
         return _made(network)
     if (kind := network_of(folder)) is not None:
         name = kind if ":" in kind else f"MODULE:{kind}"

@@ -62,7 +62,7 @@ def answer(arguments: Sequence[str]) -> str | None:
     """What `ddpm-ext` prints for these arguments, or None if that takes the package."""
     if list(arguments) == ["--version"]:
         return f"ddpm-ext {metadata.version('ddpm-ext')}\n"
-    if list(arguments) not in ([], ["-h"], ["--help"]):
+    if list(arguments) not in ([], ["-h"], ["--help"], ["help"]):
         return None
     parser, commands = begin_parser("")
     for name, summary in COMMANDS.items():

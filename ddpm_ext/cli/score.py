@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +69,8 @@ def run(options: argparse.Namespace) -> None:
     out = options.out or str(_beside(Path(options.samples)))
     arguments.check_out(out, (".json",))
     images = _images(options.data, samples.shape)
-    if ":" in options.features and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where the module may lie
+    if ":" in options.features:
+        arguments.find_modules_here()
     function = features_by_name(options.features)
     used = f"{NAME} of {function.source}" if isinstance(function, Inception) else options.features
     of_samples, of_images = (

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +48,8 @@ def run(options: argparse.Namespace) -> None:
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
     arguments.check_device(chosen.device)
-    if chosen.score_every and chosen.features != training.TrainOptions.features and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where the module of --features may lie
+    if chosen.score_every and chosen.features != training.TrainOptions.features:
+        arguments.find_modules_here()
     result = training.train(
         chosen,
         options.out,

@@ -83,7 +83,8 @@ class Acceleration:
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
         fused_calls, own_calls: how many calls of methods took their fused form, each mostly one launch, and how many
-            ran the peer's own code. Code compiled by torch.compile is not counted.
+            ran the peer's own code. diffusers' set_timesteps and scale_model_input are no fused calls. Code compiled by
+            torch.compile is not counted.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)

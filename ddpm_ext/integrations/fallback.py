@@ -45,7 +45,7 @@ def with_fallback(
         method: the peer's name of the method; without one, that of the decorated function.
         own: what runs then, as own(method, obj, ...) with the call's arguments; without one, the peer's method itself.
         compiles: whether torch.compile may trace the method; if not, it gets the peer's.
-        counts: whether it is fused at all, and no method that only takes note of something.
+        counts: whether it is fused at all, and no method that takes note of something or returns what a step has made.
     """
 
     def decorate(function: Function) -> Function:

@@ -42,7 +42,7 @@ class Record(NamedTuple):
     step: int
     timestep: int | float
     x_t: Tensor
-    x0: Tensor | None = None
+    x0: Tensor | Any = None  # "| Any": who has asked for it need not tell type checkers so
 
 
 class Loop:

@@ -35,7 +35,7 @@ class Classes:
     """
 
     names: tuple[str, ...]
-    null: int | None = None
+    null: int | Any = None  # "| Any": as LoadedModel.classes
 
     @classmethod
     def of_labels(cls, names: Sequence[str], dropout: float) -> Classes:

@@ -35,6 +35,7 @@ from ddpm_ext.models.stored import CONFIG, WEIGHTS, check_finite, load_module, r
 from ddpm_ext.models.tuned import FOLDER, table_name, tables_in
 from ddpm_ext.models.vae import FOLDER as VAE
 from ddpm_ext.models.vae import LatentDecoder, find_decoder
+from ddpm_ext.tables.names import nearest_names
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES
 
@@ -62,7 +63,7 @@ class LoadedModel:
     unet: UNet2DModel
     settings: DiffusionSettings
     folder: Path
-    classes: Classes | None = None
+    classes: Classes | Any = None  # "| Any": who has loaded a model of classes need not tell type checkers so
     shape: tuple[int, int, int] = field(kw_only=True)
     clip: bool = field(default=True, kw_only=True)
     decoder: LatentDecoder | None = field(default=None, kw_only=True)
@@ -130,7 +131,8 @@ def load_model(
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir()
         raise ValueError(
-            f'model: no such folder: {source}; expected "digits", "shapes" or a folder in diffusers\' layout'
+            f"model: no such folder: {source}; expected {nearest_names(str(source), [DIGITS.name, SHAPES.name])} or a "
+            "folder in diffusers' layout"
             + (f"; nothing is downloaded here: hf download {source} --local-dir {folder.name}" if hub else "")
         )
     for part in ("vqvae", "movq"):

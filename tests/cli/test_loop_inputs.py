@@ -193,8 +193,6 @@ def test_guidance_with_its_options_and_no_clip():
 
 
 BAD = [
-    (("--start", "folder", "--noise", "noise.npy"), "noise and start are both given, expected one of them"),
-    ((*START, "--strength", 2), "strength is 2.0, expected 0 < strength <= 1"),
     (("--start", "nowhere"), "start: got nowhere, expected a file or a folder that exists"),
     (("--start", "text.txt"), "start: got text.txt, expected a picture, an .npz, an .npy or a folder"),
     (("--start", "small.npy"), "start: small.npy holds 1 samples of 3x4x4, expected 3x8x12"),

@@ -4,6 +4,7 @@ tests/cli/test_classes.py and test_loop_inputs.py compare the samples with those
 """
 
 import json
+import signal
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 from support.command_line import call, not_finite, save_tiny
 
 from ddpm_ext import models
+from ddpm_ext.cli import sample
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models.folder import WEIGHTS, load_model
 
@@ -120,6 +122,13 @@ def test_samples_that_are_not_finite_are_counted_in_the_manifest(tiny, tmp_path,
     (folder / "shards" / "000000000-000000003.npy").unlink()
     assert call(*options) == 2 and json.loads((folder / "manifest.json").read_text())["not_finite"] == N
     assert json.loads((many / "manifest.json").read_text())["not_finite"] == 0
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "draw", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert call(*arguments(tiny, tmp_path / "samples")) == 130
+    message = "interrupted; what was finished is kept: run the same command again to go on"
+    assert capsys.readouterr().err == f"\nddpm-ext sample: {message}\n"
 
 
 def test_plain_sample_among_ranks_is_refused(tiny, tmp_path, monkeypatch, capsys):

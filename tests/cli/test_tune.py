@@ -124,8 +124,6 @@ def test_each_scale_of_guidance_has_its_table(pets, tmp_path):
     given = ("--model", model, "--guidance", "1,2", "--num", 2, "--device", "cpu", "--quiet")
     tuned = ("--sampler", "tuned", "--steps", 3)
     assert call("plot", "guidance", *given, *tuned, "--out", tmp_path / "a.png") == 0
-    trajectory = ("--model", model, "--guidance", 2, "--num", 1, "--quiet", "--out", tmp_path / "b.png")
-    assert call("trajectory", *trajectory, *tuned) == 0
 
 
 def test_compare_shows_the_best_and_where_the_others_are(model, tmp_path, capsys):

@@ -1,9 +1,12 @@
-"""What mypy says of a user's script."""
+"""What type checkers say of a user's script, and pyright also of the documentation's code."""
 
+import json
 import re
+import subprocess
 import sys
 
 import pytest
+from support.pasted import BLOCK
 
 SCRIPT = """
 from numpy import ndarray
@@ -24,10 +27,12 @@ last = fast.accelerated  # wrong
 takes(fast)
 fast.set_timesteps(5)
 """
+ERROR = re.compile(r"([\w.-]+\.py):(\d+):.* error")
+WRONG = {("script.py", str(n)) for n, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")}
 
 
 @pytest.mark.slow
-def test_a_script(root, tmp_path, monkeypatch):
+def test_mypy(root, tmp_path, monkeypatch):
     api = pytest.importorskip("mypy.api")
     (tmp_path / "script.py").write_text(SCRIPT)
     # In place of torch's own types, which take mypy half a minute to read.
@@ -36,5 +41,19 @@ def test_a_script(root, tmp_path, monkeypatch):
     monkeypatch.setenv("MYPYPATH", f".:{root}")
     options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
     out, err, _ = api.run([*options, "--python-executable", sys.executable, "script.py"])
-    wrong = [str(number) for number, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
-    assert sorted(set(re.findall(r"^script.py:(\d+): error", out, re.MULTILINE))) == wrong, out + err
+    assert {*ERROR.findall(out)} == WRONG, out + err
+
+
+@pytest.mark.slow
+def test_pyright(root, tmp_path):
+    pytest.importorskip("basedpyright")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for page in [root / "README.md", *(root / "docs").glob("*.md")]:
+        (tmp_path / f"page_{page.stem}.py").write_text("\n".join(BLOCK.findall(page.read_text())))
+    # guided-diffusion is no package of an index, and pyright takes what diffusers imports late for private.
+    settings = {"typeCheckingMode": "standard", "extraPaths": [str(root)]}
+    settings |= dict.fromkeys(("reportMissingImports", "reportPrivateImportUsage"), False)
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert {*ERROR.findall(out)} == WRONG, out

@@ -260,7 +260,7 @@ def _settings_of(config: Any) -> Acceleration | None:
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """The mixin's method, with the signature of the peer's own one, which pipelines read. A compiler breaks its graph
     there: what is counted would be constants of it."""
-    fused = with_fallback(name, counts=name != "set_timesteps")(method)
+    fused = with_fallback(name, counts=name not in ("set_timesteps", "scale_model_input"))(method)
     uncompiled = torch.compiler.disable(fused)  # diffusers has imported the compiler
 
     @functools.wraps(own)

@@ -51,7 +51,6 @@ def repeating_scale(scale: Callable[..., Any]) -> Callable[..., Any]:
         if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
             is_next = loop.made.is_of(args[0]) and loop.repeated.call.is_at(loop.at, self.__dict__, args[1])
             if is_next:
-                self.accelerated.fused_calls += 1
                 return self._made(loop)
         return scale(self, *args, **kwargs)
 
