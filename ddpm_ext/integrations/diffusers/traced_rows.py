@@ -215,9 +215,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     held = [step.holds_output for step in trace.steps]
     needs = None if known is None else known[1].needs
     stepper = RowStepper(table, trace.clip, threshold, held, packed=packed, needs=needs)
-    stateless = known is not None or not (
-        any(kind.keeps for kind in stepper.needs) or any(step.stores for step in trace.steps)
-    )
+    stateless = not (any(kind.keeps for kind in stepper.needs) or any(step.stores for step in trace.steps))
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     dtypes = {} if known is None else known[1].dtypes
