@@ -15,8 +15,7 @@ from support.diffusers_classes import TRACED, check, classes, loop, make
 from support.launches import launches
 
 from ddpm_ext import accelerate
-from ddpm_ext.integrations.diffusers.closed_forms import FORMS
-from ddpm_ext.integrations.diffusers.closed_rows import closed
+from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
 from ddpm_ext.tables.trace import follow
 
 # What a class's constructor may be given, where it has the parameter. What diffusers refuses is not tried.

@@ -9,8 +9,9 @@ steps. What an expression does not cover is traced, and so is a class whose meth
 from __future__ import annotations
 
 import functools
+import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -42,12 +43,12 @@ class Steps(NamedTuple):
     """What is the same for all levels: of a class with these methods and settings, and a loop of as many steps.
 
     Attributes:
-        steps: what each does.
+        trace: what `follow` finds of them, without numbers.
         dtypes: as TracedRows has them, of all such loops.
         needs: what the rows need.
     """
 
-    steps: list[Step]
+    trace: TraceResult
     dtypes: dict[Any, Any]
     needs: list[RowNeeds]
 
@@ -55,18 +56,24 @@ class Steps(NamedTuple):
 _steps: BoundedCache[Steps] = BoundedCache(CACHED)
 
 
-def _own_methods(scheduler: Any) -> tuple[FunctionType, ...] | None:
-    """Those of an object of diffusers' own class; None where one was replaced."""
+def _methods(scheduler: Any) -> tuple[FunctionType | None, ...] | None:
+    """METHODS of an object of diffusers' own class, None for each that it hasn't; None where one was replaced."""
     cls: Any = type(scheduler)
+    found = tuple(map(vars(cls).get, METHODS))
+    is_own = _are_own(cls, found) and vars(scheduler).keys().isdisjoint(METHODS)
+    return found if is_own else None
+
+
+@functools.lru_cache(CACHED)
+def _are_own(cls: Any, methods: tuple[FunctionType | None, ...]) -> bool:
+    """Whether a class is diffusers' own with all these."""
     if not cls.__module__.startswith("diffusers.schedulers."):
-        return None
+        return False
     file = sys.modules[cls.__module__].__file__
-    found = tuple([vars(cls)[name] for name in METHODS if name in vars(cls)])
-    is_own = all([type(method) is FunctionType and method.__code__.co_filename == file for method in found])
-    return found if is_own and vars(scheduler).keys().isdisjoint(METHODS) else None
+    return all(x is None or (type(x) is FunctionType and x.__code__.co_filename == file) for x in methods)
 
 
-def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tuple[TraceResult, Steps] | None:
+def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[TraceResult, Steps] | None:
     """What `follow` finds. None where it is to be traced.
 
     Args:
@@ -74,7 +81,8 @@ def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tu
         first: the place of the first of `timesteps` among its own, of which they are all that follow.
         dims: how many dimensions samples have.
     """
-    form, methods = FORMS.get(type(scheduler).__name__), _own_methods(scheduler)
+    cls = type(scheduler)
+    form, methods = FORMS.get(cls.__name__), _methods(scheduler)
     if form is None or methods is None or torch.get_default_dtype() is not torch.float32:
         return None
     try:
@@ -82,20 +90,15 @@ def closed(scheduler: Any, first: int, timesteps: list[Tensor], dims: int) -> tu
         history = _history(factors)
         _check(scheduler, first, len(timesteps), factors, history)
         settings = tuple([getattr(scheduler.config, name) for name in form.settings])
-        key = form, methods, settings, first, tuple(factors.noisy), dims
+        key = cls, methods, settings, first, tuple(factors.noisy), dims
         found = _steps.get_or_make(key, lambda: _tried(scheduler, form.reads, first, timesteps, factors, dims))
     except Exception:  # which a trace explains
         return None
-    n, noise = len(timesteps), [0 if noisy else None for noisy in factors.noisy]
     clean = factors.clean
     columns = {"c1": factors.x, "c2": factors.m} if clean is None else columns_of(factors.x, factors.m, clean)
     times = scheduler.timesteps.numpy()[first:]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
-    columns |= history
-    given: list[list[int]] = [[]] * n
-    second, own = clean is not None, [0.0] * n
-    trace = TraceResult(columns, None, ROUNDED, found.steps, noise, given, second, own, factors.scales, read=form.reads)
-    return trace, found
+    return found.trace._replace(columns=columns | history, scales=factors.scales), found
 
 
 def _history(factors: Factors) -> dict[str, Array]:
@@ -121,7 +124,8 @@ def _check(scheduler: Any, first: int, n: int, factors: Factors, history: Mappin
         times = scheduler.timesteps.numpy()
         begin = (times == times[first]).nonzero()[0][:2][-1]  # the second one, where an image is denoised from there
     numbers = [factors.x, factors.m, factors.s, *(() if factors.clean is None else factors.clean.T), *history.values()]
-    if begin != first or any([len(each) != n for each in numbers]) or not np.isfinite(numbers).all():
+    # A number that is not finite makes such a sum of squares.
+    if begin != first or not all([len(each) == n and math.isfinite(each.dot(each)) for each in numbers]):
         raise Uncovered
 
 
@@ -149,74 +153,83 @@ class Numbers(NamedTuple):
         return Numbers((x, m, z), np.array([flat(y) for y in (x, m, z)]), following)
 
 
-def _tried(
-    scheduler: Any, names: Iterable[str], first: int, timesteps: list[Tensor], factors: Factors, dims: int
-) -> Steps:
+def _tried(scheduler: Any, names: frozenset[str], first: int, timesteps: Tensor, factors: Factors, dims: int) -> Steps:
     """What the steps do beside their factors, once some have shown that these are theirs. Raises Uncovered where they
     are not.
 
     names: the attributes that own steps may read.
     """
-    n, scales, past = len(timesteps), factors.scales, factors.past
-    own = new(type(scheduler))
+    own, n, noisy = new(type(scheduler)), len(timesteps), factors.noisy
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
+    with on_cpu():
+        steps = _run(own, first, timesteps, factors, dims)
+    for i in range(len(steps), n):
+        drawn = [torch.float32] * noisy[i]
+        steps.append(steps[-1]._replace(draws=drawn, state={"_step_index": first + 1 + i}))
+    reads = [*factors.reads] or [False] * n
+    holds = steps[0].holds_output
+    needs = [
+        RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=noisy[i], history=(reads[i], False, False),
+                 keeps=keeps, keeps_output=keeps and holds)
+        for i, keeps in enumerate([*reads[1:], False])
+    ]  # fmt: skip
+    noise, is_clean = [0 if draws else None for draws in noisy], factors.clean is not None
+    trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, [0.0] * n, read=names)
+    return Steps(trace, {}, needs)
+
+
+def _run(own: Any, first: int, timesteps: Tensor, factors: Factors, dims: int) -> list[Step]:
+    """What the first step does, and the second one where a step may read the one before it. From there on, a step
+    changes its index alone. Raises Uncovered where a step is not that of its factors, or does more.
+
+    own: an object whose steps are run.
+    """
+    n, scales, past = len(timesteps), factors.scales, factors.past
     # A step that reads the one before is tried after that one, and with other numbers.
     tried = (0, n - 1) if past is None else sorted({0, 1, n - 2, n - 1}.intersection(range(n)))
-    settled = 1 if past is None else 2  # from there on, a step changes its index alone
-    with on_cpu():
-        tensors, values, following = Numbers.of(dims)
-        scale = getattr(own, "scale_model_input", None)
-        steps: list[Step] = []
-        found: list[Tensor] = []
-        weights: list[Sequence[float]] = []
-        for turn, i in enumerate(tried):
-            if turn:
-                own._step_index = first + i
-            at_x, at_m = (0, 1) if past is None else (turn % 3, (turn + 1) % 3)
-            x, m = tensors[at_x], tensors[at_m]
-            scaled = x if scale is None else scale(x, timesteps[i])
-            before, noisy = vars(own).copy(), factors.noisy[i]
-            generator = torch.Generator().manual_seed(0) if noisy else None
-            options = {"return_dict": False} if turn else {}
-            returned = own.step(m, timesteps[i], x, generator=generator or NONE, **options)
-            result, prev, second = parts_of(returned)
-            step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
-            if step.state.get("_step_index") != first + i + 1 or step.stores != (past is not None) or step.tensors:
-                raise Uncovered
-            if (turn >= settled and len(step.state) > 1) or (second is None) != (factors.clean is None):
-                raise Uncovered
-            if generator is not None and torch.rand((), generator=generator, device="cpu").item() != following:
-                raise Uncovered
-            steps.append(step)
-            if past is None or not i or tried[turn - 1] == i - 1:
-                weight = [0.0, 0.0, factors.s[i]]
-                weight[at_x] += factors.x[i]
-                weight[at_m] += factors.m[i]
-                if past is not None:
-                    weight[at_x - 1] += past[i, 0]
-                    weight[at_x] += past[i, 1]
-                found.append(prev)
-                weights.append(weight)
-            if second is not None and factors.clean is not None:
-                found.append(second)
-                weights.append((*factors.clean[i], 0.0))
-            if scales is not None and i:
-                found.append(scaled)
-                weights.append((scales[i], 0.0, 0.0))
-            elif scales is None and n > 1 and scaled is not x:
-                raise Uncovered
-        results, sums = torch.stack(found).double().numpy().reshape(-1, TRIED), np.array(weights)
-    if not (relative(np.abs(results - sums @ values), np.abs(sums) @ np.abs(values)) <= ROUNDED).all():
+    told = 1 if past is None else 2
+    tensors, values, following = Numbers.of(dims)
+    scale = getattr(own, "scale_model_input", None)
+    steps: list[Step] = []
+    found: list[Tensor] = []
+    weights: list[Sequence[float]] = []
+    for turn, i in enumerate(tried):
+        if turn:
+            own._step_index = first + i
+        at_x, at_m = (0, 1) if past is None else (turn % 3, (turn + 1) % 3)
+        x, m = tensors[at_x], tensors[at_m]
+        scaled = x if scale is None else scale(x, timesteps[i])
+        before, noisy = vars(own).copy(), factors.noisy[i]
+        generator = torch.Generator().manual_seed(0) if noisy else None
+        options = {"return_dict": False} if turn else {}
+        result, prev, second = parts_of(own.step(m, timesteps[i], x, generator=generator or NONE, **options))
+        step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
+        if step.state.get("_step_index") != first + i + 1 or step.stores != (past is not None) or step.tensors:
+            raise Uncovered
+        if (turn >= told and len(step.state) > 1) or (second is None) != (factors.clean is None):
+            raise Uncovered
+        if generator is not None and torch.rand((), generator=generator, device="cpu").item() != following:
+            raise Uncovered
+        steps.append(step._replace(result=steps[0].result) if steps else step)
+        if past is None or not i or tried[turn - 1] == i - 1:
+            weight = [0.0, 0.0, factors.s[i]]
+            weight[at_x] += factors.x[i]
+            weight[at_m] += factors.m[i]
+            if past is not None:
+                weight[at_x - 1] += past[i, 0]
+                weight[at_x] += past[i, 1]
+            found.append(prev)
+            weights.append(weight)
+        if second is not None and factors.clean is not None:
+            found.append(second)
+            weights.append((*factors.clean[i], 0.0))
+        if scales is not None and i:
+            found.append(scaled)
+            weights.append((scales[i], 0.0, 0.0))
+        elif scales is None and n > 1 and scaled is not x:
+            raise Uncovered
+    results, sums = torch.stack(found), np.array(weights)
+    errors = np.abs(results.double().numpy().reshape(-1, TRIED) - sums @ values)
+    if results.dtype is not torch.float32 or not (relative(errors, np.abs(sums) @ np.abs(values)) <= ROUNDED).all():
         raise Uncovered
-    draws: dict[bool, list[torch.dtype]] = {False: [], True: [torch.float32]}
-    begun = [step._replace(result=steps[0].result) for step in steps[:settled]]
-    others = [
-        begun[-1]._replace(draws=draws[noisy], state={"_step_index": first + 1 + i})
-        for i, noisy in enumerate(factors.noisy[settled:], settled)
-    ]
-    reads_before = [*factors.reads] or [False] * n
-    needs = [
-        RowNeeds(True, False, True, noisy, (reads, False, False), keeps, keeps and steps[0].holds_output)
-        for noisy, reads, keeps in zip(factors.noisy, reads_before, [*reads_before[1:], False], strict=True)
-    ]
-    return Steps([*begun, *others], {}, needs)
+    return steps[: min(told, n)]
