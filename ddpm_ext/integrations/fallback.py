@@ -5,6 +5,7 @@ Options, dtypes or shapes that the operators don't take have no fused form.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -100,7 +101,8 @@ def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
 
 def made_outside_autograd(make: Callable[..., Result], *args: Any) -> Result | Fallback:
     """As `attempt`, for what may be kept by a backward pass and used outside of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
+    usual = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with usual, torch.no_grad():
         return attempt(make, *args)
 
 

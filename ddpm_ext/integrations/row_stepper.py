@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +26,14 @@ from ddpm_ext.tables.row_needs import RowNeeds, row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
+CPU = torch.device("cpu")
 
 
 class RowStepper:
     """The rows of a step table.
 
     Args:
-        table: the numbers.
+        table: the numbers, or a function that makes them when they are first asked for.
         clip: the range that predicted clean samples are clipped to.
         threshold: what they are divided by before.
         held: for each row, whether somebody holds the model's output anyway, so that a row that keeps it need not write
@@ -39,7 +41,7 @@ class RowStepper:
         packed, needs: of the table, where they are there already.
 
     Attributes:
-        table, clip, threshold: the arguments.
+        clip, threshold: the arguments.
         needs: what each row needs.
         edited: the same rows, as `for_edits` makes them; None until somebody needs them.
         scales: what a traced scheduler multiplies the model's inputs by; False where it does something else; None until
@@ -52,7 +54,7 @@ class RowStepper:
 
     def __init__(
         self,
-        table: StepTable,
+        table: StepTable | Callable[[], StepTable],
         clip: Clip | None = None,
         threshold: DynamicThreshold | None = None,
         held: Sequence[bool] | None = None,
@@ -60,18 +62,21 @@ class RowStepper:
         packed: Tensor | None = None,
         needs: list[RowNeeds] | None = None,
     ) -> None:
-        self.table, self.clip, self.threshold = table, clip, threshold
-        self.needs = row_needs(table) if needs is None else needs
-        cpu = torch.device("cpu")
-        with torch.inference_mode(False):
-            self._packed = {(cpu, torch.float32): table.packed(cpu) if packed is None else packed}
+        self._made_table, self.clip, self.threshold = table, clip, threshold
+        self.needs = row_needs(self.table) if needs is None else needs
+        if packed is None:
+            with torch.inference_mode(False):
+                packed = self.table.packed("cpu")
+        self._packed = {(CPU, torch.float32): packed}
         self._quiet_steps: dict[tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
-        reads = {history: [k for k in range(3) if history[k]] for history in {needs.history for needs in self.needs}}
-        self._reads = [reads[needs.history] for needs in self.needs]
-        self._keeps_output = [
-            needs.keeps_output and clip is None and (held is None or held[i]) for i, needs in enumerate(self.needs)
-        ]
+        self._held = held
+
+    @functools.cached_property
+    def table(self) -> StepTable:
+        """The argument, made where it is a function."""
+        made = self._made_table
+        return made if isinstance(made, StepTable) else made()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is for devices that may not be there when they are unpickled."""
@@ -117,12 +122,14 @@ class RowStepper:
             out: where the next sample is written.
             inputs: further ones of a TableStep, such as noise.
         """
-        for k in self._reads[i]:
-            read = history[k]
-            inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
-        kept = None
-        if self.needs[i].keeps:
-            kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
+        kept, needs = None, self.needs[i]
+        if True in needs.history:
+            for k, name in enumerate(HISTORY):
+                if needs.history[k]:
+                    inputs[name] = history[k] if history[k].dtype is x.dtype else history[k].to(x.dtype)
+        if needs.keeps:
+            keeps_output = needs.keeps_output and self.clip is None and (self._held is None or self._held[i])
+            kept = m if keeps_output and m.dtype is x.dtype else empty_like(x)
             if kept is not m:
                 inputs["history_out"] = kept
         if x0 is not None:

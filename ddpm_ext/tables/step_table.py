@@ -404,7 +404,7 @@ ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 PLACES = {name: at for at, name in enumerate(ROW)}  # in a packed row
-ONES = ("w", "c_in")  # which are no columns
+BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))  # those are no columns
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
 
 
@@ -412,24 +412,22 @@ def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
     """The table of columns that need no check, which are not copied: float64 (rows,), finite, of which nobody has
     others; those that are missing are zeros. timestep and draw are integers or floats as StepTable has them."""
     table = object.__new__(StepTable)
-    object.__setattr__(table, "notes", {})
     with torch.inference_mode(False):
         zeros = torch.from_numpy(np.zeros(len(columns["timestep"])))
-        for name in COLUMNS:
-            object.__setattr__(table, name, torch.from_numpy(columns[name]) if name in columns else zeros)
+        given = {name: torch.from_numpy(columns[name]) for name in COLUMNS if name in columns}
+    vars(table).update(dict.fromkeys(COLUMNS, zeros) | given, notes={})
     return table
 
 
 def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32) -> Tensor:
     """What StepTable.packed makes of such columns, on the CPU. Those that are missing are zeros, w and c_in ones."""
     draw = columns["draw"]
-    table = np.zeros((len(draw), WIDTH), np.float32 if dtype == torch.float32 else np.float64)
-    placed = {name: at for name, at in PLACES.items() if name in columns}
+    table = np.empty((len(draw), WIDTH), np.float32 if dtype == torch.float32 else np.float64)
+    table[:] = BLANK
+    placed = [name for name in columns if name in PLACES and name != "draw"]
     with np.errstate(over="ignore"):
-        for name in ONES:
-            table[:, PLACES[name]] = 1
-        for name, at in placed.items():
-            table[:, at] = columns[name]
+        for name in placed:
+            table[:, PLACES[name]] = columns[name]
     if dtype == torch.float32 and np.isinf(table).any():
         for name in placed:
             check_float32(name, columns[name])

@@ -25,6 +25,7 @@ UNSEEN = {
 OWN_WAYS = {"__init_subclass__", "__new__", "__setattr__", "__getattribute__", "__slots__"}
 MISSING = object()
 SIMPLE = bool, int, float, str
+CONSTANT = {*SIMPLE, type(None)}
 
 
 class Wide(Tensor):
@@ -96,13 +97,15 @@ def can_watch(scheduler: Any) -> bool:
 
 def copied(value: Any) -> Any:
     """A copy of an attribute, on the CPU."""
+    if type(value) in CONSTANT:
+        return value
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if is_simple(value):
         return value
     if isinstance(value, dict):
         held = (*value.values(), *getattr(value, "__dict__", {}).values())
-        if all([type(x) in SIMPLE or _is_constant(x) for x in held]):
+        if all([type(x) in CONSTANT or _is_constant(x) for x in held]):
             return _shallow(value)  # in a fiftieth of the time
     return copy.deepcopy(value)
 

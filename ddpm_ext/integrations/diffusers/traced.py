@@ -1,7 +1,7 @@
 """Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
 
 Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes about as long as two of diffusers' own
-loops, once for each setting. Three classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
+loops, once for each setting. Four classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
 own code.
 """
 
@@ -98,10 +98,12 @@ class TracedScheduler(Forward):
         if loop is False:
             raise Fallback
         begun = self._begun
-        if loop is None and begun is not None and begun.is_like(self, args, kwargs):
-            loop, of_loop = LoopPosition(begun.rows, Settings.of(self)), begun.repeated.of_loop
-            repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
-            return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
+        if loop is None and begun is not None:
+            settings = begun.settings_of(self, args, kwargs)
+            if settings is not None:
+                loop, of_loop = LoopPosition(begun.rows, settings), begun.repeated.of_loop
+                repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
+                return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:
             repeated = loop.repeated
             if repeated is not None and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):

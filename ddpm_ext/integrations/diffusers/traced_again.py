@@ -28,10 +28,11 @@ def repeating_step(step: Callable[..., Any]) -> Callable[..., Any]:
         if not of_loop.alone[at] or not repeated.call.is_for(at, attributes, args, kwargs):
             return step(self, *args, **kwargs)
         x, is_last = args[2], at + 1 == len(of_loop.alone)
-        stepper, model_input, x0 = rows.stepper, None, empty_like(x) if rows.trace.second else None
-        if self._scales_inputs and made is None and not is_last and stepper.scales:
-            stepper, model_input = stepper.scales.stepper, empty_like(x)
-        take = stepper.step_for(x.device, x.dtype).take
+        take, model_input, x0 = repeated.take, None, empty_like(x) if rows.trace.second else None
+        if self._scales_inputs and made is None and not is_last and rows.stepper.scales:
+            take, model_input = rows.stepper.scales.stepper.step_for(x.device, x.dtype).take, empty_like(x)
+        elif take is None:
+            take = rows.stepper.step_for(x.device, x.dtype).take
         prev = take(x, args[0], None, at, None, x0_out=x0, model_input=model_input)
         if model_input is not None:
             made = Made(prev, written(prev), model_input)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.next_input import SIMPLE
-from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
-from ddpm_ext.integrations.diffusers.traced_rows import READ_HERE, LoopDtypes, TracedRows, outside, state_contents
+from ddpm_ext.integrations.diffusers.traced_rows import (
+    CONFIG,
+    READ_HERE,
+    LoopDtypes,
+    TracedRows,
+    outside,
+    state_contents,
+)
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_watch import MISSING
 
@@ -32,11 +36,17 @@ class Settings(NamedTuple):
     items: dict[str, Any]
 
     @classmethod
-    def of(cls, scheduler: Any) -> Settings:
-        values = [(name, vars(scheduler).get(name)) for name in EDITED]
-        counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else None for _, x in values]
-        watched = tuple((*value, count) for value, count in zip(values, counts, strict=True))
-        return cls(watched, dict(vars(scheduler.config)), dict(scheduler.config))
+    def of(cls, scheduler: Any, known: Settings | None = None) -> Settings:
+        """known: some with the same config."""
+        values, watched = vars(scheduler), []
+        for name in EDITED:
+            x = values.get(name)
+            counts = isinstance(x, Tensor) and not x.is_inference()
+            watched.append((name, x, x._version if counts else None))
+        if known is not None:
+            return known._replace(watched=tuple(watched))
+        config = values[CONFIG]
+        return cls(tuple(watched), dict(vars(config)), dict(config))
 
     def are_those_of(self, scheduler: Any) -> bool:
         """Whether all are the same objects with the same contents. No tensor is read."""
@@ -62,10 +72,12 @@ class Repeated(NamedTuple):
             these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
             the row's timestep, both False where settings were edited; has_kinds(args, kwargs) whether they are like the
             last ones, whatever the timestep. No tensor is read: it may be on a GPU.
+        take: the TableStep's, of rows that are launches alone, on a CPU; None: each step asks for it.
     """
 
     of_loop: LoopDtypes
     call: Any
+    take: Callable[..., Tensor] | None
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -83,7 +95,9 @@ class Repeated(NamedTuple):
             return None
         if any(isinstance(y, Tensor) for y in options.values()):
             return None
-        return cls(of_loop, C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings))
+        call = C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings)
+        is_bound = x.is_cpu and True in of_loop.alone
+        return cls(of_loop, call, loop.rows.stepper.step_for(x.device, x.dtype).take if is_bound else None)
 
 
 class Begun(NamedTuple):
@@ -91,12 +105,14 @@ class Begun(NamedTuple):
 
     Attributes:
         rows, repeated: the loop's.
-        names: the attributes of the scheduler on which the rows hang.
+        settings: those of `rows.scheduler`.
+        names: the attributes of the scheduler on which the rows hang, beside its config.
         outside: what else they hang on.
     """
 
     rows: TracedRows
     repeated: Repeated
+    settings: Settings
     names: frozenset[str]
     outside: tuple[Any, ...]
 
@@ -106,30 +122,37 @@ class Begun(NamedTuple):
     @classmethod
     def of(cls, rows: TracedRows, repeated: Repeated) -> Begun | None:
         """None where nobody knows what the rows hang on."""
-        read = rows.trace.read
-        return None if read is None else cls(rows, repeated, read | READ_HERE, outside(type(rows.scheduler)))
+        read, began = rows.trace.read, rows.scheduler
+        if read is None:
+            return None
+        return cls(rows, repeated, Settings.of(began), (read | READ_HERE) - {CONFIG}, outside(type(began)))
 
-    def is_like(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
-        """Whether a step with these arguments begins such a loop. No tensor on a GPU is read."""
+    def settings_of(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Settings | None:
+        """Those of the loop that a step with these arguments begins, if it is such a loop; else None. No tensor on a
+        GPU is read."""
         if not self.repeated.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
-            return False
+            return None
         if scheduler._index_of(args[1]) != self.rows.first or outside(type(self.rows.scheduler)) != self.outside:  # noqa: SLF001 (of a Scheduler)
-            return False
+            return None
         now, began = scheduler.__dict__, self.rows.scheduler.__dict__
-        return all([_is_same(now.get(name, MISSING), began.get(name, MISSING)) for name in self.names])
+        try:
+            if not C.unchanged(now, (), self.settings.attributes, self.settings.items):
+                return None
+        except ValueError:  # of arrays
+            return None
+        for name in self.names:
+            x, y = now.get(name, MISSING), began.get(name, MISSING)
+            if x is not y and not _is_same(x, y):
+                return None
+        return Settings.of(scheduler, self.settings)
 
 
 def _is_same(x: Any, y: Any) -> bool:
     """Whether attributes are equal, as far as that is seen at once."""
-    if x is y:
-        return True
     if type(x) is not type(y):
         return False
     if isinstance(x, Tensor):
-        return x.is_cpu and tensor_contents(x) == tensor_contents(y)
-    if isinstance(x, OrderedDict):  # a config
-        with contextlib.suppress(ValueError):  # of arrays
-            return x == y and x.__dict__ == y.__dict__
+        return x.is_cpu and x.dtype is y.dtype and torch.equal(x, y)
     if type(x) is list:
         return {*map(type, x), *map(type, y)} <= SIMPLE and bool(x == y)
     return type(x) in SIMPLE and bool(x == y)

@@ -6,7 +6,7 @@ import functools
 import io
 import pickle
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,8 @@ from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
 
-READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
+CONFIG = "_internal_dict"
+READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
@@ -83,6 +84,7 @@ class TracedRows(NamedTuple):
         stateless: whether diffusers' own code, or other rows, may take a step in the middle of the loop: the scheduler
             holds nothing but numbers of the steps before.
         scheduler: as it was when the loop began, on the CPU.
+        is_closed: whether the rows are of closed form, whose proof was in float32.
         dtypes: by the dtypes of output and sample.
         after: the rows of single steps that came after a row, by that row and their key.
     """
@@ -90,9 +92,10 @@ class TracedRows(NamedTuple):
     key: RowsKey
     trace: TraceResult
     stepper: RowStepper
-    timesteps: list[Any]
+    timesteps: Sequence[Any] | Tensor
     stateless: bool
     scheduler: Any
+    is_closed: bool
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
     after: dict[tuple[int, RowsKey], TracedRows]
 
@@ -133,7 +136,8 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
 
 class RowsCache:
     """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
-    loop before left, is no part of that."""
+    loop before left, is no part of that. Rows in closed form are kept for timesteps on a GPU alone: elsewhere, an
+    object knows those of its last loop itself, and others are made in hardly more time than they are found."""
 
     def __init__(self, size: int) -> None:
         self._rows: BoundedCache[TracedRows | Fallback] = BoundedCache(size)
@@ -147,18 +151,27 @@ class RowsCache:
         """
         of_class = cls, outside(cls), key
         reads = self._reads.get_or_make(of_class, dict)
-        contents = functools.cache(lambda name: _contents_of(state.get(name, MISSING)))  # read once from a GPU
+        contents: dict[str, object] = {}  # read once from a GPU
+
+        def key_of(names: tuple[str, ...]) -> Hashable:
+            for name in names:
+                if name not in contents:
+                    contents[name] = _contents_of(state.get(name, MISSING))
+            return of_class, names, tuple([contents[name] for name in names])
+
         for names in list(reads):
-            found = self._rows.get((of_class, names, tuple(map(contents, names))))
+            found = self._rows.get(key_of(names))
             if found is not None:
                 return found
         made = made_outside_autograd(trace_rows, new(cls), state, key)
         read: Iterable[str] = state
-        if isinstance(made, TracedRows) and made.trace.read is not None:
-            read = made.trace.read | READ_HERE
+        if isinstance(made, TracedRows):
+            if made.is_closed and state["timesteps"].is_cpu:
+                return made
+            read = state if made.trace.read is None else made.trace.read | READ_HERE
         names = tuple(sorted(read))
         reads[names] = None
-        return self._rows.get_or_make((of_class, names, tuple(map(contents, names))), lambda: made)
+        return self._rows.get_or_make(key_of(names), lambda: made)
 
 
 def outside(cls: type) -> tuple[Any, ...]:
@@ -187,22 +200,25 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         times = torch.as_tensor(key.timestep, device="cpu")[None]
     else:
         times = own[first : first + 1 if key.alone else None]
+    timesteps: Any
     if isinstance(key.kind, torch.dtype):
-        timesteps = list((times[:, None] if key.has_dim else times).to(key.kind).unbind())
+        timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
     else:
         timesteps = [key.kind(t) for t in times.tolist()]
     is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
-    known = closed(scheduler, first, timesteps, key.dims) if is_whole else None  # type: ignore[arg-type]
+    known = closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
     try:
-        trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims) if known is None else known[0]
-        timesteps = timesteps[: len(trace.steps)]
-        draws = np.zeros(len(timesteps), np.int64)
-        if trace.noise.count(None) < len(timesteps):
+        trace = follow(scheduler, list(timesteps), dict(key.options), dims=key.dims) if known is None else known[0]
+        n = len(trace.steps)
+        if n < len(timesteps):
+            timesteps = timesteps[:n]
+        draws = np.zeros(n, np.int64)
+        if trace.noise.count(None) < n:
             # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
             every = numbers("timestep", trace.columns["timestep"] if first is None else own)
-            draws = default_draws(every)[first or 0 :][: len(timesteps)]
+            draws = default_draws(every)[first or 0 :][:n]
         columns = trace.columns | {"draw": draws}
-        table, packed = table_of_checked(columns), packed_rows(columns)  # their finite numbers were proven
+        packed = packed_rows(columns)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
@@ -214,26 +230,30 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         threshold = clip_of(scheduler.config)[1]
     held = [step.holds_output for step in trace.steps]
     needs = None if known is None else known[1].needs
+    table = functools.partial(table_of_checked, columns)  # which few loops need; its finite numbers were proven
     stepper = RowStepper(table, trace.clip, threshold, held, packed=packed, needs=needs)
-    stateless = known is not None or not (
-        any(kind.keeps for kind in stepper.needs) or any(step.stores for step in trace.steps)
-    )
+    stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     dtypes = {} if known is None else known[1].dtypes
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, {})
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, known is not None, dtypes, {})
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
+    """LoopDtypes, of a run of the scheduler's own steps on two small samples, unless a proof has shown them."""
+    trace, in_float32 = rows.trace, {output, sample} == {torch.float32}
+    if rows.is_closed and in_float32:
+        second = torch.float32 if trace.second else None
+        return _loop_dtypes(rows, output, sample, torch.float32, second, [step.draws for step in trace.steps])
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
     options = dict(rows.key.options) | ({"return_dict": False} if "return_dict" in parameters_of(step) else {})
-    n, watch = len(rows.timesteps), None if rows.trace.read is None else Watch()
+    n, watch = len(rows.timesteps), None if trace.read is None else Watch()
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
-    few = n if {output, sample} != {torch.float32} else min(n, 2 if rows.stateless else FEW)
+    few = n if not in_float32 else min(n, 2 if rows.stateless else FEW)
     try:
         taken = observe(
-            rows.scheduler, rows.timesteps[:few], lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
+            rows.scheduler, list(rows.timesteps[:few]), lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
             options, wide=False, watch=watch, tuples=False,
         )  # fmt: skip
     except Exception as error:
@@ -242,7 +262,19 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
     drawn = [each.step.draws for each in taken]
-    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
+    drawn += [[torch.float32] * len(step.draws) for step in trace.steps[few:n]]
+    return _loop_dtypes(rows, output, sample, prev, second, drawn)
+
+
+def _loop_dtypes(
+    rows: TracedRows,
+    output: torch.dtype,
+    sample: torch.dtype,
+    prev: torch.dtype,
+    second: torch.dtype | None,
+    drawn: list[list[torch.dtype]],
+) -> LoopDtypes:
+    """drawn: as LoopDtypes.draws; the other arguments are the dtypes of a step's tensors."""
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)

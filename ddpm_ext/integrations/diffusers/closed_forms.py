@@ -1,0 +1,187 @@
+"""Schedulers of diffusers whose steps are written here as expressions of their own levels; see closed_rows.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.tables.trace_batch import Array
+
+WIDE = np.float64
+
+
+class Uncovered(Exception):
+    """An expression is not what a scheduler's steps do."""
+
+
+class Factors(NamedTuple):
+    """Of steps prev = x * sample + m * output + s * noise, float64 (steps,) each.
+
+    Attributes:
+        clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; None without one.
+        noisy: (steps,), whether a step draws noise.
+        scales: what each step's sample is multiplied by for the model, 1 for the first; None where it is not.
+        past: (steps, 2), the factors of the sample and the output of the step before, which a step adds as well; None
+            where the scheduler stores no tensor.
+        reads: (steps,), whether a step does so; empty without `past`.
+    """
+
+    x: Array
+    m: Array
+    s: Array
+    clean: Array | None
+    noisy: list[bool]
+    scales: Array | None = None
+    past: Array | None = None
+    reads: Sequence[bool] = ()
+
+
+# Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So
+# the rows have the bits of traced ones.
+
+
+def _levels(x: Tensor) -> Array:
+    if x.dtype is not torch.float32:
+        raise Uncovered
+    found: Array = x.numpy()
+    return found
+
+
+def _root(x: Array) -> Array:
+    """By torch, as diffusers' own: numpy's last bit may be another."""
+    return torch.from_numpy(x).sqrt().numpy()
+
+
+@np.errstate(all="ignore")
+def _euler(own: Any, first: int) -> Factors:
+    """x + (x - x0) / sigma * (sigma' - sigma)"""
+    sigmas = _levels(own.sigmas)[first:]
+    sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
+    zero, one, variance = np.zeros(len(dt)), np.ones(len(dt)), sigma**2 + 1
+    root = _root(variance)
+    a, b = {
+        "epsilon": lambda: (one, -sigma),
+        "v_prediction": lambda: (1 / variance.astype(WIDE), -sigma / root),
+        "sample": lambda: (zero, one),
+    }[own.config.prediction_type]()
+    clean = np.stack([a, b], 1)
+    scales = np.append(1.0, 1 / root[1:].astype(WIDE)) if len(dt) > 1 else None
+    return Factors(1 + (1 - a) / sigma * dt, -b.astype(WIDE) / sigma * dt, zero, clean, [False] * len(dt), scales)
+
+
+def _flow_match_euler(own: Any, first: int) -> Factors:
+    """x + (sigma' - sigma) v"""
+    if own.config.stochastic_sampling:
+        raise Uncovered
+    sigmas = _levels(own.sigmas)[first:]
+    dt = (sigmas[1:] - sigmas[:-1]).astype(WIDE)
+    zero = np.zeros(len(dt))
+    return Factors(zero + 1, dt, zero, None, [False] * len(dt))
+
+
+@np.errstate(all="ignore")
+def _lcm(own: Any, first: int) -> Factors:
+    """x0' = c_skip x + c_out x0, with noise again to the next level, but for the last step."""
+    config = own.config
+    if config.thresholding or config.clip_sample:
+        raise Uncovered
+    t, alphas = own.timesteps.numpy()[first:], _levels(own.alphas_cumprod)
+    following = np.append(t[1:], t[-1])
+    alpha = alphas[t]
+    after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
+    signal, noise = _root(alpha).astype(WIDE), _root(1 - alpha).astype(WIDE)
+    a, b = {
+        "epsilon": lambda: (1 / signal, -noise / signal),
+        "v_prediction": lambda: (signal, -noise),
+        "sample": lambda: (0 * signal, 0 * signal + 1),
+    }[config.prediction_type]()
+    scaled = t.astype(np.float32) * np.float32(config.timestep_scaling)
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / _root(scaled**2 + 0.25)
+    a, b = c_out * a + c_skip, c_out * b
+    noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
+    kept, added = np.where(noisy, _root(after), 1).astype(WIDE), np.where(noisy, _root(1 - after), 0).astype(WIDE)
+    return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist())
+
+
+@np.errstate(all="ignore")
+def _dpm_solver_multistep(own: Any, first: int) -> Factors:
+    """sigma' / sigma x - alpha' (e^-h - 1) (x0 + h / (2 h before) (x0 - x0 before)), by "midpoint": DPM-Solver++(2M),
+    Lu et al. 2022"""
+    config, order = own.config, own.config.solver_order
+    if config.algorithm_type != "dpmsolver++" or config.thresholding or order > 2 or own.lower_order_nums:
+        raise Uncovered
+    sigmas = torch.from_numpy(_levels(own.sigmas)[first:])
+    alphas, noises = own._sigma_to_alpha_sigma_t(sigmas)  # noqa: SLF001 (of diffusers)
+    logs = torch.log(alphas) - torch.log(noises)
+    h = logs[1:] - logs[:-1]
+    shrunk = torch.exp(-h) - 1.0
+    of_clean = -(alphas[1:] * shrunk)
+    of_slope = 0.5 * of_clean if config.solver_type == "midpoint" else alphas[1:] * (shrunk / h + 1.0)
+    per_length = torch.zeros_like(h)  # the slope, of a difference of clean samples
+    per_length[1:] = 1.0 / (h[:-1] / h[1:])
+    alpha, noise, sigma = (x[:-1].numpy().astype(WIDE) for x in (alphas, noises, sigmas))
+    n, one = len(h), np.ones(len(h))
+    a, b = {
+        "epsilon": lambda: (1 / alpha, -noise / alpha),
+        "v_prediction": lambda: (alpha, -noise),
+        "sample": lambda: (0 * one, one),
+        "flow_prediction": lambda: (one, -sigma),
+    }[config.prediction_type]()
+    clean = np.stack([a, b], 1)
+    is_short = config.lower_order_final and len(own.timesteps) < 15
+    ends_by_first_order = config.euler_at_final or is_short or config.final_sigmas_type == "zero"
+    reads = [order == 2 and 0 < i < n - ends_by_first_order for i in range(n)]
+    slope, length = (np.where(reads, x.numpy(), 0).astype(WIDE)[:, None] for x in (of_slope, per_length))
+    factors = of_clean.numpy().astype(WIDE)[:, None] * clean
+    factors[:, 0] += (noises[1:] / noises[:-1]).numpy()
+    factors += slope * (length * clean)
+    past = np.zeros((n, 2))
+    past[1:] = -slope[1:] * (length[1:] * clean[:-1])
+    x, m = factors.T
+    return Factors(x, m, np.zeros(n), None, [False] * n, None, past, reads)
+
+
+class Form(NamedTuple):
+    """A class's expression.
+
+    Attributes:
+        factors: of an object and the place of a loop's first timestep.
+        settings: of the config, on which it hangs what the expression is.
+        reads: the attributes that it and the class's own steps read before they write them.
+    """
+
+    factors: Callable[[Any, int], Factors]
+    settings: tuple[str, ...]
+    reads: frozenset[str]
+
+
+STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
+FORMS: Mapping[str, Form] = {
+    "DPMSolverMultistepScheduler": Form(
+        _dpm_solver_multistep,
+        (
+            "algorithm_type",
+            "prediction_type",
+            "solver_order",
+            "solver_type",
+            "lower_order_final",
+            "euler_at_final",
+            "final_sigmas_type",
+            "thresholding",
+            "variance_type",
+            "use_flow_sigmas",
+        ),
+        STEPS_READ | {"sigmas", "num_inference_steps", "lower_order_nums", "model_outputs"},
+    ),
+    "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
+    "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),
+    "LCMScheduler": Form(
+        _lcm,
+        ("prediction_type", "thresholding", "clip_sample"),
+        STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"},
+    ),
+}
