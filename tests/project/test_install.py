@@ -32,8 +32,7 @@ def fake_toolkit(home: Path, version: str = "13.0", codes: str = "sm_75 sm_80 sm
         --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
         --list-gpu-code) printf '%s\\n' {codes} ;;
         --dryrun) echo '#$ _SPACE_= '; echo '#$ _HERE_={home}/bin' >&2 ;;
-        *) exit 1 ;;
-        esac
+        *) exit 1 ;; esac
         """,
     )
     return home
@@ -119,8 +118,7 @@ def test_asking_torch_for_architectures_leaves_no_trace(monkeypatch):
 
 def test_no_flag_lets_a_compiler_reorder_arithmetic():
     flags = " ".join([*setup.CXX_FLAGS, *setup.NVCC_FLAGS])
-    for bad in ("fast-math", "fast_math", "march", "Ofast", "unsafe-math", "associative-math"):
-        assert bad not in flags
+    assert not re.search("fast.math|march|Ofast|unsafe-math|associative-math", flags)
     assert "-ffp-contract=off" in setup.CXX_FLAGS and "-fmad=false" in setup.NVCC_FLAGS
 
 
