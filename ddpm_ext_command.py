@@ -19,9 +19,10 @@ def main() -> int:
                 return 0
     try:
         from ddpm_ext.cli import main as run
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
+    except ImportError as error:
+        no_torch = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        if not no_torch and error.name != "ddpm_ext._C":  # whose error says why it can't be loaded and what helps
             raise
-        print("ddpm-ext: PyTorch is not installed; run: pip install torch", file=sys.stderr)
+        print("ddpm-ext:", "PyTorch is not installed; run: pip install torch" if no_torch else error, file=sys.stderr)
         return 2
     return run()

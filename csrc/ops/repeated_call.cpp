@@ -21,7 +21,9 @@ struct Kind {
   c10::DimVector sizes;
 
   static Kind of(const Tensor& x) { return {x.scalar_type(), x.device(), c10::DimVector(x.sizes())}; }
-  bool is_of(const Tensor& x) const { return x.scalar_type() == dtype && x.device() == device && x.sizes() == sizes; }
+  bool is_of(const Tensor& x) const {
+    return x.scalar_type() == dtype && x.device() == device && x.sizes().equals(sizes);
+  }
 };
 
 // The arguments of a step, and what must be as it was.

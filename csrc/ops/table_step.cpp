@@ -228,7 +228,7 @@ void split(const TableStep& step, const py::handle x_t, const Tensor& batch, Opt
   if (channels != 0) expected[1] *= 2;
   for (Tensor* const part : {&parts.unconditional, &parts.prediction}) {
     if (!part->defined()) continue;
-    if (channels == 0 || part->sizes() != expected) step.split_variance(x_t, *part);
+    if (channels == 0 || !part->sizes().equals(expected)) step.split_variance(x_t, *part);
     if (part == &parts.prediction) parts.variance = part_of(*part, 1, channels, channels);
     *part = part_of(*part, 1, 0, channels);
   }

@@ -72,19 +72,20 @@ def load() -> tuple[ModuleType, dict[str, Any]]:
     # In this package's folder alone: the finder of an editable install offers its own module to any other copy.
     spec = PathFinder.find_spec(NAME, sys.modules["ddpm_ext"].__path__)
     if spec is None or spec.origin is None:
-        raise ImportError(missing())
+        raise ImportError(missing(), name=NAME)
     try:
         built = json.loads(Path(spec.origin).with_suffix(".json").read_text())
         fit = fits(built)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ImportError(f"ddpm_ext's compiled module does not say what it was built for; {mend()}") from None
+        text = f"ddpm_ext's compiled module does not say what it was built for; {mend()}"
+        raise ImportError(text, name=NAME) from None
     if not fit:
         was, now = describe(built["torch"], built["torch_cuda"]), describe(torch.__version__, torch.version.cuda)
-        raise ImportError(f"ddpm_ext was compiled for {was} and this is {now}; {mend()}")
+        raise ImportError(f"ddpm_ext was compiled for {was} and this is {now}; {mend()}", name=NAME)
     try:
         return importlib.import_module(NAME), built
     except ImportError as error:
-        raise ImportError(f"ddpm_ext's compiled module does not load ({error}); {mend()}") from None
+        raise ImportError(f"ddpm_ext's compiled module does not load ({error}); {mend()}", name=NAME) from None
 
 
 C, BUILT = load()

@@ -120,7 +120,7 @@ def step_with_options(
         "history_out": history_out,
     }
     tensors = {name: value for name, value in inputs.items() if name != "log_variance"}
-    tensors |= {"model_output": model_output, "out": out}
+    tensors.update(model_output=model_output, out=out)  # not |=, which torch.compile of torch 2.7 does not take
     checks.tensor("x_t", x_t)
     for name, value in tensors.items():
         if value is not None:

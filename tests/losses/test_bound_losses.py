@@ -13,6 +13,7 @@ from support.refusals import Model, raises, refuse
 from torch._dynamo.backends.debugging import aot_eager
 
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.base.torch_version import TORCH
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.ops import loss as losses
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood, normal_kl
@@ -182,6 +183,7 @@ def test_any_log_variance_at_the_decoder(log_variance, device):
     torch.testing.assert_close(float64(got.detach()), truth.detach(), rtol=3e-4 if log_variance < -20 else 3e-6, atol=0)
 
 
+@pytest.mark.skipif(TORCH < (2, 14), reason="torch 2.7 and 2.11 make a graph for each float, 2.14 does not")
 def test_compiles_once_for_every_weight_of_the_bound(fresh_compiler, device):
     """A weight that changes during training, and other batch sizes, use the same graph."""
     gd, compiled = GaussianDiffusion(variance="learned_range"), []

@@ -272,4 +272,6 @@ def test_python_frames(prediction, how):
         step()
     finally:
         sys.setprofile(None)
-    assert len(frames) - 2 <= 25, frames  # but for the model and this step itself
+    # But for the model, this step itself, and torch's own of a gradient, which are more in versions before 2.15.
+    ours = [code for code in frames if {"_functorch", "autograd"}.isdisjoint(code.co_filename.split("/"))]
+    assert len(ours) - 2 <= 25, ours

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -97,10 +98,7 @@ def test_version_is_stated_once(root, version):
 
 
 def test_version_where_nothing_is_installed(version, monkeypatch, tmp_path):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "version", Mock(side_effect=importlib.metadata.PackageNotFoundError))
     assert version_module._version() == f"{version}+source"
     package = tmp_path / "ddpm_ext"
     package.mkdir()

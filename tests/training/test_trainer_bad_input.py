@@ -20,7 +20,7 @@ from support.refused import refused
 from support.trainer_run import Squares, Tiny, make
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.training import Trainer, batches, checkpoints, log, outputs
+from ddpm_ext.training import Trainer, batches, checkpoints, log
 from ddpm_ext.training.step import TrainingStep
 
 
@@ -300,7 +300,7 @@ def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(tmp_path
     folder = tmp_path / "run"
     monkeypatch.setattr(TrainingStep, "take", lambda *_: pytest.fail("a step was taken"))
     wanted = {"sample_every": 9, "score_every": 9, "sample_steps": 2, "extra_emas": (0.5,), "tensorboard": True}
-    monkeypatch.setattr(outputs, "check_extras", list)
+    monkeypatch.setattr("ddpm_ext.training.trainer.check_extras", bool)
     trainer = make(folder, tune=(2,), timesteps=100, **wanted)
     folder.mkdir()
     (folder / name).touch() if name in KINDS[0] else (folder / name).mkdir()
