@@ -27,7 +27,6 @@ pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
 not_sanitized = pytest.mark.skipif(library.SANITIZED, reason="takes more memory than AddressSanitizer leaves")
 SIZES = [0, 1, 3, 4, 5, 255, 256, 257, 1031]  # the last: a prime, and of more than one block
-
 SMALL = 1  # a device with two multiprocessors: tests/support/cuda_host/control.h
 
 ONE_DTYPE = [v for v in VARIANTS if v[2] in (PAIRS[0], PAIRS[3])]
