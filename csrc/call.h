@@ -6,6 +6,7 @@
 #include "core/loss.h"
 #include "core/quantile.h"
 #include "core/spread.h"
+#include "core/step.h"
 #include "core/step_inputs.h"
 
 namespace ddpm_ext {
@@ -39,6 +40,9 @@ struct Call {
   const int64_t* t = nullptr;
   int64_t t_stride = 0;
   int64_t t_index = 0;
+  // The same row of a step table by value, where the host knows it: a GPU then waits for no load of it.
+  bool has_row = false;
+  StepRow row;
   float clip_min = 0, clip_max = 0;
 
   // The noise. If seed_data or sample_ids is null, seed or first_id is used in its place.

@@ -78,7 +78,7 @@ class Elementwise {
   // Finds everything that the sample's elements share.
   __device__ __forceinline__ void read_row() {
     const int64_t t = sample_row(call_, b_);
-    if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(call_.table)[t];
+    if constexpr (!Op::kRowless) row_ = cuda::read_row<Row>(call_, t);
     if constexpr (kNoise == Noise::drawn) {
       counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
       // or the compiler would compute them behind the branch around the noise, in every turn

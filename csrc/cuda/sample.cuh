@@ -2,6 +2,8 @@
 // counter.
 #pragma once
 
+#include <type_traits>
+
 #include "call.h"
 #include "core/philox.h"
 
@@ -26,6 +28,14 @@ __device__ __forceinline__ int64_t sample_row(const Call& call, Index b) {
   int64_t t = call.t_index;
   if (call.t != nullptr) t = call.t[sample_start(call.t_stride, b)];
   return t < 0 ? 0 : t >= call.rows ? call.rows - 1 : t;  // a t on the GPU is not read back to be checked
+}
+
+// The row with that number.
+template <class Row>
+__device__ __forceinline__ Row read_row(const Call& call, int64_t t) {
+  if constexpr (std::is_same_v<Row, StepRow>)
+    if (call.has_row) return call.row;
+  return static_cast<const Row*>(call.table)[t];
 }
 
 // The factor of sample b.

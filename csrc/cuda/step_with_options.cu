@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
   if (b >= static_cast<Index>(call.batch)) return;
 
-  const StepRow row = static_cast<const StepRow*>(call.table)[sample_row(call, b)];
+  const StepRow row = read_row<StepRow>(call, sample_row(call, b));
   // A call that can't have the tensor has its variance from the row.
   const bool learned = (Options::kMay & bit(Role::model_variance)) != 0;
   StepSample sample = {call.clip_min, call.clip_max, {}, learned ? call.variance : Variance::of_row};
@@ -254,10 +254,11 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
     const bool may = (Options::kMay & bit(static_cast<Factor>(i))) != 0;
     sample.factors[i] = may ? of_sample(call.factors[i], b) : 1.0f;
   }
-  const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const PhiloxSample counter = sample_noise(call, keys, b, row.draw);
+  // Asked behind the seed and the id, whose loads the compiler would otherwise put behind the wait for the row.
+  const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
   // Takes up to four elements, from j on. z is the noise of the four that begin where j + phase is a multiple of 4.
   const auto by_element = [&](Index j, Index end, Index phase, const F2* z) {
 #pragma unroll 1

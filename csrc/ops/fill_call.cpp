@@ -48,7 +48,7 @@ Dims dims_of_sample(const Tensor& x, Order order) {
 }  // namespace
 
 void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at::Device device) {
-  const auto& [table, t, t_index] = rows;
+  const auto& [table, t, t_index, on_host] = rows;
   CHECK_TYPE(table.scalar_type() == at::kFloat, "table", " has dtype ", table.scalar_type(), ", expected float32");
   CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
               " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
@@ -67,6 +67,9 @@ void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at
   } else {
     CHECK_VALUE(0 <= t_index && t_index < call.rows, "t", " is ", t_index, ", expected 0 <= t < ", call.rows);
     call.t_index = t_index;
+    const Tensor* const readable = on_host != nullptr ? on_host : table.is_cpu() ? &table : nullptr;
+    call.has_row = columns == kRowWidth && readable != nullptr;
+    if (call.has_row) call.row = static_cast<const StepRow*>(readable->const_data_ptr())[t_index];
   }
 }
 

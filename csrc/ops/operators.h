@@ -29,11 +29,12 @@ struct Rng {
 };
 
 // The rows of a table, float32 (rows, columns), that the samples take: `t`, int64 (batch,), is used in place of
-// t_index.
+// t_index. `on_host` is null or the same table on the CPU.
 struct Rows {
   Tensor table;
   OptionalTensor t;
   int64_t t_index = 0;
+  const Tensor* on_host = nullptr;
 };
 
 // Noise that is given, or drawn from `rng` if draw_noise is true; none of both means that there is no noise.

@@ -29,6 +29,7 @@ using fastcall::Argument;
 
 struct TableStep {
   Tensor table;
+  OptionalTensor on_host;  // the same table on the CPU
   double clip_min, clip_max;
   NoiseSource source;
   bool fresh;  // whether each call draws a seed of its own
@@ -120,17 +121,21 @@ Options read_options(PyObject* const* values, PyObject* names) {
   return options;
 }
 
+Rows rows_at(const TableStep& step, OptionalTensor t, int64_t index) {
+  return {step.table, std::move(t), index, pointer(step.on_host)};
+}
+
 // `t` is an int or a tensor. What else counts as an int, and the errors, are split_t's.
 Rows rows_of(const TableStep& step, PyObject* t) {
   if (PyLong_CheckExact(t)) {
     int overflow = 0;
     const int64_t index = PyLong_AsLongLongAndOverflow(t, &overflow);
-    if (overflow == 0) return {step.table, {}, index};
+    if (overflow == 0) return rows_at(step, {}, index);
   } else if (THPVariable_Check(t)) {
-    return {step.table, THPVariable_Unpack(t)};
+    return rows_at(step, THPVariable_Unpack(t), 0);
   }
   const py::tuple split = step.split_t(py::handle(t));
-  return {step.table, {}, split[1].cast<int64_t>()};
+  return rows_at(step, {}, split[1].cast<int64_t>());
 }
 
 // A new reference to the result, which is `out` itself unless that is None.
@@ -240,7 +245,7 @@ void split(const TableStep& step, const py::handle x_t, const Tensor& batch, Opt
 // check(x_t, row, index, out): raises what take would raise.
 PyObject* check(TableStep& step, PyObject* const* args, Options&) {
   const Tensor x_t = as_tensor("x_t", args[0]);
-  const Rows rows{step.table, as_optional_tensor("t", args[1]), as_index("t", args[2])};
+  const Rows rows = rows_at(step, as_optional_tensor("t", args[1]), as_index("t", args[2]));
   eager::check_reverse_step(x_t, rows, step.source, as_optional_tensor("out", args[3]));
   return Py_NewRef(Py_None);
 }
@@ -248,7 +253,7 @@ PyObject* check(TableStep& step, PyObject* const* args, Options&) {
 // take(x_t, model_output, row, index, out, **options): the next samples.
 PyObject* take(TableStep& step, PyObject* const* args, Options& options) {
   const Tensor x_t = as_tensor("x_t", args[0]);
-  const Rows rows{step.table, as_optional_tensor("t", args[2]), as_index("t", args[3])};
+  const Rows rows = rows_at(step, as_optional_tensor("t", args[2]), as_index("t", args[3]));
   TORCH_CHECK_TYPE(options.doubled == nullptr && !options.learned.has_value(),
                    "TableStep: take has no doubled and no learned, which are run's");
   return take_step(step, args[0], x_t, as_optional_tensor("model_output", args[1]), rows, args[4], options);
@@ -276,11 +281,17 @@ PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
   return take_step(step, samples, x_t, parts.prediction, rows, out, options);
 }
 
-TableStep make(const Tensor& table, double clip_min, double clip_max, DDPM_SOURCE_PARAMETERS, bool fresh,
-               py::object split_t, py::object seed_in_memory, py::object timesteps, py::object unwrap,
-               py::object split_variance, py::object split_batch) {
-  return {table,          clip_min,  clip_max, DDPM_SOURCE,    fresh,      split_t,
-          seed_in_memory, timesteps, unwrap,   split_variance, split_batch};
+TableStep make(const Tensor& table, const OptionalTensor& on_host, double clip_min, double clip_max,
+               DDPM_SOURCE_PARAMETERS, bool fresh, py::object split_t, py::object seed_in_memory, py::object timesteps,
+               py::object unwrap, py::object split_variance, py::object split_batch) {
+  if (on_host.has_value())
+    TORCH_CHECK_VALUE(on_host->is_cpu() && on_host->scalar_type() == table.scalar_type() && on_host->is_contiguous() &&
+                          on_host->sizes() == table.sizes(),
+                      "TableStep: on_host is ", on_host->scalar_type(), " ", on_host->sizes(), " on ",
+                      on_host->device(), ", expected a contiguous ", table.scalar_type(), " ", table.sizes(),
+                      " on the CPU");
+  return {table,   on_host,        clip_min,  clip_max, DDPM_SOURCE,    fresh,
+          split_t, seed_in_memory, timesteps, unwrap,   split_variance, split_batch};
 }
 
 using Method = PyObject*(TableStep&, PyObject* const*, Options&);

@@ -127,6 +127,7 @@ class LoopStep:
         # A row without noise takes the kernels without: they have less to find out, and hold fewer registers. A known
         # part of the samples has noise of its own.
         steps, how = tables.get("steps", x.device, dtype), {"timesteps": tables.timestep, "model_output": OF_TABLE_STEP}
+        how["on_host"] = tables.get("steps", torch.device("cpu"), dtype)
         quiet = ops.TableStep(steps, clip=options.clip, add_noise=False, **how)
         noisy = ops.TableStep(steps, clip=options.clip, rng=rng, **how)
         noisy.check(x, None, 0)

@@ -88,6 +88,8 @@ class TableStep(CalledTableStep):
 
     Args:
         table, clip, noise, rng, add_noise: reverse_step's.
+        on_host: the same table on the CPU, which nobody changes: the row of an int t is then a part of the launch, and
+            a GPU waits for no load of it.
         timesteps: (row, batch, device) -> what a model is called with where t is an int.
         model_output: functions of what a model returned, by name: unwrap gives its tensor, and split_variance and
             split_batch raise the errors for one that cannot be split. It and timesteps are for run.
@@ -114,6 +116,7 @@ class TableStep(CalledTableStep):
         self,
         table: Tensor,
         *,
+        on_host: Tensor | None = None,
         clip: Clip | None = (-1.0, 1.0),
         noise: Tensor | None = None,
         rng: Philox | None = None,
@@ -128,7 +131,7 @@ class TableStep(CalledTableStep):
         arguments = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
         if not _registration.is_recorded():
             of_output = [(model_output or {}).get(name) for name in ("unwrap", "split_variance", "split_batch")]
-            step = C.TableStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, *of_output)
+            step = C.TableStep(table, on_host, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, *of_output)
             self.check, self.take = step.check, step.take  # type: ignore[method-assign]
             if timesteps is not None and model_output is not None:
                 self.run = step.run

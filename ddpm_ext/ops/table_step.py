@@ -29,6 +29,7 @@ class CalledTableStep:
         self,
         table: Tensor,
         *,
+        on_host: Tensor | None = None,
         clip: Clip | None = (-1.0, 1.0),
         noise: Tensor | None = None,
         rng: Philox | None = None,

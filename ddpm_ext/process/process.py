@@ -210,10 +210,11 @@ class Process:
         return step
 
     def _make_reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        calls: dict[str, Any] = {}
+        table = self.table("steps", "x_t", x_t)
+        calls: dict[str, Any] = {"on_host": self.tables.get("steps", torch.device("cpu"), table.dtype)}
         if self.schedule.timestep is None:
-            calls = {"timesteps": self.tables.timestep, "model_output": OF_TABLE_STEP}
-        return self.ops.TableStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
+            calls |= {"timesteps": self.tables.timestep, "model_output": OF_TABLE_STEP}
+        return self.ops.TableStep(table, clip=clip, noise=noise, rng=rng, **calls)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
