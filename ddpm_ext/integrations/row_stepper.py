@@ -142,8 +142,10 @@ class RowStepper:
         step = self._quiet_steps.get((device, dtype)) if rng is None else None
         if step is None:
             operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
-            rows = self._rows(device, checks.compute_dtype(dtype))
-            step = operators.TableStep(rows, clip=self.clip, rng=rng, add_noise=rng is not None)
+            computed = checks.compute_dtype(dtype)
+            on_host = self._rows(CPU, computed) if device.type == "cuda" else None
+            rows = self._rows(device, computed)
+            step = operators.TableStep(rows, on_host=on_host, clip=self.clip, rng=rng, add_noise=rng is not None)
             if rng is None:
                 self._quiet_steps[device, dtype] = step
         if device.type != "cpu":
