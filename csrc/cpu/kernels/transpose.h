@@ -68,10 +68,10 @@ DDPM_HD void transpose_block(const T* from, int64_t in, T* to, int64_t out) {
   for (int64_t i = 0; i < n; ++i) memcpy(to + i * out, &v[i], sizeof(v[i]));
 }
 
-// What is left over by blocks: by squares, then by single elements.
+// By squares, then by single elements.
 template <int64_t kSide, class T>
-void transpose_rest(const T* __restrict from, int64_t in, T* __restrict to, int64_t out, int64_t rows,
-                    int64_t columns) {
+void transpose_squares(const T* __restrict from, int64_t in, T* __restrict to, int64_t out, int64_t rows,
+                       int64_t columns) {
   const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
   for (int64_t r = 0; r < whole_rows; r += kSide)
     for (int64_t c = 0; c < whole_columns; c += kSide) {
@@ -82,8 +82,8 @@ void transpose_rest(const T* __restrict from, int64_t in, T* __restrict to, int6
         for (int64_t k = 0; k < kSide; ++k) to[(r + i) * out + c + k] = square[i][k];
     }
   if constexpr (kSide > 1) {
-    transpose_rest<1>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
-    transpose_rest<1>(from + whole_columns * in, in, to + whole_columns, out, whole_rows, columns - whole_columns);
+    transpose_squares<1>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
+    transpose_squares<1>(from + whole_columns * in, in, to + whole_columns, out, whole_rows, columns - whole_columns);
   }
 }
 
@@ -95,10 +95,10 @@ void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t row
   // The lines of a few columns are read whole: those of more columns may not fit into a core's first cache.
   for (int64_t first = 0; first < whole_rows; first += kLine)
     for (int64_t c = 0; c < whole_columns; c += P::kAll) {
-      // Short columns follow each other in memory, also behind the matrix. A core reads elsewhere between two calls, so
-      // it does not fetch them far enough ahead itself.
-      if (rows < columns)
-        for (int64_t i = 0; i < P::kAll; ++i) __builtin_prefetch(from + (c + i) * in + first + kAhead);
+      // Whole columns follow each other in memory, also behind the matrix. A core reads elsewhere between two calls, so
+      // it does not fetch them far enough ahead itself. For columns of less than a line that costs more than it gains.
+      if (in == rows && in >= kLine && first == 0)
+        for (int64_t i = 0; i < P::kAll * in; i += kLine) __builtin_prefetch(from + c * in + i + kAhead);
       for (int64_t r = first; r < first + kLine && r < whole_rows; r += P::kPiece)
         transpose_block<P>(from + c * in + r, in, to + r * out + c, out);
     }
@@ -106,8 +106,8 @@ void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t row
   if constexpr (kPieces > 1)
     transpose_blocks<kPieces / 2>(beside, in, to + whole_columns, out, whole_rows, columns - whole_columns);
   else
-    transpose_rest<4>(beside, in, to + whole_columns, out, whole_rows, columns - whole_columns);
-  transpose_rest<4>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
+    transpose_squares<4>(beside, in, to + whole_columns, out, whole_rows, columns - whole_columns);
+  transpose_squares<4>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
 }
 
 // to[r * out + c] = from[c * in + r]
@@ -120,7 +120,9 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
   if (columns == 3 && out == 3) return join_channels<3>(from, in, to, rows);
   if (columns == 4 && out == 4) return join_channels<4>(from, in, to, rows);
   if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
-  // Four pieces were no faster, and AVX-512F alone has no such vectors of 16 bits.
+  // Of vectors of AVX-512 the compiler's own permutations are as good, and more lines are read at once.
+  if (sizeof(Floats) == 64 && sizeof(T) == 4 && rows % 16 == 0 && columns % 16 == 0)
+    return transpose_squares<16>(from, in, to, out, rows, columns);
   transpose_blocks<sizeof(Floats) == 16 ? 1 : 2>(from, in, to, out, rows, columns);
 }
 
