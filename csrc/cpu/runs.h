@@ -100,8 +100,8 @@ Tile tile_of(const Call& call) {
   const int64_t rows = call.sizes[0], columns = call.sizes[1],
                 pixels = std::min(kRow, kBuffer / (kUnit * columns) * kUnit);
   if (!kChunks && pixels > 0) return {1, pixels * columns};
-  constexpr int64_t kWhole = kChunks ? kLossChunk : 4;  // a block of Philox
-  if (rows > kBuffer / kUnit || columns < kUnit || columns % kWhole != 0) return chunk;
+  const int64_t whole = kChunks ? kLossChunk : call.noise_kind == Noise::drawn ? 4 : 1;  // 4: a block of Philox
+  if (rows > kBuffer / kUnit || columns < kUnit || columns % whole != 0) return chunk;
   return {rows, std::min(kRow, kBuffer / rows / kUnit * kUnit)};
 }
 

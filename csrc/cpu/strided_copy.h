@@ -25,6 +25,10 @@ void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_
     return kernels().transpose[sizeof(T) == 2](from, in.columns, to, out.rows, rows, columns);
   if (in.columns == 1 && out.rows == 1)
     return kernels().transpose[sizeof(T) == 2](from, in.rows, to, out.columns, columns, rows);
+  if (in.columns == 1 && out.columns == 1 && in.rows == columns && out.rows == columns) {  // one piece of memory
+    std::copy(from, from + rows * columns, to);
+    return;
+  }
   if (rows > columns) {  // the inner loop takes the longer dimension
     std::swap(rows, columns);
     std::swap(in.rows, in.columns);

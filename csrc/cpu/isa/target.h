@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #define DDPM_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define DDPM_BEGIN_TARGET(names) DDPM_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
