@@ -17,6 +17,29 @@ void join_channels(const T* __restrict from, int64_t in, T* __restrict to, int64
     for (int c = 0; c < kColumns; ++c) to[r * kColumns + c] = from[c * in + r];
 }
 
+// By squares, and what is left over by smaller ones.
+template <int64_t kSide, class T>
+void transpose_squares(const T* __restrict from, int64_t in, T* __restrict to, int64_t out, int64_t rows,
+                       int64_t columns) {
+  const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
+  for (int64_t r = 0; r < whole_rows; r += kSide)
+    for (int64_t c = 0; c < whole_columns; c += kSide) {
+      T square[kSide][kSide];
+      for (int64_t i = 0; i < kSide; ++i)
+        for (int64_t k = 0; k < kSide; ++k) square[i][k] = from[(c + k) * in + r + i];
+      for (int64_t i = 0; i < kSide; ++i)
+        for (int64_t k = 0; k < kSide; ++k) to[(r + i) * out + c + k] = square[i][k];
+    }
+  if constexpr (kSide > 1) {
+    constexpr int64_t kLess = kSide > 4 ? kSide / 2 : 1;
+    transpose_squares<kLess>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
+    transpose_squares<kLess>(from + whole_columns * in, in, to + whole_columns, out, whole_rows,
+                             columns - whole_columns);
+  }
+}
+
+#if defined(__clang__) || __GNUC__ >= 12  // which have __builtin_shufflevector
+
 // A vector of pieces of 16 bytes. No permutation crosses their borders, which would take more instructions.
 template <int64_t kPieces, class T>
 struct Pieces {
@@ -68,25 +91,6 @@ DDPM_HD void transpose_block(const T* from, int64_t in, T* to, int64_t out) {
   for (int64_t i = 0; i < n; ++i) memcpy(to + i * out, &v[i], sizeof(v[i]));
 }
 
-// By squares, then by single elements.
-template <int64_t kSide, class T>
-void transpose_squares(const T* __restrict from, int64_t in, T* __restrict to, int64_t out, int64_t rows,
-                       int64_t columns) {
-  const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
-  for (int64_t r = 0; r < whole_rows; r += kSide)
-    for (int64_t c = 0; c < whole_columns; c += kSide) {
-      T square[kSide][kSide];
-      for (int64_t i = 0; i < kSide; ++i)
-        for (int64_t k = 0; k < kSide; ++k) square[i][k] = from[(c + k) * in + r + i];
-      for (int64_t i = 0; i < kSide; ++i)
-        for (int64_t k = 0; k < kSide; ++k) to[(r + i) * out + c + k] = square[i][k];
-    }
-  if constexpr (kSide > 1) {
-    transpose_squares<1>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
-    transpose_squares<1>(from + whole_columns * in, in, to + whole_columns, out, whole_rows, columns - whole_columns);
-  }
-}
-
 template <int64_t kPieces, class T>
 void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   using P = Pieces<kPieces, T>;
@@ -110,6 +114,8 @@ void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t row
   transpose_squares<4>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
 }
 
+#endif
+
 // to[r * out + c] = from[c * in + r]
 template <class T>
 void transpose_matrix(const void* source, int64_t in, void* target, int64_t out, int64_t rows, int64_t columns) {
@@ -120,10 +126,12 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
   if (columns == 3 && out == 3) return join_channels<3>(from, in, to, rows);
   if (columns == 4 && out == 4) return join_channels<4>(from, in, to, rows);
   if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
+#if defined(__clang__) || __GNUC__ >= 12
   // Of vectors of AVX-512 the compiler's own permutations are as good, and more lines are read at once.
-  if (sizeof(Floats) == 64 && sizeof(T) == 4 && rows % 16 == 0 && columns % 16 == 0)
-    return transpose_squares<16>(from, in, to, out, rows, columns);
-  transpose_blocks<sizeof(Floats) == 16 ? 1 : 2>(from, in, to, out, rows, columns);
+  const bool by_squares = sizeof(Floats) == 64 && sizeof(T) == 4 && rows % 16 == 0 && columns % 16 == 0;
+  if (!by_squares) return transpose_blocks<sizeof(Floats) == 16 ? 1 : 2>(from, in, to, out, rows, columns);
+#endif
+  transpose_squares<16>(from, in, to, out, rows, columns);
 }
 
 }  // namespace
