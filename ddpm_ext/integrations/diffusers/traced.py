@@ -352,6 +352,10 @@ class TracedScheduler(Forward):
             known = loop.rows.after.get((loop.at, key))
             if known is not None:
                 return LoopPosition(known, loop.settings)
+        if loop is None and self._begun is not None and self._begun.rows.key == key:  # with tensors of other kinds
+            settings = self._begun.settings_of_rows(self)
+            if settings is not None:
+                return LoopPosition(self._begun.rows, settings)
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
         rows = result_of(_rows.get_or_trace(peer_class(type(self)), state, key))
         if alone and loop is not None:

@@ -132,7 +132,11 @@ class Begun(NamedTuple):
         GPU is read."""
         if not self.repeated.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
             return None
-        if scheduler._index_of(args[1]) != self.rows.first or outside(type(self.rows.scheduler)) != self.outside:  # noqa: SLF001 (of a Scheduler)
+        return self.settings_of_rows(scheduler) if scheduler._index_of(args[1]) == self.rows.first else None  # noqa: SLF001 (of a Scheduler)
+
+    def settings_of_rows(self, scheduler: Any) -> Settings | None:
+        """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
+        if outside(type(self.rows.scheduler)) != self.outside:
             return None
         now, began = scheduler.__dict__, self.rows.scheduler.__dict__
         try:
