@@ -5,6 +5,7 @@ import re
 import pytest
 from support import fuzz
 
+EDITS = "peers/test_accelerated_diffusers_traced_state.py::test_samples_that_somebody_edits"
 CASES = """
 import os, time
 from support.choices import for_many
@@ -51,6 +52,6 @@ def test_failures_and_crashes_are_reported_with_their_seeds(tmp_path, capsys, mo
 def test_every_property_test_of_the_operators_is_found():
     found = fuzz.property_tests([])
     assert not [name for name in found if "test_fuzz.py" in name]  # its tests of tests are text
-    for name in ("ops/test_ops.py::test_reverse_step", "ops/test_loss.py::test_values_and_slopes"):
+    for name in ("ops/test_ops.py::test_reverse_step", "ops/test_loss.py::test_values_and_slopes", EDITS):
         assert str(fuzz.TESTS / name) in found
     assert len(found) > 25 and not any("/cuda/" in test for test in found)

@@ -22,7 +22,10 @@ TESTS = Path(__file__).resolve().parents[1]
 # Kernels that are compiled first, and the fuzzer's own tests, which hold others as text.
 LEFT_OUT = ("cuda", "test_fuzz.py")
 EXAMPLES, PATIENCE = 200, 600.0  # of a process, and the seconds that it may take
-PROPERTY = re.compile(r"^@for_many\(.*\)\n(?:@.*\n)*def (test_\w+)", re.MULTILINE)
+# The property itself, or a test that has it as a function of its own.
+PROPERTY = re.compile(
+    r"^@for_many\(.*\)\n(?:@.*\n)*def (test_\w+)|^def (test_\w+)(?=.*\n(?:(?:[ )].*)?\n)*? +@for_many\()", re.MULTILINE
+)
 
 
 def property_tests(files: list[Path]) -> list[str]:
@@ -30,7 +33,7 @@ def property_tests(files: list[Path]) -> list[str]:
     found = files or [
         path for path in sorted(TESTS.rglob("test_*.py")) if not {path.name, path.parent.name} & {*LEFT_OUT}
     ]
-    return [f"{path}::{name}" for path in found for name in PROPERTY.findall(path.read_text())]
+    return [f"{path}::{''.join(names)}" for path in found for names in PROPERTY.findall(path.read_text())]
 
 
 def run(test: str, seed: int, examples: int) -> tuple[str, str]:
