@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 
 from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
 from ddpm_ext.integrations.guided_diffusion import steps as steps_module
+from ddpm_ext.ops import cards
 from ddpm_ext.tables import on_device as tables_module
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim
@@ -231,6 +232,7 @@ def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     monkeypatch.setattr(steps_module, "check_tensors", lambda *_, **__: None)
     monkeypatch.setattr(steps_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
+    monkeypatch.setattr(cards, "CAPTURING", ())  # and are in use on no stream
 
     def walk(diffusion):
         x, t = torch.empty(SHAPE, device="cuda"), torch.empty(5, dtype=torch.int64, device="cuda")
