@@ -31,7 +31,7 @@ HEAD = (
     "The last column is the first accelerated loop of all in a process, after a plain one: the code runs for the first",
     "time, and the scheduler's own steps prove the rows.",
     "",
-    "| scheduler | plain loop | first accelerated | second | later | first / plain | loops to break even | of all |",
+    "| scheduler | plain loop | first ours | second | later | first / plain | breaks even at | first of a process |",
     "|---|---:|---:|---:|---:|---:|---:|---:|",
 )
 REPEATS, LATER, PROCESSES = 9, 4, 5

@@ -25,10 +25,9 @@ T = TypeVar("T")
 _MEETING = timedelta(minutes=30)  # until all ranks must have started and loaded their models
 _WORK = timedelta(days=365)  # no limit in practice: a rank that dies is noticed at once, by its closed connections
 _POLL = 0.1  # seconds
-_LOST = (
-    "another rank ended before the work was done (its own message, if it had one, says why); "
-    "what was finished is kept: run the same command again to go on"
-)
+KEPT = "what was finished is kept: run the same command again to go on"
+"""What a message says where a run has ended early."""
+_LOST = f"another rank ended before the work was done (its own message, if it had one, says why); {KEPT}"
 # Barriers that another rank never reached, with their groups: to free them would wait for that rank.
 _UNFINISHED: list[Any] = []
 

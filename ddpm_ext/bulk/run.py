@@ -19,13 +19,10 @@ import numpy as np
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
-from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.base.ranks import KEPT, Ranks
 from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 
-__all__ = ["KEPT", "Result", "sample_many"]
-
-KEPT = "what was finished is kept: run the same command again to go on"
-"""What a message says where a run has ended early."""
+__all__ = ["Result", "sample_many"]
 
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder

@@ -72,7 +72,7 @@ class Samples:
         elif (given / MANIFEST).is_file():
             shards, self.about = _finished(given, name)
             self._parts = list(shards.images())
-        elif any((given / of_run).is_file() for of_run in ("training.json", OPTIONS)):
+        elif (given / OPTIONS).is_file():
             expected = f"samples, such as the folder of ddpm-ext sample --model {path} --num-images 10000"
             raise ValueError(f"{name}: {path} is the folder of a training run, expected {expected}")
         else:

@@ -16,7 +16,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import has_bars
 from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
-from ddpm_ext.bulk.run import KEPT, sample_many
+from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
 from ddpm_ext.cli.arguments import Subparsers, add_command, check_device, check_ending, check_out, eta_of, whole_number
 from ddpm_ext.cli.chosen_tables import table_hash
@@ -132,7 +132,7 @@ def _run_many(options: argparse.Namespace) -> None:
                 not_finite=not_finite,
             )
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(KEPT) from None
+            raise KeyboardInterrupt(distributed.KEPT) from None
     if ranks.rank != 0:
         return
     done = f"{folder}: {plural(shards.count, 'sample')}, {_by(shards.shape)}"

@@ -73,6 +73,18 @@ class RowStepper:
         self._held = held
 
     @functools.cached_property
+    def _reads(self) -> list[list[int]]:
+        """The places of the history that each row reads."""
+        reads = {history: [k for k in range(3) if history[k]] for history in {needs.history for needs in self.needs}}
+        return [reads[needs.history] for needs in self.needs]
+
+    @functools.cached_property
+    def _keeps_output(self) -> list[bool]:
+        """Whether a row keeps the model's output itself."""
+        held = self._held or [True] * len(self.needs)
+        return [needs.keeps_output and self.clip is None and held[i] for i, needs in enumerate(self.needs)]
+
+    @functools.cached_property
     def table(self) -> StepTable:
         """The argument, made where it is a function."""
         made = self._made_table
@@ -124,12 +136,11 @@ class RowStepper:
         """
         kept, needs = None, self.needs[i]
         if True in needs.history:
-            for k, name in enumerate(HISTORY):
-                if needs.history[k]:
-                    inputs[name] = history[k] if history[k].dtype is x.dtype else history[k].to(x.dtype)
+            for k in self._reads[i]:
+                read = history[k]
+                inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
         if needs.keeps:
-            keeps_output = needs.keeps_output and self.clip is None and (self._held is None or self._held[i])
-            kept = m if keeps_output and m.dtype is x.dtype else empty_like(x)
+            kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
             if kept is not m:
                 inputs["history_out"] = kept
         if x0 is not None:

@@ -59,10 +59,9 @@ def test_what_is_refused(manifest, capsys):
 
     refused("samples: got nowhere, expected a folder, or an .npz or .npy of samples, that exists", "nowhere")
     refused("channels: got 1, but shapes have 3", "a.npz", "shapes")
-    for name in ("training.json", "options.json"):
-        (manifest.parent / "png" / name).write_text("{}")
-        refused("samples: many/png is the folder of a training run, expected samples, such as", "many/png")
-        (manifest.parent / "png" / name).unlink()
+    (manifest.parent / "png" / "options.json").write_text("{}")
+    refused("samples: many/png is the folder of a training run, expected samples, such as", "many/png")
+    (manifest.parent / "png" / "options.json").unlink()
     next(manifest.parent.glob("shards/*4-*.npy")).unlink()
     refused("samples: many lacks 1 of 3 shards", "many")
     for text in ("[]", '{"settings": {"num_images": 9, "shard_size": 0, "shape": []}}'):
