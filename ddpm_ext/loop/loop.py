@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +22,10 @@ from ddpm_ext.loop.options import StepOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
+
+# The most calls after which those of a loop come again: two buffers of samples, two of x0 and three of history take
+# turns, and each second row may be one of inpainting that calls no model.
+_LONGEST_PERIOD = 12
 
 
 class Record(NamedTuple):
@@ -73,11 +77,15 @@ class Loop:
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
         self._whole = options.graph == "loop"
-        if self._graphs is not None and self._whole:
-            self._graphs.warn_of_size(model, len(rows))
-        if options.graph and not self._whole:
+        # Which rows a loop in the graph takes, if nodes for each of them were too many.
+        self._repeated = _Repeated(0, 0, 0)
+        if self._graphs is not None and self._whole and self._graphs.has_many_nodes(model, len(rows)):
+            self._repeated = _repeated(self._step.calls)
+            if not self._graphs.has_loops or self._repeated.turns == 0:
+                self._graphs.warn_of_size()
+        if options.graph:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        else:
+        if not options.graph or self._whole:
             # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
             of_all = self._timesteps[:, None].expand(-1, batch)
             self._timesteps_at = of_all.clone(memory_format=torch.contiguous_format).unbind()
@@ -155,24 +163,59 @@ class Loop:
     def run_whole(self) -> Tensor:
         """All steps in one graph; the samples."""
         assert self._graphs is not None
-        step, first_x = self._step, self._step.calls[0].x.clone()
+        step, graphs, first_x = self._step, self._graphs, self._step.calls[0].x.clone()
+        first, period, turns = self._repeated
+        last = first + period * turns
+
+        def take(rows: range) -> None:
+            for row in rows:
+                step.take(step.calls[row], None, row, self._timesteps_at[row])
+
+        def take_turn() -> None:
+            for call in step.calls[first : first + period]:
+                self._take_next(call)
 
         def take_all() -> None:
-            for row, call in enumerate(step.calls):
-                step.take(call, None, row, self._timesteps_at[row])
+            take(range(first))
+            if turns > 0:
+                self._row.fill_(first)
+                graphs.repeat(turns, take_turn, lambda: self._row[0] < last)
+            take(range(last, len(self)))
 
-        self._graphs.run("loop", take_all, lambda: step.restart(first_x))
+        graphs.run("loop", take_all, lambda: step.restart(first_x))
         self._position = len(self)
         return self.x
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
-        batch = len(call.x)
+        graphs.run(call, lambda: self._take_next(call), lambda: self._row.sub_(1))
 
-        def take() -> None:
-            self._step.take(call, self._row[:batch], 0, self._timesteps.index_select(0, self._row))
-            self._row.add_(1)
+    def _take_next(self, call: StepCall) -> None:
+        """The step of the row whose number is in memory."""
+        self._step.take(call, self._row[: len(call.x)], 0, self._timesteps.index_select(0, self._row))
+        self._row.add_(1)
 
-        graphs.run(call, take, lambda: self._row.sub_(1))
+
+class _Repeated(NamedTuple):
+    """Rows from `first` on whose calls come again in the same order: so many calls, and how often they come."""
+
+    first: int
+    period: int
+    turns: int
+
+
+def _repeated(calls: Sequence[object]) -> _Repeated:
+    """The longest stretch of such rows."""
+    best = _Repeated(0, 0, 0)
+    for period in range(1, _LONGEST_PERIOD + 1):
+        first = 0
+        for row in range(period, len(calls) + 1):
+            if row < len(calls) and calls[row] is calls[row - period]:
+                continue
+            turns = (row - first) // period
+            if turns > 1 and turns * period > best.turns * best.period:
+                best = _Repeated(first, period, turns)
+            first = row - period + 1
+    return best
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
