@@ -241,7 +241,7 @@ class Scheduler(Accelerated):
         """The next sample and the predicted clean one, both in one launch; a threshold takes two."""
         assert rows.rows is not None
         x0 = empty_like(sample)
-        prev, _ = rows.rows.take(row, sample, model_output, x0=x0, **noise, **extras)
+        prev, _ = rows.rows.take(row, sample, model_output, (), {"x0_out": x0, **noise, **extras})
         if x0.dtype != model_output.dtype and getattr(self.config, "prediction_type", None) == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0

@@ -219,12 +219,12 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if any(kind.history[len(ring) :]):
             raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        x0 = empty_like(x)
+        inputs = self._noise(kind.noisy, model_output, generator, x, row)
+        x0 = inputs["x0_out"] = empty_like(x)
         # A loop that scales something else than a step's result, as two samples for guidance, has one written in vain.
         writes_input = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
-        model_input = empty_like(x) if writes_input else None
-        noise = self._noise(kind.noisy, model_output, generator, x, row)
-        prev, kept = self._stepper.take(row, x, model_output, ring, x0=x0, model_input=model_input, **noise)
+        model_input = inputs["model_input"] = empty_like(x) if writes_input else None
+        prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
         if model_input is not None:
             self._made = Made(prev, written(prev), model_input)
         if kept is not None:

@@ -26,7 +26,7 @@ from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, R
 from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name, written
-from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
 
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
@@ -163,63 +163,59 @@ class TracedScheduler(Forward):
         others: Mapping[str, Any],
         repeated: Repeated | None,
     ) -> Any:
-        """The loop's next step.
+        """The loop's next step, and what it returns.
 
         Args:
             tensors: those of the step's options.
             others: the generator and whether to return an object, if they are given.
             repeated: for the step after it.
         """
-        rows, i, ring = loop.rows, loop.at, loop.ring
-        trace = rows.trace
-        step = trace.steps[i]
-        stepper = rows.stepper
-        inputs: dict[str, Any] = {}
-        edited = loop.last if loop.last is not None and loop.last.may_differ(x) else None
+        rows, settings, i, ring, _, last, made = loop
+        trace, stepper = rows.trace, rows.stepper
+        step, is_last = trace.steps[i], i + 1 == len(trace.steps)
+        edited = last if last is not None and last.may_differ(x) else None
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
         if tensors:
             tensors = [tensor.to(of_loop.computed) for tensor in tensors]
+        inputs: dict[str, Any] = {}
         if not of_loop.quiet[i]:
             inputs = self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
-        x0 = empty_like(x) if trace.second else None
-        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
-        is_last = i + 1 == len(rows.timesteps)
-        model_input = own = None
         if edited is not None:
             if stepper.edited is None:
                 stepper.edited = stepper.for_edits(trace.own)
             stepper, m = stepper.edited, m.to(x.dtype)
             inputs["uncond_output"] = edited.copy.to(x.dtype)
+        x0 = model_input = own = None
+        if trace.second:
+            x0 = inputs["x0_out"] = C.empty_result_like(x)
         if not is_last and trace.own[i + 1]:
-            model_input = own = empty_like(x)
-        elif self._scales_inputs and loop.made is None and edited is None and not is_last:
+            own = inputs["model_input"] = C.empty_result_like(x)
+        elif self._scales_inputs and made is None and edited is None and not is_last:
             scales = scales_of(rows)
             if scales is not None:
                 stepper = scales.stepper
-                model_input = empty_like(x) if x.dtype is of_loop.prev else torch.empty_like(x, dtype=of_loop.prev)
-        prev, kept = stepper.take(i, x, m, history, x0=x0, model_input=model_input, **inputs)
+                is_usual = x.dtype is of_loop.prev
+                model_input = C.empty_result_like(x) if is_usual else torch.empty_like(x, dtype=of_loop.prev)
+                inputs["model_input"] = model_input
+        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
+        prev, kept = stepper.take(i, x, m, history, inputs)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
-        if step.tensors:
-            self._hold(rows, step, None if is_last else x)
-        if kept is not None:
-            ring = (kept, *ring[:2])
-        last = None if own is None else OwnResult(prev, written(prev), own)
-        made = loop.made if model_input is None or own is not None else Made(prev, written(prev), model_input)
         if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
-        position = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, last, made)
-        return self._taken(position, of_loop, others, prev, x0)
-
-    def _taken(
-        self, loop: LoopPosition, of_loop: LoopDtypes, others: Mapping[str, Any], prev: Tensor, x0: Tensor | None
-    ) -> Any:
-        """What a step returns that has come to this place of the loop."""
-        step = loop.rows.trace.steps[loop.at - 1]
+        if kept is not None:
+            ring = (kept, *ring[:2])
+        if step.tensors:
+            self._hold(rows, step, None if is_last else x)
+        last = None if own is None else OwnResult(prev, written(prev), own)
+        if model_input is not None:
+            made = Made(prev, written(prev), model_input)
         attributes, result = self.__dict__, step.result
         attributes.update(step.state)
-        attributes["_traced_loop"] = loop
+        attributes["_traced_loop"] = LoopPosition(
+            rows, settings, i + 1, ring, None if is_last else repeated, last, made
+        )
         if not others.get("return_dict", True) or result.cls is tuple:
             return (prev,) if of_loop.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}

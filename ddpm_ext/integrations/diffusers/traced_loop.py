@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.next_input import SIMPLE
+from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
 from ddpm_ext.integrations.diffusers.traced_rows import (
     CONFIG,
     READ_HERE,
@@ -72,12 +73,10 @@ class Repeated(NamedTuple):
             these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
             the row's timestep, both False where settings were edited; has_kinds(args, kwargs) whether they are like the
             last ones, whatever the timestep. No tensor is read: it may be on a GPU.
-        take: the TableStep's, of rows that are launches alone, on a CPU; None: each step asks for it.
     """
 
     of_loop: LoopDtypes
     call: Any
-    take: Callable[..., Tensor] | None
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -96,8 +95,7 @@ class Repeated(NamedTuple):
         if any(isinstance(y, Tensor) for y in options.values()):
             return None
         call = C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings)
-        is_bound = x.is_cpu and True in of_loop.alone
-        return cls(of_loop, call, loop.rows.stepper.step_for(x.device, x.dtype).take if is_bound else None)
+        return cls(of_loop, call)
 
 
 class Begun(NamedTuple):
@@ -156,7 +154,7 @@ def _is_same(x: Any, y: Any) -> bool:
     if type(x) is not type(y):
         return False
     if isinstance(x, Tensor):
-        return x.is_cpu and x.dtype is y.dtype and torch.equal(x, y)
+        return x.is_cpu and tensor_contents(x) == tensor_contents(y)  # which knows NaN again
     if type(x) is list:
         return {*map(type, x), *map(type, y)} <= SIMPLE and bool(x == y)
     return type(x) in SIMPLE and bool(x == y)
@@ -233,4 +231,4 @@ class LoopPosition(NamedTuple):
     made: Made | None = None
 
     def is_over(self) -> bool:
-        return self.at == len(self.rows.timesteps)
+        return self.at == len(self.rows.trace.steps)

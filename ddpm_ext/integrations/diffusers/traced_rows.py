@@ -61,8 +61,6 @@ class LoopDtypes(NamedTuple):
         prev, second: those of a step's results; `second` is None where it has one alone.
         draws: those of each step's draws.
         quiet: whether a row draws nothing.
-        alone: whether a step is its row's launch alone: of sample and output as they are, without anything of the steps
-            before or for those after.
     """
 
     computed: torch.dtype
@@ -70,7 +68,6 @@ class LoopDtypes(NamedTuple):
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     quiet: list[bool]
-    alone: list[bool]
 
 
 class TracedRows(NamedTuple):
@@ -278,12 +275,4 @@ def _loop_dtypes(
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)
-    converts = {sample, prev, second or prev} != {computed}
-    own, stepper = [*rows.trace.own, 0.0], rows.stepper
-    alone = [
-        quiet[i] and not (own[i] or own[i + 1] or step.tensors or needs.keeps or any(needs.history))
-        for i, (step, needs) in enumerate(zip(rows.trace.steps, stepper.needs, strict=True))
-    ]
-    if converts or stepper.threshold is not None:
-        alone = [False] * len(alone)
-    return LoopDtypes(computed, prev, second, drawn, quiet, alone)
+    return LoopDtypes(computed, prev, second, drawn, quiet)
