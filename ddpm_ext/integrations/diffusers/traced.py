@@ -21,9 +21,17 @@ from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import Begun, LoopPosition, Made, OwnResult, Repeated, Settings
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
-from ddpm_ext.integrations.fallback import Fallback, result_of
+from ddpm_ext.integrations.diffusers.traced_loop import (
+    Begun,
+    LoopPosition,
+    Made,
+    OwnResult,
+    Repeated,
+    Settings,
+    repeated_call,
+)
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.ops.extension import C
@@ -69,7 +77,7 @@ class TracedScheduler(Forward):
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
             for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
                 if name in vars(cls):
-                    setattr(cls, name, repeats(vars(cls)[name]))
+                    setattr(cls, name, repeats(vars(cls)[name], getattr(peer, name)))
 
     @classmethod
     def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
@@ -101,7 +109,10 @@ class TracedScheduler(Forward):
         if loop is None and begun is not None:
             settings = begun.settings_of(self, args, kwargs)
             if settings is not None:
-                loop, of_loop = LoopPosition(begun.rows, settings), begun.repeated.of_loop
+                if isinstance(begun.rows, NoRows):
+                    self._traced_loop = False
+                    raise begun.rows.again()
+                loop, of_loop = LoopPosition(begun.rows, settings), begun.rows.dtypes_of(args[0].dtype, args[2].dtype)
                 repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:
@@ -142,7 +153,13 @@ class TracedScheduler(Forward):
         has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
         if has_dim:
             timestep = _of_all(timestep, len(x))
-        loop = self._located(loop, timestep, has_dim, x.dim(), options)
+        try:
+            loop = self._located(loop, timestep, has_dim, x.dim(), options)
+        except NoRows as none:
+            if loop is None and self._are_first and len(args) == 3:
+                call = repeated_call(args, kwargs, self.timesteps, none.first, Settings.of(self))
+                self._begun = Begun.of(none.again(), call)
+            raise
         if loop.ring and loop.ring[0].shape != x.shape:
             raise Fallback("its samples have another shape than those of the step before")
         of_loop, repeated = loop.rows.dtypes_of(m.dtype, x.dtype), None
@@ -150,7 +167,7 @@ class TracedScheduler(Forward):
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
             repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
         if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
-            self._begun = Begun.of(loop.rows, repeated)
+            self._begun = Begun.of(loop.rows, repeated.call)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(
@@ -348,12 +365,13 @@ class TracedScheduler(Forward):
             known = loop.rows.after.get((loop.at, key))
             if known is not None:
                 return LoopPosition(known, loop.settings)
-        if loop is None and self._begun is not None and self._begun.rows.key == key:  # with tensors of other kinds
-            settings = self._begun.settings_of_rows(self)
-            if settings is not None:
-                return LoopPosition(self._begun.rows, settings)
+        begun = self._begun
+        if loop is None and begun is not None and isinstance(begun.rows, TracedRows) and begun.rows.key == key:
+            settings = begun.settings_of_rows(self)
+            if settings is not None:  # with tensors of other kinds
+                return LoopPosition(begun.rows, settings)
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        rows = result_of(_rows.get_or_trace(peer_class(type(self)), state, key))
+        rows = _rows.get_or_trace(peer_class(type(self)), state, key)
         if alone and loop is not None:
             loop.rows.after[loop.at, key] = rows
         return LoopPosition(rows, Settings.of(self))

@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.next_input import SIMPLE
-from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
 from ddpm_ext.integrations.diffusers.traced_rows import (
     CONFIG,
     READ_HERE,
     LoopDtypes,
+    NoRows,
     TracedRows,
+    contents_of,
     outside,
     state_contents,
 )
+from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_watch import MISSING
 
@@ -63,6 +64,19 @@ class Settings(NamedTuple):
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
+def repeated_call(
+    args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor, first: int, settings: Settings
+) -> Any:
+    """Repeated's call, of a loop that begins at the place `first` of the timesteps; None where a step with these
+    arguments may need another look at them."""
+    m, timestep, x = args
+    if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
+        return None
+    if any(isinstance(y, Tensor) for y in options.values()):
+        return None
+    return C.RepeatedCall(m, x, timesteps, first, dict(options), *settings)
+
+
 class Repeated(NamedTuple):
     """A loop's last step. One with arguments of the same kinds needs no other look at them. Copies and pickles have
     none.
@@ -89,46 +103,44 @@ class Repeated(NamedTuple):
 
         timesteps: the scheduler's, of which the given one is an element.
         """
-        m, timestep, x = args
-        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
-            return None
-        if any(isinstance(y, Tensor) for y in options.values()):
-            return None
-        call = C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings)
-        return cls(of_loop, call)
+        call = repeated_call(args, options, timesteps, loop.rows.first, loop.settings)
+        return None if call is None else cls(of_loop, call)
 
 
 class Begun(NamedTuple):
-    """How an object's last loop began. One that begins alike has the same rows. Copies and pickles have none.
+    """How an object's last loop began. One that begins alike has the same rows, or none for the same reason. Copies and
+    pickles have none.
 
     Attributes:
-        rows, repeated: the loop's.
+        rows: the loop's.
+        call: of its steps, as Repeated has it.
         settings: those of `rows.scheduler`.
-        names: the attributes of the scheduler on which the rows hang, beside its config.
+        contents: of the attributes of `rows.scheduler` on which the rows hang, beside its config.
         outside: what else they hang on.
     """
 
-    rows: TracedRows
-    repeated: Repeated
+    rows: TracedRows | NoRows
+    call: Any
     settings: Settings
-    names: frozenset[str]
+    contents: dict[str, object]
     outside: tuple[Any, ...]
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     @classmethod
-    def of(cls, rows: TracedRows, repeated: Repeated) -> Begun | None:
-        """None where nobody knows what the rows hang on."""
-        read, began = rows.trace.read, rows.scheduler
-        if read is None:
+    def of(cls, rows: TracedRows | NoRows, call: Any) -> Begun | None:
+        """None where nobody knows what the rows hang on, or without a call."""
+        read, began = rows.read, rows.scheduler
+        if read is None or call is None:
             return None
-        return cls(rows, repeated, Settings.of(began), (read | READ_HERE) - {CONFIG}, outside(type(began)))
+        contents = {name: contents_of(vars(began).get(name, MISSING)) for name in (read | READ_HERE) - {CONFIG}}
+        return cls(rows, call, Settings.of(began), contents, outside(type(began)))
 
     def settings_of(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Settings | None:
         """Those of the loop that a step with these arguments begins, if it is such a loop; else None. No tensor on a
         GPU is read."""
-        if not self.repeated.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
+        if not self.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
             return None
         return self.settings_of_rows(scheduler) if scheduler._index_of(args[1]) == self.rows.first else None  # noqa: SLF001 (of a Scheduler)
 
@@ -136,28 +148,17 @@ class Begun(NamedTuple):
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
         if outside(type(self.rows.scheduler)) != self.outside:
             return None
-        now, began = scheduler.__dict__, self.rows.scheduler.__dict__
+        now = scheduler.__dict__
         try:
             if not C.unchanged(now, (), self.settings.attributes, self.settings.items):
                 return None
-        except ValueError:  # of arrays
+            for name, began in self.contents.items():
+                value = now.get(name, MISSING)
+                if (isinstance(value, Tensor) and not value.is_cpu) or contents_of(value) != began:
+                    return None
+        except (ValueError, Fallback):  # of arrays in the config, and of what cannot be compared
             return None
-        for name in self.names:
-            x, y = now.get(name, MISSING), began.get(name, MISSING)
-            if x is not y and not _is_same(x, y):
-                return None
         return Settings.of(scheduler, self.settings)
-
-
-def _is_same(x: Any, y: Any) -> bool:
-    """Whether attributes are equal, as far as that is seen at once."""
-    if type(x) is not type(y):
-        return False
-    if isinstance(x, Tensor):
-        return x.is_cpu and tensor_contents(x) == tensor_contents(y)  # which knows NaN again
-    if type(x) is list:
-        return {*map(type, x), *map(type, y)} <= SIMPLE and bool(x == y)
-    return type(x) in SIMPLE and bool(x == y)
 
 
 def is_unchanged(x: object, result: Tensor, version: int) -> bool:
