@@ -104,6 +104,28 @@ const RepeatedCall& call_of(PyObject* self) {
   return *static_cast<RepeatedCall*>(call);
 }
 
+// How often a tensor was written to; 0 for inference tensors, which do not count that.
+int64_t written(const Tensor& x) { return x.is_inference() ? 0 : static_cast<int64_t>(x._version()); }
+
+// written(x)
+PyObject* called_written(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("written", count, 1);
+    return PyLong_FromLongLong(written(as_tensor("x", args[0])));
+  });
+}
+
+// is_unwritten(x, result, count): whether x is the very tensor `result`, which had been written to so often, and not
+// since. Never for inference tensors.
+PyObject* called_is_unwritten(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("is_unwritten", count, 3);
+    if (args[0] != args[1]) return as_bool(false);
+    const Tensor x = as_tensor("x", args[0]);
+    return as_bool(!x.is_inference() && written(x) == fastcall::Argument<int64_t>::of("count", args[2]));
+  });
+}
+
 // index_of(own, t), None for -1.
 PyObject* called_index_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
@@ -159,7 +181,9 @@ RepeatedCall make(const Tensor& output, const Tensor& sample, const Tensor& time
 
 void define_repeated_call(py::module_& m) {
   static PyMethodDef functions[] = {fastcall::definition("index_of", called_index_of),
-                                    fastcall::definition("unchanged", called_unchanged)};
+                                    fastcall::definition("unchanged", called_unchanged),
+                                    fastcall::definition("written", called_written),
+                                    fastcall::definition("is_unwritten", called_is_unwritten)};
   for (PyMethodDef& each : functions)
     m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
   static PyMethodDef methods[] = {fastcall::definition("is_for", is_for), fastcall::definition("is_at", is_at),

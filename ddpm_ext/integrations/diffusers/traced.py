@@ -33,7 +33,7 @@ from ddpm_ext.integrations.diffusers.traced_loop import (
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
-from ddpm_ext.integrations.tensors import dtype_name, written
+from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
 
@@ -225,9 +225,9 @@ class TracedScheduler(Forward):
             ring = (kept, *ring[:2])
         if step.tensors:
             self._hold(rows, step, None if is_last else x)
-        last = None if own is None else OwnResult(prev, written(prev), own)
+        last = None if own is None else OwnResult(prev, C.written(prev), own)
         if model_input is not None:
-            made = Made(prev, written(prev), model_input)
+            made = Made(prev, C.written(prev), model_input)
         attributes, result = self.__dict__, step.result
         attributes.update(step.state)
         attributes["_traced_loop"] = LoopPosition(

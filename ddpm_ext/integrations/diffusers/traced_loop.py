@@ -161,11 +161,6 @@ class Begun(NamedTuple):
         return Settings.of(scheduler, self.settings)
 
 
-def is_unchanged(x: object, result: Tensor, version: int) -> bool:
-    """Whether x is a step's very result, as it was. Inference tensors do not tell whether they were written to."""
-    return x is result and not result.is_inference() and result._version == version
-
-
 class Made(NamedTuple):
     """What a loop's step has made for the model's next call. Copies and pickles have none.
 
@@ -184,7 +179,7 @@ class Made(NamedTuple):
     def is_of(self, sample: object) -> bool:
         """Whether that is the very tensor that the step returned, as it was."""
         is_differentiated = self.sample.requires_grad and torch.is_grad_enabled()
-        return is_unchanged(sample, self.sample, self.version) and not is_differentiated
+        return bool(C.is_unwritten(sample, self.sample, self.version)) and not is_differentiated
 
 
 class OwnResult(NamedTuple):
@@ -209,7 +204,7 @@ class OwnResult(NamedTuple):
         """Whether x may be another sample than that."""
         if self.sample is None:
             return not torch.equal(x, self.copy.to(x))
-        return not is_unchanged(x, self.sample, self.version)
+        return not C.is_unwritten(x, self.sample, self.version)
 
 
 class LoopPosition(NamedTuple):
