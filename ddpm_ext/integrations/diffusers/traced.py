@@ -117,7 +117,7 @@ class TracedScheduler(Forward):
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:
             repeated = loop.repeated
-            if repeated is not None and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):
+            if repeated is not None and repeated.call.row_of(self.__dict__, args, kwargs) == loop.at:
                 return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)

@@ -20,7 +20,7 @@ def repeating_step(step: Callable[..., Any], own: Callable[..., Any]) -> Callabl
         loop = None if is_compiling() else attributes.get("_traced_loop")
         if loop is False:
             return own(self, *args, **kwargs)
-        if not loop or loop.repeated is None or not loop.repeated.call.is_for(loop.at, attributes, args, kwargs):
+        if not loop or loop.repeated is None or loop.repeated.call.row_of(attributes, args, kwargs) != loop.at:
             return step(self, *args, **kwargs)
         result = self._take_row(loop, loop.repeated.of_loop, args[0], args[2], (), kwargs, loop.repeated)
         attributes["_acceleration"].fused_calls += 1

@@ -38,15 +38,15 @@ class Settings(NamedTuple):
     items: dict[str, Any]
 
     @classmethod
-    def of(cls, scheduler: Any, known: Settings | None = None) -> Settings:
-        """known: some with the same config."""
+    def of(cls, scheduler: Any, known: Settings | None = None, names: Sequence[str] = EDITED) -> Settings:
+        """known: some with the same config. names: of the attributes that are watched."""
         values, watched = vars(scheduler), []
-        for name in EDITED:
+        for name in names:
             x = values.get(name)
             counts = isinstance(x, Tensor) and not x.is_inference()
             watched.append((name, x, x._version if counts else None))
         if known is not None:
-            return known._replace(watched=tuple(watched))
+            return cls(tuple(watched), known.attributes, known.items)
         config = values[CONFIG]
         return cls(tuple(watched), dict(vars(config)), dict(config))
 
@@ -83,10 +83,10 @@ class Repeated(NamedTuple):
 
     Attributes:
         of_loop: the dtypes of the loop.
-        call: of the compiled module. is_for(row, the scheduler's attributes, args, kwargs) says whether a step with
-            these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
-            the row's timestep, both False where settings were edited; has_kinds(args, kwargs) whether they are like the
-            last ones, whatever the timestep. No tensor is read: it may be on a GPU.
+        call: of the compiled module. row_of(the scheduler's attributes, args, kwargs) is the row of a step with these
+            arguments, None unless it is like the last one; is_at(row, attributes, timestep) says whether that is the
+            row's timestep, both not where settings were edited; has_kinds(args, kwargs) whether they are like the last
+            ones, whatever the timestep. No tensor is read: it may be on a GPU.
     """
 
     of_loop: LoopDtypes
