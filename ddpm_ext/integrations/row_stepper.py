@@ -126,20 +126,20 @@ class RowStepper:
                 written.
         """
         reads, keeps, keeps_output = self._of_history[i]
+        kept, dtype = None, x.dtype
         for k, name in reads:
             read = history[k]
-            inputs[name] = read if read.dtype is x.dtype else read.to(x.dtype)
-        kept = None
+            inputs[name] = read if read.dtype is dtype else read.to(dtype)
         if keeps:
-            kept = m if keeps_output and m.dtype is x.dtype else empty_like(x)
+            kept = m if keeps_output and m.dtype is dtype else empty_like(x)
             if kept is not m:
                 inputs["history_out"] = kept
         if self._bound:
             inputs.update(self._bound)
         rng, out = inputs.pop("rng", None), inputs.pop("out", None)
-        step = self._quiet_steps.get(x.dtype) if rng is None and x.is_cpu else None
+        step = self._quiet_steps.get(dtype) if rng is None and x.is_cpu else None
         if step is None:
-            step = self._step_for(x.device, x.dtype, rng)
+            step = self._step_for(x.device, dtype, rng)
         return step.take(x, m, None, i, out, **inputs), kept
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:

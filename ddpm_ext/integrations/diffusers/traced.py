@@ -106,12 +106,14 @@ class TracedScheduler(Forward):
         if loop is False:
             raise Fallback
         begun = self._begun
-        if loop is None and begun is not None:
-            settings = begun.settings_of(self, args, kwargs)
-            if settings is not None:
-                if isinstance(begun.rows, NoRows):
-                    self._traced_loop = False
-                    raise begun.rows.again()
+        if loop is None and begun is not None and begun.is_for(self, args, kwargs):
+            settings = begun.settings_of(self)
+            if settings is None:
+                self._begun = None  # so that nobody compares the settings again
+            elif isinstance(begun.rows, NoRows):
+                self._traced_loop = False
+                raise begun.rows.again()
+            else:
                 loop, of_loop = LoopPosition(begun.rows, settings), begun.rows.dtypes_of(args[0].dtype, args[2].dtype)
                 repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
@@ -367,7 +369,7 @@ class TracedScheduler(Forward):
                 return LoopPosition(known, loop.settings)
         begun = self._begun
         if loop is None and begun is not None and isinstance(begun.rows, TracedRows) and begun.rows.key == key:
-            settings = begun.settings_of_rows(self)
+            settings = begun.settings_of(self)
             if settings is not None:  # with tensors of other kinds
                 return LoopPosition(begun.rows, settings)
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}

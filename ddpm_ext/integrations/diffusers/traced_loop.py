@@ -137,14 +137,13 @@ class Begun(NamedTuple):
         contents = {name: contents_of(vars(began).get(name, MISSING)) for name in (read | READ_HERE) - {CONFIG}}
         return cls(rows, call, Settings.of(began), contents, outside(type(began)))
 
-    def settings_of(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Settings | None:
-        """Those of the loop that a step with these arguments begins, if it is such a loop; else None. No tensor on a
-        GPU is read."""
+    def is_for(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Whether a step with these arguments may begin such a loop, whatever the settings. No tensor is read."""
         if not self.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
-            return None
-        return self.settings_of_rows(scheduler) if scheduler._index_of(args[1]) == self.rows.first else None  # noqa: SLF001 (of a Scheduler)
+            return False
+        return bool(scheduler._index_of(args[1]) == self.rows.first)  # noqa: SLF001 (of a Scheduler)
 
-    def settings_of_rows(self, scheduler: Any) -> Settings | None:
+    def settings_of(self, scheduler: Any) -> Settings | None:
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
         if outside(type(self.rows.scheduler)) != self.outside:
             return None
