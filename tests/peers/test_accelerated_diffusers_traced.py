@@ -186,6 +186,9 @@ def test_what_is_no_row_runs_its_own_code(monkeypatch, name, config, options, re
     ours, theirs = accelerate(make(name, **config)), loop(make(name, **config), 6, **options)
     with pytest.warns(UserWarning, match=reason):
         check(loop(ours, 6, **options), theirs, 0)
+    if options:
+        loop(ours, 6)
+    assert ours.accelerated.fused_calls == (6 if options else 0)
     for tried, scheduler in (("trace_rows", copy.deepcopy(ours)), ("RowsCache.get_or_trace", ours)):
         monkeypatch.setattr(f"{traced_rows.__name__}.{tried}", None)
         check(loop(scheduler, 6, **options), theirs, 0)
@@ -203,15 +206,6 @@ def test_thresholding(name, launches):
     theirs = loop(make(name, **config), 6)
     check(loop(accelerate(make(name, **config)), 6), theirs, 1e-5)
     assert len(launches) == 2 * len(theirs[0]) or name == "TCDScheduler"  # which has the option, and no use for it
-
-
-def test_after_set_timesteps_a_loop_is_fused_again(launches):
-    ours = accelerate(make("UniPCMultistepScheduler"))
-    with pytest.warns(UserWarning, match="float64"):
-        loop(ours, 4, torch.float64)
-    assert not launches
-    loop(ours, 4)
-    assert len(launches) == 4
 
 
 def after_each(scheduler, i):
