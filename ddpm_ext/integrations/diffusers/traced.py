@@ -77,7 +77,7 @@ class TracedScheduler(Forward):
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
             for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
                 if name in vars(cls):
-                    setattr(cls, name, repeats(vars(cls)[name], getattr(peer, name)))
+                    setattr(cls, name, repeats(vars(cls)[name], peer))
 
     @classmethod
     def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
@@ -117,7 +117,7 @@ class TracedScheduler(Forward):
                 loop, of_loop = LoopPosition(begun.rows, settings), begun.rows.dtypes_of(args[0].dtype, args[2].dtype)
                 repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
-        if loop is not None:
+        if loop is not None:  # which repeating_step has seen, but where code is compiled
             repeated = loop.repeated
             if repeated is not None and repeated.call.row_of(self.__dict__, args, kwargs) == loop.at:
                 return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)

@@ -10,16 +10,16 @@ from typing import Any
 from torch.compiler import is_compiling
 
 
-def repeating_step(step: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+def repeating_step(step: Callable[..., Any], peer: Any) -> Callable[..., Any]:
     """A step that is like the last one leaves out all that `step` would do before its row, and one in a loop without
-    rows what it would do before the peer's `own`."""
+    rows what it would do before the peer's own."""
 
     @functools.wraps(step)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         attributes = self.__dict__
         loop = None if is_compiling() else attributes.get("_traced_loop")
         if loop is False:
-            return own(self, *args, **kwargs)
+            return getattr(peer, step.__name__)(self, *args, **kwargs)
         if not loop or loop.repeated is None or loop.repeated.call.row_of(attributes, args, kwargs) != loop.at:
             return step(self, *args, **kwargs)
         result = self._take_row(loop, loop.repeated.of_loop, args[0], args[2], (), kwargs, loop.repeated)
@@ -29,14 +29,14 @@ def repeating_step(step: Callable[..., Any], own: Callable[..., Any]) -> Callabl
     return call
 
 
-def repeating_scale(scale: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+def repeating_scale(scale: Callable[..., Any], peer: Any) -> Callable[..., Any]:
     """scale_model_input of what the last step returned, and in a loop without rows."""
 
     @functools.wraps(scale)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = None if is_compiling() else self.__dict__.get("_traced_loop")
         if loop is False:
-            return own(self, *args, **kwargs)
+            return peer.scale_model_input(self, *args, **kwargs)
         if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
             is_next = loop.made.is_of(args[0]) and loop.repeated.call.is_at(loop.at, self.__dict__, args[1])
             if is_next:

@@ -218,6 +218,8 @@ def contents_of(value: object) -> object:
     """A key of an attribute. Raises Fallback where it cannot be compared."""
     if isinstance(value, Tensor):
         return tensor_contents(value)
+    if type(value) is float:
+        return float, value.hex()  # by which NaN is the same, and -0 another
     if value is MISSING or type(value) in CONSTANT:  # most are, and need no pickle
         return type(value), value
     if type(value) is list and CONSTANT.issuperset(map(type, value)):
