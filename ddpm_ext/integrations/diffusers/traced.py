@@ -211,7 +211,7 @@ class TracedScheduler(Forward):
         if not is_last and trace.own[i + 1]:
             own = inputs["model_input"] = C.empty_result_like(x)
         elif self._scales_inputs and made is None and edited is None and not is_last:
-            scales = scales_of(rows)
+            scales = stepper.scales or scales_of(rows)
             if scales is not None:
                 stepper = scales.stepper
                 is_usual = x.dtype is of_loop.prev
