@@ -75,7 +75,7 @@ void check_no_lazy_view(const char* op, const char* name, const Tensor& result) 
 }
 
 void check_overlap(const char* op, const char* name, const Tensor& out, const Tensor& input) {
-  bool same = out.is_alias_of(input) && out.const_data_ptr() == input.const_data_ptr() &&
+  bool same = out.const_data_ptr() == input.const_data_ptr() && out.is_alias_of(input) &&
               out.scalar_type() == input.scalar_type() && out.sizes() == input.sizes();
   for (int64_t d = 0; same && d < out.dim(); ++d) same = out.size(d) == 1 || out.stride(d) == input.stride(d);
   CHECK_VALUE(same || !may_overlap(out, input), name,

@@ -45,7 +45,7 @@ void sort(Terms& terms) {
 }  // namespace
 
 bool may_overlap_itself(const at::Tensor& t) {
-  if (t.numel() <= 1) return false;
+  if (t.numel() <= 1 || t.is_non_overlapping_and_dense()) return false;
   Terms terms;
   for (int64_t d = 0; d < t.dim(); ++d) {
     if (t.size(d) == 1) continue;

@@ -75,10 +75,11 @@ bool has_settings(const RepeatedCall& call, PyObject* state) {
   return unchanged(state, call.watched.ptr(), call.attributes.ptr(), call.items.ptr());
 }
 
-bool is_timestep(const RepeatedCall& call, int64_t row, PyObject* t) {
-  if (!THPVariable_CheckExact(t)) return false;
+// The row of a timestep, or a negative number.
+int64_t row_of(const RepeatedCall& call, PyObject* t) {
+  if (!THPVariable_CheckExact(t)) return -1;
   const Tensor& timestep = THPVariable_Unpack(t);
-  return timestep.dim() == 0 && index_of(call.timesteps, timestep) == call.first + row;
+  return timestep.dim() == 0 ? index_of(call.timesteps, timestep) - call.first : -1;
 }
 
 bool have_kinds(const RepeatedCall& call, PyObject* args, PyObject* options) {
@@ -104,6 +105,28 @@ const RepeatedCall& call_of(PyObject* self) {
   return *static_cast<RepeatedCall*>(call);
 }
 
+// How often a tensor was written to; 0 for inference tensors, which do not count that.
+int64_t written(const Tensor& x) { return x.is_inference() ? 0 : static_cast<int64_t>(x._version()); }
+
+// written(x)
+PyObject* called_written(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("written", count, 1);
+    return PyLong_FromLongLong(written(as_tensor("x", args[0])));
+  });
+}
+
+// is_unwritten(x, result, count): whether x is the very tensor `result`, which had been written to so often, and not
+// since. Never for inference tensors.
+PyObject* called_is_unwritten(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("is_unwritten", count, 3);
+    if (args[0] != args[1]) return as_bool(false);
+    const Tensor x = as_tensor("x", args[0]);
+    return as_bool(!x.is_inference() && written(x) == fastcall::Argument<int64_t>::of("count", args[2]));
+  });
+}
+
 // index_of(own, t), None for -1.
 PyObject* called_index_of(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
@@ -121,14 +144,14 @@ PyObject* called_unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// is_for(row, state, args, options): whether a step with these arguments is that of `row`, and like the one before.
-PyObject* is_for(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+// row_of(state, args, options): the row of a step with these arguments, None unless it is like the one before.
+PyObject* called_row_of(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
-    fastcall::check_count("RepeatedCall.is_for", count, 4);
+    fastcall::check_count("RepeatedCall.row_of", count, 3);
     const RepeatedCall& call = call_of(self);
-    const int64_t row = fastcall::Argument<int64_t>::of("row", args[0]);
-    return as_bool(have_kinds(call, args[2], args[3]) && is_timestep(call, row, PyTuple_GET_ITEM(args[2], 1)) &&
-                   has_settings(call, args[1]));
+    if (!have_kinds(call, args[1], args[2])) return Py_NewRef(Py_None);
+    const int64_t row = row_of(call, PyTuple_GET_ITEM(args[1], 1));
+    return row >= 0 && has_settings(call, args[0]) ? PyLong_FromLongLong(row) : Py_NewRef(Py_None);
   });
 }
 
@@ -146,7 +169,7 @@ PyObject* is_at(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     fastcall::check_count("RepeatedCall.is_at", count, 3);
     const RepeatedCall& call = call_of(self);
     const int64_t row = fastcall::Argument<int64_t>::of("row", args[0]);
-    return as_bool(is_timestep(call, row, args[2]) && has_settings(call, args[1]));
+    return as_bool(row_of(call, args[2]) == row && has_settings(call, args[1]));
   });
 }
 
@@ -158,11 +181,12 @@ RepeatedCall make(const Tensor& output, const Tensor& sample, const Tensor& time
 }  // namespace
 
 void define_repeated_call(py::module_& m) {
-  static PyMethodDef functions[] = {fastcall::definition("index_of", called_index_of),
-                                    fastcall::definition("unchanged", called_unchanged)};
+  static PyMethodDef functions[] = {
+      fastcall::definition("index_of", called_index_of), fastcall::definition("unchanged", called_unchanged),
+      fastcall::definition("written", called_written), fastcall::definition("is_unwritten", called_is_unwritten)};
   for (PyMethodDef& each : functions)
     m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
-  static PyMethodDef methods[] = {fastcall::definition("is_for", is_for), fastcall::definition("is_at", is_at),
+  static PyMethodDef methods[] = {fastcall::definition("row_of", called_row_of), fastcall::definition("is_at", is_at),
                                   fastcall::definition("has_kinds", has_kinds)};
   py::class_<RepeatedCall> type(m, "RepeatedCall");
   type.def(py::init(&make));

@@ -378,7 +378,7 @@ def _sample(
                     more = {"noise": noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
             if kind.guided and unconditional is not None:
                 more["uncond_output"] = unconditional().to(m.dtype)
-            x, kept = rows.stepper.take(number, x, m, ring, **more)
+            x, kept = rows.stepper.take(number, x, m, ring, more)
             ring = ring if kept is None else (kept, *ring[:2])
     return x
 

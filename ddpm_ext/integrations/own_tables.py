@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.integrations.tensors import LOWER, TRANSFORMED, check_tensors, dtype_name
+from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -37,7 +38,7 @@ class OwnTables(Accelerated):
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
         # How often a tensor was written to, as `written` says it, without that function's call.
-        key = [(id(x), 0 if x.is_inference() else x._version) if isinstance(x, Tensor) else id(x) for x in state]
+        key = [(id(x), C.written(x)) if isinstance(x, Tensor) else id(x) for x in state]
         return kept(self, CACHED, tuple(key), make, state)
 
 

@@ -68,21 +68,22 @@ class RowStepper:
             with torch.inference_mode(False):
                 packed = self.table.packed("cpu")
         self._packed = {(CPU, torch.float32): packed}
-        self._quiet_steps: dict[tuple[torch.device, torch.dtype], CalledTableStep] = {}
+        # By dtype on a CPU, where to hash a device would take as long as a small launch.
+        self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         self._held = held
 
     @functools.cached_property
-    def _reads(self) -> list[list[int]]:
-        """The places of the history that each row reads."""
-        reads = {history: [k for k in range(3) if history[k]] for history in {needs.history for needs in self.needs}}
-        return [reads[needs.history] for needs in self.needs]
-
-    @functools.cached_property
-    def _keeps_output(self) -> list[bool]:
-        """Whether a row keeps the model's output itself."""
+    def _of_history(self) -> list[tuple[list[tuple[int, str]], bool, bool]]:
+        """For each row, the places of the history that it reads and the inputs that they are, whether it keeps a
+        tensor, and whether that is the model's output itself."""
+        kinds = {needs.history for needs in self.needs}
+        reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
         held = self._held or [True] * len(self.needs)
-        return [needs.keeps_output and self.clip is None and held[i] for i, needs in enumerate(self.needs)]
+        return [
+            (reads[needs.history], needs.keeps, needs.keeps_output and self.clip is None and held[i])
+            for i, needs in enumerate(self.needs)
+        ]
 
     @functools.cached_property
     def table(self) -> StepTable:
@@ -112,16 +113,7 @@ class RowStepper:
         return made
 
     def take(
-        self,
-        i: int,
-        x: Tensor,
-        m: Tensor,
-        history: Sequence[Tensor] = (),
-        *,
-        x0: Tensor | None = None,
-        rng: Philox | None = None,
-        out: Tensor | None = None,
-        **inputs: Any,
+        self, i: int, x: Tensor, m: Tensor, history: Sequence[Tensor], inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Row i in one launch: the next sample, and what the row keeps. A threshold takes two.
 
@@ -129,28 +121,31 @@ class RowStepper:
 
         Args:
             history: what earlier rows kept, the newest first.
-            x0: is filled with the predicted clean sample.
-            rng: draws the row's noise; without it and without `noise`, none is added.
-            out: where the next sample is written.
-            inputs: further ones of a TableStep, such as noise.
+            inputs: further ones of a TableStep, such as noise and x0_out, in a dict of this call's own; `rng`, which
+                draws the row's noise: without it and without `noise`, none is added; `out`, where the next sample is
+                written.
         """
-        kept, needs = None, self.needs[i]
-        if True in needs.history:
-            for k in self._reads[i]:
-                read = history[k]
-                inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
-        if needs.keeps:
-            kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
+        reads, keeps, keeps_output = self._of_history[i]
+        kept, dtype = None, x.dtype
+        for k, name in reads:
+            read = history[k]
+            inputs[name] = read if read.dtype is dtype else read.to(dtype)
+        if keeps:
+            kept = m if keeps_output and m.dtype is dtype else empty_like(x)
             if kept is not m:
                 inputs["history_out"] = kept
-        if x0 is not None:
-            inputs["x0_out"] = x0
-        step = self.step_for(x.device, x.dtype, rng)
-        return step.take(x, m, None, i, out, **self._bound, **inputs), kept
+        if self._bound:
+            inputs.update(self._bound)
+        rng, out = inputs.pop("rng", None), inputs.pop("out", None)
+        step = self._quiet_steps.get(dtype) if rng is None and x.is_cpu else None
+        if step is None:
+            step = self._step_for(x.device, dtype, rng)
+        return step.take(x, m, None, i, out, **inputs), kept
 
-    def step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None = None) -> CalledTableStep:
+    def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""
-        step = self._quiet_steps.get((device, dtype)) if rng is None else None
+        key = dtype if device == CPU else (device, dtype)
+        step = self._quiet_steps.get(key) if rng is None else None
         if step is None:
             operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
             computed = checks.compute_dtype(dtype)
@@ -158,7 +153,7 @@ class RowStepper:
             rows = self._rows(device, computed)
             step = operators.TableStep(rows, on_host=on_host, clip=self.clip, rng=rng, add_noise=rng is not None)
             if rng is None:
-                self._quiet_steps[device, dtype] = step
+                self._quiet_steps[key] = step
         if device.type != "cpu":
             in_use(self, self._packed, device)
         return step
@@ -201,7 +196,8 @@ def take_step(
     out: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """A step by the rows t of tables, for one of a kind; the other arguments are those of RowStepper.take."""
+    """A step by the rows t of tables, for one of a kind. Noise is `rng`'s or the input `noise`, else there is none; the
+    other arguments are those of TableStep.take."""
     table = tables.get("steps", x.device, torch.float32)
     step = ops.TableStep(table, clip=clip, rng=rng, add_noise=rng is not None)
     return step.take(x, m, *checks.split_t(t), out, **inputs)

@@ -83,8 +83,3 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
-
-
-def written(x: Tensor) -> int:
-    """How often x was written to; 0 for inference tensors, which do not count that."""
-    return 0 if x.is_inference() else x._version

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.torch_library import is_recorded
 
 VARIABLE = "DDPM_EXT_RESULT_MEMORY"
 SHARE = 8  # an eighth of memory
@@ -56,7 +56,7 @@ def _limit() -> int:
 
 def empty_like(x: Tensor) -> Tensor:
     """As torch.empty_like, with memory of the pool where x is large and on a CPU."""
-    if is_recorded():
+    if is_compiling():
         return torch.empty_like(x)
     made: Tensor = C.empty_result_like(x)
     return made

@@ -219,7 +219,7 @@ def test_tables_outlive_their_cache_where_a_graph_or_another_stream_reads_them(f
             rows = kept_loop_rows(cache, gd, LoopOptions(sampler="ddim", steps=2, eta=i / 100))
             return rows.device.get("steps", meta, torch.float32)
         stepper = cache.get_or_make(i, lambda: (RowStepper(changed()), None))[0]
-        stepper.take(0, *torch.zeros(2, 1, 1, device=meta))
+        stepper.take(0, *torch.zeros(2, 1, 1, device=meta), (), {})
         return stepper._rows(meta, torch.float32)
 
     uncaptured, captured = weakref.ref(table(0)), weakref.ref(table(1))

@@ -68,6 +68,8 @@ def of_timesteps(scheduler):
         ("DDPM", 2, replaced("timesteps", lambda timesteps: torch.tensor([700, 20]))),
         ("DDIM", 9, replaced("final_alpha_cumprod", lambda _: torch.tensor(0.99995))),
         ("DDIM", 9, replaced("final_alpha_cumprod", lambda _: 0.99995)),
+        ("DDIM", 2, replaced("num_inference_steps", lambda _: 20)),
+        ("DDIMInverse", 0, replaced("initial_alpha_cumprod", lambda _: torch.tensor(0.9))),
         ("DDPM", 2, of_config(clip_sample=False)),
         ("DDPM", 2, of_config(clip_sample_range=0.3)),
         ("DDPM", 2, of_config(thresholding=True, sample_max_value=4.0)),
@@ -76,19 +78,18 @@ def of_timesteps(scheduler):
 )
 def test_settings_that_change(name, t, change):
     """Of the object whose rows are there already. A step is then that of diffusers with the new ones."""
-    plain, ours = prepared(name), accelerate(prepared(name))
-    t, found = plain.timesteps[t], []
+    plain, ours, options = prepared(name), accelerate(prepared(name)), (lambda _: {}) if "DDIM" in name else given
+    theirs, t, found = plain.timesteps[t], ours.timesteps[t], []
     ours.scale_model_input(X, t)
-    before = copy.deepcopy(ours).step(M, t, X, **given(name))[0]
-    ours.step(M, t, X, **given(name))
-    for scheduler in (plain, ours):
+    before = copy.deepcopy(ours).step(M, t, X, **options(name))[0]
+    ours.step(M, t, X, **options(name))
+    for scheduler, at in ((plain, theirs), (ours, t)):
         change(scheduler)
         if name in SIGMA:
             scheduler._step_index = None
-        scheduler.scale_model_input(X, t)
-        with launches() as called:
-            found.append(scheduler.step(M, t, X, **given(name))[0])
-    assert called
+        scheduler.scale_model_input(X, at)
+        found.append(scheduler.step(M, at, X, **options(name))[0])
+    assert ours.accelerated.fused_calls == 2
     close(found[1], found[0])
     assert not torch.allclose(found[1], before, atol=1e-3)
 

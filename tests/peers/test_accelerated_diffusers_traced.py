@@ -1,6 +1,7 @@
 """Every scheduler class of the installed diffusers: fused by hand, traced, or left to diffusers, with its reason."""
 
 import contextlib
+import copy
 import inspect
 import warnings
 
@@ -15,6 +16,7 @@ from support.launches import launches as counted_launches
 
 from ddpm_ext import accelerate
 from ddpm_ext.integrations import accelerated_class
+from ddpm_ext.integrations.diffusers import traced_rows
 from ddpm_ext.integrations.diffusers.traced import TracedScheduler
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
 from ddpm_ext.integrations.registry import KNOWN
@@ -179,11 +181,17 @@ def test_other_classes_run_their_own_code(name):
         ("DEISMultistepScheduler", {}, {"dtype": torch.float64}, "its samples are float64"),
     ],
 )
-def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
-    """All steps of the loop, with one warning."""
+def test_what_is_no_row_runs_its_own_code(monkeypatch, name, config, options, reason):
+    """All steps of the loop, with one warning. It is tried once, whatever state a loop leaves behind."""
+    ours, theirs = accelerate(make(name, **config)), loop(make(name, **config), 6, **options)
     with pytest.warns(UserWarning, match=reason):
-        found = loop(accelerate(make(name, **config)), 6, **options)
-    check(found, loop(make(name, **config), 6, **options), 0)
+        check(loop(ours, 6, **options), theirs, 0)
+    if options:
+        loop(ours, 6)
+    assert ours.accelerated.fused_calls == (6 if options else 0)
+    for tried, scheduler in (("trace_rows", copy.deepcopy(ours)), ("RowsCache.get_or_trace", ours)):
+        monkeypatch.setattr(f"{traced_rows.__name__}.{tried}", None)
+        check(loop(scheduler, 6, **options), theirs, 0)
 
 
 # LCM returns no clean sample, but a sum of it and its own sample. EDM's has no prediction_type "sample".
@@ -198,15 +206,6 @@ def test_thresholding(name, launches):
     theirs = loop(make(name, **config), 6)
     check(loop(accelerate(make(name, **config)), 6), theirs, 1e-5)
     assert len(launches) == 2 * len(theirs[0]) or name == "TCDScheduler"  # which has the option, and no use for it
-
-
-def test_after_set_timesteps_a_loop_is_fused_again(launches):
-    ours = accelerate(make("UniPCMultistepScheduler"))
-    with pytest.warns(UserWarning, match="float64"):
-        loop(ours, 4, torch.float64)
-    assert not launches
-    loop(ours, 4)
-    assert len(launches) == 4
 
 
 def after_each(scheduler, i):

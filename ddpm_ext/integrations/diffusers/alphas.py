@@ -8,7 +8,8 @@ that a model of DDPM's learns.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import (
+    UNFUSED,
     FusedRows,
     are_tensors,
     clip_of,
@@ -23,9 +25,12 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     make_rows,
     result_dtype,
 )
+from ddpm_ext.integrations.diffusers.traced_loop import EDITED, Settings, repeated_call
 from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Support
 from ddpm_ext.integrations.tensors import dtype_name
+from ddpm_ext.ops.extension import C
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.predictions import peer_predictions
@@ -37,6 +42,8 @@ PREDICTIONS = peer_predictions("diffusers")
 VARIANCES = {name: own for name, own in peer_variances("diffusers").items() if name != "learned_log"}
 LEARNED = ("learned", "learned_range")
 ONE_LAUNCH = "float32, float16, bfloat16; a timestep a sample, or one for all; gradients"
+# What steps read beside the config.
+WATCHED = (*EDITED, "num_inference_steps", "final_alpha_cumprod", "initial_alpha_cumprod")
 SUPPORT = (
     Support(
         "DDPMScheduler",
@@ -126,13 +133,62 @@ def _make(
     return make_rows(steps, clip, threshold, t[~fused].tolist())
 
 
+class Again(NamedTuple):
+    """A step without noise. One like it takes its row without another look. Copies and pickles have none.
+
+    Attributes:
+        call: as Repeated has it, for whose rows the scheduler's timesteps stand here.
+        row: of each of these, or UNFUSED.
+        stepper: takes the rows.
+    """
+
+    call: Any
+    row: list[int]
+    stepper: RowStepper
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class Alphas(Forward):
     """Mixin placed before a scheduler's class in the bases."""
 
     replaces: ClassVar[tuple[str, ...]] = ("step", "add_noise", "get_velocity")
     alphas_cumprod: Tensor
     num_inference_steps: int | None
+    # The peer's step, whose arguments are looked at: its rows, unless it has noise, and its result.
+    _looked_at: Callable[..., tuple[FusedRows | None, Any]]
     _output: ClassVar[tuple[str, str]]  # the module and the class of a step's result
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        again: Again | None = self.__dict__.get("_again")
+        place = None if again is None else again.call.row_of(self.__dict__, args, kwargs)
+        if again is None or place is None or again.row[place] == UNFUSED:
+            rows, result = self._looked_at(*args, **kwargs)
+            if rows is not None and len(args) == 3:
+                self._note(rows, args, kwargs)
+            return result
+        m, _, x = args
+        x0 = C.empty_result_like(x)
+        prev, _ = again.stepper.take(again.row[place], x, m, (), {"x0_out": x0})
+        return self._returned((prev, x0), kwargs.get("return_dict", True))
+
+    def _note(self, rows: FusedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Knows the steps that are like this one, if it was an element of the scheduler's timesteps and nothing was
+        converted. Who writes to inference tensors on a CPU is seen by their contents alone."""
+        m, timestep, x = args
+        known = self.__dict__.get("_host_timesteps")
+        if known is None or known.own is not self.timesteps or m.dtype is not x.dtype:
+            return
+        settings = Settings.of(self, names=WATCHED)
+        call = repeated_call(args, kwargs, known.own, 0, settings)
+        if call is None or self._index_of(timestep) is None or self.alphas_cumprod.is_inference():
+            return
+        assert rows.rows is not None
+        self.__dict__["_again"] = Again(call, [rows.row.get(t, UNFUSED) for t in known.values], rows.rows)
+
+    def _returned(self, done: tuple[Tensor, Tensor], return_dict: bool) -> Any:
+        return imported(*self._output)(*done) if return_dict else done
 
     def _place(self, timestep: Any, sample: Any, model_output: Any, *of: Any) -> tuple[FusedRows, int, int]:
         """The rows, the timestep on the host, and its row. of: _make's arguments from `to` on."""
@@ -173,7 +229,7 @@ class Alphas(Forward):
                 raise Fallback(f"variance_noise is {dtype_name(given.dtype)}")
             noise = {"noise": given.to(sample.dtype)}
         done = self._take(rows, row, sample, model_output, noise, **extras)
-        return imported(*self._output)(*done) if return_dict else done
+        return self._returned(done, return_dict)
 
 
 class DDPM(Alphas):
@@ -212,7 +268,7 @@ class DDIM(Alphas):
     final_alpha_cumprod: Tensor
     _output = ("schedulers.scheduling_ddim", "DDIMSchedulerOutput")
 
-    def _step(
+    def _looked_at(
         self,
         model_output: Tensor,
         timestep: int,
@@ -222,14 +278,17 @@ class DDIM(Alphas):
         generator: Any = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> tuple[FusedRows | None, Any]:
         noisy = eta > 0
         if noisy and variance_noise is not None and generator is not None:
             raise Fallback
         of = self._stride(), self.final_alpha_cumprod, float(eta), not use_clipped_model_output
         place = self._place(timestep, sample, model_output, *of)
         given = variance_noise if noisy else None
-        return self._take_place(place, model_output, timestep, sample, generator, return_dict, noisy=noisy, given=given)
+        taken = self._take_place(
+            place, model_output, timestep, sample, generator, return_dict, noisy=noisy, given=given
+        )
+        return None if noisy else place[0], taken
 
 
 class DDIMInverse(Alphas):
@@ -239,7 +298,9 @@ class DDIMInverse(Alphas):
     initial_alpha_cumprod: Tensor
     _output = ("schedulers.scheduling_ddim_inverse", "DDIMSchedulerOutput")
 
-    def _step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
+    def _looked_at(
+        self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
+    ) -> tuple[FusedRows | None, Any]:
         of = -self._stride(), self.initial_alpha_cumprod, 0.0, True
         place = self._place(timestep, sample, model_output, *of)
-        return self._take_place(place, model_output, timestep, sample, None, return_dict, noisy=False)
+        return place[0], self._take_place(place, model_output, timestep, sample, None, return_dict, noisy=False)

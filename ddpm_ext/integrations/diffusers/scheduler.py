@@ -18,7 +18,7 @@ from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of, with_fallback
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated, peer_method
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient, written
+from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
@@ -170,8 +170,8 @@ class Scheduler(Accelerated):
         if index is None or (own.is_inference() and own.is_cpu):  # see _identity
             return int(timestep.item())
         known = self.__dict__.get("_host_timesteps")
-        if known is None or known.own is not own or known.version != written(own):
-            known = self.__dict__["_host_timesteps"] = HostTimesteps(own, written(own), own.tolist())
+        if known is None or known.own is not own or known.version != C.written(own):
+            known = self.__dict__["_host_timesteps"] = HostTimesteps(own, C.written(own), own.tolist())
         found: int = known.values[index]
         return found
 
@@ -241,7 +241,7 @@ class Scheduler(Accelerated):
         """The next sample and the predicted clean one, both in one launch; a threshold takes two."""
         assert rows.rows is not None
         x0 = empty_like(sample)
-        prev, _ = rows.rows.take(row, sample, model_output, x0=x0, **noise, **extras)
+        prev, _ = rows.rows.take(row, sample, model_output, (), {"x0_out": x0, **noise, **extras})
         if x0.dtype != model_output.dtype and getattr(self.config, "prediction_type", None) == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0
@@ -307,7 +307,7 @@ def are_tensors(*values: object) -> bool:
 def _identity(x: Tensor) -> tuple[object, ...]:
     """A key of the tensor as it is. Inference tensors do not tell whether they were written to: those on a GPU are
     taken for what they were."""
-    return tensor_contents(x) if x.is_inference() and x.is_cpu else (id(x), written(x))
+    return tensor_contents(x) if x.is_inference() and x.is_cpu else (id(x), C.written(x))
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

@@ -22,7 +22,7 @@ from ddpm_ext.integrations.diffusers.traced_loop import Made
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
-from ddpm_ext.integrations.tensors import written
+from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
@@ -219,14 +219,14 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if any(kind.history[len(ring) :]):
             raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        x0 = empty_like(x)
+        inputs = self._noise(kind.noisy, model_output, generator, x, row)
+        x0 = inputs["x0_out"] = empty_like(x)
         # A loop that scales something else than a step's result, as two samples for guidance, has one written in vain.
         writes_input = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
-        model_input = empty_like(x) if writes_input else None
-        noise = self._noise(kind.noisy, model_output, generator, x, row)
-        prev, kept = self._stepper.take(row, x, model_output, ring, x0=x0, model_input=model_input, **noise)
+        model_input = inputs["model_input"] = empty_like(x) if writes_input else None
+        prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
         if model_input is not None:
-            self._made = Made(prev, written(prev), model_input)
+            self._made = Made(prev, C.written(prev), model_input)
         if kept is not None:
             self._ring = (kept, *ring[:2])
         self._step_index = row + 1

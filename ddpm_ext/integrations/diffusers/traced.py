@@ -21,12 +21,20 @@ from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import Begun, LoopPosition, Made, OwnResult, Repeated, Settings
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
-from ddpm_ext.integrations.fallback import Fallback, result_of
+from ddpm_ext.integrations.diffusers.traced_loop import (
+    Begun,
+    LoopPosition,
+    Made,
+    OwnResult,
+    Repeated,
+    Settings,
+    repeated_call,
+)
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
-from ddpm_ext.integrations.tensors import dtype_name, written
-from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.integrations.tensors import dtype_name
+from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
 
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
@@ -69,7 +77,7 @@ class TracedScheduler(Forward):
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
             for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
                 if name in vars(cls):
-                    setattr(cls, name, repeats(vars(cls)[name]))
+                    setattr(cls, name, repeats(vars(cls)[name], peer))
 
     @classmethod
     def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
@@ -98,15 +106,20 @@ class TracedScheduler(Forward):
         if loop is False:
             raise Fallback
         begun = self._begun
-        if loop is None and begun is not None:
-            settings = begun.settings_of(self, args, kwargs)
-            if settings is not None:
-                loop, of_loop = LoopPosition(begun.rows, settings), begun.repeated.of_loop
+        if loop is None and begun is not None and begun.is_for(self, args, kwargs):
+            settings = begun.settings_of(self)
+            if settings is None:
+                self._begun = None  # so that nobody compares the settings again
+            elif isinstance(begun.rows, NoRows):
+                self._traced_loop = False
+                raise begun.rows.again()
+            else:
+                loop, of_loop = LoopPosition(begun.rows, settings), begun.rows.dtypes_of(args[0].dtype, args[2].dtype)
                 repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
-        if loop is not None:
+        if loop is not None:  # which repeating_step has seen, but where code is compiled
             repeated = loop.repeated
-            if repeated is not None and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):
+            if repeated is not None and repeated.call.row_of(self.__dict__, args, kwargs) == loop.at:
                 return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
@@ -142,7 +155,13 @@ class TracedScheduler(Forward):
         has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
         if has_dim:
             timestep = _of_all(timestep, len(x))
-        loop = self._located(loop, timestep, has_dim, x.dim(), options)
+        try:
+            loop = self._located(loop, timestep, has_dim, x.dim(), options)
+        except NoRows as none:
+            if loop is None and self._are_first and len(args) == 3:
+                call = repeated_call(args, kwargs, self.timesteps, none.first, Settings.of(self))
+                self._begun = Begun.of(none.again(), call)
+            raise
         if loop.ring and loop.ring[0].shape != x.shape:
             raise Fallback("its samples have another shape than those of the step before")
         of_loop, repeated = loop.rows.dtypes_of(m.dtype, x.dtype), None
@@ -150,7 +169,7 @@ class TracedScheduler(Forward):
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
             repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
         if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
-            self._begun = Begun.of(loop.rows, repeated)
+            self._begun = Begun.of(loop.rows, repeated.call)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(
@@ -163,63 +182,59 @@ class TracedScheduler(Forward):
         others: Mapping[str, Any],
         repeated: Repeated | None,
     ) -> Any:
-        """The loop's next step.
+        """The loop's next step, and what it returns.
 
         Args:
             tensors: those of the step's options.
             others: the generator and whether to return an object, if they are given.
             repeated: for the step after it.
         """
-        rows, i, ring = loop.rows, loop.at, loop.ring
-        trace = rows.trace
-        step = trace.steps[i]
-        stepper = rows.stepper
-        inputs: dict[str, Any] = {}
-        edited = loop.last if loop.last is not None and loop.last.may_differ(x) else None
+        rows, settings, i, ring, _, last, made = loop
+        trace, stepper = rows.trace, rows.stepper
+        step, is_last = trace.steps[i], i + 1 == len(trace.steps)
+        edited = last if last is not None and last.may_differ(x) else None
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
         if tensors:
             tensors = [tensor.to(of_loop.computed) for tensor in tensors]
+        inputs: dict[str, Any] = {}
         if not of_loop.quiet[i]:
             inputs = self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
-        x0 = empty_like(x) if trace.second else None
-        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
-        is_last = i + 1 == len(rows.timesteps)
-        model_input = own = None
         if edited is not None:
             if stepper.edited is None:
                 stepper.edited = stepper.for_edits(trace.own)
             stepper, m = stepper.edited, m.to(x.dtype)
             inputs["uncond_output"] = edited.copy.to(x.dtype)
+        x0 = model_input = own = None
+        if trace.second:
+            x0 = inputs["x0_out"] = C.empty_result_like(x)
         if not is_last and trace.own[i + 1]:
-            model_input = own = empty_like(x)
-        elif self._scales_inputs and loop.made is None and edited is None and not is_last:
-            scales = scales_of(rows)
+            own = inputs["model_input"] = C.empty_result_like(x)
+        elif self._scales_inputs and made is None and edited is None and not is_last:
+            scales = stepper.scales or scales_of(rows)
             if scales is not None:
                 stepper = scales.stepper
-                model_input = empty_like(x) if x.dtype is of_loop.prev else torch.empty_like(x, dtype=of_loop.prev)
-        prev, kept = stepper.take(i, x, m, history, x0=x0, model_input=model_input, **inputs)
+                is_usual = x.dtype is of_loop.prev
+                model_input = C.empty_result_like(x) if is_usual else torch.empty_like(x, dtype=of_loop.prev)
+                inputs["model_input"] = model_input
+        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
+        prev, kept = stepper.take(i, x, m, history, inputs)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
-        if step.tensors:
-            self._hold(rows, step, None if is_last else x)
-        if kept is not None:
-            ring = (kept, *ring[:2])
-        last = None if own is None else OwnResult(prev, written(prev), own)
-        made = loop.made if model_input is None or own is not None else Made(prev, written(prev), model_input)
         if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
-        position = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, last, made)
-        return self._taken(position, of_loop, others, prev, x0)
-
-    def _taken(
-        self, loop: LoopPosition, of_loop: LoopDtypes, others: Mapping[str, Any], prev: Tensor, x0: Tensor | None
-    ) -> Any:
-        """What a step returns that has come to this place of the loop."""
-        step = loop.rows.trace.steps[loop.at - 1]
+        if kept is not None:
+            ring = (kept, *ring[:2])
+        if step.tensors:
+            self._hold(rows, step, None if is_last else x)
+        last = None if own is None else OwnResult(prev, C.written(prev), own)
+        if model_input is not None:
+            made = Made(prev, C.written(prev), model_input)
         attributes, result = self.__dict__, step.result
         attributes.update(step.state)
-        attributes["_traced_loop"] = loop
+        attributes["_traced_loop"] = LoopPosition(
+            rows, settings, i + 1, ring, None if is_last else repeated, last, made
+        )
         if not others.get("return_dict", True) or result.cls is tuple:
             return (prev,) if of_loop.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}
@@ -352,12 +367,13 @@ class TracedScheduler(Forward):
             known = loop.rows.after.get((loop.at, key))
             if known is not None:
                 return LoopPosition(known, loop.settings)
-        if loop is None and self._begun is not None and self._begun.rows.key == key:  # with tensors of other kinds
-            settings = self._begun.settings_of_rows(self)
-            if settings is not None:
-                return LoopPosition(self._begun.rows, settings)
+        begun = self._begun
+        if loop is None and begun is not None and isinstance(begun.rows, TracedRows) and begun.rows.key == key:
+            settings = begun.settings_of(self)
+            if settings is not None:  # with tensors of other kinds
+                return LoopPosition(begun.rows, settings)
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        rows = result_of(_rows.get_or_trace(peer_class(type(self)), state, key))
+        rows = _rows.get_or_trace(peer_class(type(self)), state, key)
         if alone and loop is not None:
             loop.rows.after[loop.at, key] = rows
         return LoopPosition(rows, Settings.of(self))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.next_input import SIMPLE
 from ddpm_ext.integrations.diffusers.traced_rows import (
     CONFIG,
     READ_HERE,
     LoopDtypes,
+    NoRows,
     TracedRows,
+    contents_of,
     outside,
     state_contents,
 )
+from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_watch import MISSING
 
@@ -36,15 +38,15 @@ class Settings(NamedTuple):
     items: dict[str, Any]
 
     @classmethod
-    def of(cls, scheduler: Any, known: Settings | None = None) -> Settings:
-        """known: some with the same config."""
+    def of(cls, scheduler: Any, known: Settings | None = None, names: Sequence[str] = EDITED) -> Settings:
+        """known: some with the same config. names: of the attributes that are watched."""
         values, watched = vars(scheduler), []
-        for name in EDITED:
+        for name in names:
             x = values.get(name)
             counts = isinstance(x, Tensor) and not x.is_inference()
             watched.append((name, x, x._version if counts else None))
         if known is not None:
-            return known._replace(watched=tuple(watched))
+            return cls(tuple(watched), known.attributes, known.items)
         config = values[CONFIG]
         return cls(tuple(watched), dict(vars(config)), dict(config))
 
@@ -62,22 +64,33 @@ class Settings(NamedTuple):
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
+def repeated_call(
+    args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor, first: int, settings: Settings
+) -> Any:
+    """Repeated's call, of a loop that begins at the place `first` of the timesteps; None where a step with these
+    arguments may need another look at them."""
+    m, timestep, x = args
+    if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
+        return None
+    if any(isinstance(y, Tensor) for y in options.values()):
+        return None
+    return C.RepeatedCall(m, x, timesteps, first, dict(options), *settings)
+
+
 class Repeated(NamedTuple):
     """A loop's last step. One with arguments of the same kinds needs no other look at them. Copies and pickles have
     none.
 
     Attributes:
         of_loop: the dtypes of the loop.
-        call: of the compiled module. is_for(row, the scheduler's attributes, args, kwargs) says whether a step with
-            these arguments is that of the row, and like the last one; is_at(row, attributes, timestep) whether that is
-            the row's timestep, both False where settings were edited; has_kinds(args, kwargs) whether they are like the
-            last ones, whatever the timestep. No tensor is read: it may be on a GPU.
-        take: the TableStep's, of rows that are launches alone, on a CPU; None: each step asks for it.
+        call: of the compiled module. row_of(the scheduler's attributes, args, kwargs) is the row of a step with these
+            arguments, None unless it is like the last one; is_at(row, attributes, timestep) says whether that is the
+            row's timestep, both not where settings were edited; has_kinds(args, kwargs) whether they are like the last
+            ones, whatever the timestep. No tensor is read: it may be on a GPU.
     """
 
     of_loop: LoopDtypes
     call: Any
-    take: Callable[..., Tensor] | None
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -90,81 +103,61 @@ class Repeated(NamedTuple):
 
         timesteps: the scheduler's, of which the given one is an element.
         """
-        m, timestep, x = args
-        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
-            return None
-        if any(isinstance(y, Tensor) for y in options.values()):
-            return None
-        call = C.RepeatedCall(m, x, timesteps, loop.rows.first, dict(options), *loop.settings)
-        is_bound = x.is_cpu and True in of_loop.alone
-        return cls(of_loop, call, loop.rows.stepper.step_for(x.device, x.dtype).take if is_bound else None)
+        call = repeated_call(args, options, timesteps, loop.rows.first, loop.settings)
+        return None if call is None else cls(of_loop, call)
 
 
 class Begun(NamedTuple):
-    """How an object's last loop began. One that begins alike has the same rows. Copies and pickles have none.
+    """How an object's last loop began. One that begins alike has the same rows, or none for the same reason. Copies and
+    pickles have none.
 
     Attributes:
-        rows, repeated: the loop's.
+        rows: the loop's.
+        call: of its steps, as Repeated has it.
         settings: those of `rows.scheduler`.
-        names: the attributes of the scheduler on which the rows hang, beside its config.
+        contents: of the attributes of `rows.scheduler` on which the rows hang, beside its config.
         outside: what else they hang on.
     """
 
-    rows: TracedRows
-    repeated: Repeated
+    rows: TracedRows | NoRows
+    call: Any
     settings: Settings
-    names: frozenset[str]
+    contents: dict[str, object]
     outside: tuple[Any, ...]
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     @classmethod
-    def of(cls, rows: TracedRows, repeated: Repeated) -> Begun | None:
-        """None where nobody knows what the rows hang on."""
-        read, began = rows.trace.read, rows.scheduler
-        if read is None:
+    def of(cls, rows: TracedRows | NoRows, call: Any) -> Begun | None:
+        """None where nobody knows what the rows hang on, or without a call."""
+        read, began = rows.read, rows.scheduler
+        if read is None or call is None:
             return None
-        return cls(rows, repeated, Settings.of(began), (read | READ_HERE) - {CONFIG}, outside(type(began)))
+        contents = {name: contents_of(vars(began).get(name, MISSING)) for name in (read | READ_HERE) - {CONFIG}}
+        return cls(rows, call, Settings.of(began), contents, outside(type(began)))
 
-    def settings_of(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Settings | None:
-        """Those of the loop that a step with these arguments begins, if it is such a loop; else None. No tensor on a
-        GPU is read."""
-        if not self.repeated.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
-            return None
-        return self.settings_of_rows(scheduler) if scheduler._index_of(args[1]) == self.rows.first else None  # noqa: SLF001 (of a Scheduler)
+    def is_for(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Whether a step with these arguments may begin such a loop, whatever the settings. No tensor is read."""
+        if not self.call.has_kinds(args, options) or type(args[1]) is not Tensor or args[1].dim():
+            return False
+        return bool(scheduler._index_of(args[1]) == self.rows.first)  # noqa: SLF001 (of a Scheduler)
 
-    def settings_of_rows(self, scheduler: Any) -> Settings | None:
+    def settings_of(self, scheduler: Any) -> Settings | None:
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
         if outside(type(self.rows.scheduler)) != self.outside:
             return None
-        now, began = scheduler.__dict__, self.rows.scheduler.__dict__
+        now = scheduler.__dict__
         try:
             if not C.unchanged(now, (), self.settings.attributes, self.settings.items):
                 return None
-        except ValueError:  # of arrays
+            for name, began in self.contents.items():
+                value = now.get(name, MISSING)
+                if (isinstance(value, Tensor) and not value.is_cpu) or contents_of(value) != began:
+                    return None
+        except (ValueError, Fallback):  # of arrays in the config, and of what cannot be compared
             return None
-        for name in self.names:
-            x, y = now.get(name, MISSING), began.get(name, MISSING)
-            if x is not y and not _is_same(x, y):
-                return None
         return Settings.of(scheduler, self.settings)
-
-
-def _is_same(x: Any, y: Any) -> bool:
-    """Whether attributes are equal, as far as that is seen at once."""
-    if type(x) is not type(y):
-        return False
-    if isinstance(x, Tensor):
-        return x.is_cpu and x.dtype is y.dtype and torch.equal(x, y)
-    if type(x) is list:
-        return {*map(type, x), *map(type, y)} <= SIMPLE and bool(x == y)
-    return type(x) in SIMPLE and bool(x == y)
-
-
-def is_unchanged(x: object, result: Tensor, version: int) -> bool:
-    """Whether x is a step's very result, as it was. Inference tensors do not tell whether they were written to."""
-    return x is result and not result.is_inference() and result._version == version
 
 
 class Made(NamedTuple):
@@ -185,7 +178,7 @@ class Made(NamedTuple):
     def is_of(self, sample: object) -> bool:
         """Whether that is the very tensor that the step returned, as it was."""
         is_differentiated = self.sample.requires_grad and torch.is_grad_enabled()
-        return is_unchanged(sample, self.sample, self.version) and not is_differentiated
+        return bool(C.is_unwritten(sample, self.sample, self.version)) and not is_differentiated
 
 
 class OwnResult(NamedTuple):
@@ -210,7 +203,7 @@ class OwnResult(NamedTuple):
         """Whether x may be another sample than that."""
         if self.sample is None:
             return not torch.equal(x, self.copy.to(x))
-        return not is_unchanged(x, self.sample, self.version)
+        return not C.is_unwritten(x, self.sample, self.version)
 
 
 class LoopPosition(NamedTuple):
@@ -233,4 +226,4 @@ class LoopPosition(NamedTuple):
     made: Made | None = None
 
     def is_over(self) -> bool:
-        return self.at == len(self.rows.timesteps)
+        return self.at == len(self.rows.trace.steps)

@@ -6,7 +6,7 @@ import functools
 import io
 import pickle
 import types
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +21,9 @@ from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
-from ddpm_ext.tables.trace import TraceResult, follow
+from ddpm_ext.tables.trace import NoRow, TraceResult, follow
 from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
-from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
+from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, copied
 
 CONFIG = "_internal_dict"
 READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
@@ -61,8 +61,6 @@ class LoopDtypes(NamedTuple):
         prev, second: those of a step's results; `second` is None where it has one alone.
         draws: those of each step's draws.
         quiet: whether a row draws nothing.
-        alone: whether a step is its row's launch alone: of sample and output as they are, without anything of the steps
-            before or for those after.
     """
 
     computed: torch.dtype
@@ -70,7 +68,6 @@ class LoopDtypes(NamedTuple):
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     quiet: list[bool]
-    alone: list[bool]
 
 
 class TracedRows(NamedTuple):
@@ -107,12 +104,38 @@ class TracedRows(NamedTuple):
         """The place of the first row among the scheduler's timesteps; 0 where it is none of them."""
         return self.key.first or 0
 
+    @property
+    def read(self) -> frozenset[str] | None:
+        """The names of the attributes on which the rows hang; None: nobody knows."""
+        return self.trace.read
+
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
         """Those of the loop's results and draws, found by running it on few numbers of these dtypes."""
         found = self.dtypes.get((output, sample))
         if found is None:
             found = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
         return result_of(found)
+
+
+class NoRows(Fallback):
+    """Why a loop has no rows.
+
+    Attributes:
+        key, scheduler: as TracedRows has them.
+        read: the names of the attributes on which it hangs; None: nobody knows.
+    """
+
+    def __init__(self, reason: str | None, key: RowsKey, scheduler: Any, read: frozenset[str] | None) -> None:
+        super().__init__(reason)
+        self.key, self.scheduler, self.read = key, scheduler, read
+
+    @property
+    def first(self) -> int:
+        return self.key.first or 0
+
+    def again(self) -> NoRows:
+        """A new one, to be raised: without a traceback, which keeps frames alive."""
+        return NoRows(self.reason, self.key, self.scheduler, self.read)
 
 
 class _Pickler(pickle.Pickler):
@@ -140,12 +163,12 @@ class RowsCache:
     object knows those of its last loop itself, and others are made in hardly more time than they are found."""
 
     def __init__(self, size: int) -> None:
-        self._rows: BoundedCache[TracedRows | Fallback] = BoundedCache(size)
+        self._rows: BoundedCache[TracedRows | NoRows] = BoundedCache(size)
         # By class and key, the names of the attributes that tracing has read, which may hang on what it found there.
         self._reads: BoundedCache[dict[tuple[str, ...], None]] = BoundedCache(size)
 
-    def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows | Fallback:
-        """The rows of a loop, or why there are none. Raises Fallback where the state cannot be compared.
+    def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
+        """The rows of a loop. Raises NoRows where there are none, and Fallback where the state cannot be compared.
 
         state: the attributes of an object of diffusers' class.
         """
@@ -156,22 +179,34 @@ class RowsCache:
         def key_of(names: tuple[str, ...]) -> Hashable:
             for name in names:
                 if name not in contents:
-                    contents[name] = _contents_of(state.get(name, MISSING))
+                    contents[name] = contents_of(state.get(name, MISSING))
             return of_class, names, tuple([contents[name] for name in names])
 
         for names in list(reads):
             found = self._rows.get(key_of(names))
             if found is not None:
-                return found
-        made = made_outside_autograd(trace_rows, new(cls), state, key)
-        read: Iterable[str] = state
-        if isinstance(made, TracedRows):
-            if made.is_closed and state["timesteps"].is_cpu:
-                return made
-            read = state if made.trace.read is None else made.trace.read | READ_HERE
-        names = tuple(sorted(read))
+                return _if_rows(found)
+        made: Any = made_outside_autograd(_rows_or_reason, new(cls), state, key)
+        if isinstance(made, TracedRows) and made.is_closed and state["timesteps"].is_cpu:
+            return made
+        names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
         reads[names] = None
-        return self._rows.get_or_make(key_of(names), lambda: made)
+        return _if_rows(self._rows.get_or_make(key_of(names), lambda: made))
+
+
+def _rows_or_reason(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows | NoRows:
+    """What trace_rows returns or raises."""
+    try:
+        return trace_rows(scheduler, state, key)
+    except Fallback as fallback:
+        cause = fallback.__cause__
+        return NoRows(fallback.reason, key, scheduler, cause.read if isinstance(cause, NoRow) else None)
+
+
+def _if_rows(found: TracedRows | NoRows) -> TracedRows:
+    if isinstance(found, NoRows):
+        raise found.again()
+    return found
 
 
 def outside(cls: type) -> tuple[Any, ...]:
@@ -179,12 +214,18 @@ def outside(cls: type) -> tuple[Any, ...]:
     return getattr(cls, step_name(cls)), torch.get_default_dtype()
 
 
-def _contents_of(value: object) -> object:
+def contents_of(value: object) -> object:
     """A key of an attribute. Raises Fallback where it cannot be compared."""
     if isinstance(value, Tensor):
         return tensor_contents(value)
-    if value is None or value is MISSING or type(value) in (bool, int, str):  # most are, and need no pickle
+    if type(value) is float:
+        return float, value.hex()  # by which NaN is the same, and -0 another
+    if value is MISSING or type(value) in CONSTANT:  # most are, and need no pickle
         return type(value), value
+    if type(value) is list and CONSTANT.issuperset(map(type, value)):
+        return list, *map(contents_of, value)
+    if type(value) is np.ndarray and not value.dtype.hasobject:
+        return value.dtype, value.shape, value.tobytes()
     return state_contents({"": value})
 
 
@@ -278,12 +319,4 @@ def _loop_dtypes(
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)
-    converts = {sample, prev, second or prev} != {computed}
-    own, stepper = [*rows.trace.own, 0.0], rows.stepper
-    alone = [
-        quiet[i] and not (own[i] or own[i + 1] or step.tensors or needs.keeps or any(needs.history))
-        for i, (step, needs) in enumerate(zip(rows.trace.steps, stepper.needs, strict=True))
-    ]
-    if converts or stepper.threshold is not None:
-        alone = [False] * len(alone)
-    return LoopDtypes(computed, prev, second, drawn, quiet, alone)
+    return LoopDtypes(computed, prev, second, drawn, quiet)
