@@ -18,7 +18,7 @@ namespace ddpm_ext::cpu {
 constexpr int64_t kRow = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
 // A run through a buffer is one chunk at most, so a chunk that is not whole stands alone (kernels/spread.h).
 static_assert(kRow == kLossChunk);
-constexpr int64_t kBuffer = 16 * kRow;  // elements of all rows
+constexpr int64_t kBuffer = 32 * kRow;  // elements of all rows
 
 // A tensor of a call, and the field of a run that points into it.
 struct Part {
