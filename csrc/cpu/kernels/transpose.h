@@ -115,7 +115,7 @@ DDPM_HD void scatter_block(const T* from, int64_t in, T* to, int64_t out) {
   for (int64_t i = 0; i < n; ++i) scatter(v[i], to + i * out, n * out);
 }
 
-// A block of kAll rows and 12 columns of 16 bits. The rows follow each other in memory, two of them in three pieces.
+// A block of kAll rows and 12 columns of 16 bits. As its rows follow each other in memory, two of them are three pieces.
 template <class P, class T>
 DDPM_HD void scatter_twelve(const T* from, int64_t in, T* to) {
   using Halves = Pieces<sizeof(typename P::Vector) / 16, uint64_t>;
@@ -134,7 +134,7 @@ DDPM_HD void scatter_twelve(const T* from, int64_t in, T* to) {
   }
 }
 
-// Whole blocks' columns, whose number is returned. There are at least kPiece rows.
+// The columns of whole blocks, whose number is returned. There are at least kPiece rows.
 template <class P, class T>
 DDPM_HD int64_t gather_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr int64_t n = P::kPiece, kLine = 64 / sizeof(T), kAhead = 4096 / sizeof(T);
@@ -158,10 +158,12 @@ DDPM_HD int64_t gather_blocks(const T* from, int64_t in, T* to, int64_t out, int
   return whole_columns;
 }
 
-// The same for more columns than a set of a core's first cache has lines. They may be a power of two apart, and so all
-// in one set. Rows of some of them are copied first. There are at least kStretch rows.
+// Rows that are copied at once, by instructions without a loop.
 template <class T>
 constexpr int64_t kStretch = 512 / sizeof(T);
+
+// The same for at least kStretch rows and more columns than a set of a core's first cache has lines. Columns are often a
+// power of two apart, and so all in one set. Those of the copy are not.
 template <class P, class T>
 DDPM_HD int64_t gather_copies(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr int64_t kColumns = 16, kApart = kStretch<T> + 64 / sizeof(T);
@@ -177,7 +179,7 @@ DDPM_HD int64_t gather_copies(const T* from, int64_t in, T* to, int64_t out, int
   return whole_columns;
 }
 
-// Columns from `begin` on. There are at least kAll rows and kPiece columns. Those before may be written again.
+// Columns from `begin` on. There are at least kAll rows and kPiece columns. Some columns may be written again.
 template <class P, class T>
 DDPM_HD void scatter_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns,
                             int64_t begin) {
@@ -206,7 +208,7 @@ DDPM_HD void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int
     done = columns > 16 && rows > columns && rows >= kStretch<T> ? gather_copies<P>(from, in, to, out, rows, columns)
                                                                  : gather_blocks<P>(from, in, to, out, rows, columns);
   if (done == columns) return;
-  // Where half a vector of columns is left, wide stores are faster.
+  // Of 32 bits, whole pieces of columns are faster by blocks of shorter vectors, which are written at once.
   if (rows >= P::kAll && columns >= P::kPiece && (sizeof(T) == 2 || columns - done < P::kPiece))
     return scatter_blocks<P>(from, in, to, out, rows, columns, done);
   if constexpr (kPieces > 1)
@@ -224,8 +226,8 @@ void transpose_any(const T* from, int64_t in, T* to, int64_t out, int64_t rows, 
   transpose_blocks<kMostPieces<T>>(from, in, to, out, rows, columns);
 }
 
-// Transposes if one of the two sides has pixels of kChannels channels. Where the compiler knows their number, it takes
-// about two thirds of the time, as it knows most addresses.
+// Transposes if one of the two sides has pixels of kChannels channels, and returns whether. As the compiler knows their
+// number, it knows how far apart most addresses are: that saves a third of the time.
 template <int64_t kChannels, class T>
 bool transpose_channels(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   using P = Pieces<kMostPieces<T>, T>;
@@ -257,6 +259,7 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
                      transpose_channels<32>(from, in, to, out, rows, columns);
   if (!known) transpose_any(from, in, to, out, rows, columns);
 #else
+  if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
   transpose_squares<16>(from, in, to, out, rows, columns);
 #endif
 }
