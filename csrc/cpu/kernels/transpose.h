@@ -115,7 +115,8 @@ DDPM_HD void scatter_block(const T* from, int64_t in, T* to, int64_t out) {
   for (int64_t i = 0; i < n; ++i) scatter(v[i], to + i * out, n * out);
 }
 
-// A block of kAll rows and 12 columns of 16 bits. As its rows follow each other in memory, two of them are three pieces.
+// A block of kAll rows and 12 columns of 16 bits. As its rows follow each other in memory, two of them are three
+// pieces.
 template <class P, class T>
 DDPM_HD void scatter_twelve(const T* from, int64_t in, T* to) {
   using Halves = Pieces<sizeof(typename P::Vector) / 16, uint64_t>;
@@ -162,8 +163,8 @@ DDPM_HD int64_t gather_blocks(const T* from, int64_t in, T* to, int64_t out, int
 template <class T>
 constexpr int64_t kStretch = 512 / sizeof(T);
 
-// The same for at least kStretch rows and more columns than a set of a core's first cache has lines. Columns are often a
-// power of two apart, and so all in one set. Those of the copy are not.
+// The same for at least kStretch rows and more columns than a set of a core's first cache has lines. Columns are often
+// a power of two apart, and so all in one set. Those of the copy are not.
 template <class P, class T>
 DDPM_HD int64_t gather_copies(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr int64_t kColumns = 16, kApart = kStretch<T> + 64 / sizeof(T);
