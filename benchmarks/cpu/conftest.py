@@ -61,8 +61,8 @@ def machine() -> list[str]:
     return [
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
-        "medians of one process, float32, warm cache; ratio: eager's median over this one's, or diffusers', "
-        "guided-diffusion's or that of contiguous tensors where there is none",
+        "medians of one process, float32 where no dtype is named, warm cache; ratio: eager's median over this one's, "
+        "or diffusers', guided-diffusion's or that of contiguous tensors where there is none",
     ]
 
 

@@ -10,7 +10,10 @@ import torch
 from ddpm_ext import Philox, ops
 from ddpm_ext.tables.step_table import StepTable
 
-SHAPES = [(8, 4, 64, 64), (4, 3, 256, 256)]
+F32, F16 = torch.float32, torch.float16
+OF_IMAGES = [(8, 4, 64, 64), (4, 3, 256, 256)]
+OF_MANY_CHANNELS = [(8, 8, 64, 64), (8, 12, 64, 64), (8, 16, 64, 64), (2, 32, 64, 64)]
+CASES = [(shape, F32) for shape in OF_IMAGES] + [(shape, dtype) for shape in OF_MANY_CHANNELS for dtype in (F32, F16)]
 # Which of the sample, the model's output, that without its condition, and the noise are channels_last.
 WAYS = {"contiguous": "", "channels_last": "xmuz", "samples channels_last": "xz", "outputs channels_last": "mu"}
 RNG = Philox(0)
@@ -32,15 +35,17 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def name_of(case):
+    return "x".join(map(str, case)) if isinstance(case, tuple) else str(case).removeprefix("torch.")
+
+
+@pytest.mark.benchmark(max_time=0.1)  # there are hundreds
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=name_of)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_layouts(benchmark, shape, operator, way):
-    tensors = [torch.randn(shape) for _ in "xmuz"]
-    given = [
-        x.to(memory_format=torch.channels_last) if name in WAYS[way] else x
-        for name, x in zip("xmuz", tensors, strict=True)
-    ]
-    benchmark.group = f"{operator} {'x'.join(map(str, shape))}"
+def test_layouts(benchmark, shape, dtype, operator, way):
+    memory = {name: torch.channels_last if name in WAYS[way] else torch.contiguous_format for name in "xmuz"}
+    given = [torch.randn(shape).to(dtype, memory_format=memory[name], copy=True) for name in "xmuz"]
+    benchmark.group = f"{operator} {name_of(shape)}" + (f" {name_of(dtype)}" if dtype != F32 else "")
     benchmark.extra_info.update(way=way, elements=math.prod(shape))
     benchmark(OPERATORS[operator], *given)

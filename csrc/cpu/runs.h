@@ -18,7 +18,7 @@ namespace ddpm_ext::cpu {
 constexpr int64_t kRow = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
 // A run through a buffer is one chunk at most, so a chunk that is not whole stands alone (kernels/spread.h).
 static_assert(kRow == kLossChunk);
-constexpr int64_t kBuffer = 16 * kRow;  // elements of all rows
+constexpr int64_t kBuffer = 32 * kRow;  // elements of all rows
 
 // A tensor of a call, and the field of a run that points into it.
 struct Part {
@@ -90,19 +90,21 @@ struct Tile {
 
 // Where a sample is (channels, pixels), some of its tensors have their channels last. A tile with all channels has what
 // is near each other in both orders. Where it is (pixels, channels), the one row has whole pixels. In a sum, and in
-// other samples, the one row is a chunk.
+// other samples, the one row is a chunk. More than half a chunk of 12 channels of float32 is too much for a core's
+// first cache if two tensors are copied; of less memory, smaller tiles cost more calls than they save.
 template <class Run>
-Tile tile_of(const Call& call) {
+Tile tile_of(const Call& call, DType dtype = DType::float32) {
   constexpr int64_t kUnit = kMultiple<Run>;
   constexpr bool kChunks = kUnit == kLossChunk;
   const Tile chunk = {1, kRow};
   if (call.contiguous || call.dims != 2) return chunk;
-  const int64_t rows = call.sizes[0], columns = call.sizes[1],
-                pixels = std::min(kRow, kBuffer / (kUnit * columns) * kUnit);
+  const int64_t rows = call.sizes[0], columns = call.sizes[1];
+  const bool large = !kChunks && dtype == DType::float32 && std::min(rows, columns) > 8;
+  const int64_t most = large ? kRow / 2 : kRow, pixels = std::min(most, kBuffer / (kUnit * columns) * kUnit);
   if (!kChunks && pixels > 0) return {1, pixels * columns};
   const int64_t whole = kChunks ? kLossChunk : call.noise_kind == Noise::drawn ? 4 : 1;  // 4: a block of Philox
   if (rows > kBuffer / kUnit || columns < kUnit || columns % whole != 0) return chunk;
-  return {rows, std::min(kRow, kBuffer / rows / kUnit * kUnit)};
+  return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
 }
 
 // Sets the buffers of a thread's parts. They stay for its next call: those of 16 channels are too large for a stack.
@@ -160,14 +162,22 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
     const auto copied = [&](size_t p) { return samples[p] != nullptr && (n < padded || !ordered[p]); };
     for (size_t p = 0; p < kParts; ++p)
       if (copied(p) && !parts[p].written) load(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
+    // Of the parts that the call has: where the row is, and how far from it the next one, in bytes.
+    struct Place {
+      void** of;
+      char* row;
+      int64_t apart;
+    } places[kParts], *end = places;
+    for (size_t p = 0; p < kParts; ++p) {
+      if (samples[p] == nullptr) continue;
+      const int64_t size = element_size(parts[p].tensor->dtype);
+      *end++ = copied(p) ? Place{parts[p].place, buffers[p], padded * size}
+                         : Place{parts[p].place, in_memory(p, j), call.numel / tile.rows * size};
+    }
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t at = r * (call.numel / tile.rows) + j;
-      for (size_t p = 0; p < kParts; ++p) {
-        if (samples[p] == nullptr) continue;
-        *parts[p].place = copied(p) ? buffers[p] + r * padded * element_size(parts[p].tensor->dtype) : in_memory(p, at);
-      }
+      for (Place* place = places; place < end; place->row += place->apart, ++place) *place->of = place->row;
       run.count = padded;
-      begin_run(run, at, n);
+      begin_run(run, r * (call.numel / tile.rows) + j, n);
       kernel(run);
     }
     for (size_t p = 0; p < kParts; ++p)
@@ -215,7 +225,8 @@ void for_each_sample(const AnyCall& call, Choose choose, Fill fill) {
   const PhiloxKeys keys = philox_keys(seed);
   const Row* table = static_cast<const Row*>(call.table);
 
-  const Tile tile = tile_of<Run>(call);
+  Run any{};
+  const Tile tile = tile_of<Run>(call, parts_of(call, any)[0].tensor->dtype);
   for_each_range(call, tile, [&](int64_t b, int64_t first, int64_t last) {
     Run run{};
     run.keys = &keys;

@@ -91,8 +91,7 @@ def test_any_mixture_of_orders(all_operators, normal, device, choose):
     orders = [inner, [*inner[1:], 1], choose.order(len(shape) - 1, "order")]
     orders[2] = [1 + d for d in orders[2]]
     x_dtype, m_dtype = choose.one_of(DTYPE_PAIRS, "dtypes")
-    dtypes = (x_dtype, m_dtype, m_dtype, x_dtype, x_dtype)
-    plain = [normal(*shape, seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)]
+    plain = [normal(*shape, seed=i, dtype=m_dtype if i in (1, 2) else x_dtype) for i in range(5)]
     given = []
     for x in plain:
         half = choose.one_of([False, False, True], "half")  # a model's first channels
@@ -104,6 +103,15 @@ def test_any_mixture_of_orders(all_operators, normal, device, choose):
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b) and a.device == device
         assert a.dim() == 1 or a.stride() == torch.empty_like(like).stride()
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_any_number_of_channels(normal, device, dtype):
+    for channels in [*range(1, 37), 64]:
+        x, m = normal(2, 1, channels, 16, 33, dtype=dtype)
+        expected = ops.posterior_mean(x, m, AFFINE.to(device), 1)
+        for a, b in ((in_order(x, [0, 2, 3, 1]), m), (x, in_order(m, [0, 2, 3, 1]))):
+            assert torch.equal(ops.posterior_mean(a, b, AFFINE.to(device), 1), expected), channels
 
 
 def test_more_dimensions_than_merge(run, run_on_the_cpu, normal, device):

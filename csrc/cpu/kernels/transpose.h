@@ -75,43 +75,171 @@ struct Pieces {
   }
 };
 
-// A block of kPiece rows and kAll columns.
-template <class P, class T>
-DDPM_HD void transpose_block(const T* from, int64_t in, T* to, int64_t out) {
-  constexpr int64_t n = P::kPiece;
-  typename P::Vector v[n], next[n];
-  for (int64_t i = 0; i < n; ++i) v[i] = P::load(from + i * in, n * in);
-  for (int64_t interleaved = 1; interleaved < n; interleaved *= 2) {
-    for (int64_t i = 0; i < n / 2; ++i) {
-      next[2 * i] = P::template interleave<false>(v[i], v[i + n / 2]);
-      next[2 * i + 1] = P::template interleave<true>(v[i], v[i + n / 2]);
+// Each v[i] has elements of line i. Afterwards the vectors have an element of each line in turn.
+template <class P, int64_t kLines>
+DDPM_HD void interleave_lines(typename P::Vector (&v)[kLines]) {
+  typename P::Vector next[kLines];
+  for (int64_t interleaved = 1; interleaved < kLines; interleaved *= 2) {
+    for (int64_t i = 0; i < kLines / 2; ++i) {
+      next[2 * i] = P::template interleave<false>(v[i], v[i + kLines / 2]);
+      next[2 * i + 1] = P::template interleave<true>(v[i], v[i + kLines / 2]);
     }
-    for (int64_t i = 0; i < n; ++i) v[i] = next[i];
+    for (int64_t i = 0; i < kLines; ++i) v[i] = next[i];
   }
-  for (int64_t i = 0; i < n; ++i) memcpy(to + i * out, &v[i], sizeof(v[i]));
 }
 
-template <int64_t kPieces, class T>
-void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
-  using P = Pieces<kPieces, T>;
-  constexpr int64_t kLine = 64 / sizeof(T), kAhead = 4096 / sizeof(T);
-  const int64_t whole_rows = rows / P::kPiece * P::kPiece, whole_columns = columns / P::kAll * P::kAll;
+// A block of kPiece rows and kAll columns, of which the last kRows rows are written.
+template <class P, int64_t kRows, class T>
+DDPM_HD void gather_block(const T* from, int64_t in, T* to, int64_t out) {
+  constexpr int64_t n = P::kPiece;
+  typename P::Vector v[n];
+  for (int64_t i = 0; i < n; ++i) v[i] = P::load(from + i * in, n * in);
+  interleave_lines<P, n>(v);
+  for (int64_t i = n - kRows; i < n; ++i) memcpy(to + i * out, &v[i], sizeof(v[i]));
+}
+
+// Writes each piece of a vector to a place of its own.
+template <class Vector, class T>
+DDPM_HD void scatter(Vector v, T* to, int64_t apart) {
+  for (int64_t p = 0; p < static_cast<int64_t>(sizeof(v)) / 16; ++p)
+    memcpy(to + p * apart, reinterpret_cast<const char*>(&v) + 16 * p, 16);
+}
+
+// A block of kAll rows and kPiece columns.
+template <class P, class T>
+DDPM_HD void scatter_block(const T* from, int64_t in, T* to, int64_t out) {
+  constexpr int64_t n = P::kPiece;
+  typename P::Vector v[n];
+  for (int64_t i = 0; i < n; ++i) memcpy(&v[i], from + i * in, sizeof(v[i]));
+  interleave_lines<P, n>(v);
+  for (int64_t i = 0; i < n; ++i) scatter(v[i], to + i * out, n * out);
+}
+
+// A block of kAll rows and 12 columns of 16 bits. As its rows follow each other in memory, two of them are three
+// pieces.
+template <class P, class T>
+DDPM_HD void scatter_twelve(const T* from, int64_t in, T* to) {
+  using Halves = Pieces<sizeof(typename P::Vector) / 16, uint64_t>;
+  using Vector = typename Halves::Vector;
+  typename P::Vector first[8], last[4];
+  for (int64_t i = 0; i < 8; ++i) memcpy(&first[i], from + i * in, sizeof(first[i]));
+  for (int64_t i = 0; i < 4; ++i) memcpy(&last[i], from + (8 + i) * in, sizeof(last[i]));
+  interleave_lines<P, 8>(first);
+  interleave_lines<P, 4>(last);
+  for (int64_t i = 0; i < 4; ++i) {
+    const Vector even = Vector(first[2 * i]), odd = Vector(first[2 * i + 1]), both = Vector(last[i]);
+    T* const rows = to + 2 * i * 12;
+    scatter(even, rows, 8 * 12);
+    scatter(Halves::template interleave<false>(both, odd), rows + 8, 8 * 12);
+    scatter(Halves::template interleave<true>(odd, both), rows + 16, 8 * 12);
+  }
+}
+
+// The columns of whole blocks, whose number is returned. There are at least kPiece rows.
+template <class P, class T>
+DDPM_HD int64_t gather_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  constexpr int64_t n = P::kPiece, kLine = 64 / sizeof(T), kAhead = 4096 / sizeof(T);
+  const int64_t whole_rows = rows / n * n, whole_columns = columns / P::kAll * P::kAll, last = rows - n;
   // The lines of a few columns are read whole: those of more columns may not fit into a core's first cache.
-  for (int64_t first = 0; first < whole_rows; first += kLine)
+  for (int64_t first = 0; first < rows; first += kLine)
     for (int64_t c = 0; c < whole_columns; c += P::kAll) {
       // Whole columns follow each other in memory, also behind the matrix. A core reads elsewhere between two calls, so
       // it does not fetch them far enough ahead itself. For columns of less than a line that costs more than it gains.
       if (in == rows && in >= kLine && first == 0)
         for (int64_t i = 0; i < P::kAll * in; i += kLine) __builtin_prefetch(from + c * in + i + kAhead);
-      for (int64_t r = first; r < first + kLine && r < whole_rows; r += P::kPiece)
-        transpose_block<P>(from + c * in + r, in, to + r * out + c, out);
+      for (int64_t r = first; r < first + kLine && r < whole_rows; r += n)
+        gather_block<P, n>(from + c * in + r, in, to + r * out + c, out);
+      if (first + kLine < rows || rows == whole_rows) continue;
+      // Some of the rows of the last block may be written again.
+      if (rows - whole_rows <= n / 2)
+        gather_block<P, n / 2>(from + c * in + last, in, to + last * out + c, out);
+      else
+        gather_block<P, n>(from + c * in + last, in, to + last * out + c, out);
     }
-  const T* const beside = from + whole_columns * in;
+  return whole_columns;
+}
+
+// Rows that are copied at once, by instructions without a loop.
+template <class T>
+constexpr int64_t kStretch = 512 / sizeof(T);
+
+// The same for at least kStretch rows and more columns than a set of a core's first cache has lines. Columns are often
+// a power of two apart, and so all in one set. Those of the copy are not.
+template <class P, class T>
+DDPM_HD int64_t gather_copies(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  constexpr int64_t kColumns = 16, kApart = kStretch<T> + 64 / sizeof(T);
+  const int64_t whole_columns = columns / P::kAll * P::kAll;
+  alignas(64) T copy[kColumns * kApart];
+  for (int64_t row = 0; row < rows; row += kStretch<T>)
+    for (int64_t c = 0; c < whole_columns; c += kColumns) {
+      const int64_t r = row < rows - kStretch<T> ? row : rows - kStretch<T>;
+      const int64_t width = whole_columns - c < kColumns ? whole_columns - c : kColumns;
+      for (int64_t i = 0; i < width; ++i) memcpy(copy + i * kApart, from + (c + i) * in + r, kStretch<T> * sizeof(T));
+      gather_blocks<P>(copy, kApart, to + r * out + c, out, kStretch<T>, width);
+    }
+  return whole_columns;
+}
+
+// Columns from `begin` on. There are at least kAll rows and kPiece columns. Some columns may be written again.
+template <class P, class T>
+DDPM_HD void scatter_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns,
+                            int64_t begin) {
+  constexpr int64_t n = P::kPiece, kLine = 64 / sizeof(T);
+  const bool twelve = sizeof(T) == 2 && begin == 0 && columns == 12 && out == 12;
+  for (int64_t first = 0; first < rows; first += kLine)
+    for (int64_t column = begin; column < columns; column += twelve ? columns : n)
+      for (int64_t row = first; row < first + kLine && row < rows; row += P::kAll) {
+        const int64_t c = column < columns - n || twelve ? column : columns - n;
+        const int64_t r = row < rows - P::kAll ? row : rows - P::kAll;
+        if constexpr (sizeof(T) == 2) {
+          if (twelve) {
+            scatter_twelve<P>(from + r, in, to + r * out);
+            continue;
+          }
+        }
+        scatter_block<P>(from + c * in + r, in, to + r * out + c, out);
+      }
+}
+
+template <int64_t kPieces, class T>
+DDPM_HD void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  using P = Pieces<kPieces, T>;
+  int64_t done = 0;
+  if (rows >= P::kPiece && columns >= P::kAll)
+    done = columns > 16 && rows > columns && rows >= kStretch<T> ? gather_copies<P>(from, in, to, out, rows, columns)
+                                                                 : gather_blocks<P>(from, in, to, out, rows, columns);
+  if (done == columns) return;
+  // Of 32 bits, whole pieces of columns are faster by blocks of shorter vectors, which are written at once.
+  if (rows >= P::kAll && columns >= P::kPiece && (sizeof(T) == 2 || columns - done < P::kPiece))
+    return scatter_blocks<P>(from, in, to, out, rows, columns, done);
   if constexpr (kPieces > 1)
-    transpose_blocks<kPieces / 2>(beside, in, to + whole_columns, out, whole_rows, columns - whole_columns);
+    transpose_blocks<kPieces / 2>(from + done * in, in, to + done, out, rows, columns - done);
   else
-    transpose_squares<4>(beside, in, to + whole_columns, out, whole_rows, columns - whole_columns);
-  transpose_squares<4>(from + whole_rows, in, to + whole_rows * out, out, rows - whole_rows, columns);
+    transpose_squares<4>(from + done * in, in, to + done, out, rows, columns - done);
+}
+
+// AVX-512 F cannot interleave elements of 16 bits in more than two pieces.
+template <class T>
+constexpr int64_t kMostPieces = sizeof(Floats) == 64 && sizeof(T) == 2 ? 2 : sizeof(Floats) / 16;
+
+template <class T>
+void transpose_any(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  transpose_blocks<kMostPieces<T>>(from, in, to, out, rows, columns);
+}
+
+// Transposes if one of the two sides has pixels of kChannels channels, and returns whether. As the compiler knows their
+// number, it knows how far apart most addresses are: that saves a third of the time.
+template <int64_t kChannels, class T>
+bool transpose_channels(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  using P = Pieces<kMostPieces<T>, T>;
+  if (rows == kChannels && in == kChannels) {
+    const int64_t done = gather_blocks<P>(from, kChannels, to, out, kChannels, columns);
+    transpose_any(from + done * in, in, to + done, out, rows, columns - done);
+    return true;
+  }
+  if (columns != kChannels || out != kChannels) return false;
+  transpose_blocks<kMostPieces<T>>(from, in, to, kChannels, rows, kChannels);
+  return true;
 }
 
 #endif
@@ -125,13 +253,16 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
   if (rows == 4 && in == 4) return split_channels<4>(from, to, out, columns);
   if (columns == 3 && out == 3) return join_channels<3>(from, in, to, rows);
   if (columns == 4 && out == 4) return join_channels<4>(from, in, to, rows);
-  if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
 #if defined(__clang__) || __GNUC__ >= 12
-  // Of vectors of AVX-512 the compiler's own permutations are as good, and more lines are read at once.
-  const bool by_squares = sizeof(Floats) == 64 && sizeof(T) == 4 && rows % 16 == 0 && columns % 16 == 0;
-  if (!by_squares) return transpose_blocks<sizeof(Floats) == 16 ? 1 : 2>(from, in, to, out, rows, columns);
-#endif
+  const bool known = transpose_channels<8>(from, in, to, out, rows, columns) ||
+                     transpose_channels<12>(from, in, to, out, rows, columns) ||
+                     transpose_channels<16>(from, in, to, out, rows, columns) ||
+                     transpose_channels<32>(from, in, to, out, rows, columns);
+  if (!known) transpose_any(from, in, to, out, rows, columns);
+#else
+  if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
   transpose_squares<16>(from, in, to, out, rows, columns);
+#endif
 }
 
 }  // namespace
