@@ -59,6 +59,7 @@ CHANGES = {
     "written": (lambda scheduler, *_: scheduler.sigmas[4:-1].mul_(1.1), TURN),
     "replaced": (lambda scheduler, *_: setattr(scheduler, "sigmas", scheduler.sigmas * 1.1), TURN),
     "config": (lambda scheduler, *_: setattr(scheduler.config, "prediction_type", "v_prediction"), TURN),
+    "another place": (lambda scheduler, *_: setattr(scheduler, "_step_index", 1), TURN),
     "out of turn": (lambda scheduler, m, x, t, options: (m, x, scheduler.timesteps[0]), TURN),
     "an unknown option": (lambda scheduler, m, x, t, options: options.update(unknown=1), "as its arguments are"),
 }
@@ -71,7 +72,7 @@ def test_a_change_in_the_middle_of_a_loop_with_history(change):
     with pytest.raises(RuntimeError, match=r"call every step of a loop with the same options") as caught:
         run(ours, 3, function)
     assert f"step 3 of the loop has no fused form ({why})" in str(caught.value)
-    if change not in ("written", "replaced", "config"):
+    if change not in ("written", "replaced", "config", "another place"):
         found = run(accelerate(make(HISTORY)))
         same(found, run(make(HISTORY)))
         again = run(ours, timesteps=ours.timesteps[3:], begun=found[:4])
@@ -96,11 +97,13 @@ def test_a_change_in_the_middle_of_a_loop_without_history(change):
 
 
 @pytest.mark.parametrize("name", [HISTORY, ALONE])
-def test_what_is_no_change(name):
-    """A begin index is read where a loop begins; copies of settings are the same settings."""
+@pytest.mark.parametrize("change_place", [lambda x: x.set_begin_index(0), lambda x: setattr(x, "_step_index", None)])
+def test_what_is_no_change(name, change_place):
+    """A begin index is read where a loop begins, an index is found again by the timestep; copies of settings are the
+    same settings."""
 
     def change(scheduler, m, x, t, options):
-        scheduler.set_begin_index(0)
+        change_place(scheduler)
         scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
         options["return_dict"] = True
         return m.clone(memory_format=torch.channels_last), x, scheduler.timesteps[3]
@@ -108,6 +111,33 @@ def test_what_is_no_change(name):
     with launches() as called:
         same(run(accelerate(make(name)), 3, change), run(make(name)))
     assert len(called) == STEPS
+
+
+def test_what_a_step_has_made_is_not_for_another_place():
+    results = []
+    for scheduler in (make("EulerDiscreteScheduler"), accelerate(make("EulerDiscreteScheduler"))):
+        results.append([torch.ones(SHAPE)])
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            results[-1].append(scheduler.scale_model_input(results[-1][-1], t))
+            results[-1].append(scheduler.step(results[-1][-1] / 2, t, results[-1][-2]).prev_sample)
+            scheduler._step_index = 2
+    same(*reversed(results))
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+@pytest.mark.parametrize("begin", [None, 3])
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_timestep_that_stands_twice(name, begin):
+    """A loop that begins there begins at the second one, or where it is told, also if the timestep is a copy."""
+    results = []
+    for scheduler in (make(name), accelerate(make(name))):
+        scheduler.set_timesteps(STEPS)
+        scheduler._begin_index, x = begin, torch.ones(SHAPE)
+        for t in scheduler.timesteps[begin or 4 :].clone():
+            x = scheduler.step(x / 2, t, x).prev_sample
+        results.append([x])
+    same(*reversed(results))
 
 
 @pytest.mark.parametrize("name", [HISTORY, ALONE])

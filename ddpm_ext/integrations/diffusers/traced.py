@@ -106,7 +106,8 @@ class TracedScheduler(Forward):
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:
             repeated = loop.repeated
-            if repeated is not None and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):
+            is_next = repeated is not None and loop.has_index_of(self)
+            if is_next and repeated.call.is_for(loop.at, self.__dict__, args, kwargs):
                 return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
@@ -250,6 +251,8 @@ class TracedScheduler(Forward):
 
     def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
         """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
+        if not loop.has_index_of(self):
+            return False
         if loop.repeated is not None and loop.repeated.call.is_at(loop.at, self.__dict__, timestep):
             return True
         rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
@@ -334,7 +337,7 @@ class TracedScheduler(Forward):
                 settings = loop.settings.renewed(self, vars(rows.scheduler))
             if settings is not None and not over and options == rows.key.options:
                 at = float(rows.timesteps[loop.at]) if index is None else rows.first + loop.at
-                if at == (float(value) if index is None else index):
+                if at == (float(value) if index is None else index) and self._is_in_place(loop):
                     return loop._replace(settings=settings)
             if over and not rows.stateless:
                 raise Fallback("the loop is over")
@@ -344,12 +347,13 @@ class TracedScheduler(Forward):
         if index is not None:
             value = timestep if own.is_cpu else self._times()[index]
         elif value in self._times():
-            index = self._times().index(value)
+            index = self._own_place(value)
         # Where options change from step to step, rows for more than one of them would be of no use.
         kind = timestep.dtype if is_tensor else type(timestep)
         key = RowsKey(options, index, float(value), kind, has_dim, alone, dims)
+        step_index = vars(self).get("_step_index")
         if alone and loop is not None:
-            known = loop.rows.after.get((loop.at, key))
+            known = loop.rows.after.get((loop.at, key, step_index))
             if known is not None:
                 return LoopPosition(known, loop.settings)
         if loop is None and self._begun is not None and self._begun.rows.key == key:  # with tensors of other kinds
@@ -359,8 +363,26 @@ class TracedScheduler(Forward):
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
         rows = result_of(_rows.get_or_trace(peer_class(type(self)), state, key))
         if alone and loop is not None:
-            loop.rows.after[loop.at, key] = rows
+            loop.rows.after[loop.at, key, step_index] = rows
         return LoopPosition(rows, Settings.of(self))
+
+    def _own_place(self, timestep: float) -> int:
+        """At which place of a timestep of its own the scheduler would begin: that of its index, or of two the second
+        one. Without an index, the first one."""
+        now = vars(self)
+        places = [i for i, t in enumerate(self._times()) if t == timestep]
+        own = now.get("_begin_index") if now.get("_step_index") is None else now["_step_index"]
+        if own in places:
+            return int(own)
+        return places[1] if own is None and "_step_index" in now and len(places) > 1 else places[0]
+
+    def _is_in_place(self, loop: LoopPosition) -> bool:
+        """Whether the scheduler's own step would be at the loop's next row, also where somebody has taken its index."""
+        if loop.has_index_of(self):
+            return True
+        now, timestep = vars(self), self._times()[loop.rows.first + loop.at]
+        is_taken = now["_step_index"] is None and now.get("_begin_index") is None
+        return is_taken and self._own_place(timestep) == loop.rows.indexes[loop.at]
 
     # ------------------------------------------------------------------------------------------------------- noise
 

@@ -25,7 +25,8 @@ def repeating_step(step: Callable[..., Any]) -> Callable[..., Any]:
             return step(self, *args, **kwargs)
         rows, _, at, _, repeated, _, made = loop
         of_loop = repeated.of_loop
-        if not of_loop.alone[at] or not repeated.call.is_for(at, attributes, args, kwargs):
+        is_next = of_loop.alone[at] and attributes.get("_step_index") == rows.indexes[at]
+        if not is_next or not repeated.call.is_for(at, attributes, args, kwargs):
             return step(self, *args, **kwargs)
         x, is_last = args[2], at + 1 == len(of_loop.alone)
         take, model_input, x0 = repeated.take, None, empty_like(x) if rows.trace.second else None
@@ -50,8 +51,8 @@ def repeating_scale(scale: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = None if torch.compiler.is_compiling() else self.__dict__.get("_traced_loop")
         if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
-            is_next = loop.made.is_of(args[0]) and loop.repeated.call.is_at(loop.at, self.__dict__, args[1])
-            if is_next:
+            is_next = loop.made.is_of(args[0]) and loop.has_index_of(self)
+            if is_next and loop.repeated.call.is_at(loop.at, self.__dict__, args[1]):
                 return self._made(loop)
         return scale(self, *args, **kwargs)
 

@@ -234,3 +234,7 @@ class LoopPosition(NamedTuple):
 
     def is_over(self) -> bool:
         return self.at == len(self.rows.timesteps)
+
+    def has_index_of(self, scheduler: Any) -> bool:
+        """Whether the scheduler's index is what the last step left: that, and no timestep, is the place of a step."""
+        return bool(scheduler.__dict__.get("_step_index") == self.rows.indexes[self.at])

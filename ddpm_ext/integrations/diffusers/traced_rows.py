@@ -86,7 +86,8 @@ class TracedRows(NamedTuple):
         scheduler: as it was when the loop began, on the CPU.
         is_closed: whether the rows are of closed form, whose proof was in float32.
         dtypes: by the dtypes of output and sample.
-        after: the rows of single steps that came after a row, by that row and their key.
+        after: the rows of single steps that came after a row, by that row, their key and the scheduler's index.
+        indexes: the scheduler's `_step_index` before each row; None where it has none.
     """
 
     key: RowsKey
@@ -97,7 +98,8 @@ class TracedRows(NamedTuple):
     scheduler: Any
     is_closed: bool
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
-    after: dict[tuple[int, RowsKey], TracedRows]
+    after: dict[tuple[int, RowsKey, int | None], TracedRows]
+    indexes: list[int | None]
 
     def __deepcopy__(self, memo: object) -> TracedRows:
         return self
@@ -235,8 +237,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    dtypes = {} if known is None else known[1].dtypes
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, known is not None, dtypes, {})
+    dtypes, indexes = {} if known is None else known[1].dtypes, [state.get("_step_index")]
+    for step in trace.steps[:-1]:
+        indexes.append(step.state.get("_step_index", indexes[-1]))
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, known is not None, dtypes, {}, indexes)
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
