@@ -221,14 +221,16 @@ def test_copies_know_edited_samples(edit):
     def edited(scheduler, how=lambda scheduler: scheduler):
         scheduler.set_timesteps(STEPS)
         x = torch.ones(SHAPE)
+        given = {"variance_noise": x} if scheduler.config.get("algorithm_type") else {}
         for t in scheduler.timesteps:
-            x = edit(scheduler.step(scheduler.scale_model_input(x, t) / 2, t, x).prev_sample)
+            x = edit(scheduler.step(scheduler.scale_model_input(x, t) / 2, t, x, **given).prev_sample)
             scheduler = how(scheduler)
         return x
 
-    whole = edited(accelerate(make(HISTORY)))
-    for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
-        assert torch.equal(edited(accelerate(make(HISTORY)), how), whole)
+    for name, config in ((HISTORY, {}), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})):
+        whole = edited(accelerate(make(name, **config)))
+        for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
+            assert torch.equal(edited(accelerate(make(name, **config)), how), whole)
     with torch.inference_mode():
         for name in (HISTORY, "EulerDiscreteScheduler"):
             same([edited(accelerate(make(name)))], [edited(make(name))])
