@@ -193,6 +193,7 @@ def test_steps_of_the_own_code_without_a_warning():
         ("DDPM", {"variance_type": "learned"}, None, {}),
         ("DDPM", {"variance_type": "learned_range"}, None, {}),
         ("DDPM", {}, None, {"t": 401}),  # between its timesteps
+        ("DPMSolverMultistep", {"variance_type": "learned"}, None, dict.fromkeys("mx", normal(1, 2, 4, 4, 4))),
         ("DDIM", {}, {"num_inference_steps": None}, {}),
         ("DDIMInverse", {}, {"num_inference_steps": None}, {}),
         ("DDIM", {}, None, {"eta": 1.0, "variance_noise": Z, "generator": seeded(1)}),

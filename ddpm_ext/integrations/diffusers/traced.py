@@ -63,9 +63,11 @@ class TracedScheduler(Forward):
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
             cls._inputs = input_names([parameter.name for parameter in parameters])
+            # What rows are the same for; a class that returns tuples unless it is asked has other ones for objects.
             always = (*cls._inputs, *OTHERS)
             cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
-            cls._parameters = {each.name: EMPTY if each.name in always else each.default for each in parameters}
+            defaults = {each.name: each.default for each in parameters}
+            cls._parameters = defaults | {name: EMPTY for name in always if defaults.get(name, False) is not False}
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
             for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
                 if name in vars(cls):
@@ -132,7 +134,7 @@ class TracedScheduler(Forward):
         """A step whose arguments are looked at."""
         given = self._given(args, kwargs)
         m, timestep, x = (given.pop(name) for name in self._inputs)
-        others = {name: given.pop(name) for name in OTHERS if name in given}
+        others = {name: given.pop(name) for name in OTHERS if name in given and self._parameters[name] is EMPTY}
         if not are_tensors(x, m):
             raise Fallback
         if "noise_sampler" in vars(self):  # it takes a hundred times as long as all else in a step
@@ -270,7 +272,7 @@ class TracedScheduler(Forward):
         config = self.config
         if (
             type(self).__name__ in OF_THREE_CHANNELS
-            and m.shape[:2] != x.shape[:2]
+            and m.shape[1:2] > (3,)
             and config.variance_type in ("learned", "learned_range")
             and config.prediction_type == "epsilon"
         ):
