@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -167,6 +168,24 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
         loop(scheduler, 10, stop=3)
         results.append([x[0] for x in loop(scheduler, 10)[0]])
     same(*reversed(results))
+
+
+@pytest.mark.parametrize("in_class", [False, True])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, in_class):
+    plain, ours = make(HISTORY), accelerate(make(HISTORY))
+    own = type(plain).convert_model_output
+    run(ours)
+
+    def halved(self, *args, **options):
+        return own(self, *args, **options) / 2
+
+    for scheduler in (plain, ours):
+        if in_class:
+            monkeypatch.setattr(type(plain), "convert_model_output", halved)
+        else:
+            scheduler.convert_model_output = types.MethodType(halved, scheduler)
+    same(run(ours), run(plain))
 
 
 def in_place(x):

@@ -15,6 +15,7 @@ from ddpm_ext.integrations.diffusers.traced_rows import (
     LoopDtypes,
     TracedRows,
     outside,
+    replaced,
     state_contents,
 )
 from ddpm_ext.ops.extension import C
@@ -136,9 +137,9 @@ class Begun(NamedTuple):
 
     def settings_of_rows(self, scheduler: Any) -> Settings | None:
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
-        if outside(type(self.rows.scheduler)) != self.outside:
+        now, began, cls = scheduler.__dict__, self.rows.scheduler.__dict__, type(self.rows.scheduler)
+        if outside(cls) != self.outside or replaced(cls, now):
             return None
-        now, began = scheduler.__dict__, self.rows.scheduler.__dict__
         try:
             if not C.unchanged(now, (), self.settings.attributes, self.settings.items):
                 return None

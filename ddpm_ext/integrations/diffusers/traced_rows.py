@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import pickle
 import types
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,7 +152,7 @@ class RowsCache:
 
         state: the attributes of an object of diffusers' class.
         """
-        of_class = cls, outside(cls), key
+        of_class = cls, outside(cls), tuple([(name, state[name]) for name in sorted(replaced(cls, state))]), key
         reads = self._reads.get_or_make(of_class, dict)
         contents: dict[str, object] = {}  # read once from a GPU
 
@@ -177,8 +178,20 @@ class RowsCache:
 
 
 def outside(cls: type) -> tuple[Any, ...]:
-    """What the rows of an object of diffusers' class hang on beside its attributes."""
-    return getattr(cls, step_name(cls)), torch.get_default_dtype()
+    """What the rows of an object of diffusers' class hang on beside its attributes: methods may be replaced in a class."""
+    return _methods(cls)[1](cls), torch.get_default_dtype()
+
+
+def replaced(cls: type, state: Mapping[str, Any]) -> set[str]:
+    """The methods of diffusers' class that an object with this state has in its own place."""
+    return state.keys() & _methods(cls)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _methods(cls: type) -> tuple[set[str], Callable[[type], tuple[Any, ...]]]:
+    """The names of a class's methods, and a function that finds these."""
+    names = {name for base in cls.__mro__ for name, x in vars(base).items() if isinstance(x, types.FunctionType)}
+    return names, operator.attrgetter(*sorted(names))
 
 
 def _contents_of(value: object) -> object:
