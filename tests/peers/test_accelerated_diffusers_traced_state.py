@@ -126,16 +126,23 @@ def test_what_a_step_has_made_is_not_for_another_place():
     same(*reversed(results))
 
 
-@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
-@pytest.mark.parametrize("begin", [None, 3])
+@pytest.mark.parametrize(
+    "name, config, start, begin",
+    [
+        ("HeunDiscreteScheduler", {}, 4, None),
+        ("FlowMatchHeunDiscreteScheduler", {}, 3, 3),
+        ("DEISMultistepScheduler", {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}, 0, None),
+    ],
+)
 @pytest.mark.filterwarnings("error:step runs the own code")
-def test_a_timestep_that_stands_twice(name, begin):
-    """A loop that begins there begins at the second one, or where it is told, also if the timestep is a copy."""
+def test_a_timestep_that_stands_twice(name, config, start, begin):
+    """A loop that begins there begins at the second one, or where it is told; a whole loop has all. The timesteps are
+    copies."""
     results = []
-    for scheduler in (make(name), accelerate(make(name))):
+    for scheduler in (make(name, **config), accelerate(make(name, **config))):
         scheduler.set_timesteps(STEPS)
         scheduler._begin_index, x = begin, torch.ones(SHAPE)
-        for t in scheduler.timesteps[begin or 4 :].clone():
+        for t in scheduler.timesteps[start:-1].clone():
             x = scheduler.step(x / 2, t, x).prev_sample
         results.append([x])
     same(*reversed(results))

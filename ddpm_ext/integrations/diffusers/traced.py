@@ -369,22 +369,23 @@ class TracedScheduler(Forward):
         return LoopPosition(rows, Settings.of(self))
 
     def _own_place(self, timestep: float) -> int:
-        """At which place of a timestep of its own the scheduler would begin: that of its index, or of two the second
-        one. Without an index, the first one."""
+        """At which place of a timestep of its own a loop begins: that of the scheduler's index, or of a pair within its
+        timesteps the second one, as in diffusers; else the first one, which a whole loop begins at."""
         now = vars(self)
         places = [i for i, t in enumerate(self._times()) if t == timestep]
         own = now.get("_begin_index") if now.get("_step_index") is None else now["_step_index"]
         if own in places:
             return int(own)
-        return places[1] if own is None and "_step_index" in now and len(places) > 1 else places[0]
+        is_pair = "_step_index" in now and own is None and len(places) == 2 and places[0] > 0
+        return places[1] if is_pair else places[0]
 
     def _is_in_place(self, loop: LoopPosition) -> bool:
         """Whether the scheduler's own step would be at the loop's next row, also where somebody has taken its index."""
         if loop.has_index_of(self):
             return True
-        now, timestep = vars(self), self._times()[loop.rows.first + loop.at]
-        is_taken = now["_step_index"] is None and now.get("_begin_index") is None
-        return is_taken and self._own_place(timestep) == loop.rows.indexes[loop.at]
+        now, times, place = vars(self), self._times(), loop.rows.first + loop.at
+        is_found_again = now["_step_index"] is None and now.get("_begin_index") is None
+        return is_found_again and times.count(times[place]) == 1 and place == loop.rows.indexes[loop.at]
 
     # ------------------------------------------------------------------------------------------------------- noise
 

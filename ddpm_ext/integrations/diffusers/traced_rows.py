@@ -178,7 +178,7 @@ class RowsCache:
 
 
 def outside(cls: type) -> tuple[Any, ...]:
-    """What the rows of an object of diffusers' class hang on beside its attributes: its methods may be replaced, too."""
+    """What the rows of an object of diffusers' class hang on beside its attributes, such as its methods, if replaced."""
     return _methods(cls)[1](cls), torch.get_default_dtype()
 
 
