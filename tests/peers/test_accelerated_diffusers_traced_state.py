@@ -80,11 +80,6 @@ def test_a_change_in_the_middle_of_a_loop_with_history(change):
         assert all(map(torch.equal, again, found)) and ours.accelerated.fallbacks == {}
 
 
-def test_lms_order_is_one_of_a_loops_options():
-    with pytest.raises(RuntimeError, match=TURN):
-        run(accelerate(make("LMSDiscreteScheduler")), 3, lambda *given: given[-1].update(order=2))
-
-
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("first alone", "an unknown option")])
 @pytest.mark.filterwarnings("ignore:step runs the own code")
 def test_a_change_in_the_middle_of_a_loop_without_history(change):
@@ -112,18 +107,6 @@ def test_what_is_no_change(name, change_place):
     with launches() as called:
         same(run(accelerate(make(name)), 3, change), run(make(name)))
     assert len(called) == STEPS
-
-
-def test_what_a_step_has_made_is_not_for_another_place():
-    results = []
-    for scheduler in (make("EulerDiscreteScheduler"), accelerate(make("EulerDiscreteScheduler"))):
-        results.append([torch.ones(SHAPE)])
-        scheduler.set_timesteps(STEPS)
-        for t in scheduler.timesteps:
-            results[-1].append(scheduler.scale_model_input(results[-1][-1], t))
-            results[-1].append(scheduler.step(results[-1][-1] / 2, t, results[-1][-2]).prev_sample)
-            scheduler._step_index = 2
-    same(*reversed(results))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class TracedScheduler(Forward):
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
             cls._inputs = input_names([parameter.name for parameter in parameters])
-            # What rows are the same for; a class that returns tuples unless it is asked has other ones for objects.
+            # Rows are the same whatever these are, unless a class returns objects only where it is asked for them.
             always = (*cls._inputs, *OTHERS)
             cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
             defaults = {each.name: each.default for each in parameters}

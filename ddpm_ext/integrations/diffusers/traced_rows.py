@@ -178,7 +178,7 @@ class RowsCache:
 
 
 def outside(cls: type) -> tuple[Any, ...]:
-    """What the rows of an object of diffusers' class hang on beside its attributes, such as its methods, if replaced."""
+    """What the rows of an object of diffusers' class hang on beside its attributes, such as replaced methods."""
     return _methods(cls)[1](cls), torch.get_default_dtype()
 
 
