@@ -183,7 +183,8 @@ def _names_beside(function: types.FunctionType) -> set[str]:
     while waiting:
         caller = waiting.pop()
         for name in _names_in(caller):
-            each = _function_of(caller.__globals__.get(name))
+            value = caller.__globals__.get(name)
+            each = _function_of(value) if isinstance(value, types.FunctionType) else None
             if each is not None and name != NOISE and each not in called:
                 called.add(each)
                 waiting.append(each)
