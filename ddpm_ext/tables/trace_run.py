@@ -27,8 +27,6 @@ CLEAN_FIELDS = ("pred_original_sample", "denoised")
 # Switches of a config that clip the predicted clean sample. One that divides it by a quantile clips it, too, where a
 # sample is one number, as here.
 CLIPS = ("clip_sample", "clip_denoised", "thresholding")
-# In place of an option: a tensor like the samples, which each step is given.
-GIVEN = object()
 # What steps call the model's output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
 CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
@@ -38,6 +36,10 @@ OTHER_DRAWS = {
     Tensor.random_,
 }  # fmt: skip
 SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
+
+
+class GIVEN:
+    """In place of an option: a tensor like the samples, that each step is given. A class is itself in pickles."""
 
 
 class OtherResults(Exception):

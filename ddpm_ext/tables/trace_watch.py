@@ -17,7 +17,7 @@ from torch import Tensor
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT = (torch.float32,)
 NOISE = "randn_tensor"  # what diffusers' schedulers draw their noise by
-# Names in a method by which it may draw other numbers, or read its attributes in another way.
+# Names in a method or a function by which it may draw other numbers, or read attributes in another way.
 UNSEEN = {
     "randn", "randn_like", "rand", "rand_like", "randint", "randint_like", "randperm", "normal", "bernoulli",
     "multinomial", "poisson", "normal_", "uniform_", "exponential_", "bernoulli_", "random_", "vars", "__dict__",
@@ -155,10 +155,11 @@ def _known(cls: Any) -> _Known | None:
         return None
     draws = []
     for name, member in members.items():
-        found = set() if name in ("__init__", "__getattr__") else set(_names_in(member))
-        if found & UNSEEN or (
-            NOISE in found and (not isinstance(member, types.FunctionType) or hasattr(member, "__wrapped__"))
-        ):
+        function = _function_of(member)
+        if function is None or name in ("__init__", "__getattr__"):
+            continue
+        found, beside = set(_names_in(function)), _names_beside(function)
+        if found & UNSEEN or beside & {*UNSEEN, NOISE} or (NOISE in found and function is not member):
             return None
         if NOISE in found and name != "add_noise":
             draws.append(name)
@@ -168,10 +169,32 @@ def _known(cls: Any) -> _Known | None:
     return _Known(watched, frozenset({*members, "_internal_dict"}), draws)
 
 
-def _names_in(member: Any) -> Iterator[str]:
-    """The global names and attributes in a method's code, also where it is wrapped, or a property."""
+def _function_of(member: Any) -> types.FunctionType | None:
+    """A method's function, also where it is wrapped, or a property."""
     function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
-    codes = [function.__code__] if isinstance(function, types.FunctionType) else []
+    return function if isinstance(function, types.FunctionType) else None
+
+
+@functools.lru_cache(maxsize=256)  # most are methods that all schedulers have
+def _names_beside(function: types.FunctionType) -> set[str]:
+    """The names in the functions that a function calls, apart from NOISE, and in those that they call."""
+    found: set[str] = set()
+    called, waiting = set(), [function]
+    while waiting:
+        caller = waiting.pop()
+        for name in _names_in(caller):
+            value = caller.__globals__.get(name)
+            each = _function_of(value) if isinstance(value, types.FunctionType) else None
+            if each is not None and name != NOISE and each not in called:
+                called.add(each)
+                waiting.append(each)
+                found.update(_names_in(each))
+    return found
+
+
+def _names_in(function: types.FunctionType) -> Iterator[str]:
+    """The global names and attributes in a function's code."""
+    codes = [function.__code__]
     while codes:
         code = codes.pop()
         yield from code.co_names

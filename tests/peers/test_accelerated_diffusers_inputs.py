@@ -187,12 +187,14 @@ def test_steps_of_the_own_code_without_a_warning():
         ),
         *((name, {}, {"_step_index": 10}, {}) for name in SIGMA),
         ("EulerAncestralDiscrete", {"prediction_type": "sample"}, None, {}),
+        *((name, {"prediction_type": "x0"}, None, {}) for name in NAMES),
         *((name, {}, None, {"m": normal(1, 2, 3, 4, 4)}) for name in NAMES),
         *((name, {}, None, {"m": [1.0]}) for name in NAMES),
         ("DDPM", {}, None, {"m": M.long()}),  # there is no such noise
         ("DDPM", {"variance_type": "learned"}, None, {}),
         ("DDPM", {"variance_type": "learned_range"}, None, {}),
         ("DDPM", {}, None, {"t": 401}),  # between its timesteps
+        ("DPMSolverMultistep", {"variance_type": "learned"}, None, dict.fromkeys("mx", normal(1, 2, 4, 4, 4))),
         ("DDIM", {}, {"num_inference_steps": None}, {}),
         ("DDIMInverse", {}, {"num_inference_steps": None}, {}),
         ("DDIM", {}, None, {"eta": 1.0, "variance_noise": Z, "generator": seeded(1)}),
@@ -205,11 +207,3 @@ def test_what_is_refused(name, config, change, inputs):
     m, t, x = (inputs.pop(key) for key in "mtx")
     ours = accelerate(plain)
     assert outcome(lambda: ours.step(m, t, x, **inputs)) == outcome(lambda: plain.step(m, t, x, **inputs))
-
-
-@names
-def test_a_prediction_type_of_another_name(name):
-    plain, t = at_third(name)
-    scheduler = accelerate(plain)
-    scheduler.config.prediction_type = "x0"
-    assert "prediction_type given as x0 must be one of" in outcome(lambda: scheduler.step(M, t, X))[1]

@@ -198,17 +198,6 @@ def test_the_given_one_stays_as_it_is(name):
     assert plain.config.prediction_type == "epsilon"
 
 
-def test_in_the_middle_of_a_loop():
-    """The accelerated scheduler goes on from where the given one is, if that reads nothing of the steps before."""
-    plain = prepared("EulerAncestralDiscrete")
-    x, generator = X * plain.init_noise_sigma, seeded(1)
-    x = loop(plain, x, timesteps=plain.timesteps[:4], generator=generator)
-    ours, other = accelerate(plain), copy.deepcopy(generator)
-    found = loop(ours, x, timesteps=ours.timesteps[4:], generator=generator)
-    assert not ours.accelerated.fallbacks
-    close(found, loop(plain, x, timesteps=plain.timesteps[4:], generator=other))
-
-
 def test_made_by_its_class_and_accelerated_again():
     ours = accelerated_class(diffusers.DDIMScheduler)(beta_schedule="squaredcos_cap_v2")
     assert ours.accelerated.noise == "torch" and ours.accelerated.rng is None

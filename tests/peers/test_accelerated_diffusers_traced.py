@@ -235,6 +235,16 @@ def test_outputs_and_options_of_their_own(name, config, channels, options, launc
     assert len(launches) == 6
 
 
+def test_objects_of_a_class_that_returns_tuples_unless_it_is_asked():
+    results = []
+    for scheduler in (make("CogVideoXDPMScheduler"), accelerate(make("CogVideoXDPMScheduler"))):
+        scheduler.set_timesteps(3)
+        (back, t, _), x = scheduler.timesteps, torch.ones(SHAPE)
+        torch.manual_seed(0)
+        results.append(scheduler.step(x, x, t, back, x, return_dict=True).prev_sample)
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "TCDScheduler"])
 def test_a_setting_is_traced_once(monkeypatch, name):
     """Loops of the same setting share the rows, whatever object they are of, and what a loop leaves behind is no

@@ -175,14 +175,14 @@ def test_the_step_writes_what_scale_model_input_returns(name):
 
 def test_another_sample_is_scaled_by_the_schedulers_own_code():
     """A copy, one that was written to, one whose gradient is wanted, or a doubled batch, for which nothing is written
-    in vain; the second time the same sample; and another timestep or edited sigmas."""
+    in vain; the second time the same sample; and another timestep or index, or edited sigmas."""
     plain, ours = make("EulerDiscrete"), accelerate(make("EulerDiscrete"))
     scaled_loop(ours)
     changes = [torch.clone, lambda x: x.mul_(2), lambda x: torch.cat([x] * 2), lambda x: x.requires_grad_(), None]
     for change in changes:
         for scheduler in (plain, ours):
             scheduler.set_timesteps(6)
-        x, first, second, third = normal(0, 2, 3, 4, 5), *plain.timesteps[:3]
+        x, first, second = normal(0, 2, 3, 4, 5), *plain.timesteps[:2]
         m = model(plain.scale_model_input(x, first), first)
         ours.scale_model_input(x, first)
         a, b = (scheduler.step(m, first, x).prev_sample for scheduler in (plain, ours))
@@ -194,13 +194,19 @@ def test_another_sample_is_scaled_by_the_schedulers_own_code():
         torch.testing.assert_close(scaled, expected)
         assert scaled.requires_grad == expected.requires_grad
     with torch.no_grad():
-        for edit in (lambda scheduler: scheduler.sigmas.mul_(2), lambda scheduler: None):
+        for edit, i in (
+            (lambda scheduler: scheduler.sigmas.mul_(2), 2),
+            (lambda scheduler: None, 2),
+            (lambda scheduler: setattr(scheduler, "_step_index", 2), 1),
+        ):
+            scaled = []
             for scheduler in (plain, ours):
                 scheduler.set_timesteps(6)
-                scheduler.scale_model_input(x, first)
-            a, b = (scheduler.step(m, first, x).prev_sample for scheduler in (plain, ours))
-            edit(plain), edit(ours)
-            torch.testing.assert_close(ours.scale_model_input(b, third), plain.scale_model_input(a, third))
+                scheduler.scale_model_input(x, scheduler.timesteps[0])
+                result = scheduler.step(m, scheduler.timesteps[0], x).prev_sample
+                edit(scheduler)
+                scaled.append(scheduler.scale_model_input(result, scheduler.timesteps[i]))
+            torch.testing.assert_close(*scaled)
     written = []
     for doubled in (False, True, False):
         with mock.patch.object(RowStepper, "take", watched(written)):

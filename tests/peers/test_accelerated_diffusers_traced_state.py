@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ CHANGES = {
     "written": (lambda scheduler, *_: scheduler.sigmas[4:-1].mul_(1.1), TURN),
     "replaced": (lambda scheduler, *_: setattr(scheduler, "sigmas", scheduler.sigmas * 1.1), TURN),
     "config": (lambda scheduler, *_: setattr(scheduler.config, "prediction_type", "v_prediction"), TURN),
+    "another place": (lambda scheduler, *_: setattr(scheduler, "_step_index", 1), TURN),
     "out of turn": (lambda scheduler, m, x, t, options: (m, x, scheduler.timesteps[0]), TURN),
     "an unknown option": (lambda scheduler, m, x, t, options: options.update(unknown=1), "as its arguments are"),
 }
@@ -71,7 +73,7 @@ def test_a_change_in_the_middle_of_a_loop_with_history(change):
     with pytest.raises(RuntimeError, match=r"call every step of a loop with the same options") as caught:
         run(ours, 3, function)
     assert f"step 3 of the loop has no fused form ({why})" in str(caught.value)
-    if change not in ("written", "replaced", "config"):
+    if change not in ("written", "replaced", "config", "another place"):
         found = run(accelerate(make(HISTORY)))
         same(found, run(make(HISTORY)))
         again = run(ours, timesteps=ours.timesteps[3:], begun=found[:4])
@@ -91,11 +93,13 @@ def test_a_change_in_the_middle_of_a_loop_without_history(change):
 
 
 @pytest.mark.parametrize("name", [HISTORY, ALONE])
-def test_what_is_no_change(name):
-    """A begin index is read where a loop begins; copies of settings are the same settings."""
+@pytest.mark.parametrize("change_place", [lambda x: x.set_begin_index(0), lambda x: setattr(x, "_step_index", None)])
+def test_what_is_no_change(name, change_place):
+    """A begin index is read where a loop begins, an index is found again by the timestep; copies of settings are the
+    same settings."""
 
     def change(scheduler, m, x, t, options):
-        scheduler.set_begin_index(0)
+        change_place(scheduler)
         scheduler.sigmas, scheduler.timesteps = scheduler.sigmas.clone(), scheduler.timesteps.clone()
         options["return_dict"] = True
         return m.clone(memory_format=torch.channels_last), x, scheduler.timesteps[3]
@@ -103,6 +107,28 @@ def test_what_is_no_change(name):
     with launches() as called:
         same(run(accelerate(make(name)), 3, change), run(make(name)))
     assert len(called) == STEPS
+
+
+@pytest.mark.parametrize(
+    "name, config, start, begin",
+    [
+        ("HeunDiscreteScheduler", {}, 4, None),
+        ("FlowMatchHeunDiscreteScheduler", {}, 3, 3),
+        ("DEISMultistepScheduler", {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"}, 0, None),
+    ],
+)
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_timestep_that_stands_twice(name, config, start, begin):
+    """A loop that begins there begins at the second one, or where it is told; a whole loop has all. The timesteps are
+    copies."""
+    results = []
+    for scheduler in (make(name, **config), accelerate(make(name, **config))):
+        scheduler.set_timesteps(STEPS)
+        scheduler._begin_index, x = begin, torch.ones(SHAPE)
+        for t in scheduler.timesteps[start:-1].clone():
+            x = scheduler.step(x / 2, t, x).prev_sample
+        results.append([x])
+    same(*reversed(results))
 
 
 @pytest.mark.parametrize("name", [HISTORY, ALONE])
@@ -132,6 +158,24 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
         loop(scheduler, 10, stop=3)
         results.append([x[0] for x in loop(scheduler, 10)[0]])
     same(*reversed(results))
+
+
+@pytest.mark.parametrize("in_class", [False, True])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, in_class):
+    plain, ours = make(HISTORY), accelerate(make(HISTORY))
+    own = type(plain).convert_model_output
+    run(ours)
+
+    def halved(self, *args, **options):
+        return own(self, *args, **options) / 2
+
+    for scheduler in (plain, ours):
+        if in_class:
+            monkeypatch.setattr(type(plain), "convert_model_output", halved)
+        else:
+            scheduler.convert_model_output = types.MethodType(halved, scheduler)
+    same(run(ours), run(plain))
 
 
 def in_place(x):
@@ -186,14 +230,16 @@ def test_copies_know_edited_samples(edit):
     def edited(scheduler, how=lambda scheduler: scheduler):
         scheduler.set_timesteps(STEPS)
         x = torch.ones(SHAPE)
+        given = {"variance_noise": x} if scheduler.config.get("algorithm_type") else {}
         for t in scheduler.timesteps:
-            x = edit(scheduler.step(scheduler.scale_model_input(x, t) / 2, t, x).prev_sample)
+            x = edit(scheduler.step(scheduler.scale_model_input(x, t) / 2, t, x, **given).prev_sample)
             scheduler = how(scheduler)
         return x
 
-    whole = edited(accelerate(make(HISTORY)))
-    for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
-        assert torch.equal(edited(accelerate(make(HISTORY)), how), whole)
+    for name, config in ((HISTORY, {}), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})):
+        whole = edited(accelerate(make(name, **config)))
+        for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
+            assert torch.equal(edited(accelerate(make(name, **config)), how), whole)
     with torch.inference_mode():
         for name in (HISTORY, "EulerDiscreteScheduler"):
             same([edited(accelerate(make(name)))], [edited(make(name))])

@@ -151,7 +151,7 @@ def hidden_draw(x):
 
 
 class Hidden(Own):
-    """Draws by a function that its methods' code does not show, and returns less in a tuple than in an object."""
+    """Draws by a function that is no method, and returns less in a tuple than in an object."""
 
     def step(self, model_output, timestep, sample, return_dict=True):
         prev = 0.5 * sample.half() - 0.25 * model_output + 0.125 * hidden_draw(sample)
@@ -159,7 +159,9 @@ class Hidden(Own):
 
 
 def test_what_a_quick_look_does_not_see():
+    before = torch.get_rng_state()
     table = StepTable.trace(Hidden(None), 3)
+    assert torch.equal(torch.get_rng_state(), before)
     for name, value in {"a": 1, "b": -1, "c0": 0.25, "c1": 0.25, "c2": 0, "s": 0.125}.items():
         torch.testing.assert_close(getattr(table, name), torch.full((3,), float(value), dtype=torch.float64))
 

@@ -71,9 +71,11 @@ class TracedScheduler(Forward):
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
             cls._inputs = input_names([parameter.name for parameter in parameters])
+            # Rows are the same whatever these are, unless a class returns objects only where it is asked for them.
             always = (*cls._inputs, *OTHERS)
             cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
-            cls._parameters = {each.name: EMPTY if each.name in always else each.default for each in parameters}
+            defaults = {each.name: each.default for each in parameters}
+            cls._parameters = defaults | {name: EMPTY for name in always if defaults.get(name, False) is not False}
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
             for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
                 if name in vars(cls):
@@ -119,7 +121,8 @@ class TracedScheduler(Forward):
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         if loop is not None:  # which repeating_step has seen, but where code is compiled
             repeated = loop.repeated
-            if repeated is not None and repeated.call.row_of(self.__dict__, args, kwargs) == loop.at:
+            is_next = repeated is not None and loop.has_index_of(self)
+            if is_next and repeated.call.row_of(self.__dict__, args, kwargs) == loop.at:
                 return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
@@ -144,7 +147,7 @@ class TracedScheduler(Forward):
         """A step whose arguments are looked at."""
         given = self._given(args, kwargs)
         m, timestep, x = (given.pop(name) for name in self._inputs)
-        others = {name: given.pop(name) for name in OTHERS if name in given}
+        others = {name: given.pop(name) for name in OTHERS if name in given and self._parameters[name] is EMPTY}
         if not are_tensors(x, m):
             raise Fallback
         if "noise_sampler" in vars(self):  # it takes a hundred times as long as all else in a step
@@ -265,6 +268,8 @@ class TracedScheduler(Forward):
 
     def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
         """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
+        if not loop.has_index_of(self):
+            return False
         if loop.repeated is not None and loop.repeated.call.is_at(loop.at, self.__dict__, timestep):
             return True
         rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
@@ -282,7 +287,7 @@ class TracedScheduler(Forward):
         config = self.config
         if (
             type(self).__name__ in OF_THREE_CHANNELS
-            and m.shape[:2] != x.shape[:2]
+            and m.shape[1:2] > (3,)
             and config.variance_type in ("learned", "learned_range")
             and config.prediction_type == "epsilon"
         ):
@@ -349,7 +354,7 @@ class TracedScheduler(Forward):
                 settings = loop.settings.renewed(self, vars(rows.scheduler))
             if settings is not None and not over and options == rows.key.options:
                 at = float(rows.timesteps[loop.at]) if index is None else rows.first + loop.at
-                if at == (float(value) if index is None else index):
+                if at == (float(value) if index is None else index) and self._is_in_place(loop):
                     return loop._replace(settings=settings)
             if over and not rows.stateless:
                 raise Fallback("the loop is over")
@@ -359,12 +364,13 @@ class TracedScheduler(Forward):
         if index is not None:
             value = timestep if own.is_cpu else self._times()[index]
         elif value in self._times():
-            index = self._times().index(value)
+            index = self._own_place(value)
         # Where options change from step to step, rows for more than one of them would be of no use.
         kind = timestep.dtype if is_tensor else type(timestep)
         key = RowsKey(options, index, float(value), kind, has_dim, alone, dims)
+        step_index = vars(self).get("_step_index")
         if alone and loop is not None:
-            known = loop.rows.after.get((loop.at, key))
+            known = loop.rows.after.get((loop.at, key, step_index))
             if known is not None:
                 return LoopPosition(known, loop.settings)
         begun = self._begun
@@ -375,8 +381,27 @@ class TracedScheduler(Forward):
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
         rows = _rows.get_or_trace(peer_class(type(self)), state, key)
         if alone and loop is not None:
-            loop.rows.after[loop.at, key] = rows
+            loop.rows.after[loop.at, key, step_index] = rows
         return LoopPosition(rows, Settings.of(self))
+
+    def _own_place(self, timestep: float) -> int:
+        """At which place of a timestep of its own a loop begins: that of the scheduler's index, or of a pair within its
+        timesteps the second one, as in diffusers; else the first one, which a whole loop begins at."""
+        now = vars(self)
+        places = [i for i, t in enumerate(self._times()) if t == timestep]
+        own = now.get("_begin_index") if now.get("_step_index") is None else now["_step_index"]
+        if own in places:
+            return int(own)
+        is_pair = "_step_index" in now and own is None and len(places) == 2 and places[0] > 0
+        return places[1] if is_pair else places[0]
+
+    def _is_in_place(self, loop: LoopPosition) -> bool:
+        """Whether the scheduler's own step would be at the loop's next row, also where somebody has taken its index."""
+        if loop.has_index_of(self):
+            return True
+        now, times, place = vars(self), self._times(), loop.rows.first + loop.at
+        is_found_again = now["_step_index"] is None and now.get("_begin_index") is None
+        return is_found_again and times.count(times[place]) == 1 and place == loop.rows.indexes[loop.at]
 
     # ------------------------------------------------------------------------------------------------------- noise
 

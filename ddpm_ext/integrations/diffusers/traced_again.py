@@ -20,7 +20,9 @@ def repeating_step(step: Callable[..., Any], peer: Any) -> Callable[..., Any]:
         loop = None if is_compiling() else attributes.get("_traced_loop")
         if loop is False:
             return getattr(peer, step.__name__)(self, *args, **kwargs)
-        if not loop or loop.repeated is None or loop.repeated.call.row_of(attributes, args, kwargs) != loop.at:
+        if not loop or loop.repeated is None or not loop.has_index_of(self):
+            return step(self, *args, **kwargs)
+        if loop.repeated.call.row_of(attributes, args, kwargs) != loop.at:
             return step(self, *args, **kwargs)
         result = self._take_row(loop, loop.repeated.of_loop, args[0], args[2], (), kwargs, loop.repeated)
         attributes["_acceleration"].fused_calls += 1
@@ -38,8 +40,8 @@ def repeating_scale(scale: Callable[..., Any], peer: Any) -> Callable[..., Any]:
         if loop is False:
             return peer.scale_model_input(self, *args, **kwargs)
         if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
-            is_next = loop.made.is_of(args[0]) and loop.repeated.call.is_at(loop.at, self.__dict__, args[1])
-            if is_next:
+            is_next = loop.made.is_of(args[0]) and loop.has_index_of(self)
+            if is_next and loop.repeated.call.is_at(loop.at, self.__dict__, args[1]):
                 return self._made(loop)
         return scale(self, *args, **kwargs)
 

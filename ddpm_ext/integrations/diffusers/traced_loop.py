@@ -16,6 +16,7 @@ from ddpm_ext.integrations.diffusers.traced_rows import (
     TracedRows,
     contents_of,
     outside,
+    replaced,
     state_contents,
 )
 from ddpm_ext.integrations.fallback import Fallback
@@ -145,9 +146,9 @@ class Begun(NamedTuple):
 
     def settings_of(self, scheduler: Any) -> Settings | None:
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
-        if outside(type(self.rows.scheduler)) != self.outside:
+        now, began, cls = scheduler.__dict__, self.rows.scheduler.__dict__, type(self.rows.scheduler)
+        if outside(cls) != self.outside or replaced(cls, now):
             return None
-        now = scheduler.__dict__
         try:
             if not C.unchanged(now, (), self.settings.attributes, self.settings.items):
                 return None
@@ -227,3 +228,7 @@ class LoopPosition(NamedTuple):
 
     def is_over(self) -> bool:
         return self.at == len(self.rows.trace.steps)
+
+    def has_index_of(self, scheduler: Any) -> bool:
+        """Whether the scheduler's index is what the last step left: that, and no timestep, is the place of a step."""
+        return bool(scheduler.__dict__.get("_step_index") == self.rows.indexes[self.at])

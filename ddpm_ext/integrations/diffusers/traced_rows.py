@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import pickle
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +84,8 @@ class TracedRows(NamedTuple):
         scheduler: as it was when the loop began, on the CPU.
         is_closed: whether the rows are of closed form, whose proof was in float32.
         dtypes: by the dtypes of output and sample.
-        after: the rows of single steps that came after a row, by that row and their key.
+        after: the rows of single steps that came after a row, by that row, their key and the scheduler's index.
+        indexes: the scheduler's `_step_index` before each row; None where it has none.
     """
 
     key: RowsKey
@@ -94,7 +96,8 @@ class TracedRows(NamedTuple):
     scheduler: Any
     is_closed: bool
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
-    after: dict[tuple[int, RowsKey], TracedRows]
+    after: dict[tuple[int, RowsKey, int | None], TracedRows]
+    indexes: list[int | None]
 
     def __deepcopy__(self, memo: object) -> TracedRows:
         return self
@@ -172,7 +175,7 @@ class RowsCache:
 
         state: the attributes of an object of diffusers' class.
         """
-        of_class = cls, outside(cls), key
+        of_class = cls, outside(cls), tuple([(name, state[name]) for name in sorted(replaced(cls, state))]), key
         reads = self._reads.get_or_make(of_class, dict)
         contents: dict[str, object] = {}  # read once from a GPU
 
@@ -210,8 +213,20 @@ def _if_rows(found: TracedRows | NoRows) -> TracedRows:
 
 
 def outside(cls: type) -> tuple[Any, ...]:
-    """What the rows of an object of diffusers' class hang on beside its attributes."""
-    return getattr(cls, step_name(cls)), torch.get_default_dtype()
+    """What the rows of an object of diffusers' class hang on beside its attributes, such as replaced methods."""
+    return _methods(cls)[1](cls), torch.get_default_dtype()
+
+
+def replaced(cls: type, state: Mapping[str, Any]) -> set[str]:
+    """The methods of diffusers' class that an object with this state has in its own place."""
+    return state.keys() & _methods(cls)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _methods(cls: type) -> tuple[set[str], Callable[[type], tuple[Any, ...]]]:
+    """The names of a class's methods, and a function that finds these."""
+    names = {name for base in cls.__mro__ for name, x in vars(base).items() if isinstance(x, types.FunctionType)}
+    return names, operator.attrgetter(*sorted(names))
 
 
 def contents_of(value: object) -> object:
@@ -276,8 +291,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    dtypes = {} if known is None else known[1].dtypes
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, known is not None, dtypes, {})
+    dtypes, indexes = {} if known is None else known[1].dtypes, [state.get("_step_index")]
+    for step in trace.steps[:-1]:
+        indexes.append(step.state.get("_step_index", indexes[-1]))
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, known is not None, dtypes, {}, indexes)
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
