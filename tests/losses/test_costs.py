@@ -12,11 +12,10 @@ import sys
 
 import pytest
 import torch
+from support.fake_gpu import Readback, needs_fake_gpu
 from support.large import Large
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ddpm_ext import GaussianDiffusion, Philox
 
@@ -179,22 +178,8 @@ def test_a_scaled_loss_scales_its_slope(reduction):
 # -------------------------------------------------------------------------------------------------------- waits
 
 
-class Readback(TorchDispatchMode):
-    """Refuses to copy a device's values to the host. A fake tensor itself refuses to read a single value."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-
-        def on_device(value):
-            return [t.device.type != "cpu" for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
-
-        if any(on_device((args, kwargs))) and not all(on_device(found)):
-            raise RuntimeError(f"{function} brings values to the host")
-        return found
-
-
 @pytest.fixture
-def on_fake_gpu(monkeypatch):
+def on_fake_gpu():
     """Runs a function on tensors that have a device, a dtype and a shape, but no values."""
 
     def run(function, dtype=torch.float32):
@@ -215,6 +200,7 @@ GPU_NOISES = {
 }
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighting", ["simple", WEIGHTS], ids=["simple", "given"])
 @pytest.mark.parametrize("noise", GPU_NOISES)
@@ -238,6 +224,7 @@ def test_nothing_is_read_back(on_fake_gpu, dtype, weighting, noise):
             on_fake_gpu(step, dtype)
 
 
+@needs_fake_gpu
 def test_a_fake_gpu_refuses_to_be_read(on_fake_gpu):
     for read in (lambda x: x[0, 0, 0, 0].item(), lambda x: bool((x > 0).all()), torch.Tensor.cpu, torch.nonzero):
         with pytest.raises(RuntimeError):
