@@ -1,7 +1,5 @@
 """A GPU whose tensors have a device, a dtype and a shape, but no values: torch's FakeTensorMode, where no GPU is."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,10 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm_ext.base.torch_version import TORCH
 
-needs_fake_gpu = pytest.mark.skipif(
-    TORCH < (2, 10) and not torch.cuda.is_available(),
-    reason="before torch 2.10 tensors of a fake GPU ask the driver for a real one's stream",
-)
+# Before torch 2.10, a fake GPU's tensors ask the driver for a real one's stream.
+needs_fake_gpu = pytest.mark.skipif(TORCH < (2, 10) and not torch.cuda.is_available(), reason="needs torch 2.10")
 
 
 class Readback(TorchDispatchMode):
