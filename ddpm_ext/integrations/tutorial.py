@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
+from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
@@ -101,7 +102,7 @@ class _StartNoise(TorchFunctionMode):
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
             if dtype == torch.float32:
                 self.used = True
-                device = kwargs.get("device") or torch.get_default_device()
+                device = kwargs.get("device") or torch_default_device()
                 return randn(shape, self.rng, stream=STREAM_START, device=device)
         return func(*args, **kwargs)
 

@@ -71,7 +71,7 @@ def diffusion_loss(
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
-    how |= {"variational": variational, "detach_mean": detach_mean}
+    how.update(variational=variational, detach_mean=detach_mean)  # not |=, which torch.compile of 2.7 does not take
     step = LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how)
     step.overwrite_noise = overwrite_noise
     return step.loss(model_output)

@@ -69,7 +69,8 @@ class CalledTableStep:
         if bound and "x_start" in inputs:
             inputs["x_start_scale"] = call["x_start_scale"](inputs["x_start"], **bound)
         elif bound:
-            bound |= {name: inputs[name] for name in ("uncond_output", "output_scale") if name in inputs}
+            # not |=, which torch.compile of torch 2.7 does not take
+            bound.update((name, inputs[name]) for name in ("uncond_output", "output_scale") if name in inputs)
             inputs["x_start_scale"] = call["x_start_scale"](x_t, model_output, self._table, t, **bound)
         if model_output is not None and not inputs:
             return call["reverse_step"](x_t, model_output, self._table, t, **given)

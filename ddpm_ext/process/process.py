@@ -213,7 +213,8 @@ class Process:
         table = self.table("steps", "x_t", x_t)
         calls: dict[str, Any] = {"on_host": self.tables.get("steps", torch.device("cpu"), table.dtype)}
         if self.schedule.timestep is None:
-            calls |= {"timesteps": self.tables.timestep, "model_output": OF_TABLE_STEP}
+            # not |=, which torch.compile of torch 2.7 does not take
+            calls.update(timesteps=self.tables.timestep, model_output=OF_TABLE_STEP)
         return self.ops.TableStep(table, clip=clip, noise=noise, rng=rng, **calls)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:

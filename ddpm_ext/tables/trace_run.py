@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.tables.trace_watch import Watch, Wide, is_simple, wide_arguments
 
 # The names under which a step returns the predicted clean sample.
@@ -280,7 +281,7 @@ def observe(
 
 def on_cpu() -> AbstractContextManager[Any]:
     """Where all numbers are, whatever the default device."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    return nullcontext() if torch_default_device().type == "cpu" else torch.device("cpu")
 
 
 @functools.lru_cache(maxsize=64)

@@ -259,7 +259,7 @@ def test_philox_answers_a_loops_first_randn_alone(start):
 
 
 def test_philox_leaves_other_modes_of_a_loop_alone():
-    """A loop may make its tensors on a device by torch.device, which is such a mode, too."""
+    """A loop may make its tensors on a device by torch.device, which is such a mode, too, and so may its caller."""
     seen = []
 
     def p_sample_loop(self, model, shape):
@@ -277,6 +277,8 @@ def test_philox_leaves_other_modes_of_a_loop_alone():
     assert [device for device, _ in seen] == ["meta", "meta", "meta", "cpu"]
     assert all(torch.equal(drawn, own) for (_, drawn), own in zip(seen, expected, strict=True))
     assert torch.overrides._get_current_function_mode() is None
+    with torch.device("meta"), pytest.raises(ValueError, match="device is on meta"):
+        fast.p_sample_loop(None, SHAPE)
 
 
 def test_philox_says_so_where_a_loop_begins_otherwise():

@@ -12,11 +12,10 @@ import sys
 
 import pytest
 import torch
+from support.fake_gpu import Readback, needs_fake_gpu
 from support.large import Large
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ddpm_ext import GaussianDiffusion, Philox
 
@@ -179,31 +178,12 @@ def test_a_scaled_loss_scales_its_slope(reduction):
 # -------------------------------------------------------------------------------------------------------- waits
 
 
-class Readback(TorchDispatchMode):
-    """Refuses to copy a device's values to the host. A fake tensor itself refuses to read a single value."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-
-        def on_device(value):
-            return [t.device.type != "cpu" for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
-
-        if any(on_device((args, kwargs))) and not all(on_device(found)):
-            raise RuntimeError(f"{function} brings values to the host")
-        return found
-
-
-@pytest.fixture
-def on_fake_gpu(monkeypatch):
-    """Runs a function on tensors that have a device, a dtype and a shape, but no values."""
-
-    def run(function, dtype=torch.float32):
-        with FakeTensorMode(allow_non_fake_inputs=True), Readback():
-            x, t = X.cuda(), T.cuda()
-            output = torch.empty(SHAPE, dtype=dtype, device="cuda", requires_grad=True)
-            function(x, t, output)
-
-    return run
+def on_fake_gpu(function, dtype=torch.float32):
+    """Calls a function with tensors that have a device, a dtype and a shape, but no values."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Readback():
+        x, t = X.cuda(), T.cuda()
+        output = torch.empty(SHAPE, dtype=dtype, device="cuda", requires_grad=True)
+        function(x, t, output)
 
 
 GPU_NOISES = {
@@ -215,14 +195,13 @@ GPU_NOISES = {
 }
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighting", ["simple", WEIGHTS], ids=["simple", "given"])
 @pytest.mark.parametrize("noise", GPU_NOISES)
-def test_nothing_is_read_back(on_fake_gpu, dtype, weighting, noise):
+def test_nothing_is_read_back(dtype, weighting, noise):
     """Neither the forward nor the backward pass reads values back. Given weights are read once, on their own device.
-
-    The node of the backward pass is called directly, since a fake GPU has no stream.
-    """
+    The node of the backward pass is called directly, since a fake GPU has no stream."""
     for prediction in PREDICTIONS:
         for reduction in ("mean", "sum", "none"):
             gd = diffusion(prediction=prediction)
@@ -238,7 +217,8 @@ def test_nothing_is_read_back(on_fake_gpu, dtype, weighting, noise):
             on_fake_gpu(step, dtype)
 
 
-def test_a_fake_gpu_refuses_to_be_read(on_fake_gpu):
+@needs_fake_gpu
+def test_a_fake_gpu_refuses_to_be_read():
     for read in (lambda x: x[0, 0, 0, 0].item(), lambda x: bool((x > 0).all()), torch.Tensor.cpu, torch.nonzero):
         with pytest.raises(RuntimeError):
             on_fake_gpu(lambda x, t, output, read=read: read(x))

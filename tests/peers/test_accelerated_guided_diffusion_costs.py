@@ -7,7 +7,6 @@ import torch
 from support.accelerated_guided import (
     LIBRARIES,
     SHAPE,
-    Readback,
     learned,
     libraries,
     make,
@@ -16,6 +15,7 @@ from support.accelerated_guided import (
     no_fallback,
     numbers,
 )
+from support.fake_gpu import Readback, needs_fake_gpu
 from support.launches import Operators
 from support.noise_of_loops import parts, repeats, unrelated
 from torch._subclasses import FakeTensorMode
@@ -226,6 +226,7 @@ def test_functions_in_between(prediction, launches):
         assert set(counted) - set(ours) == {"aten::empty_like"}
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize(("noise", "spacing"), [("torch", None), ("philox", "ddim25")])
 def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     """From the second loop on, when the tables are there. The tensors are of a fake GPU and have no values to read."""
@@ -249,8 +250,8 @@ def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     accelerated.accelerated.fallbacks.clear()
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         walk(accelerated)
-        with Readback():
+        with Readback(both_ways=True):
             walk(accelerated)
         no_fallback(accelerated)
-        with pytest.raises(RuntimeError, match="brings values from"), Readback():
+        with pytest.raises(RuntimeError, match="brings values from"), Readback(both_ways=True):
             walk(plain)

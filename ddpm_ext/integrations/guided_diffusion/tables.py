@@ -115,7 +115,9 @@ class FusedTables:
         inverse = method == "ddim_reverse_sample"
         keep_eps = inverse and self.prediction == "eps" and not x0_changes
         make = self._inverse if inverse else self._ddim
-        return kept(self, CACHED, (method, eta, keep_eps), lambda: make(eta, keep_eps))
+        key, cache = (method, eta, keep_eps), self.__dict__.get("_fused_cache")
+        found = None if cache is None else cache.get(key)
+        return _make_kept(self, CACHED, key, lambda: make(eta, keep_eps)) if found is None else result_of(found[0])
 
     def _ddim(self, eta: float, keep_eps: bool) -> KernelTables:
         if not 0 <= eta < math.inf:
@@ -172,14 +174,13 @@ def tables_of(peer: Any) -> FusedTables:
     cache: BoundedCache[Any] | None = peer.__dict__.get("_fused_cache")
     found = None if cache is None else cache.get(key)
     if found is None:
-        return _make_tables(peer, state, key)
+        return _make_kept(peer, 1, key, lambda: FusedTables(peer), state)
     tables = found[0]
     return tables if type(tables) is FusedTables else result_of(tables)
 
 
-@torch.compiler.disable
-def _make_tables(peer: Any, state: tuple[Any, ...], key: tuple[int, ...]) -> FusedTables:
-    return kept(peer, 1, key, lambda: FusedTables(peer), state)
+# Nothing of it is traced: torch 2.7 has an internal error where a graph breaks in it.
+_make_kept = torch.compiler.disable(kept)
 
 
 def timesteps_for(
