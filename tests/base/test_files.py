@@ -38,7 +38,7 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
 def test_killed_while_writing_keeps_the_old_file(tmp_path):
     """A lock ends with its process, not with the process's workers."""
     pytest.importorskip("fcntl")
-    lock, path = tmp_path / ".lock", tmp_path / "a.bin"
+    lock, path = tmp_path / ".lock", tmp_path / "a[1].bin"
     lock.touch()
     files.write_bytes(path, b"old")
     code = (
@@ -61,6 +61,8 @@ def test_killed_while_writing_keeps_the_old_file(tmp_path):
             os.kill(int(worker), 0)  # the worker still runs
     finally:
         os.kill(int(worker), signal.SIGKILL)
+    files.remove_leftovers(tmp_path, path)
+    assert {each.name for each in tmp_path.iterdir()} == {".lock", "a[1].bin", "said"}
 
 
 def test_link_is_written_through(tmp_path):

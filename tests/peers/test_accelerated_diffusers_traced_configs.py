@@ -150,6 +150,18 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
     assert ours.accelerated.fallbacks == {}
 
 
+def test_loops_of_other_settings_and_methods():
+    """Of as many steps, which no other test takes; a method may be the object's own."""
+
+    def made(order, **methods):
+        scheduler = make("DPMSolverMultistepScheduler", solver_order=order)
+        vars(scheduler).update(methods)
+        return scheduler
+
+    for order, own in ((1, {}), (2, {}), (2, {"convert_model_output": lambda m, *_, sample, **__: sample - m})):
+        check(loop(accelerate(made(order, **own)), 13), loop(made(order, **own), 13), 1e-5)
+
+
 @pytest.mark.parametrize(
     "name, edits",
     [
