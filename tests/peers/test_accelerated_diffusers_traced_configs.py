@@ -151,7 +151,7 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
 
 
 def test_loops_of_other_settings_and_methods():
-    """Of as many steps, which no other test takes; a method may be the object's own."""
+    """Of a number of steps that no other test takes, so that nothing is known of them; a method may be the object's."""
 
     def made(order, **methods):
         scheduler = make("DPMSolverMultistepScheduler", solver_order=order)
