@@ -18,11 +18,11 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError), files.atomic_path(path):
         pass
     assert not list(path.parent.iterdir())
-    files.write_bytes(path, b"old")
+    files.write_text(path, "ält")
     with pytest.raises(RuntimeError, match="half way"), files.atomic_path(path) as beside:
         beside.write_bytes(b"ne")
         raise RuntimeError("half way")
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+    assert path.read_text("utf-8") == "ält" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.subprocess

@@ -197,8 +197,7 @@ def test_the_row_of_an_int_is_the_hosts(host, monkeypatch):
     monkeypatch.setattr(fused, "C", host.operators)
     step = fused.TableStep(call.table.flip(0), on_host=call.table, add_noise=False)
     for results in ({}, {"x0_out": torch.empty_like(call.x)}):
-        got = step.take(call.x, call.tensors["model_output"], None, 2, **results)
-        assert torch.equal(got, call.on_cpu()["out"])
+        assert torch.equal(step.take(call.x, call.tensors["model_output"], None, 2, **results), call.on_cpu()["out"])
 
 
 @pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn")], ids=name)

@@ -16,6 +16,7 @@ from support.diffusers_families import quiet, with_text
 from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
+from ddpm_ext.models.folder import DIGITS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__:DeprecationWarning", "ignore::FutureWarning", "error:.*runs the own code:UserWarning"
@@ -26,6 +27,14 @@ pytestmark = pytest.mark.filterwarnings(
 def one_thread(threads):
     """With models this small, threads would mostly wait for one another."""
     threads(1)
+
+
+def test_ddpm_pipeline_by_seed_and_id():
+    """It draws its start noise before set_timesteps, and takes no latents."""
+    plain = quiet(diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(DIGITS), scheduler=make("DDPM")))
+    how = {"num_inference_steps": 5, "output_type": "np"}
+    whole, alone = (accelerate(plain, noise="philox", seed=1, sample_ids=i)(batch_size=2 - i, **how) for i in (0, 1))
+    torch.testing.assert_close(alone.images, whole.images[1:], rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
