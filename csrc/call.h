@@ -40,9 +40,6 @@ struct Call {
   const int64_t* t = nullptr;
   int64_t t_stride = 0;
   int64_t t_index = 0;
-  // The same row of a step table by value, where the host knows it: a GPU then waits for no load of it.
-  bool has_row = false;
-  StepRow row;
   float clip_min = 0, clip_max = 0;
 
   // The noise. If seed_data or sample_ids is null, seed or first_id is used in its place.
@@ -57,11 +54,20 @@ struct Call {
   const int64_t* draw_data = nullptr;  // unless null, its low 32 bits are used in place of both
 };
 
-// A call of the reverse step (rows are StepRow), of an affine operator (AffineRow; its second tensor is `noise`) or of
-// randn (no rows). An affine operator on a CPU writes the noise that it draws to `noise`, unless its data is null.
+// A call of an affine operator (rows are AffineRow; its second tensor is `noise`) or of randn (no rows). An affine
+// operator on a CPU writes the noise that it draws to `noise`, unless its data is null.
 struct ElementwiseCall : Call {
   TensorArg x, model_output, noise, out;
 };
+
+// The row of all samples of a step by value, where the host knows it: a GPU then waits for no load of it.
+struct HostRow {
+  bool has_row = false;
+  StepRow row;
+};
+
+// A call of the reverse step. Rows are StepRow.
+struct ReverseStepCall : ElementwiseCall, HostRow {};
 
 // A float32 factor for each sample. It is 1 for all samples if data is null.
 struct PerSample {
@@ -70,7 +76,7 @@ struct PerSample {
 };
 
 // A call of the step with options. Rows are StepRow.
-struct StepCall : Call {
+struct StepCall : Call, HostRow {
   TensorArg inputs[kRoles], results[kResults];
   TensorArg input_again;  // the second half of a model_input that has twice the batch
   PerSample factors[kFactors];

@@ -13,7 +13,7 @@ int index(DType dtype) { return static_cast<int>(dtype); }
 
 }  // namespace
 
-void reverse_step(const ElementwiseCall& call) {
+void reverse_step(const ReverseStepCall& call) {
   const auto& table = kernels().reverse_step;
   const auto clip = [&](Run& run, int64_t) { run.clip_min = call.clip_min, run.clip_max = call.clip_max; };
   const int x = index(call.x.dtype), m = index(call.model_output.dtype);

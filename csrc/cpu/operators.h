@@ -5,7 +5,7 @@
 
 namespace ddpm_ext::cpu {
 
-void reverse_step(const ElementwiseCall& call);
+void reverse_step(const ReverseStepCall& call);
 void step_with_options(const StepCall& call);
 void affine(const ElementwiseCall& call);
 void loss(const LossCall& call);

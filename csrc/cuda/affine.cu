@@ -7,6 +7,7 @@ namespace ddpm_ext::cuda {
 namespace {
 
 struct Affine {
+  using Call = ElementwiseCall;
   using Row = AffineRow;
   static constexpr bool kX = true, kSecond = false, kRowless = false, kDraws = true;
 

@@ -12,6 +12,7 @@
 namespace ddpm_ext::cuda {
 
 // What a thread does for one sample. Op is an operator with these members:
+//   Call                      its calls, an ElementwiseCall or derived from it
 //   Row                       the row of its table; kRowless says that it has none
 //   kX, kSecond               whether it reads x, and a second tensor besides the noise
 //   kDraws                    whether every row needs the noise that is drawn; if not, draws(row) says whether one does
@@ -21,6 +22,7 @@ namespace ddpm_ext::cuda {
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
+  using Call = typename Op::Call;
   using Index = IndexOf<kAccess>;
   static constexpr bool kWide =
       sizeof(X) == 4 || (Op::kSecond && sizeof(M) == 4) || (kNoise == Noise::given && sizeof(Z) == 4);
@@ -34,8 +36,7 @@ class Elementwise {
   // registers as well.
   static constexpr int kBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
 
-  __device__ __forceinline__ Elementwise(const ElementwiseCall& call, const Dividers& dividers, const PhiloxKeys& keys,
-                                         Index b)
+  __device__ __forceinline__ Elementwise(const Call& call, const Dividers& dividers, const PhiloxKeys& keys, Index b)
       : call_(call),
         dividers_(dividers),
         keys_(keys),
@@ -256,7 +257,7 @@ class Elementwise {
     out_[o.out] = from_float<X>(out);
   }
 
-  const ElementwiseCall& call_;
+  const Call& call_;
   const Dividers& dividers_;
   const PhiloxKeys& keys_;
   const Index b_;
@@ -270,7 +271,7 @@ class Elementwise {
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 __global__ void __launch_bounds__(kThreads, Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kBlocks)
-    elementwise(const __grid_constant__ ElementwiseCall call, const __grid_constant__ Dividers dividers,
+    elementwise(const __grid_constant__ typename Op::Call call, const __grid_constant__ Dividers dividers,
                 const __grid_constant__ PhiloxKeys host_keys) {
   using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   using Index = typename Body::Index;
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, Elementwise<Op, kNoise, kDeviceSeed,
 }
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
-void launch_access(const ElementwiseCall& call, cudaStream_t stream) {
+void launch_access(const typename Op::Call& call, cudaStream_t stream) {
   constexpr auto kKernel = elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   constexpr int kItems = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kItems;
   const Shape shape =
@@ -291,7 +292,7 @@ void launch_access(const ElementwiseCall& call, cudaStream_t stream) {
 }
 
 template <class Op, Noise kNoise, bool kDeviceSeed, class X, class M, class Z>
-void launch_typed(const ElementwiseCall& call, cudaStream_t stream) {
+void launch_typed(const typename Op::Call& call, cudaStream_t stream) {
   if (choose_access(call) == Access::vector)
     launch_access<Op, kNoise, kDeviceSeed, Access::vector, X, M, Z>(call, stream);
   else
@@ -300,7 +301,7 @@ void launch_typed(const ElementwiseCall& call, cudaStream_t stream) {
 
 // X is the type of x and out, M that of the second tensor, Z that of given noise.
 template <class Op, class X, class M, class Z>
-void launch_noise(const ElementwiseCall& call, cudaStream_t stream) {
+void launch_noise(const typename Op::Call& call, cudaStream_t stream) {
   switch (call.noise_kind) {
     case Noise::none:
       return launch_typed<Op, Noise::none, false, X, M, Z>(call, stream);

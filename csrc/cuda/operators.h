@@ -5,7 +5,7 @@
 
 namespace ddpm_ext::cuda {
 
-void reverse_step(const ElementwiseCall& call, int device);
+void reverse_step(const ReverseStepCall& call, int device);
 void step_with_options(const StepCall& call, int device);
 void affine(const ElementwiseCall& call, int device);
 void loss(const LossCall& call, int device);

@@ -6,6 +6,7 @@ namespace ddpm_ext::cuda {
 namespace {
 
 struct Randn {
+  using Call = ElementwiseCall;
   struct Row {};
   static constexpr bool kX = false, kSecond = false, kRowless = true, kDraws = true;
 

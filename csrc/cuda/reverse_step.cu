@@ -8,6 +8,7 @@ namespace ddpm_ext::cuda {
 namespace {
 
 struct ReverseStep {
+  using Call = ReverseStepCall;
   using Row = StepRow;
   static constexpr bool kX = true, kSecond = true, kRowless = false, kDraws = false;
 
@@ -26,7 +27,7 @@ struct ReverseStep {
 
 }  // namespace
 
-void reverse_step(const ElementwiseCall& call, int device) {
+void reverse_step(const ReverseStepCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
     by_dtypes(call.x.dtype, call.model_output.dtype,
               [&](auto x, auto m) { launch_noise<ReverseStep, decltype(x), decltype(m), decltype(x)>(call, stream); });

@@ -31,8 +31,8 @@ __device__ __forceinline__ int64_t sample_row(const Call& call, Index b) {
 }
 
 // The row with that number.
-template <class Row>
-__device__ __forceinline__ Row read_row(const Call& call, int64_t t) {
+template <class Row, class AnyCall>
+__device__ __forceinline__ Row read_row(const AnyCall& call, int64_t t) {
   if constexpr (std::is_same_v<Row, StepRow>)
     if (call.has_row) return call.row;
   return static_cast<const Row*>(call.table)[t];

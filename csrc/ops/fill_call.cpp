@@ -67,10 +67,12 @@ void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at
   } else {
     CHECK_VALUE(0 <= t_index && t_index < call.rows, "t", " is ", t_index, ", expected 0 <= t < ", call.rows);
     call.t_index = t_index;
-    const Tensor* const readable = on_host != nullptr ? on_host : table.is_cpu() ? &table : nullptr;
-    call.has_row = columns == kRowWidth && readable != nullptr;
-    if (call.has_row) call.row = static_cast<const StepRow*>(readable->const_data_ptr())[t_index];
   }
+}
+
+void set_host_row(HostRow& call, const Rows& rows) {
+  call.has_row = rows.on_host != nullptr && !rows.t.has_value();
+  if (call.has_row) call.row = static_cast<const StepRow*>(rows.on_host->const_data_ptr())[rows.t_index];
 }
 
 void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {

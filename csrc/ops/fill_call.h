@@ -19,6 +19,9 @@ void set_clip(const char* op, Call& call, double clip_min, double clip_max);
 void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* given, const Call& call,
                     at::Device device);
 
+// The row must have been checked by set_table.
+void set_host_row(HostRow& call, const Rows& rows);
+
 // Sets the batch, the rows of a step table, the noise and the dtypes of x_t, noise and out.
 void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, const Tensor& x_t,
               const Rows& rows, const NoiseSource& source);

@@ -29,7 +29,7 @@ struct Rng {
 };
 
 // The rows of a table, float32 (rows, columns), that the samples take: `t`, int64 (batch,), is used in place of
-// t_index. `on_host` is null or the same table on the CPU.
+// t_index. `on_host` is null or the same table on the CPU, from which a step then takes the row of t_index by value.
 struct Rows {
   Tensor table;
   OptionalTensor t;

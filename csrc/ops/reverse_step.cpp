@@ -11,7 +11,7 @@ namespace {
 constexpr const char* op = "reverse_step";
 
 // Checks and sets everything but the model's output and the clip.
-void begin(ElementwiseCall& call, const Tensor& x_t, const Rows& rows, const NoiseSource& source,
+void begin(ReverseStepCall& call, const Tensor& x_t, const Rows& rows, const NoiseSource& source,
            const OptionalTensor& out) {
   set_step(op, call, call.x, call.noise, call.out, x_t, rows, source);
   if (out.has_value())
@@ -23,14 +23,15 @@ void begin(ElementwiseCall& call, const Tensor& x_t, const Rows& rows, const Noi
 }  // namespace
 
 void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& source, const OptionalTensor& out) {
-  ElementwiseCall call;
+  ReverseStepCall call;
   begin(call, x_t, rows, source, out);
 }
 
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& rows, double clip_min, double clip_max,
                     const NoiseSource& source, const OptionalTensor& out) {
-  ElementwiseCall call;
+  ReverseStepCall call;
   begin(call, x_t, rows, source, out);
+  set_host_row(call, rows);
   call.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
   if (out.has_value()) check_overlap(op, "out", *out, model_output);
   set_clip(op, call, clip_min, clip_max);

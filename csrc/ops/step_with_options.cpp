@@ -96,6 +96,7 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   const Tensor& out = *given[Result::out];
   StepCall call;
   set_step(op, call, call[Role::x_t], call[Role::noise], call[Result::out], x_t, rows, source);
+  set_host_row(call, rows);
   set_clip(op, call, clip_min, clip_max);
   set_model_dtypes(call, given);
   check_pair(given, Role::uncond_output, Role::model_output);
@@ -126,8 +127,8 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   }
 
   if (is_plain(call)) {
-    ElementwiseCall plain;
-    static_cast<Call&>(plain) = call;
+    ReverseStepCall plain;
+    static_cast<Call&>(plain) = call, static_cast<HostRow&>(plain) = call;
     plain.x = call[Role::x_t], plain.model_output = call[Role::model_output];
     plain.noise = call[Role::noise], plain.out = call[Result::out];
     DDPM_RUN(reverse_step, plain, x_t.device());

@@ -29,7 +29,7 @@ using fastcall::Argument;
 
 struct TableStep {
   Tensor table;
-  OptionalTensor on_host;  // the same table on the CPU
+  OptionalTensor on_host;  // the same table on the CPU, unless it is `table` itself
   double clip_min, clip_max;
   NoiseSource source;
   bool fresh;  // whether each call draws a seed of its own
@@ -281,15 +281,17 @@ PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
   return take_step(step, samples, x_t, parts.prediction, rows, out, options);
 }
 
-TableStep make(const Tensor& table, const OptionalTensor& on_host, double clip_min, double clip_max,
-               DDPM_SOURCE_PARAMETERS, bool fresh, py::object split_t, py::object seed_in_memory, py::object timesteps,
-               py::object unwrap, py::object split_variance, py::object split_batch) {
+TableStep make(const Tensor& table, OptionalTensor on_host, double clip_min, double clip_max, DDPM_SOURCE_PARAMETERS,
+               bool fresh, py::object split_t, py::object seed_in_memory, py::object timesteps, py::object unwrap,
+               py::object split_variance, py::object split_batch) {
   if (on_host.has_value())
     TORCH_CHECK_VALUE(on_host->is_cpu() && on_host->scalar_type() == table.scalar_type() && on_host->is_contiguous() &&
                           on_host->sizes() == table.sizes(),
                       "TableStep: on_host is ", on_host->scalar_type(), " ", on_host->sizes(), " on ",
                       on_host->device(), ", expected a contiguous ", table.scalar_type(), " ", table.sizes(),
                       " on the CPU");
+  // A CPU's kernels read the row where it lies.
+  if (on_host.has_value() && on_host->is_same(table)) on_host.reset();
   return {table,   on_host,        clip_min,  clip_max, DDPM_SOURCE,    fresh,
           split_t, seed_in_memory, timesteps, unwrap,   split_variance, split_batch};
 }

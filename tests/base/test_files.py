@@ -13,24 +13,16 @@ from support.refused import refused
 from ddpm_ext.base import files
 
 
-def test_writes_and_replaces(tmp_path):
-    path = tmp_path / "new" / "folder" / "a.txt"
-    files.write_text(path, "one")
-    files.write_text(path, "zwei ü")
-    assert path.read_text(encoding="utf-8") == "zwei ü"
-    assert [found.name for found in path.parent.iterdir()] == ["a.txt"]
-
-
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
-    path = tmp_path / "a.bin"
+    path = tmp_path / "new" / "folder" / "a.bin"
     with pytest.raises(FileNotFoundError), files.atomic_path(path):
         pass
-    assert not list(tmp_path.iterdir())
-    files.write_bytes(path, b"old")
+    assert not list(path.parent.iterdir())
+    files.write_text(path, "ält")
     with pytest.raises(RuntimeError, match="half way"), files.atomic_path(path) as beside:
         beside.write_bytes(b"ne")
         raise RuntimeError("half way")
-    assert path.read_bytes() == b"old" and [found.name for found in tmp_path.iterdir()] == ["a.bin"]
+    assert path.read_text("utf-8") == "ält" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.subprocess
@@ -38,7 +30,7 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
 def test_killed_while_writing_keeps_the_old_file(tmp_path):
     """A lock ends with its process, not with the process's workers."""
     pytest.importorskip("fcntl")
-    lock, path = tmp_path / ".lock", tmp_path / "a.bin"
+    lock, path = tmp_path / ".lock", tmp_path / "a[1].bin"
     lock.touch()
     files.write_bytes(path, b"old")
     code = (
@@ -61,6 +53,8 @@ def test_killed_while_writing_keeps_the_old_file(tmp_path):
             os.kill(int(worker), 0)  # the worker still runs
     finally:
         os.kill(int(worker), signal.SIGKILL)
+    files.remove_leftovers(tmp_path, path)
+    assert {each.name for each in tmp_path.iterdir()} == {".lock", "a[1].bin", "said"}
 
 
 def test_link_is_written_through(tmp_path):

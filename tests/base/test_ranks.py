@@ -30,7 +30,7 @@ def test_rank_from_the_environment(monkeypatch, size, rank, local, expected):
 
 def test_each_rank_has_its_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [Ranks(rank, 4, rank).device("cuda") for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [Ranks(3 + i, 7, i).device("cuda") for i in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert [Ranks(3, 4, 3).device(name) for name in ("cuda:0", "cpu")] == ["cuda:0", "cpu"]
     assert Ranks().device("cuda") == "cuda"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

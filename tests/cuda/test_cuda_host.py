@@ -196,7 +196,8 @@ def test_the_row_of_an_int_is_the_hosts(host, monkeypatch):
     call = make_call(("reverse_step", "none", PAIRS[0]), 3, 77, t=None, t_index=2, special=False)
     monkeypatch.setattr(fused, "C", host.operators)
     step = fused.TableStep(call.table.flip(0), on_host=call.table, add_noise=False)
-    assert torch.equal(step.take(call.x, call.tensors["model_output"], None, 2), call.on_cpu()["out"])
+    for results in ({}, {"x0_out": torch.empty_like(call.x)}):
+        assert torch.equal(step.take(call.x, call.tensors["model_output"], None, 2, **results), call.on_cpu()["out"])
 
 
 @pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn")], ids=name)

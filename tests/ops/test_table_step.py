@@ -236,6 +236,7 @@ def test_inputs_are_checked_as_the_operators(device, tensors, backend):
         (lambda: step.take(x, m, None, 1, mask=z), "mask is given without known"),
         (lambda: step.take(x, m, None, 1, noise=z), "noise and rng are both given|noise is given"),
         (lambda: step.take(x, m, None, 1, quantile=2.0), "quantile is 2"),
+        (lambda: ops.TableStep(TABLE).take(x.cpu(), m.cpu(), None, 1, maximum=2.0), "quantile is 0"),
         (lambda: ops.TableStep(TABLE, on_host=TABLE[1:]), r"on_host is Float \[5, 24\] on cpu, expected .* \[6, 24\]"),
         (lambda: step.check(x, None, 6), "t is 6, expected 0 <= t < 6"),
         (lambda: step.check(x, None, 1, z[:2]), "out has shape"),

@@ -18,6 +18,7 @@ from support.noise_of_loops import unrelated
 
 from benchmarks.peers.pipelines import between_calls
 from ddpm_ext import Philox, accelerate, randn
+from ddpm_ext.integrations.diffusers.start_noise import start_noise
 from ddpm_ext.integrations.shared import peer_class
 
 pytestmark = pytest.mark.filterwarnings(
@@ -104,6 +105,17 @@ def test_start_noise_by_seed_and_id(name, packed):
     for image, expected in zip(got, wanted, strict=True):
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
     assert all((first - other).abs().max() > 0.1 for other in (second, images(made(seed=6))))
+
+
+def test_start_noise_behind_a_call_within_a_call():
+    """Also of what draws an image's latents."""
+    vae, pipeline = sys.modules["diffusers.models.autoencoders.vae"], diffusers.DDIMScheduler()
+    outer, inner = ([accelerate(pipeline, noise="philox", seed=seed).accelerated] for seed in (5, 6))
+    with start_noise(pipeline, outer):
+        with start_noise(pipeline, inner):
+            vae.randn_tensor((2, 4))
+        z = vae.randn_tensor((2, 4))
+    assert torch.equal(z, randn((2, 4), Philox(5), stream=1)) and vae.randn_tensor is randn_tensor
 
 
 # ------------------------------------------------------------------------------------------------- several schedulers

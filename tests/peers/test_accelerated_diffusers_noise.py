@@ -80,11 +80,12 @@ def test_images_belong_to_their_ids(name, config, options):
         assert not torch.allclose(run(other, config, options), whole, atol=1e-2)
 
 
-def test_between_timesteps_a_steps_draw_is_its_row():
+@pytest.mark.parametrize("start", [0, 3])
+def test_between_timesteps_a_steps_draw_is_its_row(start):
     scheduler = made("EulerAncestralDiscrete", {}, steps=7)
     assert any(t % 1 for t in scheduler.timesteps.tolist())
     x = torch.zeros(SHAPE)
-    for row, t in enumerate(scheduler.timesteps[:-1]):
+    for row, t in list(enumerate(scheduler.timesteps[:-1]))[start:]:
         scheduler.scale_model_input(x, t)
         found, z = scheduler.step(x, t, x)[0], randn(SHAPE, Philox(SEED), draw=row)
         torch.testing.assert_close(found, (found * z).sum() / (z * z).sum() * z, rtol=2e-6, atol=1e-5)

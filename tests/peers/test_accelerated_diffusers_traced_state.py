@@ -80,6 +80,12 @@ def test_a_change_in_the_middle_of_a_loop_with_history(change):
         assert all(map(torch.equal, again, found)) and ours.accelerated.fallbacks == {}
 
 
+@pytest.mark.parametrize("at", [0, 3])
+def test_lms_order_is_one_of_a_loops_options(at):
+    with pytest.raises(RuntimeError, match=TURN):
+        run(accelerate(make("LMSDiscreteScheduler")), at, lambda *given: given[-1].update(order=2))
+
+
 @pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("first alone", "an unknown option")])
 @pytest.mark.filterwarnings("ignore:step runs the own code")
 def test_a_change_in_the_middle_of_a_loop_without_history(change):

@@ -35,8 +35,8 @@ def one_thread(threads):
     threads(1)
 
 
-def table_of(sampler="deis", **columns):
-    table = make_loop_rows(GD, LoopOptions(sampler=sampler, steps=STEPS, spacing="trailing")).table
+def table_of(sampler="deis", diffusion=GD, **columns):
+    table = make_loop_rows(diffusion, LoopOptions(sampler=sampler, steps=STEPS, spacing="trailing")).table
     return dataclasses.replace(table, notes=NOTES, **columns)
 
 
@@ -45,9 +45,11 @@ def samples(pipeline, **options):
     return 2 * torch.from_numpy(pipeline(**options).images).permute(0, 3, 1, 2) - 1
 
 
-def test_loop_pipeline_and_files_agree(tmp_path):
+@pytest.mark.parametrize("sampler, prediction", [("deis", "eps"), ("dpmpp_2m", "x0")])
+def test_loop_pipeline_and_files_agree(tmp_path, sampler, prediction):
     """The clip is the one of the notes: this scheduler has none."""
-    plain, table = of_pixels(make("DDPM", clip_sample=False)), table_of()
+    table = table_of(sampler, GaussianDiffusion(1000, prediction=prediction))
+    plain = of_pixels(make("DDPM", clip_sample=False))
     table.save(tmp_path / "table.json")
     ours = accelerate(plain, table=tmp_path / "table.json")
     assert type(plain.scheduler).__name__ == "DDPMScheduler" and isinstance(ours.scheduler, TableScheduler)

@@ -8,8 +8,8 @@
 few minutes. All faults in C++ are in that one module: each old text becomes a choice by the environment variable
 DDPM_FAULT, and without it the module is the usual one, but for its optimisation. `run` plants the faults in Python in
 the copy, chooses those in C++, and runs each fault's tests until one fails: the narrow ones, then the fast ones of the
-others. It writes RECORD.json after each fault, so that a run that is killed goes on where it was, and RECORD.md at the
-end. A test counts only if it passes without the fault, which is tried last. The tree itself is never changed.
+others. It writes RECORD, which is JSON, after each fault, so that a run that is killed goes on where it was. A test
+counts only if it passes without the fault, which is tried last. The tree itself is never changed.
 
 After a change of code, edit faults.txt until `check` is content, and compare the two records fault by fault.
 """
@@ -219,8 +219,7 @@ def run(folder: Path, record: Path, only: list[str]) -> None:
     for kept in folder.rglob("*.kept"):  # of a run that was killed
         os.replace(kept, kept.with_suffix(""))
     faults = read_faults(folder)
-    path = record.with_suffix(".json")
-    found: dict[str, dict[str, object]] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, dict[str, object]] = json.loads(record.read_text()) if record.is_file() else {}
     for name in only:
         found.pop(name, None)
     for fault in faults:
@@ -228,7 +227,7 @@ def run(folder: Path, record: Path, only: list[str]) -> None:
             continue
         outcome = try_fault(folder, fault)
         found[fault.name] = {"file": fault.file, **outcome._asdict()}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        record.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{fault.number:3} {fault.name}: {outcome.ending} {outcome.test} ({outcome.seconds} s)", flush=True)
     unchecked = {name: str(entry["test"]) for name, entry in found.items() if entry["test"] and "checked" not in entry}
     also_red = red_without_fault(folder, list(dict.fromkeys(unchecked.values())))
@@ -237,18 +236,7 @@ def run(folder: Path, record: Path, only: list[str]) -> None:
         if test in also_red:
             found[name]["ending"] = "red without it"
             print(f"{name}: {test} fails without the fault, too")
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    record.with_suffix(".md").write_text(as_table(found))
-
-
-def as_table(found: dict[str, dict[str, object]]) -> str:
-    caught = sum(entry["ending"] in ("red", "crash") for entry in found.values())
-    lines = [f"{caught} of {len(found)} faults were seen.", "", "| fault | file | tests | first test that failed | s |"]
-    lines.append("|---|---|---|---|---:|")
-    for name, entry in found.items():
-        test = str(entry["test"]).replace("|", "\\|")
-        lines.append(f"| {name} | {entry['file']} | {entry['ending']} | {test} | {entry['seconds']} |")
-    return "\n".join(lines) + "\n"
+    record.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:

@@ -103,8 +103,9 @@ void fill(Call& call, const Arrays& arrays) {
   if (arrays.data("seed") != nullptr) call.noise_kind = Noise::drawn;
 }
 
-ElementwiseCall elementwise(const Arrays& arrays) {
-  ElementwiseCall call;
+template <class AnyCall>
+AnyCall elementwise(const Arrays& arrays) {
+  AnyCall call;
   fill(call, arrays);
   call.x = arrays.tensor("x", call.numel);
   call.model_output = arrays.tensor("model_output", call.numel);
@@ -172,9 +173,9 @@ void output_scale(const Arrays& arrays) {
 }
 
 void run(const std::string& name, const Arrays& arrays) {
-  if (name == "reverse_step") return cpu::reverse_step(elementwise(arrays));
-  if (name == "affine") return cpu::affine(elementwise(arrays));
-  if (name == "randn") return cpu::randn(elementwise(arrays));
+  if (name == "reverse_step") return cpu::reverse_step(elementwise<ReverseStepCall>(arrays));
+  if (name == "affine") return cpu::affine(elementwise<ElementwiseCall>(arrays));
+  if (name == "randn") return cpu::randn(elementwise<ElementwiseCall>(arrays));
   if (name == "step_with_options") return cpu::step_with_options(step_with_options(arrays));
   if (name == "loss") return cpu::loss(loss(arrays));
   if (name == "x_start_scale") return x_start_scale(arrays);

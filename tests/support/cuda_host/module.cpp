@@ -104,7 +104,7 @@ std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t
 
 namespace ddpm_ext::cpu {
 
-void reverse_step(const ElementwiseCall& call) { run(cuda::reverse_step, call); }
+void reverse_step(const ReverseStepCall& call) { run(cuda::reverse_step, call); }
 void step_with_options(const StepCall& call) { run(cuda::step_with_options, call); }
 void affine(const ElementwiseCall& call) { run(cuda::affine, call); }
 void randn(const ElementwiseCall& call) { run(cuda::randn, call); }
