@@ -176,9 +176,6 @@ def test_without_inputs_the_plain_steps_bits(step, special, device, noise, dtype
     copy = torch.empty_like(x_t)
     assert same_bits(step(table, x_t=x_t, model_output=m, **how, model_input=copy), expected)
     assert same_bits(copy, expected)
-    last = x_t.to(memory_format=torch.channels_last)
-    assert same_bits(step(table, x_t=last, model_output=m, **how), expected)
-    assert same_bits(step(table, x_t=last, model_output=m, **how, out=last), expected)
 
 
 # ------------------------------------------------------------------------------------------- factors that do nothing
@@ -305,10 +302,11 @@ def test_square_root(device):
 @noises
 @PAIRS
 def test_layouts_batches_and_threads_have_the_same_bits(normal, device, threads, noise, dtype, model_dtype):
-    given = {"x_t": normal(*SHAPE, dtype=dtype), "model_output": normal(*SHAPE, seed=1, dtype=model_dtype)}
-    given |= moved(options(SHAPE, dtype, model_dtype), device)
+    shape = (8, 3, 4, 7) if noise == "drawn" else SHAPE  # a channel has whole blocks of noise
+    given = {"x_t": normal(*shape, dtype=dtype), "model_output": normal(*shape, seed=1, dtype=model_dtype)}
+    given |= moved(options(shape, dtype, model_dtype), device)
     if noise == "given":
-        given["noise"] = normal(*SHAPE, seed=2, dtype=dtype)
+        given["noise"] = normal(*shape, seed=2, dtype=dtype)
     table, ids = make_table(8).to(device), torch.arange(8, device=device) + 2**32 - 2
 
     def run(tensors, samples):
