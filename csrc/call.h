@@ -52,6 +52,10 @@ struct Call {
   uint32_t stream = 0;
   int64_t draw = 0;                    // negative: the draw of the sample's row
   const int64_t* draw_data = nullptr;  // unless null, its low 32 bits are used in place of both
+  // Noise is drawn in the order of logical indices. If that is (channels, pixels), but the sizes are (pixels,
+  // channels), which only the CPU makes of a call, this is the number of channels; that of the pixels is a multiple of
+  // four.
+  int64_t channels_last = 0;
 };
 
 // A call of an affine operator (rows are AffineRow; its second tensor is `noise`) or of randn (no rows). An affine

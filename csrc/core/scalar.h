@@ -12,6 +12,7 @@
 //   Words, Products                  Philox's words and their 64-bit products, in the order that suits the machine
 //   multiply_wide, high, low, xor3, Words ^ uint32_t, Products + uint64_t
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
+//   words_in_order(U)                the words of numbers, which join() leaves in their order
 //   join(Words), join_high(Products) the words, or the products' high words, as a U, whose xor3 is there, too
 //   transpose(F (&z)[4])             brings the elements of kLanes blocks, z[k] with element k of each, to memory order
 //   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even

@@ -25,7 +25,8 @@ struct NoisyRun {
   const void* row;
   const PhiloxKeys* keys;
   PhiloxSample counter;
-  uint32_t block;  // Philox's block of the first element
+  uint32_t block;      // Philox's block of the first element
+  const float* drawn;  // the run's noise, where it was drawn before; else null
 };
 
 // Its row is StepRow or AffineRow.
@@ -51,6 +52,23 @@ struct LossRun : NoisyRun {
   bool detached;
   float delta, slope_share;
   double *sample_chunks, *chunks;  // the sums of the sample's chunks, and the first of the run's
+};
+
+// Memory that a core should fetch while it draws the noise of as many elements.
+struct Ahead {
+  const char* data;
+  int64_t element_size;  // at most 4
+};
+
+// Noise to be drawn in the order (pixels, channels), of so many fours of a sample's pixels.
+struct PixelsRun {
+  const PhiloxKeys* keys;
+  PhiloxSample counter;
+  int64_t channels, fours, fours_in_sample;
+  uint32_t first_four;
+  Ahead ahead[4];  // more take longer than they save
+  float* noise;    // written, and up to 64 pixels behind it
+  float* rows;     // scratch, of the same size
 };
 
 // The magnitudes of the predicted clean sample, or without a row of x.
@@ -87,8 +105,9 @@ struct Kernels {
   RunKernel reverse_step[3][3][3];
   RunKernel affine[3][3][3];
   RunKernel randn[3];  // by the dtype of out
-  // By whether noise is drawn, then by the dtypes as for reverse_step.
-  void (*step_with_options[2][3][3])(const StepRun&);
+  void (*draw_by_pixels)(const PixelsRun&);
+  // By Noise (given if it was drawn before, none if it is not drawn), then by the dtypes as for reverse_step.
+  void (*step_with_options[3][3][3])(const StepRun&);
   // By Noise (none if the noise has no weight), by the dtype of x_start and noise, by the dtype of the model's output.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
   // By the dtype of x, by the dtype of the model's output.

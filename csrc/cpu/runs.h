@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernel_table.h"
+#include "cpu/noise_by_pixels.h"
 #include "cpu/parallel.h"
 #include "cpu/strided_copy.h"
 
@@ -97,6 +98,7 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   constexpr int64_t kUnit = kMultiple<Run>;
   constexpr bool kChunks = kUnit == kLossChunk;
   const Tile chunk = {1, kRow};
+  if (call.channels_last > 0) return {1, drawn_at_once(call)};
   if (call.contiguous || call.dims != 2) return chunk;
   const int64_t rows = call.sizes[0], columns = call.sizes[1];
   const bool large = !kChunks && dtype == DType::float32 && std::min(rows, columns) > 8;
@@ -107,16 +109,41 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
 }
 
-// Sets the buffers of a thread's parts. They stay for its next call: those of 16 channels are too large for a stack.
+// Sets the buffers of a thread's parts, and returns memory for `more` floats. Both stay for its next call: those of 16
+// channels are too large for a stack.
 template <size_t kParts>
-void buffers_of(Tile tile, char* (&buffers)[kParts]) {
+float* buffers_of(Tile tile, char* (&buffers)[kParts], size_t more) {
   struct alignas(64) Line {
     char bytes[64];
   };
   static thread_local std::vector<Line> memory;
   const size_t lines = tile.rows * ((tile.columns + kRunMultiple - 1) / kRunMultiple * kRunMultiple) * 4 / sizeof(Line);
-  if (memory.size() < kParts * lines) memory.resize(kParts * lines);
+  const size_t all = kParts * lines + (more * sizeof(float) + sizeof(Line) - 1) / sizeof(Line);
+  if (memory.size() < all) memory.resize(all);
   for (size_t p = 0; p < kParts; ++p) buffers[p] = memory[p * lines].bytes;
+  return reinterpret_cast<float*>(memory.data() + kParts * lines);
+}
+
+// Whether a call draws noise for samples that lie as (pixels, channels) in memory.
+inline bool has_channels_last(const Call& call, const TensorArg& out) {
+  return call.noise_kind == Noise::drawn && call.dims == 2 && call.sizes[1] % 4 == 0 && out.strides[0] == 1 &&
+         out.strides[1] == call.sizes[0];
+}
+
+// The same call in the order (pixels, channels).
+template <class Run, class AnyCall>
+AnyCall by_pixels(AnyCall call) {
+  call.channels_last = call.sizes[0];
+  std::swap(call.sizes[0], call.sizes[1]);
+  Run run{};
+  call.contiguous = true;
+  for (const Part& part : parts_of(call, run)) {
+    TensorArg& tensor = const_cast<TensorArg&>(*part.tensor);
+    if (tensor.data == nullptr) continue;
+    std::swap(tensor.strides[0], tensor.strides[1]);
+    call.contiguous = call.contiguous && tensor.strides[1] == 1 && tensor.strides[0] == call.channels_last;
+  }
+  return call;
 }
 
 // Whether the memory of a sample is in the order of the call's sizes.
@@ -128,10 +155,11 @@ inline bool in_order(const Call& call, const TensorArg& tensor) {
 }
 
 // Runs a kernel over elements `first` to `last` of each row of sample b: directly where the tensors are contiguous, and
-// through a buffer for memory in another order and for the elements that do not fill a whole run.
+// through a buffer for memory in another order and for the elements that do not fill a whole run. If `drawn_before`,
+// each tile's noise is drawn before the kernel runs.
 template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
-                Tile tile = {1, kRow}) {
+                Tile tile = {1, kRow}, bool drawn_before = false) {
   const auto parts = parts_of(call, run);
   constexpr size_t kParts = std::tuple_size_v<decltype(parts_of(call, run))>;
   char* samples[kParts];
@@ -143,7 +171,8 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
                      : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
   }
   const auto in_memory = [&](size_t p, int64_t at) { return samples[p] + at * element_size(parts[p].tensor->dtype); };
-  const int64_t direct = call.contiguous ? first + (last - first) / kMultiple<Run> * kMultiple<Run> : first;
+  const bool whole = call.contiguous && !drawn_before;
+  const int64_t direct = whole ? first + (last - first) / kMultiple<Run> * kMultiple<Run> : first;
   if (direct > first) {
     for (size_t p = 0; p < kParts; ++p)
       if (samples[p] != nullptr) *parts[p].place = in_memory(p, first);
@@ -155,7 +184,7 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
   bool ordered[kParts];
   for (size_t p = 0; p < kParts; ++p) ordered[p] = samples[p] != nullptr && in_order(call, *parts[p].tensor);
   char* buffers[kParts];
-  buffers_of(tile, buffers);
+  float* const noise = buffers_of(tile, buffers, drawn_before ? noise_memory(call) : 0);
   for (int64_t j = direct; j < last; j += tile.columns) {
     const int64_t n = std::min(tile.columns, last - j), padded = (n + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
     const Stretch stretch = {tile.rows, j, n, padded};
@@ -168,9 +197,12 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
       char* row;
       int64_t apart;
     } places[kParts], *end = places;
+    Ahead in_place[kParts];
+    size_t count = 0;
     for (size_t p = 0; p < kParts; ++p) {
       if (samples[p] == nullptr) continue;
       const int64_t size = element_size(parts[p].tensor->dtype);
+      if (!copied(p)) in_place[count++] = {in_memory(p, j), size};
       *end++ = copied(p) ? Place{parts[p].place, buffers[p], padded * size}
                          : Place{parts[p].place, in_memory(p, j), call.numel / tile.rows * size};
     }
@@ -178,6 +210,11 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
       for (Place* place = places; place < end; place->row += place->apart, ++place) *place->of = place->row;
       run.count = padded;
       begin_run(run, r * (call.numel / tile.rows) + j, n);
+      if constexpr (std::is_base_of_v<NoisyRun, Run>)
+        if (drawn_before) {  // so the tile has one row
+          draw_by_pixels(call, run, j, n, in_place, count, noise);
+          run.drawn = noise;
+        }
       kernel(run);
     }
     for (size_t p = 0; p < kParts; ++p)
@@ -217,10 +254,10 @@ uint32_t draw_of(const Row*, int64_t t) {
 }
 inline uint32_t draw_of(const StepRow* row, int64_t) { return row->draw; }
 
-// Runs kernels over all samples of a call. choose(row) returns the kernel of a sample, and fill(run, b) sets the
-// remaining fields of a sample's run.
-template <class Row, class Run, class AnyCall, class Choose, class Fill>
-void for_each_sample(const AnyCall& call, Choose choose, Fill fill) {
+// Runs kernels over all samples of a call. has_weight(row) says whether noise that is drawn has a weight in a sample,
+// choose(noise) returns the kernel, and fill(run, b) sets the remaining fields of a sample's run.
+template <class Row, class Run, class AnyCall, class HasWeight, class Choose, class Fill>
+void for_each_sample(const AnyCall& call, HasWeight has_weight, Choose choose, Fill fill) {
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const Row* table = static_cast<const Row*>(call.table);
@@ -237,7 +274,9 @@ void for_each_sample(const AnyCall& call, Choose choose, Fill fill) {
     const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : draw_of(row, t);
     run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), call.stream, draw));
     fill(run, b);
-    run_sample(choose(row), call, run, b, first, last, tile);
+    const Noise noise = call.noise_kind == Noise::drawn && !has_weight(row) ? Noise::none : call.noise_kind;
+    const bool before = noise == Noise::drawn && call.channels_last > 0;
+    run_sample(choose(before ? Noise::given : noise), call, run, b, first, last, tile, before);
   });
 }
 

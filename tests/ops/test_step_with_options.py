@@ -303,11 +303,12 @@ def test_square_root(device):
 
 @noises
 @PAIRS
-def test_batches_and_threads_have_the_same_bits(normal, device, threads, noise, dtype, model_dtype):
-    given = {"x_t": normal(*SHAPE, dtype=dtype), "model_output": normal(*SHAPE, seed=1, dtype=model_dtype)}
-    given |= moved(options(SHAPE, dtype, model_dtype), device)
+def test_layouts_batches_and_threads_have_the_same_bits(normal, device, threads, noise, dtype, model_dtype):
+    shape = (8, 3, 4, 7) if noise == "drawn" else SHAPE  # a channel has whole blocks of noise
+    given = {"x_t": normal(*shape, dtype=dtype), "model_output": normal(*shape, seed=1, dtype=model_dtype)}
+    given |= moved(options(shape, dtype, model_dtype), device)
     if noise == "given":
-        given["noise"] = normal(*SHAPE, seed=2, dtype=dtype)
+        given["noise"] = normal(*shape, seed=2, dtype=dtype)
     table, ids = make_table(8).to(device), torch.arange(8, device=device) + 2**32 - 2
 
     def run(tensors, samples):
@@ -318,6 +319,10 @@ def test_batches_and_threads_have_the_same_bits(normal, device, threads, noise, 
 
     every = slice(0, 8)
     expected = run(given, every)
+    last = {n: v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for n, v in given.items()}
+    apart = {n: torch.stack([v, v], -1)[..., 0] for n, v in given.items()}
+    for tensors in (last, apart, given | {"x_t": last["x_t"], "history2": apart["history2"]}):
+        assert all(same_bits(result, expected[name]) for name, result in run(tensors, every).items())
     for count in (1, 2, 5):
         threads(count)
         big = {n: v.repeat(1, 40, *[1] * (v.dim() - 2)) if v.dim() > 1 else v for n, v in given.items()}

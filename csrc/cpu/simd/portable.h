@@ -60,6 +60,7 @@ DDPM_HD Products operator+(Products p, uint64_t x) {
 }
 DDPM_HD Words operator^(Words a, uint32_t b) { return a.v ^ broadcast(b); }
 DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.v ^ b.v) ^ c; }
+DDPM_HD Words words_in_order(U32 u) { return u; }
 DDPM_HD U32 join(Words w) { return w; }
 DDPM_HD U32 join_high(Products p) { return high(p); }
 DDPM_HD Words block_words(uint32_t first) { return U32(first) + U32(Integers{0, 1, 2, 3}); }

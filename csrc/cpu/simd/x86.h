@@ -37,6 +37,9 @@ DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
 }
 DDPM_HD U32 xor3(U32 a, U32 b, uint32_t c) { return xor3(a.v, b.v, broadcast(c)); }
 
+// The words of numbers that join() leaves in their order.
+DDPM_HD Words words_in_order(U32 u) { return Words(U32(Integers(shuffle<0xD8>(Floats(u.v), Floats(u.v))))); }
+
 // Every 128 bits of the result have two even words before two odd ones.
 DDPM_HD U32 join(Words w) { return Integers(shuffle<0x88>(Floats(w.even), Floats(w.odd))); }
 DDPM_HD U32 join_high(Products p) { return Integers(shuffle<0xDD>(Floats(p.even), Floats(p.odd))); }

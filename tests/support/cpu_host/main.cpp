@@ -90,6 +90,7 @@ void fill(Call& call, const Arrays& arrays) {
   call.numel = call.sizes[0] = arrays.number<int64_t>("numel", 0);
   call.dims = 1;
   call.contiguous = true;
+  call.channels_last = arrays.number<int64_t>("channels_last", 0);
   call.table = arrays.data("table");
   call.rows = arrays.number<int64_t>("rows", 0);
   call.t = arrays.data<int64_t>("t");
