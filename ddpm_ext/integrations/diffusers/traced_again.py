@@ -32,12 +32,12 @@ def repeating_step(step: Callable[..., Any], peer: Any) -> Callable[..., Any]:
 
 
 def repeating_scale(scale: Callable[..., Any], peer: Any) -> Callable[..., Any]:
-    """scale_model_input of what the last step returned, and in a loop without rows."""
+    """scale_model_input of what the last step returned, and in a loop without rows or without scales."""
 
     @functools.wraps(scale)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         loop = None if is_compiling() else self.__dict__.get("_traced_loop")
-        if loop is False:
+        if loop is False or (loop and not loop.rows.stepper.scales):
             return peer.scale_model_input(self, *args, **kwargs)
         if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
             is_next = loop.made.is_of(args[0]) and loop.has_index_of(self)
