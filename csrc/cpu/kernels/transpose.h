@@ -276,12 +276,53 @@ DDPM_HD void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int
     transpose_squares<4>(from + done * in, in, to + done, out, rows, columns - done);
 }
 
+// The columns of whole blocks, whose number is returned, of at least kPiece / 2 rows. Where there are fewer than
+// kPiece, what is read beyond a column is another one's.
+template <class P, class T>
+DDPM_HD int64_t gather_few(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  constexpr int64_t n = P::kPiece;
+  int64_t c = 0;
+  for (; c + P::kAll < columns; c += P::kAll) {
+    typename P::Vector v[n];
+    for (int64_t i = 0; i < n; ++i) v[i] = P::load(from + (c + i) * in, n * in);
+    interleave_lines<P, n>(v);
+    for (int64_t i = 0; i < rows; ++i) memcpy(to + i * out + c, &v[i], sizeof(v[i]));
+  }
+  return c;
+}
+
+// The rows of whole blocks, whose number is returned, of at least kPiece / 2 columns and fewer than kPiece. Rows follow
+// each other in memory, and what is written beyond one, the next one replaces.
+template <class P, class T>
+DDPM_HD int64_t scatter_few(const T* from, int64_t in, T* to, int64_t rows, int64_t columns) {
+  constexpr int64_t n = P::kPiece;
+  int64_t r = 0;
+  for (; r + P::kAll < rows; r += P::kAll) {
+    typename P::Vector v[n];
+    for (int64_t i = 0; i < n; ++i) memcpy(&v[i], from + (i < columns ? i : 0) * in + r, sizeof(v[i]));
+    interleave_lines<P, n>(v);
+    for (int64_t k = 0; k < P::kAll; ++k)
+      memcpy(to + (r + k) * columns, reinterpret_cast<const char*>(&v[k % n]) + 16 * (k / n), 16);
+  }
+  return r;
+}
+
 // AVX-512 F cannot interleave elements of 16 bits in more than two pieces.
 template <class T>
 constexpr int64_t kMostPieces = sizeof(Floats) == 64 && sizeof(T) == 2 ? 2 : sizeof(Floats) / 16;
 
 template <class T>
 void transpose_any(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
+  using P = Pieces<kMostPieces<T>, T>;
+  constexpr int64_t n = P::kPiece;
+  if (rows < n && rows >= n / 2) {
+    const int64_t done = gather_few<P>(from, in, to, out, rows, columns);
+    return transpose_squares<4>(from + done * in, in, to + done, out, rows, columns - done);
+  }
+  if (columns < n && columns >= n / 2 && out == columns) {
+    const int64_t done = scatter_few<P>(from, in, to, rows, columns);
+    return transpose_squares<4>(from + done, in, to + done * out, out, rows - done, columns);
+  }
   transpose_blocks<kMostPieces<T>>(from, in, to, out, rows, columns);
 }
 
