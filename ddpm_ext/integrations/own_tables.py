@@ -37,7 +37,6 @@ class OwnTables(Accelerated):
         """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
-        # How often a tensor was written to, as `written` says it, without that function's call.
         key = [(id(x), C.written(x)) if isinstance(x, Tensor) else id(x) for x in state]
         return kept(self, CACHED, tuple(key), make, state)
 

@@ -352,11 +352,14 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
   if (columns == 4 && out == 4) return join_channels<4>(from, in, to, rows);
 #if defined(__clang__) || __GNUC__ >= 12
   using Three = ThreeChannels<Pieces<kMostPieces<T>, T>, T>;
-  int64_t done = 0;
-  if (rows == 3 && in == 3) done = Three::split_pixels(from, to, out, columns);
-  if (rows == 3 && in == 3) return split_channels<3>(from + 3 * done, to + done, out, columns - done);
-  if (columns == 3 && out == 3) done = Three::join_pixels(from, in, to, rows);
-  if (columns == 3 && out == 3) return join_channels<3>(from + done, in, to + 3 * done, rows - done);
+  if (rows == 3 && in == 3) {
+    const int64_t done = Three::split_pixels(from, to, out, columns);
+    return split_channels<3>(from + 3 * done, to + done, out, columns - done);
+  }
+  if (columns == 3 && out == 3) {
+    const int64_t done = Three::join_pixels(from, in, to, rows);
+    return join_channels<3>(from + done, in, to + 3 * done, rows - done);
+  }
   const bool known = transpose_channels<8>(from, in, to, out, rows, columns) ||
                      transpose_channels<12>(from, in, to, out, rows, columns) ||
                      transpose_channels<16>(from, in, to, out, rows, columns) ||

@@ -103,7 +103,8 @@ class TracedScheduler(Forward):
     # ------------------------------------------------------------------------------------------------------ steps
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """A step of the same kinds as the last one takes its row without another look at its arguments."""
+        """A step that begins a loop as the last one began takes its row without another look at its arguments, and one
+        that is like the step before it does not come here (repeating_step)."""
         loop: Any = self._traced_loop
         if loop is False:
             raise Fallback
@@ -119,11 +120,6 @@ class TracedScheduler(Forward):
                 loop, of_loop = LoopPosition(begun.rows, settings), begun.rows.dtypes_of(args[0].dtype, args[2].dtype)
                 repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
                 return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
-        if loop is not None:  # which repeating_step has seen, but where code is compiled
-            repeated = loop.repeated
-            is_next = repeated is not None and loop.has_index_of(self)
-            if is_next and repeated.call.row_of(self.__dict__, args, kwargs) == loop.at:
-                return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
         except Fallback as fallback:

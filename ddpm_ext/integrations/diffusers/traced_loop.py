@@ -146,7 +146,7 @@ class Begun(NamedTuple):
 
     def settings_of(self, scheduler: Any) -> Settings | None:
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
-        now, began, cls = scheduler.__dict__, self.rows.scheduler.__dict__, type(self.rows.scheduler)
+        now, cls = scheduler.__dict__, type(self.rows.scheduler)
         if outside(cls) != self.outside or replaced(cls, now):
             return None
         try:
