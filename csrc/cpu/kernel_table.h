@@ -18,6 +18,7 @@ struct BFloat16 {
 };
 
 constexpr int64_t kRunMultiple = 64;
+constexpr int64_t kMostUnits = 7;  // of a pixel, if they are narrower than a vector (kernels/noise_by_pixels.h)
 
 // What the runs of all kernels that may draw noise have.
 struct NoisyRun {
@@ -25,12 +26,26 @@ struct NoisyRun {
   const void* row;
   const PhiloxKeys* keys;
   PhiloxSample counter;
-  uint32_t block;      // Philox's block of the first element
-  const float* drawn;  // the run's noise, where it was drawn before; else null
+  uint32_t block;  // Philox's block of the first element
+};
+
+// A thread's memory for the noise of runs in the order (pixels, channels).
+struct PixelsMemory {
+  float *noise, *rows;                                             // of as many elements as two groups have, and one
+  int64_t channels = 0;                                            // those that `lanes` is for
+  alignas(64) uint32_t lanes[kMostUnits * (kMostUnits - 1) * 16];  // 16 for a vector of AVX-512
+};
+
+// A run whose order is that of logical indices, or (pixels, channels). Then it has a multiple of 64 pixels, or of 16 if
+// the channels are a multiple of 4.
+struct PixelsRun : NoisyRun {
+  int64_t channels;         // 1 for logical order
+  int64_t fours_in_sample;  // of the pixels of a channel
+  PixelsMemory* memory;
 };
 
 // Its row is StepRow or AffineRow.
-struct Run : NoisyRun {
+struct Run : PixelsRun {
   void *x, *model_output, *noise, *out;
   float clip_min, clip_max;
 };
@@ -38,7 +53,7 @@ struct Run : NoisyRun {
 using RunKernel = void (*)(const Run&);
 
 // A run of the step with options. Its row is StepRow.
-struct StepRun : NoisyRun {
+struct StepRun : PixelsRun {
   void *inputs[kRoles], *results[kResults], *input_again;  // null: the call does not have it
   DType input_dtype;                                       // of model_input
   StepSample sample;
@@ -52,23 +67,6 @@ struct LossRun : NoisyRun {
   bool detached;
   float delta, slope_share;
   double *sample_chunks, *chunks;  // the sums of the sample's chunks, and the first of the run's
-};
-
-// Memory that a core should fetch while it draws the noise of as many elements.
-struct Ahead {
-  const char* data;
-  int64_t element_size;  // at most 4
-};
-
-// Noise to be drawn in the order (pixels, channels), of so many fours of a sample's pixels.
-struct PixelsRun {
-  const PhiloxKeys* keys;
-  PhiloxSample counter;
-  int64_t channels, fours, fours_in_sample;
-  uint32_t first_four;
-  Ahead ahead[4];  // more take longer than they save
-  float* noise;    // written, and up to 64 pixels behind it
-  float* rows;     // scratch, of the same size
 };
 
 // The magnitudes of the predicted clean sample, or without a row of x.
@@ -105,9 +103,8 @@ struct Kernels {
   RunKernel reverse_step[3][3][3];
   RunKernel affine[3][3][3];
   RunKernel randn[3];  // by the dtype of out
-  void (*draw_by_pixels)(const PixelsRun&);
-  // By Noise (given if it was drawn before, none if it is not drawn), then by the dtypes as for reverse_step.
-  void (*step_with_options[3][3][3])(const StepRun&);
+  // By whether noise is drawn, then by the dtypes as for reverse_step.
+  void (*step_with_options[2][3][3])(const StepRun&);
   // By Noise (none if the noise has no weight), by the dtype of x_start and noise, by the dtype of the model's output.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
   // By the dtype of x, by the dtype of the model's output.

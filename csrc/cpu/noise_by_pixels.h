@@ -1,39 +1,51 @@
-// Draws noise ahead of the kernels, for calls whose order is (pixels, channels): Call::channels_last.
+// What calls need whose noise is drawn in the order (pixels, channels): Call::channels_last, and
+// kernels/noise_by_pixels.h.
 #pragma once
 
 #include <algorithm>
-#include <iterator>
+#include <numeric>
+#include <vector>
 
 #include "cpu/kernel_table.h"
-#include "cpu/operators.h"
 
 namespace ddpm_ext::cpu {
 
-// The elements of a sample whose noise is drawn at once: all channels of as many pixels as fill whole runs and vectors.
-// A core's first cache holds them and as many of a few tensors. Where a tensor is transposed, more pixels are better.
-inline int64_t drawn_at_once(const Call& call) {
-  const int64_t channels = call.channels_last;
-  const int64_t about = call.contiguous ? 2048 : std::clamp<int64_t>(512 * channels, 2048, 8192);
-  const int64_t least = (channels % 4 == 0 ? 16 : kRunMultiple) * channels;
-  return std::max<int64_t>(1, about / least) * least;
+struct alignas(64) Line {
+  char bytes[64];
+};
+
+// The memory of a thread, which stays for its next call, with at least so many lines.
+inline Line* at_least(std::vector<Line>& memory, size_t lines) {
+  if (memory.size() < lines) memory.resize(lines);
+  return memory.data();
 }
 
-// A thread's memory for that noise, and for scratch of the same size, in elements.
-inline int64_t most_noise(const Call& call) { return drawn_at_once(call) + kRunMultiple * call.channels_last; }
-inline int64_t noise_memory(const Call& call) { return 2 * most_noise(call); }
+// Whether a call draws noise for samples that lie as (pixels, channels) in memory, and kernels have few units to join.
+inline bool has_channels_last(const Call& call, const TensorArg& out) {
+  if (call.noise_kind != Noise::drawn || call.dims != 2 || call.sizes[1] % 4 != 0) return false;
+  const int64_t channels = call.sizes[0], unit = channels % 4 == 0 ? std::gcd(channels, int64_t{16}) : 1;
+  return (unit == 16 || channels / unit <= kMostUnits) && out.strides[0] == 1 && out.strides[1] == channels;
+}
 
-// Draws the noise of n elements of a sample from element j on. Meanwhile a core fetches the first of `parts` that the
-// kernel will need.
-inline void draw_by_pixels(const Call& call, const NoisyRun& run, int64_t j, int64_t n, const Ahead* ahead,
-                           size_t parts, float* memory) {
-  const int64_t channels = call.channels_last;
-  PixelsRun pixels{run.keys, run.counter, channels, n / 4 / channels, call.numel / 4 / channels};
-  pixels.first_four = static_cast<uint32_t>(j / 4 / channels);
-  std::fill(std::begin(pixels.ahead), std::end(pixels.ahead), Ahead{reinterpret_cast<const char*>(memory), 0});
-  std::copy_n(ahead, std::min(parts, std::size(pixels.ahead)), pixels.ahead);
-  pixels.noise = memory;
-  pixels.rows = memory + most_noise(call);
-  kernels().draw_by_pixels(pixels);
+// A run of so many channels has a multiple of this many elements.
+inline int64_t whole_groups(int64_t channels) { return channels * (channels % 4 == 0 ? 16 : 64); }
+
+// The elements that are copied at once, where a tensor has another order.
+inline int64_t copied_at_once(int64_t channels) {
+  const int64_t whole = whole_groups(channels), about = std::clamp<int64_t>(512 * channels, 2048, 8192);
+  return std::max<int64_t>(1, about / whole) * whole;
+}
+
+// Sets the fields of a run of drawn noise that depend on its order.
+inline void set_order(const Call& call, PixelsRun& run) {
+  static thread_local PixelsMemory memory;
+  static thread_local std::vector<Line> noise;
+  run.channels = std::max<int64_t>(1, call.channels_last);
+  run.fours_in_sample = call.numel / 4 / run.channels;
+  const int64_t group = whole_groups(run.channels);
+  memory.noise = reinterpret_cast<float*>(at_least(noise, 3 * group * sizeof(float) / sizeof(Line)));
+  memory.rows = memory.noise + 2 * group;
+  run.memory = &memory;
 }
 
 }  // namespace ddpm_ext::cpu

@@ -29,9 +29,7 @@ void step_with_options(const StepCall& call) {
   const int x = index(call[Role::x_t].dtype), m = index(call[Role::model_output].dtype);
   const bool masked = call[Role::mask].data != nullptr;
   const auto has_weight = [=](const StepRow* row) { return draws_noise(*row, masked); };
-  const auto choose = [&](Noise noise) {
-    return table[static_cast<int>(call.noise_kind == Noise::drawn ? noise : Noise::none)][x][m];
-  };
+  const auto choose = [&](Noise noise) { return table[noise == Noise::drawn][x][m]; };
   auto fill = [&](StepRun& run, int64_t b) {
     run.sample.clip_min = call.clip_min, run.sample.clip_max = call.clip_max;
     for (int i = 0; i < kFactors; ++i) {

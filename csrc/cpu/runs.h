@@ -98,7 +98,7 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   constexpr int64_t kUnit = kMultiple<Run>;
   constexpr bool kChunks = kUnit == kLossChunk;
   const Tile chunk = {1, kRow};
-  if (call.channels_last > 0) return {1, drawn_at_once(call)};
+  if (call.channels_last > 0) return {1, copied_at_once(call.channels_last)};
   if (call.contiguous || call.dims != 2) return chunk;
   const int64_t rows = call.sizes[0], columns = call.sizes[1];
   const bool large = !kChunks && dtype == DType::float32 && std::min(rows, columns) > 8;
@@ -109,25 +109,13 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
 }
 
-// Sets the buffers of a thread's parts, and returns memory for `more` floats. Both stay for its next call: those of 16
-// channels are too large for a stack.
+// Sets the buffers of a thread's parts. Those of 16 channels are too large for a stack.
 template <size_t kParts>
-float* buffers_of(Tile tile, char* (&buffers)[kParts], size_t more) {
-  struct alignas(64) Line {
-    char bytes[64];
-  };
+void set_buffers(Tile tile, char* (&buffers)[kParts]) {
   static thread_local std::vector<Line> memory;
   const size_t lines = tile.rows * ((tile.columns + kRunMultiple - 1) / kRunMultiple * kRunMultiple) * 4 / sizeof(Line);
-  const size_t all = kParts * lines + (more * sizeof(float) + sizeof(Line) - 1) / sizeof(Line);
-  if (memory.size() < all) memory.resize(all);
-  for (size_t p = 0; p < kParts; ++p) buffers[p] = memory[p * lines].bytes;
-  return reinterpret_cast<float*>(memory.data() + kParts * lines);
-}
-
-// Whether a call draws noise for samples that lie as (pixels, channels) in memory.
-inline bool has_channels_last(const Call& call, const TensorArg& out) {
-  return call.noise_kind == Noise::drawn && call.dims == 2 && call.sizes[1] % 4 == 0 && out.strides[0] == 1 &&
-         out.strides[1] == call.sizes[0];
+  Line* const first = at_least(memory, kParts * lines);
+  for (size_t p = 0; p < kParts; ++p) buffers[p] = first[p * lines].bytes;
 }
 
 // The same call in the order (pixels, channels).
@@ -155,11 +143,10 @@ inline bool in_order(const Call& call, const TensorArg& tensor) {
 }
 
 // Runs a kernel over elements `first` to `last` of each row of sample b: directly where the tensors are contiguous, and
-// through a buffer for memory in another order and for the elements that do not fill a whole run. If `drawn_before`,
-// each tile's noise is drawn before the kernel runs.
+// through a buffer for memory in another order and for the elements that do not fill a whole run.
 template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
-                Tile tile = {1, kRow}, bool drawn_before = false) {
+                Tile tile = {1, kRow}) {
   const auto parts = parts_of(call, run);
   constexpr size_t kParts = std::tuple_size_v<decltype(parts_of(call, run))>;
   char* samples[kParts];
@@ -171,8 +158,9 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
                      : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
   }
   const auto in_memory = [&](size_t p, int64_t at) { return samples[p] + at * element_size(parts[p].tensor->dtype); };
-  const bool whole = call.contiguous && !drawn_before;
-  const int64_t direct = whole ? first + (last - first) / kMultiple<Run> * kMultiple<Run> : first;
+  const int64_t groups = call.channels_last > 0 ? whole_groups(call.channels_last) : 0;
+  const int64_t multiple = groups > 0 ? groups : kMultiple<Run>, fill = groups > 0 ? groups : kRunMultiple;
+  const int64_t direct = call.contiguous ? first + (last - first) / multiple * multiple : first;
   if (direct > first) {
     for (size_t p = 0; p < kParts; ++p)
       if (samples[p] != nullptr) *parts[p].place = in_memory(p, first);
@@ -184,9 +172,9 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
   bool ordered[kParts];
   for (size_t p = 0; p < kParts; ++p) ordered[p] = samples[p] != nullptr && in_order(call, *parts[p].tensor);
   char* buffers[kParts];
-  float* const noise = buffers_of(tile, buffers, drawn_before ? noise_memory(call) : 0);
+  set_buffers(tile, buffers);
   for (int64_t j = direct; j < last; j += tile.columns) {
-    const int64_t n = std::min(tile.columns, last - j), padded = (n + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
+    const int64_t n = std::min(tile.columns, last - j), padded = (n + fill - 1) / fill * fill;
     const Stretch stretch = {tile.rows, j, n, padded};
     const auto copied = [&](size_t p) { return samples[p] != nullptr && (n < padded || !ordered[p]); };
     for (size_t p = 0; p < kParts; ++p)
@@ -197,12 +185,9 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
       char* row;
       int64_t apart;
     } places[kParts], *end = places;
-    Ahead in_place[kParts];
-    size_t count = 0;
     for (size_t p = 0; p < kParts; ++p) {
       if (samples[p] == nullptr) continue;
       const int64_t size = element_size(parts[p].tensor->dtype);
-      if (!copied(p)) in_place[count++] = {in_memory(p, j), size};
       *end++ = copied(p) ? Place{parts[p].place, buffers[p], padded * size}
                          : Place{parts[p].place, in_memory(p, j), call.numel / tile.rows * size};
     }
@@ -210,11 +195,6 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
       for (Place* place = places; place < end; place->row += place->apart, ++place) *place->of = place->row;
       run.count = padded;
       begin_run(run, r * (call.numel / tile.rows) + j, n);
-      if constexpr (std::is_base_of_v<NoisyRun, Run>)
-        if (drawn_before) {  // so the tile has one row
-          draw_by_pixels(call, run, j, n, in_place, count, noise);
-          run.drawn = noise;
-        }
       kernel(run);
     }
     for (size_t p = 0; p < kParts; ++p)
@@ -275,8 +255,9 @@ void for_each_sample(const AnyCall& call, HasWeight has_weight, Choose choose, F
     run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), call.stream, draw));
     fill(run, b);
     const Noise noise = call.noise_kind == Noise::drawn && !has_weight(row) ? Noise::none : call.noise_kind;
-    const bool before = noise == Noise::drawn && call.channels_last > 0;
-    run_sample(choose(before ? Noise::given : noise), call, run, b, first, last, tile, before);
+    if constexpr (std::is_base_of_v<PixelsRun, Run>)
+      if (noise == Noise::drawn) set_order(call, run);
+    run_sample(choose(noise), call, run, b, first, last, tile);
   });
 }
 

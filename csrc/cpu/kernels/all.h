@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/kernels/loss.h"
-#include "cpu/kernels/noise_by_pixels.h"
 #include "cpu/kernels/quantile.h"
 #include "cpu/kernels/spread.h"
 #include "cpu/kernels/step_with_options.h"
@@ -36,9 +35,7 @@ const Kernels kernels = {
     {DDPM_BY_ONE_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
      DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
-    draw_by_pixels,
-    {DDPM_BY_DTYPE(step_with_options, Noise::none), DDPM_BY_DTYPE(step_with_options, Noise::given),
-     DDPM_BY_DTYPE(step_with_options, Noise::drawn)},
+    {DDPM_BY_DTYPE(step_with_options, Noise::none), DDPM_BY_DTYPE(step_with_options, Noise::drawn)},
     {DDPM_BY_DTYPE(loss_of_run, LossRow, Noise::none), DDPM_BY_DTYPE(loss_of_run, LossRow, Noise::given),
      DDPM_BY_DTYPE(loss_of_run, LossRow, Noise::drawn)},
     {DDPM_BY_DTYPE(loss_of_run, VariationalRow, Noise::none), DDPM_BY_DTYPE(loss_of_run, VariationalRow, Noise::given),

@@ -2,80 +2,149 @@
 // (channels, pixels).
 #pragma once
 
-#include "cpu/kernels/normals.h"
-#include "cpu/kernels/transpose.h"
+#include "cpu/kernel_table.h"
 
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Stores a vector as pieces of kPiece elements that are `apart` elements from each other.
-template <int kPiece>
-DDPM_HD void store_pieces(float* to, int64_t apart, F32 x) {
-  typedef float Piece __attribute__((vector_size(kPiece * sizeof(float))));
-  Piece pieces[F32::kLanes / kPiece];
-  memcpy(pieces, &x, sizeof(x));
-  for (int i = 0; i < F32::kLanes / kPiece; ++i) memcpy(to + i * apart, &pieces[i], sizeof(Piece));
+// Before, z[k] has pixel k of each of kFours fours. Afterwards the fours follow each other.
+template <int kFours, size_t... i>
+DDPM_HD void join_fours(F32 (&z)[4], std::index_sequence<i...>) {
+  constexpr size_t n = F32::kLanes, kHalf = n / 2, kUnit = n / kFours;
+  const auto lower = [](F32 a, F32 b) { return choose<(i < kHalf ? i : i + kHalf)...>(a, b); };
+  const auto upper = [](F32 a, F32 b) { return choose<(i < kHalf ? i + kHalf : i + n)...>(a, b); };
+  const F32 halves[] = {lower(z[0], z[1]), lower(z[2], z[3]), upper(z[0], z[1]), upper(z[2], z[3])};
+  for (int j = 0; j < 4; j += 2) {
+    const F32 a = halves[j], b = halves[j + 1];
+    z[j] = kFours == 2 ? a : choose<(i / kUnit * 2 * kUnit + i % kUnit)...>(a, b);
+    z[j + 1] = kFours == 2 ? b : choose<(i / kUnit * 2 * kUnit + i % kUnit + kUnit)...>(a, b);
+  }
 }
 
-// A vector of blocks, each of four pixels of a channel, has those of kTogether neighbouring channels. If that is more
-// than one, the blocks' elements k are neighbours in the result, too. Else whole channels are drawn and transposed.
-template <int kTogether>
-void draw_channels(const PixelsRun& run) {
-  constexpr int64_t kFours = F32::kLanes / kTogether;  // of pixels, in a vector
-  const int64_t channels = run.channels, vectors = (run.fours + kFours - 1) / kFours;
-  const PhiloxKeys keys = *run.keys;
-  const PhiloxSample counter = run.counter;
-  uint32_t numbers[F32::kLanes];
-  for (int i = 0; i < F32::kLanes; ++i)
-    numbers[i] = run.first_four + static_cast<uint32_t>(i % kTogether * run.fours_in_sample + i / kTogether);
-  U32 blocks;
-  memcpy(&blocks, numbers, sizeof(numbers));
-  Products first = multiply_wide(kTogether == 1 ? block_words(run.first_four) : words_in_order(blocks), kPhiloxM0);
-  // From one vector to the next, and from the last one of some channels to the first one of the next channels.
-  const uint64_t step = uint64_t{kPhiloxM0} * kFours;
-  const uint64_t jump = kPhiloxM0 * static_cast<uint64_t>(kTogether * run.fours_in_sample - (vectors - 1) * kFours);
-  int64_t left = vectors;
-  const auto next = [&]() __attribute__((always_inline)) {
-    const Products products = first;
-    const uint64_t last = --left == 0;
-    first = first + (step + last * (jump - step));  // a branch would keep apart what is drawn in parallel
-    left += last * vectors;
+// The noise of a run, four vectors at a time. A block of Philox has four pixels of a channel. A vector of blocks has
+// those of a unit, which is one channel or 4, 8 or 16 neighbouring ones. The vectors of all units of some pixels are a
+// group. While a kernel uses a group's noise, the next group is drawn. In logical order there is one channel.
+class NoiseByPixels {
+ public:
+  explicit NoiseByPixels(const PixelsRun& run)
+      : memory_(*run.memory),
+        shift_(unit_shift(run.channels)),
+        units_(run.channels >> shift_),
+        used_(units_ + 1),
+        to_(memory_.noise) {
+    const uint32_t first = static_cast<uint32_t>(run.block / run.channels);
+    const auto fours = static_cast<uint32_t>(run.fours_in_sample);
+    uint32_t numbers[F32::kLanes];
+    for (uint32_t i = 0; i < F32::kLanes; ++i) numbers[i] = first + (i & (unit() - 1)) * fours + (i >> shift_);
+    U32 blocks;
+    memcpy(&blocks, numbers, sizeof(numbers));
+    products_ = multiply_wide(unit() == 1 ? block_words(first) : words_in_order(blocks), kPhiloxM0);
+    step_ = uint64_t{kPhiloxM0} * unit() * fours;
+    jump_ = uint64_t{kPhiloxM0} * (F32::kLanes >> shift_) - (units_ - 1) * step_;
+    if (F32::kLanes > 4 && unit() < F32::kLanes && memory_.channels != run.channels) number_lanes(run.channels);
+  }
+
+  // The elements of a group.
+  DDPM_HD int64_t group() const { return units_ * kFour; }
+
+  // The products with kPhiloxM0 of the numbers of the next vector's blocks.
+  DDPM_HD Products next() {
+    const Products products = products_;
+    const uint64_t last = ++drawn_ == units_;
+    products_ = products_ + (step_ + last * (jump_ - step_));  // a branch would keep apart what is drawn in parallel
+    drawn_ -= last * units_;
     return products;
-  };
-  float* to = kTogether == 1 ? run.rows : run.noise;
-  int64_t stored = 0;
-  const auto body = [&](int64_t i, F32(&z)[4]) __attribute__((always_inline)) {
-    for (const Ahead& ahead : run.ahead) {
-      constexpr int64_t kNoise = 4 * F32::kLanes, kBytes = kNoise * sizeof(float);
-      const char* const from = ahead.data + i * kNoise * ahead.element_size;
-      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line);
-    }
-    if constexpr (kTogether == 1) {
-      transpose(z);
-      for (int k = 0; k < 4; ++k) store(to + k * F32::kLanes, z[k]);
-      to += 4 * F32::kLanes;
-    } else {
-      for (int k = 0; k < 4; ++k) store_pieces<kTogether>(to + k * channels, 4 * channels, z[k]);
-      to += 4 * kFours * channels;
-      if (++stored == vectors) {
-        to += kTogether - vectors * 4 * kFours * channels;
-        stored = 0;
-      }
-    }
-  };
-  for_each_draw(keys, counter, channels / kTogether * vectors, next, body);
-  if constexpr (kTogether == 1)
-    transpose_matrix<uint32_t>(run.rows, 4 * kFours * vectors, run.noise, channels, 4 * run.fours, channels);
-}
+  }
 
-void draw_by_pixels(const PixelsRun& run) {
-#ifndef DDPM_WITHOUT_FMA  // else drawing takes so long that transposing does not count
-  if (F32::kLanes >= 16 && run.channels % 16 == 0) return draw_channels<(F32::kLanes >= 16 ? 16 : 4)>(run);
-  if (F32::kLanes >= 8 && run.channels % 8 == 0) return draw_channels<(F32::kLanes >= 8 ? 8 : 4)>(run);
-  if (run.channels % 4 == 0) return draw_channels<4>(run);
+  // Takes the normals of the next vector of blocks, z[k] with element k of each.
+  DDPM_HD void add(F32 (&z)[4]) {
+    constexpr auto kPlaces = std::make_index_sequence<F32::kLanes>();
+    if (unit() == 1) transpose(z);
+    if constexpr (F32::kLanes == 16)
+      if (unit() == 4) join_fours<4>(z, kPlaces);
+    if constexpr (F32::kLanes >= 8)
+      if (unit() == F32::kLanes / 2) join_fours<2>(z, kPlaces);
+    if (units_ == 1) return;
+    const bool last = added_ + 1 == units_;
+    if (unit() == F32::kLanes)
+      for (int k = 0; k < 4; ++k) store(to_ + (k * units_ + added_) * F32::kLanes, z[k]);
+    else if (!last)
+      for (int k = 0; k < 4; ++k) store(memory_.rows + added_ * kFour + k * F32::kLanes, z[k]);
+    else
+      join_units(z);
+    ++added_;
+    if (!last) return;
+    added_ = 0;
+    to_ = to_ == memory_.noise ? to_ + group() : memory_.noise;
+  }
+
+  // Gets the noise that is used next. Where a group is one vector, that is what was added.
+  DDPM_HD void get(F32 (&z)[4]) {
+    if (units_ == 1) return;
+    for (int k = 0; k < 4; ++k) z[k] = load(memory_.noise + used_ * kFour + k * F32::kLanes);
+    if (++used_ == 2 * units_) used_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kFour = 4 * F32::kLanes;
+
+  // The logarithm of unit().
+  static int unit_shift(int64_t channels) {
+#ifndef DDPM_WITHOUT_FMA  // else drawing takes so long that its order does not count
+    for (int shift = 4; shift >= 2; --shift)
+      if (1 << shift <= F32::kLanes && (channels & ((1 << shift) - 1)) == 0) return shift;
 #endif
-  draw_channels<1>(run);
-}
+    return 0;
+  }
+
+  DDPM_HD uint32_t unit() const { return 1u << shift_; }  // channels
+
+  // Joins the units of each pixel. The last row of units is in z, those before it are in memory.
+  template <class F>
+  DDPM_HD void join_units(const F (&z)[4]) {
+    if constexpr (F::kLanes > 4) {
+      const uint32_t* lanes = memory_.lanes;
+      for (int64_t vector = 0; vector < units_; ++vector) {
+        F y[4];
+        U32 numbers;
+        for (int j = 0; j < 4; ++j) y[j] = load(memory_.rows + j * F::kLanes);
+        for (int64_t row = 1; row < units_ - 1; ++row, lanes += F::kLanes) {
+          memcpy(&numbers, lanes, sizeof(numbers));
+          for (int j = 0; j < 4; ++j) y[j] = take(y[j], numbers, load(memory_.rows + row * kFour + j * F::kLanes));
+        }
+        memcpy(&numbers, lanes, sizeof(numbers));
+        lanes += F::kLanes;
+        for (int j = 0; j < 4; ++j) store(to_ + (j * units_ + vector) * F::kLanes, take(y[j], numbers, z[j]));
+      }
+    } else {
+      for (int k = 0; k < 4; ++k) store(memory_.rows + added_ * kFour + k * F::kLanes, z[k]);
+      for (int64_t i = 0; i < kFour; ++i)
+        for (int64_t row = 0; row < units_; ++row) to_[i * units_ + row] = memory_.rows[row * kFour + i];
+    }
+  }
+
+  // Numbers the lanes that join_units takes, and leaves them to the runs of this thread that follow.
+  void number_lanes(int64_t channels) {
+    memory_.channels = channels;
+    uint32_t* lanes = memory_.lanes;
+    for (int64_t vector = 0; vector < units_; ++vector)
+      for (int64_t row = 1; row < units_; ++row)
+        for (int64_t i = 0; i < F32::kLanes; ++i, ++lanes) {
+          const int64_t number = (vector * F32::kLanes + i) >> shift_;  // of a unit in a group
+          const int64_t source = number % units_, lane = (number / units_ << shift_) + (i & (unit() - 1));
+          *lanes = static_cast<uint32_t>(source == row ? F32::kLanes + lane : source == 0 && row == 1 ? lane : i);
+        }
+  }
+
+  PixelsMemory& memory_;
+  const int shift_;
+  const int64_t units_;            // of a pixel
+  int64_t drawn_ = 0, added_ = 0;  // vectors of a group
+  int64_t used_;                   // vectors of two groups
+  float* to_;                      // one of two groups
+  Products products_;
+  uint64_t step_, jump_;  // of products_, to the next vector and to the first one of the next group
+};
 
 }  // namespace
 }  // namespace ddpm_ext::DDPM_ISA

@@ -47,15 +47,13 @@ struct RunTensors {
   }
 };
 
-// The noise is drawn here, or was before, or is none but what the call may have.
+// The noise is drawn here, or is none but what the call may have.
 template <Noise kNoise, class X, class M>
 void step_with_options(const StepRun& run) {
   const StepRow row = *static_cast<const StepRow*>(run.row);
   const StepSample sample = run.sample;
-  for_each_four<kNoise>(run, [&](int64_t i, F32(&z)[4]) {
+  for_each_four<kNoise>(run, [&](int64_t i, F32(&z)[4]) __attribute__((always_inline)) {
     RunTensors<X, M> tensors{run, i};
-    if constexpr (kNoise == Noise::given)
-      for (int k = 0; k < 4; ++k) z[k] = load(run.drawn + i + k * F32::kLanes);
     take_step(row, sample, tensors, kNoise != Noise::none, z);
   });
 }

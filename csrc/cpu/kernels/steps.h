@@ -14,10 +14,9 @@ void reverse_step(const Run& run) {
   const X* noise = static_cast<const X*>(run.noise);
   X* out = static_cast<X*>(run.out);
   const float clip_min = run.clip_min, clip_max = run.clip_max;
-  const float* drawn = run.drawn;
   for_each_vector<kNoise>(run, [=](int64_t i, F32 z) {
     F32 y = step_mean(row, load(x + i), load(m + i), clip_min, clip_max);
-    if constexpr (kNoise == Noise::given) z = drawn != nullptr ? load(drawn + i) : load(noise + i);
+    if constexpr (kNoise == Noise::given) z = load(noise + i);
     if constexpr (kNoise != Noise::none) y = add_noise(row, y, z);
     store(out + i, y);
   });
@@ -29,13 +28,12 @@ void affine_run(const Run& run) {
   const X* x = static_cast<const X*>(run.x);
   Z* noise = static_cast<Z*>(run.noise);
   X* out = static_cast<X*>(run.out);
-  const float* drawn = run.drawn;
   for_each_vector<kNoise>(run, [=](int64_t i, F32 z) {
     if constexpr (kNoise == Noise::none) {
       store(out + i, F32(row.k0) * load(x + i));
     } else {
-      if constexpr (kNoise == Noise::given) z = drawn != nullptr ? load(drawn + i) : load(noise + i);
-      if ((kNoise == Noise::drawn || drawn != nullptr) && noise != nullptr) store(noise + i, z);
+      if constexpr (kNoise == Noise::given) z = load(noise + i);
+      if (kNoise == Noise::drawn && noise != nullptr) store(noise + i, z);
       store(out + i, affine(row, load(x + i), z));
     }
   });
@@ -44,7 +42,7 @@ void affine_run(const Run& run) {
 template <class X>
 void randn(const Run& run) {
   X* out = static_cast<X*>(run.out);
-  for_each_vector<Noise::drawn>(run, [=](int64_t i, F32 z) { store(out + i, z); });
+  for_each_vector<Noise::drawn>(static_cast<const NoisyRun&>(run), [=](int64_t i, F32 z) { store(out + i, z); });
 }
 
 }  // namespace

@@ -30,6 +30,16 @@ DDPM_HD U32 operator-(U32 a, U32 b) { return Integers(Unsigned(a.v) - Unsigned(b
 DDPM_HD U32 operator&(U32 a, U32 b) { return a.v & b.v; }
 DDPM_HD U32 operator<<(U32 a, int n) { return Integers(Unsigned(a.v) << n); }
 
+// The lanes of two vectors with these numbers, which go on in the second one.
+template <size_t... lanes>
+DDPM_HD F32 choose(F32 a, F32 b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return Floats(__builtin_shufflevector(a.v, b.v, lanes...));
+#else
+  return Floats(__builtin_shuffle(a.v, b.v, Signed{lanes...}));
+#endif
+}
+
 DDPM_HD F32 bits_to_float(U32 u) { return Floats(u.v); }
 DDPM_HD U32 float_to_bits(F32 f) { return Integers(f.v); }
 DDPM_HD F32 signed_to_float(U32 u) { return __builtin_convertvector(Signed(u.v), Floats); }
