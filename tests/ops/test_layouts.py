@@ -104,7 +104,9 @@ def test_any_number_of_channels(normal, device, dtype):
     for channels in [*range(1, 37), 64]:
         x, m = normal(2, 1, channels, 16, 33, dtype=dtype)
         expected = ops.posterior_mean(x, m, AFFINE.to(device), 1)
+        noisy = ops.forward_process(x, AFFINE.to(device), 1, rng=Philox(0))
         last, half = in_order(x, [0, 2, 3, 1]), in_order(torch.cat([m, x], 1), [0, 2, 3, 1])[:, :channels]
+        assert torch.equal(ops.forward_process(last, AFFINE.to(device), 1, rng=Philox(0)), noisy), channels
         for a, b in ((last, m), (x, in_order(m, [0, 2, 3, 1])), (last, half), (x, half)):
             assert torch.equal(ops.posterior_mean(a, b, AFFINE.to(device), 1), expected), channels
 

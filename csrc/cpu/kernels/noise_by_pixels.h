@@ -70,8 +70,10 @@ class NoiseByPixels {
       for (int k = 0; k < 4; ++k) store(to_ + (k * units_ + added_) * F32::kLanes, z[k]);
     else if (!last)
       for (int k = 0; k < 4; ++k) store(memory_.rows + added_ * kFour + k * F32::kLanes, z[k]);
+    else if (units_ == 3)  // is faster if the compiler knows it
+      join_units(z, std::integral_constant<int64_t, 3>());
     else
-      join_units(z);
+      join_units(z, units_);
     ++added_;
     if (!last) return;
     added_ = 0;
@@ -100,26 +102,26 @@ class NoiseByPixels {
   DDPM_HD uint32_t unit() const { return 1u << shift_; }  // channels
 
   // Joins the units of each pixel. The last row of units is in z, those before it are in memory.
-  template <class F>
-  DDPM_HD void join_units(const F (&z)[4]) {
+  template <class F, class Units>
+  DDPM_HD void join_units(const F (&z)[4], Units units) {
     if constexpr (F::kLanes > 4) {
       const uint32_t* lanes = memory_.lanes;
-      for (int64_t vector = 0; vector < units_; ++vector) {
+      for (int64_t vector = 0; vector < units; ++vector) {
         F y[4];
         U32 numbers;
         for (int j = 0; j < 4; ++j) y[j] = load(memory_.rows + j * F::kLanes);
-        for (int64_t row = 1; row < units_ - 1; ++row, lanes += F::kLanes) {
+        for (int64_t row = 1; row < units - 1; ++row, lanes += F::kLanes) {
           memcpy(&numbers, lanes, sizeof(numbers));
           for (int j = 0; j < 4; ++j) y[j] = take(y[j], numbers, load(memory_.rows + row * kFour + j * F::kLanes));
         }
         memcpy(&numbers, lanes, sizeof(numbers));
         lanes += F::kLanes;
-        for (int j = 0; j < 4; ++j) store(to_ + (j * units_ + vector) * F::kLanes, take(y[j], numbers, z[j]));
+        for (int j = 0; j < 4; ++j) store(to_ + (j * units + vector) * F::kLanes, take(y[j], numbers, z[j]));
       }
     } else {
       for (int k = 0; k < 4; ++k) store(memory_.rows + added_ * kFour + k * F::kLanes, z[k]);
       for (int64_t i = 0; i < kFour; ++i)
-        for (int64_t row = 0; row < units_; ++row) to_[i * units_ + row] = memory_.rows[row * kFour + i];
+        for (int64_t row = 0; row < units; ++row) to_[i * units + row] = memory_.rows[row * kFour + i];
     }
   }
 
