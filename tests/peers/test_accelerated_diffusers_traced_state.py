@@ -166,21 +166,25 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
     same(*reversed(results))
 
 
+@pytest.mark.parametrize(
+    "name, method",
+    [(HISTORY, "convert_model_output"), ("DDIMScheduler", "_threshold_sample"), ("DDIMScheduler", "step")],
+)
 @pytest.mark.parametrize("in_class", [False, True])
 @pytest.mark.filterwarnings("ignore:step runs the own code")
-def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, in_class):
-    plain, ours = make(HISTORY), accelerate(make(HISTORY))
-    own = type(plain).convert_model_output
+def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, name, method, in_class):
+    plain, ours = make(name, thresholding=True), accelerate(make(name, thresholding=True))
+    own = getattr(type(plain), method)
     run(ours)
 
-    def halved(self, *args, **options):
-        return own(self, *args, **options) / 2
+    def halved(self, x, *args, **options):
+        return own(self, x / 2, *args, **options)
 
     for scheduler in (plain, ours):
         if in_class:
-            monkeypatch.setattr(type(plain), "convert_model_output", halved)
+            monkeypatch.setattr(type(plain), method, halved)
         else:
-            scheduler.convert_model_output = types.MethodType(halved, scheduler)
+            setattr(scheduler, method, types.MethodType(halved, scheduler))
     same(run(ours), run(plain))
 
 

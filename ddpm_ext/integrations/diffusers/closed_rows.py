@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.closed_forms import FORMS, WIDE, Factors, Uncovered
+from ddpm_ext.integrations.diffusers.scheduler import is_diffusers, own_methods
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.row_needs import RowNeeds
 from ddpm_ext.tables.trace import TraceResult
@@ -56,23 +55,6 @@ class Steps(NamedTuple):
 _steps: BoundedCache[Steps] = BoundedCache(CACHED)
 
 
-def _methods(scheduler: Any) -> tuple[FunctionType | None, ...] | None:
-    """METHODS of an object of diffusers' own class, None for each that it hasn't; None where one was replaced."""
-    cls: Any = type(scheduler)
-    found = tuple(map(vars(cls).get, METHODS))
-    is_own = _are_own(cls, found) and vars(scheduler).keys().isdisjoint(METHODS)
-    return found if is_own else None
-
-
-@functools.lru_cache(CACHED)
-def _are_own(cls: Any, methods: tuple[FunctionType | None, ...]) -> bool:
-    """Whether a class is diffusers' own with all these."""
-    if not cls.__module__.startswith("diffusers.schedulers."):
-        return False
-    file = sys.modules[cls.__module__].__file__
-    return all(x is None or (type(x) is FunctionType and x.__code__.co_filename == file) for x in methods)
-
-
 def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[TraceResult, Steps] | None:
     """What `follow` finds. None where it is to be traced.
 
@@ -81,9 +63,10 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         first: the place of the first of `timesteps` among its own, of which they are all that follow.
         dims: how many dimensions samples have.
     """
-    cls = type(scheduler)
-    form, methods = FORMS.get(cls.__name__), _methods(scheduler)
-    if form is None or methods is None or torch.get_default_dtype() is not torch.float32:
+    cls: Any = type(scheduler)
+    form, methods = FORMS.get(cls.__name__), own_methods(cls, METHODS)
+    is_own = methods is not None and is_diffusers(cls) and vars(scheduler).keys().isdisjoint(METHODS)
+    if form is None or not is_own or torch.get_default_dtype() is not torch.float32:
         return None
     try:
         factors = form.factors(scheduler, first)
