@@ -1,4 +1,4 @@
-"""The rows of four schedulers of diffusers from their own levels, in closed form and without a trace.
+"""The rows of five schedulers of diffusers from their own levels, in closed form and without a trace.
 
 So their first loop costs hardly more than any other: a trace takes longer than a loop of their own steps. As there, the
 scheduler's own steps on random numbers prove the rows: here the first and the last one, and of those that read the step
@@ -73,7 +73,7 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         history = _history(factors)
         _check(scheduler, first, len(timesteps), factors, history)
         settings = tuple([getattr(scheduler.config, name) for name in form.settings])
-        key = cls, methods, settings, first, tuple(factors.noisy), dims
+        key = cls, methods, settings, first, tuple(factors.noisy), (factors.s != 0).tobytes(), dims
         found = _steps.get_or_make(key, lambda: _tried(scheduler, form.reads, first, timesteps, factors, dims))
     except Exception:  # which a trace explains
         return None
@@ -143,6 +143,7 @@ def _tried(scheduler: Any, names: frozenset[str], first: int, timesteps: Tensor,
     names: the attributes that own steps may read.
     """
     own, n, noisy = new(type(scheduler)), len(timesteps), factors.noisy
+    adds = [draws and bool(s) for draws, s in zip(noisy, factors.s, strict=True)]
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
     with on_cpu():
         steps = _run(own, first, timesteps, factors, dims)
@@ -152,11 +153,11 @@ def _tried(scheduler: Any, names: frozenset[str], first: int, timesteps: Tensor,
     reads = [*factors.reads] or [False] * n
     holds = steps[0].holds_output
     needs = [
-        RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=noisy[i], history=(reads[i], False, False),
+        RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=adds[i], history=(reads[i], False, False),
                  keeps=keeps, keeps_output=keeps and holds)
         for i, keeps in enumerate([*reads[1:], False])
     ]  # fmt: skip
-    noise, is_clean = [0 if draws else None for draws in noisy], factors.clean is not None
+    noise, is_clean = [0 if added else None for added in adds], factors.clean is not None
     trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, [0.0] * n, read=names)
     return Steps(trace, {}, needs)
 
