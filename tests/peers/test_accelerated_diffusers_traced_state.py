@@ -166,22 +166,25 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
     same(*reversed(results))
 
 
+@pytest.mark.parametrize("name", [HISTORY, "DPMSolverMultistepScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("method", ["convert_model_output", "_threshold_sample", "step"])
 @pytest.mark.parametrize("in_class", [False, True])
 @pytest.mark.filterwarnings("ignore:step runs the own code")
-def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, in_class):
-    plain, ours = make(HISTORY), accelerate(make(HISTORY))
-    own = type(plain).convert_model_output
+def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, name, method, in_class):
+    plain, ours = (make(name, thresholding=method == "_threshold_sample") for _ in range(2))
+    own, ours = getattr(type(plain), method, None), accelerate(ours)
     run(ours)
 
-    def halved(self, *args, **options):
-        return own(self, *args, **options) / 2
+    def halved(self, x, *args, **options):
+        return own(self, x / 2, *args, **options)
 
     for scheduler in (plain, ours):
         if in_class:
-            monkeypatch.setattr(type(plain), "convert_model_output", halved)
+            monkeypatch.setattr(type(plain), method, halved, raising=False)
         else:
-            scheduler.convert_model_output = types.MethodType(halved, scheduler)
-    same(run(ours), run(plain))
+            setattr(scheduler, method, types.MethodType(halved, scheduler))
+    timesteps = ours.timesteps if name == "DDIMScheduler" and not in_class else None  # without set_timesteps
+    same(run(ours, timesteps=timesteps), run(plain))
 
 
 def in_place(x):
