@@ -62,7 +62,9 @@ bool unchanged(PyObject* state, PyObject* watched, PyObject* attributes, PyObjec
     PyObject *const value = PyTuple_GET_ITEM(each, 1), *const count = PyTuple_GET_ITEM(each, 2);
     PyObject* const found = PyDict_GetItemWithError(state, PyTuple_GET_ITEM(each, 0));
     if ((found == nullptr ? Py_None : found) != value) return false;
-    if (count != Py_None && THPVariable_Unpack(value)._version() != PyLong_AsLongLong(count)) return false;
+    if (count == Py_None) continue;
+    const Tensor& tensor = THPVariable_Unpack(value);  // a copy that was made in inference mode counts nothing
+    if (tensor.is_inference() || tensor._version() != PyLong_AsLongLong(count)) return false;
   }
   PyObject* const config = PyDict_GetItemWithError(state, config_name);
   if (config == nullptr || !are_equal(config, items)) return false;

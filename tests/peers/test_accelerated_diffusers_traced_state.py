@@ -249,9 +249,10 @@ def test_copies_know_edited_samples(edit):
         whole = edited(accelerate(make(name, **config)))
         for how in (copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))):
             assert torch.equal(edited(accelerate(make(name, **config)), how), whole)
-    with torch.inference_mode():
-        for name in (HISTORY, "EulerDiscreteScheduler"):
-            same([edited(accelerate(make(name)))], [edited(make(name))])
+    for name in (HISTORY, "EulerDiscreteScheduler"):
+        ours, copied, plain = accelerate(make(name)), accelerate(make(name)), make(name)
+        with torch.inference_mode():
+            same([edited(ours), edited(copied, copy.deepcopy)], [edited(plain)] * 2)
 
 
 @pytest.mark.parametrize("name, began, offset", [(HISTORY, 3, 0), ("PNDMScheduler", 0, 7)])
