@@ -146,6 +146,25 @@ def test_channels_last(host, variant):
         host.check(last, expected=call.on_cpu())
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[1].startswith("drawn") and v[0] != "randn"], ids=name)
+def test_channels_last_where_noise_is_drawn(host, variant):
+    """By words if they are aligned: warps that have idle threads, blocks of several samples, rows without noise."""
+
+    def last(gap, *shape):
+        def lay(_, x):
+            flat = torch.nn.functional.pad(x.movedim(1, -1).flatten(1), (0, gap))
+            return flat[:, : len(x[0].flatten())].unflatten(1, (*x.shape[2:], x.shape[1])).movedim(-1, 1)
+
+        return make_call(variant, 8, *shape).with_tensors(lay)
+
+    for call in last(0, 3, 8, 8), last(8, 4, 64, 40), last(0, 5, 64, 64), last(8, 12, 4, 16), last(0, 32, 4, 4):
+        moves_by_words(host, call)
+    for call in last(1, 4, 8, 8), last(0, 1, 8, 32), last(0, 3, 5, 27), last(0, 33, 4, 4), last(0, 3, 5, 8):
+        host.check(call)
+    for choose in (*call.read, "out"):
+        host.check(last(0, 8, 8, 4), {choose: "odd"})
+
+
 @one_dtype
 def test_expanded(host, variant):
     for dim in range(4):
