@@ -90,9 +90,8 @@ AnyCall by_pixels(const AnyCall& call) {
   std::swap(turned.sizes[0], turned.sizes[1]);
   turned.channels_last = call.sizes[0];
   turned.contiguous = true;
-  // The lanes of a warp are of one sample.
   bool can = call.noise_kind == Noise::drawn && call.dims == 2 && call.sizes[0] <= kLanes && call.sizes[1] % 4 == 0 &&
-             call.numel >= 4 * kLanes && choose_access(turned) == Access::vector;
+             choose_access(turned) == Access::vector;
   for_each_tensor(call, [&](const TensorArg& tensor) {
     can = can && (tensor.data == nullptr || (tensor.strides[0] == 1 && tensor.strides[1] == call.sizes[0]));
   });
@@ -111,8 +110,8 @@ DDPM_HD int64_t channels_in_turn(const Call& call) {
   return apart && call.sizes[1] % 4 == 0 ? call.sizes[0] : 1;
 }
 
-// For how many elements of a sample Access::strided has a thread, each for four of them. By pixels, the lanes of a warp
-// that are too few for another four of them have nothing to do.
+// For how many elements of a sample Access::strided has a thread, each for four of them. By pixels they are for whole
+// warps, in which the lanes that are too few for another four pixels have nothing to do.
 inline int64_t elements_of_threads(const Call& call) {
   if (call.channels_last == 0) return call.numel / channels_in_turn(call);
   const int64_t at_once = 4 * (kLanes / call.channels_last * call.channels_last);
