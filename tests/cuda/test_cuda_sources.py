@@ -306,7 +306,7 @@ def test_neighbours_are_loaded_before_the_first_is_stored(kernels):
         count, reads = 2 if kernel.variant.has_options else 4, len(kernel.variant.tensors) - kernel.variant.written
         letters = {"LDG": "L", "STG": "S", "MUFU": "m", "STS": "s"}
         code = "".join(letters.get(i.name, "") for i in kernel.kernel.instructions)
-        assert re.search(f"L{{{count * reads}}}S{{{count}}}", code), named(kernel)
+        assert re.search(f"L{{{count * reads}}}S{{{count}}}", code.replace("m", "")), named(kernel)
         assert kernel.variant.noise != "drawn" or reads == 0 or re.search(f"L{{{reads}}}mmssss", code), named(kernel)
 
 
