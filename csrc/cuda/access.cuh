@@ -10,8 +10,9 @@
 namespace ddpm_ext::cuda {
 
 // How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
-// moves one element at a time, by any strides, and counts with 64 bits. `words` moves four elements at a time of dense
-// samples that begin anywhere between two words, and their ends one by one: some kernels of step_with_options.cu do.
+// moves one element at a time, by any strides, and counts with 64 bits, unless by_pixels finds that words will do.
+// `words` moves four elements at a time of dense samples that begin anywhere between two words, and their ends one by
+// one: some kernels of step_with_options.cu do.
 enum class Access { vector, strided, words };
 
 // How a kernel that goes over vectors or strides counts a sample's elements, and samples.

@@ -210,14 +210,14 @@ class Elementwise {
     const bool noisy = this->noisy();
     const PixelWords words(call_, dividers_);
 #pragma unroll 1
-    for (uint32_t four = words.first; four < words.end; four += words.step) {
-      const uint32_t j = words.element(four);
-      const bool has = words.has(four);
+    for (uint32_t quad = words.first; quad < words.end; quad += words.step) {
+      const uint32_t j = words.element(quad);
+      const bool has = words.has(quad);
       Inputs inputs;
       load(inputs, j, has ? call_.numel : 0);
       F2 z[2] = {};
-      if (noisy) words.draw_normals(keys_, counter_, four, z);
-      if (has) this->four(inputs, noisy, z).store(out_ + j);
+      if (noisy) words.draw_normals(keys_, counter_, quad, z);
+      if (has) four(inputs, noisy, z).store(out_ + j);
     }
   }
 

@@ -322,12 +322,12 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
     if (call.channels_last > 0) {
       const PixelWords words(call, dividers);
 #pragma unroll 1
-      for (uint32_t four = words.first; four < words.end; four += words.step) {
-        const bool has = words.has(four);
-        const DensePlaces<uint32_t> places(static_cast<uint32_t>(b), words.element(four), has);
+      for (uint32_t quad = words.first; quad < words.end; quad += words.step) {
+        const bool has = words.has(quad);
+        const DensePlaces<uint32_t> places(static_cast<uint32_t>(b), words.element(quad), has);
         Tensors<Options, X, M, 4, DensePlaces<uint32_t>> tensors(call, places);
         F2 z[2] = {F2(0.0f), F2(0.0f)};
-        if (drawn) words.draw_normals(own_keys(), counter, four, z);
+        if (drawn) words.draw_normals(own_keys(), counter, quad, z);
         if (has) take_step(row, sample, tensors, drawn, z);
       }
       return;
