@@ -184,6 +184,41 @@ def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, in_class):
     same(run(ours), run(plain))
 
 
+EARLY = {
+    "nothing": lambda scheduler: None,
+    "written": lambda scheduler: scheduler.sigmas.mul_(2),
+    "written uncounted": lambda scheduler: scheduler.sigmas.mul_(2),
+    "replaced": lambda scheduler: setattr(scheduler, "sigmas", 2 * scheduler.sigmas),
+    "another place": lambda scheduler: setattr(scheduler, "_step_index", 1),
+    "another beginning": lambda scheduler: scheduler.set_begin_index(1),
+    "a list": lambda scheduler: vars(scheduler).get("derivatives", []).append(torch.ones(SHAPE)),
+    "a method": lambda scheduler: setattr(scheduler, "index_for_timestep", lambda t: 2),
+}
+
+
+@pytest.mark.parametrize("name", ["LMSDiscreteScheduler", ALONE])
+@pytest.mark.parametrize("edit", EARLY)
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_an_edit_before_the_first_step_of_a_loop_like_the_last_ones(monkeypatch, name, edit, early):
+    """Before scale_model_input or after it, whose result has the bits of the scheduler's own, which does not run where
+    nothing is edited."""
+    ran, results, own, x = [], [], type(make(name))._init_step_index, torch.linspace(-9, 9, 120).view(SHAPE)
+    monkeypatch.setattr(type(make(name)), "_init_step_index", lambda *args: ran.append(1) or own(*args))
+    with torch.inference_mode(edit == "written uncounted"):
+        for scheduler in (make(name), accelerate(make(name))):
+            for _ in range(3):
+                run(scheduler)
+            scheduler.set_timesteps(STEPS)
+            ran.clear()
+            EARLY[edit if early else "nothing"](scheduler)
+            scaled = scheduler.scale_model_input(x, scheduler.timesteps[0])
+            EARLY["nothing" if early else edit](scheduler)
+            results.append((scaled, scheduler.step(x / 9, scheduler.timesteps[0], x)[0]))
+    assert torch.equal(*next(zip(*results, strict=True))) and not (ran and edit == "nothing")
+    same(*results)
+
+
 def in_place(x):
     return x.mul_(0.9)
 
