@@ -242,12 +242,12 @@ class TracedScheduler(Forward):
         loop: Any = self._traced_loop
         scales = loop.rows.stepper.scales if isinstance(loop, LoopPosition) and not loop.is_over() else None
         if not scales or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
-            begun, before = self._begun if loop is None and self._next_loop is not None else None, dict(self.__dict__)
+            following, before = self._next_loop if loop is None else None, dict(self.__dict__)
             found = peer_method(self, "scale_model_input")(*args, **kwargs)
             if not self._scales_inputs:
                 self._scales_inputs = bool(args) and found is not args[0]
-            if self._scales_inputs and begun is not None and begun.input is None and len(args) == 2:
-                self._begun = begun.with_input(before, args[1])
+            if self._scales_inputs and following is not None and following.asks(before, args):
+                self._begun = following.begun.with_input(before, args[1])
             return found
         if loop.made is not None and loop.made.is_of(args[0]):
             return self._made(loop)
@@ -393,6 +393,8 @@ class TracedScheduler(Forward):
 
     def _is_in_place(self, loop: LoopPosition) -> bool:
         """Whether the scheduler's own step would be at the loop's next row, also where somebody has taken its index."""
+        if not loop.has_counters_of(self):
+            return False
         if loop.has_index_of(self):
             return True
         now, times, place = vars(self), self._times(), loop.rows.first + loop.at

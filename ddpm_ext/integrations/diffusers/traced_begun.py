@@ -205,7 +205,12 @@ class NextLoop(NamedTuple):
 
     def begins(self, state: dict[str, Any], args: Sequence[Any], options: Mapping[str, Any]) -> bool:
         """Whether a step with these arguments, of an object with these attributes, is its first one."""
-        return self.begun.is_alike(state, self.step) and self.call.row_of(state, args, options) == 0
+        return self.begun.is_alike(state, self.step) and bool(self.call.row_of(state, args, options) == 0)
+
+    def asks(self, state: dict[str, Any], args: Sequence[Any]) -> bool:
+        """Whether a call of scale_model_input with these arguments, of an object with these attributes, is the one before
+        the first step, and nobody knows yet what that does."""
+        return bool(self.begun.input is None and len(args) == 2 and self.call.is_at(0, state, args[1]))
 
     def scaled(self, state: dict[str, Any], args: Sequence[Any], options: Mapping[str, Any]) -> Tensor | None:
         """What scale_model_input with these arguments returns before the first step, once it has changed the

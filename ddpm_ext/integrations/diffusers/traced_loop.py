@@ -172,3 +172,8 @@ class LoopPosition(NamedTuple):
     def has_index_of(self, scheduler: Any) -> bool:
         """Whether the scheduler's index is what the last step left: that, and no timestep, is the place of a step."""
         return bool(scheduler.__dict__.get("_step_index") == self.rows.indexes[self.at])
+
+    def has_counters_of(self, scheduler: Any) -> bool:
+        """Whether all else that steps count, as the order that they have reached, is what the last one left, too."""
+        attributes, at = scheduler.__dict__, self.at
+        return all([attributes.get(name) == values[at] for name, values in self.rows.counters])
