@@ -13,8 +13,7 @@ from support.accelerated_diffusers import make, model, normal, seeded
 from support.launches import Operators, launches
 
 from ddpm_ext import accelerate
-from ddpm_ext.integrations.diffusers.traced import TracedScheduler
-from ddpm_ext.integrations.diffusers.traced_begun import Begun
+from ddpm_ext.integrations.diffusers import traced
 from ddpm_ext.integrations.row_stepper import RowStepper
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
@@ -64,14 +63,14 @@ def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise
     """While they are of the same kinds: a step costs little more than its launch. Another generator is another kind. A
     second loop that begins like the first one needs no look there."""
     looks = []
-    own = TracedScheduler._traced_step
+    own = traced.TracedScheduler._traced_step
 
     def looked(self, loop, args, kwargs):
         looks.append(0 if loop is None else loop.at)
         return own(self, loop, args, kwargs)
 
-    monkeypatch.setattr(TracedScheduler, "_traced_step", looked)
-    monkeypatch.setattr(Begun, "is_for", lambda *_: looks.append("begun"))
+    monkeypatch.setattr(traced.TracedScheduler, "_traced_step", looked)
+    monkeypatch.setattr(f"{traced.__name__}.Begun.is_for", lambda *_: looks.append("begun"))
     scheduler = accelerate(make(name), noise=noise)
     first, second = seeded(1), seeded(2)
     for begun in (False, True):

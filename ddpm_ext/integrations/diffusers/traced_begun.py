@@ -53,7 +53,7 @@ class FirstInput(NamedTuple):
         if not can_watch(scheduler):
             return None
         watch = Watch()
-        own, x = watch.copy(scheduler, _no_noise), torch.ones([1] * dims, device="cpu").as_subclass(_Sample)
+        own, x = watch.copy(scheduler, torch.randn), torch.ones([1] * dims, device="cpu").as_subclass(_Sample)
         before = vars(own).copy()
         try:
             with on_cpu():
@@ -77,10 +77,6 @@ class _Sample(Tensor):
         if isinstance(found, _Sample):
             found.made_by = function, args, kwargs  # type: ignore[attr-defined]
         return found
-
-
-def _no_noise(*_: Any, **__: Any) -> Tensor:
-    raise ValueError("noise is drawn before a step")
 
 
 class Begun(NamedTuple):
@@ -208,8 +204,8 @@ class NextLoop(NamedTuple):
         return self.begun.is_alike(state, self.step) and bool(self.call.row_of(state, args, options) == 0)
 
     def asks(self, state: dict[str, Any], args: Sequence[Any]) -> bool:
-        """Whether a call of scale_model_input with these arguments, of an object with these attributes, is the one before
-        the first step, and nobody knows yet what that does."""
+        """Whether scale_model_input with these arguments, of an object with these attributes, is the call before the
+        first step, and nobody knows yet what that does."""
         return bool(self.begun.input is None and len(args) == 2 and self.call.is_at(0, state, args[1]))
 
     def scaled(self, state: dict[str, Any], args: Sequence[Any], options: Mapping[str, Any]) -> Tensor | None:
