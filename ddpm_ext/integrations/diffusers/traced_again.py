@@ -27,7 +27,8 @@ def repeating_step(step: Callable[..., Any], peer: Any) -> Callable[..., Any]:
             is_like = following is not None and following.begins(attributes, args, kwargs)
             loop = following.loop if is_like else None
         else:
-            is_like = loop.repeated is not None and loop.has_index_of(self) and loop.has_counters_of(self)
+            is_like = loop.repeated is not None and loop.has_index_of(self)
+            is_like = is_like and (not loop.rows.counters or loop.has_counters_of(self))
             is_like = is_like and loop.repeated.call.row_of(attributes, args, kwargs) == loop.at
         if not is_like:
             return step(self, *args, **kwargs)

@@ -175,5 +175,7 @@ class LoopPosition(NamedTuple):
 
     def has_counters_of(self, scheduler: Any) -> bool:
         """Whether all else that steps count, as the order that they have reached, is what the last one left, too."""
-        attributes, at = scheduler.__dict__, self.at
-        return all([attributes.get(name) == values[at] for name, values in self.rows.counters])
+        for name, values in self.rows.counters:  # noqa: SIM110 (in half the time)
+            if scheduler.__dict__.get(name) != values[self.at]:
+                return False
+        return True
