@@ -60,9 +60,9 @@ def accelerate(
         sampler="dpmpp_2m", steps=20, record="last": then that loop runs, with the noise that it draws.
 
     Raises:
-        TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers
-            is: one that overrides it is traced. Or it is a pipeline without a scheduler, or `table` comes with
-            something else than a pipeline or a scheduler of diffusers.
+        TypeError: obj is of another kind, or what is replaced was overridden before: by an attribute of obj, or by its
+            class, unless that is a scheduler of diffusers, which is traced. Or obj is a pipeline without a scheduler,
+            or `table` comes with something else than a pipeline or a scheduler of diffusers.
         ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch"; a table that a
             TableScheduler refuses, or whose notes have another prediction than the scheduler.
 

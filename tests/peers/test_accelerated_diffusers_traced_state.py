@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -166,12 +167,25 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
     same(*reversed(results))
 
 
-def test_a_method_of_a_class_that_somebody_replaces_after_a_loop(monkeypatch):
-    plain, ours = make(HISTORY), accelerate(make(HISTORY))
-    own = type(plain).convert_model_output
+@pytest.mark.parametrize("name", [HISTORY, "DPMSolverMultistepScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("method", ["convert_model_output", "_threshold_sample", "step"])
+@pytest.mark.parametrize("in_class", [False, True])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, name, method, in_class):
+    plain, ours = (make(name, thresholding=method == "_threshold_sample") for _ in range(2))
+    own, ours = getattr(type(plain), method, None), accelerate(ours)
     run(ours)
-    monkeypatch.setattr(type(plain), "convert_model_output", lambda *args, **options: own(*args, **options) / 2)
-    same(run(ours), run(plain))
+
+    def halved(self, x, *args, **options):
+        return own(self, x / 2, *args, **options)
+
+    for scheduler in (plain, ours):
+        if in_class:
+            monkeypatch.setattr(type(plain), method, halved, raising=False)
+        else:
+            setattr(scheduler, method, types.MethodType(halved, scheduler))
+    timesteps = ours.timesteps if name == "DDIMScheduler" and not in_class else None  # without set_timesteps
+    same(run(ours, timesteps=timesteps), run(plain))
 
 
 EARLY = {

@@ -23,6 +23,7 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     clip_of,
     imported,
     make_rows,
+    own_methods,
     result_dtype,
 )
 from ddpm_ext.integrations.diffusers.traced_loop import EDITED, Settings, repeated_call
@@ -42,7 +43,7 @@ PREDICTIONS = peer_predictions("diffusers")
 VARIANCES = {name: own for name, own in peer_variances("diffusers").items() if name != "learned_log"}
 LEARNED = ("learned", "learned_range")
 ONE_LAUNCH = "float32, float16, bfloat16; a timestep a sample, or one for all; gradients"
-# What steps read beside the config.
+# What steps read beside the config and relies_on.
 WATCHED = (*EDITED, "num_inference_steps", "final_alpha_cumprod", "initial_alpha_cumprod")
 SUPPORT = (
     Support(
@@ -180,7 +181,7 @@ class Alphas(Forward):
         known = self.__dict__.get("_host_timesteps")
         if known is None or known.own is not self.timesteps or m.dtype is not x.dtype:
             return
-        settings = Settings.of(self, names=WATCHED)
+        settings = Settings.of(self, names=(*WATCHED, *self.relies_on))
         call = repeated_call(args, kwargs, known.own, 0, settings)
         if call is None or self._index_of(timestep) is None or self.alphas_cumprod.is_inference():
             return
@@ -194,6 +195,9 @@ class Alphas(Forward):
         """The rows, the timestep on the host, and its row. of: _make's arguments from `to` on."""
         if not are_tensors(sample, model_output):
             raise Fallback
+        names = self.relies_on
+        if own_methods(self._peer, ("step", *names)) is None or not vars(self).keys().isdisjoint(names):
+            raise Fallback("somebody has replaced one of its methods")
         config = self.config
         rows = self._rows(_make, self.alphas_cumprod, config.prediction_type, *clip_of(config), *of)
         return rows, *self._row(rows, timestep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,20 +58,25 @@ def _root(x: Array) -> Array:
 
 
 @np.errstate(all="ignore")
-def _euler(own: Any, first: int) -> Factors:
-    """x + (x - x0) / sigma * (sigma' - sigma)"""
+def _euler(own: Any, first: int, is_ancestral: bool = False) -> Factors:
+    """x + (x - x0) / sigma * (sigma' - sigma); ancestral, to sigma_down in place of sigma', and noise up to sigma'"""
     sigmas = _levels(own.sigmas)[first:]
-    sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
-    zero, one, variance = np.zeros(len(dt)), np.ones(len(dt)), sigma**2 + 1
+    sigma, to = sigmas[:-1], sigmas[1:]
+    n, up = len(to), np.zeros(len(to))
+    if is_ancestral:
+        up = _root(to**2 * (sigma**2 - to**2) / sigma**2)
+        to = _root(to**2 - up**2)
+    dt, one, variance = (to - sigma).astype(WIDE), np.ones(n), sigma**2 + 1
     root = _root(variance)
     a, b = {
         "epsilon": lambda: (one, -sigma),
         "v_prediction": lambda: (1 / variance.astype(WIDE), -sigma / root),
-        "sample": lambda: (zero, one),
+        "sample": lambda: (0 * one, one),
     }[own.config.prediction_type]()
     clean = np.stack([a, b], 1)
-    scales = np.append(1.0, 1 / root[1:].astype(WIDE)) if len(dt) > 1 else None
-    return Factors(1 + (1 - a) / sigma * dt, -b.astype(WIDE) / sigma * dt, zero, clean, [False] * len(dt), scales)
+    scales = np.append(1.0, 1 / root[1:].astype(WIDE)) if n > 1 else None
+    x, m = 1 + (1 - a) / sigma * dt, -b.astype(WIDE) / sigma * dt
+    return Factors(x, m, up.astype(WIDE), clean, [is_ancestral] * n, scales)
 
 
 def _flow_match_euler(own: Any, first: int) -> Factors:
@@ -176,6 +182,9 @@ FORMS: Mapping[str, Form] = {
             "use_flow_sigmas",
         ),
         STEPS_READ | {"sigmas", "num_inference_steps", "lower_order_nums", "model_outputs"},
+    ),
+    "EulerAncestralDiscreteScheduler": Form(
+        functools.partial(_euler, is_ancestral=True), ("prediction_type",), STEPS_READ | {"sigmas"}
     ),
     "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
     "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),

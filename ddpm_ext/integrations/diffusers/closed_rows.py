@@ -1,4 +1,4 @@
-"""The rows of four schedulers of diffusers from their own levels, in closed form and without a trace.
+"""The rows of five schedulers of diffusers from their own levels, in closed form and without a trace.
 
 So their first loop costs hardly more than any other: a trace takes longer than a loop of their own steps. As there, the
 scheduler's own steps on random numbers prove the rows: here the first and the last one, and of those that read the step
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.closed_forms import FORMS, WIDE, Factors, Uncovered
+from ddpm_ext.integrations.diffusers.scheduler import is_diffusers, own_methods
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.row_needs import RowNeeds
 from ddpm_ext.tables.trace import TraceResult
@@ -56,23 +55,6 @@ class Steps(NamedTuple):
 _steps: BoundedCache[Steps] = BoundedCache(CACHED)
 
 
-def _methods(scheduler: Any) -> tuple[FunctionType | None, ...] | None:
-    """METHODS of an object of diffusers' own class, None for each that it hasn't; None where one was replaced."""
-    cls: Any = type(scheduler)
-    found = tuple(map(vars(cls).get, METHODS))
-    is_own = _are_own(cls, found) and vars(scheduler).keys().isdisjoint(METHODS)
-    return found if is_own else None
-
-
-@functools.lru_cache(CACHED)
-def _are_own(cls: Any, methods: tuple[FunctionType | None, ...]) -> bool:
-    """Whether a class is diffusers' own with all these."""
-    if not cls.__module__.startswith("diffusers.schedulers."):
-        return False
-    file = sys.modules[cls.__module__].__file__
-    return all(x is None or (type(x) is FunctionType and x.__code__.co_filename == file) for x in methods)
-
-
 def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[TraceResult, Steps] | None:
     """What `follow` finds. None where it is to be traced.
 
@@ -81,16 +63,17 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         first: the place of the first of `timesteps` among its own, of which they are all that follow.
         dims: how many dimensions samples have.
     """
-    cls = type(scheduler)
-    form, methods = FORMS.get(cls.__name__), _methods(scheduler)
-    if form is None or methods is None or torch.get_default_dtype() is not torch.float32:
+    cls: Any = type(scheduler)
+    form, methods = FORMS.get(cls.__name__), own_methods(cls, METHODS)
+    is_own = methods is not None and is_diffusers(cls) and vars(scheduler).keys().isdisjoint(METHODS)
+    if form is None or not is_own or torch.get_default_dtype() is not torch.float32:
         return None
     try:
         factors = form.factors(scheduler, first)
         history = _history(factors)
         _check(scheduler, first, len(timesteps), factors, history)
         settings = tuple([getattr(scheduler.config, name) for name in form.settings])
-        key = cls, methods, settings, first, tuple(factors.noisy), dims
+        key = cls, methods, settings, first, tuple(factors.noisy), (factors.s != 0).tobytes(), dims
         found = _steps.get_or_make(key, lambda: _tried(scheduler, form.reads, first, timesteps, factors, dims))
     except Exception:  # which a trace explains
         return None
@@ -160,6 +143,7 @@ def _tried(scheduler: Any, names: frozenset[str], first: int, timesteps: Tensor,
     names: the attributes that own steps may read.
     """
     own, n, noisy = new(type(scheduler)), len(timesteps), factors.noisy
+    adds = [draws and bool(s) for draws, s in zip(noisy, factors.s, strict=True)]
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
     with on_cpu():
         steps = _run(own, first, timesteps, factors, dims)
@@ -169,11 +153,11 @@ def _tried(scheduler: Any, names: frozenset[str], first: int, timesteps: Tensor,
     reads = [*factors.reads] or [False] * n
     holds = steps[0].holds_output
     needs = [
-        RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=noisy[i], history=(reads[i], False, False),
+        RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=adds[i], history=(reads[i], False, False),
                  keeps=keeps, keeps_output=keeps and holds)
         for i, keeps in enumerate([*reads[1:], False])
     ]  # fmt: skip
-    noise, is_clean = [0 if draws else None for draws in noisy], factors.clean is not None
+    noise, is_clean = [0 if added else None for added in adds], factors.clean is not None
     trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, [0.0] * n, read=names)
     return Steps(trace, {}, needs)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import numbers
+import sys
 import weakref
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -52,6 +54,24 @@ class FusedRows(NamedTuple):
 def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
     """The dtype of diffusers' results."""
     return torch.promote_types(model_output.dtype, sample.dtype)
+
+
+def is_diffusers(cls: type) -> bool:
+    """Whether diffusers has defined a scheduler's class, not somebody else."""
+    return cls.__module__.startswith("diffusers.schedulers.")
+
+
+def own_methods(cls: type, names: Sequence[str]) -> tuple[FunctionType | None, ...] | None:
+    """The methods of these names of one of diffusers' classes, or of a class derived from it, None for each that it
+    hasn't; None where somebody has replaced one in the class."""
+    found = tuple([getattr(cls, name, None) for name in names])
+    return found if _are_own(cls, found) else None
+
+
+@functools.lru_cache(64)
+def _are_own(cls: type, methods: tuple[FunctionType | None, ...]) -> bool:
+    file = sys.modules[next(filter(is_diffusers, cls.__mro__)).__module__].__file__
+    return all(x is None or (type(x) is FunctionType and x.__code__.co_filename == file) for x in methods)
 
 
 class HostTimesteps(NamedTuple):
