@@ -192,10 +192,8 @@ EARLY = {
     "nothing": lambda scheduler: None,
     "written": lambda scheduler: scheduler.sigmas.mul_(2),
     "written uncounted": lambda scheduler: scheduler.sigmas.mul_(2),
-    "replaced": lambda scheduler: setattr(scheduler, "sigmas", 2 * scheduler.sigmas),
     "another place": lambda scheduler: setattr(scheduler, "_step_index", 2),
     "another beginning": lambda scheduler: scheduler.set_begin_index(1),
-    "a method": lambda scheduler: setattr(scheduler, "index_for_timestep", lambda t: 2),
 }
 
 
