@@ -53,8 +53,8 @@ struct Call {
   int64_t draw = 0;                    // negative: the draw of the sample's row
   const int64_t* draw_data = nullptr;  // unless null, its low 32 bits are used in place of both
   // Noise is drawn in the order of logical indices. If that is (channels, pixels), but the sizes are (pixels,
-  // channels), which only the CPU makes of a call, this is the number of channels; that of the pixels is a multiple of
-  // four.
+  // channels), which the devices' launches make of a call, this is the number of channels; that of the pixels is a
+  // multiple of four.
   int64_t channels_last = 0;
 };
 

@@ -3,19 +3,33 @@
 
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "call.h"
 
 namespace ddpm_ext::cuda {
 
 // How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
-// moves one element at a time, by any strides, and counts with 64 bits. `words` moves four elements at a time of dense
-// samples that begin anywhere between two words, and their ends one by one: some kernels of step_with_options.cu do.
+// moves one element at a time, by any strides, and counts with 64 bits, unless by_pixels finds that words will do.
+// `words` moves four elements at a time of dense samples that begin anywhere between two words, and their ends one by
+// one: some kernels of step_with_options.cu do.
 enum class Access { vector, strided, words };
 
 // How a kernel that goes over vectors or strides counts a sample's elements, and samples.
 template <Access kAccess>
 using IndexOf = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
+
+// Calls visit(tensor) with each tensor of a call, also those that it does not have.
+template <class Visit>
+void for_each_tensor(const ElementwiseCall& call, Visit visit) {
+  for (const TensorArg* tensor : {&call.x, &call.model_output, &call.noise, &call.out}) visit(*tensor);
+}
+template <class Visit>
+void for_each_tensor(const StepCall& call, Visit visit) {
+  for (const TensorArg& tensor : call.inputs) visit(tensor);
+  for (const TensorArg& tensor : call.results) visit(tensor);
+  visit(call.input_again);
+}
 
 // Whether a tensor's address and strides allow Access::vector.
 inline bool in_vectors(const TensorArg& tensor, int64_t batch) {
@@ -44,9 +58,7 @@ inline Access choose_access(const ElementwiseCall& call) {
 inline Access choose_access(const StepCall& call) {
   bool vector = in_vectors(call);
   for (const PerSample& factor : call.factors) vector = vector && factor.stride < int64_t{1} << 32;
-  for (const TensorArg& tensor : call.inputs) vector = vector && in_vectors(tensor, call.batch);
-  for (const TensorArg& tensor : call.results) vector = vector && in_vectors(tensor, call.batch);
-  vector = vector && in_vectors(call.input_again, call.batch);
+  for_each_tensor(call, [&](const TensorArg& tensor) { vector = vector && in_vectors(tensor, call.batch); });
   return vector ? Access::vector : Access::strided;
 }
 
@@ -59,16 +71,32 @@ inline bool in_words(const StepCall& call) {
     return reinterpret_cast<uintptr_t>(tensor.data) / (tensor.dtype == DType::float32 ? 4 : 2);
   };
   bool words = in_vectors(static_cast<const Call&>(call));
-  const auto add = [&](const TensorArg& tensor) {
+  for (const PerSample& factor : call.factors) words = words && factor.stride < k32;
+  for_each_tensor(call, [&](const TensorArg& tensor) {
     if (tensor.data == nullptr) return;
     const bool alike = call.batch == 1 || (tensor.batch_stride - out.batch_stride) % 4 == 0;
     words = words && alike && (place(tensor) - place(out)) % 4 == 0 && tensor.batch_stride < k32;
-  };
-  for (const PerSample& factor : call.factors) words = words && factor.stride < k32;
-  for (const TensorArg& tensor : call.inputs) add(tensor);
-  for (const TensorArg& tensor : call.results) add(tensor);
-  add(call.input_again);
+  });
   return words;
+}
+
+constexpr int kLanes = 32;  // of a warp
+
+// The call in the order (pixels, channels), if Access::strided can take it by words then (cuda/pixels.cuh): it draws
+// noise for samples that are channels_last in all tensors, and would be in vectors if they were contiguous. Else the
+// call as it is. Strides stay, since nothing reads those of a contiguous call.
+template <class AnyCall>
+AnyCall by_pixels(const AnyCall& call) {
+  AnyCall turned = call;
+  std::swap(turned.sizes[0], turned.sizes[1]);
+  turned.channels_last = call.sizes[0];
+  turned.contiguous = true;
+  bool can = call.noise_kind == Noise::drawn && call.dims == 2 && call.sizes[0] <= kLanes && call.sizes[1] % 4 == 0 &&
+             choose_access(turned) == Access::vector;
+  for_each_tensor(call, [&](const TensorArg& tensor) {
+    can = can && (tensor.data == nullptr || (tensor.strides[0] == 1 && tensor.strides[1] == call.sizes[0]));
+  });
+  return can ? turned : call;
 }
 
 constexpr int64_t kMaxChannelsInTurn = 16;
@@ -81,6 +109,14 @@ DDPM_HD int64_t channels_in_turn(const Call& call) {
   constexpr int64_t kManyPixels = 1 << 14;
   const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] >= kManyPixels;
   return apart && call.sizes[1] % 4 == 0 ? call.sizes[0] : 1;
+}
+
+// For how many elements of a sample Access::strided has a thread, each for four of them. By pixels they are for whole
+// warps, in which the lanes that are too few for another four pixels have nothing to do.
+inline int64_t elements_of_threads(const Call& call) {
+  if (call.channels_last == 0) return call.numel / channels_in_turn(call);
+  const int64_t at_once = 4 * (kLanes / call.channels_last * call.channels_last);
+  return (call.numel + at_once - 1) / at_once * 4 * kLanes;
 }
 
 }  // namespace ddpm_ext::cuda

@@ -7,6 +7,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/normals.cuh"
+#include "cuda/pixels.cuh"
 #include "cuda/sample.cuh"
 
 namespace ddpm_ext::cuda {
@@ -32,6 +33,8 @@ class Elementwise {
   static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
   static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
   static constexpr int kItems = kParts * kRun;
+  // Whether its calls may be by pixels. What randn returns is contiguous.
+  static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && Op::kX;
   // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys or with places in
   // registers as well.
   static constexpr int kBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
@@ -59,6 +62,8 @@ class Elementwise {
       vectors(inputs, first, step, whole);
     } else {
       read_row();
+      if constexpr (kPixels)
+        if (call_.channels_last > 0) return pixels();
       const int phase = call_.contiguous ? this->phase() : -1;
       if (phase < 0)
         elements(first, step);
@@ -200,6 +205,22 @@ class Elementwise {
     }
   }
 
+  // Processes a sample that is channels_last in all of its tensors, by words.
+  __device__ __forceinline__ void pixels() const {
+    const bool noisy = this->noisy();
+    const PixelWords words(call_, dividers_);
+#pragma unroll 1
+    for (uint32_t quad = words.first; quad < words.end; quad += words.step) {
+      const uint32_t j = words.element(quad);
+      const bool has = words.has(quad);
+      Inputs inputs;
+      load(inputs, j, has ? call_.numel : 0);
+      F2 z[2] = {};
+      if (noisy) words.draw_normals(keys_, counter_, quad, z);
+      if (has) four(inputs, noisy, z).store(out_ + j);
+    }
+  }
+
   // Processes four elements at `first` and so on in steps of `step`, by any strides, and those of other channels.
   __device__ __forceinline__ void elements(Index first, Index step) const {
     const bool noisy = this->noisy();
@@ -286,8 +307,7 @@ template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, cla
 void launch_access(const typename Op::Call& call, cudaStream_t stream) {
   constexpr auto kKernel = elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   constexpr int kItems = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kItems;
-  const Shape shape =
-      launch_shape(call.batch, call.numel / channels_in_turn(call), kItems, blocks_at_once<kKernel>(kThreads));
+  const Shape shape = launch_shape(call.batch, elements_of_threads(call), kItems, blocks_at_once<kKernel>(kThreads));
   launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed));
 }
 
@@ -296,7 +316,7 @@ void launch_typed(const typename Op::Call& call, cudaStream_t stream) {
   if (choose_access(call) == Access::vector)
     launch_access<Op, kNoise, kDeviceSeed, Access::vector, X, M, Z>(call, stream);
   else
-    launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(call, stream);
+    launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(by_pixels(call), stream);
 }
 
 // X is the type of x and out, M that of the second tensor, Z that of given noise.

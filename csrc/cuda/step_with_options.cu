@@ -12,6 +12,7 @@
 #include "cuda/normals.cuh"
 #include "cuda/operators.h"
 #include "cuda/option_sets.cuh"
+#include "cuda/pixels.cuh"
 #include "cuda/sample.cuh"
 
 namespace ddpm_ext::cuda {
@@ -313,13 +314,29 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
       }
     }
   } else {
+    const auto own_keys = [&] {
+      int64_t own_seed = static_cast<int64_t>(seed);
+      make_opaque(own_seed);  // or the compiler would keep the keys in registers, of which there are too few
+      return philox_keys(static_cast<uint64_t>(own_seed));
+    };
+    if (call.channels_last > 0) {
+      const PixelWords words(call, dividers);
+#pragma unroll 1
+      for (uint32_t quad = words.first; quad < words.end; quad += words.step) {
+        const bool has = words.has(quad);
+        const DensePlaces<uint32_t> places(static_cast<uint32_t>(b), words.element(quad), has);
+        Tensors<Options, X, M, 4, DensePlaces<uint32_t>> tensors(call, places);
+        F2 z[2] = {F2(0.0f), F2(0.0f)};
+        if (drawn) words.draw_normals(own_keys(), counter, quad, z);
+        if (has) take_step(row, sample, tensors, drawn, z);
+      }
+      return;
+    }
     if (j >= pixels) return;
 #pragma unroll 1
     for (; j < numel; j += apart) {
-      int64_t own_seed = static_cast<int64_t>(seed);
-      make_opaque(own_seed);  // or the compiler would keep the keys in registers, of which there are too few
       F2 z[2] = {F2(0.0f), F2(0.0f)};
-      if (drawn) draw_normals(philox_keys(static_cast<uint64_t>(own_seed)), counter, j, z);
+      if (drawn) draw_normals(own_keys(), counter, j, z);
       const int left = numel - j < 4 ? static_cast<int>(numel - j) : 4;
 #pragma unroll 1
       for (int i = 0; i < left;) {
@@ -337,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
 template <Access kAccess, class Options, class X, class M>
 void launch(const StepCall& call, cudaStream_t stream) {
   constexpr auto kKernel = with_options<kAccess, Options, X, M>;
-  const int64_t pixels = call.numel / channels_in_turn(call);
+  const int64_t pixels = elements_of_threads(call);
   // A thread that takes the elements of several channels takes no other turns.
   const int64_t at_once = pixels < call.numel ? call.batch * call.numel : blocks_at_once<kKernel>(kThreads);
   constexpr int kItems = kStepItems<kAccess, Options, X>;
@@ -366,7 +383,7 @@ void launch_first(const StepCall& call, cudaStream_t stream) {
     const bool vector = choose_access(call) == Access::vector, words = !vector && in_words(call);
     if ((launch_usual<Usual, X, M>(call, vector, words, stream) || ...)) return;
     if (vector) return launch<Access::vector, AnyOptions, X, M>(call, stream);
-    launch<Access::strided, AnyOptions, X, M>(call, stream);
+    launch<Access::strided, AnyOptions, X, M>(by_pixels(call), stream);
   });
 }
 

@@ -54,24 +54,17 @@ def padded(x: torch.Tensor, multiple: int = 8) -> torch.Tensor:
 
 @variants
 def test_sizes_and_places(host, variant):
+    """The samples dense, or each aligned, and behind it what is nobody's: tails of vectors."""
     for batch, size in itertools.product((1, 3), SIZES):
         call = make_call(variant, batch, size)
         expected = call.on_cpu()
         somewhere = [{name: "odd"} for name in ("x_t", "model_output", "noise", "out") if name in (*call.read, "out")]
         for places in [*PLACES, *somewhere]:
             host.check(call, places, expected=expected)
-
-
-@variants
-def test_samples_apart(host, variant):
-    """Each sample aligned, and behind it what is nobody's: tails of vectors."""
-    for size in SIZES[1:]:
-        call = make_call(variant, 4, size)
-        expected = call.on_cpu()
-        call = call.with_tensors(lambda _, x: padded(x))
-        host.check(call, expected=expected, like=padded(call.x))
-        assert host.control.took_vectors() or call.op == "randn"
-        host.check(call, {"out": "odd"}, expected=expected, like=padded(call.x))
+        call, like = call.with_tensors(lambda _, x: padded(x)), padded(call.x)
+        host.check(call, {"out": "odd"}, expected=expected, like=like)
+        host.check(call, expected=expected, like=like)
+        assert host.control.took_vectors() or size == 0 or call.op == "randn"
 
 
 def test_vectors_where_memory_is_aligned(host):
@@ -97,9 +90,6 @@ def test_vectors_where_all_memory_has_one_order(host, variant):
         lain = call.with_tensors(lambda _, x, order=order, back=back: x.permute(order).contiguous().permute(back))
         host.check(lain, expected=expected)
         assert host.control.took_vectors() == (not call.drawn or call.op == "randn")
-        if len(call.tensors) > 1 and call.op != "randn":
-            host.check(replace(lain, tensors={**lain.tensors, "x_t": call.x}), expected=expected)
-            assert not host.control.took_vectors()
 
 
 def layouts(x: torch.Tensor):
@@ -144,6 +134,25 @@ def test_channels_last(host, variant):
         chosen = ("model_output", "uncond_output", "model_variance") if "model_output" in call.tensors else ("x_t",)
         last = call.with_tensors(lambda n, x, of=chosen: x.to(memory_format=torch.channels_last) if n in of else x)
         host.check(last, expected=call.on_cpu())
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[1].startswith("drawn") and v[0] != "randn"], ids=name)
+def test_channels_last_where_noise_is_drawn(host, variant):
+    """By words if they are aligned: warps that have idle threads, blocks of several samples, rows without noise."""
+
+    def last(*shape, gap=8, more=0):
+        apart = shape[0] + more  # how far pixels are
+        strides = (shape[1] * shape[2] * apart + gap, 1, shape[2] * apart, apart)
+        call = make_call(variant, 8, *shape)
+        return call.with_tensors(lambda _, x: x.new_empty_strided(x.shape, strides).copy_(x))
+
+    for call in map(last, (3, 3, 4, 5, 12, 32), (5, 8, 16, 64, 4, 4), (8, 8, 16, 64, 16, 4)):
+        moves_by_words(host, call)
+    others = last(1, 8, 32), last(8, 5, 7), last(33, 4, 4), last(4, 8, 8, gap=1), last(3, 2, 2, gap=4)
+    for call in (*others, last(3, 8, 8, more=5)):
+        host.check(call)
+    for name in (*call.read, "out"):
+        host.check(last(8, 8, 4), {name: "odd"})
 
 
 @one_dtype

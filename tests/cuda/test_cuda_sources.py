@@ -23,7 +23,6 @@ EACH_SOURCE = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in
 EACH_SUM = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in (*STATISTICS, "loss")])
 EACH_LOSS = pytest.mark.parametrize(("source", "arch"), [("loss", arch) for arch in ARCHS])
 EACH_SET = pytest.mark.parametrize(("source", "arch"), [("step_with_options", arch) for arch in ARCHS])
-EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
 def includes(path: Path) -> list[str]:
@@ -200,8 +199,8 @@ def offenders(kernels: list[Finding], wrong) -> dict[str, list[str]]:
 
 @EACH_SOURCE
 def test_nothing_spills(build, source):
-    """No stack and no local memory; shared memory only for sums. That of the loss holds the losses of one or two chunks
-    in this turn and the last one, the strands, and whether a block is the last; CUDA keeps 1 KiB on newer cards."""
+    """No stack and no local memory; shared memory for sums alone, and for noise by strides. That of the loss holds the
+    losses of 1 or 2 chunks in this turn and the last, the strands, and if a block is last; newer cards add 1 KiB."""
     for kernel in build.kernels:
         used = build.resources[kernel.name]
         assert not (used.stack or used.local or used.spill_stores or used.spill_loads), (kernel.name, used)
@@ -210,13 +209,13 @@ def test_nothing_spills(build, source):
             shared = 2 * (2 if "6AccessE0E" in kernel.name else 1) * 512 * 4 + 128 * 8 + 1
             assert used.shared in (shared, shared + 1024), (kernel.name, used)
         elif source not in STATISTICS:
-            assert used.shared == 0, (kernel.name, used)
+            assert used.shared <= (6144 + 1024 if "6AccessE1E" in kernel.name else 0), (kernel.name, used)
 
 
 @EACH
 def test_no_calls(kernels):
-    """What the hardware lacks (division, a square root of subnormals) is called as a subroutine."""
-    assert not offenders(kernels, lambda i: i.calls or i.name == "RET")
+    """What the hardware lacks (division, a square root of subnormals) is called as a subroutine; a warp may wait so."""
+    assert not offenders(kernels, lambda i: i.calls and "warpsync" not in i.operands)
 
 
 @EACH
@@ -236,16 +235,6 @@ def test_nothing_is_approximate_but_the_start_of_a_root(kernels):
     assert not offenders(kernels, lambda i: i.name == "MUFU" and i.opcode != "MUFU.RSQ")
     for kernel in kernels:
         assert (roots(kernel.kernel.instructions) > 0) == (kernel.variant.noise == "drawn"), named(kernel)
-
-
-@EACH_RANDN
-def test_normals_contract_nothing(kernels):
-    """As many fused multiply-adds beside each square root as the sources write."""
-    randn = [kernel for kernel in kernels if kernel.variant.op == "Randn"]
-    assert randn
-    for kernel in randn:
-        everything = kernel.kernel.instructions
-        assert fused(everything) == roots(everything) * fma_a_root() > 0, named(kernel)
 
 
 @EACH
@@ -312,11 +301,13 @@ def test_words_are_loaded_ahead_of_the_noise(kernels):
 
 @EACH
 def test_neighbours_are_loaded_before_the_first_is_stored(kernels):
-    """By strides: four elements, and where tensors are optional two."""
+    """By strides: four elements, and where tensors are optional two. By pixels a word, ahead of the noise."""
     for kernel in (k for k in kernels if k.variant.access == "strided"):
         count, reads = 2 if kernel.variant.has_options else 4, len(kernel.variant.tensors) - kernel.variant.written
-        code = "".join({"LDG": "L", "STG": "S"}.get(i.name, "") for i in kernel.kernel.instructions)
-        assert re.search(f"L{{{count * reads}}}S{{{count}}}", code), named(kernel)
+        letters = {"LDG": "L", "STG": "S", "MUFU": "m", "STS": "s"}
+        code = "".join(letters.get(i.name, "") for i in kernel.kernel.instructions)
+        assert re.search(f"L{{{count * reads}}}S{{{count}}}", code.replace("m", "")), named(kernel)
+        assert kernel.variant.noise != "drawn" or reads == 0 or re.search(f"L{{{reads}}}mmssss", code), named(kernel)
 
 
 @EACH

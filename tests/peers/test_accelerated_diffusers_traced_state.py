@@ -61,6 +61,7 @@ CHANGES = {
     "replaced": (lambda scheduler, *_: setattr(scheduler, "sigmas", scheduler.sigmas * 1.1), TURN),
     "config": (lambda scheduler, *_: setattr(scheduler.config, "prediction_type", "v_prediction"), TURN),
     "another place": (lambda scheduler, *_: setattr(scheduler, "_step_index", 1), TURN),
+    "another order": (lambda scheduler, *_: setattr(scheduler, "lower_order_nums", 0), TURN),
     "out of turn": (lambda scheduler, m, x, t, options: (m, x, scheduler.timesteps[0]), TURN),
     "an unknown option": (lambda scheduler, m, x, t, options: options.update(unknown=1), "as its arguments are"),
 }
@@ -73,7 +74,7 @@ def test_a_change_in_the_middle_of_a_loop_with_history(change):
     with pytest.raises(RuntimeError, match=r"call every step of a loop with the same options") as caught:
         run(ours, 3, function)
     assert f"step 3 of the loop has no fused form ({why})" in str(caught.value)
-    if change not in ("written", "replaced", "config", "another place"):
+    if change not in ("written", "replaced", "config", "another place", "another order"):
         found = run(accelerate(make(HISTORY)))
         same(found, run(make(HISTORY)))
         again = run(ours, timesteps=ours.timesteps[3:], begun=found[:4])
@@ -185,6 +186,36 @@ def test_a_method_that_somebody_replaces_after_a_loop(monkeypatch, name, method,
             setattr(scheduler, method, types.MethodType(halved, scheduler))
     timesteps = ours.timesteps if name == "DDIMScheduler" and not in_class else None  # without set_timesteps
     same(run(ours, timesteps=timesteps), run(plain))
+
+
+EARLY = {
+    "nothing": lambda scheduler: None,
+    "written": lambda scheduler: scheduler.sigmas.mul_(2),
+    "written uncounted": lambda scheduler: scheduler.sigmas.mul_(2),
+    "another place": lambda scheduler: setattr(scheduler, "_step_index", 2),
+    "another beginning": lambda scheduler: scheduler.set_begin_index(1),
+}
+
+
+@pytest.mark.parametrize("name", ["LMSDiscreteScheduler", ALONE])
+@pytest.mark.parametrize("edit", EARLY)
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_an_edit_as_a_loop_like_the_last_ones_begins(monkeypatch, name, edit, at):
+    """Before scale_model_input, before the first step, or after that. The first scaled sample has the bits of the
+    scheduler's own code, which does not run where nothing is edited."""
+    ran, own, x = [], type(make(name))._init_step_index, torch.linspace(-9, 9, 120).view(SHAPE)
+    monkeypatch.setattr(type(make(name)), "_init_step_index", lambda *args: ran.append(1) or own(*args))
+    results, is_uncounted = ([x], [x]), edit == "written uncounted" and at < 2
+    with torch.inference_mode(is_uncounted):  # where nobody sees it in the middle of a loop
+        for scheduler, found in zip((make(name), accelerate(make(name))), results, strict=True):
+            run(scheduler), scheduler.set_timesteps(STEPS), scheduler.scale_model_input(x, scheduler.timesteps[3])
+            run(scheduler), run(scheduler), scheduler.set_timesteps(STEPS), ran.clear()
+            for i, t in enumerate([scheduler.timesteps[k] for k in (0, 0, 1)]):
+                EARLY[edit if i == at else "nothing"](scheduler)
+                found.append(scheduler.step(x / 9, t, x)[0] if i == 1 else scheduler.scale_model_input(found[-1], t))
+    assert torch.equal(results[0][1], results[1][1]) and not (ran and edit == "nothing")
+    same(*reversed(results))
 
 
 def in_place(x):

@@ -20,16 +20,9 @@ from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
+from ddpm_ext.integrations.diffusers.traced_begun import Begun, NextLoop
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import (
-    Begun,
-    LoopPosition,
-    Made,
-    OwnResult,
-    Repeated,
-    Settings,
-    repeated_call,
-)
+from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, Repeated, Settings, repeated_call
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
@@ -42,7 +35,7 @@ __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_begun", "_scales_inputs")
+OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_begun", "_next_loop", "_scales_inputs")
 EMPTY = inspect.Parameter.empty
 
 _rows = RowsCache(CACHED)
@@ -60,6 +53,7 @@ class TracedScheduler(Forward):
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
     _traced_loop: LoopPosition | bool | None = None
     _begun: Begun | None = None
+    _next_loop: NextLoop | None = None
     _scales_inputs = False  # whether scale_model_input was called and returned another tensor
 
     def __init_subclass__(cls) -> None:
@@ -91,8 +85,11 @@ class TracedScheduler(Forward):
         loop = self._traced_loop
         if isinstance(loop, LoopPosition):
             self._hold(loop.rows, loop.rows.trace.steps[loop.at - 1], None)
-        self._traced_loop = None  # not deleted: pipelines of views put each one's attributes back by update
-        return super()._set_timesteps(*args, **kwargs)
+        self._traced_loop = self._next_loop = None  # not deleted: pipelines of views put each one's back by update
+        found = super()._set_timesteps(*args, **kwargs)
+        if self._begun is not None:
+            self._next_loop = self._begun.next_loop(self)
+        return found
 
     def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
         """Puts x in the place of each tensor that the scheduler would store in a step, since its other methods look
@@ -159,7 +156,7 @@ class TracedScheduler(Forward):
         except NoRows as none:
             if loop is None and self._are_first and len(args) == 3:
                 call = repeated_call(args, kwargs, self.timesteps, none.first, Settings.of(self))
-                self._begun = Begun.of(none.again(), call)
+                self._begun = Begun.of(none.again(), None, call, args, kwargs)
             raise
         if loop.ring and loop.ring[0].shape != x.shape:
             raise Fallback("its samples have another shape than those of the step before")
@@ -168,7 +165,7 @@ class TracedScheduler(Forward):
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
             repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
         if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
-            self._begun = Begun.of(loop.rows, repeated.call)
+            self._begun = Begun.of(loop.rows, of_loop, repeated.call, args, kwargs)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(
@@ -245,9 +242,12 @@ class TracedScheduler(Forward):
         loop: Any = self._traced_loop
         scales = loop.rows.stepper.scales if isinstance(loop, LoopPosition) and not loop.is_over() else None
         if not scales or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
+            following, before = self._next_loop if loop is None else None, dict(self.__dict__)
             found = peer_method(self, "scale_model_input")(*args, **kwargs)
             if not self._scales_inputs:
                 self._scales_inputs = bool(args) and found is not args[0]
+            if self._scales_inputs and following is not None and following.asks(before, args):
+                self._begun = following.begun.with_input(before, args[1])
             return found
         if loop.made is not None and loop.made.is_of(args[0]):
             return self._made(loop)
@@ -393,6 +393,8 @@ class TracedScheduler(Forward):
 
     def _is_in_place(self, loop: LoopPosition) -> bool:
         """Whether the scheduler's own step would be at the loop's next row, also where somebody has taken its index."""
+        if not loop.has_counters_of(self):
+            return False
         if loop.has_index_of(self):
             return True
         now, times, place = vars(self), self._times(), loop.rows.first + loop.at

@@ -11,18 +11,26 @@ from torch.compiler import is_compiling
 
 
 def repeating_step(step: Callable[..., Any], peer: Any) -> Callable[..., Any]:
-    """A step that is like the last one leaves out all that `step` would do before its row, and one in a loop without
-    rows what it would do before the peer's own."""
+    """A step that is like the last one, or begins a loop as the last one began, leaves out all that `step` would do
+    before its row, and one in a loop without rows what it would do before the peer's own."""
 
     @functools.wraps(step)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return step(self, *args, **kwargs)
         attributes = self.__dict__
-        loop = None if is_compiling() else attributes.get("_traced_loop")
+        loop = attributes.get("_traced_loop")
         if loop is False:
             return getattr(peer, step.__name__)(self, *args, **kwargs)
-        if not loop or loop.repeated is None or not loop.has_index_of(self):
-            return step(self, *args, **kwargs)
-        if loop.repeated.call.row_of(attributes, args, kwargs) != loop.at:
+        if loop is None:
+            following = attributes.get("_next_loop")
+            is_like = following is not None and following.begins(attributes, args, kwargs)
+            loop = following.loop if is_like else None
+        else:
+            is_like = loop.repeated is not None and loop.has_index_of(self)
+            is_like = is_like and (not loop.rows.counters or loop.has_counters_of(self))
+            is_like = is_like and loop.repeated.call.row_of(attributes, args, kwargs) == loop.at
+        if not is_like:
             return step(self, *args, **kwargs)
         result = self._take_row(loop, loop.repeated.of_loop, args[0], args[2], (), kwargs, loop.repeated)
         attributes["_acceleration"].fused_calls += 1
@@ -32,16 +40,24 @@ def repeating_step(step: Callable[..., Any], peer: Any) -> Callable[..., Any]:
 
 
 def repeating_scale(scale: Callable[..., Any], peer: Any) -> Callable[..., Any]:
-    """scale_model_input of what the last step returned, and in a loop without rows or without scales."""
+    """scale_model_input of what the last step returned, before the first step of a loop that begins as the last one
+    began, and in a loop without rows or without scales."""
 
     @functools.wraps(scale)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loop = None if is_compiling() else self.__dict__.get("_traced_loop")
-        if loop is False or (loop and not loop.rows.stepper.scales):
+        if is_compiling():
+            return scale(self, *args, **kwargs)
+        attributes = self.__dict__
+        loop = attributes.get("_traced_loop")
+        if loop is None:
+            following = attributes.get("_next_loop")
+            scaled = None if following is None else following.scaled(attributes, args, kwargs)
+            return scale(self, *args, **kwargs) if scaled is None else scaled
+        if loop is False or not loop.rows.stepper.scales:
             return peer.scale_model_input(self, *args, **kwargs)
-        if loop and loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
+        if loop.made is not None and loop.repeated is not None and len(args) == 2 and not kwargs:
             is_next = loop.made.is_of(args[0]) and loop.has_index_of(self)
-            if is_next and loop.repeated.call.is_at(loop.at, self.__dict__, args[1]):
+            if is_next and loop.repeated.call.is_at(loop.at, attributes, args[1]):
                 return self._made(loop)
         return scale(self, *args, **kwargs)
 

@@ -23,7 +23,7 @@ from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import NoRow, TraceResult, follow
-from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
+from ddpm_ext.tables.trace_run import Step, observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, copied
 
 CONFIG = "_internal_dict"
@@ -86,6 +86,7 @@ class TracedRows(NamedTuple):
         dtypes: by the dtypes of output and sample.
         after: the rows of single steps that came after a row, by that row, their key and the scheduler's index.
         indexes: the scheduler's `_step_index` before each row; None where it has none.
+        counters: its other numbers that steps read and change: the name of each, and its value before each row.
     """
 
     key: RowsKey
@@ -98,6 +99,7 @@ class TracedRows(NamedTuple):
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
     after: dict[tuple[int, RowsKey, int | None], TracedRows]
     indexes: list[int | None]
+    counters: list[tuple[str, list[Any]]]
 
     def __deepcopy__(self, memo: object) -> TracedRows:
         return self
@@ -291,10 +293,22 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    dtypes, indexes = {} if known is None else known[1].dtypes, [state.get("_step_index")]
-    for step in trace.steps[:-1]:
-        indexes.append(step.state.get("_step_index", indexes[-1]))
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, known is not None, dtypes, {}, indexes)
+    dtypes = {} if known is None else known[1].dtypes
+    indexes, counters = _values_before("_step_index", state, trace.steps), []
+    for name in (trace.read or frozenset()).difference(("_step_index",), *[step.tensors for step in trace.steps]):
+        values = _values_before(name, state, trace.steps)
+        if CONSTANT.issuperset(map(type, values)) and any([name in step.state for step in trace.steps]):
+            counters.append((name, values))
+    is_closed = known is not None
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, is_closed, dtypes, {}, indexes, counters)
+
+
+def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -> list[Any]:
+    """Those of an attribute before each step of a loop that begins in a state."""
+    values = [state.get(name)]
+    for step in steps[:-1]:
+        values.append(step.state.get(name, values[-1]))
+    return values
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
