@@ -109,19 +109,22 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
 }
 
-// Sets the buffers of a thread's parts, and returns memory for `more` floats. Both stay for its next call: those of 16
-// channels are too large for a stack.
-template <size_t kParts>
-float* buffers_of(Tile tile, char* (&buffers)[kParts], size_t more) {
+// A thread's memory for as many buffers of a tile, `apart` bytes from each other, and for `more` floats behind them. It
+// stays for the thread's next call: that of 16 channels is too large for a stack.
+struct Buffers {
+  char* first;
+  size_t apart;
+  float* more;
+};
+inline Buffers buffers_of(Tile tile, size_t count, size_t more) {
   struct alignas(64) Line {
     char bytes[64];
   };
   static thread_local std::vector<Line> memory;
   const size_t lines = tile.rows * ((tile.columns + kRunMultiple - 1) / kRunMultiple * kRunMultiple) * 4 / sizeof(Line);
-  const size_t all = kParts * lines + (more * sizeof(float) + sizeof(Line) - 1) / sizeof(Line);
+  const size_t all = count * lines + (more * sizeof(float) + sizeof(Line) - 1) / sizeof(Line);
   if (memory.size() < all) memory.resize(all);
-  for (size_t p = 0; p < kParts; ++p) buffers[p] = memory[p * lines].bytes;
-  return reinterpret_cast<float*>(memory.data() + kParts * lines);
+  return {memory.data()->bytes, lines * sizeof(Line), reinterpret_cast<float*>(memory.data() + count * lines)};
 }
 
 // Whether a call draws noise for samples that lie as (pixels, channels) in memory.
@@ -161,64 +164,66 @@ template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
                 Tile tile = {1, kRow}, bool drawn_before = false) {
   const auto parts = parts_of(call, run);
-  constexpr size_t kParts = std::tuple_size_v<decltype(parts_of(call, run))>;
-  char* samples[kParts];
-  for (size_t p = 0; p < kParts; ++p) {
-    const TensorArg& tensor = *parts[p].tensor;
-    *parts[p].place = nullptr;
-    samples[p] = tensor.data == nullptr
-                     ? nullptr
-                     : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
+  // Those that the call has.
+  struct Present {
+    const TensorArg* tensor;
+    void** place;
+    bool written, ordered;
+    char *sample, *buffer;
+    int64_t size;  // of an element
+    char* row;     // of the tile, in the sample or in the buffer
+    int64_t apart;
+  } present[std::tuple_size_v<decltype(parts_of(call, run))>], *end = present;
+  for (const Part& part : parts) {
+    const TensorArg& tensor = *part.tensor;
+    *part.place = nullptr;
+    if (tensor.data == nullptr) continue;
+    const int64_t size = element_size(tensor.dtype);
+    char* const sample = static_cast<char*>(tensor.data) + b * tensor.batch_stride * size;
+    *end++ = {&tensor, part.place, part.written, in_order(call, tensor), sample, nullptr, size, nullptr, 0};
   }
-  const auto in_memory = [&](size_t p, int64_t at) { return samples[p] + at * element_size(parts[p].tensor->dtype); };
   const bool whole = call.contiguous && !drawn_before;
   const int64_t direct = whole ? first + (last - first) / kMultiple<Run> * kMultiple<Run> : first;
   if (direct > first) {
-    for (size_t p = 0; p < kParts; ++p)
-      if (samples[p] != nullptr) *parts[p].place = in_memory(p, first);
+    for (Present* part = present; part < end; ++part) *part->place = part->sample + first * part->size;
     run.count = direct - first;
     begin_run(run, first, run.count);
     kernel(run);
   }
   if (direct == last) return;
-  bool ordered[kParts];
-  for (size_t p = 0; p < kParts; ++p) ordered[p] = samples[p] != nullptr && in_order(call, *parts[p].tensor);
-  char* buffers[kParts];
-  float* const noise = buffers_of(tile, buffers, drawn_before ? noise_memory(call) : 0);
+  const Buffers buffers = buffers_of(tile, end - present, drawn_before ? noise_memory(call) : 0);
+  for (Present* part = present; part < end; ++part) part->buffer = buffers.first + (part - present) * buffers.apart;
+  const int64_t in_row = call.numel / tile.rows;
   for (int64_t j = direct; j < last; j += tile.columns) {
     const int64_t n = std::min(tile.columns, last - j), padded = (n + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
     const Stretch stretch = {tile.rows, j, n, padded};
-    const auto copied = [&](size_t p) { return samples[p] != nullptr && (n < padded || !ordered[p]); };
-    for (size_t p = 0; p < kParts; ++p)
-      if (copied(p) && !parts[p].written) load(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
-    // Of the parts that the call has: where the row is, and how far from it the next one, in bytes.
-    struct Place {
-      void** of;
-      char* row;
-      int64_t apart;
-    } places[kParts], *end = places;
-    Ahead in_place[kParts];
+    const auto copied = [&](const Present* part) { return n < padded || !part->ordered; };
+    Ahead in_place[std::size(present)];
     size_t count = 0;
-    for (size_t p = 0; p < kParts; ++p) {
-      if (samples[p] == nullptr) continue;
-      const int64_t size = element_size(parts[p].tensor->dtype);
-      if (!copied(p)) in_place[count++] = {in_memory(p, j), size};
-      *end++ = copied(p) ? Place{parts[p].place, buffers[p], padded * size}
-                         : Place{parts[p].place, in_memory(p, j), call.numel / tile.rows * size};
+    for (Present* part = present; part < end; ++part) {
+      if (copied(part)) {
+        if (!part->written) load(call, *part->tensor, part->sample, stretch, part->buffer);
+        part->row = part->buffer;
+        part->apart = padded * part->size;
+      } else {
+        part->row = part->sample + j * part->size;
+        part->apart = in_row * part->size;
+        in_place[count++] = {part->row, part->size};
+      }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
-      for (Place* place = places; place < end; place->row += place->apart, ++place) *place->of = place->row;
+      for (Present* part = present; part < end; part->row += part->apart, ++part) *part->place = part->row;
       run.count = padded;
-      begin_run(run, r * (call.numel / tile.rows) + j, n);
+      begin_run(run, r * in_row + j, n);
       if constexpr (std::is_base_of_v<NoisyRun, Run>)
         if (drawn_before) {  // so the tile has one row
-          draw_by_pixels(call, run, j, n, in_place, count, noise);
-          run.drawn = noise;
+          draw_by_pixels(call, run, j, n, in_place, count, buffers.more);
+          run.drawn = buffers.more;
         }
       kernel(run);
     }
-    for (size_t p = 0; p < kParts; ++p)
-      if (copied(p) && parts[p].written) store(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
+    for (Present* part = present; part < end; ++part)
+      if (copied(part) && part->written) store(call, *part->tensor, part->sample, stretch, part->buffer);
   }
 }
 
