@@ -105,7 +105,8 @@ def test_any_number_of_channels(normal, device, dtype):
         x, m = normal(2, 1, channels, 16, 33, dtype=dtype)
         expected = ops.posterior_mean(x, m, AFFINE.to(device), 1)
         last, half = in_order(x, [0, 2, 3, 1]), in_order(torch.cat([m, x], 1), [0, 2, 3, 1])[:, :channels]
-        for a, b in ((last, m), (x, in_order(m, [0, 2, 3, 1])), (last, half), (x, half)):
+        other = in_order(torch.cat([x, m], 1), [0, 2, 3, 1])[:, channels:]
+        for a, b in ((last, m), (x, in_order(m, [0, 2, 3, 1])), (last, half), (x, half), (x, other)):
             assert torch.equal(ops.posterior_mean(a, b, AFFINE.to(device), 1), expected), channels
 
 

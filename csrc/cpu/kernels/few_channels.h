@@ -136,15 +136,17 @@ struct FewChannels {
     }
   }
 
-  // Both do whole vectors, and return how many pixels those are.
-  static DDPM_HD int64_t split_pixels(const T* from, T* to, int64_t out, int64_t pixels) {
-    const int64_t whole = pixels / P::kAll * P::kAll;
+  // Both do whole vectors, and return how many pixels those are. The first writes some of the channels: `from` may be
+  // another channel than a pixel's first, so behind the last one wanted is no more to be read.
+  static DDPM_HD int64_t split_pixels(const T* from, T* to, int64_t out, int64_t pixels, int64_t wanted) {
+    const int64_t whole = (pixels - (wanted < kChannels)) / P::kAll * P::kAll;
     for (int64_t k = 0; k < whole; k += P::kAll) {
       Vector v[kChannels];
       for (int64_t s = 0; s < kChannels; ++s)
         v[s] = P::load(from + kChannels * k + s * P::kPiece, kChannels * P::kPiece);
       split(v);
-      for (int64_t c = 0; c < kChannels; ++c) memcpy(to + c * out + k, &v[c], sizeof(Vector));
+      for (int64_t c = 0; c < kChannels; ++c)
+        if (c < wanted) memcpy(to + c * out + k, &v[c], sizeof(Vector));
     }
     return whole;
   }
@@ -165,13 +167,19 @@ template <int64_t kChannels>
 constexpr bool kByVectors = false;
 #endif
 
-// Transposes if one of the two sides has pixels of kChannels channels, and returns whether.
+// Transposes if one of the two sides has pixels of kChannels channels, of which some or all are wanted, and returns
+// whether.
 template <int64_t kChannels, class T>
 bool transpose_few(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   int64_t done = 0;
-  if (rows == kChannels && in == kChannels) {
-    if constexpr (kByVectors<kChannels>) done = FewChannels<T, kChannels>::split_pixels(from, to, out, columns);
-    split_channels<kChannels>(from + kChannels * done, to + done, out, columns - done);
+  if (in == kChannels && rows <= kChannels && 2 * rows >= kChannels) {
+    if constexpr (kByVectors<kChannels>) done = FewChannels<T, kChannels>::split_pixels(from, to, out, columns, rows);
+    if (rows == kChannels) {
+      split_channels<kChannels>(from + in * done, to + done, out, columns - done);
+    } else {
+      for (; done < columns; ++done)
+        for (int64_t r = 0; r < rows; ++r) to[r * out + done] = from[in * done + r];
+    }
     return true;
   }
   if (columns != kChannels || out != kChannels) return false;
