@@ -50,7 +50,8 @@ struct OddChannels {
     return ((first(channel) + further(place)) % kChannels * n + place) / kChannels;
   }
 
-  // Moves by 1, 2 and 4 vectors the elements whose way has that bit: back to the first vectors, or on to their own.
+  // Moves the elements of a place back to the vectors that have their channels at place 0, or from there to their own:
+  // by 1, 2 and 4 vectors, if the number that further() says has that bit.
   template <bool kBack, int64_t kBy = 1, size_t... i>
   static DDPM_HD void move(Vectors& v, std::index_sequence<i...> places) {
     Vectors next;
@@ -136,8 +137,8 @@ struct FewChannels {
     }
   }
 
-  // Both do whole vectors, and return how many pixels those are. The first writes some of the channels: `from` may be
-  // another channel than a pixel's first, so behind the last one wanted is no more to be read.
+  // Both do whole vectors, and return how many pixels those are. The first one writes the channels that are wanted. If
+  // that is some of them, `from` may be any of a pixel's channels, and memory may end behind the last one wanted.
   static DDPM_HD int64_t split_pixels(const T* from, T* to, int64_t out, int64_t pixels, int64_t wanted) {
     const int64_t whole = (pixels - (wanted < kChannels)) / P::kAll * P::kAll;
     for (int64_t k = 0; k < whole; k += P::kAll) {
