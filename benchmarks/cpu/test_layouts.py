@@ -12,10 +12,12 @@ from ddpm_ext.tables.step_table import StepTable
 
 F32, F16 = torch.float32, torch.float16
 OF_IMAGES = [(8, 4, 64, 64), (4, 3, 256, 256)]
-OF_MANY_CHANNELS = [(8, 8, 64, 64), (8, 12, 64, 64), (8, 16, 64, 64), (2, 32, 64, 64)]
-CASES = [(shape, F32) for shape in OF_IMAGES] + [(shape, dtype) for shape in OF_MANY_CHANNELS for dtype in (F32, F16)]
+OF_OTHER_CHANNELS = [*((8, channels, 64, 64) for channels in (2, 5, 6, 7, 8, 12, 16)), (2, 32, 64, 64)]
+CASES = [(shape, F32) for shape in OF_IMAGES] + [(shape, dtype) for shape in OF_OTHER_CHANNELS for dtype in (F32, F16)]
 # Which of the sample, the model's output, that without its condition, and the noise are channels_last.
 WAYS = {"contiguous": "", "channels_last": "xmuz", "samples channels_last": "xz", "outputs channels_last": "mu"}
+OF_HALVES = [(8, 3, 64, 64), (8, 4, 64, 64), (4, 3, 256, 256)]
+HALVES = ["reverse_step", "reverse_step, noise drawn", "guided step"]
 RNG = Philox(0)
 STEPS = StepTable([0], a=[1.5], b=[-1.1], c0=[0.3], c1=[0.7], s=[0.1]).packed("cpu", guidance=[3.0])
 FORWARD = torch.tensor([[0.6, 0.8]])
@@ -39,6 +41,12 @@ def name_of(case):
     return "x".join(map(str, case)) if isinstance(case, tuple) else str(case).removeprefix("torch.")
 
 
+def measure(benchmark, shape, dtype, operator, way, what, given):
+    benchmark.group = f"{operator}{what} {name_of(shape)}" + (f" {name_of(dtype)}" if dtype != F32 else "")
+    benchmark.extra_info.update(way=way, elements=math.prod(shape))
+    benchmark(OPERATORS[operator], *given)
+
+
 @pytest.mark.benchmark(max_time=0.1)  # there are hundreds
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=name_of)
 @pytest.mark.parametrize("way", WAYS)
@@ -46,6 +54,18 @@ def name_of(case):
 def test_layouts(benchmark, shape, dtype, operator, way):
     memory = {name: torch.channels_last if name in WAYS[way] else torch.contiguous_format for name in "xmuz"}
     given = [torch.randn(shape).to(dtype, memory_format=memory[name], copy=True) for name in "xmuz"]
-    benchmark.group = f"{operator} {name_of(shape)}" + (f" {name_of(dtype)}" if dtype != F32 else "")
-    benchmark.extra_info.update(way=way, elements=math.prod(shape))
-    benchmark(OPERATORS[operator], *given)
+    measure(benchmark, shape, dtype, operator, way, "", given)
+
+
+@pytest.mark.benchmark(max_time=0.1)
+@pytest.mark.parametrize("dtype", [F32, F16], ids=name_of)
+@pytest.mark.parametrize("shape", OF_HALVES, ids=name_of)
+@pytest.mark.parametrize("way", ["contiguous", "channels_last", "outputs channels_last"])
+@pytest.mark.parametrize("operator", HALVES)
+def test_halves(benchmark, shape, dtype, operator, way):
+    """Of outputs with twice the channels, as those of a learned variance, the first half is given."""
+    memory = {name: torch.channels_last if name in WAYS[way] else torch.contiguous_format for name in "xmuz"}
+    batch, channels, *image = shape
+    sizes = {name: (batch, channels * (2 if name in "mu" else 1), *image) for name in "xmuz"}
+    given = [torch.randn(sizes[name]).to(dtype, memory_format=memory[name], copy=True)[:, :channels] for name in "xmuz"]
+    measure(benchmark, shape, dtype, operator, way, ", half of the outputs", given)

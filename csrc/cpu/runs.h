@@ -109,13 +109,16 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
 }
 
-// Sets the buffers of a thread's parts. Those of 16 channels are too large for a stack.
-template <size_t kParts>
-void set_buffers(Tile tile, char* (&buffers)[kParts]) {
+// A thread's memory for as many buffers of a tile, `apart` bytes from each other. Those of 16 channels are too large
+// for a stack.
+struct Buffers {
+  char* first;
+  size_t apart;
+};
+inline Buffers buffers_of(Tile tile, size_t count) {
   static thread_local std::vector<Line> memory;
   const size_t lines = tile.rows * ((tile.columns + kRunMultiple - 1) / kRunMultiple * kRunMultiple) * 4 / sizeof(Line);
-  Line* const first = at_least(memory, kParts * lines);
-  for (size_t p = 0; p < kParts; ++p) buffers[p] = first[p * lines].bytes;
+  return {at_least(memory, count * lines)->bytes, lines * sizeof(Line)};
 }
 
 // The same call in the order (pixels, channels).
@@ -148,57 +151,59 @@ template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
                 Tile tile = {1, kRow}) {
   const auto parts = parts_of(call, run);
-  constexpr size_t kParts = std::tuple_size_v<decltype(parts_of(call, run))>;
-  char* samples[kParts];
-  for (size_t p = 0; p < kParts; ++p) {
-    const TensorArg& tensor = *parts[p].tensor;
-    *parts[p].place = nullptr;
-    samples[p] = tensor.data == nullptr
-                     ? nullptr
-                     : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
+  // Those that the call has.
+  struct Present {
+    const TensorArg* tensor;
+    void** place;
+    bool written, ordered;
+    char *sample, *buffer;
+    int64_t size;  // of an element
+    char* row;     // of the tile, in the sample or in the buffer
+    int64_t apart;
+  } present[std::tuple_size_v<decltype(parts_of(call, run))>], *end = present;
+  for (const Part& part : parts) {
+    const TensorArg& tensor = *part.tensor;
+    *part.place = nullptr;
+    if (tensor.data == nullptr) continue;
+    const int64_t size = element_size(tensor.dtype);
+    char* const sample = static_cast<char*>(tensor.data) + b * tensor.batch_stride * size;
+    *end++ = {&tensor, part.place, part.written, in_order(call, tensor), sample, nullptr, size, nullptr, 0};
   }
-  const auto in_memory = [&](size_t p, int64_t at) { return samples[p] + at * element_size(parts[p].tensor->dtype); };
   const int64_t groups = call.channels_last > 0 ? whole_groups(call.channels_last) : 0;
   const int64_t multiple = groups > 0 ? groups : kMultiple<Run>, fill = groups > 0 ? groups : kRunMultiple;
   const int64_t direct = call.contiguous ? first + (last - first) / multiple * multiple : first;
   if (direct > first) {
-    for (size_t p = 0; p < kParts; ++p)
-      if (samples[p] != nullptr) *parts[p].place = in_memory(p, first);
+    for (Present* part = present; part < end; ++part) *part->place = part->sample + first * part->size;
     run.count = direct - first;
     begin_run(run, first, run.count);
     kernel(run);
   }
   if (direct == last) return;
-  bool ordered[kParts];
-  for (size_t p = 0; p < kParts; ++p) ordered[p] = samples[p] != nullptr && in_order(call, *parts[p].tensor);
-  char* buffers[kParts];
-  set_buffers(tile, buffers);
+  const Buffers buffers = buffers_of(tile, end - present);
+  for (Present* part = present; part < end; ++part) part->buffer = buffers.first + (part - present) * buffers.apart;
+  const int64_t in_row = call.numel / tile.rows;
   for (int64_t j = direct; j < last; j += tile.columns) {
     const int64_t n = std::min(tile.columns, last - j), padded = (n + fill - 1) / fill * fill;
     const Stretch stretch = {tile.rows, j, n, padded};
-    const auto copied = [&](size_t p) { return samples[p] != nullptr && (n < padded || !ordered[p]); };
-    for (size_t p = 0; p < kParts; ++p)
-      if (copied(p) && !parts[p].written) load(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
-    // Of the parts that the call has: where the row is, and how far from it the next one, in bytes.
-    struct Place {
-      void** of;
-      char* row;
-      int64_t apart;
-    } places[kParts], *end = places;
-    for (size_t p = 0; p < kParts; ++p) {
-      if (samples[p] == nullptr) continue;
-      const int64_t size = element_size(parts[p].tensor->dtype);
-      *end++ = copied(p) ? Place{parts[p].place, buffers[p], padded * size}
-                         : Place{parts[p].place, in_memory(p, j), call.numel / tile.rows * size};
+    const auto copied = [&](const Present* part) { return n < padded || !part->ordered; };
+    for (Present* part = present; part < end; ++part) {
+      if (copied(part)) {
+        if (!part->written) load(call, *part->tensor, part->sample, stretch, part->buffer);
+        part->row = part->buffer;
+        part->apart = padded * part->size;
+      } else {
+        part->row = part->sample + j * part->size;
+        part->apart = in_row * part->size;
+      }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
-      for (Place* place = places; place < end; place->row += place->apart, ++place) *place->of = place->row;
+      for (Present* part = present; part < end; part->row += part->apart, ++part) *part->place = part->row;
       run.count = padded;
-      begin_run(run, r * (call.numel / tile.rows) + j, n);
+      begin_run(run, r * in_row + j, n);
       kernel(run);
     }
-    for (size_t p = 0; p < kParts; ++p)
-      if (copied(p) && parts[p].written) store(call, *parts[p].tensor, samples[p], stretch, buffers[p]);
+    for (Present* part = present; part < end; ++part)
+      if (copied(part) && part->written) store(call, *part->tensor, part->sample, stretch, part->buffer);
   }
 }
 

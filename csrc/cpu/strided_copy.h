@@ -44,7 +44,9 @@ void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_
   const auto transpose = kernels().transpose[sizeof(T) == 2];
   if (in.rows == 1 && out.columns == 1) {
     constexpr int64_t kPiece = 16 / sizeof(T), kColumns = 512;  // a vector of SSE2
-    if (rows >= kPiece || in.columns <= rows) return transpose(from, in.columns, to, out.rows, rows, columns);
+    // The 3 of a learned variance's 6 channels are taken from whole pixels.
+    if (rows >= kPiece || in.columns <= rows || (in.columns == 6 && rows == 3))
+      return transpose(from, in.columns, to, out.rows, rows, columns);
     // A few of more channels: what lies between them goes first.
     T pixels[kPiece * kColumns];
     for (int64_t c = 0; c < columns; c += kColumns, from += kColumns * in.columns, to += kColumns) {

@@ -82,8 +82,7 @@ def test_any_mixture_of_orders(all_operators, normal, device, choose):
     whole = [(2, 32, 8, 12), (1, 4, 24, 24), (2, 8, 16, 20), (1, 29, 9, 13), (1, 3, 16, 96), (1, 6, 512), (2, 512, 3)]
     shape = choose.one_of([*whole, (2, 3, 33, 31), (2, 3, 4, 6, 5)], "shape")
     inner = list(range(1, len(shape)))
-    orders = [inner, [*inner[1:], 1], choose.order(len(shape) - 1, "order")]
-    orders[2] = [1 + d for d in orders[2]]
+    orders = [inner, [*inner[1:], 1], [1 + d for d in choose.order(len(shape) - 1, "order")]]
     x_dtype, m_dtype = choose.one_of(DTYPE_PAIRS, "dtypes")
     plain = [normal(*shape, seed=i, dtype=m_dtype if i in (1, 2) else x_dtype) for i in range(5)]
     given = []
@@ -106,8 +105,9 @@ def test_any_number_of_channels(normal, device, dtype):
         expected = ops.posterior_mean(x, m, AFFINE.to(device), 1)
         noisy = ops.forward_process(x, AFFINE.to(device), 1, rng=Philox(0))
         last, half = in_order(x, [0, 2, 3, 1]), in_order(torch.cat([m, x], 1), [0, 2, 3, 1])[:, :channels]
+        other = in_order(torch.cat([x, m], 1), [0, 2, 3, 1])[:, channels:]
         assert torch.equal(ops.forward_process(last, AFFINE.to(device), 1, rng=Philox(0)), noisy), channels
-        for a, b in ((last, m), (x, in_order(m, [0, 2, 3, 1])), (last, half), (x, half)):
+        for a, b in ((last, m), (x, in_order(m, [0, 2, 3, 1])), (last, half), (x, half), (x, other)):
             assert torch.equal(ops.posterior_mean(a, b, AFFINE.to(device), 1), expected), channels
 
 

@@ -2,20 +2,11 @@
 // together. Loops over numbers that the compiler knows become permutations of vectors.
 #pragma once
 
+#include "cpu/kernels/few_channels.h"
+#include "cpu/kernels/pieces.h"
+
 namespace ddpm_ext::DDPM_ISA {
 namespace {
-
-template <int kRows, class T>
-void split_channels(const T* __restrict from, T* __restrict to, int64_t out, int64_t columns) {
-  for (int64_t c = 0; c < columns; ++c)
-    for (int r = 0; r < kRows; ++r) to[r * out + c] = from[c * kRows + r];
-}
-
-template <int kColumns, class T>
-void join_channels(const T* __restrict from, int64_t in, T* __restrict to, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int c = 0; c < kColumns; ++c) to[r * kColumns + c] = from[c * in + r];
-}
 
 // By squares, and what is left over by smaller ones.
 template <int64_t kSide, class T>
@@ -40,41 +31,6 @@ void transpose_squares(const T* __restrict from, int64_t in, T* __restrict to, i
 
 #if defined(__clang__) || __GNUC__ >= 12  // which have __builtin_shufflevector
 
-// A vector of pieces of 16 bytes. No permutation crosses their borders, which would take more instructions.
-template <int64_t kPieces, class T>
-struct Pieces {
-  static constexpr int64_t kPiece = 16 / sizeof(T), kAll = kPieces * kPiece;  // elements
-  typedef T Vector __attribute__((vector_size(16 * kPieces)));
-
-  // They are `apart` elements from each other in memory.
-  static DDPM_HD Vector load(const T* from, int64_t apart) {
-    if constexpr (kPieces == 1) {
-      Vector piece;
-      memcpy(&piece, from, sizeof(piece));
-      return piece;
-    } else {
-      using Half = Pieces<kPieces / 2, T>;
-      return join(Half::load(from, apart), Half::load(from + kPieces / 2 * apart, apart),
-                  std::make_index_sequence<kAll>());
-    }
-  }
-  template <class Half, size_t... i>
-  static DDPM_HD Vector join(Half a, Half b, std::index_sequence<i...>) {
-    return __builtin_shufflevector(a, b, i...);
-  }
-
-  // The lower or the upper halves of the pieces of a and b, an element of each in turn.
-  template <bool kUpper>
-  static DDPM_HD Vector interleave(Vector a, Vector b) {
-    return interleave<kUpper>(a, b, std::make_index_sequence<kAll>());
-  }
-  template <bool kUpper, size_t... i>
-  static DDPM_HD Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
-    return __builtin_shufflevector(
-        a, b, (i / kPiece * kPiece + (kUpper ? kPiece / 2 : 0) + i % kPiece / 2 + i % 2 * kAll)...);
-  }
-};
-
 // Each v[i] has elements of line i. Afterwards the vectors have an element of each line in turn.
 template <class P, int64_t kLines>
 DDPM_HD void interleave_lines(typename P::Vector (&v)[kLines]) {
@@ -96,13 +52,6 @@ DDPM_HD void gather_block(const T* from, int64_t in, T* to, int64_t out) {
   for (int64_t i = 0; i < n; ++i) v[i] = P::load(from + i * in, n * in);
   interleave_lines<P, n>(v);
   for (int64_t i = n - kRows; i < n; ++i) memcpy(to + i * out, &v[i], sizeof(v[i]));
-}
-
-// Writes each piece of a vector to a place of its own.
-template <class Vector, class T>
-DDPM_HD void scatter(Vector v, T* to, int64_t apart) {
-  for (int64_t p = 0; p < static_cast<int64_t>(sizeof(v)) / 16; ++p)
-    memcpy(to + p * apart, reinterpret_cast<const char*>(&v) + 16 * p, 16);
 }
 
 // Pixels of three channels, by vectors of pieces. Three pieces in a row are whole pixels. As three and kPiece have no
@@ -276,56 +225,6 @@ DDPM_HD void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int
     transpose_squares<4>(from + done * in, in, to + done, out, rows, columns - done);
 }
 
-// The columns of whole blocks, whose number is returned, of at least kPiece / 2 rows. Where there are fewer than
-// kPiece, what is read beyond a column is another one's.
-template <class P, class T>
-DDPM_HD int64_t gather_few(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
-  constexpr int64_t n = P::kPiece;
-  int64_t c = 0;
-  for (; c + P::kAll < columns; c += P::kAll) {
-    typename P::Vector v[n];
-    for (int64_t i = 0; i < n; ++i) v[i] = P::load(from + (c + i) * in, n * in);
-    interleave_lines<P, n>(v);
-    for (int64_t i = 0; i < rows; ++i) memcpy(to + i * out + c, &v[i], sizeof(v[i]));
-  }
-  return c;
-}
-
-// The rows of whole blocks, whose number is returned, of at least kPiece / 2 columns and fewer than kPiece. Rows follow
-// each other in memory, and what is written beyond one, the next one replaces.
-template <class P, class T>
-DDPM_HD int64_t scatter_few(const T* from, int64_t in, T* to, int64_t rows, int64_t columns) {
-  constexpr int64_t n = P::kPiece;
-  int64_t r = 0;
-  for (; r + P::kAll < rows; r += P::kAll) {
-    typename P::Vector v[n];
-    for (int64_t i = 0; i < n; ++i) memcpy(&v[i], from + (i < columns ? i : 0) * in + r, sizeof(v[i]));
-    interleave_lines<P, n>(v);
-    for (int64_t k = 0; k < P::kAll; ++k)
-      memcpy(to + (r + k) * columns, reinterpret_cast<const char*>(&v[k % n]) + 16 * (k / n), 16);
-  }
-  return r;
-}
-
-// AVX-512 F cannot interleave elements of 16 bits in more than two pieces.
-template <class T>
-constexpr int64_t kMostPieces = sizeof(Floats) == 64 && sizeof(T) == 2 ? 2 : sizeof(Floats) / 16;
-
-template <class T>
-void transpose_any(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
-  using P = Pieces<kMostPieces<T>, T>;
-  constexpr int64_t n = P::kPiece;
-  if (rows < n && rows >= n / 2) {
-    const int64_t done = gather_few<P>(from, in, to, out, rows, columns);
-    return transpose_squares<4>(from + done * in, in, to + done, out, rows, columns - done);
-  }
-  if (columns < n && columns >= n / 2 && out == columns) {
-    const int64_t done = scatter_few<P>(from, in, to, rows, columns);
-    return transpose_squares<4>(from + done, in, to + done * out, out, rows - done, columns);
-  }
-  transpose_blocks<kMostPieces<T>>(from, in, to, out, rows, columns);
-}
-
 // Transposes if one of the two sides has pixels of kChannels channels, and returns whether. As the compiler knows their
 // number, it knows how far apart most addresses are: that saves a third of the time.
 template <int64_t kChannels, class T>
@@ -333,7 +232,7 @@ bool transpose_channels(const T* from, int64_t in, T* to, int64_t out, int64_t r
   using P = Pieces<kMostPieces<T>, T>;
   if (rows == kChannels && in == kChannels) {
     const int64_t done = gather_blocks<P>(from, kChannels, to, out, kChannels, columns);
-    transpose_any(from + done * in, in, to + done, out, rows, columns - done);
+    transpose_blocks<kMostPieces<T>>(from + done * in, in, to + done, out, rows, columns - done);
     return true;
   }
   if (columns != kChannels || out != kChannels) return false;
@@ -350,6 +249,9 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
   T* const to = static_cast<T*>(target);
   if (rows == 4 && in == 4) return split_channels<4>(from, to, out, columns);
   if (columns == 4 && out == 4) return join_channels<4>(from, in, to, rows);
+  if (transpose_few<2>(from, in, to, out, rows, columns) || transpose_few<5>(from, in, to, out, rows, columns) ||
+      transpose_few<6>(from, in, to, out, rows, columns) || transpose_few<7>(from, in, to, out, rows, columns))
+    return;
 #if defined(__clang__) || __GNUC__ >= 12
   using Three = ThreeChannels<Pieces<kMostPieces<T>, T>, T>;
   if (rows == 3 && in == 3) {
@@ -364,7 +266,7 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
                      transpose_channels<12>(from, in, to, out, rows, columns) ||
                      transpose_channels<16>(from, in, to, out, rows, columns) ||
                      transpose_channels<32>(from, in, to, out, rows, columns);
-  if (!known) transpose_any(from, in, to, out, rows, columns);
+  if (!known) transpose_blocks<kMostPieces<T>>(from, in, to, out, rows, columns);
 #else
   if (rows == 3 && in == 3) return split_channels<3>(from, to, out, columns);
   if (columns == 3 && out == 3) return join_channels<3>(from, in, to, rows);
