@@ -54,64 +54,6 @@ DDPM_HD void gather_block(const T* from, int64_t in, T* to, int64_t out) {
   for (int64_t i = n - kRows; i < n; ++i) memcpy(to + i * out, &v[i], sizeof(v[i]));
 }
 
-// Pixels of three channels, by vectors of pieces. Three pieces in a row are whole pixels. As three and kPiece have no
-// common divisor, the elements of a channel have different places within the three, so a permutation of one vector and
-// selections by place are enough.
-template <class P, class T>
-struct ThreeChannels {
-  static constexpr int64_t n = P::kPiece;
-  using Vector = typename P::Vector;
-  using Places = std::make_index_sequence<P::kAll>;
-
-  // The channel of the element at a place of one of the three pieces.
-  static constexpr int64_t channel(int64_t piece, int64_t place) { return (piece * n + place) % 3; }
-  // Which of the three pieces has a channel at a place, and which pixel of the channel that is.
-  static constexpr int64_t piece(int64_t c, int64_t place) {
-    return channel(0, place) == c ? 0 : channel(1, place) == c ? 1 : 2;
-  }
-  static constexpr int64_t pixel(int64_t c, int64_t place) { return (piece(c, place) * n + place) / 3; }
-
-  template <int64_t c, size_t... i>
-  static DDPM_HD Vector split(const Vector (&v)[3], std::index_sequence<i...>) {
-    const Vector two = __builtin_shufflevector(v[0], v[1], (i + (piece(c, i % n) == 1 ? P::kAll : 0))...);
-    const Vector all = __builtin_shufflevector(two, v[2], (i + (piece(c, i % n) == 2 ? P::kAll : 0))...);
-    return __builtin_shufflevector(all, all, (i / n * n + (3 * (i % n) + c) % n)...);
-  }
-  template <int64_t c, size_t... i>
-  static DDPM_HD Vector spread(Vector v, std::index_sequence<i...>) {
-    return __builtin_shufflevector(v, v, (i / n * n + pixel(c, i % n))...);
-  }
-  template <int64_t s, size_t... i>
-  static DDPM_HD Vector join(const Vector (&v)[3], std::index_sequence<i...>) {
-    const Vector two = __builtin_shufflevector(v[0], v[1], (i + (channel(s, i % n) == 1 ? P::kAll : 0))...);
-    return __builtin_shufflevector(two, v[2], (i + (channel(s, i % n) == 2 ? P::kAll : 0))...);
-  }
-
-  // Both do whole vectors, and return how many pixels those are.
-  static DDPM_HD int64_t split_pixels(const T* from, T* to, int64_t out, int64_t pixels) {
-    const int64_t whole = pixels / P::kAll * P::kAll;
-    for (int64_t k = 0; k < whole; k += P::kAll) {
-      Vector v[3];
-      for (int64_t s = 0; s < 3; ++s) v[s] = P::load(from + 3 * k + s * n, 3 * n);
-      const Vector split_ones[] = {split<0>(v, Places()), split<1>(v, Places()), split<2>(v, Places())};
-      for (int64_t c = 0; c < 3; ++c) memcpy(to + c * out + k, &split_ones[c], sizeof(Vector));
-    }
-    return whole;
-  }
-  static DDPM_HD int64_t join_pixels(const T* from, int64_t in, T* to, int64_t pixels) {
-    const int64_t whole = pixels / P::kAll * P::kAll;
-    for (int64_t k = 0; k < whole; k += P::kAll) {
-      Vector v[3];
-      for (int64_t c = 0; c < 3; ++c) memcpy(&v[c], from + c * in + k, sizeof(Vector));
-      const Vector spread_ones[] = {spread<0>(v[0], Places()), spread<1>(v[1], Places()), spread<2>(v[2], Places())};
-      scatter(join<0>(spread_ones, Places()), to + 3 * k, 3 * n);
-      scatter(join<1>(spread_ones, Places()), to + 3 * k + n, 3 * n);
-      scatter(join<2>(spread_ones, Places()), to + 3 * k + 2 * n, 3 * n);
-    }
-    return whole;
-  }
-};
-
 // A block of kAll rows and kPiece columns.
 template <class P, class T>
 DDPM_HD void scatter_block(const T* from, int64_t in, T* to, int64_t out) {
@@ -247,29 +189,17 @@ template <class T>
 void transpose_matrix(const void* source, int64_t in, void* target, int64_t out, int64_t rows, int64_t columns) {
   const T* const from = static_cast<const T*>(source);
   T* const to = static_cast<T*>(target);
-  if (rows == 4 && in == 4) return split_channels<4>(from, to, out, columns);
-  if (columns == 4 && out == 4) return join_channels<4>(from, in, to, rows);
-  if (transpose_few<2>(from, in, to, out, rows, columns) || transpose_few<5>(from, in, to, out, rows, columns) ||
+  if (transpose_few<2>(from, in, to, out, rows, columns) || transpose_few<3>(from, in, to, out, rows, columns) ||
+      transpose_few<4>(from, in, to, out, rows, columns) || transpose_few<5>(from, in, to, out, rows, columns) ||
       transpose_few<6>(from, in, to, out, rows, columns) || transpose_few<7>(from, in, to, out, rows, columns))
     return;
 #if defined(__clang__) || __GNUC__ >= 12
-  using Three = ThreeChannels<Pieces<kMostPieces<T>, T>, T>;
-  if (rows == 3 && in == 3) {
-    const int64_t done = Three::split_pixels(from, to, out, columns);
-    return split_channels<3>(from + 3 * done, to + done, out, columns - done);
-  }
-  if (columns == 3 && out == 3) {
-    const int64_t done = Three::join_pixels(from, in, to, rows);
-    return join_channels<3>(from + done, in, to + 3 * done, rows - done);
-  }
   const bool known = transpose_channels<8>(from, in, to, out, rows, columns) ||
                      transpose_channels<12>(from, in, to, out, rows, columns) ||
                      transpose_channels<16>(from, in, to, out, rows, columns) ||
                      transpose_channels<32>(from, in, to, out, rows, columns);
   if (!known) transpose_blocks<kMostPieces<T>>(from, in, to, out, rows, columns);
 #else
-  if (rows == 3 && in == 3) return split_channels<3>(from, to, out, columns);
-  if (columns == 3 && out == 3) return join_channels<3>(from, in, to, rows);
   if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
   transpose_squares<16>(from, in, to, out, rows, columns);
 #endif
