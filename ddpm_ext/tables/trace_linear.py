@@ -141,7 +141,7 @@ class Linear:
             if z is not None:
                 rest[i, z] -= rows["s"][i]
             rest[i, given] = 0
-        rings = _rings((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0))
+        rings = rings_of((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0))
         rings[[i for i, given in enumerate(self.given) if given]] = -1
         for k, ring in enumerate(rings.T):
             reads = np.flatnonzero(ring >= 0)
@@ -228,7 +228,7 @@ class Linear:
         across = clean[:, 0] * direction[:, 1] - clean[:, 1] * direction[:, 0]
         lengths = np.sqrt((clean**2).sum(1)) * np.sqrt((direction**2).sum(1))
         is_clean: Bools = clean.any(1) & (np.abs(across) <= 1e-9 * lengths)
-        scaled = np.where(direction.any(1)[:, None], direction, [0.0, 1.0])
+        scaled = np.where(np.abs(direction).max(1, keepdims=True) > 0, direction, [0.0, 1.0])
         scaled /= scaled[np.arange(self.n), np.abs(scaled).argmax(1)][:, None]
         scaled[np.abs(scaled) <= NEGLIGIBLE] = 0
         scaled[is_clean] = clean[is_clean]
@@ -240,7 +240,7 @@ class Linear:
         keeps, kept: as `_kept` gives them.
         """
         n, inputs = self.n, self.prev.shape[1]
-        rings = _rings(keeps)
+        rings = rings_of(keeps)
         own, history, is_literal = self._literal(rings, kept)
         # A step that does not read its own sample may have got a copy of it: it reads what that is made of.
         to_fit = np.flatnonzero(~is_literal | ((own[0] == 0) & (history != 0).any(0)))
@@ -320,7 +320,7 @@ class Linear:
         return {name: np.zeros(self.n) for name in NAMES} | columns_of(x, m, self.clean)
 
 
-def _rings(keeps: Bools) -> Ints:
+def rings_of(keeps: Bools) -> Ints:
     """The steps whose tensors each step may read, the last first, (steps, HISTORY); -1 for none. keeps: (steps,)."""
     kept = np.flatnonzero(keeps)
     before: Ints = np.cumsum(keeps) - keeps

