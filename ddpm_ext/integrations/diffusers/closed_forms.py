@@ -68,17 +68,45 @@ def _euler(own: Any, first: int, is_ancestral: bool = False) -> Factors:
     if is_ancestral:
         up = _root(to**2 * (sigma**2 - to**2) / sigma**2)
         to = _root(to**2 - up**2)
-    dt, one, variance = (to - sigma).astype(WIDE), np.ones(n), sigma**2 + 1
-    root = _root(variance)
+    dt, one, root = (to - sigma).astype(WIDE), np.ones(n), _root(sigma**2 + 1)
     a, b = {
         "epsilon": lambda: (one, -sigma),
-        "v_prediction": lambda: (1 / variance.astype(WIDE), -sigma / root),
+        "v_prediction": lambda: (1 / (sigma**2 + 1).astype(WIDE), -sigma / root),
         "sample": lambda: (0 * one, one),
     }[own.config.prediction_type]()
     clean = np.stack([a, b], 1)
-    scales = np.append(1.0, 1 / root[1:].astype(WIDE)) if n > 1 else None
-    x, m = 1 + (1 - a) / sigma * dt, -b.astype(WIDE) / sigma * dt
-    return Factors(x, m, up.astype(WIDE), clean, [is_ancestral] * n, scales)
+    x, m = _to_level(clean, sigma, dt)
+    return Factors(x, m, up.astype(WIDE), clean, [is_ancestral] * n, _scales(1 / root.astype(WIDE)))
+
+
+def _to_level(clean: Array, sigma: Array, dt: Array) -> tuple[Array, Array]:
+    """x + (x - x0) / sigma * dt"""
+    return 1 + (1 - clean[:, 0]) / sigma * dt, -clean[:, 1] / sigma * dt
+
+
+def _scales(scales: Array) -> Array | None:
+    """As Factors has them, of what each step's is. That of a single step is unknown."""
+    return np.append(1.0, scales[1:].astype(WIDE)) if len(scales) > 1 else None
+
+
+def _edm(own: Any, sigma: Array) -> tuple[Array, Array]:
+    """The factors of sample and output in the clean sample, (steps, 2), and what a sample is multiplied by: Karras et
+    al. 2022"""
+    data = own.config.sigma_data
+    variance = sigma**2 + data**2
+    root = _root(variance)
+    signs = {"epsilon": 1, "v_prediction": -1}
+    c_out = signs[own.config.prediction_type] * sigma * data / root
+    return np.stack([data**2 / variance, c_out], 1).astype(WIDE), 1 / root
+
+
+@np.errstate(all="ignore")
+def _edm_euler(own: Any, first: int) -> Factors:
+    sigmas = _levels(own.sigmas)[first:]
+    sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
+    clean, scales = _edm(own, sigma)
+    x, m = _to_level(clean, sigma, dt)
+    return Factors(x, m, np.zeros(len(x)), clean, [False] * len(x), _scales(scales))
 
 
 def _flow_match_euler(own: Any, first: int) -> Factors:
@@ -115,40 +143,100 @@ def _lcm(own: Any, first: int) -> Factors:
     return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist())
 
 
+class _Dpm(NamedTuple):
+    """The levels of a DPM-Solver++, Lu et al. 2022.
+
+    Attributes:
+        alphas, noises, logs: (steps + 1,), of signal, noise, and their logarithm's difference.
+        clean: (steps, 2), the factors of sample and output in the clean sample.
+        scales: as Factors has them.
+    """
+
+    alphas: Tensor
+    noises: Tensor
+    logs: Tensor
+    clean: Array
+    scales: Array | None = None
+
+    @classmethod
+    def of(cls, own: Any, first: int) -> _Dpm:
+        config = own.config
+        if config.algorithm_type != "dpmsolver++" or config.thresholding or config.solver_order > 2:
+            raise Uncovered
+        sigmas = torch.from_numpy(_levels(own.sigmas)[first:])
+        sigma = sigmas[:-1].numpy().astype(WIDE)
+        if hasattr(own, "precondition_outputs"):  # of the EDM kind
+            clean, scales = _edm(own, sigmas[:-1].numpy())
+            return cls(torch.ones_like(sigmas), sigmas, -torch.log(sigmas), clean, _scales(scales))
+        alphas, noises = own._sigma_to_alpha_sigma_t(sigmas)  # noqa: SLF001 (of diffusers)
+        alpha, noise = (x[:-1].numpy().astype(WIDE) for x in (alphas, noises))
+        one = np.ones(len(sigma))
+        a, b = {
+            "epsilon": lambda: (1 / alpha, -noise / alpha),
+            "v_prediction": lambda: (alpha, -noise),
+            "sample": lambda: (0 * one, one),
+            "flow_prediction": lambda: (one, -sigma),
+        }[config.prediction_type]()
+        return cls(alphas, noises, torch.log(alphas) - torch.log(noises), np.stack([a, b], 1))
+
+    def step(self, solver_type: str, length: int, before: Tensor) -> tuple[Array, ...]:
+        """Of steps over `length` of the grid's: the factors of the sample, of the clean sample, and of its slope, and
+        what a difference of clean samples is multiplied by to be that, (steps, 1) each. The first ones are missing.
+
+        before: the steps of logs between two clean samples.
+        """
+        h = self.logs[length:] - self.logs[:-length]
+        alphas, shrunk = self.alphas[length:], torch.exp(-h) - 1.0
+        of_clean = -(alphas * shrunk)
+        of_slope = 0.5 * of_clean if solver_type == "midpoint" else alphas * (shrunk / h + 1.0)
+        per_length = torch.zeros_like(h)
+        per_length[len(h) - len(before) :] = 1.0 / (before / h[len(h) - len(before) :])
+        found = (self.noises[length:] / self.noises[:-length], of_clean, of_slope, per_length)
+        return tuple(x.numpy().astype(WIDE)[:, None] for x in found)
+
+
 @np.errstate(all="ignore")
 def _dpm_solver_multistep(own: Any, first: int) -> Factors:
-    """sigma' / sigma x - alpha' (e^-h - 1) (x0 + h / (2 h before) (x0 - x0 before)), by "midpoint": DPM-Solver++(2M),
-    Lu et al. 2022"""
-    config, order = own.config, own.config.solver_order
-    if config.algorithm_type != "dpmsolver++" or config.thresholding or order > 2 or own.lower_order_nums:
+    """sigma' / sigma x - alpha' (e^-h - 1) (x0 + h / (2 h before) (x0 - x0 before)), by "midpoint": DPM-Solver++(2M)"""
+    config, levels = own.config, _Dpm.of(own, first)
+    if own.lower_order_nums:
         raise Uncovered
-    sigmas = torch.from_numpy(_levels(own.sigmas)[first:])
-    alphas, noises = own._sigma_to_alpha_sigma_t(sigmas)  # noqa: SLF001 (of diffusers)
-    logs = torch.log(alphas) - torch.log(noises)
-    h = logs[1:] - logs[:-1]
-    shrunk = torch.exp(-h) - 1.0
-    of_clean = -(alphas[1:] * shrunk)
-    of_slope = 0.5 * of_clean if config.solver_type == "midpoint" else alphas[1:] * (shrunk / h + 1.0)
-    per_length = torch.zeros_like(h)  # the slope, of a difference of clean samples
-    per_length[1:] = 1.0 / (h[:-1] / h[1:])
-    alpha, noise, sigma = (x[:-1].numpy().astype(WIDE) for x in (alphas, noises, sigmas))
-    n, one = len(h), np.ones(len(h))
-    a, b = {
-        "epsilon": lambda: (1 / alpha, -noise / alpha),
-        "v_prediction": lambda: (alpha, -noise),
-        "sample": lambda: (0 * one, one),
-        "flow_prediction": lambda: (one, -sigma),
-    }[config.prediction_type]()
-    clean = np.stack([a, b], 1)
+    clean, n = levels.clean, len(levels.clean)
+    kept, of_clean, slope, length = levels.step(config.solver_type, 1, (levels.logs[1:] - levels.logs[:-1])[:-1])
     is_short = config.lower_order_final and len(own.timesteps) < 15
-    ends_by_first_order = config.euler_at_final or is_short or config.final_sigmas_type == "zero"
-    reads = [order == 2 and 0 < i < n - ends_by_first_order for i in range(n)]
-    slope, length = (np.where(reads, x.numpy(), 0).astype(WIDE)[:, None] for x in (of_slope, per_length))
-    factors = of_clean.numpy().astype(WIDE)[:, None] * clean
-    factors[:, 0] += (noises[1:] / noises[:-1]).numpy()
+    ends_by_first_order = config.euler_at_final or is_short or getattr(config, "final_sigmas_type", None) == "zero"
+    reads = [config.solver_order == 2 and 0 < i < n - ends_by_first_order for i in range(n)]
+    slope, length = (np.where(np.array(reads)[:, None], x, 0) for x in (slope, length))
+    factors = of_clean * clean
+    factors[:, :1] += kept
     factors += slope * (length * clean)
     past = np.zeros((n, 1, 2))
     past[1:, 0] = -slope[1:] * (length[1:] * clean[:-1])
+    x, m = factors.T
+    return Factors(x, m, np.zeros(n), None, [False] * n, levels.scales, past)
+
+
+@np.errstate(all="ignore")
+def _dpm_solver_singlestep(own: Any, first: int) -> Factors:
+    """Steps as those of order 1, and from the sample before such a one over both: DPM-Solver++(2S)"""
+    levels = _Dpm.of(own, first)
+    # A row that does not read its own sample is found by least squares.
+    if any(x is not None for x in own.model_outputs) or own.config.prediction_type == "sample":
+        raise Uncovered
+    clean, n, solver = levels.clean, len(levels.clean), own.config.solver_type
+    is_second = np.array(own.order_list)[first:] == 2
+    is_second[0] = False
+    steps = levels.logs[1:] - levels.logs[:-1]
+    kept, of_clean, _, _ = levels.step(solver, 1, steps[:0])
+    factors, past = of_clean * clean, np.zeros((n, 1, 2))
+    factors[:, :1] += kept
+    if is_second.any():
+        kept, of_clean, slope, length = levels.step(solver, 2, steps[:-1])
+        over_both = of_clean * clean[:-1]
+        over_both[:, :1] += kept
+        over_both -= slope * (length * clean[:-1])
+        past[1:, 0] = np.where(is_second[1:, None], over_both, 0)
+        factors[1:] = np.where(is_second[1:, None], slope * (length * clean[1:]), factors[1:])
     x, m = factors.T
     return Factors(x, m, np.zeros(n), None, [False] * n, None, past)
 
@@ -226,7 +314,7 @@ class Form(NamedTuple):
 
     Attributes:
         factors: of an object and the place of a loop's first timestep.
-        settings: of the config, on which it hangs what the expression is.
+        settings: of the config, on which it hangs what the expression is. Some of its classes may not have one.
         reads: the attributes that it and the class's own steps read before they write them.
         counter: the one that counts the steps.
     """
@@ -238,23 +326,19 @@ class Form(NamedTuple):
 
 
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
+DPM = (
+    "algorithm_type", "prediction_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final",
+    "final_sigmas_type", "thresholding", "variance_type", "use_flow_sigmas",
+)  # fmt: skip
+DPM_READ = frozenset({"sigmas", "num_inference_steps", "model_outputs"})
 FORMS: Mapping[str, Form] = {
-    "DPMSolverMultistepScheduler": Form(
-        _dpm_solver_multistep,
-        (
-            "algorithm_type",
-            "prediction_type",
-            "solver_order",
-            "solver_type",
-            "lower_order_final",
-            "euler_at_final",
-            "final_sigmas_type",
-            "thresholding",
-            "variance_type",
-            "use_flow_sigmas",
-        ),
-        STEPS_READ | {"sigmas", "num_inference_steps", "lower_order_nums", "model_outputs"},
+    "DPMSolverMultistepInverseScheduler": Form(
+        _dpm_solver_multistep, DPM, (STEPS_READ | DPM_READ | {"lower_order_nums"}) - {"_begin_index"}
     ),
+    "DPMSolverMultistepScheduler": Form(_dpm_solver_multistep, DPM, STEPS_READ | DPM_READ | {"lower_order_nums"}),
+    "DPMSolverSinglestepScheduler": Form(_dpm_solver_singlestep, DPM, STEPS_READ | DPM_READ | {"order_list"}),
+    "EDMDPMSolverMultistepScheduler": Form(_dpm_solver_multistep, DPM, STEPS_READ | DPM_READ | {"lower_order_nums"}),
+    "EDMEulerScheduler": Form(_edm_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
     "EulerAncestralDiscreteScheduler": Form(
         functools.partial(_euler, is_ancestral=True), ("prediction_type",), STEPS_READ | {"sigmas"}
     ),

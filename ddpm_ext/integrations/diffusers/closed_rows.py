@@ -32,6 +32,8 @@ METHODS = (
     "step", "scale_model_input", "index_for_timestep", "_init_step_index",
     "get_scalings_for_boundary_condition_discrete", "convert_model_output", "_sigma_to_alpha_sigma_t",
     "dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update", "step_plms", "_get_prev_sample",
+    "singlestep_dpm_solver_update", "singlestep_dpm_solver_second_order_update", "precondition_inputs",
+    "precondition_outputs", "_get_conditioning_c_in",
 )  # fmt: skip
 CACHED = 64  # kinds of loops
 TRIED = 8  # random numbers in a proof
@@ -72,7 +74,7 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         factors = form.factors(scheduler, first)
         history, rings = _history(factors)
         _check(scheduler, form, first, len(timesteps), factors, history)
-        settings = tuple([getattr(scheduler.config, name) for name in form.settings])
+        settings = tuple([getattr(scheduler.config, name, None) for name in form.settings])
         key = cls, methods, settings, first, tuple(factors.noisy), (factors.s != 0).tobytes(), rings.tobytes(), dims
         loop = Loop(form, first, timesteps, factors, history, rings, dims)
         found = _steps.get_or_make(key, lambda: _tried(scheduler, loop))
@@ -119,7 +121,7 @@ def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
 def _check(scheduler: Any, form: Form, first: int, n: int, factors: Factors, history: Mapping[str, Array]) -> None:
     """Raises Uncovered for a loop that begins elsewhere, and for numbers that are no steps'."""
     begin = getattr(scheduler, form.counter)
-    begin = scheduler._begin_index if begin is None else begin  # noqa: SLF001
+    begin = getattr(scheduler, "_begin_index", None) if begin is None else begin
     if begin is None:
         times = scheduler.timesteps.numpy()
         begin = (times == times[first]).nonzero()[0][:2][-1]  # the second one, where an image is denoised from there
