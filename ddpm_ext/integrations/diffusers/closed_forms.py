@@ -30,6 +30,8 @@ class Factors(NamedTuple):
             tensor, the last one first, which a step adds as well; None where the scheduler stores no tensor.
         skips: a step that stores none, though others do; None without one.
         own: (steps,), as TraceResult has it; None for zeros.
+        period: with 2, every second step stores a tensor, which the one after it reads and drops.
+        dt: (steps,), the length that every `period`th step stores; None where none does.
     """
 
     x: Array
@@ -41,6 +43,8 @@ class Factors(NamedTuple):
     past: Array | None = None
     skips: int | None = None
     own: list[float] | None = None
+    period: int = 1
+    dt: Tensor | None = None
 
 
 # Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So
@@ -68,20 +72,26 @@ def _euler(own: Any, first: int, is_ancestral: bool = False) -> Factors:
     if is_ancestral:
         up = _root(to**2 * (sigma**2 - to**2) / sigma**2)
         to = _root(to**2 - up**2)
-    dt, one, root = (to - sigma).astype(WIDE), np.ones(n), _root(sigma**2 + 1)
+    clean, root = _clean(own, sigma)
+    x, m = (_slope(clean, sigma) * (to - sigma).astype(WIDE)[:, None]).T
+    return Factors(1 + x, m, up.astype(WIDE), clean, [is_ancestral] * n, _scales(1 / root.astype(WIDE)))
+
+
+def _clean(own: Any, sigma: Array) -> tuple[Array, Array]:
+    """The factors of sample and output in the clean sample, (steps, 2), and what a sample is divided by for the
+    model."""
+    one, root = np.ones(len(sigma)), _root(sigma**2 + 1)
     a, b = {
         "epsilon": lambda: (one, -sigma),
         "v_prediction": lambda: (1 / (sigma**2 + 1).astype(WIDE), -sigma / root),
         "sample": lambda: (0 * one, one),
-    }[own.config.prediction_type]()
-    clean = np.stack([a, b], 1)
-    x, m = _to_level(clean, sigma, dt)
-    return Factors(x, m, up.astype(WIDE), clean, [is_ancestral] * n, _scales(1 / root.astype(WIDE)))
+    }[getattr(own.config, "prediction_type", "epsilon")]()
+    return np.stack([a, b], 1), root
 
 
-def _to_level(clean: Array, sigma: Array, dt: Array) -> tuple[Array, Array]:
-    """x + (x - x0) / sigma * dt"""
-    return 1 + (1 - clean[:, 0]) / sigma * dt, -clean[:, 1] / sigma * dt
+def _slope(clean: Array, sigma: Array) -> Array:
+    """The factors of sample and output in (x - x0) / sigma, (steps, 2)"""
+    return np.stack([1 - clean[:, 0], -clean[:, 1]], 1) / sigma[:, None].astype(WIDE)
 
 
 def _scales(scales: Array) -> Array | None:
@@ -105,8 +115,57 @@ def _edm_euler(own: Any, first: int) -> Factors:
     sigmas = _levels(own.sigmas)[first:]
     sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     clean, scales = _edm(own, sigma)
-    x, m = _to_level(clean, sigma, dt)
-    return Factors(x, m, np.zeros(len(x)), clean, [False] * len(x), _scales(scales))
+    x, m = (_slope(clean, sigma) * dt[:, None]).T
+    return Factors(1 + x, m, np.zeros(len(x)), clean, [False] * len(x), _scales(scales))
+
+
+@np.errstate(all="ignore")
+def _heun(own: Any, first: int) -> Factors:
+    """An Euler step, and from its beginning one by the mean of two slopes"""
+    if own.dt is not None or getattr(own.config, "clip_sample", False):
+        raise Uncovered
+    sigmas = _levels(own.sigmas)[first:]
+    dt = sigmas[1:] - sigmas[:-1]
+    dt[1::2] = dt[:-1:2]
+    return _in_two(own, sigmas[:-1], dt, 2, is_given=hasattr(own, "scale_model_input"))
+
+
+@np.errstate(all="ignore")
+def _kdpm2(own: Any, first: int, is_ancestral: bool = False) -> Factors:
+    """An Euler step to the level between, and from its beginning one by the slope there"""
+    if own.sample is not None:
+        raise Uncovered
+    n = len(own.timesteps) - first
+    levels, between = (_levels(x)[first : first + n + 1] for x in (own.sigmas, own.sigmas_interpol))
+    sigma, to, i, j = levels[:-1].copy(), levels[1:].copy(), np.arange(0, n, 2), np.arange(1, n, 2)
+    to[j], sigma[j] = levels[j], between[j]
+    to[i], begins, up = between[i + 1], levels[:-1].copy(), np.zeros(n)
+    begins[j] = levels[j - 1]
+    if is_ancestral:
+        ups, downs = (_levels(x)[first : first + n] for x in (own.sigmas_up, own.sigmas_down))
+        to[i], sigma[j], to[j], up[j] = between[i], between[j - 1], downs[j - 1], ups[j - 1]
+    factors = _in_two(own, sigma, to - begins, 1, is_given=True)
+    return factors._replace(s=up, noisy=(np.arange(n) % 2 == 1).tolist()) if is_ancestral else factors._replace(dt=None)
+
+
+def _in_two(own: Any, sigma: Array, dt: Array, parts: int, *, is_given: bool) -> Factors:
+    """Of two steps each of lengths dt, the second one from the first one's sample, by 1 / parts of its own slope and
+    the rest of that one's. is_given: whether steps return the clean sample, and a sample is scaled for the model."""
+    (clean, root), n = _clean(own, sigma), len(sigma)
+    if n % 2 == 0:  # not of a loop from an end of two steps on
+        raise Uncovered
+    slope, lengths, past = _slope(clean, sigma), dt[:, None].astype(WIDE), np.zeros((n, 1, 2))
+    factors = slope * lengths
+    factors[::2, 0] += 1
+    factors[1::2] = slope[1::2] / parts * lengths[1::2]
+    if parts > 1:
+        past[1::2, 0] = slope[: n - 1 : 2] / parts * lengths[1::2]
+    past[1::2, 0, 0] += 1
+    x, m = factors.T
+    scales = _scales(1 / root.astype(WIDE)) if is_given else None
+    stored = torch.from_numpy(dt)
+    own_clean = clean if is_given else None
+    return Factors(x, m, np.zeros(n), own_clean, [False] * n, scales, past, period=2, dt=stored)
 
 
 def _flow_match_euler(own: Any, first: int) -> Factors:
@@ -261,10 +320,10 @@ def _pndm(own: Any, first: int) -> Factors:
     config, t = own.config, own.timesteps.numpy()
     length = config.num_train_timesteps // own.num_inference_steps
     is_begun = first or own.counter or own.ets or not config.skip_prk_steps
-    if is_begun or len(t) < 4 or t[0] != t[1] + length:
+    if is_begun or len(t) < 4:
         raise Uncovered
     begins = t.copy()
-    begins[1] = t[0]
+    begins[1] += length
     ends, alphas = begins - length, torch.from_numpy(_levels(own.alphas_cumprod))
     alpha = alphas[begins]
     after = torch.where(torch.from_numpy(ends >= 0), alphas[ends], own.final_alpha_cumprod)
@@ -282,12 +341,14 @@ def _pndm(own: Any, first: int) -> Factors:
         "v_prediction": lambda: (noise, signal * mean),
     }[config.prediction_type]()
     x, factors = (kept - change * of_sample / per_output)[:, 0], -(change * mean) / per_output
-    # The second step reads the first one's sample, from which that one's result differs by an output.
-    x[1] = 1
-    factors[1, 1] -= factors[0, 0]
+    # The second step reads the first one's sample, from which that one's result differs by a factor and an output.
+    x[1] /= x[0]
+    factors[1, 1] -= x[1] * factors[0, 0]
     past = np.stack([np.zeros((len(t), 3)), factors[:, 1:]], 2)
     none = [0.0] * len(t)
-    return Factors(x, factors[:, 0], np.array(none), None, [False] * len(t), None, past, 1, [0.0, 1.0, *none[2:]])
+    return Factors(
+        x, factors[:, 0], np.array(none), None, [False] * len(t), None, past, 1, [0.0, float(x[1]), *none[2:]]
+    )
 
 
 @np.errstate(all="ignore")
@@ -344,7 +405,15 @@ FORMS: Mapping[str, Form] = {
     ),
     "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
     "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),
+    "FlowMatchHeunDiscreteScheduler": Form(_heun, (), STEPS_READ | {"sigmas", "dt"}),
+    "HeunDiscreteScheduler": Form(_heun, ("prediction_type", "clip_sample"), STEPS_READ | {"sigmas", "dt"}),
     "IPNDMScheduler": Form(_ipndm, (), STEPS_READ | {"alphas", "betas", "ets", "num_inference_steps"}),
+    "KDPM2AncestralDiscreteScheduler": Form(
+        functools.partial(_kdpm2, is_ancestral=True),
+        ("prediction_type",),
+        STEPS_READ | {"sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "sample"},
+    ),
+    "KDPM2DiscreteScheduler": Form(_kdpm2, ("prediction_type",), STEPS_READ | {"sigmas", "sigmas_interpol", "sample"}),
     "LCMScheduler": Form(
         _lcm,
         ("prediction_type", "thresholding", "clip_sample"),

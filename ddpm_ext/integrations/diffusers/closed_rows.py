@@ -82,9 +82,19 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         return None
     clean = factors.clean
     columns = {"c1": factors.x, "c2": factors.m} if clean is None else columns_of(factors.x, factors.m, clean)
+    # Behind a clean sample, what a row has nothing of would be a difference.
+    direct = (rings >= 0).any(1) & (factors.x == 0)
+    for name, values in {"c0": 0.0 * factors.m, "c1": factors.x, "c2": factors.m}.items() if direct.any() else ():
+        columns[name] = np.where(direct, values, columns.get(name, 0.0))
     times = scheduler.timesteps.numpy()[first:]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
-    return found.trace._replace(columns=columns | history, scales=factors.scales), found
+    steps, dt = found.trace.steps, factors.dt
+    if dt is not None:
+        steps = [
+            step if step.state.get("dt") is None else step._replace(state=step.state | {"dt": length})
+            for step, length in zip(steps, dt.unbind(), strict=True)
+        ]
+    return found.trace._replace(columns=columns | history, scales=factors.scales, steps=steps), found
 
 
 def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
@@ -185,8 +195,9 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
     with on_cpu():
         steps = _run(own, loop)
     for i in range(len(steps), n):
-        drawn = [torch.float32] * noisy[i]
-        steps.append(steps[-1]._replace(draws=drawn, state={index: loop.first + 1 + i}))
+        like, drawn = steps[-factors.period], [torch.float32] * noisy[i]
+        kept = like.state if factors.period > 1 else {}
+        steps.append(like._replace(draws=drawn, state=kept | {index: loop.first + 1 + i}))
     reads = np.zeros((n, HISTORY), bool)
     reads[:, : loop.rings.shape[1]] = loop.rings >= 0
     keeps = np.zeros(n + 1, bool)
@@ -203,7 +214,8 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
 
 def _run(own: Any, loop: Loop) -> list[Step]:
     """What the first steps do, up to the first that reads as many others as any. From there on, a step changes its
-    index alone. Raises Uncovered where a step is not that of its factors, or does more.
+    index alone, or what the one a period before it does. Raises Uncovered where a step is not that of its factors, or
+    does more.
 
     own: an object whose steps are run.
     """
@@ -213,7 +225,8 @@ def _run(own: Any, loop: Loop) -> list[Step]:
     full = (rings >= 0).all(1)
     told = 1 + (int(full.argmax()) if rings.size and full.any() else depth)
     # A step is tried after those that it reads, and with other numbers.
-    tried = sorted({*range(told), *range(n - 1 - depth, n)}.intersection(range(n)))
+    period, dt = factors.period, factors.dt
+    tried = sorted({*range(told), *range((n - 1 - depth) // period * period, n)}.intersection(range(n)))
     tensors, values, following = Numbers.of(dims)
     kinds = len(values) - 1  # the last one is noise
     basis = np.eye(len(values))
@@ -236,10 +249,16 @@ def _run(own: Any, loop: Loop) -> list[Step]:
         options = draws | ({"generator": generator} if noisy else {}) | ({"return_dict": False} if turn else {})
         result, prev, second = parts_of(own.step(m, timesteps[i], x, **options))
         step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
-        if step.state.get(form.counter) != first + i + 1 or step.stores != stores:
+        length = None if dt is None or i % period else dt[i]
+        if step.state.get(form.counter) != first + i + 1 or step.stores != (stores and i % period == 0):
             raise Uncovered
-        if turn >= told and (len(step.state) > 1 or (step.tensors, step.holds_output) != steps[told - 1][3:6:2]):
+        if step.state.get("dt") != length:
             raise Uncovered
+        if turn >= told:
+            like = steps[told - 1 - (told - 1 - i) % period]
+            keys = like.state.keys() if period > 1 else {form.counter}
+            if (step.state.keys(), step.tensors, step.holds_output) != (keys, like.tensors, like.holds_output):
+                raise Uncovered
         if (second is None) != (factors.clean is None):
             raise Uncovered
         if generator is not None and torch.rand((), generator=generator, device="cpu").item() != following:
