@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.closed_forms import FORMS, WIDE, Factors, Form, Uncovered
+from ddpm_ext.integrations.diffusers.closed_factors import WIDE, Factors, Uncovered
+from ddpm_ext.integrations.diffusers.closed_forms import FORMS, Form
 from ddpm_ext.integrations.diffusers.scheduler import is_diffusers, own_methods
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.row_needs import RowNeeds
@@ -130,7 +131,7 @@ def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
 
 def _check(scheduler: Any, form: Form, first: int, n: int, factors: Factors, history: Mapping[str, Array]) -> None:
     """Raises Uncovered for a loop that begins elsewhere, and for numbers that are no steps'."""
-    begin = getattr(scheduler, form.counter)
+    begin = None if form.counter is None else getattr(scheduler, form.counter)
     begin = getattr(scheduler, "_begin_index", None) if begin is None else begin
     if begin is None:
         times = scheduler.timesteps.numpy()
@@ -184,11 +185,15 @@ class Loop(NamedTuple):
     rings: Ints
     dims: int
 
+    def counted(self, i: int) -> dict[str, int]:
+        """What counts the steps, after step i."""
+        return {} if self.form.counter is None else {self.form.counter: self.first + 1 + i}
+
 
 def _tried(scheduler: Any, loop: Loop) -> Steps:
     """What the steps do beside their factors, once some have shown that these are theirs. Raises Uncovered where they
     are not."""
-    factors, names, index = loop.factors, loop.form.reads, loop.form.counter
+    factors, names = loop.factors, loop.form.reads
     own, n, noisy = new(type(scheduler)), len(loop.timesteps), factors.noisy
     adds = [draws and bool(s) for draws, s in zip(noisy, factors.s, strict=True)]
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
@@ -197,7 +202,7 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
     for i in range(len(steps), n):
         like, drawn = steps[-factors.period], [torch.float32] * noisy[i]
         kept = like.state if factors.period > 1 else {}
-        steps.append(like._replace(draws=drawn, state=kept | {index: loop.first + 1 + i}))
+        steps.append(like._replace(draws=drawn, state=kept | loop.counted(i)))
     reads = np.zeros((n, HISTORY), bool)
     reads[:, : loop.rings.shape[1]] = loop.rings >= 0
     keeps = np.zeros(n + 1, bool)
@@ -219,7 +224,7 @@ def _run(own: Any, loop: Loop) -> list[Step]:
 
     own: an object whose steps are run.
     """
-    form, first, timesteps, factors, history, rings, dims = loop
+    _, _, timesteps, factors, history, rings, dims = loop
     n, scales, stores = len(timesteps), factors.scales, factors.past is not None
     depth = 0 if factors.past is None else factors.past.shape[1]
     full = (rings >= 0).all(1)
@@ -238,7 +243,7 @@ def _run(own: Any, loop: Loop) -> list[Step]:
     stored: dict[int, Array] = {}  # by a step's number
     for turn, i in enumerate(tried):
         if turn:
-            setattr(own, form.counter, first + i)
+            vars(own).update(loop.counted(i - 1))
         at_x, at_m = 2 * turn % kinds, (2 * turn + 1) % kinds
         x, m, of_x, of_m = tensors[at_x], tensors[at_m], basis[at_x], basis[at_m]
         if factors.own is not None and factors.own[i]:
@@ -250,13 +255,14 @@ def _run(own: Any, loop: Loop) -> list[Step]:
         result, prev, second = parts_of(own.step(m, timesteps[i], x, **options))
         step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
         length = None if dt is None or i % period else dt[i]
-        if step.state.get(form.counter) != first + i + 1 or step.stores != (stores and i % period == 0):
+        counted = loop.counted(i)
+        if not counted.items() <= step.state.items() or step.stores != (stores and i % period == 0):
             raise Uncovered
         if step.state.get("dt") != length:
             raise Uncovered
         if turn >= told:
             like = steps[told - 1 - (told - 1 - i) % period]
-            keys = like.state.keys() if period > 1 else {form.counter}
+            keys = like.state.keys() if period > 1 else counted.keys()
             if (step.state.keys(), step.tensors, step.holds_output) != (keys, like.tensors, like.holds_output):
                 raise Uncovered
         if (second is None) != (factors.clean is None):
