@@ -83,7 +83,7 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         return None
     clean = factors.clean
     columns = {"c1": factors.x, "c2": factors.m} if clean is None else columns_of(factors.x, factors.m, clean)
-    # Behind a clean sample, what a row has nothing of would be a difference.
+    # By way of the clean sample, a row that has nothing of its own sample would subtract that again.
     direct = (rings >= 0).any(1) & (factors.x == 0)
     for name, values in {"c0": 0.0 * factors.m, "c1": factors.x, "c2": factors.m}.items() if direct.any() else ():
         columns[name] = np.where(direct, values, columns.get(name, 0.0))
@@ -146,8 +146,8 @@ class Numbers(NamedTuple):
     """What a proof takes. Nobody may write to it.
 
     Attributes:
-        tensors: samples and outputs of one number each, as many as any step's result hangs on, and the noise that a
-            generator with the seed 0 draws first.
+        tensors: samples and outputs of one number each, as many as any step's result hangs on, past a step that it does
+            not read, and the noise that a generator with the seed 0 draws first.
         values: these, (tensors, TRIED).
         following: what it draws then.
     """
@@ -161,7 +161,7 @@ class Numbers(NamedTuple):
     def of(dims: int) -> Numbers:
         generator = torch.Generator().manual_seed(1)
         shape = TRIED, *[1] * (dims - 1)
-        kinds = [torch.randn(shape, generator=generator, device="cpu") for _ in range(2 * (1 + HISTORY))]
+        kinds = [torch.randn(shape, generator=generator, device="cpu") for _ in range(2 * (2 + HISTORY))]
         z = torch.randn(shape, generator=generator.manual_seed(0), device="cpu")
         following = torch.rand((), generator=generator, device="cpu").item()
         return Numbers((*kinds, z), np.array([flat(y) for y in (*kinds, z)]), following)
