@@ -84,18 +84,20 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
     clean = factors.clean
     columns = {"c1": factors.x, "c2": factors.m} if clean is None else columns_of(factors.x, factors.m, clean)
     # By way of the clean sample, a row that has nothing of its own sample would subtract that again.
-    direct = (rings >= 0).any(1) & (factors.x == 0)
-    for name, values in {"c0": 0.0 * factors.m, "c1": factors.x, "c2": factors.m}.items() if direct.any() else ():
-        columns[name] = np.where(direct, values, columns.get(name, 0.0))
+    if clean is not None and history:
+        direct = (rings >= 0).any(1) & (factors.x == 0)
+        for name, values in (("c0", factors.x), ("c1", factors.x), ("c2", factors.m)):
+            columns[name] = np.where(direct, values, columns[name])
     times = scheduler.timesteps.numpy()[first:]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
-    steps, dt = found.trace.steps, factors.dt
+    trace, dt = found.trace, factors.dt
+    steps, own = trace.steps, trace.own if factors.own is None else factors.own
     if dt is not None:
         steps = [
             step if step.state.get("dt") is None else step._replace(state=step.state | {"dt": length})
             for step, length in zip(steps, dt.unbind(), strict=True)
         ]
-    return found.trace._replace(columns=columns | history, scales=factors.scales, steps=steps), found
+    return trace._replace(columns=columns | history, scales=factors.scales, steps=steps, own=own), found
 
 
 def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
@@ -110,15 +112,16 @@ def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
         stores[factors.skips] = False
     reads = past.any(2)
     rings = np.where(reads, rings_of(stores)[:, : past.shape[1]], -1)
-    shares = past / np.max([np.abs(factors.x), np.abs(factors.m), np.abs(past).max((1, 2))], 0)[:, None, None]
+    sizes = np.abs(past).max(2)
+    scales = np.max([np.abs(factors.x), np.abs(factors.m), sizes.max(1)], 0)
     kept, largest = np.zeros((n, 2)), np.zeros(n)
-    for ring, share in zip(rings.T, shares.transpose(1, 0, 2), strict=True):
-        i = np.flatnonzero(ring >= 0)
-        i = i[np.abs(share[i]).max(1) > largest[ring[i]]]
-        kept[ring[i]], largest[ring[i]] = share[i], np.abs(share[i]).max(1)
+    for k, ring in enumerate(rings.T):
+        share = sizes[:, k] / scales
+        i = np.flatnonzero((ring >= 0) & (share > largest[ring]))
+        kept[ring[i]], largest[ring[i]] = past[i, k] / scales[i, None], share[i]
     keeps = largest > 0
     kept[keeps] /= kept[keeps, np.abs(kept[keeps]).argmax(1)][:, None]
-    if (rings_of(keeps)[:, : past.shape[1]][reads] != rings[reads]).any():
+    if past.shape[1] > 1 and (rings_of(keeps)[:, : past.shape[1]][reads] != rings[reads]).any():
         raise Uncovered
     columns = {"k1": kept[:, 0], "k2": kept[:, 1]}
     for k, ring in enumerate(rings.T):
@@ -212,8 +215,8 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
                  keeps=keep, keeps_output=keep and steps[i].holds_output)
         for i, (read, keep) in enumerate(zip(reads.tolist(), keeps[:-1].tolist(), strict=True))
     ]  # fmt: skip
-    noise, is_clean, edits = [0 if added else None for added in adds], factors.clean is not None, factors.own
-    trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, edits or [0.0] * n, read=names)
+    noise, is_clean = [0 if added else None for added in adds], factors.clean is not None
+    trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, [0.0] * n, read=names)
     return Steps(trace, {}, needs)
 
 
