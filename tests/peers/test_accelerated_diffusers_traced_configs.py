@@ -116,9 +116,8 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
     """In every bit that is not of a fit, from any step of a loop on. What is not covered is traced."""
     covered = []
     bound = 1e-12 if name in FITTED else 0
-    examples = 6 if "KDPM2" in name else 30
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=6 if "KDPM2" in name else 30, deadline=None, derandomize=True, database=None)
     @given(configs(name), st.integers(1, 9), st.integers(0, 3))
     def the_same(config, steps, begun):
         try:
@@ -134,8 +133,8 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
         covered.append(found is not None)
         if found is not None:
             ours, theirs = found[0], follow(scheduler, times)
-            columns = [(x, ours.columns.get(key, 0)) for key, x in theirs.columns.items()]
-            for x, y in (*columns, (np.array(theirs.own), ours.own)):
+            pairs = [(x, ours.columns.get(key, 0)) for key, x in theirs.columns.items()]
+            for x, y in (*pairs, (np.array(theirs.own), ours.own)):
                 assert (np.abs(x - y) <= bound * max(1, np.abs(x).max())).all()
             assert str([ours.clip, *ours[4:7], ours.scales]) == str([theirs.clip, *theirs[4:7], theirs.scales])
 

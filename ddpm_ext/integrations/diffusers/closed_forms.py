@@ -64,15 +64,14 @@ def _kdpm2(own: Any, first: int, is_ancestral: bool = False) -> Factors:
     if own.sample is not None:
         raise Uncovered
     n = len(own.timesteps) - first
-    levels, between = (levels_of(x)[first : first + n + 1] for x in (own.sigmas, own.sigmas_interpol))
-    sigma, to, i, j = levels[:-1].copy(), levels[1:].copy(), np.arange(0, n, 2), np.arange(1, n, 2)
-    to[j], sigma[j] = levels[j], between[j]
-    to[i], begins, up = between[i + 1], levels[:-1].copy(), np.zeros(n)
-    begins[j] = levels[j - 1]
+    sigmas, between = (levels_of(x)[first : first + n + 1] for x in (own.sigmas, own.sigmas_interpol))
+    i, j, shift = np.arange(0, n, 2), np.arange(1, n, 2), 0 if is_ancestral else 1
+    # Where each step begins, the level of its slope, and where it ends
+    begins, at, to, up = sigmas[:-1].copy(), sigmas[:-1].copy(), sigmas[:-1].copy(), np.zeros(n)
+    begins[j], at[j], to[i] = sigmas[j - 1], between[j - 1 + shift], between[i + shift]
     if is_ancestral:
-        ups, downs = (levels_of(x)[first : first + n] for x in (own.sigmas_up, own.sigmas_down))
-        to[i], sigma[j], to[j], up[j] = between[i], between[j - 1], downs[j - 1], ups[j - 1]
-    factors = _in_two(own, sigma, to - begins, 1, is_given=True)
+        to[j], up[j] = (levels_of(x)[first + j - 1] for x in (own.sigmas_down, own.sigmas_up))
+    factors = _in_two(own, at, to - begins, 1, is_given=True)
     return factors._replace(s=up, noisy=(np.arange(n) % 2 == 1).tolist()) if is_ancestral else factors._replace(dt=None)
 
 
@@ -90,10 +89,8 @@ def _in_two(own: Any, sigma: Array, dt: Array, parts: int, *, is_given: bool) ->
         past[1::2, 0] = slope[: n - 1 : 2] / parts * lengths[1::2]
     past[1::2, 0, 0] += 1
     x, m = factors.T
-    scales = scales_of(1 / root.astype(WIDE)) if is_given else None
-    stored = torch.from_numpy(dt)
-    own_clean = clean if is_given else None
-    return Factors(x, m, np.zeros(n), own_clean, [False] * n, scales, past, period=2, dt=stored)
+    given, scales = (clean, scales_of(1 / root.astype(WIDE))) if is_given else (None, None)
+    return Factors(x, m, np.zeros(n), given, [False] * n, scales, past, period=2, dt=torch.from_numpy(dt))
 
 
 def _flow_match_euler(own: Any, first: int) -> Factors:
