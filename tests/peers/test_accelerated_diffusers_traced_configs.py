@@ -162,8 +162,8 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
 
 def test_loops_of_other_settings():
     """Of a number of steps that no other test takes, so that nothing is known of them."""
-    for order in (1, 2):
-        plain, other = (make("DPMSolverMultistepScheduler", solver_order=order) for _ in range(2))
+    for prediction in ("sample", "epsilon"):  # of which one stores the output itself
+        plain, other = (make("DPMSolverMultistepScheduler", prediction_type=prediction) for _ in range(2))
         check(loop(accelerate(plain), 13), loop(other, 13), 1e-5)
 
 
