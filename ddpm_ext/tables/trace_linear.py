@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from ddpm_ext.tables.trace_batch import LINEAR, Array, Numbers, Trial, relative
 from ddpm_ext.tables.trace_run import Run
@@ -17,7 +18,8 @@ NEGLIGIBLE = 1e-12  # a number below this part of those that it is made of is 0
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "own")  # a step table's, and `Linear.own`
 
 Columns = dict[str, Array]
-Factors = tuple[float, float, float, dict[int, float]]  # of sample, output, noise, and the tensors kept by steps
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
 
 
 def at(linear: Linear, i: SupportsIndex) -> str:
@@ -134,16 +136,18 @@ class Linear:
         rest[steps, n + steps] -= factors[1]
         rest[1:] -= own[1:, None] * self.prev[:-1]
         sizes[1:] += np.abs(own[1:]) * sizes[:-1]
-        ring: list[int] = []
         for i in range(n):
             z, given = self.column(i), self.given_columns(i)
             if z is not None:
                 rest[i, z] -= rows["s"][i]
             rest[i, given] = 0
-            for k, j in enumerate(() if given else ring):
-                rest[i, [j, n + j]] -= rows[f"h{1 + k}"][i] * np.array([kept[0][j], kept[1][j]])
-            if rows["k0"][i] or rows["k1"][i] or rows["k2"][i]:
-                ring = [i, *ring][:HISTORY]
+        rings = rings_of((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0))
+        rings[[i for i, given in enumerate(self.given) if given]] = -1
+        for k, ring in enumerate(rings.T):
+            reads = np.flatnonzero(ring >= 0)
+            j, factor = ring[reads], rows[f"h{1 + k}"][reads]
+            rest[reads, j] -= factor * kept[0][j]
+            rest[reads, n + j] -= factor * kept[1][j]
         return np.where(np.abs(rest).max(1) <= 10 * LINEAR * sizes, own, np.nan)
 
     def _rows_without_history(self) -> Columns:
@@ -154,10 +158,10 @@ class Linear:
         self._put_given(rows)
         return rows
 
-    def _put_given(self, rows: Columns, reads: Sequence[Sequence[int]] | None = None) -> None:
-        """Writes the factors of tensors that steps were given. reads: the earlier steps whose tensors each reads."""
+    def _put_given(self, rows: Columns, reads: Bools | None = None) -> None:
+        """Writes the factors of tensors that steps were given. reads: which tensors of its ring each reads."""
         for i, given in enumerate(self.given):
-            if len(given) > HISTORY or (given and reads is not None and reads[i]):
+            if len(given) > HISTORY or (given and reads is not None and reads[i].any()):
                 raise ValueError(f"{at(self, i)}, reads {len(given)} given tensors beside those of earlier steps")
             for k, column in enumerate(self.given_columns(i)):
                 rows[f"h{1 + k}"][i] = self.prev[i, column]
@@ -179,20 +183,19 @@ class Linear:
     def _rows(self) -> Columns:
         error: ValueError | None = None
         for unread, both in itertools.product((False, True), (None, (0.0, 1.0), (1.0, 0.0))):
-            keeps = self._kept(both, unread)
+            keeps, kept = self._kept(both, unread)
             try:
-                rows, reads = self._fit(keeps)
-                used = {j for read in reads for j in read}
-                if used < keeps.keys():  # what no row reads need not be kept
-                    rows, _ = self._fit({j: keep for j, keep in keeps.items() if j in used})
+                rows, used = self._fit(keeps, kept)
+                if (used < keeps).any():  # what no row reads need not be kept
+                    rows, _ = self._fit(keeps & used, kept)
                 return rows
             except ValueError as failed:
                 error = error or failed
         assert error is not None
         raise error
 
-    def _kept(self, both: tuple[float, float] | None, unread: bool) -> dict[int, tuple[float, float]]:
-        """What steps keep for later ones: the factors of their sample and output.
+    def _kept(self, both: tuple[float, float] | None, unread: bool) -> tuple[Bools, Array]:
+        """Which steps keep something for later ones, and what: the factors of their sample and output, (steps, 2).
 
         Args:
             both: the factors where later steps read the sample and the output in different proportions, so that one
@@ -200,107 +203,113 @@ class Linear:
             unread: whether steps that no later one reads keep their part of the next sample, too: a later step may have
                 to take that from its own sample.
         """
-        keeps: dict[int, tuple[float, float]] = {}
+        n, steps = self.n, np.arange(self.n)
         scale = np.maximum(np.abs(self.prev).max(1), 1e-300)
-        for j in reversed(range(self.n - 1)):
-            later = self.prev[j + 1 :, [j, self.n + j]] / scale[j + 1 :, None]
-            if np.abs(later).max() <= NEGLIGIBLE:
-                if unread:
-                    keeps[j] = self._scaled(j, self.prev[j, [j, self.n + j]])
-                continue
-            # Where all are in one proportion, that of the largest is it.
-            direction = later[np.abs(later).max(1).argmax()]
-            across = later[:, 0] * direction[1] - later[:, 1] * direction[0]
-            if np.abs(across).max() <= 1e-9 * (direction @ direction):
-                keeps[j] = self._scaled(j, direction)
-            else:
-                keeps[j] = keeps.get(j + 1, (0.0, 1.0)) if both is None else both
-        return dict(sorted(keeps.items()))
+        later = np.stack([self.prev[:, :n], self.prev[:, n : 2 * n]]) / scale[:, None]  # what step i reads of step j
+        later *= steps[:, None] > steps
+        sizes = np.abs(later).max(0)
+        # Where all are in one proportion, that of the largest is it.
+        largest = sizes.argmax(0)
+        direction = later[:, largest, steps].T
+        across = later[0] * direction[:, 1] - later[1] * direction[:, 0]
+        is_read = sizes[largest, steps] > NEGLIGIBLE
+        is_one = np.abs(across).max(0) <= 1e-9 * (direction**2).sum(1)
+        direction[~is_read] = self.prev[steps, [steps, n + steps]].T[~is_read]
+        kept, keeps = self._scaled(direction), is_read | unread
+        keeps[-1] = False
+        for j in np.flatnonzero(is_read & ~is_one)[::-1]:
+            kept[j] = both or (kept[j + 1] if keeps[j + 1] else (0.0, 1.0))
+        return keeps, kept
 
-    def _scaled(self, j: int, direction: Array) -> tuple[float, float]:
-        """The direction in its simplest length: that of the clean sample, or with 1 as its larger factor."""
-        clean = self.clean[j]
-        if clean.any():
-            across = clean[0] * direction[1] - clean[1] * direction[0]
-            if abs(across) <= 1e-9 * np.linalg.norm(clean) * np.linalg.norm(direction):
-                return float(clean[0]), float(clean[1])
-        if not direction.any():
-            return 0.0, 1.0
-        direction = direction / direction[np.abs(direction).argmax()]
-        direction[np.abs(direction) <= NEGLIGIBLE] = 0
-        return float(direction[0]), float(direction[1])
+    def _scaled(self, direction: Array) -> Array:
+        """The directions (steps, 2) in their simplest length: that of the clean sample, or with 1 as the larger
+        factor."""
+        clean = self.clean
+        across = clean[:, 0] * direction[:, 1] - clean[:, 1] * direction[:, 0]
+        lengths = np.sqrt((clean**2).sum(1)) * np.sqrt((direction**2).sum(1))
+        is_clean: Bools = clean.any(1) & (np.abs(across) <= 1e-9 * lengths)
+        scaled = np.where(np.abs(direction).max(1, keepdims=True) > 0, direction, [0.0, 1.0])
+        scaled /= scaled[np.arange(self.n), np.abs(scaled).argmax(1)][:, None]
+        scaled[np.abs(scaled) <= NEGLIGIBLE] = 0
+        scaled[is_clean] = clean[is_clean]
+        return scaled
 
-    def _fit(self, keeps: Mapping[int, tuple[float, float]]) -> tuple[Columns, list[list[int]]]:
-        """The rows, and for each the steps whose tensors it reads. Raises ValueError where a step has no row."""
+    def _fit(self, keeps: Bools, kept: Array) -> tuple[Columns, Bools]:
+        """The rows, and which steps' tensors they read. Raises ValueError where a step has no row.
+
+        keeps, kept: as `_kept` gives them.
+        """
         n, inputs = self.n, self.prev.shape[1]
-        samples = np.zeros((n + 1, inputs))  # each as a sum of x_0, the outputs and the noise
+        rings = rings_of(keeps)
+        own, history, is_literal = self._literal(rings, kept)
+        # A step that does not read its own sample may have got a copy of it: it reads what that is made of.
+        to_fit = np.flatnonzero(~is_literal | ((own[0] == 0) & (history != 0).any(0)))
+        samples = np.zeros((1 + max(to_fit, default=-1) + 1, inputs))  # each as a sum of x_0, the outputs and the noise
         samples[0, 0] = 1
-        tensors: dict[int, Array] = {}
-        found: list[Factors] = []
-        rings: list[list[int]] = []
-        ring: list[int] = []
-        for i in range(n):
+        tensors = np.zeros_like(samples)
+        for i in range(len(samples) - 1):
             samples[i + 1, n:] = self.prev[i, n:]
             samples[i + 1] += self.prev[i, : i + 1] @ samples[: i + 1]
-            factors = self._literal(i, {j: keeps[j] for j in ring})
-            # A step that does not read its own sample may have got a copy of it: it reads what that is made of.
-            if factors is None or (not factors[0] and factors[3]):
-                factors = self._fitted(i, samples, {j: tensors[j] for j in ring})
-            found.append(factors)
-            rings.append(ring)
-            if i in keeps:
-                tensors[i] = keeps[i][0] * samples[i]
-                tensors[i][n + i] += keeps[i][1]
-                ring = [i, *ring][:HISTORY]
-        rows = self._columns(*(np.array([factors[k] for factors in found]) for k in (0, 1)))
-        rows["s"] = np.array([factors[2] for factors in found])
-        reads = [list(factors[3]) for factors in found]
-        for i, (_, _, _, history) in enumerate(found):
-            for j, factor in history.items():
-                rows[f"h{1 + rings[i].index(j)}"][i] = factor
+            tensors[i] = kept[i, 0] * samples[i]
+            tensors[i, n + i] += kept[i, 1]
+        for i in to_fit.tolist():
+            ring = [j for j in rings[i].tolist() if j >= 0]
+            own[:, i], history[:, i] = self._fitted(i, samples, tensors[ring])
+        rows = self._columns(own[0], own[1])
+        rows |= {"s": own[2], "h1": history[0], "h2": history[1], "h3": history[2]}
+        reads = history.T != 0
         self._put_given(rows, reads)
-        for i, keep in keeps.items():
-            if keep == tuple(self.clean[i]):
-                rows["k0"][i] = 1
-            else:
-                rows["k1"][i], rows["k2"][i] = keep
-        return rows, reads
+        by_clean = keeps & (kept == self.clean).all(1)
+        rows["k0"][by_clean] = 1
+        rows["k1"], rows["k2"] = np.where(keeps & ~by_clean, kept.T, 0.0)
+        used = np.zeros(n, bool)
+        used[rings[reads]] = True
+        return rows, used
 
-    def _literal(self, i: int, ring: Mapping[int, tuple[float, float]]) -> Factors | None:
-        """The step's factors where the sampler's code itself adds the tensors of the ring; else None."""
-        rest = self.prev[i].copy()
-        own = rest[i], rest[self.n + i]
-        rest[[i, self.n + i]] = 0
-        s, z = 0.0, self.column(i)
-        if z is not None:
-            s, rest[z] = rest[z], 0
-        rest[self.given_columns(i)] = 0
-        bound = NEGLIGIBLE * max(np.abs(self.prev[i]).max(), 1e-300) * 10
-        history = {}
-        for j, (a, b) in ring.items():
-            x, m = float(rest[j]), float(rest[self.n + j])
-            if max(abs(x), abs(m)) > bound:
-                factor = history[j] = (x * a + m * b) / (a * a + b * b)
-                rest[[j, self.n + j]] = x - factor * a, m - factor * b
-        return None if np.abs(rest).max() > bound else (float(own[0]), float(own[1]), float(s), history)
+    def _literal(self, rings: Ints, kept: Array) -> tuple[Array, Array, Bools]:
+        """The factors of each step's sample, output and noise, (3, steps), and of the tensors of its ring, (HISTORY,
+        steps), where the sampler's code itself adds those; and whether that is all that it adds."""
+        n, steps = self.n, np.arange(self.n)
+        rest, own = self.prev.copy(), np.zeros((3, self.n))
+        own[:2] = rest[steps, steps], rest[steps, n + steps]
+        rest[steps, steps] = rest[steps, n + steps] = 0
+        for i in range(n):
+            z = self.column(i)
+            if z is not None:
+                own[2, i], rest[i, z] = rest[i, z], 0
+            rest[i, self.given_columns(i)] = 0
+        bounds = NEGLIGIBLE * np.maximum(np.abs(self.prev).max(1), 1e-300) * 10
+        history = np.zeros((HISTORY, n))
+        for factors, ring in zip(history, rings.T, strict=True):
+            x, m = rest[steps, ring], rest[steps, n + ring]
+            reads = np.flatnonzero((ring >= 0) & (np.maximum(np.abs(x), np.abs(m)) > bounds))
+            j, x, m, (a, b) = ring[reads], x[reads], m[reads], kept[ring[reads]].T
+            factors[reads] = (x * a + m * b) / (a * a + b * b)
+            rest[reads, j], rest[reads, n + j] = x - factors[reads] * a, m - factors[reads] * b
+        return own, history, np.abs(rest).max(1) <= bounds
 
-    def _fitted(self, i: int, samples: Array, ring: Mapping[int, Array]) -> Factors:
-        """The step's factors, by least squares, with as few tensors of the ring as will do."""
-        target, z = samples[i + 1], self.column(i)
-        output = np.eye(1, len(target), self.n + i)[0]
-        own = [samples[i], output, *([] if z is None else [np.eye(1, len(target), z)[0]])]
-        residual = np.inf
-        for count in range(len(ring) + 1):
-            for read in itertools.combinations(ring, count):
-                columns = np.stack([*own, *(ring[j] for j in read)], 1)
-                sizes = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
+    def _fitted(self, i: int, samples: Array, ring: Array) -> tuple[list[float], list[float]]:
+        """The factors of a step's sample, output and noise, and of the HISTORY tensors of its ring, by least squares,
+        with as few of these as will do. ring: (tensors, inputs)."""
+        target, sample, z = samples[i + 1], samples[i], self.column(i)
+        places = [self.n + i, *([] if z is None else [z])]  # of output and noise, which the sample has not in it
+        own = np.zeros((1 + len(places), len(target)))
+        own[0] = sample
+        own[np.arange(1, len(own)), places] = 1
+        alone = target - target @ sample / max(sample @ sample, 1e-300) * sample
+        alone[places] = 0
+        residual = float(relative(np.abs(alone), np.abs(target)))
+        for count in range(residual > 2 * LINEAR, len(ring) + 1):
+            for read in itertools.combinations(range(len(ring)), count):
+                columns = np.concatenate([own, ring[list(read)]]).T.copy()
+                sizes = np.maximum(np.sqrt((columns**2).sum(0)), 1e-300)
                 factors = np.linalg.lstsq(columns / sizes, target, rcond=1e-13)[0] / sizes
                 error = float(relative(np.abs(target - columns @ factors), np.abs(columns) @ np.abs(factors)))
                 residual = min(residual, error)
                 if error <= LINEAR:
-                    x, m, *rest = map(float, factors)
-                    s = 0.0 if z is None else rest.pop(0)
-                    return x, m, s, dict(zip(read, rest, strict=True))
+                    history = np.zeros(HISTORY)
+                    history[list(read)] = factors[len(own) :]
+                    return [*factors[: len(own)].tolist(), 0.0][:3], history.tolist()
         raise ValueError(
             f"{at(self, i)}, reads more of the steps before it than the {HISTORY} tensors that rows keep: "
             f"{residual:.1e} of it is left"
@@ -309,6 +318,14 @@ class Linear:
     def _columns(self, x: Array, m: Array) -> Columns:
         """All NAMES, those that `columns_of` does not know as zeros."""
         return {name: np.zeros(self.n) for name in NAMES} | columns_of(x, m, self.clean)
+
+
+def rings_of(keeps: Bools) -> Ints:
+    """The steps whose tensors each step may read, the last first, (steps, HISTORY); -1 for none. keeps: (steps,)."""
+    kept = np.flatnonzero(keeps)
+    before: Ints = np.cumsum(keeps) - keeps
+    places = before[:, None] - 1 - np.arange(HISTORY)
+    return np.where(places < 0, -1, np.append(kept, -1)[np.maximum(places, 0)])
 
 
 def columns_of(x: Array, m: Array, clean: Array) -> Columns:

@@ -3,90 +3,144 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ddpm_ext.integrations.diffusers import closed_multistep as multistep
+from ddpm_ext.integrations.diffusers.closed_factors import (
+    WIDE,
+    Factors,
+    Uncovered,
+    clean_of,
+    edm_of,
+    levels_of,
+    root_of,
+    scales_of,
+    slope_of,
+)
 from ddpm_ext.tables.trace_batch import Array
-
-WIDE = np.float64
-
-
-class Uncovered(Exception):
-    """An expression is not what a scheduler's steps do."""
-
-
-class Factors(NamedTuple):
-    """Of steps prev = x * sample + m * output + s * noise, float64 (steps,) each.
-
-    Attributes:
-        clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; None without one.
-        noisy: (steps,), whether a step draws noise.
-        scales: what each step's sample is multiplied by for the model, 1 for the first; None where it is not.
-        past: (steps, 2), the factors of the sample and the output of the step before, which a step adds as well; None
-            where the scheduler stores no tensor.
-        reads: (steps,), whether a step does so; empty without `past`.
-    """
-
-    x: Array
-    m: Array
-    s: Array
-    clean: Array | None
-    noisy: list[bool]
-    scales: Array | None = None
-    past: Array | None = None
-    reads: Sequence[bool] = ()
-
-
-# Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So
-# the rows have the bits of traced ones.
-
-
-def _levels(x: Tensor) -> Array:
-    if x.dtype is not torch.float32:
-        raise Uncovered
-    found: Array = x.numpy()
-    return found
-
-
-def _root(x: Array) -> Array:
-    """By torch, as diffusers' own: numpy's last bit may be another."""
-    return torch.from_numpy(x).sqrt().numpy()
 
 
 @np.errstate(all="ignore")
 def _euler(own: Any, first: int, is_ancestral: bool = False) -> Factors:
     """x + (x - x0) / sigma * (sigma' - sigma); ancestral, to sigma_down in place of sigma', and noise up to sigma'"""
-    sigmas = _levels(own.sigmas)[first:]
+    sigmas = levels_of(own.sigmas)[first:]
     sigma, to = sigmas[:-1], sigmas[1:]
     n, up = len(to), np.zeros(len(to))
     if is_ancestral:
-        up = _root(to**2 * (sigma**2 - to**2) / sigma**2)
-        to = _root(to**2 - up**2)
-    dt, one, variance = (to - sigma).astype(WIDE), np.ones(n), sigma**2 + 1
-    root = _root(variance)
-    a, b = {
-        "epsilon": lambda: (one, -sigma),
-        "v_prediction": lambda: (1 / variance.astype(WIDE), -sigma / root),
-        "sample": lambda: (0 * one, one),
-    }[own.config.prediction_type]()
-    clean = np.stack([a, b], 1)
-    scales = np.append(1.0, 1 / root[1:].astype(WIDE)) if n > 1 else None
-    x, m = 1 + (1 - a) / sigma * dt, -b.astype(WIDE) / sigma * dt
-    return Factors(x, m, up.astype(WIDE), clean, [is_ancestral] * n, scales)
+        up = root_of(to**2 * (sigma**2 - to**2) / sigma**2)
+        to = root_of(to**2 - up**2)
+    clean, root = clean_of(own, sigma)
+    x, m = (slope_of(clean, sigma) * (to - sigma).astype(WIDE)[:, None]).T
+    return Factors(1 + x, m, up.astype(WIDE), clean, [is_ancestral] * n, scales_of(1 / root.astype(WIDE)))
+
+
+@np.errstate(all="ignore")
+def _edm_euler(own: Any, first: int) -> Factors:
+    sigmas = levels_of(own.sigmas)[first:]
+    sigma, dt = sigmas[:-1], (sigmas[1:] - sigmas[:-1]).astype(WIDE)
+    clean, scales = edm_of(own, sigma)
+    x, m = (slope_of(clean, sigma) * dt[:, None]).T
+    return Factors(1 + x, m, np.zeros(len(x)), clean, [False] * len(x), scales_of(scales))
+
+
+@np.errstate(all="ignore")
+def _heun(own: Any, first: int) -> Factors:
+    """An Euler step, and from its beginning one by the mean of two slopes"""
+    if own.dt is not None or getattr(own.config, "clip_sample", False):
+        raise Uncovered
+    sigmas = levels_of(own.sigmas)[first:]
+    dt = sigmas[1:] - sigmas[:-1]
+    dt[1::2] = dt[:-1:2]
+    return _in_two(own, sigmas[:-1], dt, 2, is_given=hasattr(own, "scale_model_input"))
+
+
+@np.errstate(all="ignore")
+def _kdpm2(own: Any, first: int, is_ancestral: bool = False) -> Factors:
+    """An Euler step to the level between, and from its beginning one by the slope there"""
+    if own.sample is not None:
+        raise Uncovered
+    n = len(own.timesteps) - first
+    sigmas, between = (levels_of(x)[first : first + n + 1] for x in (own.sigmas, own.sigmas_interpol))
+    i, j, shift = np.arange(0, n, 2), np.arange(1, n, 2), 0 if is_ancestral else 1
+    # Where each step begins, the level of its slope, and where it ends
+    begins, at, to, up = sigmas[:-1].copy(), sigmas[:-1].copy(), sigmas[:-1].copy(), np.zeros(n)
+    begins[j], at[j], to[i] = sigmas[j - 1], between[j - 1 + shift], between[i + shift]
+    if is_ancestral:
+        to[j], up[j] = (levels_of(x)[first + j - 1] for x in (own.sigmas_down, own.sigmas_up))
+    factors = _in_two(own, at, to - begins, 1, is_given=True)
+    return factors._replace(s=up, noisy=(np.arange(n) % 2 == 1).tolist()) if is_ancestral else factors._replace(dt=None)
+
+
+def _in_two(own: Any, sigma: Array, dt: Array, parts: int, *, is_given: bool) -> Factors:
+    """Of two steps each of lengths dt, the second one from the first one's sample, by 1 / parts of its own slope and
+    the rest of that one's. is_given: whether steps return the clean sample, and a sample is scaled for the model."""
+    (clean, root), n = clean_of(own, sigma), len(sigma)
+    if n % 2 == 0:  # not of a loop from an end of two steps on
+        raise Uncovered
+    slope, lengths, past = slope_of(clean, sigma), dt[:, None].astype(WIDE), np.zeros((n, 1, 2))
+    factors = slope * lengths
+    factors[::2, 0] += 1
+    factors[1::2] = slope[1::2] / parts * lengths[1::2]
+    if parts > 1:
+        past[1::2, 0] = slope[: n - 1 : 2] / parts * lengths[1::2]
+    past[1::2, 0, 0] += 1
+    x, m = factors.T
+    given, scales = (clean, scales_of(1 / root.astype(WIDE))) if is_given else (None, None)
+    return Factors(x, m, np.zeros(n), given, [False] * n, scales, past, period=2, dt=torch.from_numpy(dt))
 
 
 def _flow_match_euler(own: Any, first: int) -> Factors:
     """x + (sigma' - sigma) v"""
     if own.config.stochastic_sampling:
         raise Uncovered
-    sigmas = _levels(own.sigmas)[first:]
+    sigmas = levels_of(own.sigmas)[first:]
     dt = (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     zero = np.zeros(len(dt))
     return Factors(zero + 1, dt, zero, None, [False] * len(dt))
+
+
+def _predicted(own: Any, alpha: Array) -> tuple[Array, Array]:
+    """The factors of sample and output in the clean sample and in the noise, (steps, 2) each. alpha: cumulative."""
+    signal, noise = root_of(alpha).astype(WIDE), root_of(1 - alpha).astype(WIDE)
+    zero, one = 0 * signal, 0 * signal + 1
+    of_each = {
+        "epsilon": lambda: (1 / signal, -noise / signal, zero, one),
+        "v_prediction": lambda: (signal, -noise, noise, signal),
+        "sample": lambda: (zero, one, 1 / noise, -signal / noise),
+    }[own.config.prediction_type]()
+    return np.stack(of_each[:2], 1), np.stack(of_each[2:], 1)
+
+
+@np.errstate(all="ignore")
+def _cogvideox_ddim(own: Any, first: int) -> Factors:
+    """To the next level in sample and clean sample, without noise"""
+    t, alphas = own.timesteps.numpy()[first:], own.alphas_cumprod.numpy()  # in float64
+    following = t - own.config.num_train_timesteps // own.num_inference_steps
+    alpha = alphas[t]
+    after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
+    clean, _ = _predicted(own, alpha)
+    kept = root_of((1 - after) / (1 - alpha))
+    of_clean = (root_of(after) - root_of(alpha) * kept).astype(WIDE)
+    return Factors(kept + of_clean * clean[:, 0], of_clean * clean[:, 1], 0 * of_clean, clean, [False] * len(t))
+
+
+@np.errstate(all="ignore")
+def _tcd(own: Any, first: int) -> Factors:
+    """To a level below the next one, without noise, and up to that one with noise, but for the last step: Zheng et al.
+    2024, whose gamma is step's default here"""
+    t, alphas = own.timesteps[first:], levels_of(own.alphas_cumprod)
+    following = torch.cat([t[1:], t.new_zeros(1)])
+    below = alphas[torch.floor((1 - 0.3) * following).long().numpy()]
+    clean, noise = _predicted(own, alphas[t.numpy()])
+    reached = root_of(below).astype(WIDE)[:, None] * clean + root_of(1 - below).astype(WIDE)[:, None] * noise
+    noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
+    share = alphas[following.numpy()] / below
+    kept, added = np.where(noisy, root_of(share), 1).astype(WIDE), np.where(noisy, root_of(1 - share), 0).astype(WIDE)
+    return Factors(kept * reached[:, 0], kept * reached[:, 1], added, reached, noisy.tolist())
 
 
 @np.errstate(all="ignore")
@@ -95,60 +149,16 @@ def _lcm(own: Any, first: int) -> Factors:
     config = own.config
     if config.thresholding or config.clip_sample:
         raise Uncovered
-    t, alphas = own.timesteps.numpy()[first:], _levels(own.alphas_cumprod)
+    t, alphas = own.timesteps.numpy()[first:], levels_of(own.alphas_cumprod)
     following = np.append(t[1:], t[-1])
-    alpha = alphas[t]
     after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
-    signal, noise = _root(alpha).astype(WIDE), _root(1 - alpha).astype(WIDE)
-    a, b = {
-        "epsilon": lambda: (1 / signal, -noise / signal),
-        "v_prediction": lambda: (signal, -noise),
-        "sample": lambda: (0 * signal, 0 * signal + 1),
-    }[config.prediction_type]()
+    a, b = _predicted(own, alphas[t])[0].T
     scaled = t.astype(np.float32) * np.float32(config.timestep_scaling)
-    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / _root(scaled**2 + 0.25)
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / root_of(scaled**2 + 0.25)
     a, b = c_out * a + c_skip, c_out * b
     noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
-    kept, added = np.where(noisy, _root(after), 1).astype(WIDE), np.where(noisy, _root(1 - after), 0).astype(WIDE)
+    kept, added = np.where(noisy, root_of(after), 1).astype(WIDE), np.where(noisy, root_of(1 - after), 0).astype(WIDE)
     return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist())
-
-
-@np.errstate(all="ignore")
-def _dpm_solver_multistep(own: Any, first: int) -> Factors:
-    """sigma' / sigma x - alpha' (e^-h - 1) (x0 + h / (2 h before) (x0 - x0 before)), by "midpoint": DPM-Solver++(2M),
-    Lu et al. 2022"""
-    config, order = own.config, own.config.solver_order
-    if config.algorithm_type != "dpmsolver++" or config.thresholding or order > 2 or own.lower_order_nums:
-        raise Uncovered
-    sigmas = torch.from_numpy(_levels(own.sigmas)[first:])
-    alphas, noises = own._sigma_to_alpha_sigma_t(sigmas)  # noqa: SLF001 (of diffusers)
-    logs = torch.log(alphas) - torch.log(noises)
-    h = logs[1:] - logs[:-1]
-    shrunk = torch.exp(-h) - 1.0
-    of_clean = -(alphas[1:] * shrunk)
-    of_slope = 0.5 * of_clean if config.solver_type == "midpoint" else alphas[1:] * (shrunk / h + 1.0)
-    per_length = torch.zeros_like(h)  # the slope, of a difference of clean samples
-    per_length[1:] = 1.0 / (h[:-1] / h[1:])
-    alpha, noise, sigma = (x[:-1].numpy().astype(WIDE) for x in (alphas, noises, sigmas))
-    n, one = len(h), np.ones(len(h))
-    a, b = {
-        "epsilon": lambda: (1 / alpha, -noise / alpha),
-        "v_prediction": lambda: (alpha, -noise),
-        "sample": lambda: (0 * one, one),
-        "flow_prediction": lambda: (one, -sigma),
-    }[config.prediction_type]()
-    clean = np.stack([a, b], 1)
-    is_short = config.lower_order_final and len(own.timesteps) < 15
-    ends_by_first_order = config.euler_at_final or is_short or config.final_sigmas_type == "zero"
-    reads = [order == 2 and 0 < i < n - ends_by_first_order for i in range(n)]
-    slope, length = (np.where(reads, x.numpy(), 0).astype(WIDE)[:, None] for x in (of_slope, per_length))
-    factors = of_clean.numpy().astype(WIDE)[:, None] * clean
-    factors[:, 0] += (noises[1:] / noises[:-1]).numpy()
-    factors += slope * (length * clean)
-    past = np.zeros((n, 2))
-    past[1:] = -slope[1:] * (length[1:] * clean[:-1])
-    x, m = factors.T
-    return Factors(x, m, np.zeros(n), None, [False] * n, None, past, reads)
 
 
 class Form(NamedTuple):
@@ -156,41 +166,76 @@ class Form(NamedTuple):
 
     Attributes:
         factors: of an object and the place of a loop's first timestep.
-        settings: of the config, on which it hangs what the expression is.
+        settings: of the config, on which it hangs what the expression is. Some of its classes may not have one.
         reads: the attributes that it and the class's own steps read before they write them.
+        counter: the one that counts the steps; None without one.
     """
 
     factors: Callable[[Any, int], Factors]
     settings: tuple[str, ...]
     reads: frozenset[str]
+    counter: str | None = "_step_index"
 
 
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
+DPM = (
+    "algorithm_type", "prediction_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final",
+    "final_sigmas_type", "thresholding", "variance_type", "use_flow_sigmas",
+)  # fmt: skip
+DPM_READ = frozenset({"sigmas", "num_inference_steps", "model_outputs"})
 FORMS: Mapping[str, Form] = {
-    "DPMSolverMultistepScheduler": Form(
-        _dpm_solver_multistep,
-        (
-            "algorithm_type",
-            "prediction_type",
-            "solver_order",
-            "solver_type",
-            "lower_order_final",
-            "euler_at_final",
-            "final_sigmas_type",
-            "thresholding",
-            "variance_type",
-            "use_flow_sigmas",
-        ),
-        STEPS_READ | {"sigmas", "num_inference_steps", "lower_order_nums", "model_outputs"},
+    "CogVideoXDDIMScheduler": Form(
+        _cogvideox_ddim,
+        ("prediction_type", "num_train_timesteps"),
+        frozenset({"timesteps", "_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"}),
+        None,
     ),
+    "DPMSolverMultistepInverseScheduler": Form(
+        multistep.dpm_solver_multistep, DPM, (STEPS_READ | DPM_READ | {"lower_order_nums"}) - {"_begin_index"}
+    ),
+    "DPMSolverMultistepScheduler": Form(
+        multistep.dpm_solver_multistep, DPM, STEPS_READ | DPM_READ | {"lower_order_nums"}
+    ),
+    "DPMSolverSinglestepScheduler": Form(multistep.dpm_solver_singlestep, DPM, STEPS_READ | DPM_READ | {"order_list"}),
+    "EDMDPMSolverMultistepScheduler": Form(
+        multistep.dpm_solver_multistep, DPM, STEPS_READ | DPM_READ | {"lower_order_nums"}
+    ),
+    "EDMEulerScheduler": Form(_edm_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
     "EulerAncestralDiscreteScheduler": Form(
         functools.partial(_euler, is_ancestral=True), ("prediction_type",), STEPS_READ | {"sigmas"}
     ),
     "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
     "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),
+    "FlowMatchHeunDiscreteScheduler": Form(_heun, (), STEPS_READ | {"sigmas", "dt"}),
+    "HeunDiscreteScheduler": Form(_heun, ("prediction_type", "clip_sample"), STEPS_READ | {"sigmas", "dt"}),
+    "IPNDMScheduler": Form(multistep.ipndm, (), STEPS_READ | {"alphas", "betas", "ets", "num_inference_steps"}),
+    "KDPM2AncestralDiscreteScheduler": Form(
+        functools.partial(_kdpm2, is_ancestral=True),
+        ("prediction_type",),
+        STEPS_READ | {"sigmas", "sigmas_interpol", "sigmas_up", "sigmas_down", "sample"},
+    ),
+    "KDPM2DiscreteScheduler": Form(_kdpm2, ("prediction_type",), STEPS_READ | {"sigmas", "sigmas_interpol", "sample"}),
     "LCMScheduler": Form(
         _lcm,
         ("prediction_type", "thresholding", "clip_sample"),
         STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"},
     ),
+    "PNDMScheduler": Form(
+        multistep.pndm,
+        ("prediction_type", "skip_prk_steps", "num_train_timesteps"),
+        frozenset(
+            {
+                "timesteps",
+                "_internal_dict",
+                "counter",
+                "ets",
+                "alphas_cumprod",
+                "final_alpha_cumprod",
+                "num_inference_steps",
+                "prk_timesteps",
+            }
+        ),
+        "counter",
+    ),
+    "TCDScheduler": Form(_tcd, ("prediction_type",), STEPS_READ | {"alphas_cumprod", "num_inference_steps"}),
 }
