@@ -295,9 +295,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         raise Fallback("its timestep is none of the scheduler's")
     dtypes = {} if known is None else known[1].dtypes
     indexes, counters = _values_before("_step_index", state, trace.steps), []
-    for name in (trace.read or frozenset()).difference(("_step_index",), *[step.tensors for step in trace.steps]):
+    changed = set().union(*[step.state for step in trace.steps]).difference(*[step.tensors for step in trace.steps])
+    for name in (changed - {"_step_index"}).intersection(trace.read or ()):
         values = _values_before(name, state, trace.steps)
-        if CONSTANT.issuperset(map(type, values)) and any([name in step.state for step in trace.steps]):
+        if CONSTANT.issuperset(map(type, values)):
             counters.append((name, values))
     is_closed = known is not None
     return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, is_closed, dtypes, {}, indexes, counters)
