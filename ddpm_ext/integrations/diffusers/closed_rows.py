@@ -134,8 +134,9 @@ def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
 
 def _check(scheduler: Any, form: Form, first: int, n: int, factors: Factors, history: Mapping[str, Array]) -> None:
     """Raises Uncovered for a loop that begins elsewhere, and for numbers that are no steps'."""
-    begin = None if form.counter is None else getattr(scheduler, form.counter)
-    begin = getattr(scheduler, "_begin_index", None) if begin is None else begin
+    state = vars(scheduler)
+    begin = None if form.counter is None else state[form.counter]
+    begin = state.get("_begin_index") if begin is None else begin
     if begin is None:
         times = scheduler.timesteps.numpy()
         begin = (times == times[first]).nonzero()[0][:2][-1]  # the second one, where an image is denoised from there
