@@ -23,7 +23,11 @@ SCHEDULERS = {
     "DPM++": "DPMSolverMultistep",
     "Euler": "EulerDiscrete",
     "FlowMatchEuler": "FlowMatchEulerDiscrete",
+    "PNDM": "PNDM",
+    "Heun": "HeunDiscrete",
+    "DPM2": "KDPM2Discrete",
 }
+OPTIONS = {"PNDM": {"skip_prk_steps": True}}  # as Stable Diffusion has it; others can't be traced
 HEAD = (
     "",
     f"## The first loop: CPU time in ms of {STEPS} steps, {'x'.join(map(str, SHAPE))}, without a model",
@@ -46,7 +50,7 @@ def first_loop_rows() -> Iterator[str]:
         cls = getattr(diffusers, f"{name}Scheduler")
         times = []
         for _ in range(REPEATS):
-            plain = cls(num_train_timesteps=next(fresh))
+            plain = cls(num_train_timesteps=next(fresh), **OPTIONS.get(label, {}))
             ours = accelerate(plain)
             loops = [(_loop(plain), _loop(ours)) for _ in range(2 + LATER)]
             own, (first, second, *later) = zip(*loops, strict=True)
@@ -89,6 +93,6 @@ def _in_a_new_process(label: str) -> float:
 if __name__ == "__main__":
     import diffusers
 
-    scheduler = getattr(diffusers, f"{SCHEDULERS[sys.argv[1]]}Scheduler")()
+    scheduler = getattr(diffusers, f"{SCHEDULERS[sys.argv[1]]}Scheduler")(**OPTIONS.get(sys.argv[1], {}))
     _loop(scheduler)
     print(_loop(accelerate(scheduler)))

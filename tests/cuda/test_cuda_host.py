@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.choices import for_many
 from support.cuda_host import library
-from support.cuda_host.calls import OPTIONS, PAIRS, SPECIAL, STEP, TAKE_OUT, VARIANTS, Call, make_call, moves_by_words
+from support.cuda_host.calls import OPTIONS, PAIRS, SPECIAL, STEP, TAKE_OUT, VARIANTS, Call, make_call, variant_name
 from support.cuda_host.guarded import PLACES
 from support.cuda_host.windows import around
 from support.step_inputs import PER_SAMPLE, RESULTS, make_table
@@ -33,12 +33,8 @@ ONE_DTYPE = [v for v in VARIANTS if v[2] in (PAIRS[0], PAIRS[3])]
 ELEMENTWISE = [v for v in VARIANTS if v[0] != STEP]  # the others read as many tensors as their options say
 
 
-def name(variant) -> str:
-    return "-".join([variant[0], variant[1], *(str(dtype).removeprefix("torch.") for dtype in variant[2])])
-
-
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=name)
-one_dtype = pytest.mark.parametrize("variant", ONE_DTYPE, ids=name)
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
+one_dtype = pytest.mark.parametrize("variant", ONE_DTYPE, ids=variant_name)
 
 
 def padded(x: torch.Tensor, multiple: int = 8) -> torch.Tensor:
@@ -90,6 +86,9 @@ def test_vectors_where_all_memory_has_one_order(host, variant):
         lain = call.with_tensors(lambda _, x, order=order, back=back: x.permute(order).contiguous().permute(back))
         host.check(lain, expected=expected)
         assert host.control.took_vectors() == (not call.drawn or call.op == "randn")
+        if len(call.tensors) > 1 and call.op != "randn":
+            host.check(replace(lain, tensors={**lain.tensors, "x_t": call.x}), expected=expected)
+            assert not host.control.took_vectors()
 
 
 def layouts(x: torch.Tensor):
@@ -136,25 +135,6 @@ def test_channels_last(host, variant):
         host.check(last, expected=call.on_cpu())
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[1].startswith("drawn") and v[0] != "randn"], ids=name)
-def test_channels_last_where_noise_is_drawn(host, variant):
-    """By words if they are aligned: warps that have idle threads, blocks of several samples, rows without noise."""
-
-    def last(*shape, gap=8, more=0):
-        apart = shape[0] + more  # how far pixels are
-        strides = (shape[1] * shape[2] * apart + gap, 1, shape[2] * apart, apart)
-        call = make_call(variant, 8, *shape)
-        return call.with_tensors(lambda _, x: x.new_empty_strided(x.shape, strides).copy_(x))
-
-    for call in map(last, (3, 3, 4, 5, 12, 32), (5, 8, 16, 64, 4, 4), (8, 8, 16, 64, 16, 4)):
-        moves_by_words(host, call)
-    others = last(1, 8, 32), last(8, 5, 7), last(33, 4, 4), last(4, 8, 8, gap=1), last(3, 2, 2, gap=4)
-    for call in (*others, last(3, 8, 8, more=5)):
-        host.check(call)
-    for name in (*call.read, "out"):
-        host.check(last(8, 8, 4), {name: "odd"})
-
-
 @one_dtype
 def test_expanded(host, variant):
     for dim in range(4):
@@ -185,7 +165,7 @@ def test_many_dimensions(host, variant):
 # ---------------------------------------------------------------------------------------- rows, samples and noise
 
 
-@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[0] != "randn"], ids=name)
+@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[0] != "randn"], ids=variant_name)
 def test_rows(host, variant):
     """t as an int, strided, and beyond the table, where the kernel takes the nearest row."""
     for row in range(8 if variant[0] == STEP else 4):
@@ -209,7 +189,7 @@ def test_the_row_of_an_int_is_the_hosts(host, monkeypatch):
         assert torch.equal(step.take(call.x, call.tensors["model_output"], None, 2, **results), call.on_cpu()["out"])
 
 
-@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn")], ids=name)
+@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn")], ids=variant_name)
 def test_samples_and_noise(host, variant):
     """Ids counted or in memory, draws and streams at the ends of their ranges."""
     top = 2**56 - 1
@@ -335,7 +315,7 @@ def test_special_values(host, clip):
 # -------------------------------------------------------------------------------------------------------- launches
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[2] == PAIRS[0]], ids=name)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[2] == PAIRS[0]], ids=variant_name)
 def test_one_launch(host, variant):
     """None for no elements. One that CUDA refuses is an error, and the next one is not."""
     for shape in ((3, 2, 0), (0, 4), (3, 1031)):
@@ -398,14 +378,8 @@ def test_every_sector_is_touched_once(host, variant):
     assert host.control.sectors_of(lambda: host.run(call)) == (read // 32, written // 32)
 
 
-@pytest.mark.parametrize("variant", ELEMENTWISE, ids=name)
-def test_dense_samples_off_alignment_move_by_words(host, variant):
-    """Wherever they begin."""
-    moves_by_words(host, make_call(variant, 5, 20_013))
-
-
 @not_sanitized
-@pytest.mark.parametrize("variant", LARGE, ids=name)
+@pytest.mark.parametrize("variant", LARGE, ids=variant_name)
 def test_more_samples_than_two_grids_have_rows(one_host, windows, variant):
     twice, word = 2 * 65535, 16 // variant[2][0].itemsize
     batches = [(twice * 256 + 65537, 1), (twice * 64 + 257, 13), (twice + 9, 1031), (2**33 + 513, 1), (2**32 + 3, word)]
@@ -417,7 +391,7 @@ def test_more_samples_than_two_grids_have_rows(one_host, windows, variant):
 
 
 @not_sanitized
-@pytest.mark.parametrize("variant", LARGE, ids=name)
+@pytest.mark.parametrize("variant", LARGE, ids=variant_name)
 def test_where_32_bits_end(one_host, windows, variant):
     """All of it aligned."""
     ends = [(1, n, stride) for n in (2**31 - 8, 2**31, 7 * 2**29, 2**32 - 8, 2**32, 2**33) for stride in (8, n)]
@@ -428,7 +402,7 @@ def test_where_32_bits_end(one_host, windows, variant):
 
 
 @not_sanitized
-@pytest.mark.parametrize("variant", LARGE, ids=name)
+@pytest.mark.parametrize("variant", LARGE, ids=variant_name)
 def test_more_than_32_bits_in_other_memory(one_host, windows, variant):
     for a, b, c in [(65537, 65539, 3), (3, 2**31 + 11, 2), (1 << 16, 1 << 15, 7), (5, 7, 2**28 + 3)]:
         shape = (1, a, b, c)
@@ -441,7 +415,9 @@ def test_more_than_32_bits_in_other_memory(one_host, windows, variant):
 
 
 @not_sanitized
-@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn") and v[0] != "randn"], ids=name)
+@pytest.mark.parametrize(
+    "variant", [v for v in ONE_DTYPE if v[1].startswith("drawn") and v[0] != "randn"], ids=variant_name
+)
 def test_rows_ids_and_scales_far_apart(one_host, windows, variant):
     for stride in (2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1):
         call = make_call(variant, 3, 64, t=torch.tensor([1, 2, 3]), ids=torch.tensor([2**40, 2, 7]))
@@ -489,7 +465,10 @@ def sanitized(one_host):
 def test_under_sanitizers(sanitized):
     """All of the above again, but for what is about arithmetic alone."""
     less = "not (sanitize or rounding or special or trace or large or sector or by_words or refused or grid or root)"
-    files = [Path(__file__).with_name(f"test_{of}.py") for of in ("cuda_host", "cuda_host_steps", "stand_in")]
+    files = [
+        Path(__file__).with_name(f"test_{of}.py")
+        for of in ("cuda_host", "cuda_host_steps", "cuda_host_words", "stand_in")
+    ]
     # -s: a sanitizer's report ends the process, and what pytest has captured is lost
     done = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-k", less, *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

@@ -153,6 +153,14 @@ def test_kinds_of_timesteps(name, kind):
     assert compare(name, plain, M, kind(int(t)), X)[1]
 
 
+@pytest.mark.parametrize("name", SIGMA)
+def test_without_scale_model_input(name):
+    """The step is the same; diffusers logs a warning of it."""
+    plain, t = at_third(name)
+    plain.is_scale_input_called = False
+    assert compare(name, plain, M, t, X)[1]
+
+
 def test_before_set_timesteps():
     assert compare("DDPM", make("DDPM"), M, 5, X)[1]
     scheduler = accelerate(make("EulerDiscrete"))

@@ -255,7 +255,9 @@ def test_copies(name, how, noise):
 # ------------------------------------------------------------------------------------------------------ subclasses
 
 
-@pytest.mark.parametrize("name, method", [("DDPM", "step"), ("DDIM", "_get_variance"), ("DDPM", "add_noise")])
+@pytest.mark.parametrize(
+    "name, method", [("DDPM", "step"), ("DDIM", "_get_variance"), ("DDPM", "add_noise"), ("EulerDiscrete", "step")]
+)
 def test_a_subclass_that_changes_what_is_replaced_is_traced(name, method):
     cls = type(make(name))
 

@@ -117,11 +117,14 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
     covered = []
     bound = 1e-12 if name in FITTED else 0
 
-    @settings(max_examples=6 if "KDPM2" in name else 30, deadline=None, derandomize=True, database=None)
-    @given(configs(name), st.integers(1, 9), st.integers(0, 3))
+    least = 4 if name == "PNDMScheduler" else 1  # whose shorter loops are traced
+    mostly = {"algorithm_type": "dpmsolver++", "clip_sample": False}  # which expressions cover
+
+    @settings(max_examples=12 if "KDPM2" in name else 30, deadline=None, derandomize=True, database=None)
+    @given(configs(name), st.integers(least, 9), st.integers(0, 3))
     def the_same(config, steps, begun):
         try:
-            scheduler = make(name, **config | dict.fromkeys(config.keys() & {"algorithm_type"}, "dpmsolver++"))
+            scheduler = make(name, **config | {key: mostly[key] for key in config.keys() & mostly.keys()})
             scheduler.set_timesteps(steps)
         except Exception:
             assume(False)
@@ -139,7 +142,7 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
             assert str([ours.clip, *ours[4:7], ours.scales]) == str([theirs.clip, *theirs[4:7], theirs.scales])
 
     the_same()
-    assert sum(covered) > len(covered) // 8
+    assert sum(covered) > len(covered) // 5
 
 
 @pytest.mark.parametrize("name, is_patched", [*itertools.product(FORMS, [False, True]), ("DDIMScheduler", False)])

@@ -250,6 +250,10 @@ class Host:
             assert_same_bits(result, expected[name], f"{name} of {call} {args} {options}")
 
 
+def variant_name(variant: tuple[Any, ...]) -> str:
+    return "-".join([variant[0], variant[1], *(str(dtype).removeprefix("torch.") for dtype in variant[2])])
+
+
 def moves_by_words(host: Host, call: Call) -> None:
     """Checks that a call of samples off alignment moves all but their ends by words: in a few more sectors than their
     bytes, since a warp's words may straddle one. The device is one on which threads take several turns."""
