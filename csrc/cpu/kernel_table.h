@@ -18,7 +18,8 @@ struct BFloat16 {
 };
 
 constexpr int64_t kRunMultiple = 64;
-constexpr int64_t kMostUnits = 7;  // of a pixel, if they are narrower than a vector (kernels/noise_by_pixels.h)
+constexpr int64_t kMostInGroup = 960;             // elements (kernels/noise_by_pixels.h), of 15 vectors of AVX-512
+constexpr int64_t kMostDrawn = kMostInGroup / 2;  // of two groups, for one pixel of four
 
 // What the runs of all kernels that may draw noise have.
 struct NoisyRun {
@@ -31,13 +32,15 @@ struct NoisyRun {
 
 // A thread's memory for the noise of runs in the order (pixels, channels).
 struct PixelsMemory {
-  float *noise, *rows;                                             // of as many elements as two groups have, and one
-  int64_t channels = 0;                                            // those that `lanes` is for
-  alignas(64) uint32_t lanes[kMostUnits * (kMostUnits - 1) * 16];  // 16 for a vector of AVX-512
+  int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
+  alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // of the first vector, and what is added to them
+  alignas(64) float drawn[4][kMostDrawn];                // of two groups, by pixels of four
+  alignas(64) float ordered[2 * kMostInGroup + 16];      // of two groups, and what is copied behind the last stretch
+  const float* from;                                     // what is copied next
+  float *to, *into, *used, *end;  // where the next ones belong that are drawn and copied, what is used next, the end
 };
 
-// A run whose order is that of logical indices, or (pixels, channels). Then it has a multiple of 64 pixels, or of 16 if
-// the channels are a multiple of 4.
+// A run whose order is that of logical indices, or (pixels, channels). Then it has whole groups.
 struct PixelsRun : NoisyRun {
   int64_t channels;         // 1 for logical order
   int64_t fours_in_sample;  // of the pixels of a channel

@@ -20,15 +20,16 @@ inline Line* at_least(std::vector<Line>& memory, size_t lines) {
   return memory.data();
 }
 
-// Whether a call draws noise for samples that lie as (pixels, channels) in memory, and kernels have few units to join.
+// A run of so many channels has a multiple of this many elements, a group of the widest vectors, which has whole ones
+// of the others (kernels/noise_by_pixels.h).
+inline int64_t whole_groups(int64_t channels) { return 4 * std::lcm(channels, int64_t{16}); }
+
+// Whether a call draws noise for samples that lie as (pixels, channels) in memory, and groups are small.
 inline bool has_channels_last(const Call& call, const TensorArg& out) {
   if (call.noise_kind != Noise::drawn || call.dims != 2 || call.sizes[1] % 4 != 0) return false;
-  const int64_t channels = call.sizes[0], unit = channels % 4 == 0 ? std::gcd(channels, int64_t{16}) : 1;
-  return (unit == 16 || channels / unit <= kMostUnits) && out.strides[0] == 1 && out.strides[1] == channels;
+  const int64_t channels = call.sizes[0];
+  return whole_groups(channels) <= kMostInGroup && out.strides[0] == 1 && out.strides[1] == channels;
 }
-
-// A run of so many channels has a multiple of this many elements.
-inline int64_t whole_groups(int64_t channels) { return channels * (channels % 4 == 0 ? 16 : 64); }
 
 // The elements that are copied at once, where a tensor has another order.
 inline int64_t copied_at_once(int64_t channels) {
@@ -39,12 +40,8 @@ inline int64_t copied_at_once(int64_t channels) {
 // Sets the fields of a run of drawn noise that depend on its order.
 inline void set_order(const Call& call, PixelsRun& run) {
   static thread_local PixelsMemory memory;
-  static thread_local std::vector<Line> noise;
   run.channels = std::max<int64_t>(1, call.channels_last);
   run.fours_in_sample = call.numel / 4 / run.channels;
-  const int64_t group = whole_groups(run.channels);
-  memory.noise = reinterpret_cast<float*>(at_least(noise, 3 * group * sizeof(float) / sizeof(Line)));
-  memory.rows = memory.noise + 2 * group;
   run.memory = &memory;
 }
 

@@ -31,13 +31,13 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
     if (std::is_same_v<Run, StepRun> || run.channels > 1) {
       NoiseByPixels noise(run);
       const auto next = [&]() __attribute__((always_inline)) { return noise.next(); };
-      const int64_t behind = noise.group();  // what is used
+      const int64_t ahead = noise.ahead();
       U32 w[4];
       F32 z[4];
       philox_words(keys, counter, next(), w);
-      for (int64_t i = -behind; i < count; i += kFour) {
+      for (int64_t i = -ahead; i < count; i += kFour) {
         if (i >= 0) body(i, z);
-        if (i < count - behind) {
+        if (i < count - ahead) {
           draw(keys, counter, next, w, z);
           noise.add(z);
         }

@@ -34,11 +34,6 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm256_min_ps(hi.v, _mm256_max
 // In the order that join() and transpose() need, as in avx512.h.
 DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7))); }
 
-DDPM_HD F32 take(F32 a, U32 lanes, F32 b) {
-  const __m256 of_a = _mm256_permutevar8x32_ps(a.v, lanes.v), of_b = _mm256_permutevar8x32_ps(b.v, lanes.v);
-  return _mm256_blendv_ps(of_a, of_b, _mm256_castsi256_ps(_mm256_slli_epi32(lanes.v, 28)));
-}
-
 DDPM_HD F32 load(const float* p) { return _mm256_loadu_ps(p); }
 DDPM_HD void store(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
 

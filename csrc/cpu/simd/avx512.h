@@ -39,8 +39,6 @@ DDPM_HD Words block_words(uint32_t first) {
   return Words(U32(first) + U32(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15)));
 }
 
-DDPM_HD F32 take(F32 a, U32 lanes, F32 b) { return _mm512_permutex2var_ps(a.v, lanes.v, b.v); }
-
 DDPM_HD F32 load(const float* p) { return _mm512_loadu_ps(p); }
 DDPM_HD void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 

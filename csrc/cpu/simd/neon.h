@@ -37,6 +37,10 @@ DDPM_HD Products multiply_wide(Words a, uint32_t b) {
 }
 DDPM_HD Words high(Products p) { return vuzp2q_u32(p.lower, p.upper); }
 DDPM_HD Words low(Products p) { return vuzp1q_u32(p.lower, p.upper); }
+DDPM_HD Products operator+(Products p, Products q) {
+  return {vreinterpretq_u32_u64(vaddq_u64(vreinterpretq_u64_u32(p.lower), vreinterpretq_u64_u32(q.lower))),
+          vreinterpretq_u32_u64(vaddq_u64(vreinterpretq_u64_u32(p.upper), vreinterpretq_u64_u32(q.upper)))};
+}
 DDPM_HD Products operator+(Products p, uint64_t x) {
   using Longs = uint64_t __attribute__((vector_size(16)));
   return {uint32x4_t(Longs(p.lower) + x), uint32x4_t(Longs(p.upper) + x)};

@@ -58,6 +58,9 @@ DDPM_HD Words low(Products p) {
 DDPM_HD Products operator+(Products p, uint64_t x) {
   return map<Products>([&](int i) { return p.v[i] + x; });
 }
+DDPM_HD Products operator+(Products p, Products q) {
+  return map<Products>([&](int i) { return p.v[i] + q.v[i]; });
+}
 DDPM_HD Words operator^(Words a, uint32_t b) { return a.v ^ broadcast(b); }
 DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.v ^ b.v) ^ c; }
 DDPM_HD Words words_in_order(U32 u) { return u; }

@@ -30,6 +30,9 @@ DDPM_HD Products multiply_wide(Words a, uint32_t b) {
 }
 DDPM_HD Words high(Products p) { return {upper_words(p.even), upper_words(p.odd)}; }
 DDPM_HD Words low(Products p) { return {p.even, p.odd}; }
+DDPM_HD Products operator+(Products p, Products q) {
+  return {Integers(Longs(p.even) + Longs(q.even)), Integers(Longs(p.odd) + Longs(q.odd))};
+}
 DDPM_HD Products operator+(Products p, uint64_t x) { return {Integers(Longs(p.even) + x), Integers(Longs(p.odd) + x)}; }
 DDPM_HD Words operator^(Words a, uint32_t b) { return {a.even ^ broadcast(b), a.odd ^ broadcast(b)}; }
 DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
