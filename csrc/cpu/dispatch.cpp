@@ -20,7 +20,8 @@ std::vector<const Kernels*> available() {
   const bool f16c =
       __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // the builtins of older compilers do not know f16c
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
-  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw"))
     found.push_back(&avx512::kernels);
   if (has_avx2) found.push_back(&avx2::kernels);
   found.push_back(&sse2::kernels);

@@ -121,6 +121,8 @@ struct Kernels {
   void (*moments[3])(const MomentsRun&);  // by the dtype of the model's output
   // to[r * out + c] = from[c * in + r], by whether an element has 16 bits, not 32.
   void (*transpose[2])(const void* from, int64_t in, void* to, int64_t out, int64_t rows, int64_t columns);
+  // to[r * columns + c] = from[r * in + c], by the same, for rows of 5 to 32 bytes. Returns whether they have so many.
+  bool (*pack[2])(const void* from, int64_t in, void* to, int64_t rows, int64_t columns);
 };
 
 #define DDPM_DECLARE_KERNELS(isa) \

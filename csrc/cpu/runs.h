@@ -92,7 +92,8 @@ struct Tile {
 // Where a sample is (channels, pixels), some of its tensors have their channels last. A tile with all channels has what
 // is near each other in both orders. Where it is (pixels, channels), the one row has whole pixels. In a sum, and in
 // other samples, the one row is a chunk. More than half a chunk of 12 channels of float32 is too much for a core's
-// first cache if two tensors are copied; of less memory, smaller tiles cost more calls than they save.
+// first cache if two tensors are copied; of less memory, smaller tiles cost more calls than they save, and of 8 bytes a
+// pixel larger ones cost fewer.
 template <class Run>
 Tile tile_of(const Call& call, DType dtype = DType::float32) {
   constexpr int64_t kUnit = kMultiple<Run>;
@@ -101,8 +102,10 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   if (call.channels_last > 0) return {1, copied_at_once(call.channels_last)};
   if (call.contiguous || call.dims != 2) return chunk;
   const int64_t rows = call.sizes[0], columns = call.sizes[1];
-  const bool large = !kChunks && dtype == DType::float32 && std::min(rows, columns) > 8;
-  const int64_t most = large ? kRow / 2 : kRow, pixels = std::min(most, kBuffer / (kUnit * columns) * kUnit);
+  const int64_t bytes = std::min(rows, columns) * element_size(dtype);  // of a pixel
+  const bool large = bytes > 32 && dtype == DType::float32;
+  const int64_t most = kChunks ? kRow : large ? kRow / 2 : bytes > 8 ? kRow : 2 * kRow;
+  const int64_t pixels = std::min(most, kBuffer / (kUnit * columns) * kUnit);
   if (!kChunks && pixels > 0) return {1, pixels * columns};
   const int64_t whole = kChunks ? kLossChunk : call.noise_kind == Noise::drawn ? 4 : 1;  // 4: a block of Philox
   if (rows > kBuffer / kUnit || columns < kUnit || columns % whole != 0) return chunk;

@@ -19,49 +19,18 @@ struct Apart {
   int64_t rows, columns;
 };
 
-// Copies rows of more than half of kBytes, which are `in` elements apart, one behind the other. What a copy of kBytes
-// writes beyond a row, the next row's replaces.
-template <int64_t kBytes, class T>
-void pack_rows(const T* from, int64_t in, T* to, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r + 1 < rows; ++r, from += in, to += columns) std::memcpy(to, from, kBytes);
-  std::copy(from, from + columns, to);
-}
-
-// The same for rows of 4 to 32 bytes, as the pixels of some of a tensor's channels. Returns whether they are of so
-// many.
-template <class T>
-bool packed_rows(const T* from, int64_t in, T* to, int64_t rows, int64_t columns) {
-  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
-  if (bytes <= 4 || bytes > 32) return false;
-  const auto pack = bytes <= 8 ? pack_rows<8, T> : bytes <= 16 ? pack_rows<16, T> : pack_rows<32, T>;
-  pack(from, in, to, rows, columns);
-  return true;
-}
-
 // Copies a matrix of elements of type T.
 template <class T>
 void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_t columns) {
   const auto transpose = kernels().transpose[sizeof(T) == 2];
-  if (in.rows == 1 && out.columns == 1) {
-    constexpr int64_t kPiece = 16 / sizeof(T), kColumns = 512;  // a vector of SSE2
-    // The 3 of a learned variance's 6 channels are taken from whole pixels.
-    if (rows >= kPiece || in.columns <= rows || (in.columns == 6 && rows == 3))
-      return transpose(from, in.columns, to, out.rows, rows, columns);
-    // A few of more channels: what lies between them goes first.
-    T pixels[kPiece * kColumns];
-    for (int64_t c = 0; c < columns; c += kColumns, from += kColumns * in.columns, to += kColumns) {
-      const int64_t count = std::min(kColumns, columns - c);
-      const bool packed = packed_rows(from, in.columns, pixels, count, rows);
-      transpose(packed ? pixels : from, packed ? rows : in.columns, to, out.rows, rows, count);
-    }
-    return;
-  }
+  if (in.rows == 1 && out.columns == 1) return transpose(from, in.columns, to, out.rows, rows, columns);
   if (in.columns == 1 && out.rows == 1) return transpose(from, in.rows, to, out.columns, columns, rows);
   if (in.columns == 1 && out.columns == 1 && in.rows == columns && out.rows == columns) {  // one piece of memory
     std::copy(from, from + rows * columns, to);
     return;
   }
-  if (in.columns == 1 && out.columns == 1 && out.rows == columns && packed_rows(from, in.rows, to, rows, columns))
+  if (in.columns == 1 && out.columns == 1 && out.rows == columns &&
+      kernels().pack[sizeof(T) == 2](from, in.rows, to, rows, columns))
     return;
   if (rows > columns) {  // the inner loop takes the longer dimension
     std::swap(rows, columns);

@@ -24,7 +24,7 @@ NEEDS = {
     "neon": {"asimd"},
     "sse2": {"sse2"},
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw"},
 }
 
 PROGRAM = """

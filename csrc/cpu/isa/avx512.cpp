@@ -4,7 +4,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-DDPM_BEGIN_TARGET("avx512f,avx512dq,avx2,fma,f16c")
+DDPM_BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx2,fma,f16c")
 #include "cpu/simd/avx512.h"
 // The kernels come after the vector type.
 #include "cpu/kernels/all.h"

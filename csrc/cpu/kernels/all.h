@@ -47,6 +47,7 @@ const Kernels kernels = {
     select,
     {moments<float>, moments<Float16>, moments<BFloat16>},
     {transpose_matrix<uint32_t>, transpose_matrix<uint16_t>},
+    {pack<uint32_t>, pack<uint16_t>},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

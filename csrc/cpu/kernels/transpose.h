@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/few_channels.h"
+#include "cpu/kernels/halves.h"
 #include "cpu/kernels/pieces.h"
 
 namespace ddpm_ext::DDPM_ISA {
@@ -184,11 +185,8 @@ bool transpose_channels(const T* from, int64_t in, T* to, int64_t out, int64_t r
 
 #endif
 
-// to[r * out + c] = from[c * in + r]
 template <class T>
-void transpose_matrix(const void* source, int64_t in, void* target, int64_t out, int64_t rows, int64_t columns) {
-  const T* const from = static_cast<const T*>(source);
-  T* const to = static_cast<T*>(target);
+void transpose_lines(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   if (transpose_few<2>(from, in, to, out, rows, columns) || transpose_few<3>(from, in, to, out, rows, columns) ||
       transpose_few<4>(from, in, to, out, rows, columns) || transpose_few<5>(from, in, to, out, rows, columns) ||
       transpose_few<6>(from, in, to, out, rows, columns) || transpose_few<7>(from, in, to, out, rows, columns))
@@ -203,6 +201,25 @@ void transpose_matrix(const void* source, int64_t in, void* target, int64_t out,
   if (columns == 8 && out == 8) return join_channels<8>(from, in, to, rows);
   transpose_squares<16>(from, in, to, out, rows, columns);
 #endif
+}
+
+// to[r * out + c] = from[c * in + r]
+template <class T>
+void transpose_matrix(const void* source, int64_t in, void* target, int64_t out, int64_t rows, int64_t columns) {
+  const T* from = static_cast<const T*>(source);
+  T* to = static_cast<T*>(target);
+  const int64_t done = split_halves(from, in, to, out, rows, columns);
+  from += in * done, to += done, columns -= done;
+  // A few of more channels: what lies between them goes first. 3 of 6 are taken from whole pixels.
+  constexpr int64_t kPiece = 16 / sizeof(T), kColumns = 512;  // a vector of SSE2
+  if (rows >= kPiece || in <= rows || rows * sizeof(T) <= 4 || (rows == 3 && in == 6))
+    return transpose_lines(from, in, to, out, rows, columns);
+  T pixels[kPiece * kColumns];
+  for (int64_t c = 0; c < columns; c += kColumns) {
+    const int64_t count = columns - c < kColumns ? columns - c : kColumns;
+    pack<T>(from + c * in, in, pixels, count, rows);
+    transpose_lines(pixels, rows, to + c, out, rows, count);
+  }
 }
 
 }  // namespace
