@@ -92,8 +92,8 @@ struct Tile {
 // Where a sample is (channels, pixels), some of its tensors have their channels last. A tile with all channels has what
 // is near each other in both orders. Where it is (pixels, channels), the one row has whole pixels. In a sum, and in
 // other samples, the one row is a chunk. More than half a chunk of 12 channels of float32 is too much for a core's
-// first cache if two tensors are copied; of less memory, smaller tiles cost more calls than they save, and of 8 bytes a
-// pixel larger ones cost fewer.
+// first cache if two tensors are copied; of less memory, smaller tiles cost more calls than they save. Of 8 bytes a
+// pixel, larger ones cost fewer.
 template <class Run>
 Tile tile_of(const Call& call, DType dtype = DType::float32) {
   constexpr int64_t kUnit = kMultiple<Run>;

@@ -6,7 +6,7 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// AVX-512 F cannot interleave elements of 16 bits in more than two pieces.
+// Of 16 bits two at most: gather_copies (transpose.h) takes 16 columns at once.
 template <class T>
 constexpr int64_t kMostPieces = sizeof(Floats) == 64 && sizeof(T) == 2 ? 2 : sizeof(Floats) / 16;
 
