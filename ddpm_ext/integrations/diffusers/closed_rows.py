@@ -26,7 +26,7 @@ from ddpm_ext.tables.row_needs import RowNeeds
 from ddpm_ext.tables.trace import TraceResult
 from ddpm_ext.tables.trace_batch import ROUNDED, Array, flat, relative
 from ddpm_ext.tables.trace_linear import HISTORY, Ints, columns_of, rings_of
-from ddpm_ext.tables.trace_run import Step, on_cpu, parameters_of, parts_of, step_of
+from ddpm_ext.tables.trace_run import Result, Taken, on_cpu, parameters_of, parts_of, step_of
 from ddpm_ext.tables.trace_watch import copied
 
 METHODS = (
@@ -38,6 +38,7 @@ METHODS = (
 )  # fmt: skip
 CACHED = 64  # kinds of loops
 TRIED = 8  # random numbers in a proof
+KINDS = 2 * (2 + HISTORY)  # samples and outputs there, as any step's result hangs on, past a step that it does not read
 NONE: Any = object()  # a generator that nobody can draw by
 
 
@@ -77,7 +78,7 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         _check(scheduler, form, first, len(timesteps), factors, history)
         settings = tuple([getattr(scheduler.config, name, None) for name in form.settings])
         key = cls, methods, settings, first, tuple(factors.noisy), (factors.s != 0).tobytes(), rings.tobytes(), dims
-        loop = Loop(form, first, timesteps, factors, history, rings, dims)
+        loop = Loop(form, first, timesteps, factors, history, rings, Numbers.of(dims))
         found = _steps.get_or_make(key, lambda: _tried(scheduler, loop))
     except Exception:  # which a trace explains
         return None
@@ -106,7 +107,7 @@ def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
     factor."""
     n, past = len(factors.x), factors.past
     if past is None or not past.any():
-        return {}, np.full((n, 0), -1)
+        return {}, np.full((n, 0 if past is None else past.shape[1]), -1)
     stores = np.ones(n, bool)
     if factors.skips is not None:
         stores[factors.skips] = False
@@ -150,8 +151,8 @@ class Numbers(NamedTuple):
     """What a proof takes. Nobody may write to it.
 
     Attributes:
-        tensors: samples and outputs of one number each, as many as any step's result hangs on, past a step that it does
-            not read, and the noise that a generator with the seed 0 draws first.
+        tensors: a sample and an output in turn, of one number each, and the noise that a generator with the seed 0
+            draws first.
         values: these, (tensors, TRIED).
         following: what it draws then.
     """
@@ -165,21 +166,14 @@ class Numbers(NamedTuple):
     def of(dims: int) -> Numbers:
         generator = torch.Generator().manual_seed(1)
         shape = TRIED, *[1] * (dims - 1)
-        kinds = [torch.randn(shape, generator=generator, device="cpu") for _ in range(2 * (2 + HISTORY))]
+        kinds = [torch.randn(shape, generator=generator, device="cpu") for _ in range(KINDS)]
         z = torch.randn(shape, generator=generator.manual_seed(0), device="cpu")
         following = torch.rand((), generator=generator, device="cpu").item()
         return Numbers((*kinds, z), np.array([flat(y) for y in (*kinds, z)]), following)
 
 
 class Loop(NamedTuple):
-    """What is proven.
-
-    Attributes:
-        form, factors: of its steps.
-        first, timesteps: as `closed` has them.
-        history, rings: as `_history` gives them.
-        dims: how many dimensions samples have.
-    """
+    """What is proven, by `numbers`: of `first` and `timesteps` as `closed` has them, and what `_history` gives."""
 
     form: Form
     first: int
@@ -187,7 +181,19 @@ class Loop(NamedTuple):
     factors: Factors
     history: dict[str, Array]
     rings: Ints
-    dims: int
+    numbers: Numbers
+
+    def beginning(self) -> int:
+        """How many steps there are up to the first that reads as many others as any. From there on, a step changes its
+        index alone, or what the one a period before it does."""
+        full = (self.rings >= 0).all(1)
+        return 1 + (int(full.argmax()) if full.any() else self.rings.shape[1])
+
+    def tried(self) -> list[int]:
+        """The steps that prove it, each after those that it reads: its beginning, and the last ones."""
+        n, period = len(self.timesteps), self.factors.period
+        last = (n - 1 - self.rings.shape[1]) // period * period
+        return sorted({*range(self.beginning()), *range(last, n)}.intersection(range(n)))
 
     def counted(self, i: int) -> dict[str, int]:
         """What counts the steps, after step i."""
@@ -202,11 +208,15 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
     adds = [draws and bool(s) for draws, s in zip(noisy, factors.s, strict=True)]
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
     with on_cpu():
-        steps = _run(own, loop)
+        taken = _run(own, loop)
+    _prove(loop, taken)
+    steps = [taken[i].step for i in range(min(n, loop.beginning()))]
     for i in range(len(steps), n):
         like, drawn = steps[-factors.period], [torch.float32] * noisy[i]
         kept = like.state if factors.period > 1 else {}
         steps.append(like._replace(draws=drawn, state=kept | loop.counted(i)))
+    if any((step.state.keys(), *step[3:]) != (steps[i].state.keys(), *steps[i][3:]) for i, (step, *_) in taken.items()):
+        raise Uncovered
     reads = np.zeros((n, HISTORY), bool)
     reads[:, : loop.rings.shape[1]] = loop.rings >= 0
     keeps = np.zeros(n + 1, bool)
@@ -221,76 +231,65 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
     return Steps(trace, {}, needs)
 
 
-def _run(own: Any, loop: Loop) -> list[Step]:
-    """What the first steps do, up to the first that reads as many others as any. From there on, a step changes its
-    index alone, or what the one a period before it does. Raises Uncovered where a step is not that of its factors, or
-    does more.
-
-    own: an object whose steps are run.
-    """
-    _, _, timesteps, factors, history, rings, dims = loop
-    n, scales, stores = len(timesteps), factors.scales, factors.past is not None
-    depth = 0 if factors.past is None else factors.past.shape[1]
-    full = (rings >= 0).all(1)
-    told = 1 + (int(full.argmax()) if rings.size and full.any() else depth)
-    # A step is tried after those that it reads, and with other numbers.
-    period, dt = factors.period, factors.dt
-    tried = sorted({*range(told), *range((n - 1 - depth) // period * period, n)}.intersection(range(n)))
-    tensors, values, following = Numbers.of(dims)
-    kinds = len(values) - 1  # the last one is noise
-    basis = np.eye(len(values))
-    scale = getattr(own, "scale_model_input", None)
-    draws = {"generator": NONE} if "generator" in parameters_of(type(own).step) else {}
-    steps: list[Step] = []
-    found: list[Tensor] = []
-    weights: list[Array] = []
-    stored: dict[int, Array] = {}  # by a step's number
-    for turn, i in enumerate(tried):
+def _run(own: Any, loop: Loop) -> dict[int, Taken]:
+    """What the tried steps do, in their order, by an object whose steps are run."""
+    taken: dict[int, Taken] = {}
+    for turn, i in enumerate(loop.tried()):
+        at = 2 * turn % KINDS
+        x, m = loop.numbers.tensors[at : at + 2]
         if turn:
             vars(own).update(loop.counted(i - 1))
-        at_x, at_m = 2 * turn % kinds, (2 * turn + 1) % kinds
-        x, m, of_x, of_m = tensors[at_x], tensors[at_m], basis[at_x], basis[at_m]
+        if loop.factors.own is not None and loop.factors.own[i]:
+            x = taken[i - 1].prev  # in whose place the step reads what it was made of
+        taken[i] = _take(own, loop, i, x, m, taken[0].step.result if turn else None)
+    return taken
+
+
+def _take(own: Any, loop: Loop, i: int, x: Tensor, m: Tensor, like: Result | None) -> Taken:
+    """Step i, which returns a tuple in place of `like`, if that is given. Raises Uncovered where it does anything else
+    than steps of these factors do, whatever the numbers."""
+    factors, t = loop.factors, loop.timesteps[i]
+    noisy, begins_period = factors.noisy[i], i % factors.period == 0
+    scaled = own.scale_model_input(x, t) if hasattr(own, "scale_model_input") else x
+    before = vars(own).copy()
+    generator = torch.Generator().manual_seed(0) if noisy else NONE
+    options = {"generator": generator} if "generator" in parameters_of(type(own).step) else {}
+    result, prev, second = parts_of(own.step(m, t, x, **options | ({} if like is None else {"return_dict": False})))
+    step = step_of(own, like or result, m, before, [torch.float32] * noisy, 0, {})
+    if not (
+        loop.counted(i).items() <= step.state.items()
+        and step.state.get("dt") == (None if factors.dt is None or not begins_period else factors.dt[i])
+        and step.stores == (factors.past is not None and begins_period)
+        and (second is None) == (factors.clean is None)
+        and (scaled is x or factors.scales is not None or len(loop.timesteps) == 1)
+        and (not noisy or torch.rand((), generator=generator, device="cpu").item() == loop.numbers.following)
+    ):
+        raise Uncovered
+    return Taken(step, prev, second, scaled)
+
+
+def _prove(loop: Loop, taken: Mapping[int, Taken]) -> None:
+    """Raises Uncovered where the tensors that steps gave are not what the factors make of the numbers."""
+    factors, history, values = loop.factors, loop.history, loop.numbers.values
+    basis = np.eye(len(values))
+    claims: list[tuple[Tensor, Array]] = []  # each tensor, and how much of each number is in it
+    stored: dict[int, Array] = {}  # the same of what a step keeps, by its number
+    for turn, (i, (_, prev, second, scaled)) in enumerate(taken.items()):
+        at = 2 * turn % KINDS
+        of_x, of_m = basis[at : at + 2]
         if factors.own is not None and factors.own[i]:
-            x, of_x = found[-1], weights[-1]  # in whose place the step reads what it was made of
-        scaled = x if scale is None else scale(x, timesteps[i])
-        before, noisy = vars(own).copy(), factors.noisy[i]
-        generator = torch.Generator().manual_seed(0) if noisy else None
-        options = draws | ({"generator": generator} if noisy else {}) | ({"return_dict": False} if turn else {})
-        result, prev, second = parts_of(own.step(m, timesteps[i], x, **options))
-        step = step_of(own, result, m, before, [torch.float32] * noisy, 0, {})
-        length = None if dt is None or i % period else dt[i]
-        counted = loop.counted(i)
-        if not counted.items() <= step.state.items() or step.stores != (stores and i % period == 0):
-            raise Uncovered
-        if step.state.get("dt") != length:
-            raise Uncovered
-        if turn >= told:
-            like = steps[told - 1 - (told - 1 - i) % period]
-            keys = like.state.keys() if period > 1 else counted.keys()
-            if (step.state.keys(), step.tensors, step.holds_output) != (keys, like.tensors, like.holds_output):
-                raise Uncovered
-        if (second is None) != (factors.clean is None):
-            raise Uncovered
-        if generator is not None and torch.rand((), generator=generator, device="cpu").item() != following:
-            raise Uncovered
-        steps.append(step._replace(result=steps[0].result) if steps else step)
-        read = [j for j in rings[i].tolist() if j >= 0]
+            of_x = claims[-1][1]
+        read = [j for j in loop.rings[i].tolist() if j >= 0]
         if all([j in stored for j in read]):
             past = [history[f"h{1 + k}"][i] * stored[j] for k, j in enumerate(read)]
-            found.append(prev)
-            weights.append(factors.x[i] * of_x + factors.m[i] * of_m + factors.s[i] * basis[-1] + sum(past))
+            claims.append((prev, factors.x[i] * of_x + factors.m[i] * of_m + factors.s[i] * basis[-1] + sum(past)))
         if history:
             stored[i] = history["k1"][i] * of_x + history["k2"][i] * of_m
         if second is not None and factors.clean is not None:
-            found.append(second)
-            weights.append(factors.clean[i, 0] * of_x + factors.clean[i, 1] * of_m)
-        if scales is not None and i:
-            found.append(scaled)
-            weights.append(scales[i] * of_x)
-        elif scales is None and n > 1 and scaled is not x:
-            raise Uncovered
-    results, sums = torch.stack(found), np.array(weights)
+            claims.append((second, factors.clean[i, 0] * of_x + factors.clean[i, 1] * of_m))
+        if scaled is not None and factors.scales is not None and i:
+            claims.append((scaled, factors.scales[i] * of_x))
+    results, sums = torch.stack([x for x, _ in claims]), np.array([weights for _, weights in claims])
     errors = np.abs(results.double().numpy().reshape(-1, TRIED) - sums @ values)
     if results.dtype is not torch.float32 or not (relative(errors, np.abs(sums) @ np.abs(values)) <= ROUNDED).all():
         raise Uncovered
-    return steps[: min(told, n)]
