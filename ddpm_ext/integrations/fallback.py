@@ -120,11 +120,13 @@ def kept(obj: Any, size: int, key: Hashable, make: Callable[[], Result], held: A
     that no others get these.
     """
     cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
-    if cache is None:
-        cache = obj.__dict__.setdefault("_fused_cache", BoundedCache(size))
-    found = cache.get(key)
-    if found is None:
-        if not (torch.compiler.is_compiling() or is_plain(torch.empty(0, device="cpu"))):
-            raise Fallback("its tables are first asked for within a function transform")
-        found = cache.get_or_make(key, lambda: (made_outside_autograd(make), held))
-    return result_of(found[0])
+    found = None if cache is None else cache.get(key)
+    return result_of((_make_kept(obj, size, key, make, held) if found is None else found)[0])
+
+
+@torch.compiler.disable  # torch 2.7 has an internal error where a graph breaks in it
+def _make_kept(obj: Any, size: int, key: Hashable, make: Callable[[], Any], held: Any) -> tuple[Any, Any]:
+    if not is_plain(torch.empty(0, device="cpu")):
+        raise Fallback("its tables are first asked for within a function transform")
+    cache: BoundedCache[Any] = obj.__dict__.setdefault("_fused_cache", BoundedCache(size))
+    return cache.get_or_make(key, lambda: (made_outside_autograd(make), held))

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.fallback import Fallback, kept, result_of
+from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.grid import make_grid
@@ -115,9 +114,7 @@ class FusedTables:
         inverse = method == "ddim_reverse_sample"
         keep_eps = inverse and self.prediction == "eps" and not x0_changes
         make = self._inverse if inverse else self._ddim
-        key, cache = (method, eta, keep_eps), self.__dict__.get("_fused_cache")
-        found = None if cache is None else cache.get(key)
-        return _make_kept(self, CACHED, key, lambda: make(eta, keep_eps)) if found is None else result_of(found[0])
+        return kept(self, CACHED, (method, eta, keep_eps), lambda: make(eta, keep_eps))
 
     def _ddim(self, eta: float, keep_eps: bool) -> KernelTables:
         if not 0 <= eta < math.inf:
@@ -170,17 +167,7 @@ def tables_of(peer: Any) -> FusedTables:
     unnoticed.
     """
     state = (_SPACED_STATE if _is_spaced(peer) else _STATE)(peer)
-    key = tuple(map(id, state))
-    cache: BoundedCache[Any] | None = peer.__dict__.get("_fused_cache")
-    found = None if cache is None else cache.get(key)
-    if found is None:
-        return _make_kept(peer, 1, key, lambda: FusedTables(peer), state)
-    tables = found[0]
-    return tables if type(tables) is FusedTables else result_of(tables)
-
-
-# Nothing of it is traced: torch 2.7 has an internal error where a graph breaks in it.
-_make_kept = torch.compiler.disable(kept)
+    return kept(peer, 1, tuple(map(id, state)), lambda: FusedTables(peer), state)
 
 
 def timesteps_for(
