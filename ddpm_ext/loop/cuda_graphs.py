@@ -33,6 +33,7 @@ class CudaGraphs:
         self._possible = device.type == "cuda"
         self._capturing: Any = None  # the graph that is being captured
         self._has_captured_loop = False  # that graph, or the last one
+        self._size = ""  # what many_nodes found
         self.has_loops = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
         if self._possible:
             self._pool = torch.cuda.graph_pool_handle()
@@ -41,20 +42,17 @@ class CudaGraphs:
         else:
             self._fall_back(f"the samples are on {device}, where there are none")
 
-    def has_many_nodes(self, model: object, steps: int) -> bool:
-        """Whether one graph with nodes of each step would have tens of thousands of them, of which each layer of a
-        Module is counted as one: it takes long to make, and much memory."""
+    def many_nodes(self, model: object, steps: int) -> str:
+        """What to warn of where one graph with nodes of each step would have tens of thousands of them, of which each
+        layer of a Module is counted as one: it takes long to make, and much memory. Empty where it has fewer."""
         layers = [m for m in model.modules() if not any(m.children())] if isinstance(model, nn.Module) else []
         nodes = len(layers) * steps
-        self._size = (
-            f"graph is 'loop': {steps} steps with {len(layers)} layers each make a CUDA graph of some {nodes:,} "
-            f"nodes, expected fewer than {_MANY_NODES:,}: graph='step' captures a single step"
-        )
-        return self._possible and nodes >= _MANY_NODES
-
-    def warn_of_size(self, why: str = "", stacklevel: int = 5) -> None:
-        """Warns of as many nodes as has_many_nodes has counted."""
-        warnings.warn(self._size + why, stacklevel=stacklevel)
+        if self._possible and nodes >= _MANY_NODES:
+            self._size = (
+                f"graph is 'loop': {steps} steps with {len(layers)} layers each make a CUDA graph of some {nodes:,} "
+                f"nodes, expected fewer than {_MANY_NODES:,}: graph='step' captures a single step"
+            )
+        return self._size
 
     def repeat(self, count: int, body: Callable[[], None], goes_on: Callable[[], torch.Tensor]) -> None:
         """Calls `body` `count` times. Where a graph is captured and can hold a loop, it is called once, as that loop's
@@ -100,7 +98,8 @@ class CudaGraphs:
             self.has_loops = False
             in_loop, reason = reason, self._record(key, step)
             if reason is None:
-                self.warn_of_size(f" (as a loop in the graph, they can't be captured: {in_loop})", stacklevel=6)
+                why = f" (as a loop in the graph, they can't be captured: {in_loop})"
+                warnings.warn(self._size + why, stacklevel=5)
         if reason is not None:
             self._possible = False
             self._fall_back(reason)

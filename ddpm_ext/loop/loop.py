@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -79,10 +80,10 @@ class Loop:
         self._whole = options.graph == "loop"
         # Which rows a loop in the graph takes, if nodes for each of them were too many.
         self._repeated = _Repeated(0, 0, 0)
-        if self._graphs is not None and self._whole and self._graphs.has_many_nodes(model, len(rows)):
+        if self._graphs is not None and self._whole and (many := self._graphs.many_nodes(model, len(rows))):
             self._repeated = _repeated(self._step.calls)
             if not self._graphs.has_loops or self._repeated.turns == 0:
-                self._graphs.warn_of_size()
+                warnings.warn(many, stacklevel=4)
         if options.graph:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
         if not options.graph or self._whole:
