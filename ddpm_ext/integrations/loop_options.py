@@ -121,8 +121,7 @@ def diffusion_of(tables: Mapping[str, Tensor], prediction: str) -> GaussianDiffu
     """
     names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
     signal, noise, log_variance = (tables[name].detach().to("cpu", torch.float64) for name in names)
-    before = torch.cat([signal.new_ones(1), signal[:-1]]), torch.cat([noise.new_zeros(1), noise[:-1]])
-    betas = betas_between((signal, noise), before)
+    betas = betas_between((signal, noise))
     large = torch.allclose(log_variance[1:].exp(), betas[1:], rtol=1e-2)
     variance = "fixed_large" if large else "fixed_small"
     try:

@@ -166,8 +166,11 @@ def power_share(signal: Tensor, noise: Tensor) -> Tensor:
     return signal**2 / (signal**2 + noise**2)
 
 
-def betas_between(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+def betas_between(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """1 - alphas_cumprod before / alphas_cumprod after, of levels of signal and noise, without a difference of numbers
-    near 1."""
-    (signal, noise), (signal_after, noise_after) = before, after
+    near 1. after: None for those of one timestep less, and clean data at the first."""
+    signal, noise = before
+    if after is None:
+        after = torch.cat([signal.new_ones(1), signal[:-1]]), torch.cat([noise.new_zeros(1), noise[:-1]])
+    signal_after, noise_after = after
     return (noise**2 * signal_after**2 - noise_after**2 * signal**2) / ((signal**2 + noise**2) * signal_after**2)

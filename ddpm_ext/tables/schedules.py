@@ -250,8 +250,7 @@ def _of_levels(schedule: NoiseSchedule, timesteps: int) -> ForwardLevels:
     signal, noise = schedule.signal, schedule.noise
     if len(signal) != timesteps:
         raise ValueError(f"beta_schedule has {len(signal)} levels, expected {timesteps}, one a timestep")
-    before = torch.cat([signal.new_ones(1), signal[:-1]]), torch.cat([noise.new_zeros(1), noise[:-1]])
-    betas = levels.betas_between((signal, noise), before)
+    betas = levels.betas_between((signal, noise))
     alphas_cumprod = levels.power_share(signal, noise)
     timestep = schedule.timestep
     assert timestep is None or isinstance(timestep, Tensor)
