@@ -164,11 +164,6 @@ def in_transform(*kinds: TransformType) -> bool:
     return stack is not None and any(interpreter.key() in kinds for interpreter in stack)
 
 
-def in_vmap() -> bool:
-    """Whether a torch.func.vmap is at work."""
-    return in_transform(TransformType.Vmap)
-
-
 def is_differentiated() -> bool:
     """Whether torch.func takes a derivative, by grad, vjp, jvp and what is made of these."""
     return in_transform(TransformType.Grad, TransformType.Jvp)
@@ -190,7 +185,7 @@ def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None
     """
     if recorded and torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
-    if (recorded and torch._C._is_tracing()) or (get_interpreter_stack() is not None and in_vmap()):
+    if (recorded and torch._C._is_tracing()) or in_transform(TransformType.Vmap):
         return _seed_of_torch()
     if device.type in cards.CAPTURING and cards.stream_captures():
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
