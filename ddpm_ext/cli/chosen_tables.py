@@ -86,7 +86,7 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
             raise ValueError(f"{name}: got {getattr(options, name)} beside {beside}, which has rows of its own")
     scales = scales_of(options)
     if options.table is not None:
-        found = dict.fromkeys(scales, _load(Path(options.table)))
+        found = dict.fromkeys(scales, load_table(options.table))
     else:
         found = {scale: _tuned(options, model, scale) for scale in scales}
     if not _is_of(model, found.values()):
@@ -110,7 +110,8 @@ def _tuned(options: argparse.Namespace, model: LoadedModel, scale: float | None)
         raise ValueError(f"sampler: {error}; {shlex.join(command)} makes it") from error
 
 
-def _load(path: Path) -> StepTable:
+def load_table(path: str) -> StepTable:
+    """A table in a file. Raises ValueError where it can't be read."""
     try:
         return StepTable.load(path)
     except OSError as error:

@@ -11,6 +11,7 @@ from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli import arguments
+from ddpm_ext.cli.chosen_tables import load_table
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
@@ -120,10 +121,7 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
         raise ValueError(f"table: {source} has no {CONFIG}, nor has its scheduler/, expected one of them")
     if not _is_table(source):
         raise ValueError(f"table: got {source}, expected {SOURCES}")
-    try:
-        return StepTable.load(source)
-    except OSError as error:
-        raise ValueError(f"table: cannot read {source}: {error.strerror or error}") from error
+    return load_table(source)
 
 
 def _config_of(source: str) -> Path | None:
