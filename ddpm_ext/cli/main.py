@@ -133,7 +133,7 @@ class _Watched:
         return getattr(self.stream, name)
 
 
-def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int:
+def _code_of(options: argparse.Namespace, stdout: _Watched | None) -> int:
     """Runs the command, and reports its errors apart from those of stdout."""
     try:
         _run(options)

@@ -22,10 +22,11 @@ from ddpm_ext.plots.recorder import Recorder
 
 _OF_EACH, _SHOWN, _PICTURES = 8, 5, 10
 _SCALES, _SCALE = (0.0, 1.0, 2.5, 5.0), 2.5
+_ROUNDS = 60
 _SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))
 
 
-def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25, progress: bool = True) -> list[Path]:
+def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
     """Draws shapes with the model that comes with the package, and writes three pictures to `folder`.
 
     samples.png has eight samples of each class; guidance.png one of each with rising guidance and the same noise;
@@ -57,7 +58,6 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25, progress: bool 
                 model_kwargs=classes.model_kwargs(range(count), guided=True),
                 rng=Philox(seed),
                 record="last",
-                progress=progress,
                 **options,
             )
 
@@ -72,7 +72,7 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25, progress: bool 
     return paths
 
 
-def step_costs(shape: tuple[int, ...], *, rounds: int = 60) -> tuple[float, float]:
+def step_costs(shape: tuple[int, ...]) -> tuple[float, float]:
     """Median seconds of one reverse step without the model's call: of the fused kernel, and of eager torch.
 
     The model's output is given, and the noise is drawn in the step. The two are timed in turns.
@@ -90,7 +90,7 @@ def step_costs(shape: tuple[int, ...], *, rounds: int = 60) -> tuple[float, floa
 
     with torch.no_grad():
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds + 5):
+        for _ in range(_ROUNDS + 5):
             for step, seconds in zip((fused_step, eager_step), times, strict=True):
                 seconds.append(_seconds(step))
     return statistics.median(times[0][5:]), statistics.median(times[1][5:])

@@ -63,7 +63,7 @@ class Log:
         OSError: a file can't be written; the message is one sentence.
     """
 
-    def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker]) -> None:
         self.path, self.trackers = folder / "losses.csv", trackers
         earlier = [f"{','.join(row)}\n" for row in _whole_lines(self.path) if int(row[0]) <= step] if step else []
         with files.errors_name("losses", self.path):

@@ -70,7 +70,7 @@ class Outputs:
         settings: DiffusionSettings,
         classes: Classes | None,
         report: Callable[[str], None],
-        change: Collection[str] = (),
+        change: Collection[str],
     ) -> None:
         self.settings, self.classes = settings, classes
         self.change = change

@@ -173,13 +173,11 @@ ROUNDS = 3
 DAMPINGS, LENGTHS = (1e-1, 1e-2, 1e-3, 1e-4), (1.0, 0.5)
 
 
-def polish(
-    rows: Rows, trajectories: Sequence[Trajectory], weights: Weights, rounds: int = ROUNDS
-) -> tuple[Weights, Tensor]:
+def polish(rows: Rows, trajectories: Sequence[Trajectory], weights: Weights) -> tuple[Weights, Tensor]:
     """All weights together, towards the teacher's last samples: the method of Gauss and Newton, damped as by Levenberg
     and Marquardt, with differences in place of derivatives. Returns the weights and their errors."""
     error = _errors([rows.finish(weights, *rows.begin(own))[1] for own in trajectories], trajectories)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         gram, right = _slopes(rows, trajectories, weights, inverse_errors(error))
         best = weights, error
         for damping in DAMPINGS:
@@ -196,11 +194,11 @@ def polish(
     return weights, error
 
 
-def polish_calls(steps: int, rounds: int = ROUNDS, *, guided: bool) -> int:
+def polish_calls(steps: int, *, guided: bool) -> int:
     """How often `polish` calls the model at most, for a batch."""
     weights = [2 + min(row, HISTORY) + guided for row in range(steps)]
     slopes = sum(count * (steps - 1 - row) for row, count in enumerate(weights)) + 2 * (steps - 1)
-    return rounds * (slopes + len(DAMPINGS) * len(LENGTHS) * (steps - 1)) + steps
+    return ROUNDS * (slopes + len(DAMPINGS) * len(LENGTHS) * (steps - 1)) + steps
 
 
 def _slopes(
