@@ -34,6 +34,7 @@ TORCH = [*sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"), 
 
 # Of undefined behaviour, all that g++ can look for; the instruction of a trap is a fault, which the stand-in catches.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+COMPILER = [*filter(None, [shutil.which("ccache")]), "g++"]  # with ccache, unchanged sources are compiled once for all
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g1"]
 
 
@@ -41,9 +42,7 @@ def why_not() -> str | None:
     """Why it can't be built here."""
     if not sys.platform.startswith("linux"):
         return f"the stand-in for CUDA's runtime is for Linux, this is {sys.platform}"
-    if shutil.which("g++") is None:
-        return "there is no g++ on PATH"
-    return None
+    return None if shutil.which("g++") else "there is no g++ on PATH"
 
 
 def run(*command: str | Path) -> None:
@@ -70,7 +69,7 @@ def compile_all(sources: Iterable[Path], folder: Path, sanitizers: list[str]) ->
     def compile_one(source: Path) -> Path:
         target = object_file(source, folder)
         own = [*cuda, *(sanitizers or TRAPS)] if source in KERNELS else sanitizers
-        run("g++", *flags, *own, "-c", source, "-o", target)
+        run(*COMPILER, *flags, *own, "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
