@@ -103,8 +103,8 @@ def test_sentences():
     by_calls = [calls["unipc",][5], calls["ddpm",][6], calls["tuned",][0]]
     told = told_in(readme, "Fréchet distance of # to the images, and 1,000 of DDPM one of #.")
     assert [*told, *told_in(readme, "4 calls then have a distance of #.")] == by_calls
-    for page in (SPEED, SPEED.with_name("sampling.md")):
-        assert told_in(page, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
+    told = told_in(SPEED.with_name("sampling.md"), "a Fréchet distance of # and 1,000 steps of `ddpm` one of #")
+    assert told == distances
     loops = table_after(RESULTS / "overview.md", "## Whole loops", keys=2)
     large = next(model for model, _ in loops if "CIFAR-10" in model)
     seconds = [float(loops[large, f"{way}, ddpm"][1]) for way in ("ddpm_ext", "eager PyTorch")]
