@@ -35,7 +35,7 @@ def test_failures_and_crashes_are_reported_with_their_seeds(tmp_path, capsys, mo
     path.write_text(CASES)
     found = {name: fuzz.run(f"{path}::test_{name}", 1000, 100)[0] for name in ("holds", "crashes")}
     assert found == {"holds": "", "crashes": "dies of SIGABRT"}
-    monkeypatch.setattr(fuzz, "PATIENCE", 10.0)
+    monkeypatch.setattr(fuzz, "PATIENCE", 0.5)
     assert fuzz.run(f"{path}::test_hangs", 7, 1)[0] == "hangs"
     monkeypatch.undo()
     path.write_text("import pytest\n\npytest.importorskip('no_such_library')" + CASES)
