@@ -215,7 +215,8 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
         like, drawn = steps[-factors.period], [torch.float32] * noisy[i]
         kept = like.state if factors.period > 1 else {}
         steps.append(like._replace(draws=drawn, state=kept | loop.counted(i)))
-    if any((step.state.keys(), *step[3:]) != (steps[i].state.keys(), *steps[i][3:]) for i, (step, *_) in taken.items()):
+    pairs = [(steps[i], each.step) for i, each in taken.items()]  # the last ones beside what they are to be like
+    if any((a.state.keys(), *a[3:]) != (b.state.keys(), *b[3:]) for a, b in pairs):
         raise Uncovered
     reads = np.zeros((n, HISTORY), bool)
     reads[:, : loop.rings.shape[1]] = loop.rings >= 0
