@@ -62,6 +62,10 @@ def with_fallback(
                 return result
             except Fallback as fallback:
                 reason, instead = fallback.reason, fallback.instead
+            except TypeError as error:
+                if not is_of_arguments(error):
+                    raise
+                reason = instead = None
             # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
             if reason is not None:
                 self.accelerated.record_fallback(self.library, name, reason)
@@ -78,6 +82,12 @@ def with_fallback(
         return call if compiles else call_unless_compiling
 
     return decorate
+
+
+def is_of_arguments(error: TypeError) -> bool:
+    """Whether a function that was called where this is caught does not take such arguments: its code did not run. The
+    peer rejects them, in its own method's name."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,9 @@ def _guided(module: str, name: str, mixin: str) -> KnownClass:
 _LUCIDRAINS = "denoising_diffusion_pytorch"
 KNOWN = (
     _diffusers("scheduling_ddpm", "DDPMScheduler", "alphas", "DDPM"),
+    _diffusers("scheduling_ddpm_parallel", "DDPMParallelScheduler", "alphas", "DDPMParallel"),
     _diffusers("scheduling_ddim", "DDIMScheduler", "alphas", "DDIM"),
+    _diffusers("scheduling_ddim_parallel", "DDIMParallelScheduler", "alphas", "DDIMParallel"),
     _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "alphas", "DDIMInverse"),
     _guided("guided_diffusion.gaussian_diffusion", "GaussianDiffusion", "Guided"),
     _guided("guided_diffusion.respace", "SpacedDiffusion", "Spaced"),

@@ -245,7 +245,7 @@ def test_objects_of_a_class_that_returns_tuples_unless_it_is_asked():
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DDIMParallelScheduler"])
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DEISMultistepScheduler"])
 def test_a_setting_is_traced_once(monkeypatch, name):
     """Loops of the same setting share the rows, whatever object they are of, and what a loop leaves behind is no
     setting. To find them, a scheduler's own code takes each step once, and some a second time in other dtypes."""

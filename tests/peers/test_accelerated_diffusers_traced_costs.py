@@ -115,8 +115,9 @@ def test_compiled_code_is_compiled_once(name, monkeypatch):
     assert 0 < counts[0] == counts[2] <= 3 and len(taken) == 2 * (10 + 10 + 7)
 
 
-def test_ddims_arguments_are_looked_at_once_in_a_loop(monkeypatch):
-    ours, looks = accelerate(make("DDIM")), []
+@pytest.mark.parametrize("name", ["DDIM", "DDIMParallel"])
+def test_ddims_arguments_are_looked_at_once_in_a_loop(monkeypatch, name):
+    ours, looks = accelerate(make(name)), []
     own = type(ours)._looked_at
     monkeypatch.setattr(type(ours), "_looked_at", lambda *args, **options: looks.append(1) or own(*args, **options))
     assert torch.equal(loop(ours), loop(ours)) and len(looks) == 2

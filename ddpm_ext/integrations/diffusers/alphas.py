@@ -1,4 +1,4 @@
-"""diffusers' DDPMScheduler, DDIMScheduler and DDIMInverseScheduler.
+"""diffusers' DDPMScheduler, DDIMScheduler, their parallel twins, and DDIMInverseScheduler.
 
 They have mixins of their own because their steps need no loop: any timestep may come after any other, and a setting
 may change in between. All timesteps' rows are there at once, where tracing would follow a loop anew from each step that
@@ -27,7 +27,7 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     result_dtype,
 )
 from ddpm_ext.integrations.diffusers.traced_loop import EDITED, Settings, repeated_call
-from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.fallback import Fallback, is_of_arguments
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Support
 from ddpm_ext.integrations.tensors import dtype_name
@@ -47,23 +47,33 @@ ONE_LAUNCH = "float32, float16, bfloat16; a timestep a sample, or one for all; g
 WATCHED = (*EDITED, "num_inference_steps", "final_alpha_cumprod", "initial_alpha_cumprod")
 SUPPORT = (
     Support(
-        "DDPMScheduler",
+        "DDPMScheduler, DDPMParallelScheduler",
         "step",
         "every prediction_type; variance_type fixed_small, fixed_small_log, fixed_large, learned, learned_range; "
         "clip_sample, thresholding; any timesteps",
         "variance_type fixed_large_log; steps to more noise, where diffusers returns NaN; epsilon without a clip where "
         "alphas_cumprod is 0; sample_max_value below 1; float64; gradients",
     ),
-    Support("DDPMScheduler", "add_noise, get_velocity", ONE_LAUNCH, "float64; samples that are broadcast"),
     Support(
-        "DDIMScheduler",
+        "DDPMScheduler, DDPMParallelScheduler",
+        "add_noise, get_velocity",
+        ONE_LAUNCH,
+        "float64; samples that are broadcast",
+    ),
+    Support(
+        "DDIMScheduler, DDIMParallelScheduler",
         "step",
         "every prediction_type; eta up to 1; use_clipped_model_output; variance_noise; clip_sample, thresholding; "
         "set_alpha_to_one; any timestep",
         "eta above 1; steps to more noise, where diffusers returns NaN; epsilon without a clip where alphas_cumprod "
         "is 0; sample_max_value below 1; variance_noise of a wider dtype than the samples; float64; gradients",
     ),
-    Support("DDIMScheduler", "add_noise, get_velocity", ONE_LAUNCH, "float64; samples that are broadcast"),
+    Support(
+        "DDIMScheduler, DDIMParallelScheduler",
+        "add_noise, get_velocity",
+        ONE_LAUNCH,
+        "float64; samples that are broadcast",
+    ),
     Support(
         "DDIMInverseScheduler",
         "step",
@@ -165,7 +175,12 @@ class Alphas(Forward):
         again: Again | None = self.__dict__.get("_again")
         place = None if again is None else again.call.row_of(self.__dict__, args, kwargs)
         if again is None or place is None or again.row[place] == UNFUSED:
-            rows, result = self._looked_at(*args, **kwargs)
+            try:
+                rows, result = self._looked_at(*args, **kwargs)
+            except TypeError as error:
+                if is_of_arguments(error):
+                    raise Fallback from None
+                raise
             if rows is not None and len(args) == 3:
                 self._note(rows, args, kwargs)
             return result
@@ -265,6 +280,12 @@ class DDPM(Alphas):
         return self._take_place(place, model_output, timestep, sample, generator, return_dict, noisy=noisy, **extras)
 
 
+class DDPMParallel(DDPM):
+    """For DDPMParallelScheduler, whose step is DDPMScheduler's."""
+
+    _output = ("schedulers.scheduling_ddpm_parallel", "DDPMParallelSchedulerOutput")
+
+
 class DDIM(Alphas):
     """For DDIMScheduler."""
 
@@ -293,6 +314,12 @@ class DDIM(Alphas):
             place, model_output, timestep, sample, generator, return_dict, noisy=noisy, given=given
         )
         return None if noisy else place[0], taken
+
+
+class DDIMParallel(DDIM):
+    """For DDIMParallelScheduler, whose step is DDIMScheduler's."""
+
+    _output = ("schedulers.scheduling_ddim_parallel", "DDIMParallelSchedulerOutput")
 
 
 class DDIMInverse(Alphas):
