@@ -27,6 +27,19 @@ from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
 CPU = torch.device("cpu")
+Reads = tuple[list[tuple[int, str]], bool, bool]
+
+
+def reads_of(needs: Sequence[RowNeeds], clip: Clip | None, held: Sequence[bool] | None = None) -> list[Reads]:
+    """For each row, the places of the history that it reads and the inputs that they are, whether it keeps a tensor,
+    and whether that is the model's output itself. clip, held: as RowStepper takes them."""
+    kinds = {each.history for each in needs}
+    reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
+    held = held or [True] * len(needs)
+    return [
+        (reads[each.history], each.keeps, each.keeps_output and clip is None and of_row)
+        for each, of_row in zip(needs, held, strict=True)
+    ]
 
 
 class RowStepper:
@@ -38,7 +51,7 @@ class RowStepper:
         threshold: what they are divided by before.
         held: for each row, whether somebody holds the model's output anyway, so that a row that keeps it need not write
             it; None: all.
-        packed, needs: of the table, where they are there already.
+        packed, needs, reads: of the table, where they are there already: what reads_of makes.
 
     Attributes:
         clip, threshold: the arguments.
@@ -61,6 +74,7 @@ class RowStepper:
         *,
         packed: Tensor | None = None,
         needs: list[RowNeeds] | None = None,
+        reads: list[Reads] | None = None,
     ) -> None:
         self._made_table, self.clip, self.threshold = table, clip, threshold
         self.needs = row_needs(self.table) if needs is None else needs
@@ -71,19 +85,7 @@ class RowStepper:
         # By dtype on a CPU, where to hash a device would take as long as a small launch.
         self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
-        self._held = held
-
-    @functools.cached_property
-    def _of_history(self) -> list[tuple[list[tuple[int, str]], bool, bool]]:
-        """For each row, the places of the history that it reads and the inputs that they are, whether it keeps a
-        tensor, and whether that is the model's output itself."""
-        kinds = {needs.history for needs in self.needs}
-        reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
-        held = self._held or [True] * len(self.needs)
-        return [
-            (reads[needs.history], needs.keeps, needs.keeps_output and self.clip is None and held[i])
-            for i, needs in enumerate(self.needs)
-        ]
+        self._reads = reads_of(self.needs, clip, held) if reads is None else reads
 
     @functools.cached_property
     def table(self) -> StepTable:
@@ -101,8 +103,11 @@ class RowStepper:
 
         c_in: (rows,).
         """
-        made = copy.copy(self)
-        made.__dict__.update(_c_in=c_in, _packed={}, _quiet_steps={})
+        made, key = copy.copy(self), (CPU, torch.float32)
+        with torch.inference_mode(False):
+            packed = self._packed[key].clone()
+            packed[:, ROW.index("c_in")] = c_in
+        made.__dict__.update(_c_in=c_in, _packed={key: packed}, _quiet_steps={})
         return made
 
     def for_edits(self, own: Sequence[float]) -> RowStepper:
@@ -125,7 +130,7 @@ class RowStepper:
                 draws the row's noise: without it and without `noise`, none is added; `out`, where the next sample is
                 written.
         """
-        reads, keeps, keeps_output = self._of_history[i]
+        reads, keeps, keeps_output = self._reads[i]
         kept, dtype = None, x.dtype
         for k, name in reads:
             read = history[k]

@@ -295,6 +295,12 @@ def changed(own: Any, before: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
 
 
+def counted_by(steps: Sequence[Step], read: frozenset[str] | None) -> set[str]:
+    """The numbers that steps both read and change. read: the names of all that they read; None: nobody knows."""
+    changed = set().union(*[step.state for step in steps]).difference(*[step.tensors for step in steps])
+    return changed.intersection(read or ())
+
+
 def step_of(
     own: Any,
     result: Result,

@@ -100,23 +100,26 @@ def copied(value: Any) -> Any:
     if type(value) in CONSTANT:
         return value
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        return (value if value.is_cpu else value.cpu()).detach().clone()
     if is_simple(value):
         return value
     if isinstance(value, dict):
         held = (*value.values(), *getattr(value, "__dict__", {}).values())
-        if all([type(x) in CONSTANT or _is_constant(x) for x in held]):
+        others = {*map(type, held)} - CONSTANT
+        if all([_is_constant(x) for x in held if type(x) in others]):
             return _shallow(value)  # in a fiftieth of the time
     return copy.deepcopy(value)
 
 
+class _Config(dict[str, Any]):
+    """A config's items and attributes, of which a class of its own would look at each as it is put there."""
+
+
 def _shallow(value: dict[str, Any]) -> dict[str, Any]:
-    """copy.copy, past what the class of a config does for each item."""
+    """A copy in which the same is read."""
     if not isinstance(value, OrderedDict):
         return copy.copy(value)
-    made = type(value).__new__(type(value))
-    for name, item in value.items():
-        OrderedDict.__setitem__(made, name, item)
+    made = _Config(dict.copy(value))
     made.__dict__.update(value.__dict__)
     return made
 

@@ -16,8 +16,11 @@ from support.diffusers_classes import TRACED, check, classes, loop, make
 from support.launches import launches
 
 from ddpm_ext import accelerate
+from ddpm_ext.integrations.diffusers import closed_rows
 from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
+from ddpm_ext.tables import trace_run
 from ddpm_ext.tables.trace import follow
+from ddpm_ext.tables.trace_run import step_of
 
 # What a class's constructor may be given, where it has the parameter. What diffusers refuses is not tried.
 CHOICES = {
@@ -168,6 +171,17 @@ def test_loops_of_other_settings():
     for prediction in ("sample", "epsilon"):  # of which one stores the output itself
         plain, other = (make("DPMSolverMultistepScheduler", prediction_type=prediction) for _ in range(2))
         check(loop(accelerate(plain), 13), loop(other, 13), 1e-5)
+
+
+def test_steps_that_are_alike_are_tried_once(monkeypatch):
+    """The first and the last one, and two in another dtype, whatever the number of steps."""
+    tried = []
+    monkeypatch.setattr(trace_run, "step_of", lambda *args: tried.append(1) or step_of(*args))
+    monkeypatch.setattr(closed_rows, "step_of", trace_run.step_of)
+    for steps, (dtype, bound) in itertools.product((5, 9, 3), {torch.float32: 1e-5, torch.bfloat16: 1e-2}.items()):
+        plain, other = (make("FlowMatchEulerDiscreteScheduler", shift=2.0) for _ in range(2))
+        check(loop(accelerate(plain), steps, dtype), loop(other, steps, dtype), bound)
+    assert len(tried) <= 4
 
 
 @pytest.mark.parametrize(

@@ -169,12 +169,15 @@ class Form(NamedTuple):
         settings: of the config, on which it hangs what the expression is. Some of its classes may not have one.
         reads: the attributes that it and the class's own steps read before they write them.
         counter: the one that counts the steps; None without one.
+        alike: whether all steps are the same expression of their levels, whatever their number, without noise and
+            without what other steps left.
     """
 
     factors: Callable[[Any, int], Factors]
     settings: tuple[str, ...]
     reads: frozenset[str]
     counter: str | None = "_step_index"
+    alike: bool = False
 
 
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
@@ -189,6 +192,7 @@ FORMS: Mapping[str, Form] = {
         ("prediction_type", "num_train_timesteps"),
         frozenset({"timesteps", "_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"}),
         None,
+        alike=True,
     ),
     "DPMSolverMultistepInverseScheduler": Form(
         multistep.dpm_solver_multistep, DPM, (STEPS_READ | DPM_READ | {"lower_order_nums"}) - {"_begin_index"}
@@ -200,12 +204,14 @@ FORMS: Mapping[str, Form] = {
     "EDMDPMSolverMultistepScheduler": Form(
         multistep.dpm_solver_multistep, DPM, STEPS_READ | DPM_READ | {"lower_order_nums"}
     ),
-    "EDMEulerScheduler": Form(_edm_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
+    "EDMEulerScheduler": Form(_edm_euler, ("prediction_type",), STEPS_READ | {"sigmas"}, alike=True),
     "EulerAncestralDiscreteScheduler": Form(
         functools.partial(_euler, is_ancestral=True), ("prediction_type",), STEPS_READ | {"sigmas"}
     ),
-    "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}),
-    "FlowMatchEulerDiscreteScheduler": Form(_flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}),
+    "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}, alike=True),
+    "FlowMatchEulerDiscreteScheduler": Form(
+        _flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}, alike=True
+    ),
     "FlowMatchHeunDiscreteScheduler": Form(_heun, (), STEPS_READ | {"sigmas", "dt"}),
     "HeunDiscreteScheduler": Form(_heun, ("prediction_type", "clip_sample"), STEPS_READ | {"sigmas", "dt"}),
     "IPNDMScheduler": Form(multistep.ipndm, (), STEPS_READ | {"alphas", "betas", "ets", "num_inference_steps"}),

@@ -3,7 +3,8 @@
 So their first loop costs hardly more than any other: a trace takes longer than a loop of their own steps. As there, the
 scheduler's own steps on random numbers prove the rows: here the first and the last one, and of those that read steps
 before them some more, of the first loop of each kind, which are those of a class, its settings and a number of
-steps. What an expression does not cover is traced, and so is a class whose methods are not diffusers' own.
+steps, or of up to a hundred that are all alike. What an expression does not cover is traced, and so is a class whose
+methods are not diffusers' own.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.closed_factors import WIDE, Factors, Uncovered
 from ddpm_ext.integrations.diffusers.closed_forms import FORMS, Form
 from ddpm_ext.integrations.diffusers.scheduler import is_diffusers, own_methods
+from ddpm_ext.integrations.row_stepper import Reads, reads_of
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.row_needs import RowNeeds
 from ddpm_ext.tables.trace import TraceResult
 from ddpm_ext.tables.trace_batch import ROUNDED, Array, flat, relative
 from ddpm_ext.tables.trace_linear import HISTORY, Ints, columns_of, rings_of
-from ddpm_ext.tables.trace_run import Result, Taken, on_cpu, parameters_of, parts_of, step_of
+from ddpm_ext.tables.trace_run import Result, Taken, counted_by, on_cpu, parameters_of, parts_of, step_of
 from ddpm_ext.tables.trace_watch import copied
 
 METHODS = (
@@ -37,23 +39,32 @@ METHODS = (
     "precondition_outputs", "_get_conditioning_c_in",
 )  # fmt: skip
 CACHED = 64  # kinds of loops
+ALIKE = 100  # steps in a loop of such a kind, or fewer
 TRIED = 8  # random numbers in a proof
 KINDS = 2 * (2 + HISTORY)  # samples and outputs there, as any step's result hangs on, past a step that it does not read
 NONE: Any = object()  # a generator that nobody can draw by
 
 
 class Steps(NamedTuple):
-    """What is the same for all levels: of a class with these methods and settings, and a loop of as many steps.
+    """What is the same for all levels: of a class with these methods and settings, and a loop of as many steps, or
+    fewer where they are alike.
 
     Attributes:
         trace: what `follow` finds of them, without numbers.
+        needs, reads: as RowStepper takes them.
+        stateless: as TracedRows has it.
+        counted: the numbers that the steps read and change.
+        alike: whether they are.
         dtypes: as TracedRows has them, of all such loops.
-        needs: what the rows need.
     """
 
     trace: TraceResult
-    dtypes: dict[Any, Any]
     needs: list[RowNeeds]
+    reads: list[Reads]
+    stateless: bool
+    counted: set[str]
+    alike: bool
+    dtypes: dict[Any, Any]
 
 
 _steps: BoundedCache[Steps] = BoundedCache(CACHED)
@@ -68,7 +79,7 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         dims: how many dimensions samples have.
     """
     cls: Any = type(scheduler)
-    form, methods = FORMS.get(cls.__name__), own_methods(cls, METHODS)
+    form, methods = FORMS.get(cls.__name__), own_methods(cls, _methods_of(cls))
     is_own = methods is not None and is_diffusers(cls) and vars(scheduler).keys().isdisjoint(METHODS)
     if form is None or not is_own or torch.get_default_dtype() is not torch.float32:
         return None
@@ -77,9 +88,12 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         history, rings = _history(factors)
         _check(scheduler, form, first, len(timesteps), factors, history)
         settings = tuple([getattr(scheduler.config, name, None) for name in form.settings])
-        key = cls, methods, settings, first, tuple(factors.noisy), (factors.s != 0).tobytes(), rings.tobytes(), dims
+        n = len(timesteps)
+        rows = -(-n // ALIKE) * ALIKE if form.alike and n > 1 else n
+        kind = None if form.alike else (tuple(factors.noisy), (factors.s != 0).tobytes(), rings.tobytes())
+        key = cls, methods, settings, first, rows, kind, dims
         loop = Loop(form, first, timesteps, factors, history, rings, Numbers.of(dims))
-        found = _steps.get_or_make(key, lambda: _tried(scheduler, loop))
+        found = _steps.get_or_make(key, lambda: _tried(scheduler, loop, rows))
     except Exception:  # which a trace explains
         return None
     clean = factors.clean
@@ -92,13 +106,21 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
     times = scheduler.timesteps.numpy()[first:]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
     trace, dt = found.trace, factors.dt
-    steps, own = trace.steps, trace.own if factors.own is None else factors.own
+    steps, own = trace.steps[:n], factors.own or trace.own[:n]
     if dt is not None:
         steps = [
             step if step.state.get("dt") is None else step._replace(state=step.state | {"dt": length})
             for step, length in zip(steps, dt.unbind(), strict=True)
         ]
-    return trace._replace(columns=columns | history, scales=factors.scales, steps=steps, own=own), found
+    columns |= history
+    noise, given = trace.noise[:n], trace.given[:n]
+    whole = trace._replace(columns=columns, steps=steps, noise=noise, given=given, own=own, scales=factors.scales)
+    return whole, found
+
+
+@functools.lru_cache(64)
+def _methods_of(cls: type) -> tuple[str, ...]:
+    return tuple(name for name in METHODS if hasattr(cls, name))
 
 
 def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
@@ -139,8 +161,10 @@ def _check(scheduler: Any, form: Form, first: int, n: int, factors: Factors, his
     begin = None if form.counter is None else state[form.counter]
     begin = state.get("_begin_index") if begin is None else begin
     if begin is None:
-        times = scheduler.timesteps.numpy()
-        begin = (times == times[first]).nonzero()[0][:2][-1]  # the second one, where an image is denoised from there
+        times = scheduler.timesteps.tolist()
+        begin = times.index(times[first])
+        if times.count(times[first]) > 1:  # the second one, where an image is denoised from there
+            begin = times.index(times[first], begin + 1)
     numbers = [factors.x, factors.m, factors.s, *(() if factors.clean is None else factors.clean.T), *history.values()]
     # A number that is not finite makes such a sum of squares.
     if begin != first or not all([len(each) == n and math.isfinite(each.dot(each)) for each in numbers]):
@@ -200,12 +224,13 @@ class Loop(NamedTuple):
         return {} if self.form.counter is None else {self.form.counter: self.first + 1 + i}
 
 
-def _tried(scheduler: Any, loop: Loop) -> Steps:
-    """What the steps do beside their factors, once some have shown that these are theirs. Raises Uncovered where they
-    are not."""
+def _tried(scheduler: Any, loop: Loop, n: int) -> Steps:
+    """What n steps do beside their factors, once some of the loop have shown that these are theirs. Raises Uncovered
+    where they are not."""
     factors, names = loop.factors, loop.form.reads
-    own, n, noisy = new(type(scheduler)), len(loop.timesteps), factors.noisy
-    adds = [draws and bool(s) for draws, s in zip(noisy, factors.s, strict=True)]
+    own, more = new(type(scheduler)), [False] * (n - len(loop.timesteps))
+    noisy = factors.noisy + more
+    adds = [draws and bool(s) for draws, s in zip(factors.noisy, factors.s, strict=True)] + more
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
     with on_cpu():
         taken = _run(own, loop)
@@ -218,18 +243,20 @@ def _tried(scheduler: Any, loop: Loop) -> Steps:
     pairs = [(steps[i], each.step) for i, each in taken.items()]  # the last ones beside what they are to be like
     if any((a.state.keys(), *a[3:]) != (b.state.keys(), *b[3:]) for a, b in pairs):
         raise Uncovered
-    reads = np.zeros((n, HISTORY), bool)
-    reads[:, : loop.rings.shape[1]] = loop.rings >= 0
+    history = np.zeros((n, HISTORY), bool)
+    history[: len(loop.rings), : loop.rings.shape[1]] = loop.rings >= 0
     keeps = np.zeros(n + 1, bool)
     keeps[loop.rings] = True  # and behind them all, for those that read nothing
     needs = [
         RowNeeds(calls_model=True, guided=False, needs_output=True, noisy=adds[i], history=tuple(read),
                  keeps=keep, keeps_output=keep and steps[i].holds_output)
-        for i, (read, keep) in enumerate(zip(reads.tolist(), keeps[:-1].tolist(), strict=True))
+        for i, (read, keep) in enumerate(zip(history.tolist(), keeps[:-1].tolist(), strict=True))
     ]  # fmt: skip
     noise, is_clean = [0 if added else None for added in adds], factors.clean is not None
     trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, [0.0] * n, read=names)
-    return Steps(trace, {}, needs)
+    reads = reads_of(needs, None, [step.holds_output for step in steps])
+    stateless = not (any([kind.keeps for kind in needs]) or any([step.stores for step in steps]))
+    return Steps(trace, needs, reads, stateless, counted_by(steps, names), loop.form.alike, {})
 
 
 def _run(own: Any, loop: Loop) -> dict[int, Taken]:

@@ -113,16 +113,22 @@ class Begun(NamedTuple):
         rows: TracedRows | NoRows,
         of_loop: LoopDtypes | None,
         call: Any,
+        settings: Settings,
         args: Sequence[Tensor],
         options: Mapping[str, Any],
     ) -> Begun | None:
-        """None where nobody knows what the rows hang on, or without a call."""
+        """None where nobody knows what the rows hang on, or without a call. settings: as the loop began."""
         read, began = rows.read, rows.scheduler
         if read is None or call is None:
             return None
-        kinds = [torch.empty_strided(y.shape, [0] * y.dim(), dtype=y.dtype, device=y.device) for y in args]
-        contents = {name: contents_of(vars(began).get(name, MISSING)) for name in (read | READ_HERE) - {CONFIG}}
-        settings = Settings.of(began)
+        m, timestep, x = args
+        like = torch.empty_strided(x.shape, [0] * x.dim(), dtype=x.dtype, device=x.device)
+        of_output = like
+        if (m.shape, m.dtype, m.device) != (x.shape, x.dtype, x.device):
+            of_output = torch.empty_strided(m.shape, [0] * m.dim(), dtype=m.dtype, device=m.device)
+        state, names = vars(began), (read | READ_HERE) - {CONFIG}
+        contents = {name: contents_of(state.get(name, MISSING)) for name in names}
+        kinds = [of_output, timestep, like]
         return cls(rows, of_loop, call, kinds, dict(options), settings, contents, outside(type(began)))
 
     def is_for(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -143,13 +149,9 @@ class Begun(NamedTuple):
         try:
             if not C.unchanged(state, (), self.settings.attributes, self.settings.items):
                 return False
-            for name, known in contents.items():
-                value = state.get(name, MISSING)
-                if (isinstance(value, Tensor) and not value.is_cpu) or contents_of(value) != known:
-                    return False
-        except (ValueError, Fallback):  # of arrays in the config, and of what cannot be compared
+        except ValueError:  # of arrays in the config
             return False
-        return True
+        return _has(state, contents)
 
     def with_input(self, before: Mapping[str, Any], timestep: Tensor) -> Begun:
         """The same with `input`. before: the attributes before scale_model_input was called with this timestep."""
@@ -168,8 +170,8 @@ class Begun(NamedTuple):
         """The one that a scheduler with new timesteps may begin; None where its levels are others, or on a GPU."""
         rows, state, found = self.rows, scheduler.__dict__, self.input or None
         levels = self._levels()
-        if isinstance(rows, NoRows) or self.of_loop is None or not self.is_alike(state, levels):
-            return None
+        if isinstance(rows, NoRows) or self.of_loop is None or not _has(state, levels):
+            return None  # all else is looked at when it begins
         settings = Settings.of(scheduler, self.settings)
         call = repeated_call(self.args, self.options, scheduler.timesteps, rows.first, settings)
         loop = LoopPosition(rows, settings, repeated=Repeated(self.of_loop, call))
@@ -177,6 +179,18 @@ class Begun(NamedTuple):
         step = {name: known for name, known in self.contents.items() if name not in watched}
         scaling = {name: known for name, known in found.contents.items() if name not in watched} if found else {}
         return NextLoop(self, loop, call, step, scaling)
+
+
+def _has(state: dict[str, Any], contents: Mapping[str, object]) -> bool:
+    """Whether attributes have these contents. No tensor on a GPU is read."""
+    try:
+        for name, known in contents.items():
+            value = state.get(name, MISSING)
+            if (isinstance(value, Tensor) and not value.is_cpu) or contents_of(value) != known:
+                return False
+    except (ValueError, Fallback):  # of what cannot be compared
+        return False
+    return True
 
 
 class NextLoop(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.closed_rows import closed
+from ddpm_ext.integrations.diffusers import closed_rows
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
@@ -23,7 +23,7 @@ from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import NoRow, TraceResult, follow
-from ddpm_ext.tables.trace_run import Step, observe, parameters_of, setting, step_name
+from ddpm_ext.tables.trace_run import Step, counted_by, observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, copied
 
 CONFIG = "_internal_dict"
@@ -82,7 +82,7 @@ class TracedRows(NamedTuple):
         stateless: whether diffusers' own code, or other rows, may take a step in the middle of the loop: the scheduler
             holds nothing but numbers of the steps before.
         scheduler: as it was when the loop began, on the CPU.
-        is_closed: whether the rows are of closed form, whose proof was in float32.
+        kind: of rows in closed form, whose proof was in float32; None for others.
         dtypes: by the dtypes of output and sample.
         after: the rows of single steps that came after a row, by that row, their key and the scheduler's index.
         indexes: the scheduler's `_step_index` before each row; None where it has none.
@@ -95,7 +95,7 @@ class TracedRows(NamedTuple):
     timesteps: Sequence[Any] | Tensor
     stateless: bool
     scheduler: Any
-    is_closed: bool
+    kind: closed_rows.Steps | None
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
     after: dict[tuple[int, RowsKey, int | None], TracedRows]
     indexes: list[int | None]
@@ -192,7 +192,7 @@ class RowsCache:
             if found is not None:
                 return _if_rows(found)
         made: Any = made_outside_autograd(_rows_or_reason, new(cls), state, key)
-        if isinstance(made, TracedRows) and made.is_closed and state["timesteps"].is_cpu:
+        if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu:
             return made
         names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
         reads[names] = None
@@ -257,14 +257,14 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     if first is None:
         times = torch.as_tensor(key.timestep, device="cpu")[None]
     else:
-        times = own[first : first + 1 if key.alone else None]
-    timesteps: Any
-    if isinstance(key.kind, torch.dtype):
-        timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
-    else:
+        times = own[first : first + 1 if key.alone else None] if first or key.alone else own
+    timesteps: Any = times
+    if not isinstance(key.kind, torch.dtype):
         timesteps = [key.kind(t) for t in times.tolist()]
+    elif key.has_dim or key.kind is not times.dtype:
+        timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
     is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
-    known = closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
+    known = closed_rows.closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
     try:
         trace = follow(scheduler, list(timesteps), dict(key.options), dims=key.dims) if known is None else known[0]
         n = len(trace.steps)
@@ -283,25 +283,28 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     if known is None and np.isnan(trace.own).any():
         raise Fallback("what its step makes of a sample that somebody has edited is no row")
-    threshold = None
-    if trace.clip is not None and setting(scheduler, "thresholding"):
-        threshold = clip_of(scheduler.config)[1]
-    held = [step.holds_output for step in trace.steps]
-    needs = None if known is None else known[1].needs
     table = functools.partial(table_of_checked, columns)  # which few loops need; its finite numbers were proven
-    stepper = RowStepper(table, trace.clip, threshold, held, packed=packed, needs=needs)
-    stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
+    dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback] = {}
+    if known is None:
+        threshold = None
+        if trace.clip is not None and setting(scheduler, "thresholding"):
+            threshold = clip_of(scheduler.config)[1]
+        held = [step.holds_output for step in trace.steps]
+        stepper = RowStepper(table, trace.clip, threshold, held, packed=packed)
+        stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
+        counted = counted_by(trace.steps, trace.read)
+    else:
+        _, needs, reads, stateless, counted, _, dtypes = known[1]
+        stepper = RowStepper(table, packed=packed, needs=needs, reads=reads)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
-    dtypes = {} if known is None else known[1].dtypes
     indexes, counters = _values_before("_step_index", state, trace.steps), []
-    changed = set().union(*[step.state for step in trace.steps]).difference(*[step.tensors for step in trace.steps])
-    for name in (changed - {"_step_index"}).intersection(trace.read or ()):
+    for name in counted - {"_step_index"}:
         values = _values_before(name, state, trace.steps)
         if CONSTANT.issuperset(map(type, values)):
             counters.append((name, values))
-    is_closed = known is not None
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, is_closed, dtypes, {}, indexes, counters)
+    kind = None if known is None else known[1]
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, kind, dtypes, {}, indexes, counters)
 
 
 def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -> list[Any]:
@@ -314,16 +317,18 @@ def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
     """LoopDtypes, of a run of the scheduler's own steps on two small samples, unless a proof has shown them."""
-    trace, in_float32 = rows.trace, {output, sample} == {torch.float32}
-    if rows.is_closed and in_float32:
+    kind, in_float32 = rows.kind, {output, sample} == {torch.float32}
+    trace = rows.trace if kind is None else kind.trace  # which may be of more steps
+    if kind is not None and in_float32:
         second = torch.float32 if trace.second else None
-        return _loop_dtypes(rows, output, sample, torch.float32, second, [step.draws for step in trace.steps])
+        return _loop_dtypes(trace, output, sample, torch.float32, second, [step.draws for step in trace.steps])
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
     options = dict(rows.key.options) | ({"return_dict": False} if "return_dict" in parameters_of(step) else {})
     n, watch = len(rows.timesteps), None if trace.read is None else Watch()
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
-    few = n if not in_float32 else min(n, 2 if rows.stateless else FEW)
+    as_first = in_float32 or (kind is not None and kind.alike)
+    few = min(n, 2 if rows.stateless else FEW) if as_first else n
     try:
         taken = observe(
             rows.scheduler, list(rows.timesteps[:few]), lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
@@ -335,12 +340,12 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
     drawn = [each.step.draws for each in taken]
-    drawn += [[torch.float32] * len(step.draws) for step in trace.steps[few:n]]
-    return _loop_dtypes(rows, output, sample, prev, second, drawn)
+    drawn += [[torch.float32] * len(step.draws) for step in trace.steps[few:]]
+    return _loop_dtypes(trace, output, sample, prev, second, drawn)
 
 
 def _loop_dtypes(
-    rows: TracedRows,
+    trace: TraceResult,
     output: torch.dtype,
     sample: torch.dtype,
     prev: torch.dtype,
@@ -348,7 +353,7 @@ def _loop_dtypes(
     drawn: list[list[torch.dtype]],
 ) -> LoopDtypes:
     """drawn: as LoopDtypes.draws; the other arguments are the dtypes of a step's tensors."""
-    quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
+    quiet = [used is None and not dtypes for used, dtypes in zip(trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)
     return LoopDtypes(computed, prev, second, drawn, quiet)
