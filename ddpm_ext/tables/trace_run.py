@@ -68,6 +68,7 @@ class Step(NamedTuple):
         holds_output: whether a list of the scheduler's then holds the very tensor that is the model's output.
         given: how many of `draws` are tensors that it was given.
         scaling: the attributes that scale_model_input changed before it.
+        is_one: whether the two tensors that it returns are one.
     """
 
     result: Result
@@ -78,6 +79,7 @@ class Step(NamedTuple):
     holds_output: bool = False
     given: int = 0
     scaling: Mapping[str, Any] = MappingProxyType({})
+    is_one: bool = False
 
 
 class Taken(NamedTuple):
@@ -275,7 +277,7 @@ def observe(
             elif tuples and "return_dict" in parameters:
                 arguments.setdefault("return_dict", False)
             taken = step_of(own, result, m, before, observed.draws[drawn:], len(given), scaling)
-            made.append(Taken(taken, prev, second, scaled))
+            made.append(Taken(taken._replace(is_one=prev is second), prev, second, scaled))
     return made
 
 

@@ -245,6 +245,13 @@ def test_objects_of_a_class_that_returns_tuples_unless_it_is_asked():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_last_step_that_returns_one_tensor_twice(name):
+    """So that who writes to it writes to both."""
+    found, _ = loop(accelerate(make(name)), 3, return_dict=False)
+    assert [x is y for x, y in found] == [False, False, True]
+
+
 @pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DEISMultistepScheduler"])
 def test_a_setting_is_traced_once(monkeypatch, name):
     """Loops of the same setting share the rows, whatever object they are of, and what a loop leaves behind is no

@@ -62,6 +62,7 @@ CHANGES = {
     "config": (lambda scheduler, *_: setattr(scheduler.config, "prediction_type", "v_prediction"), TURN),
     "another place": (lambda scheduler, *_: setattr(scheduler, "_step_index", 1), TURN),
     "another order": (lambda scheduler, *_: setattr(scheduler, "lower_order_nums", 0), TURN),
+    "emptied": (lambda scheduler, *_: setattr(scheduler, "model_outputs", [None] * 2), TURN),
     "out of turn": (lambda scheduler, m, x, t, options: (m, x, scheduler.timesteps[0]), TURN),
     "an unknown option": (lambda scheduler, m, x, t, options: options.update(unknown=1), "as its arguments are"),
 }
@@ -74,7 +75,7 @@ def test_a_change_in_the_middle_of_a_loop_with_history(change):
     with pytest.raises(RuntimeError, match=r"call every step of a loop with the same options") as caught:
         run(ours, 3, function)
     assert f"step 3 of the loop has no fused form ({why})" in str(caught.value)
-    if change not in ("written", "replaced", "config", "another place", "another order"):
+    if change not in ("written", "replaced", "config", "another place", "another order", "emptied"):
         found = run(accelerate(make(HISTORY)))
         same(found, run(make(HISTORY)))
         again = run(ours, timesteps=ours.timesteps[3:], begun=found[:4])

@@ -31,6 +31,7 @@ class Factors(NamedTuple):
         own: (steps,), as TraceResult has it; None for zeros.
         period: with 2, every second step stores a tensor, which the one after it reads and drops.
         dt: (steps,), the length that every `period`th step stores; None where none does.
+        is_one: (steps,), as Step has it; None where all have two tensors, or one.
     """
 
     x: Array
@@ -44,6 +45,7 @@ class Factors(NamedTuple):
     own: list[float] | None = None
     period: int = 1
     dt: Tensor | None = None
+    is_one: list[bool] | None = None
 
 
 # Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So

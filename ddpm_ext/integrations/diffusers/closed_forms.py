@@ -140,7 +140,7 @@ def _tcd(own: Any, first: int) -> Factors:
     noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
     share = alphas[following.numpy()] / below
     kept, added = np.where(noisy, root_of(share), 1).astype(WIDE), np.where(noisy, root_of(1 - share), 0).astype(WIDE)
-    return Factors(kept * reached[:, 0], kept * reached[:, 1], added, reached, noisy.tolist())
+    return Factors(kept * reached[:, 0], kept * reached[:, 1], added, reached, noisy.tolist(), is_one=(~noisy).tolist())
 
 
 @np.errstate(all="ignore")
@@ -158,7 +158,7 @@ def _lcm(own: Any, first: int) -> Factors:
     a, b = c_out * a + c_skip, c_out * b
     noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
     kept, added = np.where(noisy, root_of(after), 1).astype(WIDE), np.where(noisy, root_of(1 - after), 0).astype(WIDE)
-    return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist())
+    return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist(), is_one=(~noisy).tolist())
 
 
 class Form(NamedTuple):

@@ -229,7 +229,7 @@ def _tried(scheduler: Any, loop: Loop, n: int) -> Steps:
     where they are not."""
     factors, names = loop.factors, loop.form.reads
     own, more = new(type(scheduler)), [False] * (n - len(loop.timesteps))
-    noisy = factors.noisy + more
+    noisy, is_one = factors.noisy + more, (factors.is_one or [False] * len(loop.timesteps)) + more
     adds = [draws and bool(s) for draws, s in zip(factors.noisy, factors.s, strict=True)] + more
     own.__dict__.update({name: copied(vars(scheduler)[name]) for name in names})
     with on_cpu():
@@ -239,7 +239,7 @@ def _tried(scheduler: Any, loop: Loop, n: int) -> Steps:
     for i in range(len(steps), n):
         like, drawn = steps[-factors.period], [torch.float32] * noisy[i]
         kept = like.state if factors.period > 1 else {}
-        steps.append(like._replace(draws=drawn, state=kept | loop.counted(i)))
+        steps.append(like._replace(draws=drawn, state=kept | loop.counted(i), is_one=is_one[i]))
     pairs = [(steps[i], each.step) for i, each in taken.items()]  # the last ones beside what they are to be like
     if any((a.state.keys(), *a[3:]) != (b.state.keys(), *b[3:]) for a, b in pairs):
         raise Uncovered
@@ -283,12 +283,13 @@ def _take(own: Any, loop: Loop, i: int, x: Tensor, m: Tensor, like: Result | Non
     generator = torch.Generator().manual_seed(0) if noisy else NONE
     options = {"generator": generator} if "generator" in parameters_of(type(own).step) else {}
     result, prev, second = parts_of(own.step(m, t, x, **options | ({} if like is None else {"return_dict": False})))
-    step = step_of(own, like or result, m, before, [torch.float32] * noisy, 0, {})
+    step = step_of(own, like or result, m, before, [torch.float32] * noisy, 0, {})._replace(is_one=prev is second)
     if not (
         loop.counted(i).items() <= step.state.items()
         and step.state.get("dt") == (None if factors.dt is None or not begins_period else factors.dt[i])
         and step.stores == (factors.past is not None and begins_period)
         and (second is None) == (factors.clean is None)
+        and step.is_one == bool(factors.is_one and factors.is_one[i])
         and (scaled is x or factors.scales is not None or len(loop.timesteps) == 1)
         and (not noisy or torch.rand((), generator=generator, device="cpu").item() == loop.numbers.following)
     ):

@@ -203,7 +203,7 @@ class TracedScheduler(Forward):
             stepper, m = stepper.edited, m.to(x.dtype)
             inputs["uncond_output"] = edited.copy.to(x.dtype)
         x0 = model_input = own = None
-        if trace.second:
+        if trace.second and not step.is_one:
             x0 = inputs["x0_out"] = C.empty_result_like(x)
         if not is_last and trace.own[i + 1]:
             own = inputs["model_input"] = C.empty_result_like(x)
@@ -218,7 +218,9 @@ class TracedScheduler(Forward):
         prev, kept = stepper.take(i, x, m, history, inputs)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
-        if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
+        if step.is_one:
+            x0 = prev
+        elif x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
         if kept is not None:
             ring = (kept, *ring[:2])

@@ -23,7 +23,8 @@ class Settings(NamedTuple):
     """What somebody may edit in the middle of a loop.
 
     Attributes:
-        watched: levels and timesteps: the name of each, the object, and how often it was written to, if it counts that.
+        watched: levels and timesteps, and lists of what steps left, which somebody may empty: the name of each, the
+            object, and how often it was written to, if it counts that.
         attributes, items: the config's, which may differ.
     """
 
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
             x = values.get(name)
             counts = isinstance(x, Tensor) and not x.is_inference()
             watched.append((name, x, x._version if counts else None))
+        watched += [(name, x, None) for name, x in values.items() if type(x) is list]
         if known is not None:
             return cls(tuple(watched), known.attributes, known.items)
         config = values[CONFIG]
@@ -49,11 +51,14 @@ class Settings(NamedTuple):
         return bool(C.unchanged(scheduler.__dict__, *self))
 
     def renewed(self, scheduler: Any, began: Mapping[str, Any]) -> Settings | None:
-        """The settings of now, where copies of tensors and moved ones are no edits; None where something was edited.
+        """The settings of now, where copies of tensors and moved ones are no edits; None where something was edited. A
+        list is the one that the loop began with: rows fill none, so that an emptied one has the same contents.
 
         began: the attributes when the loop began.
         """
         found = Settings.of(scheduler)
+        if any(vars(scheduler).get(name) is not x for name, x, _ in self.watched if type(x) is list):
+            return None
         contents = [state_contents({name: of.get(name) for name in EDITED}) for of in (vars(scheduler), began)]
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
