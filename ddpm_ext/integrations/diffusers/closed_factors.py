@@ -18,6 +18,10 @@ class Uncovered(Exception):
     """An expression is not what a scheduler's steps do."""
 
 
+class Untraceable(Exception):
+    """Why a scheduler's steps are no rows, so that nobody traces them in vain."""
+
+
 class Factors(NamedTuple):
     """Of steps prev = x * sample + m * output + s * noise, float64 (steps,) each.
 

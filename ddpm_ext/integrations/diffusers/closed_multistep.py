@@ -12,6 +12,7 @@ from ddpm_ext.integrations.diffusers.closed_factors import (
     WIDE,
     Factors,
     Uncovered,
+    Untraceable,
     edm_of,
     levels_of,
     scales_of,
@@ -135,6 +136,8 @@ def _adams(stored: Array, orders: Array) -> Array:
 def pndm(own: Any, first: int) -> Factors:
     """The plms steps of Liu et al. 2022, whose first one is taken again with the mean of two outputs"""
     config, t = own.config, own.timesteps.numpy()
+    if not config.skip_prk_steps and not own.counter and len(t) - first > len(own.prk_timesteps) + 1:
+        raise Untraceable("the steps after its Runge-Kutta steps read more of these than the 3 tensors that rows keep")
     length = config.num_train_timesteps // own.num_inference_steps
     is_begun = first or own.counter or own.ets or not config.skip_prk_steps
     if is_begun or len(t) < 4:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.closed_factors import WIDE, Factors, Uncovered
+from ddpm_ext.integrations.diffusers.closed_factors import WIDE, Factors, Uncovered, Untraceable
 from ddpm_ext.integrations.diffusers.closed_forms import FORMS, Form
 from ddpm_ext.integrations.diffusers.scheduler import is_diffusers, own_methods
 from ddpm_ext.integrations.row_stepper import Reads, reads_of
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.row_needs import RowNeeds
-from ddpm_ext.tables.trace import TraceResult
+from ddpm_ext.tables.trace import NoRow, TraceResult
 from ddpm_ext.tables.trace_batch import ROUNDED, Array, flat, relative
 from ddpm_ext.tables.trace_linear import HISTORY, Ints, columns_of, rings_of
 from ddpm_ext.tables.trace_run import Result, Taken, counted_by, on_cpu, parameters_of, parts_of, step_of
@@ -71,7 +71,7 @@ _steps: BoundedCache[Steps] = BoundedCache(CACHED)
 
 
 def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[TraceResult, Steps] | None:
-    """What `follow` finds. None where it is to be traced.
+    """What `follow` finds. None where it is to be traced; raises NoRow where that would be in vain.
 
     Args:
         scheduler: an object of diffusers' class, on the CPU, as a loop begins; it stays as it is.
@@ -94,6 +94,8 @@ def closed(scheduler: Any, first: int, timesteps: Tensor, dims: int) -> tuple[Tr
         key = cls, methods, settings, first, rows, kind, dims
         loop = Loop(form, first, timesteps, factors, history, rings, Numbers.of(dims))
         found = _steps.get_or_make(key, lambda: _tried(scheduler, loop, rows))
+    except Untraceable as why:
+        raise NoRow(str(why), form.reads) from None
     except Exception:  # which a trace explains
         return None
     clean = factors.clean

@@ -264,8 +264,8 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     elif key.has_dim or key.kind is not times.dtype:
         timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
     is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
-    known = closed_rows.closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
     try:
+        known = closed_rows.closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
         trace = follow(scheduler, list(timesteps), dict(key.options), dims=key.dims) if known is None else known[0]
         n = len(trace.steps)
         if n < len(timesteps):
