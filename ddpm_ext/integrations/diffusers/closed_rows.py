@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -257,8 +257,12 @@ def _tried(scheduler: Any, loop: Loop, n: int) -> Steps:
     noise, is_clean = [0 if added else None for added in adds], factors.clean is not None
     trace = TraceResult({}, None, ROUNDED, steps, noise, [[]] * n, is_clean, [0.0] * n, read=names)
     reads = reads_of(needs, None, [step.holds_output for step in steps])
-    stateless = not (any([kind.keeps for kind in needs]) or any([step.stores for step in steps]))
-    return Steps(trace, needs, reads, stateless, counted_by(steps, names), loop.form.alike, {})
+    return Steps(trace, needs, reads, is_stateless(needs, steps), counted_by(steps, names), loop.form.alike, {})
+
+
+def is_stateless(needs: Sequence[RowNeeds], steps: Sequence[Step]) -> bool:
+    """As TracedRows has it."""
+    return not (any([each.keeps for each in needs]) or any([step.stores for step in steps]))
 
 
 def _run(own: Any, loop: Loop) -> dict[int, Taken]:

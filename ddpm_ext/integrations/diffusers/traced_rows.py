@@ -291,7 +291,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
             threshold = clip_of(scheduler.config)[1]
         held = [step.holds_output for step in trace.steps]
         stepper = RowStepper(table, trace.clip, threshold, held, packed=packed)
-        stateless = not (any([kind.keeps for kind in stepper.needs]) or any([step.stores for step in trace.steps]))
+        stateless = closed_rows.is_stateless(stepper.needs, trace.steps)
         counted = counted_by(trace.steps, trace.read)
     else:
         _, needs, reads, stateless, counted, _, dtypes = known[1]
