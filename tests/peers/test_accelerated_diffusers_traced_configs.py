@@ -16,6 +16,7 @@ from support.diffusers_classes import TRACED, check, classes, loop, make
 from support.launches import launches
 
 from ddpm_ext import accelerate
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers import closed_rows
 from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
 from ddpm_ext.tables import trace_run
@@ -164,6 +165,16 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
     ours = accelerate(cls(**config))
     check(loop(ours, 6, return_dict=False), loop(cls(**config), 6, return_dict=False), 1e-5)
     assert ours.accelerated.fallbacks == {}
+
+
+def test_rows_that_are_not_the_steps_are_traced(monkeypatch):
+    scheduler, form = make("EulerDiscreteScheduler"), FORMS["EulerDiscreteScheduler"]
+    scheduler.set_timesteps(14)
+    assert closed(scheduler, 0, scheduler.timesteps, 4)
+    wrong = form._replace(factors=lambda *given: (right := form.factors(*given))._replace(m=1.001 * right.m))
+    monkeypatch.setitem(FORMS, "EulerDiscreteScheduler", wrong)
+    monkeypatch.setattr(closed_rows, "_steps", BoundedCache(1))
+    assert closed(scheduler, 0, scheduler.timesteps, 4) is None
 
 
 def test_loops_of_other_settings():

@@ -28,7 +28,7 @@ from ddpm_ext.tables.row_needs import RowNeeds
 from ddpm_ext.tables.trace import NoRow, TraceResult
 from ddpm_ext.tables.trace_batch import ROUNDED, Array, flat, relative
 from ddpm_ext.tables.trace_linear import HISTORY, Ints, columns_of, rings_of
-from ddpm_ext.tables.trace_run import Result, Taken, counted_by, on_cpu, parameters_of, parts_of, step_of
+from ddpm_ext.tables.trace_run import Result, Step, Taken, counted_by, on_cpu, parameters_of, parts_of, step_of
 from ddpm_ext.tables.trace_watch import copied
 
 METHODS = (

@@ -1,7 +1,7 @@
 """Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
 
 Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes about as long as two of diffusers' own
-loops, once for each setting. Four classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
+loops, once for each setting. Some classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
 own code.
 """
 
