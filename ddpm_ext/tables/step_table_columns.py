@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -85,18 +84,18 @@ def default_draws(timestep: Array) -> Array:
     """
     if (timestep < 0).any() or (timestep % 1 != 0).any():
         return np.arange(len(timestep), dtype=np.int64)
+    order = np.argsort(timestep, kind="stable")
+    ordered, visits = timestep[order], np.empty(len(timestep), np.int64)
+    visits[order] = np.arange(len(timestep)) - np.searchsorted(ordered, ordered)
     around = int(timestep.max()) + 1
-    visits: Counter[int] = Counter()
-    draws = []
-    for t in map(int, timestep):
-        draws.append(t + visits[t] * around)
-        visits[t] += 1
-    if max(draws) >= 2**32:
-        i = next(i for i, draw in enumerate(draws) if draw >= 2**32)
+    draws = timestep + visits * float(around)  # exact up to 2^53
+    if draws.max() >= 2**32:
+        i = int((draws >= 2**32).argmax())
+        draw = int(timestep[i]) + int(visits[i]) * around
         raise ValueError(
-            f"timestep[{i}] is {timestep[i]}, which would draw noise {draws[i]}, expected 0 <= draw < 2^32: give draw"
+            f"timestep[{i}] is {timestep[i]}, which would draw noise {draw}, expected 0 <= draw < 2^32: give draw"
         )
-    return np.array(draws, dtype=np.int64)
+    return draws.astype(np.int64)
 
 
 def check_float32(name: str, values: Array) -> None:

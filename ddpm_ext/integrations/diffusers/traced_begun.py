@@ -26,6 +26,8 @@ from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_run import changed, on_cpu
 from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch
 
+CALLED = 2  # loops that call it themselves, since to find out what it does costs more than ten such calls
+
 
 class FirstInput(NamedTuple):
     """What scale_model_input does before a loop's first step.
@@ -91,7 +93,9 @@ class Begun(NamedTuple):
         settings: those of `rows.scheduler`.
         contents: of the attributes of `rows.scheduler` on which the rows hang, beside its config.
         outside: what else they hang on.
-        input: what scale_model_input does before a first step; None until somebody asks, False where that is not known.
+        input: what scale_model_input does before a first step; None until it was called often enough, False where that
+            is not known.
+        called: how often it was.
     """
 
     rows: TracedRows | NoRows
@@ -103,6 +107,7 @@ class Begun(NamedTuple):
     contents: dict[str, object]
     outside: tuple[Any, ...]
     input: FirstInput | Literal[False] | None = None
+    called: int = 0
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -154,7 +159,12 @@ class Begun(NamedTuple):
         return _has(state, contents)
 
     def with_input(self, before: Mapping[str, Any], timestep: Tensor) -> Begun:
-        """The same with `input`. before: the attributes before scale_model_input was called with this timestep."""
+        """The same once scale_model_input was called with this timestep, which later on tells `input`.
+
+        before: the attributes before that call.
+        """
+        if self.called < CALLED:
+            return self._replace(called=self.called + 1)
         scheduler = new(type(self.rows.scheduler))
         scheduler.__dict__.update(before)
         found = made_outside_autograd(FirstInput.of, scheduler, timestep, self.args[2].dim())
