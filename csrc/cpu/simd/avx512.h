@@ -1,4 +1,4 @@
-// The arithmetic of core/scalar.h over 16 elements at once, with AVX-512 F and DQ.
+// The arithmetic of core/scalar.h over 16 elements at once, with AVX-512 F, DQ and BW.
 #pragma once
 
 #include <immintrin.h>
