@@ -33,7 +33,7 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
       const auto next = [&]() __attribute__((always_inline)) { return noise.next(); };
       const int64_t ahead = noise.ahead();
       U32 w[4];
-      F32 z[4];
+      F32 z[4] = {F32(0.0f), F32(0.0f), F32(0.0f), F32(0.0f)};
       philox_words(keys, counter, next(), w);
       for (int64_t i = -ahead; i < count; i += kFour) {
         if (i >= 0) body(i, z);
