@@ -185,7 +185,10 @@ def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None
     """
     if recorded and torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
-    if (recorded and torch._C._is_tracing()) or in_transform(TransformType.Vmap):
+    # To look first whether there is any transform saves a call of Python's.
+    if (recorded and torch._C._is_tracing()) or (
+        get_interpreter_stack() is not None and in_transform(TransformType.Vmap)
+    ):
         return _seed_of_torch()
     if device.type in cards.CAPTURING and cards.stream_captures():
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
