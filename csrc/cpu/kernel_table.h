@@ -30,7 +30,8 @@ struct NoisyRun {
   uint32_t block;  // Philox's block of the first element
 };
 
-// A thread's memory for the noise of runs in the order (pixels, channels).
+// A thread's memory for the noise of runs in the order (pixels, channels). The places that move on with a run are here,
+// too, since a kernel needs its registers.
 struct PixelsMemory {
   int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
   alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // of the first vector, and what is added to them

@@ -4,21 +4,10 @@
 
 #include <algorithm>
 #include <numeric>
-#include <vector>
 
 #include "cpu/kernel_table.h"
 
 namespace ddpm_ext::cpu {
-
-struct alignas(64) Line {
-  char bytes[64];
-};
-
-// The memory of a thread, which stays for its next call, with at least so many lines.
-inline Line* at_least(std::vector<Line>& memory, size_t lines) {
-  if (memory.size() < lines) memory.resize(lines);
-  return memory.data();
-}
 
 // A run of so many channels has a multiple of this many elements, a group of the widest vectors, which has whole ones
 // of the others (kernels/noise_by_pixels.h).

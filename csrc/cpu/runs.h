@@ -112,16 +112,20 @@ Tile tile_of(const Call& call, DType dtype = DType::float32) {
   return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
 }
 
-// A thread's memory for as many buffers of a tile, `apart` bytes from each other. Those of 16 channels are too large
-// for a stack.
+// A thread's memory for as many buffers of a tile, `apart` bytes from each other. It stays for the thread's next call:
+// those of 16 channels are too large for a stack.
 struct Buffers {
   char* first;
   size_t apart;
 };
 inline Buffers buffers_of(Tile tile, size_t count) {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
   static thread_local std::vector<Line> memory;
   const size_t lines = tile.rows * ((tile.columns + kRunMultiple - 1) / kRunMultiple * kRunMultiple) * 4 / sizeof(Line);
-  return {at_least(memory, count * lines)->bytes, lines * sizeof(Line)};
+  if (memory.size() < count * lines) memory.resize(count * lines);
+  return {memory.data()->bytes, lines * sizeof(Line)};
 }
 
 // The same call in the order (pixels, channels).

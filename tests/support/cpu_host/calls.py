@@ -89,7 +89,8 @@ def all_calls() -> Iterator[Call]:
         calls = (make(x, m, z) for make in (simple_calls, option_calls, loss_calls, scale_calls))
         for call in itertools.chain.from_iterable(calls):
             yield call._replace(what=f"{call.what} {name} {a} {b}", arguments={**sizes, **call.arguments})
-    for channels in (3, 4, 5, 8, 12, 16, 24, 32):  # of which kernels draw 1, 4, 8 and 16 together, and join the rest
+    # Pixels that are put in order in registers, and others, which are copied by 4, 8, 16 and more elements.
+    for channels in (2, 3, 4, 5, 8, 12, 16, 24, 32):
         some = (normal(5, channels, 6, 18, seed=seed).to(memory_format=torch.channels_last) for seed in (2, 3, 4))
         sizes = {"batch": integer(5), "numel": integer(channels * 108), "channels_last": integer(channels)}
         for call in itertools.islice(simple_calls(*some), 3):  # those whose noise is drawn
