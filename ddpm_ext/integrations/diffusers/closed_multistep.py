@@ -38,7 +38,7 @@ class _Dpm(NamedTuple):
     @classmethod
     def of(cls, own: Any, first: int) -> _Dpm:
         config = own.config
-        if config.algorithm_type != "dpmsolver++" or config.thresholding or config.solver_order > 2:
+        if config.algorithm_type != "dpmsolver++" or config.thresholding:
             raise Uncovered
         sigmas = torch.from_numpy(levels_of(own.sigmas)[first:])
         sigma = sigmas[:-1].numpy().astype(WIDE)
@@ -76,7 +76,7 @@ class _Dpm(NamedTuple):
 def dpm_solver_multistep(own: Any, first: int) -> Factors:
     """sigma' / sigma x - alpha' (e^-h - 1) (x0 + h / (2 h before) (x0 - x0 before)), by "midpoint": DPM-Solver++(2M)"""
     config, levels = own.config, _Dpm.of(own, first)
-    if own.lower_order_nums:
+    if own.lower_order_nums or config.solver_order > 2:
         raise Uncovered
     clean, n = levels.clean, len(levels.clean)
     kept, of_clean, slope, length = levels.step(config.solver_type, 1, (levels.logs[1:] - levels.logs[:-1])[:-1])
@@ -97,12 +97,13 @@ def dpm_solver_multistep(own: Any, first: int) -> Factors:
 def dpm_solver_singlestep(own: Any, first: int) -> Factors:
     """Steps as those of order 1, and from the sample before such a one over both: DPM-Solver++(2S)"""
     levels = _Dpm.of(own, first)
-    # A row that does not read its own sample is found by least squares.
-    if any(x is not None for x in own.model_outputs) or own.config.prediction_type == "sample":
+    if any(x is not None for x in own.model_outputs):
         raise Uncovered
     clean, n, solver = levels.clean, len(levels.clean), own.config.solver_type
-    is_second = np.array(own.order_list)[first:] == 2
-    is_second[0] = False
+    orders = np.minimum(own.order_list[first:], 1 + np.arange(n))
+    if own.config.solver_order == 3 or own.config.prediction_type == "sample":
+        return _singlestep_of_clean(levels, solver, orders)
+    is_second = orders == 2
     steps = levels.logs[1:] - levels.logs[:-1]
     kept, of_clean, _, _ = levels.step(solver, 1, steps[:0])
     factors, past = of_clean * clean, np.zeros((n, 1, 2))
@@ -116,6 +117,45 @@ def dpm_solver_singlestep(own: Any, first: int) -> Factors:
         factors[1:] = np.where(is_second[1:, None], slope * (length * clean[1:]), factors[1:])
     x, m = factors.T
     return Factors(x, m, np.zeros(n), None, [False] * n, None, past)
+
+
+def _singlestep_of_clean(levels: _Dpm, solver_type: str, orders: Array) -> Factors:
+    """The same with a step over three as well, DPM-Solver++(3S), by rows that keep the clean samples.
+
+    One tensor is too few for what steps over two and over three take of the sample that they begin at and its output.
+    They read it in their own sample, which is the result of the step before.
+    """
+    n, clean, logs = len(orders), levels.clean, levels.logs
+    # By order, the factors of the sample that a step begins at, and of the last clean samples, its own first.
+    kept, weights = np.zeros((4, n)), np.zeros((4, n, 3))
+    for order in range(1, 1 + min(n, 3)):
+        since = logs[order - 1 : -1] - logs[:-order]
+        found = levels.step(solver_type if order == 2 else "heun", order, since)
+        begun, of_clean, slope, per_length = (x[:, 0] for x in found)
+        kept[order, order - 1 :], w = begun, weights[order, order - 1 :]
+        w[:, order - 1] = of_clean
+        if order == 3 and solver_type == "heun":  # by a parabola through the three clean samples
+            h = logs[3:] - logs[:-3]
+            curve = levels.alphas[3:] * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5)
+            ratio_own, ratio = since / h, (logs[1:-2] - logs[:-3]) / h
+            parts = (ratio_own, ratio, 1.0 / ratio, ratio_own - ratio, 2.0 * curve)
+            r0, r1, per_r1, apart, twice = (x.numpy().astype(WIDE) for x in parts)
+            w[:, 1] = per_r1 * (slope * r0 + twice) / apart
+            w[:, 0] = -per_length * (slope * r1 + twice) / apart
+        elif order > 1:
+            w[:, 0] = slope * per_length
+        w[:, order - 1] -= w[:, : order - 1].sum(1)  # which are of differences to the first clean sample
+    steps = np.arange(n)
+    x, w = kept[orders, steps], weights[orders, steps]
+    goes_on = orders > 1
+    own = np.where(goes_on, x / kept[orders - 1, steps - 1], 0)
+    w[:, 1:] -= own[:, None] * weights[orders - 1, steps - 1, :2]
+    factors, past = w[:, :1] * clean, np.zeros((n, 2, 2))
+    factors[:, 0] += np.where(goes_on, own, x)
+    for k in (1, 2):
+        past[k:, k - 1] = w[k:, k, None] * clean[:-k]
+    x, m = factors.T
+    return Factors(x, m, np.zeros(n), None, [False] * n, None, past, own=own.tolist())
 
 
 # What a step takes of its own output and those before it, by Adams and Bashforth: by the number of outputs, the factors

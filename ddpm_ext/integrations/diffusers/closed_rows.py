@@ -35,8 +35,8 @@ METHODS = (
     "step", "scale_model_input", "index_for_timestep", "_init_step_index",
     "get_scalings_for_boundary_condition_discrete", "convert_model_output", "_sigma_to_alpha_sigma_t",
     "dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update", "step_plms", "_get_prev_sample",
-    "singlestep_dpm_solver_update", "singlestep_dpm_solver_second_order_update", "precondition_inputs",
-    "precondition_outputs", "_get_conditioning_c_in",
+    "singlestep_dpm_solver_update", "singlestep_dpm_solver_second_order_update",
+    "singlestep_dpm_solver_third_order_update", "precondition_inputs", "precondition_outputs", "_get_conditioning_c_in",
 )  # fmt: skip
 CACHED = 64  # kinds of loops
 ALIKE = 100  # steps in a loop of such a kind, or fewer
@@ -216,9 +216,11 @@ class Loop(NamedTuple):
         return 1 + (int(full.argmax()) if full.any() else self.rings.shape[1])
 
     def tried(self) -> list[int]:
-        """The steps that prove it, each after those that it reads: its beginning, and the last ones."""
-        n, period = len(self.timesteps), self.factors.period
+        """The steps that prove it: its beginning, and the last ones, from one on that reads no result of another."""
+        n, period, own = len(self.timesteps), self.factors.period, self.factors.own
         last = (n - 1 - self.rings.shape[1]) // period * period
+        while own is not None and last > 0 and own[last]:
+            last -= 1
         return sorted({*range(self.beginning()), *range(last, n)}.intersection(range(n)))
 
     def counted(self, i: int) -> dict[str, int]:
