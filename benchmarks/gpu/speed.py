@@ -136,7 +136,7 @@ def steps(bench: Bench) -> Iterator[Job]:
     near, *peers = [way for way in (*others(), *compiled(bench.compiler)) if way.operation == "p_sample"]
     peers = [near, *reversed(peers)]  # what is compiled comes second
     yield from bench.jobs([ours, add], [(F32, F32), (BF16, BF16)], bench.shapes[:3])
-    yield from bench.jobs([CHANNELS_LAST], [(F32, F32)], bench.shapes[:1])
+    yield from bench.jobs(CHANNELS_LAST, [(F32, F32)], bench.shapes[:1])
     yield from bench.jobs(peers, [(F32, F32)], bench.shapes[:3])
     yield from bench.jobs(peers, [(BF16, BF16)], bench.shapes[:2])
 

@@ -139,8 +139,16 @@ STEPS = (
     Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
-# As behind a U-Net in channels_last.
-CHANNELS_LAST = Way(*("p_sample", "ddpm_ext, out=, model's output channels_last", STEPS[0].call), channels_last=("m",))
+# As behind a U-Net in channels_last: its output alone, and all tensors of a loop that begins with such a sample.
+CHANNELS_LAST = (
+    Way("p_sample", "ddpm_ext, out=, model's output channels_last", STEPS[0].call, channels_last=("m",)),
+    Way("p_sample", "ddpm_ext, out=, all channels_last", STEPS[0].call, channels_last=("x", "m", "out")),
+    Way(
+        *("step_with_options, guidance", "ddpm_ext, out=, all channels_last"),
+        lambda b: step_with_options(b, uncond_output=b.u),
+        channels_last=("x", "m", "u", "out"),
+    ),
+)
 WITH_HISTORY = tuple(ways_with_history())
 # That have kernels of their own.
 WITH_OPTIONS = tuple(f"step_with_options, {name}" for name in ("guidance", "x0 and history", "guidance and history"))
