@@ -245,11 +245,14 @@ class TracedScheduler(Forward):
         loop: Any = self._traced_loop
         scales = loop.rows.stepper.scales if isinstance(loop, LoopPosition) and not loop.is_over() else None
         if not scales or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
-            following, before = self._next_loop if loop is None else None, dict(self.__dict__)
+            following = self._next_loop if loop is None else None
+            if following is not None and not following.asks(self.__dict__, args):
+                following = None
+            before = {} if following is None else dict(self.__dict__)
             found = peer_method(self, "scale_model_input")(*args, **kwargs)
             if not self._scales_inputs:
                 self._scales_inputs = bool(args) and found is not args[0]
-            if self._scales_inputs and following is not None and following.asks(before, args):
+            if following is not None and self._scales_inputs:
                 self._begun = following.begun.with_input(before, args[1])
             return found
         if loop.made is not None and loop.made.is_of(args[0]):
