@@ -124,7 +124,7 @@ def _draw_schedules(options: argparse.Namespace) -> str:
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
     sources = f"{table.SOURCES}; several are drawn together"
-    parser.add_argument("sources", nargs="+", metavar="SAMPLER|FILE", help=sources)
+    parser.add_argument("sources", nargs="+", type=table.source_name, metavar="SAMPLER|FILE", help=sources)
     table.add_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--against", choices=("step", "timestep"), default="step", help="the horizontal axis")

@@ -16,6 +16,7 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.stored import one_line
+from ddpm_ext.tables.names import find_name
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
@@ -45,7 +46,8 @@ def add_parser(commands: arguments.Subparsers) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--save", metavar="FILE", help="writes the table, to be read by StepTable.load; ends in .json")
     add("--plot", metavar="FILE", help=f"draws the table, with --diff both; {arguments.endings_help()}")
-    add("--diff", metavar="OTHER", help=f"prints instead how the table differs from another: {SOURCES}")
+    other = f"prints instead how the table differs from another: {SOURCES}"
+    add("--diff", type=source_name, metavar="OTHER", help=other)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +89,12 @@ def run(options: argparse.Namespace) -> None:
         table.save(options.save)
     if options.plot is not None:
         plots.step_table_figure(tables, options.plot)
+
+
+def source_name(given: str) -> str:
+    """The known name of a sampler where one is meant; any other text, such as that of a file, itself."""
+    is_path = os.sep in given or os.path.exists(given)
+    return given if is_path else find_name(given, SAMPLERS) or given
 
 
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:

@@ -68,6 +68,17 @@ def test_tables_of_samplers_and_files(saved, tmp_path, capsys):
     assert columns(saved[1])["c1"] == points(range(5), mine.c1)
 
 
+def test_samplers_by_their_other_names(saved, tmp_path, capsys):
+    """As --sampler takes them. What is a file or a folder is no name of a sampler."""
+    assert call("plot", "table", "Euler a", "DDIM", "--steps", 4, "--out", "a.png") == 0
+    assert capsys.readouterr().out == "a.png: euler_ancestral (4 rows), ddim (4 rows)\n"
+    assert call("table", "--sampler", "k_euler", "--diff", "EulerDiscreteScheduler", "--steps", 4) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    (tmp_path / "DDIM").mkdir()
+    for folder in ("DDIM", "./DDIM"):
+        check_refused(capsys, f"table: {folder} has no scheduler_config.json", "plot", "table", folder, "--steps", "4")
+
+
 def test_losses_of_a_run(saved, tmp_path, capsys):
     """Also of one that was killed while it wrote a line; without its options the title says less."""
     run = tmp_path / "run"
