@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import AcceleratedObject, Acceleration
-from ddpm_ext.integrations.diffusers.pipeline import accelerated_pipeline, is_pipeline
+from ddpm_ext.integrations.diffusers.pipeline import Pipeline, accelerated_pipeline, is_pipeline
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.registry import accelerated_class, support_table
 from ddpm_ext.integrations.shared import Accelerated, Support, accelerated_copy, peer_class
@@ -85,6 +85,9 @@ def _accelerated(obj: Any, settings: Acceleration) -> Any:
     return accelerated_copy(obj, accelerated_class(type(obj)), settings)
 
 
+Pipeline.accelerate_scheduler = _accelerated
+
+
 def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
     """A pipeline whose `scheduler` has the rows of a table, or a scheduler that has them."""
     own = vars(obj).get("scheduler") if is_pipeline(obj) else obj
@@ -98,7 +101,7 @@ def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
 
     if own is obj:
         return make(obj, settings)
-    made = accelerated_pipeline(obj, settings, make, _accelerated)
+    made = accelerated_pipeline(obj, settings, make)
     made.register_modules(scheduler=made.scheduler)  # model_index.json names the class
     return made
 

@@ -88,3 +88,19 @@ def test_a_saved_pipeline_is_diffusers(sd, tmp_path):
         torch.testing.assert_close(found, images[0], rtol=0, atol=1e-4 * images[0].abs().max().item())
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(ours)
     assert type(other.scheduler) is type(ours.scheduler) is not type(plain.scheduler)
+
+
+def test_pipelines_that_its_class_makes(sd, tmp_path):
+    """The class of an accelerated pipeline makes accelerated ones: of parts, of another pipeline, and of a folder."""
+    plain = quiet(diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(DIGITS), scheduler=make("DDPM")))
+    ours = accelerate(plain)
+    ours.save_pretrained(tmp_path)
+    made = type(ours)(**plain.components), type(ours).from_pretrained(tmp_path), type(accelerate(sd)).from_pipe(sd)
+    for each, first in zip(made, (ours, ours, accelerate(sd)), strict=True):
+        assert type(each) is type(first) and type(each.scheduler) is type(first.scheduler)
+        assert each.accelerated.noise == "torch"
+    assert type(plain.scheduler) is diffusers.DDPMScheduler
+    options = {"batch_size": 2, "num_inference_steps": 3, "output_type": "np"}
+    images = [torch.from_numpy(quiet(p)(**options, generator=seeded(0)).images) for p in (plain, *made[:2])]
+    for found in images[1:]:
+        torch.testing.assert_close(found, images[0], rtol=0, atol=1e-4)

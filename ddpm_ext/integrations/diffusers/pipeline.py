@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.start_noise import start_noise
@@ -31,7 +31,7 @@ class Pipeline(Accelerated):
 
     library = "diffusers"
     replaces = ()
-    _accelerate_later: Accelerate  # an attribute of each object
+    accelerate_scheduler: ClassVar[Accelerate]  # of one that is put in another's place; set where accelerate() is
 
     def __init_subclass__(cls) -> None:
         """Replaces __call__, with the signature of the peer's own, where there is one."""
@@ -55,7 +55,7 @@ class Pipeline(Accelerated):
         if is_scheduler(type(value)) and not isinstance(value, Accelerated):
             settings = self._settings_in_place_of(vars(self).get(name))
             try:
-                value = self._accelerate_later(value, settings)
+                value = type(self).accelerate_scheduler(value, settings)
             except TypeError as refused:
                 reason = str(refused)
         super().__setattr__(name, value)
@@ -93,9 +93,7 @@ def _restore(peer: type) -> Any:
     return new(make_class(Pipeline, peer, peer, _restore))
 
 
-def accelerated_pipeline(
-    pipeline: Any, settings: Acceleration, accelerated: Accelerate, later: Accelerate | None = None
-) -> Any:
+def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Accelerate) -> Any:
     """A copy, of a subclass of the pipeline's class, whose schedulers and those of pipelines in it are accelerated.
 
     What the pipeline holds twice, its copy holds twice. With noise "philox", the attribute `scheduler` has the noise of
@@ -104,7 +102,6 @@ def accelerated_pipeline(
     Args:
         settings: those of every scheduler, apart from the stream.
         accelerated: makes the accelerated scheduler of a scheduler and its settings.
-        later: does so for schedulers that are put in their places, and can be pickled; None: `accelerated`.
 
     Raises:
         TypeError: it has no scheduler.
@@ -125,7 +122,7 @@ def accelerated_pipeline(
 
     def copied(each: Any) -> Any:
         made = _restore(peer_class(type(each)))
-        vars(made).update(vars(each), _acceleration=settings, _accelerate_later=later or accelerated)
+        vars(made).update(vars(each), _acceleration=settings)
         return made
 
     return pipeline_with(pipeline, copies, copied)
