@@ -68,6 +68,11 @@ def test_another_scheduler_by_the_line_of_every_guide(sd):
     with pytest.warns(UserWarning, match="^scheduler runs the own code and noise of diffusers: obj has a step of its"):
         ours.scheduler = refused
     assert ours.scheduler is refused
+    for nothing in (refused, None):  # the next one goes on where the last accelerated one stood
+        ours.scheduler = nothing
+        ours.scheduler = DDIMScheduler()
+        ours.scheduler.set_timesteps(2)
+        assert ours.accelerated.rng.seed_and_ids() == (4, 4)
 
 
 def test_a_saved_pipeline_is_diffusers(sd, tmp_path):

@@ -51,9 +51,11 @@ class Pipeline(Accelerated):
 
         `pipeline.scheduler = X.from_config(pipeline.scheduler.config)` stands in every guide, and X makes plain ones.
         """
-        reason = None
+        reason, replaced = None, vars(self).get(name)
+        if is_scheduler(type(replaced)) and isinstance(replaced, Accelerated):  # also for one that comes after None
+            vars(self)["_acceleration"] = replaced.accelerated.continued()
         if is_scheduler(type(value)) and not isinstance(value, Accelerated):
-            settings = self._settings_in_place_of(vars(self).get(name))
+            settings = self._settings_in_place_of(replaced)
             try:
                 value = type(self).accelerate_scheduler(value, settings)
             except TypeError as refused:
@@ -71,6 +73,8 @@ class Pipeline(Accelerated):
             return replaced.accelerated.continued()
         settings = self.accelerated
         used = {own.accelerated.stream for own in _accelerated_schedulers(self)}
+        if not used:
+            return settings.continued()
         unused = [stream for stream in STREAMS if stream not in used]
         return settings.of_stream(unused[0] if unused and settings.noise == "philox" else STREAM_REVERSE)
 
