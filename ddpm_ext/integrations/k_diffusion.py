@@ -294,6 +294,8 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     own = {key: value for key, value in options.items() if key in parameters}
     added = ADDED | {key: value for key, value in options.items() if key not in parameters}
     churn, tmin, tmax = (added[key] for key in CHURN)
+    checks.nonnegative("s_churn", churn)
+    checks.finite("s_noise", added["s_noise"])
     if added["solver_type"] != MIDPOINT:
         raise ValueError(f"solver_type is not {MIDPOINT!r}: give sampler k-diffusion's function in place of its name")
     if flow and sigmas.max() > 1:
@@ -301,6 +303,8 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     if flow and churn > 0:
         raise ValueError(f"s_churn is {churn}, expected 0 for flow")
     now = sigmas[:-1]
+    if not (now > 0).all():
+        raise ValueError(f"sigmas are {sigmas.tolist()}, expected 0 at the end alone")
     for i in (now == sigmas[1:]).nonzero().flatten().tolist():
         raise ValueError(f"sigmas[{i}] and sigmas[{i + 1}] are both {now[i]:g}, expected a step between two of them")
     gamma = min(churn / len(now), math.sqrt(2) - 1)
