@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -215,7 +216,8 @@ def _grid(process: Process, options: LoopOptions) -> Grid:
         if steps is not None or spacing is not None:
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
         grid = process.scaled(make_grid(process.alphas_cumprod, options.timesteps, betas=process.betas))
-        if not (grid.timestep[1:] < grid.timestep[:-1]).all():
-            raise ValueError("timesteps do not descend, expected each below the one before")
+        for now, after in pairwise(grid.timestep.tolist()):
+            if after >= now:
+                raise ValueError(f"timesteps do not descend from {now} to {after}, expected each below the one before")
         return grid
     return spaced_grid(process.alphas_cumprod, process.betas, steps, spacing, scale=process.schedule.scale)

@@ -188,8 +188,8 @@ def make_grid(
         raise ValueError(
             f"timestep reaches from {chosen.min()} to {chosen.max()}, expected all in 0 <= timestep < {len(levels)}"
         )
-    if (chosen[1:] == chosen[:-1]).any():
-        raise ValueError("timestep has the same timestep twice in a row, expected a step between two")
+    for same in chosen[1:][chosen[1:] == chosen[:-1]].tolist():
+        raise ValueError(f"timestep has the same timestep twice in a row, {same}, expected a step between two")
     if not 0 <= final <= 1:
         raise ValueError(f"final is {final}, expected 0 <= final <= 1")
     path = torch.cat([levels[chosen], levels.new_tensor([final])])

@@ -36,7 +36,7 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
         ({"spacing": "karras", "steps": None}, ValueError, ["steps is None", "spacing 'karras'"]),
         ({"spacing": "ddim2", "steps": 2}, ValueError, ["steps is 2 beside spacing 'ddim2'"]),
         ({"timesteps": [3, 1], "steps": 2}, ValueError, ["timesteps are given beside steps=2"]),
-        ({"timesteps": [1, 3], "steps": None}, ValueError, ["timesteps do not descend"]),
+        ({"timesteps": [1, 3], "steps": None}, ValueError, ["timesteps do not descend from 1 to 3"]),
         ({"timesteps": [1000], "steps": None}, ValueError, ["timestep reaches from 1000"]),
         ({"timesteps": 5, "steps": None}, ValueError, [r"timestep has shape \(\)"]),
         ({"timesteps": {}, "steps": None}, TypeError, ["timesteps is {}, expected ints"]),

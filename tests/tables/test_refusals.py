@@ -43,7 +43,7 @@ SCHEDULES = [
     (lambda: beta_quantile(SIGMA, 0.6, 11), ValueError, "beta is 11, expected 0 < beta <= 10"),
 ]
 GRIDS = [
-    (lambda: make_grid(LEVELS, [5, 5]), ValueError, "the same timestep twice"),
+    (lambda: make_grid(LEVELS, [5, 5]), ValueError, "the same timestep twice in a row, 5, expected"),
     (lambda: make_grid(LEVELS, [0.5]), TypeError, "timestep has dtype torch.float32, expected int64"),
     (lambda: make_grid(LEVELS, torch.zeros(2, 2, dtype=torch.int64)), ValueError, r"timestep has shape \(2, 2\)"),
     (lambda: make_grid(LEVELS + 1, [5]), ValueError, "alphas_cumprod reaches from"),
