@@ -23,6 +23,7 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.step_table import StepTable
 
 CONFIG = "scheduler_config.json"
+FOLDER = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/"
 SOURCES = (
     f"{', '.join(SAMPLERS)}; a folder of diffusers with a {CONFIG}, or that file; or a .json file that "
     "StepTable.save wrote"
@@ -40,8 +41,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
     sampler: dict[str, Any] = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
     what.add_argument("--sampler", **sampler, metavar="NAME", help=", ".join(SAMPLERS))
-    traced = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/; needs diffusers"
-    what.add_argument("--scheduler", metavar="FOLDER", help=traced)
+    what.add_argument("--scheduler", metavar="FOLDER", help=f"{FOLDER}; needs diffusers")
     add_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--save", metavar="FILE", help="writes the table, to be read by StepTable.load; ends in .json")
@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
             arguments.check_out(path, endings, name)
     if options.plot is not None:
         require("matplotlib.figure", "drawing a table")
+    if options.scheduler is not None and not os.path.exists(options.scheduler):
+        raise ValueError(f"scheduler: got {options.scheduler}, expected {FOLDER}")
     source = options.sampler or options.scheduler
     if source == options.scheduler and source in SAMPLERS:
         source = os.path.join(os.curdir, source)  # a folder that has the name of a sampler
