@@ -105,7 +105,7 @@ def follow(
         scheduler: it stays as it is. Where it divides the predicted clean sample by a quantile, the rows are those for
             a clip to -1 and 1 after that.
         timesteps: what the steps are called with, in order.
-        options: further arguments of every step; GIVEN for a tensor like the samples.
+        options: further arguments of every step; GIVEN for a tensor like the samples, a list for one of each step.
         second: the names under which steps may return a x + b m beside the next sample; None: any name.
         dims: how many dimensions samples have.
 

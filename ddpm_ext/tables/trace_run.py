@@ -219,7 +219,7 @@ def observe(
         timesteps: those of the steps, as the scheduler has them, or (1,), of all samples.
         samples, outputs, noise: as Run's observe takes them. What they give is the loop's own, and may be written to.
         options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
-            samples, which `noise` makes, too.
+            samples, which `noise` makes, too; a list for one of each step.
         wide: whether what is cast to a lower precision stays float64.
         watch: makes the copy, which then runs as fast as the scheduler; None: each of torch's functions that it calls
             is looked at.
@@ -234,6 +234,7 @@ def observe(
     observed = Observed(x.shape, noise, wide)
     own = copy.deepcopy(scheduler) if watch is None else watch.copy(scheduler, observed.draw)
     given = [name for name, value in options.items() if value is GIVEN]
+    of_each = {name: value for name, value in options.items() if type(value) is list}
     made: list[Taken] = []
     with ExitStack() as entered:
         entered.enter_context(warnings.catch_warnings())
@@ -263,6 +264,7 @@ def observe(
             drawn = len(observed.draws)
             for name in given:
                 arguments[name] = observed.draw(x.shape, dtype=x.dtype)
+            arguments |= {name: values[i] for name, values in of_each.items()}
             before = vars(own).copy()
             arguments |= zip(names, (m, t, x.as_subclass(Wide) if wide else x), strict=True)
             returned = step(**arguments)

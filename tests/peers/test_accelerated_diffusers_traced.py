@@ -11,7 +11,19 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.diffusers_classes import ALONE, SHAPE, TRACED, check, classes, loop, make, set_timesteps, shape_of, step_of
+from support.diffusers_classes import (
+    ALONE,
+    SHAPE,
+    TRACED,
+    call_step,
+    check,
+    classes,
+    loop,
+    make,
+    set_timesteps,
+    shape_of,
+    step_of,
+)
 from support.launches import launches as counted_launches
 
 from ddpm_ext import accelerate
@@ -235,6 +247,34 @@ def test_outputs_and_options_of_their_own(name, config, channels, options, launc
         results.append(x)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert len(launches) == 6
+
+
+@pytest.mark.parametrize(
+    "name, options, traces",
+    [
+        # its first step has no result and no timestep before it, and a step may draw more noise than is tried first
+        ("CogVideoXDPMScheduler", lambda *_: {}, 3),
+        # its last step has no timestep after it, and what is clipped is tried twice
+        ("UnCLIPScheduler", after_each, 3),
+    ],
+)
+def test_timesteps_among_the_options_are_traced_together(monkeypatch, name, options, traces):
+    """Options that change with the timestep, as pipelines have them: few runs of all steps, not one or two for each."""
+    begun, own = [], trace_run.observe
+    monkeypatch.setattr(trace_run, "observe", lambda *args, **options: begun.append(1) or own(*args, **options))
+    results = []
+    for scheduler in (make(name, num_train_timesteps=983), accelerate(make(name, num_train_timesteps=983))):
+        generator, before = torch.Generator().manual_seed(0), None
+        scheduler.set_timesteps(6)
+        x = torch.randn(SHAPE, generator=generator)
+        for i in range(6):
+            m = torch.randn(SHAPE, generator=generator)
+            before = call_step(scheduler, i, m, x, before, None, generator=generator, return_dict=False,
+                               **options(scheduler, i))  # fmt: skip
+            x = before[0]
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert 0 < len(begun) <= traces
 
 
 def test_objects_of_a_class_that_returns_tuples_unless_it_is_asked():

@@ -23,7 +23,7 @@ from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeat
 from ddpm_ext.integrations.diffusers.traced_begun import Begun, NextLoop
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, Repeated, Settings, repeated_call
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.diffusers.traced_rows import Beside, LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name
@@ -147,7 +147,7 @@ class TracedScheduler(Forward):
             raise Fallback("its noise is that of a Brownian path")
         m = self._mean(m, x)
         self._check_step(x, m)
-        options, tensors = self._options(given, x, m)
+        options, tensors = self._options(given, x, m, timestep)
         has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
         if has_dim:
             timestep = _of_all(timestep, len(x))
@@ -310,7 +310,9 @@ class TracedScheduler(Forward):
             if known[name] is EMPTY or (value is not known[name] and value is not None)
         }
 
-    def _options(self, given: dict[str, Any], x: Tensor, m: Tensor) -> tuple[tuple[tuple[str, Any], ...], list[Tensor]]:
+    def _options(
+        self, given: dict[str, Any], x: Tensor, m: Tensor, timestep: Any
+    ) -> tuple[tuple[tuple[str, Any], ...], list[Tensor]]:
         """A step's options as RowsKey has them, and the tensors in place of those that are GIVEN, in their
         order."""
         options = []
@@ -326,8 +328,11 @@ class TracedScheduler(Forward):
                 tensors.append(value)
                 value = GIVEN
             elif isinstance(value, Tensor):
-                at = self._index_of(value)
-                value = value.item() if at is None else self._times()[at]
+                at, index = (self._index_of(t) if isinstance(t, Tensor) else None for t in (value, timestep))
+                if at is not None and index is not None:
+                    value = Beside(at - index)
+                else:
+                    value = value.item() if at is None else self._times()[at]
             elif value is not None and not isinstance(value, numbers.Number | str):
                 raise Fallback(f"it is called with {name}")
             options.append((name, value))
@@ -363,11 +368,15 @@ class TracedScheduler(Forward):
             if not rows.stateless:
                 raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
             alone = settings is not None and (not over or len(rows.timesteps) == 1)
+            if loop.at == 1 and is_beside(options) and not is_beside(rows.key.options):
+                alone = False  # the first step has no timestep before it, and all others will have one
+        else:
+            alone = any(value is None for _, value in options)
         if index is not None:
             value = timestep if own.is_cpu else self._times()[index]
         elif value in self._times():
             index = self._own_place(value)
-        # Where options change from step to step, rows for more than one of them would be of no use.
+        # Where options change in another way from step to step, rows for more than one of them would be of no use.
         kind = timestep.dtype if is_tensor else type(timestep)
         key = RowsKey(options, index, float(value), kind, has_dim, alone, dims)
         step_index = vars(self).get("_step_index")
@@ -435,6 +444,11 @@ class TracedScheduler(Forward):
                     m.shape, generator=generator, device=m.device, dtype=dtype
                 )
         return found
+
+
+def is_beside(options: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether one of a step's options, as RowsKey has them, is another timestep."""
+    return any(isinstance(value, Beside) for _, value in options)
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

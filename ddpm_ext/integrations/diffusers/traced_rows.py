@@ -31,12 +31,18 @@ READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
+class Beside(NamedTuple):
+    """An option that is one of the scheduler's timesteps: so many places after that of the step."""
+
+    places: int
+
+
 class RowsKey(NamedTuple):
     """Which steps the rows are for.
 
     Attributes:
-        options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings and
-            GIVEN, by their names in order.
+        options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings,
+            Beside and GIVEN, by their names in order.
         first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
         timestep: the first one's.
         kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
@@ -52,6 +58,15 @@ class RowsKey(NamedTuple):
     has_dim: bool
     alone: bool
     dims: int
+
+    def options_of(self, own: Tensor, count: int) -> dict[str, Any]:
+        """Those of `count` steps, as `follow` takes them. own: the scheduler's timesteps."""
+        found = dict(self.options)
+        for name, value in self.options:
+            if isinstance(value, Beside):
+                times, first = own.tolist(), (self.first or 0) + value.places
+                found[name] = [times[i] if 0 <= i < len(times) else None for i in range(first, first + count)]
+        return found
 
 
 class LoopDtypes(NamedTuple):
@@ -266,7 +281,11 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
     try:
         known = closed_rows.closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
-        trace = follow(scheduler, list(timesteps), dict(key.options), dims=key.dims) if known is None else known[0]
+        trace = (
+            follow(scheduler, list(timesteps), key.options_of(own, len(timesteps)), dims=key.dims)
+            if known is None
+            else known[0]
+        )
         n = len(trace.steps)
         if n < len(timesteps):
             timesteps = timesteps[:n]
@@ -324,8 +343,9 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         return _loop_dtypes(trace, output, sample, torch.float32, second, [step.draws for step in trace.steps])
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
-    options = dict(rows.key.options) | ({"return_dict": False} if "return_dict" in parameters_of(step) else {})
     n, watch = len(rows.timesteps), None if trace.read is None else Watch()
+    options = rows.key.options_of(rows.scheduler.timesteps, n)
+    options |= {"return_dict": False} if "return_dict" in parameters_of(step) else {}
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
     as_first = in_float32 or (kind is not None and kind.alike)
     few = min(n, 2 if rows.stateless else FEW) if as_first else n
