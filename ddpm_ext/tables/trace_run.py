@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -37,6 +38,8 @@ OTHER_DRAWS = {
     Tensor.random_,
 }  # fmt: skip
 SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
+# Filters of warnings are the process's: one thread at a time changes them, and puts them back.
+_filters = threading.RLock()
 
 
 class GIVEN:
@@ -237,6 +240,7 @@ def observe(
     of_each = {name: value for name, value in options.items() if type(value) is list}
     made: list[Taken] = []
     with ExitStack() as entered:
+        entered.enter_context(_filters)
         entered.enter_context(warnings.catch_warnings())
         entered.enter_context(torch.no_grad())
         entered.enter_context(on_cpu())

@@ -1,5 +1,7 @@
 """StepTable.trace: the rows of diffusers' schedulers, found by running their own code, against their own loops."""
 
+import threading
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import diffusers
 from ddpm_ext.ops import reference
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import follow
+from ddpm_ext.tables.trace_run import observe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -192,3 +195,33 @@ def test_what_has_no_steps(monkeypatch):
 def test_what_of_diffusers_is_no_table():
     with pytest.raises(ValueError, match="thresholding divides by a quantile of the sample, which is not linear"):
         StepTable.trace(diffusers.DDIMScheduler(thresholding=True, clip_sample=False), 8)
+
+
+def test_threads_that_trace_at_the_same_time_leave_the_filters_of_warnings(monkeypatch):
+    """Which are the process's. A trace that ends within another one would put back its own filters for good."""
+    scheduler, x = make("DDIM", {}), torch.zeros(2, 3, 4, 4)
+    scheduler.set_timesteps(2)
+    began, inside, ended = (threading.Event() for _ in range(3))
+
+    def first(_):
+        began.set()
+        inside.wait(0.5)
+        return x.clone()
+
+    def second(_):
+        inside.set()
+        ended.wait()
+        return x.clone()
+
+    def run(outputs):
+        observe(scheduler, scheduler.timesteps[:1], lambda *_: x.clone(), outputs, lambda: x, {})
+
+    monkeypatch.setattr(warnings, "filters", [])
+    threads = [threading.Thread(target=run, args=(outputs,)) for outputs in (first, second)]
+    threads[0].start()
+    began.wait()
+    threads[1].start()
+    threads[0].join()
+    ended.set()
+    threads[1].join()
+    assert inside.is_set() and warnings.filters == []
