@@ -76,6 +76,24 @@ def test_it_is_the_same(name, method, dtype):
         assert torch.equal(again.as_subclass(torch.Tensor), found)
 
 
+@pytest.mark.parametrize("begin", [None, 3])
+@pytest.mark.filterwarnings("ignore:scale_noise runs the own code")
+def test_a_method_that_moves_the_scheduler(begin):
+    """FlowMatchHeun's begins a loop, and has the level of its step whatever the timestep. Before the steps, and after
+    them."""
+    results = []
+    for scheduler in pair("FlowMatchHeunDiscreteScheduler", begin):
+        found = []
+        for t in scheduler.timesteps[begin or 0 :][:3]:
+            if begin is None:
+                scheduler.step(X, t, X)
+            found += [scheduler.scale_noise(X, t[None], Z), torch.tensor(scheduler.step_index)]
+            if begin is not None:
+                scheduler.step(X, t, X)
+        results.append(found)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name, method", SOME)
 @pytest.mark.parametrize("by", ["both", "noise"])
 def test_gradients(name, method, by):

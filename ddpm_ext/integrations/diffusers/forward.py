@@ -80,6 +80,9 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
     scheduler = new(cls)
     scheduler.__dict__.update(state)
     own = scheduler.timesteps.cpu()
+    if "_step_index" in state:
+        scheduler._step_index = None
+        forward_trial(scheduler, method, own[:1])  # raises Fallback where it moves the step
     if in_loop:
         rows = []
         for i in range(len(scheduler.sigmas)):
