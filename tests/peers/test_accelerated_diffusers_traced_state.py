@@ -169,6 +169,23 @@ def test_set_timesteps_in_the_middle_of_a_loop(name):
     same(*reversed(results))
 
 
+@pytest.mark.parametrize("name", [HISTORY, ALONE, "KDPM2DiscreteScheduler"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_timesteps_that_are_refused_in_the_middle_of_a_loop(name, at):
+    """The loop goes on."""
+
+    def change(scheduler, *_):
+        with pytest.raises((TypeError, ValueError)):
+            scheduler.set_timesteps("many")
+
+    results = []
+    for scheduler in (make(name), accelerate(make(name))):
+        scheduler.set_timesteps(STEPS)
+        results.append(run(scheduler, at, change, timesteps=scheduler.timesteps[:STEPS]))
+    same(*reversed(results))
+
+
 @pytest.mark.parametrize("name", [HISTORY, "DPMSolverMultistepScheduler", "DDIMScheduler"])
 @pytest.mark.parametrize("method", ["convert_model_output", "_threshold_sample", "step"])
 @pytest.mark.parametrize("in_class", [False, True])

@@ -82,11 +82,17 @@ class TracedScheduler(Forward):
         return name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        loop = self._traced_loop
+        loop, held = self._traced_loop, {}
         if isinstance(loop, LoopPosition):
-            self._hold(loop.rows, loop.rows.trace.steps[loop.at - 1], None)
+            step = loop.rows.trace.steps[loop.at - 1]
+            held = {name: self.__dict__.get(name) for name in step.tensors}
+            self._hold(loop.rows, step, None)
+        try:
+            found = super()._set_timesteps(*args, **kwargs)
+        except Exception:  # of what it is given; the loop may go on
+            self.__dict__.update(held)
+            raise
         self._traced_loop = self._next_loop = None  # not deleted: pipelines of views put each one's back by update
-        found = super()._set_timesteps(*args, **kwargs)
         if self._begun is not None:
             self._next_loop = self._begun.next_loop(self)
         return found
