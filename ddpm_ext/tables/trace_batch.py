@@ -107,17 +107,21 @@ class Trial(NamedTuple):
         # The loop's own copies, of which it gets one after the other.
         own = x.copy()
         xs, ms, zs = (torch.from_numpy(each).reshape(-1, *shape).unbind() for each in (own, m.copy(), z.copy()))
-        drawn, prev = iter(zs), []
+        drawn, prev, left = iter(zs), [], most_draws
 
         def sample(i: int, before: Tensor | None) -> Tensor:
+            nonlocal left
+            left = most_draws
             if before is not None:
                 prev.append(flat(before))
                 own[i, following] = x[i, following] = prev[-1][following]
             return xs[i]
 
         def noise() -> Tensor:
-            found = next(drawn, None)
-            if found is None:
+            nonlocal left
+            left -= 1
+            found = next(drawn, None) if left >= 0 else None
+            if found is None:  # in the first step that draws more, before all others are run in vain
                 raise TooManyDraws
             return found
 
