@@ -60,7 +60,10 @@ class RowsKey(NamedTuple):
     dims: int
 
     def options_of(self, own: Tensor, count: int) -> dict[str, Any]:
-        """Those of `count` steps, as `follow` takes them. own: the scheduler's timesteps."""
+        """Those of `count` steps, as `follow` takes them: None for a timestep before the first or behind the last one.
+
+        own: the scheduler's timesteps.
+        """
         found = dict(self.options)
         for name, value in self.options:
             if isinstance(value, Beside):
@@ -281,11 +284,8 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
     try:
         known = closed_rows.closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
-        trace = (
-            follow(scheduler, list(timesteps), key.options_of(own, len(timesteps)), dims=key.dims)
-            if known is None
-            else known[0]
-        )
+        options = key.options_of(own, len(timesteps))
+        trace = follow(scheduler, list(timesteps), options, dims=key.dims) if known is None else known[0]
         n = len(trace.steps)
         if n < len(timesteps):
             timesteps = timesteps[:n]
