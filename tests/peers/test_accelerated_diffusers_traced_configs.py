@@ -20,7 +20,7 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers import closed_rows
 from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
 from ddpm_ext.tables import trace_run
-from ddpm_ext.tables.trace import NoRow, follow
+from ddpm_ext.tables.trace import follow
 from ddpm_ext.tables.trace_run import step_of
 
 # What a class's constructor may be given, where it has the parameter. What diffusers refuses is not tried.
@@ -65,6 +65,8 @@ def configs(draw, name):
     for key in ("prediction_type", "variance_type"):
         if key in config and parameters[key].default not in CHOICES[key]:
             del config[key]
+    if name.startswith("EDM") and config["prediction_type"] not in ("epsilon", "v_prediction"):
+        del config["prediction_type"]  # which its steps refuse
     chosen = draw(st.sampled_from([None, *(key for key in SIGMAS if key in parameters)]))
     return config if chosen is None else config | {chosen: True}
 
@@ -134,7 +136,7 @@ def test_any_configuration(name):
 def test_rows_in_closed_form_are_the_traced_ones(name):
     """In every bit that is not of a fit, from any step of a loop on. What is not covered is traced."""
     covered = []
-    bound = 1e-11 if name in (*FITTED, *IN_OTHER_SUMS) else 0
+    bound = 1e-12 if name in (*FITTED, *IN_OTHER_SUMS) else 0
 
     least = 4 if name == "PNDMScheduler" else 1  # whose shorter loops are traced
     mostly = {"algorithm_type": "dpmsolver++", "clip_sample": False, "thresholding": False}  # which expressions cover
@@ -154,11 +156,7 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
         found = closed(scheduler, begun, times, 4)
         covered.append(found is not None)
         if found is not None:
-            ours = found[0]
-            try:
-                theirs = follow(scheduler, times)
-            except NoRow:  # which a trace raises for what rounding alone makes of a step
-                return
+            ours, theirs = found[0], follow(scheduler, times)
             if name in IN_OTHER_SUMS:
                 pairs = [(results(theirs.columns, len(times)), results(ours.columns, len(times)))]
             else:
@@ -169,7 +167,7 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
             assert str([ours.clip, *ours[4:7], ours.scales]) == str([theirs.clip, *theirs[4:7], theirs.scales])
 
     the_same()
-    assert sum(covered) > 1
+    assert sum(covered) > len(covered) // 5
 
 
 @pytest.mark.parametrize("name, is_patched", [*itertools.product(FORMS, [False, True]), ("DDIMScheduler", False)])

@@ -254,6 +254,7 @@ def of_a_part(x):
 EDITED = [
     *((name, {}) for name in TRACED),
     (HISTORY, {"solver_order": 3, "prediction_type": "v_prediction"}),
+    ("DPMSolverSinglestepScheduler", {"prediction_type": "sample"}),
     (HISTORY, {"thresholding": True, "dynamic_thresholding_ratio": 0.6, "sample_max_value": 1.5}),
     ("DPMSolverSinglestepScheduler", {"solver_order": 3}),
     ("SASolverScheduler", {"algorithm_type": "noise_prediction"}),

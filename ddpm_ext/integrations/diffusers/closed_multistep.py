@@ -101,6 +101,8 @@ def dpm_solver_singlestep(own: Any, first: int) -> Factors:
         raise Uncovered
     clean, n, solver = levels.clean, len(levels.clean), own.config.solver_type
     orders = np.minimum(own.order_list[first:], 1 + np.arange(n))
+    # A clean sample that is the output itself is kept already. Else the rows below keep one tensor and need no second
+    # copy of a result, which those that read a sample in their own do.
     if own.config.solver_order == 3 or own.config.prediction_type == "sample":
         return _singlestep_of_clean(levels, solver, orders)
     is_second = orders == 2

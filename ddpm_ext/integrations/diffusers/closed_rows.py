@@ -247,6 +247,8 @@ def _tried(scheduler: Any, loop: Loop, n: int) -> Steps:
     pairs = [(steps[i], each.step) for i, each in taken.items()]  # the last ones beside what they are to be like
     if any((a.state.keys(), *a[3:]) != (b.state.keys(), *b[3:]) for a, b in pairs):
         raise Uncovered
+    if loop.history and loop.history["k1"].any() and any([step.holds_output for step in steps]):
+        raise Uncovered  # since rows then keep the output itself, and not a sum with it
     history = np.zeros((n, HISTORY), bool)
     history[: len(loop.rings), : loop.rings.shape[1]] = loop.rings >= 0
     keeps = np.zeros(n + 1, bool)
