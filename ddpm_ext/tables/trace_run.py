@@ -330,7 +330,7 @@ def step_of(
         if before.get(name, before) is not value:
             if is_simple(value):
                 state[name] = value
-            else:
+            elif not isinstance(value, torch.Size):  # which any step finds anew
                 stores = True
     return Step(result, draws, state, tensors, stores, holds_output, given, scaling)
 

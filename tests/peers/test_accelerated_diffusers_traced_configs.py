@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import typing
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from support.launches import launches
 
 from ddpm_ext import accelerate
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers import closed_rows
-from ddpm_ext.integrations.diffusers.closed_rows import FORMS, closed
+from ddpm_ext.integrations.diffusers import closed_proof, closed_rows
+from ddpm_ext.integrations.diffusers.closed_rows import FORMS, WITH_OPTIONS, closed
+from ddpm_ext.integrations.diffusers.step_options import of_steps
 from ddpm_ext.tables import trace_run
 from ddpm_ext.tables.trace import follow
 from ddpm_ext.tables.trace_run import step_of
@@ -33,6 +35,8 @@ CHOICES = {
     "set_alpha_to_one": [False, True],
     "clip_sample": [False, True],
     "clip_sample_range": [1.0, 0.5],
+    "clip_denoised": [True, False],
+    "s_noise": [1.0, 0.8],
     "thresholding": [False, False, True],
     "dynamic_thresholding_ratio": [0.995, 0.6],
     "sample_max_value": [1.0, 1.5],
@@ -61,7 +65,17 @@ SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use
 @st.composite
 def configs(draw, name):
     parameters = inspect.signature(classes()[name].__init__).parameters
-    config = {key: draw(st.sampled_from(values)) for key, values in CHOICES.items() if key in parameters}
+    known = {key: typing.get_args(parameter.annotation) for key, parameter in parameters.items()}
+    choices = {
+        key: [
+            value
+            for value in values
+            if typing.get_origin(parameters[key].annotation) is not typing.Literal or value in known[key]
+        ]
+        for key, values in CHOICES.items()
+        if key in parameters
+    }
+    config = {key: draw(st.sampled_from(values)) for key, values in choices.items() if values}
     for key in ("prediction_type", "variance_type"):
         if key in config and parameters[key].default not in CHOICES[key]:
             del config[key]
@@ -73,8 +87,14 @@ def configs(draw, name):
 
 # Whose own code may be no row for other reasons than a clip: rounding, and more history than rows keep.
 MORE_HISTORY = ("HeunDiscreteScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler")
+# Classes whose rows are in closed form, and the options of their steps.
+CLOSED = [*((name, ()) for name in FORMS), *WITH_OPTIONS]
 # Of which a trace finds rows by least squares, since these read none of their own sample.
 FITTED = ("PNDMScheduler", *(name for name in FORMS if "Heun" in name or "KDPM2" in name))
+# And where the factor of a clipped clean sample is found by them.
+CLIPPED = ("CMStochasticIterativeScheduler", "UnCLIPScheduler")
+# Whose factors are multiplied in another order than numbers are.
+ROUNDED = ("CogVideoXDPMScheduler",)
 # Whose steps read the sample that an earlier one began at, which rows may have in other sums.
 IN_OTHER_SUMS = ("DPMSolverSinglestepScheduler",)
 
@@ -132,14 +152,18 @@ def test_any_configuration(name):
     a_loop_is_the_same()
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_rows_in_closed_form_are_the_traced_ones(name):
-    """In every bit that is not of a fit, from any step of a loop on. What is not covered is traced."""
+@pytest.mark.parametrize("name, options", CLOSED)
+def test_rows_in_closed_form_are_the_traced_ones(name, options):
+    """In every bit that is not of a fit or of rounding, from any step of a loop on. What is not covered is traced."""
     covered = []
-    bound = 1e-12 if name in (*FITTED, *IN_OTHER_SUMS) else 0
+    bound = 1e-12 if name in (*FITTED, *CLIPPED, *ROUNDED, *IN_OTHER_SUMS) else 0
 
     least = 4 if name == "PNDMScheduler" else 1  # whose shorter loops are traced
     mostly = {"algorithm_type": "dpmsolver++", "clip_sample": False, "thresholding": False}  # which expressions cover
+    if name in CLIPPED:
+        del mostly["clip_sample"]
+    if name in FITTED:  # by levels up to 1e4, as the other has them, least squares lose a digit more than the bound has
+        mostly["beta_schedule"] = "scaled_linear"
 
     @settings(max_examples=12 if "KDPM2" in name else 30, deadline=None, derandomize=True, database=None)
     @given(configs(name), st.integers(least, 9), st.sampled_from([0, 0, 0, 1, 2, 3]))
@@ -149,14 +173,14 @@ def test_rows_in_closed_form_are_the_traced_ones(name):
             scheduler.set_timesteps(steps)
         except Exception:
             assume(False)
+        begun = min(begun, steps - 1)
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(min(begun, steps - 1))
-        begun = getattr(scheduler, "begin_index", 0)
+            scheduler.set_begin_index(begun)
         times = list(scheduler.timesteps[begun:])
-        found = closed(scheduler, begun, times, 4)
+        found = closed(scheduler, begun, times, 4, options)
         covered.append(found is not None)
         if found is not None:
-            ours, theirs = found[0], follow(scheduler, times)
+            ours, theirs = found[0], follow(scheduler, times, of_steps(options, scheduler.timesteps, begun, len(times)))
             if name in IN_OTHER_SUMS:
                 pairs = [(results(theirs.columns, len(times)), results(ours.columns, len(times)))]
             else:
@@ -182,20 +206,55 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
 
     cls = classes()[name] if is_patched else type(name, (classes()[name],), {})
     monkeypatch.setattr(cls, "step", step)
-    config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    # A multiple of a clipped sample is no row.
+    config = {"PNDMScheduler": {"skip_prk_steps": True}, "CMStochasticIterativeScheduler": {"clip_denoised": False}}
+    config = config.get(name, {})
     ours = accelerate(cls(**config))
     check(loop(ours, 6, return_dict=False), loop(cls(**config), 6, return_dict=False), 1e-5)
     assert ours.accelerated.fallbacks == {}
 
 
-def test_rows_that_are_not_the_steps_are_traced(monkeypatch):
-    scheduler, form = make("EulerDiscreteScheduler"), FORMS["EulerDiscreteScheduler"]
+def off_by_a_thousandth(factors, name):
+    """The same but for a thousandth of an array's last axis, for each place there."""
+    values = getattr(factors, name)
+    if isinstance(values, np.ndarray):
+        for place in [..., *([(..., k) for k in range(values.shape[-1])] if values.ndim > 1 else [])]:
+            wrong = values.copy()
+            wrong[place] *= 1.001
+            if (wrong != values).any():
+                yield factors._replace(**{name: wrong})
+
+
+def wrong_ones(factors):
+    """Other factors, each of one fault."""
+    for name in ("x", "m", "s", "scales", "past", "given", *(["clean"] if factors.clipped is None else [])):
+        yield from off_by_a_thousandth(factors, name)
+    for more in (-1, 1):
+        draws = [min(max(draws + more, 0), 2) for draws in factors.draws]
+        yield from [factors._replace(draws=draws)] * (draws != list(factors.draws))
+    if factors.clipped is not None:
+        clip = tuple(1.001 * bound for bound in factors.clipped.clip)
+        parts = (off_by_a_thousandth(factors.clipped, name) for name in ("clean", "factor"))
+        for wrong in itertools.chain([factors.clipped._replace(clip=clip)], *parts):
+            yield factors._replace(clipped=wrong)
+
+
+# Where a step reads the one before it, that one's clean sample is hardly of this part of it.
+UNSEEN = {"DPMSolverMultistepInverseScheduler": 1, "EDMDPMSolverMultistepScheduler": 1}
+
+
+@pytest.mark.parametrize("name, options", CLOSED)
+def test_factors_that_are_not_the_steps_are_traced(monkeypatch, name, options):
+    scheduler, table, key = make(name), *((WITH_OPTIONS, (name, options)) if options else (FORMS, name))
+    first, form = int(name == "CogVideoXDPMScheduler"), table[key]
     scheduler.set_timesteps(14)
-    assert closed(scheduler, 0, scheduler.timesteps, 4)
-    wrong = form._replace(factors=lambda *given: (right := form.factors(*given))._replace(m=1.001 * right.m))
-    monkeypatch.setitem(FORMS, "EulerDiscreteScheduler", wrong)
-    monkeypatch.setattr(closed_rows, "_steps", BoundedCache(1))
-    assert closed(scheduler, 0, scheduler.timesteps, 4) is None
+    right, found = form.factors(scheduler, first), []
+    for factors in (right, *wrong_ones(right)):
+        monkeypatch.setitem(table, key, form._replace(factors=lambda *_, factors=factors: factors))
+        monkeypatch.setattr(closed_rows, "_steps", BoundedCache(1))
+        found.append(closed(scheduler, first, scheduler.timesteps[first:], 4, options))
+    assert found[0] is not None and len(found) >= 4
+    assert len(found) - found.count(None) == 1 + UNSEEN.get(name, 0)
 
 
 def test_loops_of_other_settings():
@@ -209,7 +268,7 @@ def test_steps_that_are_alike_are_tried_once(monkeypatch):
     """The first and the last one, and two in another dtype, whatever the number of steps."""
     tried = []
     monkeypatch.setattr(trace_run, "step_of", lambda *args: tried.append(1) or step_of(*args))
-    monkeypatch.setattr(closed_rows, "step_of", trace_run.step_of)
+    monkeypatch.setattr(closed_proof, "step_of", trace_run.step_of)
     for steps, (dtype, bound) in itertools.product((5, 9, 3), {torch.float32: 1e-5, torch.bfloat16: 1e-2}.items()):
         plain, other = (make("FlowMatchEulerDiscreteScheduler", shift=2.0) for _ in range(2))
         check(loop(accelerate(plain), steps, dtype), loop(other, steps, dtype), bound)

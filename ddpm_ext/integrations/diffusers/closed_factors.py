@@ -3,6 +3,7 @@ closed_rows.py."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +23,26 @@ class Untraceable(Exception):
     """Why a scheduler's steps are no rows, so that nobody traces them in vain."""
 
 
+class Clipped(NamedTuple):
+    """A clean sample that steps clip, and add times a factor.
+
+    Attributes:
+        clean: (steps, 2), a and b of a sample + b output.
+        clip: the range that this is clipped to.
+        factor: (steps,).
+    """
+
+    clean: Array
+    clip: tuple[float, float]
+    factor: Array
+
+
 class Factors(NamedTuple):
     """Of steps prev = x * sample + m * output + s * noise, float64 (steps,) each.
 
     Attributes:
         clean: (steps, 2), a and b of the second tensor, a sample + b output, that a step returns; None without one.
-        noisy: (steps,), whether a step draws noise.
+        draws: (steps,), how often a step draws noise, of which it adds the last.
         scales: what each step's sample is multiplied by for the model, 1 for the first; None where it is not.
         past: (steps, tensors, 2), the factors of the sample and the output of each of the last steps that stored a
             tensor, the last one first, which a step adds as well; None where the scheduler stores no tensor.
@@ -36,13 +51,15 @@ class Factors(NamedTuple):
         period: with 2, every second step stores a tensor, which the one after it reads and drops.
         dt: (steps,), the length that every `period`th step stores; None where none does.
         is_one: (steps,), as Step has it; None where all have two tensors, or one.
+        given: (steps,), the factor of a tensor that a step is given; None where it is given none.
+        clipped: what is clipped, which is the second tensor as well where there is one; None for nothing.
     """
 
     x: Array
     m: Array
     s: Array
     clean: Array | None
-    noisy: list[bool]
+    draws: Sequence[int]
     scales: Array | None = None
     past: Array | None = None
     skips: int | None = None
@@ -50,6 +67,27 @@ class Factors(NamedTuple):
     period: int = 1
     dt: Tensor | None = None
     is_one: list[bool] | None = None
+    given: Array | None = None
+    clipped: Clipped | None = None
+
+
+class Form(NamedTuple):
+    """A class's expression.
+
+    Attributes:
+        factors: of an object and the place of a loop's first timestep.
+        settings: of the config, on which it hangs what the expression is. Some of its classes may not have one.
+        reads: the attributes that it and the class's own steps read before they write them.
+        counter: the one that counts the steps; None without one.
+        alike: whether all steps are the same expression of their levels, whatever their number, without noise and
+            without what other steps left.
+    """
+
+    factors: Callable[[Any, int], Factors]
+    settings: tuple[str, ...]
+    reads: frozenset[str]
+    counter: str | None = "_step_index"
+    alike: bool = False
 
 
 # Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So
@@ -78,6 +116,32 @@ def clean_of(own: Any, sigma: Array) -> tuple[Array, Array]:
         "sample": lambda: (0 * one, one),
     }[getattr(own.config, "prediction_type", "epsilon")]()
     return np.stack([a, b], 1), root
+
+
+def predicted_of(own: Any, alpha: Array) -> tuple[Array, Array]:
+    """The factors of sample and output in the clean sample and in the noise, (steps, 2) each. alpha: cumulative."""
+    signal, noise = root_of(alpha).astype(WIDE), root_of(1 - alpha).astype(WIDE)
+    zero, one = 0 * signal, 0 * signal + 1
+    of_each = {
+        "epsilon": lambda: (1 / signal, -noise / signal, zero, one),
+        "v_prediction": lambda: (signal, -noise, noise, signal),
+        "sample": lambda: (zero, one, 1 / noise, -signal / noise),
+    }[own.config.prediction_type]()
+    return np.stack(of_each[:2], 1), np.stack(of_each[2:], 1)
+
+
+def to_clean(
+    x: Array,
+    s: Array,
+    of_clean: Array,
+    clean: Array,
+    draws: Sequence[int],
+    clip: tuple[float, float] | None = None,
+) -> Factors:
+    """Of steps prev = of_clean * (a sample + b output, clipped) + x * sample + s * noise."""
+    if clip is not None:
+        return Factors(x, 0 * x, s, clean, draws, clipped=Clipped(clean, clip, of_clean))
+    return Factors(x + of_clean * clean[:, 0], of_clean * clean[:, 1], s, clean, draws)
 
 
 def slope_of(clean: Array, sigma: Array) -> Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +13,20 @@ from ddpm_ext.integrations.diffusers import closed_multistep as multistep
 from ddpm_ext.integrations.diffusers.closed_factors import (
     WIDE,
     Factors,
+    Form,
     Uncovered,
     clean_of,
     edm_of,
     levels_of,
+    predicted_of,
     root_of,
     scales_of,
     slope_of,
+    to_clean,
 )
+from ddpm_ext.integrations.diffusers.step_options import Beside, Options
 from ddpm_ext.tables.trace_batch import Array
+from ddpm_ext.tables.trace_run import GIVEN
 
 
 @np.errstate(all="ignore")
@@ -72,7 +77,7 @@ def _kdpm2(own: Any, first: int, is_ancestral: bool = False) -> Factors:
     if is_ancestral:
         to[j], up[j] = (levels_of(x)[first + j - 1] for x in (own.sigmas_down, own.sigmas_up))
     factors = _in_two(own, at, to - begins, 1, is_given=True)
-    return factors._replace(s=up, noisy=(np.arange(n) % 2 == 1).tolist()) if is_ancestral else factors._replace(dt=None)
+    return factors._replace(s=up, draws=(np.arange(n) % 2 == 1).tolist()) if is_ancestral else factors._replace(dt=None)
 
 
 def _in_two(own: Any, sigma: Array, dt: Array, parts: int, *, is_given: bool) -> Factors:
@@ -103,16 +108,28 @@ def _flow_match_euler(own: Any, first: int) -> Factors:
     return Factors(zero + 1, dt, zero, None, [False] * len(dt))
 
 
-def _predicted(own: Any, alpha: Array) -> tuple[Array, Array]:
-    """The factors of sample and output in the clean sample and in the noise, (steps, 2) each. alpha: cumulative."""
-    signal, noise = root_of(alpha).astype(WIDE), root_of(1 - alpha).astype(WIDE)
-    zero, one = 0 * signal, 0 * signal + 1
-    of_each = {
-        "epsilon": lambda: (1 / signal, -noise / signal, zero, one),
-        "v_prediction": lambda: (signal, -noise, noise, signal),
-        "sample": lambda: (zero, one, 1 / noise, -signal / noise),
-    }[own.config.prediction_type]()
-    return np.stack(of_each[:2], 1), np.stack(of_each[2:], 1)
+def _flow_match_lcm(own: Any, first: int) -> Factors:
+    """(1 - sigma') x0 with noise to sigma', which is drawn in the last step, too"""
+    if vars(own)["_scale_factors"] and vars(own)["_upscale_mode"]:
+        raise Uncovered
+    sigmas = levels_of(own.sigmas)[first:]
+    to, kept = sigmas[1:].astype(WIDE), (1 - sigmas[1:]).astype(WIDE)
+    return Factors(kept, -kept * sigmas[:-1].astype(WIDE), to, None, [True] * len(to))
+
+
+@np.errstate(all="ignore")
+def _consistency(own: Any, first: int) -> Factors:
+    """To the clean sample of a consistency model, and up to the next level with noise, if there are several steps"""
+    config, sigmas = own.config, torch.from_numpy(levels_of(own.sigmas)[first:])
+    n = len(sigmas) - 1
+    clean = torch.stack(own.get_scalings_for_boundary_condition(sigmas[:-1]), 1).numpy().astype(WIDE)
+    up = sigmas[1:].clamp(config.sigma_min, config.sigma_max) ** 2 - config.sigma_min**2
+    noisy = len(own.timesteps) > 1
+    s = root_of(up.numpy()).astype(WIDE) * config.s_noise * noisy
+    root = root_of((sigmas[:-1] ** 2 + config.sigma_data**2).numpy())
+    factors = to_clean(np.zeros(n), s, np.ones(n), clean, [noisy] * n, (-1.0, 1.0) if config.clip_denoised else None)
+    scales = scales_of(1 / root.astype(WIDE))
+    return factors._replace(clean=None, scales=scales)
 
 
 @np.errstate(all="ignore")
@@ -122,10 +139,10 @@ def _cogvideox_ddim(own: Any, first: int) -> Factors:
     following = t - own.config.num_train_timesteps // own.num_inference_steps
     alpha = alphas[t]
     after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
-    clean, _ = _predicted(own, alpha)
+    clean, _ = predicted_of(own, alpha)
     kept = root_of((1 - after) / (1 - alpha))
     of_clean = (root_of(after) - root_of(alpha) * kept).astype(WIDE)
-    return Factors(kept + of_clean * clean[:, 0], of_clean * clean[:, 1], 0 * of_clean, clean, [False] * len(t))
+    return to_clean(kept.astype(WIDE), 0 * of_clean, of_clean, clean, [0] * len(t))
 
 
 @np.errstate(all="ignore")
@@ -135,7 +152,7 @@ def _tcd(own: Any, first: int) -> Factors:
     t, alphas = own.timesteps[first:], levels_of(own.alphas_cumprod)
     following = torch.cat([t[1:], t.new_zeros(1)])
     below = alphas[torch.floor((1 - 0.3) * following).long().numpy()]
-    clean, noise = _predicted(own, alphas[t.numpy()])
+    clean, noise = predicted_of(own, alphas[t.numpy()])
     reached = root_of(below).astype(WIDE)[:, None] * clean + root_of(1 - below).astype(WIDE)[:, None] * noise
     noisy = np.arange(first, first + len(t)) != own.num_inference_steps - 1
     share = alphas[following.numpy()] / below
@@ -152,7 +169,7 @@ def _lcm(own: Any, first: int) -> Factors:
     t, alphas = own.timesteps.numpy()[first:], levels_of(own.alphas_cumprod)
     following = np.append(t[1:], t[-1])
     after = np.where(following >= 0, alphas[following], own.final_alpha_cumprod.numpy())
-    a, b = _predicted(own, alphas[t])[0].T
+    a, b = predicted_of(own, alphas[t])[0].T
     scaled = t.astype(np.float32) * np.float32(config.timestep_scaling)
     c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / root_of(scaled**2 + 0.25)
     a, b = c_out * a + c_skip, c_out * b
@@ -161,23 +178,27 @@ def _lcm(own: Any, first: int) -> Factors:
     return Factors(kept * a, kept * b, added, np.stack([a, b], 1), noisy.tolist(), is_one=(~noisy).tolist())
 
 
-class Form(NamedTuple):
-    """A class's expression.
-
-    Attributes:
-        factors: of an object and the place of a loop's first timestep.
-        settings: of the config, on which it hangs what the expression is. Some of its classes may not have one.
-        reads: the attributes that it and the class's own steps read before they write them.
-        counter: the one that counts the steps; None without one.
-        alike: whether all steps are the same expression of their levels, whatever their number, without noise and
-            without what other steps left.
-    """
-
-    factors: Callable[[Any, int], Factors]
-    settings: tuple[str, ...]
-    reads: frozenset[str]
-    counter: str | None = "_step_index"
-    alike: bool = False
+@np.errstate(all="ignore")
+def _unclip(own: Any, first: int, is_given_next: bool = False) -> Factors:
+    """DDPM's posterior mean of the clean sample, and noise of the posterior's variance. A step goes to t - 1, whatever
+    the loop's next timestep, unless it is given that."""
+    config, t = own.config, own.timesteps[first:]
+    if own.variance_type != "fixed_small_log" or config.variance_type != "fixed_small_log":
+        raise Uncovered
+    following = torch.cat([t[1:], t[-1:] - 1]) if is_given_next else t - 1
+    alphas, is_next, noisy = torch.from_numpy(levels_of(own.alphas_cumprod)), following == t - 1, t > 0
+    alpha, after = alphas[t], torch.where(following >= 0, alphas[following], own.one)
+    beta = torch.where(is_next, own.betas[t], 1 - alpha / after)
+    kept = torch.where(is_next, own.alphas[t], 1 - beta)
+    variance = ((1 - after) / (1 - alpha) * beta).clamp(min=1e-20)
+    factors = (
+        kept**0.5 * (1 - after) / (1 - alpha),
+        torch.where(noisy, (0.5 * variance.log()).exp(), 0),
+        after**0.5 * beta / (1 - alpha),
+    )
+    x, s, of_clean = (values.numpy().astype(WIDE) for values in factors)
+    clip = (-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else None
+    return to_clean(x, s, of_clean, predicted_of(own, alpha.numpy())[0], noisy.tolist(), clip)
 
 
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
@@ -186,14 +207,24 @@ DPM = (
     "final_sigmas_type", "thresholding", "variance_type", "use_flow_sigmas",
 )  # fmt: skip
 DPM_READ = frozenset({"sigmas", "num_inference_steps", "model_outputs"})
+COGVIDEOX_READ = frozenset(
+    {"timesteps", "_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"}
+)
+UNCLIP = Form(
+    _unclip,
+    ("prediction_type", "variance_type", "clip_sample", "clip_sample_range"),
+    frozenset({"timesteps", "_internal_dict", "alphas_cumprod", "alphas", "betas", "one", "variance_type"}),
+    None,
+)
 FORMS: Mapping[str, Form] = {
     "CogVideoXDDIMScheduler": Form(
         _cogvideox_ddim,
         ("prediction_type", "num_train_timesteps"),
-        frozenset({"timesteps", "_internal_dict", "alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"}),
+        COGVIDEOX_READ,
         None,
         alike=True,
     ),
+    "CMStochasticIterativeScheduler": Form(_consistency, ("clip_denoised",), STEPS_READ | {"sigmas"}),
     "DPMSolverMultistepInverseScheduler": Form(
         multistep.dpm_solver_multistep, DPM, (STEPS_READ | DPM_READ | {"lower_order_nums"}) - {"_begin_index"}
     ),
@@ -213,6 +244,9 @@ FORMS: Mapping[str, Form] = {
         _flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}, alike=True
     ),
     "FlowMatchHeunDiscreteScheduler": Form(_heun, (), STEPS_READ | {"sigmas", "dt"}),
+    "FlowMatchLCMScheduler": Form(
+        _flow_match_lcm, (), STEPS_READ | {"sigmas", "_scale_factors", "_upscale_mode", "_init_size"}
+    ),
     "HeunDiscreteScheduler": Form(_heun, ("prediction_type", "clip_sample"), STEPS_READ | {"sigmas", "dt"}),
     "IPNDMScheduler": Form(multistep.ipndm, (), STEPS_READ | {"alphas", "betas", "ets", "num_inference_steps"}),
     "KDPM2AncestralDiscreteScheduler": Form(
@@ -244,4 +278,14 @@ FORMS: Mapping[str, Form] = {
         "counter",
     ),
     "TCDScheduler": Form(_tcd, ("prediction_type",), STEPS_READ | {"alphas_cumprod", "num_inference_steps"}),
+    "UnCLIPScheduler": UNCLIP,
+}
+# By the options with which pipelines call the steps.
+WITH_OPTIONS: Mapping[tuple[str, Options], Form] = {
+    ("CogVideoXDPMScheduler", (("old_pred_original_sample", GIVEN), ("timestep_back", Beside(-1)))): Form(
+        multistep.cogvideox_dpm, ("prediction_type", "num_train_timesteps"), COGVIDEOX_READ, None
+    ),
+    ("UnCLIPScheduler", (("prev_timestep", Beside(1)),)): UNCLIP._replace(
+        factors=functools.partial(_unclip, is_given_next=True)
+    ),
 }

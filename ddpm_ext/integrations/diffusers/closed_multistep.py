@@ -15,7 +15,9 @@ from ddpm_ext.integrations.diffusers.closed_factors import (
     Untraceable,
     edm_of,
     levels_of,
+    predicted_of,
     scales_of,
+    to_clean,
 )
 from ddpm_ext.tables.trace_batch import Array
 
@@ -90,7 +92,7 @@ def dpm_solver_multistep(own: Any, first: int) -> Factors:
     past = np.zeros((n, 1, 2))
     past[1:, 0] = -slope[1:] * (length[1:] * clean[:-1])
     x, m = factors.T
-    return Factors(x, m, np.zeros(n), None, [False] * n, levels.scales, past)
+    return Factors(x, m, np.zeros(n), None, [False] * n, levels.scales, past=past)
 
 
 @np.errstate(all="ignore")
@@ -118,7 +120,7 @@ def dpm_solver_singlestep(own: Any, first: int) -> Factors:
         past[1:, 0] = np.where(is_second[1:, None], over_both, 0)
         factors[1:] = np.where(is_second[1:, None], slope * (length * clean[1:]), factors[1:])
     x, m = factors.T
-    return Factors(x, m, np.zeros(n), None, [False] * n, None, past)
+    return Factors(x, m, np.zeros(n), None, [False] * n, past=past)
 
 
 def _singlestep_of_clean(levels: _Dpm, solver_type: str, orders: Array) -> Factors:
@@ -157,7 +159,30 @@ def _singlestep_of_clean(levels: _Dpm, solver_type: str, orders: Array) -> Facto
     for k in (1, 2):
         past[k:, k - 1] = w[k:, k, None] * clean[:-k]
     x, m = factors.T
-    return Factors(x, m, np.zeros(n), None, [False] * n, None, past, own=own.tolist())
+    return Factors(x, m, np.zeros(n), None, [False] * n, past=past, own=own.tolist())
+
+
+@np.errstate(all="ignore")
+def cogvideox_dpm(own: Any, first: int) -> Factors:
+    """DPM-Solver++(2M) with noise, Lu et al. 2022, of a clean sample before that steps are given"""
+    t, alphas = own.timesteps[first - 1 :], own.alphas_cumprod
+    following = t[1:] - own.config.num_train_timesteps // own.num_inference_steps
+    alpha, after = alphas[t[1:]], torch.where(following >= 0, alphas[following], own.final_alpha_cumprod)
+    before, now, then = (((x / (1 - x)) ** 0.5).log() for x in (alphas[t[:-1]], alpha, after))
+    h = then - now
+    share = 1 / (2 * ((now - before) / h))
+    factors = (
+        ((1 - after) / (1 - alpha)) ** 0.5 * (-h).exp(),
+        (1 - after) ** 0.5 * (1 - (-2 * h).exp()) ** 0.5,
+        -((-2 * h).expm1() * after**0.5),
+        1 + share,
+        share,
+    )
+    x, s, over, of_clean, of_given = (values.numpy().astype(WIDE) for values in factors)
+    reads = (following >= 0).numpy()
+    of_clean, of_given = np.where(reads, of_clean, 1) * over, np.where(reads, -of_given, 0) * over
+    clean, _ = predicted_of(own, alpha.numpy())
+    return to_clean(x, s, of_clean, clean, (1 + reads).tolist())._replace(given=of_given)
 
 
 # What a step takes of its own output and those before it, by Adams and Bashforth: by the number of outputs, the factors
@@ -208,9 +233,8 @@ def pndm(own: Any, first: int) -> Factors:
     factors[1, 1] -= x[1] * factors[0, 0]
     past = np.stack([np.zeros((len(t), 3)), factors[:, 1:]], 2)
     none = [0.0] * len(t)
-    return Factors(
-        x, factors[:, 0], np.array(none), None, [False] * len(t), None, past, 1, [0.0, float(x[1]), *none[2:]]
-    )
+    own_part = [0.0, float(x[1]), *none[2:]]
+    return Factors(x, factors[:, 0], np.array(none), None, [False] * len(t), past=past, skips=1, own=own_part)
 
 
 @np.errstate(all="ignore")
@@ -229,4 +253,4 @@ def ipndm(own: Any, first: int) -> Factors:
     alpha, after, beta, beta_after = (x[:, None, None] for x in (np.maximum(alpha, 1e-8), after, beta, beta_after))
     factors = after * ((sample - beta * mean) / alpha) + mean * beta_after
     x, m = factors[:, 0].T
-    return Factors(x, m, np.zeros(n), None, [False] * n, None, factors[:, 1:])
+    return Factors(x, m, np.zeros(n), None, [False] * n, past=factors[:, 1:])

@@ -19,11 +19,12 @@ from ddpm_ext.integrations.diffusers.custom_timesteps import with_timesteps
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.step_options import Beside, Options, at_step, is_beside
 from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
 from ddpm_ext.integrations.diffusers.traced_begun import Begun, NextLoop
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, Repeated, Settings, repeated_call
-from ddpm_ext.integrations.diffusers.traced_rows import Beside, LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name
@@ -316,11 +317,8 @@ class TracedScheduler(Forward):
             if known[name] is EMPTY or (value is not known[name] and value is not None)
         }
 
-    def _options(
-        self, given: dict[str, Any], x: Tensor, m: Tensor, timestep: Any
-    ) -> tuple[tuple[tuple[str, Any], ...], list[Tensor]]:
-        """A step's options as RowsKey has them, and the tensors in place of those that are GIVEN, in their
-        order."""
+    def _options(self, given: dict[str, Any], x: Tensor, m: Tensor, timestep: Any) -> tuple[Options, list[Tensor]]:
+        """A step's options, and the tensors in place of those that are GIVEN, in their order."""
         options = []
         tensors = []
         for name in sorted(given):
@@ -351,7 +349,7 @@ class TracedScheduler(Forward):
         return self._rows(Tensor.tolist, self.timesteps)
 
     def _located(
-        self, loop: LoopPosition | None, timestep: Any, has_dim: bool, dims: int, options: tuple[tuple[str, Any], ...]
+        self, loop: LoopPosition | None, timestep: Any, has_dim: bool, dims: int, options: Options
     ) -> LoopPosition:
         """The loop, at the row that this step takes. A timestep that is a view of the scheduler's own is not read."""
         own, alone = self.timesteps, False
@@ -365,7 +363,8 @@ class TracedScheduler(Forward):
             settings: Settings | None = loop.settings
             if not loop.settings.are_those_of(self):
                 settings = loop.settings.renewed(self, vars(rows.scheduler))
-            if settings is not None and not over and options == rows.key.options:
+            expected = at_step(rows.key.options, rows.first + loop.at, len(own))
+            if settings is not None and not over and options == expected:
                 at = float(rows.timesteps[loop.at]) if index is None else rows.first + loop.at
                 if at == (float(value) if index is None else index) and self._is_in_place(loop):
                     return loop._replace(settings=settings)
@@ -450,11 +449,6 @@ class TracedScheduler(Forward):
                     m.shape, generator=generator, device=m.device, dtype=dtype
                 )
         return found
-
-
-def is_beside(options: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether one of a step's options, as RowsKey has them, is another timestep."""
-    return any(isinstance(value, Beside) for _, value in options)
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers import closed_rows
+from ddpm_ext.integrations.diffusers.closed_proof import Steps, is_stateless
+from ddpm_ext.integrations.diffusers.closed_rows import closed
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
+from ddpm_ext.integrations.diffusers.step_options import Options, of_steps
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
@@ -31,18 +33,11 @@ READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
-class Beside(NamedTuple):
-    """An option that is one of the scheduler's timesteps: so many places after that of the step."""
-
-    places: int
-
-
 class RowsKey(NamedTuple):
     """Which steps the rows are for.
 
     Attributes:
-        options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings,
-            Beside and GIVEN, by their names in order.
+        options: what step is called with beside the model's output, the timestep and the sample.
         first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
         timestep: the first one's.
         kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
@@ -51,7 +46,7 @@ class RowsKey(NamedTuple):
         dims: how many dimensions samples have.
     """
 
-    options: tuple[tuple[str, Any], ...]
+    options: Options
     first: int | None
     timestep: float
     kind: torch.dtype | type
@@ -59,17 +54,9 @@ class RowsKey(NamedTuple):
     alone: bool
     dims: int
 
-    def options_of(self, own: Tensor, count: int) -> dict[str, Any]:
-        """Those of `count` steps, as `follow` takes them: None for a timestep before the first or behind the last one.
-
-        own: the scheduler's timesteps.
-        """
-        found = dict(self.options)
-        for name, value in self.options:
-            if isinstance(value, Beside):
-                times, first = own.tolist(), (self.first or 0) + value.places
-                found[name] = [times[i] if 0 <= i < len(times) else None for i in range(first, first + count)]
-        return found
+    def options_of(self, own: Tensor, count: int) -> Mapping[str, Any]:
+        """Those of `count` steps, as `follow` takes them. own: the scheduler's timesteps."""
+        return of_steps(self.options, own, self.first or 0, count)
 
 
 class LoopDtypes(NamedTuple):
@@ -113,7 +100,7 @@ class TracedRows(NamedTuple):
     timesteps: Sequence[Any] | Tensor
     stateless: bool
     scheduler: Any
-    kind: closed_rows.Steps | None
+    kind: Steps | None
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
     after: dict[tuple[int, RowsKey, int | None], TracedRows]
     indexes: list[int | None]
@@ -182,8 +169,9 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
 
 class RowsCache:
     """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
-    loop before left, is no part of that. Rows in closed form are kept for timesteps on a GPU alone: elsewhere, an
-    object knows those of its last loop itself, and others are made in hardly more time than they are found."""
+    loop before left, is no part of that. Rows in closed form are kept for timesteps on a GPU and for steps with options
+    alone: else, an object knows those of its last loop itself, and others are made in hardly more time than they are
+    found."""
 
     def __init__(self, size: int) -> None:
         self._rows: BoundedCache[TracedRows | NoRows] = BoundedCache(size)
@@ -210,7 +198,7 @@ class RowsCache:
             if found is not None:
                 return _if_rows(found)
         made: Any = made_outside_autograd(_rows_or_reason, new(cls), state, key)
-        if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu:
+        if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu and not key.options:
             return made
         names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
         reads[names] = None
@@ -281,9 +269,9 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         timesteps = [key.kind(t) for t in times.tolist()]
     elif key.has_dim or key.kind is not times.dtype:
         timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
-    is_whole = not key.options and first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
+    is_whole = first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
     try:
-        known = closed_rows.closed(scheduler, first or 0, timesteps, key.dims) if is_whole else None
+        known = closed(scheduler, first or 0, timesteps, key.dims, key.options) if is_whole else None
         options = key.options_of(own, len(timesteps))
         trace = follow(scheduler, list(timesteps), options, dims=key.dims) if known is None else known[0]
         n = len(trace.steps)
@@ -310,11 +298,11 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
             threshold = clip_of(scheduler.config)[1]
         held = [step.holds_output for step in trace.steps]
         stepper = RowStepper(table, trace.clip, threshold, held, packed=packed)
-        stateless = closed_rows.is_stateless(stepper.needs, trace.steps)
+        stateless = is_stateless(stepper.needs, trace.steps)
         counted = counted_by(trace.steps, trace.read)
     else:
         _, needs, reads, stateless, counted, _, dtypes = known[1]
-        stepper = RowStepper(table, packed=packed, needs=needs, reads=reads)
+        stepper = RowStepper(table, trace.clip, packed=packed, needs=needs, reads=reads)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     indexes, counters = _values_before("_step_index", state, trace.steps), []
@@ -344,7 +332,7 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
     n, watch = len(rows.timesteps), None if trace.read is None else Watch()
-    options = rows.key.options_of(rows.scheduler.timesteps, n)
+    options = dict(rows.key.options_of(rows.scheduler.timesteps, n))
     options |= {"return_dict": False} if "return_dict" in parameters_of(step) else {}
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
     as_first = in_float32 or (kind is not None and kind.alike)
