@@ -77,6 +77,7 @@ def pipelines() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "SVD, Euler", *of("stable_video_diffusion")
     yield "SVD, Euler, without guidance", *of("stable_video_diffusion", max_guidance_scale=1.0)
     yield "CogVideoX, DDIM", *of("cogvideox")
+    yield "CogVideoX, DPM", *of("cogvideox_dpm")
     yield "LCM", *of("latent_consistency")
 
 

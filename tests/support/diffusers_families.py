@@ -207,6 +207,13 @@ def cogvideox() -> Any:
     return diffusers.CogVideoXPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=None, **NO_TEXT)
 
 
+def cogvideox_dpm() -> Any:
+    """As the model of five billion parameters has it."""
+    pipeline = cogvideox()
+    pipeline.scheduler = diffusers.CogVideoXDPMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
 POOLED_16 = embeds(*POOLED, tokens=None) | OF_16
 # By name: what makes the pipeline, its call's arguments apart from the generator, and how many steps these take.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
@@ -219,6 +226,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "controlnet": (controlnet, embeds(*BOTH) | OF_16 | {"image": normal(7, 2, 3, 16, 16).sigmoid()}, 8),
     "stable_video_diffusion": (svd, OF_16 | {"image": normal(7, 1, 3, 16, 16).sigmoid(), "num_frames": 2}, 8),
     "cogvideox": (cogvideox, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
+    "cogvideox_dpm": (cogvideox_dpm, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
 }
 
 
