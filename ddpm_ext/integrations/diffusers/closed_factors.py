@@ -81,6 +81,7 @@ class Form(NamedTuple):
         counter: the one that counts the steps; None without one.
         alike: whether all steps are the same expression of their levels, whatever their number, without noise and
             without what other steps left.
+        is_of_intervals: whether the last timestep is the end of the last step, and timesteps have a dimension.
     """
 
     factors: Callable[[Any, int], Factors]
@@ -88,6 +89,7 @@ class Form(NamedTuple):
     reads: frozenset[str]
     counter: str | None = "_step_index"
     alike: bool = False
+    is_of_intervals: bool = False
 
 
 # Levels and products of levels are float32, as diffusers computes them, and what a step makes of a sample float64. So

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpm_ext.integrations.diffusers import closed_flow as flow
 from ddpm_ext.integrations.diffusers import closed_multistep as multistep
 from ddpm_ext.integrations.diffusers.closed_factors import (
     WIDE,
@@ -98,25 +99,6 @@ def _in_two(own: Any, sigma: Array, dt: Array, parts: int, *, is_given: bool) ->
     return Factors(x, m, np.zeros(n), given, [False] * n, scales, past, period=2, dt=torch.from_numpy(dt))
 
 
-def _flow_match_euler(own: Any, first: int) -> Factors:
-    """x + (sigma' - sigma) v"""
-    if own.config.stochastic_sampling:
-        raise Uncovered
-    sigmas = levels_of(own.sigmas)[first:]
-    dt = (sigmas[1:] - sigmas[:-1]).astype(WIDE)
-    zero = np.zeros(len(dt))
-    return Factors(zero + 1, dt, zero, None, [False] * len(dt))
-
-
-def _flow_match_lcm(own: Any, first: int) -> Factors:
-    """(1 - sigma') x0 with noise to sigma', which is drawn in the last step, too"""
-    if vars(own)["_scale_factors"] and vars(own)["_upscale_mode"]:
-        raise Uncovered
-    sigmas = levels_of(own.sigmas)[first:]
-    to, kept = sigmas[1:].astype(WIDE), (1 - sigmas[1:]).astype(WIDE)
-    return Factors(kept, -kept * sigmas[:-1].astype(WIDE), to, None, [True] * len(to))
-
-
 @np.errstate(all="ignore")
 def _consistency(own: Any, first: int) -> Factors:
     """To the clean sample of a consistency model, and up to the next level with noise, if there are several steps"""
@@ -201,6 +183,22 @@ def _unclip(own: Any, first: int, is_given_next: bool = False) -> Factors:
     return to_clean(x, s, of_clean, predicted_of(own, alpha.numpy())[0], noisy.tolist(), clip)
 
 
+def _wuerstchen(own: Any, first: int) -> Factors:
+    """DDPM's posterior mean, and its noise but for a step to 0, of levels that follow a cosine from 0 to 1"""
+    times = own.timesteps[first:]
+    alphas = torch.from_numpy(levels_of(own._alpha_cumprod(times, times.device)))  # noqa: SLF001 (of diffusers)
+    alpha, after, n = alphas[:-1], alphas[1:], len(times) - 1
+    share = alpha / after
+    factors = (
+        (1.0 / share).sqrt(),
+        1 - share,
+        (1 - alpha).sqrt(),
+        ((1 - share) * (1.0 - after) / (1.0 - alpha)).sqrt() * (times[1:] != 0),
+    )
+    x, change, root, s = (values.numpy().astype(WIDE) for values in factors)
+    return Factors(x, -x * (change / root), s, None, [True] * n)
+
+
 STEPS_READ = frozenset({"timesteps", "_internal_dict", "_step_index", "_begin_index"})
 DPM = (
     "algorithm_type", "prediction_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final",
@@ -225,6 +223,13 @@ FORMS: Mapping[str, Form] = {
         alike=True,
     ),
     "CMStochasticIterativeScheduler": Form(_consistency, ("clip_denoised",), STEPS_READ | {"sigmas"}),
+    "DDPMWuerstchenScheduler": Form(
+        _wuerstchen,
+        (),
+        frozenset({"timesteps", "_internal_dict", "s", "scaler", "_init_alpha_cumprod"}),
+        None,
+        is_of_intervals=True,
+    ),
     "DPMSolverMultistepInverseScheduler": Form(
         multistep.dpm_solver_multistep, DPM, (STEPS_READ | DPM_READ | {"lower_order_nums"}) - {"_begin_index"}
     ),
@@ -241,11 +246,12 @@ FORMS: Mapping[str, Form] = {
     ),
     "EulerDiscreteScheduler": Form(_euler, ("prediction_type",), STEPS_READ | {"sigmas"}, alike=True),
     "FlowMatchEulerDiscreteScheduler": Form(
-        _flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}, alike=True
+        flow.flow_match_euler, ("stochastic_sampling",), STEPS_READ | {"sigmas"}, alike=True
     ),
+    "FlowMapEulerDiscreteScheduler": Form(flow.flow_map_euler, (), STEPS_READ | {"sigmas"}, alike=True),
     "FlowMatchHeunDiscreteScheduler": Form(_heun, (), STEPS_READ | {"sigmas", "dt"}),
     "FlowMatchLCMScheduler": Form(
-        _flow_match_lcm, (), STEPS_READ | {"sigmas", "_scale_factors", "_upscale_mode", "_init_size"}
+        flow.flow_match_lcm, (), STEPS_READ | {"sigmas", "_scale_factors", "_upscale_mode", "_init_size"}
     ),
     "HeunDiscreteScheduler": Form(_heun, ("prediction_type", "clip_sample"), STEPS_READ | {"sigmas", "dt"}),
     "IPNDMScheduler": Form(multistep.ipndm, (), STEPS_READ | {"alphas", "betas", "ets", "num_inference_steps"}),
@@ -260,6 +266,7 @@ FORMS: Mapping[str, Form] = {
         ("prediction_type", "thresholding", "clip_sample"),
         STEPS_READ | {"alphas_cumprod", "final_alpha_cumprod", "num_inference_steps"},
     ),
+    "MiniMaxH3Scheduler": Form(flow.minimax, (), STEPS_READ | {"sigmas"}, alike=True),
     "PNDMScheduler": Form(
         multistep.pndm,
         ("prediction_type", "skip_prk_steps", "num_train_timesteps"),

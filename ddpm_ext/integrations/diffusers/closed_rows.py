@@ -32,7 +32,8 @@ METHODS = (
     "dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update", "step_plms", "_get_prev_sample",
     "singlestep_dpm_solver_update", "singlestep_dpm_solver_second_order_update",
     "singlestep_dpm_solver_third_order_update", "precondition_inputs", "precondition_outputs", "_get_conditioning_c_in",
-    "get_scalings_for_boundary_condition", "get_variables", "get_mult", "_get_variance",
+    "get_scalings_for_boundary_condition", "get_variables", "get_mult", "_get_variance", "_alpha_cumprod",
+    "previous_timestep",
 )  # fmt: skip
 CACHED = 64  # kinds of loops
 ALIKE = 100  # steps in a loop of such a kind, or fewer
@@ -47,7 +48,8 @@ def closed(
 
     Args:
         scheduler: an object of diffusers' class, on the CPU, as a loop begins; it stays as it is.
-        first: the place of the first of `timesteps` among its own, of which they are all that follow.
+        first: the place of the first of `timesteps` among its own, of which they are all that follow, (steps,), or
+            (steps, 1) where each has a dimension.
         dims: how many dimensions samples have.
         options: of the steps.
     """
@@ -57,6 +59,9 @@ def closed(
     is_own = methods is not None and is_diffusers(cls) and vars(scheduler).keys().isdisjoint(METHODS)
     if form is None or not is_own or torch.get_default_dtype() is not torch.float32:
         return None
+    if form.is_of_intervals != (timesteps.dim() > 1):
+        return None
+    timesteps = timesteps[:-1] if form.is_of_intervals else timesteps
     try:
         factors = form.factors(scheduler, first)
         history, rings = _history(factors)
@@ -89,7 +94,7 @@ def closed(
         direct = (rings >= 0).any(1) & (factors.x == 0)
         for name, values in (("c0", factors.x), ("c1", factors.x), ("c2", factors.m)):
             columns[name] = np.where(direct, values, columns[name])
-    times = scheduler.timesteps.numpy()[first:]
+    times = scheduler.timesteps.numpy()[first : first + n]
     columns |= {"s": factors.s, "timestep": times.astype(WIDE if times.dtype.kind == "f" else np.int64)}
     trace, dt = found.trace, factors.dt
     steps, own = trace.steps[:n], factors.own or trace.own[:n]

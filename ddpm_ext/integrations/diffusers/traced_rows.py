@@ -54,6 +54,11 @@ class RowsKey(NamedTuple):
     alone: bool
     dims: int
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether the steps have no options, and timesteps without a dimension."""
+        return not (self.options or self.has_dim)
+
     def options_of(self, own: Tensor, count: int) -> Mapping[str, Any]:
         """Those of `count` steps, as `follow` takes them. own: the scheduler's timesteps."""
         return of_steps(self.options, own, self.first or 0, count)
@@ -169,9 +174,9 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
 
 class RowsCache:
     """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
-    loop before left, is no part of that. Rows in closed form are kept for timesteps on a GPU and for steps with options
-    alone: else, an object knows those of its last loop itself, and others are made in hardly more time than they are
-    found."""
+    loop before left, is no part of that. Rows in closed form are kept for timesteps on a GPU and for steps that are
+    called in other ways than most alone: else, an object knows those of its last loop itself, and others are made in
+    hardly more time than they are found."""
 
     def __init__(self, size: int) -> None:
         self._rows: BoundedCache[TracedRows | NoRows] = BoundedCache(size)
@@ -198,7 +203,7 @@ class RowsCache:
             if found is not None:
                 return _if_rows(found)
         made: Any = made_outside_autograd(_rows_or_reason, new(cls), state, key)
-        if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu and not key.options:
+        if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu and key.is_usual:
             return made
         names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
         reads[names] = None
@@ -269,7 +274,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         timesteps = [key.kind(t) for t in times.tolist()]
     elif key.has_dim or key.kind is not times.dtype:
         timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
-    is_whole = first is not None and not key.alone and not key.has_dim and key.kind is own.dtype
+    is_whole = first is not None and not key.alone and key.kind is own.dtype
     try:
         known = closed(scheduler, first or 0, timesteps, key.dims, key.options) if is_whole else None
         options = key.options_of(own, len(timesteps))
