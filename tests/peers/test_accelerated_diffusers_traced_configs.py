@@ -248,8 +248,8 @@ def wrong_ones(factors):
             yield factors._replace(clipped=wrong)
 
 
-# Where a step reads the one before it, that one's clean sample is hardly of this part of it.
-UNSEEN = {"DPMSolverMultistepInverseScheduler": 1, "EDMDPMSolverMultistepScheduler": 1}
+# Where a step reads the one before it, that one's clean sample has hardly anything of its sample.
+UNSEEN = {"EDMDPMSolverMultistepScheduler": 1}
 
 
 @pytest.mark.parametrize("name, options", CLOSED)
@@ -274,14 +274,14 @@ def test_loops_of_other_settings():
 
 
 def test_steps_that_are_alike_are_tried_once(monkeypatch):
-    """The first and the last one, and two in another dtype, whatever the number of steps."""
+    """The first, the middle and the last one, and two in another dtype, whatever the number of steps."""
     tried = []
     monkeypatch.setattr(trace_run, "step_of", lambda *args: tried.append(1) or step_of(*args))
     monkeypatch.setattr(closed_proof, "step_of", trace_run.step_of)
     for steps, (dtype, bound) in itertools.product((5, 9, 3), {torch.float32: 1e-5, torch.bfloat16: 1e-2}.items()):
         plain, other = (make("FlowMatchEulerDiscreteScheduler", shift=2.0) for _ in range(2))
         check(loop(accelerate(plain), steps, dtype), loop(other, steps, dtype), bound)
-    assert len(tried) <= 4
+    assert len(tried) <= 5
 
 
 @pytest.mark.parametrize(

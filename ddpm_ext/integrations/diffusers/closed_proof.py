@@ -1,8 +1,7 @@
 """The proof of rows in closed form, and what else their steps do, by the scheduler's own steps on random numbers.
 
-The first and the last step are tried, and of those that read steps before them some more, of the first loop of each
-kind, which are those of a class, its settings and options and a number of steps, or of up to a hundred that are all
-alike.
+The first, the middle and the last step are tried, each with those that it reads, of the first loop of each kind, which
+are those of a class, its settings and options and a number of steps, or of up to a hundred that are all alike.
 """
 
 from __future__ import annotations
@@ -125,14 +124,18 @@ class Loop(NamedTuple):
         return 1 + (int(full.argmax()) if full.any() else self.rings.shape[1])
 
     def tried(self) -> list[int]:
-        """The steps that prove it: its beginning, and the last ones, from one on that reads no result of another. Where
-        they clip, also the middle one: the first and the last may read nothing but the clean sample."""
-        n, period, own = len(self.timesteps), self.factors.period, self.factors.own
-        last = (n - 1 - self.rings.shape[1]) // period * period
-        while own is not None and last > 0 and own[last]:
-            last -= 1
-        middle = [] if self.factors.clipped is None else [n // 2]
-        return sorted({*range(self.beginning()), *middle, *range(last, n)}.intersection(range(n)))
+        """The steps that prove it: its beginning, one in the middle and the last one, with those that these read."""
+        n, period = len(self.timesteps), self.factors.period
+        middle = min(n - 1, (n // 2 // period + 1) * period - 1)  # after which nothing is stored for the next one
+        return sorted({*range(min(n, self.beginning())), *self._with_read(middle), *self._with_read(n - 1)})
+
+    def _with_read(self, i: int) -> range:
+        """Step i and those before it, from one on that reads no result of another."""
+        period, own = self.factors.period, self.factors.own
+        first = max(0, (i - self.rings.shape[1]) // period * period)
+        while own is not None and first > 0 and own[first]:
+            first -= 1
+        return range(first, i + 1)
 
     def given(self) -> int:
         """How many tensors each step is given."""

@@ -74,9 +74,13 @@ def closed(
             added = (factors.s != 0).tobytes(), b"" if factors.given is None else (factors.given != 0).tobytes()
             kind = tuple(factors.draws), added, rings.tobytes()
         key = cls, methods, settings, options, first, rows, kind, dims
-        of_each = of_steps(options, scheduler.timesteps, first, n)
-        loop = Loop(form, first, timesteps, of_each, factors, history, rings, Numbers.of(dims))
-        found = _steps.get_or_make(key, lambda: proven_steps(scheduler, loop, rows))
+
+        def prove() -> Steps:
+            of_each = of_steps(options, scheduler.timesteps, first, n)
+            loop = Loop(form, first, timesteps, of_each, factors, history, rings, Numbers.of(dims))
+            return proven_steps(scheduler, loop, rows)
+
+        found = _steps.get_or_make(key, prove)
     except Untraceable as why:
         raise NoRow(str(why), form.reads) from None
     except Exception:  # which a trace explains
