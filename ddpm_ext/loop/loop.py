@@ -51,8 +51,7 @@ class Record(NamedTuple):
 
 
 class Loop:
-    """Samples on their way through the rows of a table. All memory that it needs beside the
-    model's is allocated here.
+    """Samples on their way through the rows of a table. All memory that it needs beside the model's is allocated here.
 
     Args:
         ops: the operators of the process.

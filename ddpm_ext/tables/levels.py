@@ -150,7 +150,7 @@ def checked_timesteps(
 
     expected: the shape that a tensor `timestep` should have, for the error.
 
-    Raises TypeError for what is neither a tensor nor a function, ValueError for another shape, or none.
+    Raises TypeError for what is neither a tensor nor a function, ValueError for another shape, or an empty one.
     """
     timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep
     found: Any = timestep if timestep_of is None else timesteps_by(timestep_of, signal, noise)

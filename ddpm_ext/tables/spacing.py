@@ -95,7 +95,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
             rounding (k-diffusion's and ComfyUI's); "beta", closer together towards both ends, at quantiles of a beta
             distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need", as ComfyUI has it), but
             none twice; "ddim25" and the like, or counts of sections as "10,15,20": see section_timesteps. None:
-            "trailing". All timesteps are the same with each of these names.
+            "trailing". Where all timesteps are taken, each of these names gives the same.
 
     Returns:
         int64 (steps,) on the CPU.

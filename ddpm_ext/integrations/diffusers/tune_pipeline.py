@@ -51,7 +51,7 @@ def tune_pipeline(
     teacher: our "deis" in many steps at the scheduler's own levels. Then each row of the table is fitted by
     least squares to where the teacher is at the next timestep, once all runs have come to it. Timesteps are the
     teacher's, by the best of four powers. Other seeds tell which is nearest in the end. It takes about
-    2 * teacher_steps + 2 * steps^2 + 8 * steps steps of the pipeline for each seed.
+    2 * teacher_steps + 2 * steps^2 + 10 * steps steps of the pipeline for each seed.
 
     Args:
         pipe: stays as it is. Its scheduler says what the model predicts, and which levels it has.

@@ -20,7 +20,7 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
 
     Args:
         grid: descending. The last row of a Grid adds no noise; of Jumps every row does.
-        prediction: what the model predicts: "eps", "x0", "v" (Salimans & Ho 2022) or "x_prev" (the posterior's mean).
+        prediction: what the model predicts, a name of PREDICTIONS: "eps", "x0", "v", "flow", "edm" or "x_prev".
         variance: the variance of the noise:
             "fixed_small": the posterior's, at least 1e-20;
             "fixed_large": beta;

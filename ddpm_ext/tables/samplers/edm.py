@@ -46,7 +46,7 @@ def edm(
 
     Raises:
         TypeError: an argument that is not a number.
-        ValueError: an argument out of range, an unknown `prediction`, or a grid with neither.
+        ValueError: an argument out of range, an unknown `prediction`, or a grid that lacks both where there is churn.
 
     Examples:
         >>> from ddpm_ext.tables.sigma_grids import karras_grid

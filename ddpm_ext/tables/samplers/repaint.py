@@ -18,9 +18,8 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump. Every `jump_length` rows,
     counted from the last one, the loop goes back over that many rows and takes them again, until it has taken them
     `jump_n_sample` times. A jump is one row, a step of the forward process: c1 = signal_after / signal_now, s^2 =
-    noise_after^2 - c1^2 noise_now^2. The
-    model has no part in it (a = b = c0 = c2 = 0); its timestep is the one that it starts from. Every row draws noise of
-    its own.
+    noise_after^2 - c1^2 noise_now^2. The model has no part in it (a = b = c0 = c2 = 0); its timestep is the one that it
+    starts from. Every row draws noise of its own.
 
     Args:
         table: descending, without history, with the columns of levels.

@@ -43,7 +43,7 @@ def restart(
 
     Raises:
         TypeError: n or k is not an int, or another argument not a number.
-        ValueError: an interval out of range, an unknown `prediction`, or a grid with neither.
+        ValueError: an interval out of range, an unknown `prediction`, or a grid without both.
 
     Examples:
         >>> from ddpm_ext.tables.sigma_grids import karras_grid

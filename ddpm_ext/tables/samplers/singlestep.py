@@ -29,8 +29,7 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid with
-            neither.
+        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid without both.
 
     Examples:
         >>> table = dpmpp_2s(grid, eta=1.0)  # for sampler= of a loop
