@@ -150,16 +150,6 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
 
     is_loop, progressive = "loop" in method, method.endswith("_progressive")
 
-    def fused(self: Any, given: Any) -> Any:
-        if not is_loop:
-            return take_step(self, given, given.x, given.t)
-        steps = take_loop(self, of_step, given, with_x0=progressive)
-        if progressive:
-            return steps
-        for found in steps:
-            sample = found["sample"]
-        return sample
-
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -168,7 +158,14 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
             given = None
         if given is None:
             return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
-        return fused(self, given)
+        if not is_loop:
+            return take_step(self, given, given.x, given.t)
+        steps = take_loop(self, of_step, given, with_x0=progressive)
+        if progressive:
+            return steps
+        for found in steps:
+            sample = found["sample"]
+        return sample
 
     return call
 
@@ -182,15 +179,12 @@ class Improved(Guided):
     }
 
 
-class _Respaced(Guided):
-    """A diffusion over some of the timesteps, whose models get those of the original one."""
+class Spaced(Guided):
+    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases: it goes over some of the
+    timesteps, and its models get those of the original one."""
 
-    relies_on: ClassVar[tuple[str, ...]] = (*Guided.relies_on, "_wrap_model")
-
-
-class Spaced(_Respaced):
-    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases."""
+    relies_on = (*Guided.relies_on, "_wrap_model")
 
 
-class ImprovedSpaced(_Respaced, Improved):
+class ImprovedSpaced(Spaced, Improved):
     """Mixin placed before improved_diffusion.respace.SpacedDiffusion in the bases."""
