@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, PREDICTIONS, DenoisingTables
+from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
-from ddpm_ext.integrations.loop_options import LoopOptionsTaker, diffusion_of, takes_loop_options
-from ddpm_ext.integrations.own_tables import TABLES, check_output, check_timesteps
+from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
+from ddpm_ext.integrations.own_tables import check_output, check_timesteps
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import Support, new
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
@@ -28,6 +27,7 @@ from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.tables.on_device import KernelTables
+from ddpm_ext.tables.predictions import peer_predictions
 
 SUPPORT = tuple(
     Support("denoising_diffusion_pytorch", *row)
@@ -62,6 +62,7 @@ SUPPORT = tuple(
 )
 
 OLDEST = (1, 10)
+PREDICTIONS = peer_predictions("denoising-diffusion-pytorch")
 _take_buffers = operator.itemgetter(*BUFFERS)
 Step = tuple[Tensor, Tensor | None]  # the next sample, and x_start where it is asked for
 
@@ -107,10 +108,15 @@ class Denoising(LoopOptionsTaker):
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
+    def _prediction(self) -> str:
+        if self.objective not in PREDICTIONS:
+            raise Fallback(f"its objective is {self.objective!r}")
+        return PREDICTIONS[self.objective]
+
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
         """The rows of the buffers as they are. Raises Fallback where there are none for samples of such a dtype."""
         buffers = _take_buffers(self._buffers)
-        tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self.objective, buffers))
+        tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
         if dtype not in tables.sample_dtypes:  # the results have more bits
             also = f" and its buffers {dtype_name(tables.dtype)}" if dtype in DTYPES else ""
             raise Fallback(f"its samples are {dtype_name(dtype)}{also}")
@@ -209,14 +215,6 @@ class Denoising(LoopOptionsTaker):
         return self._descend("p_sample", steps, img, rng, start, desc=desc, total=start)
 
     # --------------------------------------------------------------------------------- loops with options of ddpm_ext's
-
-    def _diffusion(self) -> GaussianDiffusion:
-        prediction = PREDICTIONS.get(self.objective)
-        if prediction is None:
-            raise Fallback(f"its objective is {self.objective!r}")
-        tables = tuple([self._buffers[name] for name in TABLES])
-        state = (GaussianDiffusion, prediction, *tables)
-        return self._of_state(state, lambda: diffusion_of(dict(zip(TABLES, tables, strict=True)), prediction))
 
     def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
         own = {"record": "last", "self_condition": self.self_condition, "device": self.device}

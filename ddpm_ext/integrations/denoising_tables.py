@@ -15,30 +15,25 @@ from ddpm_ext.integrations.tensors import DTYPES
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import KernelTables
-from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.step_table import StepTable
 
 BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
-PREDICTIONS = peer_predictions("denoising-diffusion-pytorch")
 CACHED = 8  # settings of ddim_sample
 
 
 class DenoisingTables:
-    """The rows that an objective and the buffers make.
+    """The rows that a prediction and the buffers make.
 
     Attributes:
         steps: those of own_tables.rows_of.
         device, dtype: the buffers'.
         sample_dtypes: the dtypes that samples have after a step, too.
 
-    Raises Fallback for an unknown objective, or numbers that are not finite.
+    Raises Fallback for numbers that are not finite.
     """
 
-    def __init__(self, objective: str, buffers: Sequence[Tensor]) -> None:
-        prediction = PREDICTIONS.get(objective)
-        if prediction is None:
-            raise Fallback(f"its objective is {objective!r}")
+    def __init__(self, prediction: str, buffers: Sequence[Tensor]) -> None:
         self.device = buffers[0].device
         self.dtype = functools.reduce(torch.promote_types, (buffer.dtype for buffer in buffers))
         self.sample_dtypes = {dtype for dtype in DTYPES if torch.promote_types(dtype, self.dtype) == dtype}

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.integrations.fallback import Fallback
-from ddpm_ext.integrations.own_tables import OwnTables
-from ddpm_ext.integrations.shared import new, peer_method
+from ddpm_ext.integrations.fallback import Fallback, kept
+from ddpm_ext.integrations.own_tables import TABLES
+from ddpm_ext.integrations.shared import Accelerated, new, peer_method
+from ddpm_ext.integrations.tensors import TRANSFORMED
 from ddpm_ext.loop.keywords import SampleKeywords
+from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.levels import betas_between
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 LOOP_OPTIONS = frozenset({"record", *SampleKeywords.__annotations__})
+CACHED = 4  # states of the tables: replicas on several devices share an object's cache
 
 
-class LoopOptionsTaker(OwnTables):
-    """The base of mixins whose loops, and whose `sample`, take the options.
+class LoopOptionsTaker(Accelerated):
+    """The base of mixins for objects whose tables are tensors, and whose loops and `sample` take the options.
 
     Attributes:
         sample_calls: the methods of whole loops, of which the peer's `sample` calls one.
@@ -31,9 +34,22 @@ class LoopOptionsTaker(OwnTables):
     sample_calls: tuple[str, ...] = ("p_sample_loop",)
     model: Callable[..., Tensor]  # of a peer whose loops don't get it as an argument
 
+    def _of_state(self, state: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise Fallback(TRANSFORMED)
+        key = [(id(x), C.written(x)) if isinstance(x, Tensor) else id(x) for x in state]
+        return kept(self, CACHED, tuple(key), make, state)
+
+    def _prediction(self) -> str:
+        """Our name of what its model predicts. Raises Fallback where there is none."""
+        raise NotImplementedError
+
     def _diffusion(self) -> GaussianDiffusion:
         """Ours with the object's levels. Raises Fallback where its tables make none."""
-        raise NotImplementedError
+        prediction, tables = self._prediction(), {name: getattr(self, name) for name in TABLES}
+        state = (GaussianDiffusion, prediction, *tables.values())
+        return self._of_state(state, lambda: _diffusion_of(tables, prediction))
 
     def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
         """The object's settings, as options that a call of the method need not give beside the given ones."""
@@ -114,7 +130,7 @@ def _run_loop(
     return obj._finish(diffusion.p_sample_loop(model, shape, **options))  # noqa: SLF001 (of this module)
 
 
-def diffusion_of(tables: Mapping[str, Tensor], prediction: str) -> GaussianDiffusion:
+def _diffusion_of(tables: Mapping[str, Tensor], prediction: str) -> GaussianDiffusion:
     """Ours with the levels of an object's TABLES, and the variance "fixed_large" where that is the object's.
 
     Raises Fallback where they are no levels of betas.

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.fallback import Fallback, kept
-from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.integrations.tensors import LOWER, TRANSFORMED, check_tensors, dtype_name
-from ddpm_ext.ops.extension import C
+from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.tensors import LOWER, check_tensors, dtype_name
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -27,18 +25,6 @@ TABLES = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
-CACHED = 4  # states of the tables: replicas on several devices share an object's cache
-
-
-class OwnTables(Accelerated):
-    """The base of the mixins for such objects."""
-
-    def _of_state(self, state: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Fallback(TRANSFORMED)
-        key = [(id(x), C.written(x)) if isinstance(x, Tensor) else id(x) for x in state]
-        return kept(self, CACHED, tuple(key), make, state)
 
 
 def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> KernelTables:

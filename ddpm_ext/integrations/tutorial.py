@@ -21,8 +21,8 @@ from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
-from ddpm_ext.integrations.loop_options import LoopOptionsTaker, diffusion_of, takes_loop_options
-from ddpm_ext.integrations.own_tables import TABLES, check_output, check_timesteps
+from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
+from ddpm_ext.integrations.own_tables import check_output, check_timesteps
 from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
@@ -207,11 +207,9 @@ class Tutorial(LoopOptionsTaker):
                 self.__dict__.pop("_start_noise", None)
                 settings.end_loop()
 
-    def _diffusion(self) -> GaussianDiffusion:
+    def _prediction(self) -> str:
         self._fused_methods()  # its steps are the tutorial's
-        tables = tuple([getattr(self, name) for name in TABLES])
-        state = (GaussianDiffusion, *tables)
-        return self._of_state(state, lambda: diffusion_of(dict(zip(TABLES, tables, strict=True)), "eps"))
+        return "eps"
 
     # ------------------------------------------------------------------------------------------------------ training
 
