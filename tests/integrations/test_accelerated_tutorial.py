@@ -203,6 +203,11 @@ def test_options_of_our_loop(variance, device):
         found, own = fast.sample(model, 5, device="own", **options)
         assert own == "own"
         np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=0, atol=1e-4)
+    own = with_method(lambda self, model, shape, noise=None: [], "p_sample_loop")(50)
+    options = {"sampler": "ddim", "steps": 5, "record": "last", "progress": False}
+    gd, noise = ddpm_ext.GaussianDiffusion(50, plain.betas), torch.randn(SHAPE, device=device)
+    found = accelerate(own).p_sample_loop(model, SHAPE, noise, **options)
+    torch.testing.assert_close(found, gd.p_sample_loop(model, SHAPE, noise=noise, **options), rtol=0, atol=1e-4)
     with pytest.raises(TypeError, match="argument 'step'"):
         fast.sample(model, 5, step=5)
     with pytest.raises(TypeError, match="has no steps: it does not call p_sample_loop"):

@@ -67,6 +67,17 @@ def test_options_of_our_loop(own, steps, device):
         fast.sample(4, True, steps=5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [("objective", "pred_z", "its objective is 'pred_z'"), ("sqrt_alphas_cumprod", torch.linspace(0.1, 0.9, 50), "betas")],
+)
+def test_options_without_a_loop_of_ours(name, value, why):
+    fast = accelerate(make("pred_v"))
+    setattr(fast, name, value)
+    with pytest.raises(ValueError, match=f"steps is given, but no loop can be made: {why}"):
+        fast.sample(4, steps=5)
+
+
 @pytest.mark.parametrize(("objective", "strength"), [("pred_noise", 0.0), ("pred_v", 0.3)])
 def test_philox_training_noise_is_another_one_each_time(objective, strength, device):
     """It is that of GaussianDiffusion's train_losses; torch draws no noise."""
