@@ -25,7 +25,6 @@ from ddpm_ext.tuning.fit import Rows, fit, polish, polish_calls
 from ddpm_ext.tuning.loops import Loops, errors
 from ddpm_ext.tuning.names import FINALISTS, Name, Named, named_tables, rank_names
 from ddpm_ext.tuning.report import Report
-from ddpm_ext.tuning.search import search
 from ddpm_ext.tuning.teacher import SAMPLER, STEPS, Teacher, Trajectory
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ class Tuner:
             def error(timesteps: tuple[int, ...]) -> float:
                 return fit(Rows(loops, timesteps), self._fitted)[1].mean().item()
 
-            rows = Rows(loops, search(error, loops.diffusion.timesteps, steps))
+            rows = Rows(loops, timesteps_search.search(error, loops.diffusion.timesteps, steps))
             plain, _ = fit(rows, self._fitted)
             tables = [rows.table(weights) for weights in (plain, polish(rows, self._fitted, plain)[0])]
             found = [self._held_out_errors(table) for table in tables]
@@ -146,7 +145,9 @@ class Tuner:
         fitted_error = own.mean().item()
         fitted = fitted_error < names[0].error
         if not fitted:
-            table, own = self._table_of(names[0])
+            nearest = names[0]
+            table = self._named_tables(steps)[nearest.sampler, nearest.spacing, nearest.steps]
+            own = self._held_out_errors(table)
         report = Report(
             calls=steps,
             fitted=fitted,
@@ -180,10 +181,6 @@ class Tuner:
 
     def _held_out_errors(self, table: StepTable) -> Tensor:
         return torch.cat([errors(self._loops.samples(table, own.batch), own.samples) for own in self._held_out])
-
-    def _table_of(self, name: Named) -> tuple[StepTable, Tensor]:
-        table = self._named_tables(name.calls)[name.sampler, name.spacing, name.steps]
-        return table, self._held_out_errors(table)
 
     @contextmanager
     def _counted(self, planned: int, what: str) -> Iterator[None]:
