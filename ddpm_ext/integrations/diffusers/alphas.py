@@ -267,8 +267,6 @@ class DDPM(Alphas):
             raise Fallback("variance_type is not its config's")
         to = self.timesteps if self.custom_timesteps or self.num_inference_steps else 1
         place = self._place(timestep, sample, model_output, to, 1.0, 1.0, False, kind)
-        if min(sample.dim(), model_output.dim()) < 2:
-            raise Fallback
         extras: dict[str, Any] = {}
         if kind in LEARNED:
             channels = sample.shape[1]
