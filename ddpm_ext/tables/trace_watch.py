@@ -101,8 +101,6 @@ def copied(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return (value if value.is_cpu else value.cpu()).detach().clone()
-    if is_simple(value):
-        return value
     if isinstance(value, dict):
         held = (*value.values(), *getattr(value, "__dict__", {}).values())
         others = {*map(type, held)} - CONSTANT
