@@ -57,6 +57,30 @@ def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config):
     assert any(written) != (name == HOLDS)
 
 
+@pytest.mark.parametrize("name", ["EulerDiscrete", "LCM"])
+def test_what_a_scheduler_holds_is_compared_once(monkeypatch, name):
+    """That takes several times as long as a step. Neither a loop that begins like the last one with a batch of another
+    size needs it, nor a step out of turn after one that was out of turn in the same way."""
+    looks, own = [], traced.RowsCache.get_or_trace
+    monkeypatch.setattr(traced.RowsCache, "get_or_trace", lambda *args: looks.append(1) or own(*args))
+    scheduler = accelerate(make(name))
+
+    def step(x, t):
+        scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x)
+
+    for batch in (2, 1, 2):
+        scheduler.set_timesteps(8)
+        for t in scheduler.timesteps[:2]:
+            step(normal(0, batch, 3, 4, 5), t)
+    assert len(looks) == 1
+    for _ in range(3):
+        looks.clear()
+        for t in scheduler.timesteps[[4, 4, 6, 6]]:
+            scheduler._step_index = None
+            step(normal(0, 2, 3, 4, 5), t)
+    assert not looks
+
+
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "LCM", "DPMSolverMultistep"])
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise):
