@@ -297,7 +297,10 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     checks.nonnegative("s_churn", churn)
     checks.finite("s_noise", added["s_noise"])
     if added["solver_type"] != MIDPOINT:
-        raise ValueError(f"solver_type is not {MIDPOINT!r}: give sampler k-diffusion's function in place of its name")
+        found = added["solver_type"]
+        raise ValueError(
+            f"solver_type is {found!r}, expected {MIDPOINT!r}, or k-diffusion's function in place of its name"
+        )
     if flow and sigmas.max() > 1:
         raise ValueError(f"sigmas reaches up to {sigmas.max():g}, expected at most 1 for flow")
     if flow and churn > 0:

@@ -190,7 +190,7 @@ def test_flow_is_the_same_process_at_another_scale(name):
         ("heun", [1.0, 0.5], {"s_churn": -1.0}, "s_churn is -1.0, expected a finite number, at least 0"),
         ("lcm", [1.0, 0.5], {"s_noise": math.nan}, "s_noise is nan, expected a finite number"),
         ("euler_ancestral", [1.0, 0.5], {"eta": -1.0}, "eta is -1.0"),
-        ("dpmpp_2m_sde", [1.0, 0.5], {"solver_type": "heun"}, "solver_type is not 'midpoint'"),
+        ("dpmpp_2m_sde", [1.0, 0.5], {"solver_type": "heun"}, "solver_type is 'heun', expected 'midpoint'"),
         ("ddpm", [1.0, 0.5], {"rng": Philox(0, draw=3)}, "expected one without a draw"),
         ("ddpm", [1.0, 0.5], {"rng": Philox(0), "noise_sampler": print}, "noise_sampler and rng are both given"),
         (
@@ -395,7 +395,10 @@ def test_tables_that_no_denoiser_can_run():
     _, table = table_of()
     levels = dict.fromkeys(LEVELS, torch.zeros(6))
     refused(ValueError, "has no levels", sampler, dataclasses.replace(table, **levels))
+    refused(ValueError, "do not start where", sampler, dataclasses.replace(table, noise_now=2 * table.noise_now))
     refused(ValueError, "more of the model", sampler, dataclasses.replace(table, cu=torch.ones(6)))
+    clipped = dataclasses.replace(table, c2=torch.ones(6), notes={"clip": [-1, 1]})
+    refused(ValueError, "returned before the clip", sampler, clipped)
 
 
 def test_comfyui_node_of_a_table(node, tmp_path):
