@@ -69,7 +69,10 @@ def test_options_of_our_loop(own, steps, device):
 
 @pytest.mark.parametrize(
     ("name", "value", "why"),
-    [("objective", "pred_z", "its objective is 'pred_z'"), ("sqrt_alphas_cumprod", torch.linspace(0.1, 0.9, 50), "betas")],
+    [
+        ("objective", "pred_z", "its objective is 'pred_z'"),
+        ("sqrt_alphas_cumprod", torch.linspace(0.1, 0.9, 50), "betas"),
+    ],
 )
 def test_options_without_a_loop_of_ours(name, value, why):
     fast = accelerate(make("pred_v"))

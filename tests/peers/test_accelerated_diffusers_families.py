@@ -254,6 +254,15 @@ def test_one_scheduler_in_two_places():
     unrelated(ours(10))
 
 
+def test_a_scheduler_where_none_was():
+    """It has noise of its own, and a line in the pipeline's repr."""
+    ours = accelerate(stages("scheduler"), noise="philox", seed=7)
+    ours.later = make("DDPM", clip_sample=False)
+    ours.names.append("later")
+    unrelated(ours(10))
+    assert repr(ours).count("accelerated by ddpm_ext: noise 'philox' of seed 7") == 2
+
+
 def test_more_schedulers_than_streams():
     names = [f"scheduler_{i}" for i in range(12)]
     assert all(hasattr(getattr(accelerate(stages(*names)), name), "accelerated") for name in names)

@@ -164,6 +164,7 @@ def test_refused():
     refused(TypeError, "table is a list, expected a StepTable", TableScheduler, [1])
     threshold = dataclasses.replace(table, notes={"clip": "DynamicThreshold(0.9)"})
     refused(ValueError, "made for the clip DynamicThreshold", TableScheduler, threshold)
+    refused(ValueError, "sample_max_value is 0.5", TableScheduler, table, thresholding=True, sample_max_value=0.5)
     flow = FAMILIES["stable_diffusion_3"][0]()
     with pytest.raises(ValueError, match=r"predicts 'eps', and that of .* FlowMatchEuler\w+ predicts 'flow'"):
         accelerate(flow, table=table)
