@@ -41,21 +41,21 @@ def scaled_linear(timesteps: int, start: float = 0.00085, end: float = 0.012) ->
     return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64, device="cpu") ** 2
 
 
-def cosine(timesteps: int, s: float = 0.008) -> Tensor:
-    """alphas_cumprod = cos^2((t/T + s) / (1 + s) pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
-    return cosine_betas(torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu"), s)
+def cosine(timesteps: int) -> Tensor:
+    """alphas_cumprod = cos^2((t/T + 0.008) / 1.008 pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    return cosine_betas(torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu"))
 
 
-def cosine_betas(t: Tensor, s: float = 0.008) -> Tensor:
+def cosine_betas(t: Tensor) -> Tensor:
     """The betas of `cosine` between given times `t`, (timesteps + 1,) from 0 to 1."""
-    return _from_alphas_cumprod(torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2)
+    return _from_alphas_cumprod(torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
-def sigmoid(timesteps: int, start: float = -3, end: float = 3, tau: float = 1) -> Tensor:
-    """alphas_cumprod falls along a sigmoid from `start` to `end`, betas at most 0.999 (Jabri et al. 2022, appendix)."""
+def sigmoid(timesteps: int) -> Tensor:
+    """alphas_cumprod falls along a sigmoid from -3 to 3, betas at most 0.999 (Jabri et al. 2022, appendix)."""
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu")
-    first, last = (torch.tensor(v / tau, dtype=torch.float64, device="cpu").sigmoid() for v in (start, end))
-    return _from_alphas_cumprod((last - ((t * (end - start) + start) / tau).sigmoid()) / (last - first))
+    first, last = (torch.tensor(end, dtype=torch.float64, device="cpu").sigmoid() for end in (-3.0, 3.0))
+    return _from_alphas_cumprod((last - (6 * t - 3).sigmoid()) / (last - first))
 
 
 def _from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
