@@ -94,3 +94,5 @@ def test_flow_shift_of_a_resolution():
     flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
     for tokens in (64, 256, 1024, 4096, 6400):
         assert resolution_mu(tokens) == pytest.approx(flux.calculate_shift(tokens), rel=1e-12)
+        own = resolution_mu(tokens, base_tokens=1024, max_tokens=8192, base_mu=0.95, max_mu=2.05)
+        assert own == pytest.approx(flux.calculate_shift(tokens, 1024, 8192, 0.95, 2.05), rel=1e-12)

@@ -46,6 +46,13 @@ def test_karras_sigmas(rho):
     assert (grid.timestep.diff() < 0).all() and abs(grid.timestep[0] - 999) < 1e-9 and abs(grid.timestep[-1]) < 1e-12
 
 
+@pytest.mark.parametrize("name", [name for name in SIGMA_GRIDS if name != "align_your_steps_svd"])
+def test_sigmas_that_end_with_noise(name):
+    clean, noisy = (SIGMA_GRIDS[name](LEVELS, 6, final=final) for final in (1.0, LEVELS[0].item()))
+    assert torch.equal(noisy.now, clean.now) and noisy.after[-1] == LEVELS[0] and clean.after[-1] == 1
+    torch.testing.assert_close(noisy.betas, 1 - noisy.now / noisy.after, rtol=1e-12, atol=1e-12)
+
+
 def test_log_snr_is_even_in_log_sigma():
     grid = SIGMA_GRIDS["log_snr"](LEVELS, 20)
     torch.testing.assert_close(log_sigma(grid).diff(), log_sigma(grid).diff()[:1].expand(19), rtol=1e-9, atol=0)
