@@ -22,7 +22,14 @@ from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_opti
 from ddpm_ext.integrations.own_tables import check_output, check_timesteps
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import Support, new
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
+from ddpm_ext.integrations.tensors import (
+    check_tensors,
+    dtype_name,
+    layout_arguments,
+    noise_arguments,
+    noise_itself,
+    wants_gradient,
+)
 from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.row import ROW
@@ -338,7 +345,8 @@ def _step(
     noise: dict[str, Any] = {}
     if row > 0:
         noise = noise_arguments(torch.randn_like(x), x) if rng is None else {"rng": rng}
-    x0 = empty_like(x) if with_x0 else None
+    noise |= layout_arguments(output if gd.objective == "pred_x0" else x, x)
+    x0 = empty_like(noise.get("out", x)) if with_x0 else None
     return take_step(steps, x, output, row, x0_out=x0, **noise), x0
 
 

@@ -69,6 +69,15 @@ def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
     return {"noise": noise}
 
 
+def layout_arguments(first: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The operators' argument for a result of samples x that lies in memory as torch's arithmetic lays it out where
+    `first` comes first in the formula: torch.randn_like of it fills memory in this order. None where x lies so."""
+    if first.stride() == x.stride():
+        return {}
+    strides = torch.empty_like(first, device="meta").stride()
+    return {} if strides == x.stride() else {"out": x.new_empty_strided(x.shape, strides)}
+
+
 def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
     """The noise of operators' arguments for samples x, which a launch may have made without storing it."""
     if "rng" not in source:

@@ -230,6 +230,24 @@ def test_interpolate_draws_in_each_images_memory_format():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+@loops
+@objectives
+def test_a_models_output_in_another_memory_format(objective, loop):
+    """Theirs lays out the next image as what comes first in its formula, which is x_start."""
+
+    class Last(Net):
+        def forward(self, x, t, x_self_cond=None):
+            known = None if x_self_cond is None else x_self_cond * (1 + 0.1 * x_self_cond.is_contiguous())
+            return super().forward(x, t, known).contiguous(memory_format=torch.channels_last)
+
+    plain = make(objective, Last(True), ddim_sampling_eta=0.5, sampling_timesteps=7)
+    (ours, after), (theirs, their_after) = (
+        seeded(3, lambda gd=gd: LOOPS[loop](gd)) for gd in (accelerate(plain), plain)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert same_states(after, their_after) and ours.stride() == theirs.stride()
+
+
 @pytest.mark.parametrize(("strength", "where"), [(0.3, "argument"), (1, "attribute")])
 def test_offset_noise_moves_the_noise_and_writes_to_given_one(strength, where, device):
     plain = make("pred_noise", device=device, offset_noise_strength=strength if where == "attribute" else 0.0)

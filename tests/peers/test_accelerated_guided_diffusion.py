@@ -248,6 +248,34 @@ def test_draws_of_the_functions_come_in_their_order(step, variance):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@libraries
+@predictions
+@pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED"])
+@pytest.mark.parametrize("changed", [None, "denoised_fn", "cond_fn"])
+@loops
+def test_a_models_output_in_another_memory_format(library, prediction, variance, changed, loop):
+    """Theirs lays out the next sample as what comes first in its formula, and torch.randn_like fills memory in its
+    order."""
+    if changed == "cond_fn" and library != "guided_diffusion":
+        pytest.skip("it has no cond_fn")
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    functions = {"denoised_fn": lambda x0: (0.9 * x0).contiguous(memory_format=formats[x0.is_contiguous()])}
+    functions |= {"cond_fn": cond_fn}
+    options = {name: function for name, function in functions.items() if name == changed} | {"model_kwargs": {}}
+    options |= {"eta": 0.5} if loop == "ddim_sample_loop" and prediction != "PREVIOUS_X" else {}
+
+    def model(x, t):
+        return model_of(variance)(x, t).contiguous(memory_format=torch.channels_last)
+
+    def call(diffusion):
+        steps = getattr(diffusion, f"{loop}_progressive")(model, SHAPE, device="cpu", **options)
+        return [out[name] for out in steps for name in ("sample", "pred_xstart")]
+
+    theirs, ours = both(make(prediction, variance, spacing="8", library=library), call)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert [each.stride() for each in ours[::2]] == [each.stride() for each in theirs[::2]]
+
+
 def test_ddim_reverse_sample_goes_on_with_the_models_eps_where_nothing_changed():
     """Little of it is left in an x_0 that is nearly x, in float32, and a long step magnifies that."""
     d, t = make(spacing=[7]), torch.zeros(5, dtype=torch.int64)

@@ -22,6 +22,7 @@ from ddpm_ext.integrations.tensors import (
     dtype_name,
     is_like,
     is_plain_tensor,
+    layout_arguments,
     noise_arguments,
     wants_gradient,
 )
@@ -142,6 +143,8 @@ def _take_step(
         x_start = prediction
         if fused.prediction != "x0":
             x_start = ops.predict_start(x, prediction, tables.get("predict", device, torch.float32), at)
+        if fused.prediction == "x_prev" and (laid := layout_arguments(prediction, x)):
+            x_start = laid["out"].copy_(x_start)
         x_start = results["denoised_fn"] = denoised_fn(x_start)
         if not is_like(x_start, x) or wants_gradient(x_start) or x_start.dtype != x.dtype:
             reason = "what denoised_fn returns is no plain tensor like the samples, without a gradient"
@@ -167,7 +170,11 @@ def _take_step(
             extras |= noise_arguments(noise, x)
         else:
             extras["rng"] = peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng
-    x0 = empty_like(x) if with_x0 else None
+    first = x  # in the peer's formula, which a cond_fn begins anew in DDIM
+    if cond_fn is None or ddpm:
+        first = results["denoised_fn"] if needed is None else x if fused.prediction == "eps" else prediction
+    extras |= layout_arguments(first, x)
+    x0 = empty_like(extras.get("out", x)) if with_x0 else None
     sample = take_step(tables, x, needed, at, clip, x0_out=x0, **extras)
     return {"sample": sample} if x0 is None else {"sample": sample, "pred_xstart": x0}
 
