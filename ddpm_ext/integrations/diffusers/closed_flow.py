@@ -11,7 +11,7 @@ from ddpm_ext.integrations.diffusers.closed_factors import WIDE, Factors, Uncove
 
 def flow_match_euler(own: Any, first: int) -> Factors:
     """x + (sigma' - sigma) v"""
-    if own.config.stochastic_sampling:
+    if getattr(own.config, "stochastic_sampling", False):  # which older versions of diffusers have not
         raise Uncovered
     return _euler(levels_of(own.sigmas)[first:])
 

@@ -26,7 +26,7 @@ from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import NoRow, TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, counted_by, observe, parameters_of, setting, step_name
-from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, copied
+from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch, copied
 
 CONFIG = "_internal_dict"
 READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
@@ -336,7 +336,7 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         return _loop_dtypes(trace, output, sample, torch.float32, second, [step.draws for step in trace.steps])
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
-    n, watch = len(rows.timesteps), None if trace.read is None else Watch()
+    n, watch = len(rows.timesteps), Watch() if can_watch(rows.scheduler) else None
     options = dict(rows.key.options_of(rows.scheduler.timesteps, n))
     options |= {"return_dict": False} if "return_dict" in parameters_of(step) else {}
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
