@@ -209,7 +209,8 @@ def test_rows_in_closed_form_are_the_traced_ones(name, options):
 )
 def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patched):
     """Of a subclass, or put in the class, even if its first and last one are."""
-    own = classes()[name].step
+    called = trace_run.step_name(classes()[name])
+    own = getattr(classes()[name], called)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         draws = {"generator": generator} if "generator" in inspect.signature(own).parameters else {}
@@ -217,7 +218,7 @@ def test_a_step_that_is_not_diffusers_own_is_traced(monkeypatch, name, is_patche
         return (1.5 * prev if (timestep == self.timesteps[3]).all() else prev, *others)
 
     cls = classes()[name] if is_patched else type(name, (classes()[name],), {})
-    monkeypatch.setattr(cls, "step", step)
+    monkeypatch.setattr(cls, called, step)
     # A multiple of a clipped sample is no row.
     config = {"PNDMScheduler": {"skip_prk_steps": True}, "CMStochasticIterativeScheduler": {"clip_denoised": False}}
     config = config.get(name, {})
@@ -257,7 +258,9 @@ UNSEEN = {"EDMDPMSolverMultistepScheduler": 1}
 
 @pytest.mark.parametrize("name, options", CLOSED)
 def test_factors_that_are_not_the_steps_are_traced(monkeypatch, name, options):
-    scheduler, table, key = make(name), *((WITH_OPTIONS, (name, options)) if options else (FORMS, name))
+    # As many steps as in training: its levels are the first ones of these.
+    scheduler = make(name, **({"num_train_timesteps": 14} if name == "ScoreSdeVeScheduler" else {}))
+    table, key = (WITH_OPTIONS, (name, options)) if options else (FORMS, name)
     first, form = int(name == "CogVideoXDPMScheduler"), table[key]
     scheduler.set_timesteps(14)
     right, found = form.factors(scheduler, first), []

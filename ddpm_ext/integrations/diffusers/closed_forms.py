@@ -183,6 +183,17 @@ def _unclip(own: Any, first: int, is_given_next: bool = False) -> Factors:
     return to_clean(x, s, of_clean, predicted_of(own, alpha.numpy())[0], noisy.tolist(), clip)
 
 
+def _score_sde_ve(own: Any, first: int) -> Factors:
+    """x + (sigma^2 - sigma'^2) score, which is the second tensor, and noise: the predictor of the SDE whose variance
+    explodes"""
+    times, sigmas = own.timesteps, levels_of(own.discrete_sigmas)
+    places = (times[first:] * (len(times) - 1)).long().numpy()
+    diffusion = root_of(sigmas[places] ** 2 - np.where(places == 0, 0, sigmas[places - 1]) ** 2)
+    change, s = (diffusion**2).astype(WIDE), diffusion.astype(WIDE)
+    clean = np.stack([0 * change + 1, change], 1)
+    return Factors(clean[:, 0], change, s, clean, [True] * len(s))
+
+
 def _wuerstchen(own: Any, first: int) -> Factors:
     """DDPM's posterior mean, and its noise but for a step to 0, of levels that follow a cosine from 0 to 1"""
     times = own.timesteps[first:]
@@ -284,6 +295,7 @@ FORMS: Mapping[str, Form] = {
         ),
         "counter",
     ),
+    "ScoreSdeVeScheduler": Form(_score_sde_ve, (), frozenset({"timesteps", "_internal_dict", "discrete_sigmas"}), None),
     "TCDScheduler": Form(_tcd, ("prediction_type",), STEPS_READ | {"alphas_cumprod", "num_inference_steps"}),
     "UnCLIPScheduler": UNCLIP,
 }

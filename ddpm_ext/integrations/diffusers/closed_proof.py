@@ -31,6 +31,7 @@ from ddpm_ext.tables.trace_run import (
     on_cpu,
     parameters_of,
     parts_of,
+    step_name,
     step_of,
 )
 from ddpm_ext.tables.trace_watch import copied
@@ -219,25 +220,26 @@ def _take(own: Any, loop: Loop, i: int, x: Tensor, m: Tensor, given: Tensor, lik
     scaled = own.scale_model_input(x, t) if hasattr(own, "scale_model_input") else x
     before = vars(own).copy()
     generator = torch.Generator().manual_seed(0) if draws else NONE
-    parameters = parameters_of(type(own).step)
+    step = getattr(own, step_name(own))
+    parameters = parameters_of(getattr(type(own), step.__name__))
     options: dict[str, Any] = dict(zip(input_names(parameters), (m, t, x), strict=True))
     options |= {name: given if value is GIVEN else value[i] for name, value in loop.options.items()}
     options |= {"generator": generator} if "generator" in parameters else {}
     options |= {} if like is None else {"return_dict": False}
-    result, prev, second = parts_of(own.step(**options))
+    result, prev, second = parts_of(step(**options))
     drawn = [torch.float32] * (loop.given() + draws)
-    step = step_of(own, like or result, m, before, drawn, loop.given(), {})._replace(is_one=prev is second)
+    found = step_of(own, like or result, m, before, drawn, loop.given(), {})._replace(is_one=prev is second)
     if not (
-        loop.counted(i).items() <= step.state.items()
-        and step.state.get("dt") == (None if factors.dt is None or not begins_period else factors.dt[i])
-        and step.stores == (factors.past is not None and begins_period)
+        loop.counted(i).items() <= found.state.items()
+        and found.state.get("dt") == (None if factors.dt is None or not begins_period else factors.dt[i])
+        and found.stores == (factors.past is not None and begins_period)
         and (second is None) == (factors.clean is None)
-        and step.is_one == bool(factors.is_one and factors.is_one[i])
+        and found.is_one == bool(factors.is_one and factors.is_one[i])
         and (scaled is x or factors.scales is not None or len(loop.timesteps) == 1)
         and (not draws or torch.rand((), generator=generator, device="cpu").item() == loop.numbers.following[draws])
     ):
         raise Uncovered
-    return Taken(step, prev, second, scaled)
+    return Taken(found, prev, second, scaled)
 
 
 def _prove(loop: Loop, taken: Mapping[int, Taken]) -> None:

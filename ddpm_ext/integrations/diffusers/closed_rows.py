@@ -27,13 +27,13 @@ from ddpm_ext.tables.trace_batch import Array
 from ddpm_ext.tables.trace_linear import Ints, columns_of, rings_of
 
 METHODS = (
-    "step", "scale_model_input", "index_for_timestep", "_init_step_index",
+    "step", "step_pred", "scale_model_input", "index_for_timestep", "_init_step_index",
     "get_scalings_for_boundary_condition_discrete", "convert_model_output", "_sigma_to_alpha_sigma_t",
     "dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update", "step_plms", "_get_prev_sample",
     "singlestep_dpm_solver_update", "singlestep_dpm_solver_second_order_update",
     "singlestep_dpm_solver_third_order_update", "precondition_inputs", "precondition_outputs", "_get_conditioning_c_in",
     "get_scalings_for_boundary_condition", "get_variables", "get_mult", "_get_variance", "_alpha_cumprod",
-    "previous_timestep",
+    "previous_timestep", "get_adjacent_sigma",
 )  # fmt: skip
 CACHED = 64  # kinds of loops
 ALIKE = 100  # steps in a loop of such a kind, or fewer

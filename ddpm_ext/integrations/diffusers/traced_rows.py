@@ -336,7 +336,8 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         return _loop_dtypes(trace, output, sample, torch.float32, second, [step.draws for step in trace.steps])
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
-    n, watch = len(rows.timesteps), Watch() if can_watch(rows.scheduler) else None
+    is_watched = trace.read is not None and can_watch(rows.scheduler)
+    n, watch = len(rows.timesteps), Watch() if is_watched else None
     options = dict(rows.key.options_of(rows.scheduler.timesteps, n))
     options |= {"return_dict": False} if "return_dict" in parameters_of(step) else {}
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
