@@ -28,7 +28,7 @@ def with_timesteps(cls: type, own: Callable[..., Any]) -> Callable[..., Any]:
         if timesteps is None:
             own(self, *args, **kwargs)
             return
-        given = signature.bind(self, *args, **kwargs).arguments
+        given = signature.bind_partial(self, *args, **kwargs).arguments
         others = [name for name, value in given.items() if name not in ("self", "device") and value is not None]
         others += [name for name in SPACINGS if getattr(self.config, name, False)]
         others += [] if getattr(self, "solver_p", None) is None else ["solver_p"]
