@@ -197,7 +197,8 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int) -> None:
     """Raises TypeError or ValueError unless v is int64 (batch,) with values in [0, last].
 
-    The values are checked only on the CPU, because reading them on a GPU would synchronise.
+    The values are not checked on a GPU, because reading them there would synchronise, nor in a transform of
+    torch.func, where they cannot be read.
     """
     if v.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {v.dtype}, expected int64")
@@ -205,5 +206,6 @@ def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int
         raise ValueError(f"{name} has shape {tuple(v.shape)}, expected ({batch},), one a sample")
     if v.device != device:
         raise ValueError(f"{name} is on {v.device}, expected the samples' device, {device}")
-    if v.is_cpu and v.numel() and not (v.min() >= 0 and v.max() <= last):
+    readable = v.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(v)
+    if readable and v.numel() and not (v.min() >= 0 and v.max() <= last):
         refuse(name, v, (v < 0) | (v > last), f"0 <= {name} <= {last}")

@@ -62,12 +62,13 @@ def box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
     return radius * angle.cos(), radius * angle.sin()
 
 
-def normals(shape: torch.Size, seed: int, ids: Tensor, stream: int, draw: Tensor) -> Tensor:
-    """float64 z of `shape` (batch, ...), for sample ids and draws of shape (batch,)."""
+def normals(shape: torch.Size, seed: int | Tensor, ids: Tensor, stream: int, draw: Tensor) -> Tensor:
+    """float64 z of `shape` (batch, ...), for sample ids and draws (batch,) and a seed, in [0, 2^64) or int64 ()."""
     numel = math.prod(shape[1:])
     blocks = torch.arange((numel + 3) // 4, device=ids.device)
     words = (blocks, draw[:, None], ids[:, None] & WORD, (ids[:, None] >> 32) + (stream << 24))
     counter = torch.stack(torch.broadcast_tensors(*words), -1)
-    w = philox4x32(counter, torch.tensor([seed & WORD, seed >> 32], device=ids.device))
+    key = torch.stack([torch.as_tensor(word, device=ids.device) for word in (seed & WORD, seed >> 32)])
+    w = philox4x32(counter, key)
     z = torch.stack([*box_muller(w[..., 0], w[..., 1]), *box_muller(w[..., 2], w[..., 3])], -1)
     return z.flatten(1)[:, :numel].reshape(shape)

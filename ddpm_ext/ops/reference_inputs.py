@@ -38,7 +38,7 @@ def randn(
         rng = fresh_rng(device)
     ids = ids_of_samples(rng, batch, device)
     own_seed, seed_value, _, _, own_stream, own_draw, draw_data = rng.arguments(0, 0)
-    seed = (seed_value if own_seed is None else int(own_seed)) % 2**64
+    seed = seed_value % 2**64 if own_seed is None else own_seed
     if draw is None:
         draw = own_draw if draw_data is None else checks.integer("draw", int(draw_data), 2**32, "2^32")
     if not isinstance(draw, Tensor):

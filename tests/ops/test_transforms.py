@@ -103,3 +103,24 @@ def test_vmap_is_refused_by_operators_that_write_to_arguments(normal, device, op
     call, x, ms = make_call("step_with_options", device), normal(2, 8), normal(3, 2, 8)
     with pytest.raises(RuntimeError, match="Batching rule not implemented"):
         torch.func.vmap(lambda m: call(x, m, **options), randomness="different")(ms)
+
+
+@pytest.mark.parametrize("source", [{"rng": Philox(3)}, {}], ids=["seed", "fresh"])
+def test_gradients_of_each_sample_by_the_reference(normal, device, source):
+    """vmap of grad over samples, each at its own timestep."""
+    gd = GaussianDiffusion(20, prediction="v", backend="reference")
+    x, t, w = normal(3, 2, 8), torch.tensor([0, 7, 19], device=device), torch.tensor(0.5, device=device)
+
+    def loss(w, x, t):
+        return gd.train_losses(lambda x, t: w * x, x[None], t[None], **source)
+
+    slopes = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")(w, x, t)
+    assert slopes.unique().numel() == 3
+    if source:
+        expected = [torch.func.grad(loss)(w, *one) for one in zip(x, t, strict=True)]
+        torch.testing.assert_close(slopes, torch.stack(expected))
+    else:
+        again = torch.func.vmap(torch.func.grad(loss), (None, 0, 0), randomness="different")(w, x, t)
+        assert not torch.equal(again, slopes)
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.func.vmap(loss, (None, 0, 0))(w, x, t)
