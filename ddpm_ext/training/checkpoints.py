@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
+from ddpm_ext.models.networks import FOLDERS
 
 _FORMAT = "ddpm-ext training state 2"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -134,6 +135,10 @@ def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that a killed process left in a run's folder."""
-    for inside in (folder, folder / "checkpoints", folder / "best", *(folder / "best").glob("*/")):
-        files.remove_leftovers(inside)
+    """Removes the temporary files that a killed process left in the folder of a run or of an average, and in the
+    folders inside that are its own: in another run, or in tuned/, somebody may be writing."""
+    files.remove_leftovers(folder)
+    own = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())
+    for pattern in (*own, "best", "best/*/", "ema-*/", "ema-*/*/"):
+        for inside in folder.glob(pattern):
+            files.remove_leftovers(inside)

@@ -41,12 +41,24 @@ def test_the_newest_are_kept_by_number(tmp_path):
     assert checkpoints.newest(tmp_path).name == "step-100000001.safetensors"
     save(tmp_path, 100_000_002, keep=2)
     (tmp_path / "checkpoints" / ".step-100000003.0a1b2c3d.safetensors").write_bytes(b"half")  # of a killed writer
-    (tmp_path / ".training.0a1b2c3d.json").write_bytes(b"half")
     assert checkpoints.newest(tmp_path).name == "step-100000002.safetensors"
     checkpoints.remove_leftovers(tmp_path)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-100000001.safetensors", "step-100000002.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_what_killed_processes_left_is_removed_in_all_folders_of_a_run(tmp_path):
+    own = [".", "checkpoints", "samples", "snapshots", "scheduler", "unet", "transformer", "best", "best/unet"]
+    own += ["ema-0.9", "ema-0.9/unet", "ema-0.9/scheduler"]
+    others = ["average-0.1", "tuned", "another-run/unet"]  # where other commands may be writing
+    for inside in (*own, *others):
+        (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+        for name in (".config.0a1b2c3d.json", ".step-3.0a1b2c3d.safetensors", "config.json", ".lock"):
+            (tmp_path / inside / name).write_bytes(b"half")
+    checkpoints.remove_leftovers(tmp_path)
+    for inside, count in (*((each, 0) for each in own), *((each, 2) for each in others)):
+        found = {path.name for path in (tmp_path / inside).iterdir() if path.is_file()}
+        assert found >= {"config.json", ".lock"} and len(found) == 2 + count, inside
 
 
 def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
