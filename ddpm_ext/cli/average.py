@@ -12,6 +12,7 @@ from ddpm_ext.cli.arguments import Subparsers, add_command, positive_number
 from ddpm_ext.cli.network import network_for
 from ddpm_ext.cli.sampling_options import add_network
 from ddpm_ext.training import post_hoc_average
+from ddpm_ext.training.checkpoints import remove_leftovers
 from ddpm_ext.training.network import save_result
 from ddpm_ext.training.power_average import LONGEST
 
@@ -46,15 +47,18 @@ def run(options: argparse.Namespace) -> None:
         MissingExtra: a package that the command needs is not installed.
     """
     folder = Path(options.run) / f"average-{options.length:g}" if options.out is None else Path(options.out)
+    files.remove_leftovers(folder, of=folder / _ABOUT)
     if folder.exists() and not (folder / _ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out: {folder} holds something else, expected a new folder or one of ddpm-ext average")
     found = post_hoc_average(options.run, options.length, network_for(Path(options.run), options.network))
     trained = found.trained
     files.check_writable(folder / _ABOUT)
+    remove_leftovers(folder)
     about = {"run": options.run, "length": options.length, "step": found.step, "snapshots": found.snapshots}
+    # First: if the model can't be written whole, the file says whose folder this is, and the command can be run again.
+    files.write_json(folder / _ABOUT, about | {"distance": found.distance})
     described = trained.shape, trained.classes, trained.clip
     save_result(trained.model, trained.settings, folder, torch.float32, *described)
-    files.write_json(folder / _ABOUT, about | {"distance": found.distance})
     print(
         f"{folder}: average of length {options.length:g} at step {found.step}, from {found.snapshots} snapshots; its "
         f"profile is within {found.distance:.1%} of the exact one"

@@ -8,7 +8,7 @@ from support.command_line import call, check_refused
 from support.refused import refused
 from support.trainer_run import Tiny, make, make_unet
 
-from ddpm_ext.training import load, post_hoc_average, power_average
+from ddpm_ext.training import load, network, post_hoc_average, power_average
 from ddpm_ext.training.step import TrainingStep
 
 STEPS, OPTIONS = 20, {"lr_schedule": "constant", "extra_emas": (0.3, 0.95), "snapshot_every": 4}
@@ -72,3 +72,32 @@ def test_command(tmp_path, capsys):
         ((other, "--length", 0.1, "--network", "support.trainer_run:Tiny"), "other has no snapshots, expected a run"),
     ):
         check_refused(capsys, message, "average", *arguments)
+
+
+def test_command_that_was_interrupted_is_run_again(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    make_unet(run, snapshot_every=1).fit()
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    capsys.readouterr()
+    with monkeypatch.context() as disk:
+        disk.setattr(network, "save_model", full)
+        check_refused(capsys, "No space left on device", "average", run, "--length", 0.15)
+    folder = run / "average-0.15"
+    leftovers = [folder / ".average.0a1b2c3d.json", folder / "unet" / ".config.0a1b2c3d.json"]  # of a killed process
+    (folder / "unet").mkdir()
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
+    assert call("average", run, "--length", 0.15) == 0
+    trainer_run.assert_same(folder, dict(post_hoc_average(run, 0.15).trained.model.state_dict()))
+    assert not any(leftover.exists() for leftover in leftovers)
+
+
+def test_command_that_was_killed_at_its_first_file_is_run_again(tmp_path):
+    run = tmp_path / "run"
+    make_unet(run, snapshot_every=1).fit()
+    (run / "average-0.15").mkdir()
+    (run / "average-0.15" / ".average.0a1b2c3d.json").write_bytes(b"half")
+    assert call("average", run, "--length", 0.15) == 0
