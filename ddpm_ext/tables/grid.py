@@ -179,11 +179,11 @@ def make_grid(
     """
     levels = checked_levels(alphas_cumprod)
     chosen = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")
+    if chosen.dim() != 1 or len(chosen) == 0:
+        raise ValueError(f"timestep has shape {tuple(chosen.shape)}, expected (rows,) with a row at least")
     if chosen.dtype != torch.int64:
         raise TypeError(f"timestep has dtype {chosen.dtype}, expected int64")
     chosen = chosen.detach().to("cpu", copy=True)
-    if chosen.dim() != 1 or len(chosen) == 0:
-        raise ValueError(f"timestep has shape {tuple(chosen.shape)}, expected (rows,) with a row at least")
     if not ((chosen >= 0) & (chosen < len(levels))).all():
         raise ValueError(
             f"timestep reaches from {chosen.min()} to {chosen.max()}, expected all in 0 <= timestep < {len(levels)}"

@@ -39,6 +39,7 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
         ({"timesteps": [1, 3], "steps": None}, ValueError, ["timesteps do not descend from 1 to 3"]),
         ({"timesteps": [1000], "steps": None}, ValueError, ["timestep reaches from 1000"]),
         ({"timesteps": 5, "steps": None}, ValueError, [r"timestep has shape \(\)"]),
+        ({"timesteps": [], "steps": None}, ValueError, [r"timestep has shape \(0,\)", "a row at least"]),
         ({"timesteps": {}, "steps": None}, TypeError, ["timesteps is {}, expected ints"]),
         ({"record": "every"}, ValueError, ["record is 'every'", "'all'", "'last'"]),
         ({"record": 0}, ValueError, ["record is 0"]),
