@@ -174,9 +174,9 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
 
 class RowsCache:
     """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
-    loop before left, is no part of that. Rows in closed form are kept for timesteps on a GPU and for steps that are
-    called in other ways than most alone: else, an object knows those of its last loop itself, and others are made in
-    hardly more time than they are found."""
+    loop before left, is no part of that. Rows in closed form are kept only of timesteps on a GPU, and of steps with
+    options or with timesteps that have a dimension: elsewhere, an object knows those of its last loop itself, and
+    others are made in hardly more time than they are found."""
 
     def __init__(self, size: int) -> None:
         self._rows: BoundedCache[TracedRows | NoRows] = BoundedCache(size)
