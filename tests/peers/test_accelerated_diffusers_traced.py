@@ -283,6 +283,19 @@ def test_timesteps_among_the_options_are_traced_together(monkeypatch, name, opti
     assert len(begun) == runs
 
 
+@pytest.mark.parametrize("name, options", [("UnCLIPScheduler", after_each), ("DDPMWuerstchenScheduler", lambda *_: {})])
+def test_rows_of_steps_that_are_called_otherwise_are_found_again(monkeypatch, name, options):
+    """With options, or timesteps that have a dimension: nobody else knows those of the last loop."""
+    made, own = [], traced_rows.closed
+    monkeypatch.setattr(traced_rows, "closed", lambda *args: made.append(1) or own(*args))
+    ours = accelerate(make(name, **({"num_train_timesteps": 977} if name == "UnCLIPScheduler" else {"s": 0.01})))
+    for _ in range(2):
+        timesteps, x = set_timesteps(ours, 6), torch.zeros(SHAPE)
+        for i in range(len(timesteps)):
+            x = call_step(ours, i, x, x, None, None, **options(ours, i)).prev_sample
+    assert len(made) == 1
+
+
 def test_objects_of_a_class_that_returns_tuples_unless_it_is_asked():
     results = []
     for scheduler in (make("CogVideoXDPMScheduler"), accelerate(make("CogVideoXDPMScheduler"))):
