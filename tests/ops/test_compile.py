@@ -164,3 +164,10 @@ def test_many_ints_are_one_graph(device):
         assert torch.equal(step(x, i), gd.p_sample(lambda x, t: x, x, i, noise=x))
         rng = Philox(i, sample_ids=2 * i, draw=3 * i)
         assert torch.equal(noisy(x, rng), gd.q_sample(x, 3, rng=rng))
+
+
+def test_the_references_graphs_break_where_timesteps_are_read():
+    """Whether all are in range: not for functions that a compiler does not know."""
+    gd, (x, t) = GaussianDiffusion(1000, backend="reference"), inputs("cpu")
+    found = torch._dynamo.explain(lambda: gd.q_sample(x, t, rng=philox("cpu")))()
+    assert not [each for each in found.break_reasons if "does not know" in str(each.reason)]
