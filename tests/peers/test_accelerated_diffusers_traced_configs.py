@@ -168,12 +168,14 @@ def test_rows_in_closed_form_are_the_traced_ones(name, options):
     mostly = {"algorithm_type": "dpmsolver++", "clip_sample": False, "thresholding": False}  # which expressions cover
     if name in CLIPPED:
         del mostly["clip_sample"]
-    if name in FITTED:  # by levels up to 1e4, as the other has them, least squares lose a digit more than the bound has
-        mostly["beta_schedule"] = "scaled_linear"
 
     @settings(max_examples=12 if "KDPM2" in name else 30, deadline=None, derandomize=True, database=None)
     @given(configs(name), st.integers(least, 9), st.sampled_from([0, 0, 0, 1, 2, 3]))
     def the_same(config, steps, begun):
+        if name == "HeunDiscreteScheduler" and config["beta_schedule"] == "squaredcos_cap_v2":
+            config |= {
+                "beta_schedule": "linear"
+            }  # by levels up to 1e4, least squares lose a digit more than the bound has
         try:
             scheduler = make(name, **config | {key: mostly[key] for key in config.keys() & mostly.keys()})
             scheduler.set_timesteps(steps)

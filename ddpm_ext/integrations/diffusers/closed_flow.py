@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_ext.integrations.diffusers.closed_factors import WIDE, Factors, Uncovered, levels_of
+from ddpm_ext.tables.trace_batch import Array
 
 
 def flow_match_euler(own: Any, first: int) -> Factors:
@@ -21,7 +22,7 @@ def flow_map_euler(own: Any, first: int) -> Factors:
     return _euler(own.sigmas.numpy()[first:])
 
 
-def _euler(sigmas: Any) -> Factors:
+def _euler(sigmas: Array) -> Factors:
     dt = (sigmas[1:] - sigmas[:-1]).astype(WIDE)
     zero = np.zeros(len(dt))
     return Factors(zero + 1, dt, zero, None, [False] * len(dt))

@@ -220,13 +220,13 @@ def _take(own: Any, loop: Loop, i: int, x: Tensor, m: Tensor, given: Tensor, lik
     scaled = own.scale_model_input(x, t) if hasattr(own, "scale_model_input") else x
     before = vars(own).copy()
     generator = torch.Generator().manual_seed(0) if draws else NONE
-    step = getattr(own, step_name(own))
-    parameters = parameters_of(getattr(type(own), step.__name__))
+    called = step_name(own)
+    parameters = parameters_of(getattr(type(own), called))
     options: dict[str, Any] = dict(zip(input_names(parameters), (m, t, x), strict=True))
     options |= {name: given if value is GIVEN else value[i] for name, value in loop.options.items()}
     options |= {"generator": generator} if "generator" in parameters else {}
     options |= {} if like is None else {"return_dict": False}
-    result, prev, second = parts_of(step(**options))
+    result, prev, second = parts_of(getattr(own, called)(**options))
     drawn = [torch.float32] * (loop.given() + draws)
     found = step_of(own, like or result, m, before, drawn, loop.given(), {})._replace(is_one=prev is second)
     if not (
