@@ -63,8 +63,10 @@ struct Halves {
   // Both do whole vectors, and return how many pixels those are. A core reads elsewhere between two calls, so it does
   // not fetch far enough ahead itself.
   static int64_t pack(const T* from, T* to, int64_t pixels) {
-    return for_vectors<false>(from, pixels, Vectors(),
-                              [=](int64_t k, const Vector(&v)[kHalf]) { memcpy(to + kHalf * k, v, sizeof(v)); });
+    return for_vectors<false>(from, pixels, Vectors(), [=](int64_t k, const Vector(&v)[kHalf]) {
+      // Each on its own: all at once, g++ also writes them to the stack.
+      for (int64_t s = 0; s < kHalf; ++s) memcpy(to + kHalf * k + s * n, &v[s], sizeof(Vector));
+    });
   }
   static int64_t split(const T* from, T* to, int64_t out, int64_t pixels) {
     return for_vectors<!kOdd>(from, pixels, Vectors(), [=](int64_t k, Vector(&v)[kHalf]) {
