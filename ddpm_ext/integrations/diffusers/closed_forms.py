@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -194,6 +195,29 @@ def _score_sde_ve(own: Any, first: int) -> Factors:
     return Factors(clean[:, 0], change, s, clean, [True] * len(s))
 
 
+def _score_sde_vp(own: Any, first: int) -> Factors:
+    """x + dt beta (x / 2 + score), which is the second tensor, and noise: the predictor of the SDE that preserves the
+    variance, whose score is the output divided by minus its standard deviation"""
+    config, t, dt = own.config, own.timesteps[first:], 1 / len(own.timesteps)
+    change = config.beta_max - config.beta_min
+    beta = levels_of(config.beta_min + t * change)
+    log_mean = -0.25 * t**2 * change - 0.5 * t * config.beta_min
+    root = (1.0 - (2.0 * log_mean).exp()).sqrt().numpy().astype(WIDE)
+    diffusion = root_of(beta)
+    x, m = 1 + 0.5 * dt * beta.astype(WIDE), (diffusion**2).astype(WIDE) * (1 / root) * -dt
+    s = (diffusion * np.float32(math.sqrt(dt))).astype(WIDE)
+    return Factors(x, m, s, np.stack([x, m], 1), [True] * len(t))
+
+
+def _consistency_decoder(own: Any, first: int) -> Factors:
+    """To the clean sample of a consistency model, and up to the next level with noise, but for the last step"""
+    t = own.timesteps.numpy()[first:]
+    a, b, scales = (levels_of(x)[t].astype(WIDE) for x in (own.c_skip, own.c_out, own.c_in))
+    next_levels = (levels_of(x)[t[1:]] for x in (own.sqrt_alphas_cumprod, own.sqrt_one_minus_alphas_cumprod))
+    kept, added = (np.append(level, end).astype(WIDE) for level, end in zip(next_levels, (1, 0), strict=True))
+    return Factors(kept * a, kept * b, added, None, (added != 0).tolist(), scales_of(scales))
+
+
 def _wuerstchen(own: Any, first: int) -> Factors:
     """DDPM's posterior mean, and its noise but for a step to 0, of levels that follow a cosine from 0 to 1"""
     times = own.timesteps[first:]
@@ -234,6 +258,12 @@ FORMS: Mapping[str, Form] = {
         alike=True,
     ),
     "CMStochasticIterativeScheduler": Form(_consistency, ("clip_denoised",), STEPS_READ | {"sigmas"}),
+    "ConsistencyDecoderScheduler": Form(
+        _consistency_decoder,
+        (),
+        frozenset({"timesteps", "c_skip", "c_out", "c_in", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"}),
+        None,
+    ),
     "DDPMWuerstchenScheduler": Form(
         _wuerstchen,
         (),
@@ -296,6 +326,7 @@ FORMS: Mapping[str, Form] = {
         "counter",
     ),
     "ScoreSdeVeScheduler": Form(_score_sde_ve, (), frozenset({"timesteps", "_internal_dict", "discrete_sigmas"}), None),
+    "ScoreSdeVpScheduler": Form(_score_sde_vp, (), frozenset({"timesteps", "_internal_dict"}), None),
     "TCDScheduler": Form(_tcd, ("prediction_type",), STEPS_READ | {"alphas_cumprod", "num_inference_steps"}),
     "UnCLIPScheduler": UNCLIP,
 }

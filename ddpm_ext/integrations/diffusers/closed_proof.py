@@ -225,7 +225,7 @@ def _take(own: Any, loop: Loop, i: int, x: Tensor, m: Tensor, given: Tensor, lik
     options: dict[str, Any] = dict(zip(input_names(parameters), (m, t, x), strict=True))
     options |= {name: given if value is GIVEN else value[i] for name, value in loop.options.items()}
     options |= {"generator": generator} if "generator" in parameters else {}
-    options |= {} if like is None else {"return_dict": False}
+    options |= {"return_dict": False} if like is not None and "return_dict" in parameters else {}
     result, prev, second = parts_of(getattr(own, called)(**options))
     drawn = [torch.float32] * (loop.given() + draws)
     found = step_of(own, like or result, m, before, drawn, loop.given(), {})._replace(is_one=prev is second)
