@@ -109,7 +109,9 @@ def closed(
         ]
     columns |= history if factors.given is None else {"h1": factors.given}
     noise, given = trace.noise[:n], trace.given[:n]
-    whole = trace._replace(columns=columns, steps=steps, noise=noise, given=given, own=own, scales=factors.scales)
+    whole = TraceResult(
+        columns, trace.clip, trace.residual, steps, noise, given, trace.second, own, factors.scales, read=trace.read
+    )  # in half the time of _replace
     return whole, found
 
 
@@ -123,8 +125,10 @@ def _history(factors: Factors) -> tuple[dict[str, Array], Ints]:
     (steps, tensors), -1 for none. A tensor is in proportion as in the row that reads most of it, with 1 as the larger
     factor."""
     n, past = len(factors.x), factors.past
-    if past is None or not past.any():
-        return {}, np.full((n, 0 if past is None else past.shape[1]), -1)
+    if past is None:
+        return {}, np.empty((n, 0), np.int64)
+    if not past.any():
+        return {}, np.full((n, past.shape[1]), -1)
     stores = np.ones(n, bool)
     if factors.skips is not None:
         stores[factors.skips] = False

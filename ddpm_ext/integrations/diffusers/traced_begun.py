@@ -91,7 +91,8 @@ class Begun(NamedTuple):
         call: of its steps, as Repeated has it.
         args, options: of its first step: tensors of the same kinds, and all others.
         settings: those of `rows.scheduler`.
-        contents: of the attributes of `rows.scheduler` on which the rows hang, beside its config.
+        levels, contents: of the attributes of `rows.scheduler` on which the rows hang, those of EDITED and the others,
+            beside its config.
         outside: what else they hang on.
         input: what scale_model_input does before a first step; None until it was called often enough, False where that
             is not known.
@@ -104,6 +105,7 @@ class Begun(NamedTuple):
     args: list[Tensor]
     options: dict[str, Any]
     settings: Settings
+    levels: dict[str, object]
     contents: dict[str, object]
     outside: tuple[Any, ...]
     input: FirstInput | Literal[False] | None = None
@@ -131,10 +133,11 @@ class Begun(NamedTuple):
         of_output = like
         if (m.shape, m.dtype, m.device) != (x.shape, x.dtype, x.device):
             of_output = torch.empty_strided(m.shape, [0] * m.dim(), dtype=m.dtype, device=m.device)
-        state, names = vars(began), (read | READ_HERE) - {CONFIG}
-        contents = {name: contents_of(state.get(name, MISSING)) for name in names}
+        state, names = vars(began), read | READ_HERE
+        levels = {name: contents_of(state.get(name, MISSING)) for name in EDITED if name in names}
+        contents = {name: contents_of(state.get(name, MISSING)) for name in names.difference(levels, [CONFIG])}
         kinds = [of_output, timestep, like]
-        return cls(rows, of_loop, call, kinds, dict(options), settings, contents, outside(type(began)))
+        return cls(rows, of_loop, call, kinds, dict(options), settings, levels, contents, outside(type(began)))
 
     def is_for(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
         """Whether a step with these arguments may begin such a loop, whatever the settings. No tensor is read."""
@@ -144,7 +147,8 @@ class Begun(NamedTuple):
 
     def settings_of(self, scheduler: Any) -> Settings | None:
         """Those of a loop that it begins now, if that has the same rows; else None. No tensor on a GPU is read."""
-        return Settings.of(scheduler, self.settings) if self.is_alike(scheduler.__dict__, self.contents) else None
+        known = self.levels | self.contents
+        return Settings.of(scheduler, self.settings) if self.is_alike(scheduler.__dict__, known) else None
 
     def is_alike(self, state: dict[str, Any], contents: Mapping[str, object]) -> bool:
         """Whether an object with these attributes has the methods and the config of the loop's, and these contents."""
@@ -168,27 +172,22 @@ class Begun(NamedTuple):
         scheduler = new(type(self.rows.scheduler))
         scheduler.__dict__.update(before)
         found = made_outside_autograd(FirstInput.of, scheduler, timestep, self.args[2].dim())
-        levels = self._levels()  # which nobody compares again
-        if not isinstance(found, FirstInput) or any([found.contents.get(name, x) != x for name, x in levels.items()]):
+        if not isinstance(found, FirstInput):
+            return self._replace(input=False)
+        if any([found.contents.pop(name, x) != x for name, x in self.levels.items()]):  # which nobody compares again
             return self._replace(input=False)
         return self._replace(input=found)
 
-    def _levels(self) -> dict[str, object]:
-        return {name: self.contents[name] for name in EDITED if name in self.contents}
-
     def next_loop(self, scheduler: Any) -> NextLoop | None:
         """The one that a scheduler with new timesteps may begin; None where its levels are others, or on a GPU."""
-        rows, state, found = self.rows, scheduler.__dict__, self.input or None
-        levels = self._levels()
+        rows, state, found, levels = self.rows, scheduler.__dict__, self.input or None, self.levels
         if isinstance(rows, NoRows) or self.of_loop is None or not _has(state, levels):
             return None  # all else is looked at when it begins
         settings = Settings.of(scheduler, self.settings)
         call = repeated_call(self.args, self.options, scheduler.timesteps, rows.first, settings)
         loop = LoopPosition(rows, settings, repeated=Repeated(self.of_loop, call))
-        watched = {name for name, _, count in settings.watched if name in levels and count is not None}
-        step = {name: known for name, known in self.contents.items() if name not in watched}
-        scaling = {name: known for name, known in found.contents.items() if name not in watched} if found else {}
-        return NextLoop(self, loop, call, step, scaling)
+        uncounted = {name: levels[name] for name, _, count in settings.watched if count is None and name in levels}
+        return NextLoop(self, loop, call, self.contents | uncounted, found.contents | uncounted if found else {})
 
 
 def _has(state: dict[str, Any], contents: Mapping[str, object]) -> bool:

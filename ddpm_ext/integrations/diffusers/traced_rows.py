@@ -189,7 +189,7 @@ class RowsCache:
         state: the attributes of an object of diffusers' class.
         """
         of_class = cls, outside(cls), tuple([(name, state[name]) for name in sorted(replaced(cls, state))]), key
-        reads = self._reads.get_or_make(of_class, dict)
+        reads = self._reads.get_or_make((cls, key), dict)  # to hash all methods takes longer than it saves
         contents: dict[str, object] = {}  # read once from a GPU
 
         def key_of(names: tuple[str, ...]) -> Hashable:
@@ -277,8 +277,10 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     is_whole = first is not None and not key.alone and key.kind is own.dtype
     try:
         known = closed(scheduler, first or 0, timesteps, key.dims, key.options) if is_whole else None
-        options = key.options_of(own, len(timesteps))
-        trace = follow(scheduler, list(timesteps), options, dims=key.dims) if known is None else known[0]
+        if known is None:
+            trace = follow(scheduler, list(timesteps), key.options_of(own, len(timesteps)), dims=key.dims)
+        else:
+            trace = known[0]
         n = len(trace.steps)
         if n < len(timesteps):
             timesteps = timesteps[:n]
