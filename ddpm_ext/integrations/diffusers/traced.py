@@ -238,9 +238,8 @@ class TracedScheduler(Forward):
             made = Made(prev, C.written(prev), model_input)
         attributes, result = self.__dict__, step.result
         attributes.update(step.state)
-        attributes["_traced_loop"] = LoopPosition(
-            rows, settings, i + 1, ring, None if is_last else repeated, last, made
-        )
+        following = rows, settings, i + 1, ring, None if is_last else repeated, last, made
+        attributes["_traced_loop"] = tuple.__new__(LoopPosition, following)  # in half the time of a call
         if not others.get("return_dict", True) or result.cls is tuple:
             return (prev,) if of_loop.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}
@@ -309,7 +308,7 @@ class TracedScheduler(Forward):
             raise Fallback("its step has other arguments than output, timestep and sample")
         known = self._parameters
         given = dict(zip(known, args, strict=False)) | kwargs
-        if len(args) > len(known) or not given.keys() <= known.keys() or not given.keys() >= {*self._inputs}:
+        if len(args) > len(known) or not {*self._inputs} <= given.keys() <= known.keys():
             raise Fallback
         return {
             name: value
