@@ -114,8 +114,9 @@ class LossRows:
         held: what the key has the id of, so that no other tensor gets it.
         """
         if torch.compiler.is_compiling():
-            # A compiled graph can't see whether somebody has written to the weights.
-            return make(device, dtype)
+            # A compiled graph can't see whether somebody has written to the weights. Rounded at the end, as below, the
+            # rows have the same bits.
+            return make(device, torch.float64).to(dtype)
         found = None if key is None else self._given.get(key)
         if found is None:
             on_host = torch.device("cpu"), torch.float64

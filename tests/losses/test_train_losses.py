@@ -229,3 +229,19 @@ def test_compiled(fresh_compiler, diffusion, options, device):
             before = found[0][0]
             own.mul_(2)
             assert torch.equal(compiled(x, t, own), 2 * before)
+
+
+@pytest.mark.slow
+def test_what_a_model_gets_when_it_is_compiled(fresh_compiler, device):
+    """The bits of x_t at every timestep, of which a loss may not show the last one."""
+    gd, t = GaussianDiffusion(), torch.arange(0, 1000, 25, device=device)
+    x = torch.ones(len(t), 1, 8, 8, device=device)
+
+    def step(x, t):
+        given = []
+        model = lambda x_t, t: given.append(x_t) or x_t  # noqa: E731
+        gd.train_losses(model, x, t, rng=Philox(3), input_perturbation=0.1, offset_noise=0.2)
+        return given[0]
+
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(x, t)
+    assert torch.equal(found, step(x, t))
