@@ -281,6 +281,13 @@ def test_factors_that_are_not_the_steps_are_traced(monkeypatch, name, options):
     assert len(found) - found.count(None) == 1 + UNSEEN.get(name, 0)
 
 
+def test_rows_in_closed_form_where_each_sample_has_a_timestep():
+    """As pipelines call the step of ScoreSdeVp."""
+    scheduler = make("ScoreSdeVpScheduler")
+    scheduler.set_timesteps(5)
+    assert closed(scheduler, 0, scheduler.timesteps[:, None], 4) is not None
+
+
 def test_loops_of_other_settings():
     """Of a number of steps that no other test takes, so that nothing is known of them."""
     for prediction in ("sample", "epsilon"):  # of which one stores the output itself

@@ -59,7 +59,8 @@ def closed(
     is_own = methods is not None and is_diffusers(cls) and vars(scheduler).keys().isdisjoint(METHODS)
     if form is None or not is_own or torch.get_default_dtype() is not torch.float32:
         return None
-    if form.is_of_intervals != (timesteps.dim() > 1):
+    has_dim = timesteps.dim() > 1
+    if form.is_of_intervals and not has_dim:
         return None
     timesteps = timesteps[:-1] if form.is_of_intervals else timesteps
     try:
@@ -73,7 +74,7 @@ def closed(
         if not form.alike:
             added = (factors.s != 0).tobytes(), b"" if factors.given is None else (factors.given != 0).tobytes()
             kind = tuple(factors.draws), added, rings.tobytes()
-        key = cls, methods, settings, options, first, rows, kind, dims
+        key = cls, methods, settings, options, first, rows, kind, dims, has_dim
 
         def prove() -> Steps:
             of_each = of_steps(options, scheduler.timesteps, first, n)
