@@ -195,6 +195,7 @@ def _score_sde_ve(own: Any, first: int) -> Factors:
     return Factors(clean[:, 0], change, s, clean, [True] * len(s))
 
 
+@np.errstate(all="ignore")
 def _score_sde_vp(own: Any, first: int) -> Factors:
     """x + dt beta (x / 2 + score), which is the second tensor, and noise: the predictor of the SDE that preserves the
     variance, whose score is the output divided by minus its standard deviation"""
