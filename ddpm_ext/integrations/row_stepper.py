@@ -141,13 +141,11 @@ class RowStepper:
                 inputs["history_out"] = kept
         if self._bound:
             inputs.update(self._bound)
-        rng = out = None
-        if inputs:
-            rng, out = inputs.pop("rng", None), inputs.pop("out", None)
+        rng, out = inputs.pop("rng", None), inputs.pop("out", None)
         step = self._quiet_steps.get(dtype) if rng is None and x.is_cpu else None
         if step is None:
             step = self._step_for(x.device, dtype, rng)
-        return step.take(x, m, None, i, out, **inputs) if inputs else step.take(x, m, None, i, out), kept
+        return step.take(x, m, None, i, out, **inputs), kept
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""

@@ -428,7 +428,7 @@ def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32
     with np.errstate(over="ignore"):
         for name in placed:
             table[:, PLACES[name]] = columns[name]
-    if dtype == torch.float32 and not np.isfinite(np.vdot(table, table)):  # in half the time of isinf
+    if dtype == torch.float32 and np.count_nonzero(np.isinf(table)):  # in half the time of any()
         for name in placed:
             check_float32(name, columns[name])
     # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.

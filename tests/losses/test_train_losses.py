@@ -233,7 +233,7 @@ def test_compiled(fresh_compiler, diffusion, options, device):
 
 @pytest.mark.slow
 def test_what_a_model_gets_when_it_is_compiled(fresh_compiler, device):
-    """The bits of x_t at every timestep, of which a loss may not show the last one."""
+    """The bits of x_t, all over the schedule: a loss hardly shows the last one of them."""
     gd, t = GaussianDiffusion(), torch.arange(0, 1000, 25, device=device)
     x = torch.ones(len(t), 1, 8, 8, device=device)
 
