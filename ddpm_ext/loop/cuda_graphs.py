@@ -6,7 +6,7 @@ Where nothing can be captured, a warning says why, and the step's calls are made
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,18 @@ _MANY_NODES = 20_000
 # Torch's function by which an allocator leaves a graph's pool, by the name that torch 2.7 has for it or by today's.
 _OLD_NAME = "_cuda_endAllocateCurrentStreamToPool"
 END_ALLOCATE = _OLD_NAME if _OLD_NAME in vars(torch._C) else "_cuda_endAllocateToPool"
+
+
+def restorer(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """Copies what tensors hold; the function that it returns copies it back."""
+    changing = [x.detach() for x in tensors]
+    before = [x.clone() for x in changing]
+
+    def restore() -> None:
+        for x, value in zip(changing, before, strict=True):
+            x.copy_(value)
+
+    return restore
 
 
 class CudaGraphs:
@@ -70,17 +82,18 @@ class CudaGraphs:
         finally:
             graph.end_capture_to_conditional_node()
 
-    def run(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
+    def run(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
         """Does what `step` does, by replaying its graph, which is captured the first time that a key is used.
 
         `step` must read all that changes between calls from memory that stays where it is. It runs once before it is
-        captured, so that libraries set themselves up, and `restore` then undoes what it did.
+        captured, so that libraries set themselves up; what `save` returned before then undoes what it did, also to what
+        it reads.
         """
         if self._possible and key not in self._graphs:
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             try:
-                self._capture(key, step, restore)
+                self._capture(key, step, save)
             finally:  # whatever ends it: the buffers that the step writes may be freed next
                 current.wait_stream(self._stream)
         if self._possible:
@@ -88,10 +101,12 @@ class CudaGraphs:
         else:
             step()
 
-    def _capture(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
+    def _capture(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
         with torch.cuda.stream(self._stream):
+            restore = save()
             step()
             restore()
+        del restore  # with its copies, whose memory the graph may need
         self._has_captured_loop = False
         reason = self._record(key, step)
         if reason is not None and self._has_captured_loop:  # a model that draws by torch's generator, for one

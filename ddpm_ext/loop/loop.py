@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.optional import counter
 from ddpm_ext.base.types import Model
 from ddpm_ext.loop.begin import InitialSamples, compiled, rng_in_memory
-from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.loop.cuda_graphs import CudaGraphs, restorer
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.loop.options import StepOptions
@@ -163,7 +164,7 @@ class Loop:
     def run_whole(self) -> Tensor:
         """All steps in one graph; the samples."""
         assert self._graphs is not None
-        step, graphs, first_x = self._step, self._graphs, self._step.calls[0].x.clone()
+        step, graphs = self._step, self._graphs
         first, period, turns = self._repeated
         last = first + period * turns
 
@@ -182,12 +183,14 @@ class Loop:
                 graphs.repeat(turns, take_turn, lambda: self._row[0] < last)
             take(range(last, len(self)))
 
-        graphs.run("loop", take_all, lambda: step.restart(first_x))
+        graphs.run("loop", take_all, lambda: partial(step.restart, step.calls[0].x.clone()))
         self._position = len(self)
         return self.x
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
-        graphs.run(call, lambda: self._take_next(call), lambda: self._row.sub_(1))
+        # What a row keeps may take the place of the oldest tensor of history, which it reads.
+        kept = [call.inputs["history_out"]] if "history_out" in call.inputs else []
+        graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *kept]))
 
     def _take_next(self, call: StepCall) -> None:
         """The step of the row whose number is in memory."""

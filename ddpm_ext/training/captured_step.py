@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.loop.cuda_graphs import CudaGraphs, restorer
 from ddpm_ext.training.state import TrainState
 
 
@@ -27,7 +27,6 @@ class CapturedStep:
         self._compute, self._state, self._device = compute, state, device
         self._graphs = CudaGraphs(device)
         self._inputs: list[Tensor] = []
-        self._captured = False
 
     def take(
         self, images: Tensor, t: Tensor, weights: Tensor, labels: Tensor | None, seed: int
@@ -48,8 +47,7 @@ class CapturedStep:
         else:
             for own, given in zip(self._inputs, batch, strict=True):
                 own.copy_(given)
-            self._graphs.run("step", self._run, self._restore(seed))
-            self._captured = True
+            self._graphs.run("step", self._run, lambda: self._save(seed))
         losses, norm = self._results
         return losses.clone(), norm.clone()
 
@@ -58,15 +56,7 @@ class CapturedStep:
         self._results = self._compute(images, t, weights, self._draw, *labels)
         self._draw.add_(1)
 
-    def _restore(self, seed: int) -> Callable[[], None]:
+    def _save(self, seed: int) -> Callable[[], object]:
         """Makes the function by which CudaGraphs undoes the step that it takes before it captures one."""
-        changing = [] if self._captured else [*self._state.changing(), self._draw]
-        before = [tensor.clone() for tensor in changing]
-
-        @torch.no_grad()
-        def restore() -> None:
-            for tensor, saved in zip(changing, before, strict=True):
-                tensor.copy_(saved)
-            torch.manual_seed(seed)
-
-        return restore
+        restore = restorer([*self._state.changing(), self._draw])
+        return lambda: (restore(), torch.manual_seed(seed))

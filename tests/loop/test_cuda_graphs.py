@@ -13,7 +13,7 @@ from support.rows import changed
 from ddpm_ext import Guidance, Interpolation, Philox
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.loop import cuda_graphs, loop
-from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.loop.cuda_graphs import CudaGraphs, restorer
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRowsCache, kept_loop_rows
 from ddpm_ext.ops import cards
@@ -93,6 +93,10 @@ def test_steps_captured_as_a_loop_in_the_graph(device, quiet, monkeypatch, sampl
 @pytest.mark.parametrize("variance", ["learned_range", "learned_variance"])
 def test_captured_learned_variances(device, quiet, variance):
     captured_is_uncaptured("plain", device, "step", gd=make_diffusion(variance=variance), model=with_variance(variance))
+
+
+def test_captured_rows_with_three_tensors_of_history(device, quiet):
+    captured_is_uncaptured("plain", device, "step", "plms")
 
 
 def test_graph_as_an_option(device, quiet):
@@ -186,6 +190,12 @@ def test_recorded_and_played(faked, case, graph):
     assert recorded.shape == SHAPE
 
 
+@pytest.mark.parametrize("sampler", ["ipndm", "lms", "plms"])
+def test_recorded_rows_that_keep_in_the_place_of_what_they_read(faked, sampler):
+    """The step before the capture must not leave the oldest tensor of history overwritten."""
+    captured_is_uncaptured("plain", torch.device("cpu"), "step", sampler)
+
+
 def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
     """Warm-up and capture use one stream. It waits for the samples' stream, which then waits for it."""
     device, x, streams = torch.device("cuda", 1), torch.zeros(3), []
@@ -195,7 +205,7 @@ def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
         streams.append(fake_cuda.Current.stream)
         x.add_(1)
 
-    graphs.run("a", step, lambda: x.sub_(1))
+    graphs.run("a", step, lambda: restorer([x]))
     assert x.tolist() == [1.0] * 3
     own, again = streams
     assert own is again is not fake_cuda.DEFAULT and own.device == device
@@ -244,10 +254,10 @@ def test_a_capture_that_fails_has_ended(faked, monkeypatch, leaves_traces):
 
     graphs = CudaGraphs(torch.device("cuda"))
     with pytest.warns(UserWarning, match="not captured"):
-        graphs.run("a", step, lambda: None)
+        graphs.run("a", step, lambda: restorer([]))
     left_open = (bool(fake_cuda.Current.allocates), fake_cuda.GENERATOR.broken, bool(cuda_graphs._FAILED))
     assert left_open == ((False, False, True) if leaves_traces else (True, True, False))
-    graphs.run("a", step, lambda: None)
+    graphs.run("a", step, lambda: restorer([]))
     assert len(fake_cuda.CUDAGraph.instances) == 1  # no further attempt
 
 
