@@ -29,7 +29,8 @@ void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_
     std::copy(from, from + rows * columns, to);
     return;
   }
-  if (in.columns == 1 && out.columns == 1 && out.rows == columns &&
+  // Of rows that overlap, as those of an expanded tensor, memory may end before what is packed at once.
+  if (in.columns == 1 && out.columns == 1 && out.rows == columns && in.rows >= columns &&
       kernels().pack[sizeof(T) == 2](from, in.rows, to, rows, columns))
     return;
   if (rows > columns) {  // the inner loop takes the longer dimension

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 from support.choices import for_many
@@ -112,6 +115,26 @@ def test_any_number_of_channels(normal, device, dtype):
             assert torch.equal(noisy(b), noisy(a.contiguous())), channels
         for a, b in ((last, m), (x, in_order(m, [0, 2, 3, 1])), (last, half), (x, half), (x, other)):
             assert torch.equal(ops.posterior_mean(a, b, AFFINE.to(device), 1), expected), channels
+
+
+def before_a_guard(x):
+    """x's elements, one behind the other, before a page of memory that ends the process if it is read."""
+    page = mmap.PAGESIZE
+    memory, begin = mmap.mmap(-1, 2 * page), page - x.nbytes
+    moved = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=begin)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(moved.data_ptr() - begin + page), page, 0) == 0
+    return moved.copy_(x)
+
+
+@DTYPES
+def test_nothing_behind_the_memory_of_overlapping_pixels_is_read(dtype):
+    """All pixels are one in memory, or each begins one or two elements after the one before."""
+    for channels in range(1, 34):
+        for apart in (0, 1, 2):
+            x = torch.randn(99 * apart + channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+            given = before_a_guard(x).as_strided((1, 100, channels), (0, apart, 1))
+            expected = ops.posterior_mean(given.contiguous(), given.contiguous(), AFFINE, 1)
+            assert torch.equal(ops.posterior_mean(given.contiguous(), given, AFFINE, 1), expected)
 
 
 def test_more_dimensions_than_merge(run, normal, device):
