@@ -47,7 +47,8 @@ void check_agreement(const char* op, at::ArrayRef<Named> tensors) {
                       ", expected strided");
     const char* kind = t.tensor->is_nested() ? "nested" : t.tensor->is_quantized() ? "quantized" : nullptr;
     TORCH_CHECK_VALUE(kind == nullptr, op, ": ", t.name, " is a ", kind, " tensor, expected a plain one");
-    TORCH_CHECK_VALUE(t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
+    const bool number = t.tensor->is_cpu() && t.tensor->dim() == 0;  // such as a seed, by which it does not choose
+    TORCH_CHECK_VALUE(number || t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
                       ", expected the samples' device, ", first.device());
   }
 }

@@ -22,7 +22,8 @@ struct Named {
 // directly.
 bool plain(at::ArrayRef<Named> tensors);
 
-// Checks that all tensors are strided and on the first one's device, by which the dispatcher chooses the kernel.
+// Checks that all tensors are strided and on the first one's device, by which the dispatcher chooses the kernel, or
+// numbers on the CPU.
 void check_agreement(const char* op, at::ArrayRef<Named> tensors);
 
 // Whether the dispatcher must be called. Raises NotImplementedError for forward-mode derivatives, and ValueError if the

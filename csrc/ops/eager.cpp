@@ -14,6 +14,8 @@
         c10::Dispatcher::singleton().findSchemaOrThrow("ddpm_ext::" name, overload).typed<__VA_ARGS__>(); \
     return op;                                                                                            \
   }()
+#define DDPM_NAMED_RNG(rng) \
+  {"sample_ids", rng.sample_ids}, {"seed", rng.seed}, { "draw", rng.draw_data }
 #define DDPM_RECORD(name) RECORD_FUNCTION("ddpm_ext::" name, std::vector<c10::IValue>())
 
 namespace ddpm_ext::eager {
@@ -21,8 +23,8 @@ namespace ddpm_ext::eager {
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& rows, double clip_min, double clip_max,
                     const NoiseSource& source, const OptionalTensor& out) {
   const std::initializer_list<Named> tensors = {
-      {"x_t", x_t},  {"model_output", model_output},       {"noise", source.noise}, {"out", out}, {"table", rows.table},
-      {"t", rows.t}, {"sample_ids", source.rng.sample_ids}};
+      {"x_t", x_t},  {"model_output", model_output}, {"noise", source.noise}, {"out", out}, {"table", rows.table},
+      {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
   if (out.has_value()) refuse_grad("reverse_step", tensors);
   if (needs_dispatcher("reverse_step", tensors)) {
     if (!out.has_value())
@@ -40,7 +42,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& r
 void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& source, const OptionalTensor& out) {
   const std::initializer_list<Named> tensors = {{"x_t", x_t},  {"noise", source.noise},
                                                 {"out", out},  {"table", rows.table},
-                                                {"t", rows.t}, {"sample_ids", source.rng.sample_ids}};
+                                                {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
   if (plain(tensors)) return ddpm_ext::check_reverse_step(x_t, rows, source, out);
   if (out.has_value()) check_no_lazy_view("reverse_step", "out", *out);
   check_agreement("reverse_step", tensors);
@@ -56,7 +58,7 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   constexpr const char* name = "step_with_options";
   given[Role::noise] = pointer(source.noise);
   c10::SmallVector<Named, 32> tensors = {
-      {"x_t", *given[Role::x_t]}, {"table", rows.table}, {"t", rows.t}, {"sample_ids", source.rng.sample_ids}};
+      {"x_t", *given[Role::x_t]}, {"table", rows.table}, {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
   const auto add = [&](const char* const* names, at::ArrayRef<const Tensor*> each) {
     for (size_t i = 0; i < each.size(); ++i)
       if (each[i] != nullptr) tensors.emplace_back(names[i], *each[i]);
@@ -99,7 +101,7 @@ Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, dou
 Tensor forward_process(const Tensor& x_start, const Rows& rows, const NoiseSource& source, const OptionalTensor& out) {
   const std::initializer_list<Named> tensors = {{"x_start", x_start}, {"noise", source.noise},
                                                 {"out", out},         {"table", rows.table},
-                                                {"t", rows.t},        {"sample_ids", source.rng.sample_ids}};
+                                                {"t", rows.t},        DDPM_NAMED_RNG(source.rng)};
   if (out.has_value()) refuse_grad("forward_process", tensors);
   if (needs_dispatcher("forward_process", tensors)) {
     if (!out.has_value())
@@ -116,7 +118,7 @@ Tensor forward_process(const Tensor& x_start, const Rows& rows, const NoiseSourc
 
 std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Rows& rows, const Rng& rng) {
   if (needs_dispatcher("forward_process",
-                       {{"x_start", x_start}, {"table", rows.table}, {"t", rows.t}, {"sample_ids", rng.sample_ids}}))
+                       {{"x_start", x_start}, {"table", rows.table}, {"t", rows.t}, DDPM_NAMED_RNG(rng)}))
     return {eager::forward_process(x_start, rows, {{}, true, rng}, {}), Tensor()};
   DDPM_RECORD("forward_process");
   return ddpm_ext::forward_process_and_noise(x_start, rows, rng);
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
                                           {"noise", noise},
                                           {"table", rows.table},
                                           {"t", rows.t},
-                                          {"sample_ids", rng.sample_ids}}))
+                                          DDPM_NAMED_RNG(rng)}))
     return DDPM_OPERATOR("diffusion_loss", "", decltype(library::diffusion_loss))
         .call(model_output, x_start, DDPM_OF_ROWS, kind, delta, noise, DDPM_OF_RNG(rng), reduction, want_slope,
               variational, detach_mean);

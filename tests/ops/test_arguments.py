@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.devices import moved
 from support.step_inputs import make_table
+from torch.testing._internal.two_tensor import TwoTensor
 
 from ddpm_ext import Philox, ops, reference
 from ddpm_ext.base.checks import split_t
@@ -173,6 +174,23 @@ def test_tensors_of_other_kinds_are_refused(backend, name, message):
 def test_second_tensor_on_another_device_is_refused(name, device):
     with pytest.raises(ValueError, match="meta"):
         call(ops, name, {"y": X.to("meta")}, device)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", NOISY)
+def test_numbers_on_another_device_are_refused(name, grad, device):
+    """Also where torch's dispatcher is called, which would take the kernel of that device."""
+    number, x = torch.tensor(0, device="meta"), X.clone().requires_grad_(grad)
+    for rng, message in ((Philox(number), "seed is on meta"), (Philox(0, draw=number), "draw is on meta")):
+        with pytest.raises(ValueError, match=message):
+            call(ops, name, {"x": x, "rng": rng}, device)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_seed_may_be_of_a_subclass(name, device):
+    result = call(ops, name, {"rng": Philox(TwoTensor(torch.tensor(5), torch.tensor(6)))}, device)
+    for part, seed in ((result.a, 5), (result.b, 6)):
+        assert torch.equal(part, call(ops, name, {"rng": Philox(seed)}, device))
 
 
 def check_step(x, table, t, out=None, **source):
