@@ -43,9 +43,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({call.batch}, like.dtype(at::kFloat));
   const auto slopes = model_output.options().dtype(at::kFloat);
-  const bool in_noise = overwrite_noise && noise.has_value() && noise->is_cpu() && noise->scalar_type() == at::kFloat &&
-                        noise->sizes() == model_output.sizes() && noise->strides() == model_output.strides() &&
-                        noise->is_non_overlapping_and_dense();
+  const bool in_noise =
+      overwrite_noise && noise->sizes() == model_output.sizes() && noise->strides() == model_output.strides();
   const Tensor slope = !want_slope ? at::empty({0}, slopes)
                        : in_noise  ? *noise
                                    : empty_result_like(model_output, at::kFloat);

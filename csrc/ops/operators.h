@@ -85,8 +85,9 @@ std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, cons
 // losses (batch,) and 2 for their sum. Results are float32. The slope (for reduction 1: of the sum) is empty unless
 // want_slope is true. `variational` adds a term of the variational bound, by rows (rows, 8), see core/loss.h. Then
 // x_start must be given, and the model's output may have twice the channels of x_start, the second half for the
-// variance. With `detach_mean` the bound's term adds nothing to the slope of the first half. With `overwrite_noise` the
-// slope takes the memory of a given noise that has its dtype and layout, on a CPU.
+// variance. With `detach_mean` the bound's term adds nothing to the slope of the first half. With `overwrite_noise`,
+// for a noise that forward_process_and_noise made, the slope takes its memory if that has the layout of the model's
+// output.
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start, const Rows& rows,
                                           int64_t kind, double delta, const OptionalTensor& noise, const Rng& rng,
                                           int64_t reduction, bool want_slope, bool variational, bool detach_mean,

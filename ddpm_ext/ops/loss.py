@@ -30,7 +30,6 @@ def diffusion_loss(
     reduction: str = "mean",
     variational: bool = False,
     detach_mean: bool = False,
-    overwrite_noise: bool = False,
 ) -> Tensor:
     """The loss of a model's output against its target k0 x_start + k1 z, and its gradient, in one launch.
 
@@ -49,8 +48,6 @@ def diffusion_loss(
         variational: whether a term of the variational bound is added, which needs x_start; the model's output may then
             have twice the channels, the second half for the variance.
         detach_mean: whether that term has no gradient in the first half.
-        overwrite_noise: whether the gradient may be written over a given noise, as is done on a CPU: it then needs no
-            memory of its own.
 
     Returns:
         A scalar, or (batch,); float32. Differentiable once, in model_output.
@@ -72,9 +69,7 @@ def diffusion_loss(
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
     how.update(variational=variational, detach_mean=detach_mean)  # not |=, which torch.compile of 2.7 does not take
-    step = LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how)
-    step.overwrite_noise = overwrite_noise
-    return step.loss(model_output)
+    return LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how).loss(model_output)
 
 
 class LossStep:
@@ -89,7 +84,6 @@ class LossStep:
 
     Attributes:
         noise: the given one, or one that is kept; None where it is drawn again.
-        overwrite_noise: diffusion_loss's.
 
     Raises:
         TypeError, ValueError: t, noise or rng is of another type or out of range; x_start or noise requires a gradient.
@@ -127,7 +121,7 @@ class LossStep:
                     )
         self._kind = LOSSES.index(loss), float(delta)
         self._how = REDUCTIONS.index(reduction), variational, detach_mean
-        self.overwrite_noise = False
+        self._overwrite_noise = False
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
         """forward_process by the step's t and noise.
@@ -144,7 +138,7 @@ class LossStep:
             return C.forward_process(x_start, table, *self._t, self.noise, self.noise is None, *self._rng, None)
         x_t, kept = C.forward_process_and_noise(x_start, table, *self._t, *self._rng)
         if kept is not None:
-            self.noise, self._rng, self.overwrite_noise = kept, NO_RNG, True
+            self.noise, self._rng, self._overwrite_noise = kept, NO_RNG, True
         return x_t
 
     def loss(self, model_output: Tensor) -> Tensor:
@@ -153,7 +147,7 @@ class LossStep:
         reduction, variational, detach_mean = self._how
         want_slope = torch.is_grad_enabled() and model_output.requires_grad
         if not self._recorded:
-            how = (reduction, want_slope, variational, detach_mean, self.overwrite_noise)
+            how = (reduction, want_slope, variational, detach_mean, self._overwrite_noise)
             return _DiffusionLoss.apply(how, *arguments)
         return torch.ops.ddpm_ext.diffusion_loss(
             *arguments, reduction=reduction, want_slope=want_slope, variational=variational, detach_mean=detach_mean

@@ -86,12 +86,8 @@ def diffusion_loss(
     reduction: str = "mean",
     variational: bool = False,
     detach_mean: bool = False,
-    overwrite_noise: bool = False,
 ) -> Tensor:
-    """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too.
-
-    It overwrites no noise.
-    """
+    """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too."""
     checks.tensor("model_output", model_output)
     variance = None
     if variational:
