@@ -72,7 +72,9 @@ void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at
 
 void set_host_row(HostRow& call, const Rows& rows) {
   call.has_row = rows.on_host != nullptr && !rows.t.has_value();
-  if (call.has_row) call.row = static_cast<const StepRow*>(rows.on_host->const_data_ptr())[rows.t_index];
+  if (!call.has_row) return;
+  const float* const row = rows.on_host->const_data_ptr<float>() + rows.t_index * kRowWidth;
+  memcpy(&call.row, row, sizeof call.row);  // they may begin at any address
 }
 
 void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {

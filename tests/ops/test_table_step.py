@@ -101,6 +101,15 @@ def test_scales_are_computed_on_the_way(device, tensors, backend):
     assert torch.equal(got, take(uncond_output=u, output_scale=scale, x_start_scale=both))
 
 
+def test_a_copy_on_the_host_may_begin_at_any_number(device, tensors):
+    given, table = tensors(), TABLE.to(device)
+    x, m = given["x_t"], given["model_output"]
+    expected = ops.reverse_step(x, m, table, 2, add_noise=False)
+    for first in range(1, 4):
+        on_host = torch.cat([torch.zeros(first), TABLE.flatten()])[first:].view_as(TABLE)
+        assert torch.equal(ops.TableStep(table, on_host=on_host, add_noise=False).take(x, m, None, 2), expected)
+
+
 def test_each_call_takes_the_launches_of_its_inputs(tensors):
     """A call without options takes the plain kernel, also where the operator is called by its name."""
     given = tensors()
