@@ -17,7 +17,6 @@ Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, dou
   call.uncond_output.dtype = check_same(op, "uncond_output", uncond_output, "model_output", model_output);
   CHECK_VALUE(std::isfinite(guidance), "guidance", " is ", guidance, ", expected a finite number");
   CHECK_VALUE(0 <= rescale && rescale <= 1, "rescale", " is ", rescale, ", expected 0 <= rescale <= 1");
-  call.batch = model_output.size(0);
   bind(op, call, Order::logical, {{&uncond_output, &call.uncond_output}}, model_output, call.model_output);
   CHECK_VALUE(call.numel > 1 || call.batch == 0, "model_output", " has shape ", model_output.sizes(),
               ", expected samples of two elements or more");
