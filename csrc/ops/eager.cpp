@@ -57,8 +57,9 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
                        const NoiseSource& source) {
   constexpr const char* name = "step_with_options";
   given[Role::noise] = pointer(source.noise);
-  c10::SmallVector<Named, 32> tensors = {
-      {"x_t", *given[Role::x_t]}, {"table", rows.table}, {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
+  c10::SmallVector<Named, 32> tensors = {{"x_t", *given[Role::x_t]}, {"table", rows.table}};
+  for (const Named& each : std::initializer_list<Named>{{"t", rows.t}, DDPM_NAMED_RNG(source.rng)})
+    if (each.tensor != nullptr) tensors.push_back(each);
   const auto add = [&](const char* const* names, at::ArrayRef<const Tensor*> each) {
     for (size_t i = 0; i < each.size(); ++i)
       if (each[i] != nullptr) tensors.emplace_back(names[i], *each[i]);
