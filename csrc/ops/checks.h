@@ -30,8 +30,8 @@ int64_t check_per_sample(const char* op, const char* name, const Tensor& v, at::
 // Checks that its values are from 0 to `last`. Values on a GPU are not read back.
 void check_range(const char* op, const char* name, const Tensor& v, int64_t last);
 
-// Checks that a result is no view whose elements torch negates or conjugates on reading: the kernels write memory.
-void check_no_lazy_view(const char* op, const char* name, const Tensor& result);
+// Checks that a result is no view whose elements torch negates on reading: the kernels write memory.
+void check_not_negated(const char* op, const char* name, const Tensor& result);
 // Checks that no element of out is written before it is needed as an element of `input`.
 void check_overlap(const char* op, const char* name, const Tensor& out, const Tensor& input);
 // Checks everything about a given `out`. `inputs` may contain null pointers.

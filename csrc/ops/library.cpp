@@ -103,9 +103,8 @@ static void register_kernels(torch::Library& m) {
   m.impl("posterior_mean", ddpm_ext::library::affine<ddpm_ext::posterior_mean>);
 }
 
-// For operators that write to arguments and return nothing: what torch does itself for views that are negated or
-// conjugated on reading takes it for granted that what is written is returned.
-template <c10::DispatchKey kKey>
+// For operators that write to arguments and return nothing: what torch does itself for views that are negated on
+// reading takes it for granted that what is written is returned.
 static void resolve_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const std::string name = op.schema().name().substr(sizeof("ddpm_ext::") - 1);
@@ -114,23 +113,18 @@ static void resolve_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet ke
     c10::IValue& value = (*stack)[first + i];
     if (!value.isTensor()) continue;
     const at::Tensor tensor = value.toTensor();
-    const bool lazy = kKey == c10::DispatchKey::Negative ? tensor.is_neg() : tensor.is_conj();
-    if (!lazy) continue;
+    if (!tensor.is_neg()) continue;
     if (arguments[i].alias_info() != nullptr)
-      ddpm_ext::check_no_lazy_view(name.c_str(), arguments[i].name().c_str(), tensor);
+      ddpm_ext::check_not_negated(name.c_str(), arguments[i].name().c_str(), tensor);
     value = tensor.clone();
   }
-  op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
+  op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative), stack);
 }
 
-template <c10::DispatchKey kKey>
-static void register_lazy_views(torch::Library& m) {
+TORCH_LIBRARY_IMPL(ddpm_ext, Negative, m) {
   for (const char* name : {"reverse_step.out", "step_with_options", "forward_process.out"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolve_inputs<kKey>>());
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolve_inputs>());
 }
-
-TORCH_LIBRARY_IMPL(ddpm_ext, Negative, m) { register_lazy_views<c10::DispatchKey::Negative>(m); }
-TORCH_LIBRARY_IMPL(ddpm_ext, Conjugate, m) { register_lazy_views<c10::DispatchKey::Conjugate>(m); }
 TORCH_LIBRARY_IMPL(ddpm_ext, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(ddpm_ext, CUDA, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(ddpm_ext, CompositeExplicitAutograd, m) {  // no tensor argument has a device
