@@ -17,7 +17,6 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   call.out.dtype = dtype_of(op, "dtype", dtype);
   check_device(op, "device", device);
   CHECK_VALUE(!size.empty(), "shape", " is empty, expected (batch, ...)");
-  for (int64_t n : size) CHECK_VALUE(n >= 0, "shape", " is ", size, ", expected sizes >= 0");
   call.batch = size[0];
   call.noise_kind = Noise::drawn;
   const Tensor result = empty_result(size, at::TensorOptions().dtype(dtype).device(device));
