@@ -28,14 +28,12 @@ void check_device(const char* op, const char* name, at::Device device) {
 
 DType check_sample(const char* op, const char* name, const Tensor& x) {
   const DType dtype = dtype_of(op, name, x.scalar_type());
-  CHECK_VALUE(x.layout() == at::kStrided, name, " has layout ", x.layout(), ", expected strided");
   check_device(op, name, x.device());
   CHECK_VALUE(x.dim() >= 1, name, " is 0-dimensional, expected (batch, ...)");
   return dtype;
 }
 
 DType check_same_or_lower(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
-  CHECK_VALUE(y.layout() == at::kStrided, name, " has layout ", y.layout(), ", expected strided");
   CHECK_VALUE(y.sizes() == x.sizes(), name, " has shape ", y.sizes(), ", expected that of ", x_name, ", ", x.sizes());
   CHECK_VALUE(y.device() == x.device(), name, " is on ", y.device(), ", expected ", x_name, "'s device, ", x.device());
   const DType dtype = dtype_of(op, name, y.scalar_type());

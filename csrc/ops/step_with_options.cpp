@@ -38,7 +38,6 @@ void check_model_input(StepCall& call, const Tensor* given, const Tensor& x_t) {
   const char* name = "model_input";
   const int64_t batch = x_t.size(0);
   call[Result::model_input].dtype = dtype_of(op, name, given->scalar_type());
-  CHECK_VALUE(given->layout() == at::kStrided, name, " has layout ", given->layout(), ", expected strided");
   CHECK_VALUE(given->dim() == x_t.dim() && given->sizes().slice(1) == x_t.sizes().slice(1) &&
                   (given->size(0) == batch || given->size(0) == 2 * batch),
               name, " has shape ", given->sizes(), ", expected that of x_t, ", x_t.sizes(), ", or twice the batch");
