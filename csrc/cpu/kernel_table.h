@@ -18,8 +18,8 @@ struct BFloat16 {
 };
 
 constexpr int64_t kRunMultiple = 64;
-constexpr int64_t kMostInGroup = 960;             // elements (kernels/noise_by_pixels.h), of 15 vectors of AVX-512
-constexpr int64_t kMostDrawn = kMostInGroup / 2;  // of two groups, for one pixel of four
+constexpr int64_t kMostInGroup = 960;                  // elements (kernels/noise_by_pixels.h), of 15 vectors of AVX-512
+constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;  // of them for one pixel of four, and what is copied with them
 
 // What the runs of all kernels that may draw noise have.
 struct NoisyRun {
@@ -30,15 +30,12 @@ struct NoisyRun {
   uint32_t block;  // Philox's block of the first element
 };
 
-// A thread's memory for the noise of runs in the order (pixels, channels). The places that move on with a run are here,
-// too, since a kernel needs its registers.
+// A thread's memory for the noise of runs in the order (pixels, channels).
 struct PixelsMemory {
   int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
   alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // of the first vector, and what is added to them
-  alignas(64) float drawn[4][kMostDrawn];                // of two groups, by pixels of four
-  alignas(64) float ordered[2 * kMostInGroup + 16];      // of two groups, and what is copied behind the last stretch
-  const float* from;                                     // what is copied next
-  float *to, *into, *used, *end;  // where the next ones belong that are drawn and copied, what is used next, the end
+  alignas(64) float drawn[4][kMostDrawn];                // of a group, by pixels of four
+  alignas(64) float ordered[kMostInGroup + 16];          // of a group, and what is copied behind the last stretch
 };
 
 // A run whose order is that of logical indices, or (pixels, channels). Then it has whole groups.

@@ -4,9 +4,11 @@
 // A block of Philox is the noise of one channel of four pixels. The lanes of vectors of blocks are all channels of one
 // four of pixels, then those of the next. So the vectors of normals of the fours' first pixels have all channels of one
 // such pixel, a stretch of memory, then those of the next, and so on for the second pixels. Where a vector has whole
-// stretches, it is put in order in registers. Otherwise all are stored, and stretch after stretch is copied to where it
-// belongs. The vectors up to one that ends with a stretch are a group.
+// stretches, it is put in order in registers. Otherwise the vectors up to one that ends with a stretch, a group, are
+// stored, and then stretch after stretch is copied to where it belongs.
 #pragma once
+
+#include <numeric>
 
 #include "cpu/kernel_table.h"
 
@@ -34,70 +36,90 @@ DDPM_HD void order_vectors(F32 (&z)[4], std::index_sequence<i...>) {
 
 // Computes the products of the first vector's numbers of blocks with kPhiloxM0, and what is added to them from each
 // vector of a group to the next. They stay for the runs of this thread that follow.
-__attribute__((noinline)) void number_blocks(PixelsMemory& memory, int64_t vectors, const PixelsRun& run) {
+__attribute__((noinline)) void number_blocks(PixelsMemory& memory, int64_t group, const PixelsRun& run) {
   constexpr int64_t n = F32::kLanes;
   memory.channels = run.channels, memory.fours_in_sample = run.fours_in_sample;
-  for (int64_t vector = 0; vector <= vectors; ++vector) {
+  for (int64_t first = 0; first <= group; first += n) {
     uint32_t numbers[n];
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t number = vector * n + i;  // in the order (fours of pixels, channels)
+      const int64_t number = first + i;  // in the order (fours of pixels, channels)
       numbers[i] = static_cast<uint32_t>(number % run.channels * run.fours_in_sample + number / run.channels);
     }
     U32 blocks;
     memcpy(&blocks, numbers, sizeof(numbers));
     const bool logical = run.channels == 1;
-    const Words words = logical ? block_words(static_cast<uint32_t>(vector * n)) : words_in_order(blocks);
+    const Words words = logical ? block_words(static_cast<uint32_t>(first)) : words_in_order(blocks);
     const Products products = multiply_wide(words, kPhiloxM0);
-    memcpy(memory.products + vector * n, &products, sizeof(products));
+    memcpy(memory.products + first, &products, sizeof(products));
   }
-  for (int64_t i = (vectors + 1) * n; --i >= n;) memory.products[i] -= memory.products[i - n];
+  for (int64_t i = group + n; --i >= n;) memory.products[i] -= memory.products[i - n];
 }
 
-// Copies stretches until four vectors after those that are used next are in order. What is behind a stretch, up to
-// kFloats, is overwritten by the next one.
-template <int64_t kFloats>
-DDPM_HD void copy_stretches(PixelsMemory& memory) {
+// Copies the stretches of a group of so many blocks. What is behind a stretch, up to kFloats, is overwritten by the
+// next one.
+template <int64_t kFloats, bool kLonger = false>
+DDPM_HD void copy_stretches(PixelsMemory& memory, int64_t group) {
   const int64_t channels = memory.channels;
-  const float* from = memory.from;
-  float* into = memory.into;
-  for (const float* const until = memory.used + 4 * F32::kLanes; into < until; from += channels)
+  const float* from = memory.drawn[0];
+  float* into = memory.ordered;
+  for (const float* const end = into + 4 * group; into < end; from += channels)
     for (int64_t k = 0; k < 4; ++k, into += channels)
-      for (int64_t i = 0; i < (kFloats < 16 ? 1 : channels); i += kFloats)
+      for (int64_t i = 0; i < (kLonger ? channels : 1); i += kFloats)
         memcpy(into + i, from + k * kMostDrawn + i, kFloats * sizeof(float));
-  memory.from = from, memory.into = into;
 }
 
-DDPM_HD void order_stretches(PixelsMemory& memory) {
-  memory.used += 4 * F32::kLanes;
-  if (memory.used == memory.end) memory.used = memory.into = memory.ordered, memory.from = memory.drawn[0];
-  if (memory.channels <= 4)
-    copy_stretches<4>(memory);
+// The v-th one of three vectors of the noise of sixteen pixels of three channels.
+template <size_t v, size_t... i>
+DDPM_HD F32 join_pixels(const F32 (&w)[4], std::index_sequence<i...>) {
+  constexpr size_t n = F32::kLanes;
+  // The lane of w[0] and w[1], or of w[2] and w[3], from which an element comes.
+  constexpr auto lane = [](size_t e) { return e / 3 % 2 * n + e / 12 * 3 + e % 3; };
+  const F32 a = choose<lane(v * n + i)...>(w[0], w[1]), b = choose<lane(v * n + i)...>(w[2], w[3]);
+  return choose<((v * n + i) / 6 % 2 * n + i)...>(a, b);
+}
+
+// Does the same as copies of stretches of three floats, which are so many that they take twice the instructions.
+template <size_t... i>
+DDPM_HD void join_stretches(PixelsMemory& memory, int64_t group, std::index_sequence<i...> lanes) {
+  constexpr int64_t n = sizeof...(i);
+  if constexpr (n == 16)
+    for (int64_t first = 0; first < group; first += 12) {  // the blocks of sixteen pixels
+      F32 w[4];
+      for (int k = 0; k < 4; ++k) w[k] = load(memory.drawn[k] + first);
+      float* const into = memory.ordered + 4 * first;
+      store(into, join_pixels<0>(w, lanes));
+      store(into + n, join_pixels<1>(w, lanes));
+      store(into + 2 * n, join_pixels<2>(w, lanes));
+    }
+}
+
+// Not in the loop of a kernel, which needs all registers.
+__attribute__((noinline)) void order_stretches(PixelsMemory& memory, int64_t group) {
+  if (F32::kLanes == 16 && memory.channels == 3)
+    join_stretches(memory, group, std::make_index_sequence<F32::kLanes>());
+  else if (memory.channels <= 4)
+    copy_stretches<4>(memory, group);
   else if (memory.channels <= 8)
-    copy_stretches<8>(memory);
+    copy_stretches<8>(memory, group);
+  else if (memory.channels <= 16)
+    copy_stretches<16>(memory, group);
   else
-    copy_stretches<16>(memory);
+    copy_stretches<16, true>(memory, group);
 }
-
-// The same for vectors with few registers, all of which a kernel needs.
-__attribute__((noinline)) void order_apart(PixelsMemory& memory) { order_stretches(memory); }
 
 // The noise of a run, four vectors at a time, which is drawn some vectors before a kernel uses it. In logical order
 // there is one channel.
 class NoiseByPixels {
  public:
   explicit NoiseByPixels(const PixelsRun& run)
-      : memory_(*run.memory), channels_(run.channels), vectors_(vectors_of_group(channels_)) {
-    memory_.to = memory_.drawn[0], memory_.end = memory_.ordered + 2 * vectors_ * kFour;
-    memory_.used = memory_.end - (vectors_ + 2) * kFour;  // so that nothing is copied before there is something
-    memory_.into = memory_.end;
+      : memory_(*run.memory), channels_(run.channels), group_(blocks_of_group(channels_)) {
     if (memory_.channels != channels_ || memory_.fours_in_sample != run.fours_in_sample)
-      number_blocks(memory_, vectors_, run);
+      number_blocks(memory_, group_, run);
     products_ = load_products(memory_.products) + uint64_t{kPhiloxM0} * static_cast<uint32_t>(run.block / channels_);
   }
 
-  // The elements by which drawing is ahead of use. A stretch is copied a vector after the last part of it was stored,
-  // and used a vector later: what is loaded while it is still being stored is waited for.
-  DDPM_HD int64_t ahead() const { return (in_registers() ? 1 : vectors_ + 3) * kFour; }
+  // The elements by which drawing is ahead of use.
+  DDPM_HD int64_t ahead() const { return in_registers() ? kFour : 4 * group_ + 2 * kFour; }
 
   // The products with kPhiloxM0 of the numbers of the next vector's blocks.
   DDPM_HD Products next() {
@@ -108,30 +130,28 @@ class NoiseByPixels {
     return products;
   }
 
-  // Takes the normals of the next vector of blocks, z[k] with element k of each.
-  DDPM_HD void add(F32 (&z)[4]) {
+  // Takes the normals of the next vector of blocks, z[k] with element k of each, and gets the noise that is used next.
+  // A group is put in order a vector after its last one was stored, and used a vector later: what is loaded while it is
+  // still being stored is waited for.
+  DDPM_HD void exchange(F32 (&z)[4]) {
     if (in_registers()) return order(z, std::make_index_sequence<F32::kLanes>());
-    for (int k = 0; k < 4; ++k) store(memory_.to + k * kMostDrawn, z[k]);
-    memory_.to += F32::kLanes;
-    if (memory_.to == memory_.drawn[0] + 2 * vectors_ * F32::kLanes) memory_.to = memory_.drawn[0];
-  }
-
-  // Gets the noise that is used next. In registers, it is what was added.
-  DDPM_HD void get(F32 (&z)[4]) {
-    if (in_registers()) return;
-    for (int k = 0; k < 4; ++k) z[k] = load(memory_.used + k * F32::kLanes);
-    F32::kLanes == 16 ? order_stretches(memory_) : order_apart(memory_);
+    const float* const used = memory_.ordered + 4 * (at_ == 0 ? group_ : at_) - kFour;
+    F32 noise[4];
+    for (int k = 0; k < 4; ++k) noise[k] = load(used + k * F32::kLanes);
+    if (at_ == 0) order_stretches(memory_, group_);
+    for (int k = 0; k < 4; ++k) {
+      store(memory_.drawn[k] + at_, z[k]);
+      z[k] = noise[k];
+    }
+    at_ = at_ + F32::kLanes == group_ ? 0 : at_ + F32::kLanes;
   }
 
  private:
   static constexpr int64_t kFour = 4 * F32::kLanes;
 
-  static int64_t vectors_of_group(int64_t channels) {
-    const int64_t power_of_two = channels & -channels;  // the largest one that divides them
-    return channels / (power_of_two < F32::kLanes ? power_of_two : F32::kLanes);
-  }
+  static int64_t blocks_of_group(int64_t channels) { return std::lcm(channels, F32::kLanes); }
 
-  DDPM_HD bool in_registers() const { return vectors_ == 1; }
+  DDPM_HD bool in_registers() const { return group_ == F32::kLanes; }
 
   template <size_t... i>
   DDPM_HD void order(F32 (&z)[4], std::index_sequence<i...> lanes) {
@@ -150,8 +170,9 @@ class NoiseByPixels {
   }
 
   PixelsMemory& memory_;
-  const int64_t channels_, vectors_;  // of a group
-  const uint64_t *const first_ = memory_.products + F32::kLanes, *const end_ = first_ + vectors_ * F32::kLanes;
+  const int64_t channels_, group_;
+  int64_t at_ = 0;  // the blocks of a group that are drawn
+  const uint64_t *const first_ = memory_.products + F32::kLanes, *const end_ = first_ + group_;
   const uint64_t* step_ = first_;
   Products products_;
 };

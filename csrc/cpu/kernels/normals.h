@@ -37,11 +37,8 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
       philox_words(keys, counter, next(), w);
       for (int64_t i = -ahead; i < count; i += kFour) {
         if (i >= 0) body(i, z);
-        if (i < count - ahead) {
-          draw(keys, counter, next, w, z);
-          noise.add(z);
-        }
-        noise.get(z);
+        if (i < count - ahead) draw(keys, counter, next, w, z);
+        noise.exchange(z);
       }
       return;
     }
