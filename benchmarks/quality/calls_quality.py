@@ -16,16 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from drawn import draw, kept
 from sampler_quality import Features, frechet, pixels
 from shapes_quality import train_classifier
 from torch import Tensor
 
-from ddpm_ext import Philox
-from ddpm_ext.base.files import atomic_path, write_text
+from ddpm_ext.base.files import write_text
 from ddpm_ext.base.optional import require
-from ddpm_ext.models.folder import LoadedModel, load_model
+from ddpm_ext.models.folder import load_model
 from ddpm_ext.plots.style import line_style, new_figure
 from ddpm_ext.training.data import digits
 
@@ -41,36 +40,6 @@ MANY_STEPS = {"sampler": "deis", "steps": 100, "spacing": "linspace"}
 GUIDANCE = {"digits": None, "shapes": 2.5}
 REFERENCES = {"digits": "images", "shapes": "100 steps"}
 SEED = 11  # none that tables were tuned with
-
-
-@torch.no_grad()
-def draw(model: LoadedModel, guidance: float | None, ids: range, **loop: Any) -> Tensor:
-    """The samples with these ids, of all classes in turn."""
-    if model.classes is not None:
-        loop["model_kwargs"] = model.classes.model_kwargs(ids, guided=guidance is not None)
-    drawn = model.settings.diffusion().p_sample_loop(
-        model.unet,
-        (len(ids), *model.shape),
-        guidance=guidance,
-        rng=Philox(SEED, sample_ids=ids.start),
-        record="last",
-        progress=False,
-        **loop,
-    )
-    return drawn.clamp(-1, 1)  # type: ignore[union-attr]
-
-
-def kept(path: Path, make: Callable[[range], Tensor], count: int, batch: int) -> Tensor:
-    """The samples at a path. Where there are not as many, the others are made and added to it batch by batch."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = torch.from_numpy(np.load(path)) if path.exists() else None
-    while found is None or len(found) < count:
-        begun = 0 if found is None else len(found)
-        made = make(range(begun, min(begun + batch, count)))
-        found = made if found is None else torch.cat([found, made])
-        with atomic_path(path) as beside, open(beside, "wb") as opened:
-            np.save(opened, found.numpy())
-    return found[:count]
 
 
 def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor], float]:
@@ -94,7 +63,7 @@ def measure(name: str, options: argparse.Namespace) -> Cells:
 
     def samples_of(file: str, loop: dict[str, Any]) -> Tensor:
         path = options.keep / name / f"{file}.npy"
-        return kept(path, lambda ids: draw(model, GUIDANCE[name], ids, **loop), options.num, batch)
+        return kept(path, lambda ids: draw(model, ids, batch, SEED, GUIDANCE[name], **loop), options.num, batch)
 
     distance = distance_of(name, lambda: samples_of("deis, 100", MANY_STEPS))
     cells: Cells = {}

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from drawn import draw
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
-from ddpm_ext import Philox
 from ddpm_ext.base.files import write_json
-from ddpm_ext.models.folder import LoadedModel, load_model
+from ddpm_ext.models.folder import load_model
 from ddpm_ext.plots import save_grid
 from ddpm_ext.training.data import digits
 from ddpm_ext.training.log import versions
@@ -42,18 +42,6 @@ def classifiers() -> dict[str, Any]:
     }
 
 
-def draw(model: LoadedModel, count: int, seed: int, batch: int, **loop: Any) -> torch.Tensor:
-    """Samples (count, 1, 8, 8). loop: options of p_sample_loop, which by itself is DDPM with all steps."""
-    diffusion = model.settings.diffusion()
-    parts = []
-    with torch.no_grad():
-        for first in range(0, count, batch):
-            shape = (min(batch, count - first), *model.shape)
-            rng = Philox(seed, sample_ids=first)
-            parts.append(diffusion.p_sample_loop(model.unet, shape, rng=rng, record="last", **loop))
-    return torch.cat(parts)
-
-
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
     """The distance of each image (n, 64) to the nearest of `training` (m, 64)."""
     return np.stack([np.sqrt(((training - image) ** 2).sum(1)).min() for image in images])
@@ -63,7 +51,7 @@ def measure(samples: torch.Tensor) -> dict[str, Any]:
     """The numbers for samples (n, 1, 8, 8) in [-1, 1]."""
     training, labels = digits("train")
     held_out, held_out_labels = digits("heldout")
-    known, real, drawn = (images.flatten(1).double().numpy() for images in (training, held_out, samples.clamp(-1, 1)))
+    known, real, drawn = (images.flatten(1).double().numpy() for images in (training, held_out, samples))
     found: dict[str, Any] = {"classifiers": {}}
     for name, classifier in classifiers().items():
         classifier.fit(known, labels.numpy())
@@ -94,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file (default: print only)")
     parser.add_argument("--grid", type=Path, help="also write the samples as a picture")
     options = parser.parse_args()
-    samples = draw(load_model(options.model), options.num, options.seed, options.batch_size)
+    samples = draw(load_model(options.model), range(options.num), options.batch_size, options.seed)
     result = {
         "samples": options.num,
         "held_out": len(digits("heldout")[0]),

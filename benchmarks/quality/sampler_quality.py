@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from digits_quality import SURE, classifiers, draw
+from digits_quality import SURE, classifiers
+from drawn import draw, kept
 from sklearn.neural_network import MLPClassifier
 
-from ddpm_ext.base.files import atomic_path, write_text
+from ddpm_ext.base.files import write_text
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import spaced_grid
@@ -59,16 +60,9 @@ def frechet(x: Array, y: Array) -> float:
 
 
 def samples_of(sampler: str, steps: int, count: int, batch: int, keep: Path) -> torch.Tensor:
-    """Samples (count, 1, 8, 8), from the folder if it has enough."""
-    path = keep / f"{sampler}-{steps}.npy"
-    if path.exists() and len(kept := np.load(path)) >= count:
-        return torch.from_numpy(kept[:count])
-    loop = {"sampler": sampler, "steps": steps, "spacing": SPACING, "progress": False}
-    drawn = draw(load_model("digits"), count, 0, batch, **loop)
-    keep.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as beside, open(beside, "wb") as opened:
-        np.save(opened, drawn.numpy())
-    return drawn
+    """Samples (count, 1, 8, 8), from the folder as far as it has them."""
+    model, loop = load_model("digits"), {"sampler": sampler, "steps": steps, "spacing": SPACING}
+    return kept(keep / f"{sampler}-{steps}.npy", lambda ids: draw(model, ids, batch, **loop), count, batch)
 
 
 def calls(sampler: str, steps: int) -> int:

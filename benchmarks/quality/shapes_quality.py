@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from digits_quality import SURE
+from drawn import draw
 from sampler_quality import frechet
 from torch import Tensor, nn
 
-from ddpm_ext import Philox
 from ddpm_ext.base.files import write_json
-from ddpm_ext.models.folder import LoadedModel, load_model
+from ddpm_ext.models.folder import load_model
 from ddpm_ext.training.data import Shapes
 from ddpm_ext.training.log import versions
 
@@ -61,29 +61,6 @@ def train_classifier(steps: int = 800, batch: int = 64) -> Classifier:
         optimizer.step()
         schedule.step()
     return network.eval().requires_grad_(False)
-
-
-def draw(model: LoadedModel, scale: float, options: argparse.Namespace) -> Tensor:
-    """Samples (num, 3, 16, 16), of all classes in turn."""
-    assert model.classes is not None
-    diffusion, parts = model.settings.diffusion(), []
-    for first in range(0, options.num, options.batch_size):
-        count = min(options.batch_size, options.num - first)
-        samples = diffusion.p_sample_loop(
-            model.unet,
-            (count, *model.shape),
-            sampler=options.sampler,
-            steps=options.steps,
-            spacing="trailing",
-            guidance=scale,
-            model_kwargs=model.classes.model_kwargs(range(first, first + count), guided=True),
-            rng=Philox(options.seed, sample_ids=first),
-            record="last",
-            progress=False,
-        )
-        assert isinstance(samples, Tensor)
-        parts.append(samples)
-    return torch.cat(parts).clamp(-1, 1)
 
 
 def measure(network: Classifier, images: Tensor, labels: Tensor, reference: Tensor) -> dict[str, Any]:
@@ -126,7 +103,9 @@ def main() -> None:
     model = load_model(options.model)
     with torch.inference_mode():
         for scale in SCALES:
-            found = measure(network, draw(model, scale, options), labels, reference)
+            loop = {"sampler": options.sampler, "steps": options.steps, "spacing": "trailing", "guidance": scale}
+            samples = draw(model, range(options.num), options.batch_size, options.seed, **loop)
+            found = measure(network, samples, labels, reference)
             result[f"guidance_{scale:g}"] = found
             print(scale, found, flush=True)
     result["versions"] = versions()

@@ -13,29 +13,14 @@ from __future__ import annotations
 import argparse
 
 import torch
+from drawn import draw
 from sampler_quality import Features, frechet, pixels
-from torch import Tensor
 
-from ddpm_ext import Philox
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.training.data import digits
 
 MANY = {"sampler": "dpmpp_2m", "steps": 200, "spacing": "trailing"}
 GUIDANCE = 2.5
-
-
-def draw(name: str, count: int, batch: int, **loop: object) -> Tensor:
-    """Samples (count, channels, height, width) in [-1, 1] of seed 0, of all classes in turn."""
-    model = load_model(name)
-    diffusion, parts = model.settings.diffusion(), []
-    for first in range(0, count, batch):
-        numbers = range(first, min(first + batch, count))
-        if model.classes is not None:
-            kwargs = model.classes.model_kwargs(numbers, guided=True)
-            loop |= {"guidance": GUIDANCE, "model_kwargs": kwargs}
-        rng, shape = Philox(0, sample_ids=first), (len(numbers), *model.shape)
-        parts.append(diffusion.p_sample_loop(model.unet, shape, rng=rng, record="last", progress=False, **loop))
-    return torch.cat(parts).clamp(-1, 1)
 
 
 def main() -> None:
@@ -48,8 +33,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=200, help="samples at a time (default: 200)")
     options = parser.parse_args()
 
-    size = (options.model, options.num, options.batch_size)
-    many, features = draw(*size, **MANY), Features() if options.model == "digits" else None
+    own = (load_model(options.model), range(options.num), options.batch_size)
+    guidance = None if own[0].classes is None else GUIDANCE
+    many = draw(*own, guidance=guidance, **MANY)
+    features = Features() if options.model == "digits" else None
     real = None if features is None else features(pixels(digits("train")[0]))
     print("| sampler | spacing | " + " | ".join(f"{steps} steps" for steps in options.steps) + " |")
     print("|---" * (len(options.steps) + 2) + "|", flush=True)
@@ -57,7 +44,7 @@ def main() -> None:
         for sampler in options.samplers:
             cells = []
             for steps in options.steps:
-                few = draw(*size, sampler=sampler, steps=steps, spacing=spacing)
+                few = draw(*own, guidance=guidance, sampler=sampler, steps=steps, spacing=spacing)
                 cells.append(f"{100 * (few - many).square().mean().sqrt():.1f}")
                 if features is not None:
                     cells[-1] += f" / {frechet(features(pixels(few)), real):.2f}"
