@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.launches import Operators
 
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.ops import fused
@@ -21,13 +21,6 @@ LAYOUTS = {
     "every second": lambda x: torch.stack([x, x], -1)[..., 0],
     "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
 }
-
-
-class Observed(TorchDispatchMode):
-    """Under any such mode operators go through torch's dispatcher, which draws the noise again."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
 
 
 def normal(*shape, seed):
@@ -71,7 +64,7 @@ def test_same_bits_as_noise_that_is_drawn_again(shape, prediction):
                 x, output = given(normal(*shape, seed=1)), returned(normal(*shape, seed=2).to(dtype))
                 for options in ({}, {"loss": "huber", "reduction": "none", "weighting": WEIGHTS}, {"t": 600}):
                     got = value_and_gradient(gd, x, output, rng=RNG, **options)
-                    with Observed():
+                    with Operators():  # any mode: operators go through torch's dispatcher, which draws the noise again
                         expected = value_and_gradient(gd, x, output, rng=RNG, **options)
                     assert all(map(torch.equal, got, expected))
                     assert got[1].stride() == expected[1].stride()
@@ -117,5 +110,5 @@ def test_what_is_not_kept():
         x_t, noise = made(other, 0)
         assert noise is None and x_t.equal(fused.forward_process(other, ROWS, 0, rng=RNG))
         assert x_t.requires_grad is other.requires_grad
-    with Observed():
+    with Operators():
         assert made(x, 0)[1] is None
