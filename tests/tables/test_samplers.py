@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from support.gaussian import take
+from support.grids import IDS, grids, schedule
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -20,11 +20,6 @@ BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
 
 def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-def schedule(name, timesteps=1000):
-    betas = make_betas(name, timesteps)
-    return betas, (1 - betas).cumprod(0)
 
 
 def bayes(alpha, level_before):
@@ -134,18 +129,9 @@ def test_alphas_cumprod_zero(sampler):
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
 
 
-def grids():
-    _, levels = schedule("scaled_linear")
-    return [
-        make_grid(levels, spaced_timesteps(1000, 25)),
-        make_grid(levels, spaced_timesteps(1000, 10, "trailing"), final=levels[0].item()),
-        karras_grid(levels, 12),
-    ]
-
-
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 40.0])
-@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+@pytest.mark.parametrize("grid", grids(), ids=IDS)
 def test_eulers_methods_are_k_diffusions(grid, eta, clip):
     """On x / sqrt(alphas_cumprod), the derivative by sigma is (x - x0) / sigma: Karras et al. 2022, eq. (4) and (5)."""
     table = euler_ancestral(grid, eta=eta)
@@ -178,7 +164,7 @@ def test_inversion_inverts(prediction, keep_eps):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+@pytest.mark.parametrize("grid", grids(), ids=IDS)
 def test_predictions_agree(name, grid):
     """A model that knows x0 and the noise gives the same step by any prediction; EDM's by table 1, for x / root."""
     predictions = (*PREDICTIONS, "flow", "edm", *(() if name in BETWEEN else ("x_prev",)))
@@ -207,7 +193,7 @@ def test_predictions_agree(name, grid):
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in (*BETWEEN, "dpmpp_2m_cfg_pp")])
-@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+@pytest.mark.parametrize("grid", grids(), ids=IDS)
 def test_rows_have_the_levels_where_they_start_and_end(name, grid):
     """A row starts at its timestep's level and ends at the next one's. The last row ends at the grid's end."""
     table = SAMPLERS[name](grid)

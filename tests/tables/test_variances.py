@@ -3,20 +3,13 @@
 import pytest
 import torch
 from support.gaussian import push, take
+from support.grids import IDS, grids, schedule
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.sigma_grids import karras_grid
-from ddpm_ext.tables.spacing import spaced_timesteps
 
 LEARNED = ("learned", "learned_range", "learned_variance")
 PREDICTIONS = ("eps", "x0", "v")
-
-
-def schedule(name="linear", timesteps=1000):
-    betas = make_betas(name, timesteps)
-    return betas, (1 - betas).cumprod(0)
 
 
 def random(*shape, seed):
@@ -45,15 +38,6 @@ def test_the_variance_of_a_single_step_is_beta():
     assert ranged.l1.tolist() == [0.0]
 
 
-def grids():
-    _, levels = schedule("scaled_linear")
-    return [
-        make_grid(levels, spaced_timesteps(1000, 20)),
-        make_grid(levels, spaced_timesteps(1000, 9, "trailing"), final=levels[0].item()),
-        karras_grid(levels, 12),
-    ]
-
-
 def score_tables(grid, prediction):
     for name in SAMPLERS:
         table = SAMPLERS[name](grid, prediction=prediction)
@@ -66,7 +50,7 @@ def score_tables(grid, prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("grid", [*grids(), "up"], ids=["linspace", "trailing", "karras", "up"])
+@pytest.mark.parametrize("grid", [*grids(), "up"], ids=[*IDS, "up"])
 def test_gradient_is_another_eps(grid, prediction):
     """eps - sqrt(1 - a_t) g replaces eps, also for other predictions, and in what rows keep: Dhariwal & Nichol 2021,
     algorithm 2."""
