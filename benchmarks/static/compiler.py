@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from benchmarks.static import sass
@@ -58,7 +59,8 @@ class Tools(NamedTuple):
     cuobjdump: Path
 
 
-def load_setup():
+def load_setup() -> ModuleType:
+    """setup.py as a module."""
     spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.compilers import load_setup
 
 from benchmarks.static.cards import ARCHS
-from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools
+from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools, load_setup
 from benchmarks.static.kernels import BOUND, CSRC, LOSS, STEP, TYPES, option_sets, sets_by_words
 from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings

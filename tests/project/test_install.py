@@ -11,7 +11,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support.compilers import ROOT, find_compiler, load_setup
+from support.compilers import ROOT, find_compiler
+
+from benchmarks.static.compiler import load_setup
 
 BOTH = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 setup = load_setup()

@@ -1,27 +1,17 @@
-"""Compilers that a machine may have, some only under a name with their version; and what setup.py says to them."""
+"""Compilers that a machine may have, some only under a name with their version."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_setup() -> ModuleType:
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def find_compiler(name: str) -> str:

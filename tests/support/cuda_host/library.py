@@ -16,8 +16,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.compilers import load_setup
 from torch.utils import cpp_extension
+
+from benchmarks.static.compiler import load_setup
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
