@@ -205,6 +205,12 @@ def threads():
 
 
 @pytest.fixture
+def one_thread(threads):
+    """For small models and tensors, whose threads would mostly wait for one another."""
+    threads(1)
+
+
+@pytest.fixture
 def fresh_compiler():
     """torch.compile without graphs of other tests, and of this one afterwards."""
     torch.compiler.reset()

@@ -21,20 +21,16 @@ from ddpm_ext import Philox, accelerate, randn
 from ddpm_ext.integrations.diffusers.start_noise import start_noise
 from ddpm_ext.integrations.shared import peer_class
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__:DeprecationWarning", "ignore::FutureWarning", "error:.*runs the own code:UserWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("error:.*runs the own code:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 # How far apart two images may be, in units of the eps of the models' dtype, relative to the largest value. Each step
 # differs from diffusers' by the rounding of some operations, which the model multiplies in the steps after it. At most
 # 6 were found in float32 and 3 in 16 bits, 19 where the model returns the variance, and 17 where sigmas begin at 700;
 # instruction sets may differ.
 ULPS, ULPS_OF_VARIANCE, ULPS_OF_SVD = 16, 48, 48
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """With models this small, threads would mostly wait for one another."""
-    threads(1)
 
 
 def check(plain, arguments, steps, dtype=torch.float32, ulps=ULPS):

@@ -18,15 +18,11 @@ from support.launches import launches
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.models.folder import DIGITS
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__:DeprecationWarning", "ignore::FutureWarning", "error:.*runs the own code:UserWarning"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    """With models this small, threads would mostly wait for one another."""
-    threads(1)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("error:.*runs the own code:UserWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def test_ddpm_pipeline_by_seed_and_id():

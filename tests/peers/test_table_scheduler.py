@@ -24,15 +24,13 @@ from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import sigma_space
 from ddpm_ext.tables.samplers import euler
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 GD = GaussianDiffusion(1000)
 STEPS, SHAPE = 5, (2, 3, 8, 8)
 NOTES = {"prediction": "eps", "clip": [-1.0, 1.0], "made": "by hand"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)
 
 
 def table_of(sampler="deis", diffusion=GD, **columns):

@@ -17,14 +17,12 @@ from ddpm_ext.integrations.diffusers.levels import levels_of
 from ddpm_ext.integrations.diffusers.tune_pipeline import tune_pipeline
 from ddpm_ext.tables.samplers import SAMPLERS
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 FEW = {"steps": 4, "teacher_steps": 40, "seeds": 2, "progress": False}
 LEVELS = {"stable_diffusion": 1.0, "stable_diffusion_xl": 14.61, "stable_diffusion_3": 1.0, "flux": 1.0, "wan": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)
 
 
 def test_a_pipeline_of_pixels():

@@ -5,18 +5,8 @@ from __future__ import annotations
 import zlib
 
 import pytest
-import torch
 from support.cuda_host.calls import open_host
 from support.cuda_host.windows import Windows
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For torch: its threads wait for each other longer than these tensors take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
