@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --dry --out FOLDER  # the same commands on the CPU, with tiny sizes and nothing built
     python -m benchmarks.gpu.speed steps         # one part by itself
 
-It needs torch with CUDA, numpy, setuptools, ninja, pytest, pytest-benchmark and nvcc. It needs no network and installs
+It needs torch with CUDA, numpy, setuptools, ninja, pytest, hypothesis and nvcc. It needs no network and installs
 nothing. Where diffusers is installed, its step is timed, too. `parts` lists what is done, in which order, and how much
 time each part has.
 """

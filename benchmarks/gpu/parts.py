@@ -39,8 +39,8 @@ def pytest(*arguments: str, dry: bool) -> tuple[str, ...]:
 
 CARD = "tests/cuda/test_card{}.py"
 # Words in the paths of test files: those with the first of these come first, those with a late one last.
-FIRST = ("graphs", "layouts", "special_values", "losses", "sampling", "with_options", "loop")
-LATE = ("bad_", "arguments", "refus")
+FIRST = ("graphs", "layouts", "special_values", "losses", "with_options", "loop")
+LATE = ("bad_", "arguments")
 NOT_ON_A_CARD = ("cuda", "peers", "project", "support")  # folders
 DEVICE = re.compile(r"def \w+\([^)]*\b(device|normal|run|make_step_table)\b")  # the fixtures that need a device
 
