@@ -31,8 +31,8 @@ def rows(log: str) -> list[dict[str, Any]]:
     return found
 
 
-def last_lines(log: str, count: int = 3) -> str:
-    return " / ".join(line.strip() for line in log.rstrip().splitlines()[-count:])
+def last_lines(log: str) -> str:
+    return " / ".join(line.strip() for line in log.rstrip().splitlines()[-3:])
 
 
 def read_rows(log: str, status: int | None) -> Result:

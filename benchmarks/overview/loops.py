@@ -21,14 +21,13 @@ SHORT = 20  # steps of the loops that are not run whole
 
 @dataclass(frozen=True)
 class Timed:
-    """A loop of `steps` model calls; its seconds are those of `run_steps`, in proportion."""
+    """A loop of `steps` model calls. Where fewer were run, the seconds are in proportion."""
 
     model: str
     way: str
     steps: int
     seconds: float
     outside: float  # seconds of them that the model did not take
-    run_steps: int
 
 
 class Clocked:
@@ -114,7 +113,7 @@ def run(rounds: int) -> Iterator[Timed]:
         for way, (_, steps) in WAYS.items():
             taken = min(steps, most)
             total, outside = (statistics.median(each) * steps / taken for each in zip(*times[way], strict=True))
-            yield Timed(name, way, steps, total, outside, taken)
+            yield Timed(name, way, steps, total, outside)
 
 
 def table(timed: list[Timed]) -> list[str]:

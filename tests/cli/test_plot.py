@@ -53,7 +53,7 @@ def test_one_table(saved, capsys):
     assert np.abs(np.array(columns(saved[1])["h1"])[:, 1]).max() > 0.01
 
 
-def test_tables_of_samplers_and_files(saved, tmp_path, capsys):
+def test_tables_of_samplers_and_files(saved, capsys):
     mine = ddpm(grid_of(5, "leading"))
     mine.save("mine.json")
     options = ("--steps", 4, "--eta", 1, "--against", "timestep", "--out", "a.png")

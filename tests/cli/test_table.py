@@ -50,7 +50,7 @@ def test_a_flow_is_shifted(tmp_path, capsys):
     assert capsys.readouterr().out == f"{StepTable.trace(made, 4, mu=-0.5)}\n"
 
 
-def test_tables_are_drawn(tmp_path, monkeypatch, capsys):
+def test_tables_are_drawn(tmp_path, monkeypatch):
     saved = saved_figures(monkeypatch)
     assert call("table", "--sampler", "euler", "--steps", 4, "--diff", "dpmpp_2m", "--plot", tmp_path / "b.svg") == 0
     one, other = euler(grid_of(4)), dpmpp_2m(grid_of(4))

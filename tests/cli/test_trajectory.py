@@ -32,7 +32,7 @@ def test_trajectory_ends_with_the_last_step(tiny, tmp_path, options, frames, dev
             assert getattr(opened, "n_frames", 1) == count and np.asarray(opened.convert("L")).std() > 1
 
 
-def test_trajectory_is_that_of_the_samples(tmp_path, device):
+def test_trajectory_is_that_of_the_samples(device):
     """The predicted x_0 of the last step is the sample, for every kind of prediction."""
     unet = models.build_unet(TINY | {"sample_size": 8}).to(device).eval()
     options = {"record": "last", "progress": False, "device": device}

@@ -104,7 +104,7 @@ def test_progress(run, capfd, monkeypatch):
     assert out == "" and err in ("", "no progress bar without tqdm: pip install tqdm\n")  # told once in a process
 
 
-def test_a_second_loop_makes_no_table(run, device, monkeypatch):
+def test_a_second_loop_makes_no_table(run, monkeypatch):
     """A second loop does not copy a table to the device either, which a CUDA graph could not capture."""
     gd, options = diffusion(), {"sampler": "ddim", "steps": 7, "eta": 0.5, "rng": Philox(2), "record": "last"}
     first = run(gd, **options)
@@ -127,7 +127,7 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
         run(gd, sampler="ddim", timesteps=[9.0, 0.0])
 
 
-def test_callback_sees_each_step_and_may_end_the_loop(run, device):
+def test_callback_sees_each_step_and_may_end_the_loop(run):
     gd, seen = diffusion(), []
     every = run(gd, steps=10, record="all")
 
@@ -146,7 +146,7 @@ def test_callback_sees_each_step_and_may_end_the_loop(run, device):
     assert np.array_equal(ended.cpu().numpy(), every[3])
 
 
-def test_progressive(run, device):
+def test_progressive(device):
     """The generator takes the same steps, each when it is requested, and records no gradients."""
     gd, calls = diffusion(), []
     exact = exact_model(gd)

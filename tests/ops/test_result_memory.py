@@ -111,7 +111,7 @@ def test_a_chained_loop_takes_two_blocks():
     within_patience(check)
 
 
-def test_values_dtypes_and_layouts_are_those_of_torchs_memory(monkeypatch):
+def test_values_dtypes_and_layouts_are_those_of_torchs_memory():
     gd, rng = GaussianDiffusion(), Philox(3)
     inputs = [
         torch.randn(4, 3, 256, 256),

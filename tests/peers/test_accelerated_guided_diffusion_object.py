@@ -159,7 +159,7 @@ def test_a_cond_fn_whose_result_does_not_fit(step, spacing, function):
 
 
 @guided_alone
-def test_a_float64_gradient_makes_ddims_result_float64(device):
+def test_a_float64_gradient_makes_ddims_result_float64():
     guide = {"cond_fn": lambda x, t: x.double() * 0.1, "model_kwargs": {}}
     _, ours, warned, _ = run_both(make(), "ddim_sample", X, **guide)
     assert ours["sample"].dtype == torch.float64 and len(warned) == 1

@@ -75,7 +75,7 @@ def test_a_model_may_change_the_arguments_of_its_own_step(change, message):
 
 @pytest.mark.parametrize("t", [7, np.int64(7), torch.tensor(7).item()])
 @pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_an_int_t_gives_the_model_each_batchs_timesteps(normal, t, device, backend):
+def test_an_int_t_gives_the_model_each_batchs_timesteps(normal, t, backend):
     """Also where the model overwrites those of its last call, which torch allows for a batch of one."""
     gd, seen = GaussianDiffusion(50, backend=backend), []
 

@@ -199,7 +199,7 @@ def test_a_dry_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
-def test_every_operation_and_way_is_timed(monkeypatch):
+def test_every_operation_and_way_is_timed():
     bench = speed.Bench(dry=True)
     rows = [speed.attempt(job) for group in speed.GROUPS.values() for job in group(bench)]
     assert not [row for row in rows if "error" in row]

@@ -52,12 +52,12 @@ def tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
-def text_config(projection: int = HIDDEN) -> Any:
+def text_config() -> Any:
     from transformers import CLIPTextConfig
 
     words = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53, "vocab_size": 54, "max_position_embeddings": 9}
     sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return CLIPTextConfig(**words, **sizes, projection_dim=projection)
+    return CLIPTextConfig(**words, **sizes, projection_dim=HIDDEN)
 
 
 def latent_parts(**unet: Any) -> dict[str, Any]:

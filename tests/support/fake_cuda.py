@@ -24,7 +24,7 @@ FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_
 
 class Stream:
     def __init__(self, device=None):
-        self.device, self.waited = device, []
+        self.device = device
         LOG.append(("stream", device))
 
     def wait_stream(self, other):
@@ -32,9 +32,6 @@ class Stream:
 
 
 class Event:
-    def __init__(self):
-        self.done = None
-
     def record(self, stream=None):
         LOG.append(("record", self, stream))
 

@@ -39,7 +39,7 @@ class Leave(SystemExit):
     """Ends a fork as a process of its own would end, with all that Python does at the end."""
 
 
-def in_forks(script: str, folder: Path, runs: Runs, timeout: float = 1200) -> dict[str, list[int]]:
+def in_forks(script: str, folder: Path, runs: Runs) -> dict[str, list[int]]:
     """Runs one after the other, each given by a name and the options of its ranks.
 
     The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err. A rank whose
@@ -49,7 +49,7 @@ def in_forks(script: str, folder: Path, runs: Runs, timeout: float = 1200) -> di
         The exit codes of the ranks by name, or minus the signals that killed them.
     """
     command = [sys.executable, script, FORKS, str(folder), json.dumps(runs, default=str)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
