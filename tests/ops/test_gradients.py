@@ -104,7 +104,7 @@ def test_opcheck_draw_seed():
 
 def test_every_operator_is_checked(samples):
     checked = {f"ddpm_ext::{name}{'' if overload == 'default' else '.' + overload}" for name, overload, *_ in samples}
-    checked |= {f"ddpm_ext::{name}" for name in ("draw_seed", "x_start_scale", "output_scale")}  # by test_scales.py
+    checked |= {f"ddpm_ext::{name}" for name in ("draw_seed", "x_start_scale", "output_scale")}  # above; test_scales.py
     assert {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ddpm_ext::")} == checked
 
 
