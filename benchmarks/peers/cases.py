@@ -78,7 +78,7 @@ def _diffusers(library: str) -> Iterator[Case]:
         )
         if not name.startswith(("Euler", "DPM")):  # which count their steps
             yield Case(library, f"{label}: step", scheduler, _one_step(more))
-        yield Case(library, f"{label}: loop", scheduler, _scheduler_loop(more), STEPS)
+        yield Case(library, f"{label}: loop", scheduler, scheduler_loop(more), STEPS)
     yield Case(library, "DDPM: add_noise", diffusers.DDPMScheduler(1000, **LINEAR), _add_noise)
     for label, name, options, steps in (
         ("UniPC", "UniPCMultistep", STABLE_DIFFUSION, STEPS),
@@ -90,7 +90,7 @@ def _diffusers(library: str) -> Iterator[Case]:
         ("SA-Solver (noise)", "SASolver", STABLE_DIFFUSION, STEPS),
     ):
         scheduler = getattr(diffusers, f"{name}Scheduler")(1000, **options)
-        yield Case(library, f"{label}: loop", scheduler, _scheduler_loop({}), steps, LATENTS)
+        yield Case(library, f"{label}: loop", scheduler, scheduler_loop({}), steps, LATENTS)
 
 
 def _output(scheduler: Any, shape: tuple[int, ...]) -> Tensor:
@@ -107,7 +107,7 @@ def _one_step(more: dict[str, Any]) -> Callable[[Any, tuple[int, ...]], Callable
     return prepare
 
 
-def _scheduler_loop(more: dict[str, Any]) -> Callable[[Any, tuple[int, ...]], Callable[[], Any]]:
+def scheduler_loop(more: dict[str, Any]) -> Callable[[Any, tuple[int, ...]], Callable[[], Any]]:
     def prepare(scheduler: Any, shape: tuple[int, ...]) -> Callable[[], Any]:
         m, start = _output(scheduler, shape), torch.randn(shape)
         scales = hasattr(scheduler, "scale_model_input")

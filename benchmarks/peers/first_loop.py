@@ -10,9 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from benchmarks.peers.cases import STEPS
+from benchmarks.peers.cases import STEPS, scheduler_loop
 from ddpm_ext import accelerate
 
 SHAPE = (1, 4, 64, 64)
@@ -74,13 +72,9 @@ def _break_even(plain: float, first: float, second: float, later: float) -> str:
 
 def _loop(scheduler: Any) -> float:
     """A loop's CPU time in ms."""
-    x = m = torch.zeros(SHAPE)
+    loop = scheduler_loop({})(scheduler, SHAPE)
     begun = time.process_time()
-    scheduler.set_timesteps(STEPS)
-    for t in scheduler.timesteps:
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, t)
-        x = scheduler.step(m, t, x, return_dict=False)[0]
+    loop()
     return (time.process_time() - begun) * 1e3
 
 
