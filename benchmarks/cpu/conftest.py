@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
 
 import ddpm_ext
+from benchmarks.gpu.machine import cpu
 from ddpm_ext.base.files import write_text
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
@@ -52,14 +51,8 @@ def pytest_configure(config):
 
 def machine() -> list[str]:
     info = ddpm_ext.build_info()
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return [
-        f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
+        f"{cpu()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
         "medians of one process, float32 where no dtype is named, warm cache; ratio: eager's median over this one's, "
         "or diffusers', guided-diffusion's or that of contiguous tensors where there is none",

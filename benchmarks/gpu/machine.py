@@ -84,9 +84,15 @@ def card() -> dict[str, Any]:
     }
 
 
+def cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def host() -> dict[str, Any]:
-    with open("/proc/cpuinfo") as lines:
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     triton = [d.version for d in metadata.distributions(name="triton")]
     return {
@@ -99,7 +105,7 @@ def host() -> dict[str, Any]:
         "nvcc": output("nvcc", "--version").rpartition(" release ")[2].split(",")[0],
         "python": platform.python_version(),
         "triton": ", ".join(triton) or "none",
-        "cpu": cpu,
+        "cpu": cpu(),
         "cores": os.cpu_count(),
     }
 
