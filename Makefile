@@ -10,7 +10,7 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the environment is changed by one pip at a time
-.PHONY: help venv build demo test test-fast bench bench-peers fuzz sanitize sass pictures docs gpu dist lint format clean
+.PHONY: help venv build demo test test-fast bench bench-layouts bench-peers fuzz sanitize sass pictures docs gpu dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-peers: build ## other libraries' steps, plain and accelerated, several min
 
 bench: build ## benchmarks with a table of ratios, several minutes (TABLE=FILE writes it)
 	$(PY) -m pytest -q benchmarks/cpu $(if $(TABLE),--table $(TABLE))
+
+bench-layouts: build ## operators in channels_last, beside contiguous tensors, two minutes (TABLE=FILE writes the table)
+	$(PY) -m benchmarks.cpu.layouts $(if $(TABLE),--table $(TABLE))
 
 sass: venv ## the CUDA kernels as machine code, and what cards can make of them, several minutes (TABLE=FILE writes it)
 	$(PY) -m benchmarks.static $(if $(TABLE),--table $(TABLE))

@@ -20,7 +20,7 @@ from ddpm_ext.base.files import write_text
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
 # Ratios are taken against the first of these that a group has.
-BASELINES = ("eager", "eager, chained", "diffusers", "guided-diffusion", "contiguous")
+BASELINES = ("eager", "eager, chained", "diffusers", "guided-diffusion")
 
 
 def pytest_addoption(parser):
@@ -55,7 +55,7 @@ def machine() -> list[str]:
         f"{cpu()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
         "medians of one process, float32 where no dtype is named, warm cache; ratio: eager's median over this one's, "
-        "or diffusers', guided-diffusion's or that of contiguous tensors where there is none",
+        "or diffusers' or guided-diffusion's where there is none",
     ]
 
 

@@ -54,22 +54,28 @@ def ways(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def medians(runs: Mapping[Key, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Key, float]:
-    """Microseconds of each, in turns, so that other load on the machine slows all of them."""
+def times(runs: Mapping[Key, Callable[[], Any]], rounds: int, least: float = LEAST) -> dict[Key, list[float]]:
+    """Microseconds of each, in turns, so that other load on the machine slows all of them. A turn begins with a call
+    that is not timed, and takes `least` seconds."""
     repeats: dict[Key, int] = {}
     for name, run in runs.items():
         run()
         begin = time.perf_counter()
         run()
-        repeats[name] = max(1, int(LEAST / (time.perf_counter() - begin)))
-    times: dict[Key, list[float]] = {name: [] for name in runs}
+        repeats[name] = max(1, int(least / (time.perf_counter() - begin)))
+    found: dict[Key, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            run()
             begin = time.perf_counter()
             for _ in range(repeats[name]):
                 run()
-            times[name].append((time.perf_counter() - begin) / repeats[name])
-    return {name: statistics.median(of_run) * 1e6 for name, of_run in times.items()}
+            found[name].append((time.perf_counter() - begin) / repeats[name] * 1e6)
+    return found
+
+
+def medians(runs: Mapping[Key, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Key, float]:
+    return {name: statistics.median(each) for name, each in times(runs, rounds).items()}
 
 
 @torch.no_grad()

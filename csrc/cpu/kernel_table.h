@@ -34,7 +34,7 @@ struct NoisyRun {
 struct PixelsMemory {
   int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
   alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // of the first vector, and what is added to them
-  alignas(64) float drawn[4][kMostDrawn];                // of a group, by pixels of four
+  alignas(64) float drawn[4 * kMostDrawn];               // of a group, by pixels of four
   alignas(64) float ordered[kMostInGroup + 16];          // of a group, and what is copied behind the last stretch
 };
 

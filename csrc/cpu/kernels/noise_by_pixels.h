@@ -5,10 +5,11 @@
 // four of pixels, then those of the next. So the vectors of normals of the fours' first pixels have all channels of one
 // such pixel, a stretch of memory, then those of the next, and so on for the second pixels. Where a vector has whole
 // stretches, it is put in order in registers. Otherwise the vectors up to one that ends with a stretch, a group, are
-// stored, and then stretch after stretch is copied to where it belongs.
+// stored: where they belong if a stretch has whole vectors, else stretch after stretch is then copied to there.
 #pragma once
 
 #include <numeric>
+#include <utility>
 
 #include "cpu/kernel_table.h"
 
@@ -60,7 +61,7 @@ __attribute__((noinline)) void number_blocks(PixelsMemory& memory, int64_t group
 template <int64_t kFloats, bool kLonger = false>
 DDPM_HD void copy_stretches(PixelsMemory& memory, int64_t group) {
   const int64_t channels = memory.channels;
-  const float* from = memory.drawn[0];
+  const float* from = memory.drawn;
   float* into = memory.ordered;
   for (const float* const end = into + 4 * group; into < end; from += channels)
     for (int64_t k = 0; k < 4; ++k, into += channels)
@@ -85,7 +86,7 @@ DDPM_HD void join_stretches(PixelsMemory& memory, int64_t group, std::index_sequ
   if constexpr (n == 16)
     for (int64_t first = 0; first < group; first += 12) {  // the blocks of sixteen pixels
       F32 w[4];
-      for (int k = 0; k < 4; ++k) w[k] = load(memory.drawn[k] + first);
+      for (int k = 0; k < 4; ++k) w[k] = load(memory.drawn + k * kMostDrawn + first);
       float* const into = memory.ordered + 4 * first;
       store(into, join_pixels<0>(w, lanes));
       store(into + n, join_pixels<1>(w, lanes));
@@ -135,12 +136,12 @@ class NoiseByPixels {
   // still being stored is waited for.
   DDPM_HD void exchange(F32 (&z)[4]) {
     if (in_registers()) return order(z, std::make_index_sequence<F32::kLanes>());
-    const float* const used = memory_.ordered + 4 * (at_ == 0 ? group_ : at_) - kFour;
+    const float* const used = ordered_ + 4 * (at_ == 0 ? group_ : at_) - kFour;
     F32 noise[4];
     for (int k = 0; k < 4; ++k) noise[k] = load(used + k * F32::kLanes);
-    if (at_ == 0) order_stretches(memory_, group_);
+    if (at_ == 0) has_whole_vectors() ? std::swap(drawn_, ordered_) : order_stretches(memory_, group_);
     for (int k = 0; k < 4; ++k) {
-      store(memory_.drawn[k] + at_, z[k]);
+      store(drawn_ + k * apart_ + at_, z[k]);
       z[k] = noise[k];
     }
     at_ = at_ + F32::kLanes == group_ ? 0 : at_ + F32::kLanes;
@@ -152,6 +153,8 @@ class NoiseByPixels {
   static int64_t blocks_of_group(int64_t channels) { return std::lcm(channels, F32::kLanes); }
 
   DDPM_HD bool in_registers() const { return group_ == F32::kLanes; }
+  // Whether a stretch has whole vectors, which are stored where they belong.
+  DDPM_HD bool has_whole_vectors() const { return group_ == channels_; }
 
   template <size_t... i>
   DDPM_HD void order(F32 (&z)[4], std::index_sequence<i...> lanes) {
@@ -172,6 +175,8 @@ class NoiseByPixels {
   PixelsMemory& memory_;
   const int64_t channels_, group_;
   int64_t at_ = 0;  // the blocks of a group that are drawn
+  float *drawn_ = memory_.drawn, *ordered_ = memory_.ordered;
+  const int64_t apart_ = has_whole_vectors() ? channels_ : kMostDrawn;  // the normals of two pixels of a block
   const uint64_t *const first_ = memory_.products + F32::kLanes, *const end_ = first_ + group_;
   const uint64_t* step_ = first_;
   Products products_;
