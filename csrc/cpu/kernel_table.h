@@ -19,7 +19,7 @@ struct BFloat16 {
 
 constexpr int64_t kRunMultiple = 64;
 constexpr int64_t kMostInGroup = 960;                  // elements (kernels/noise_by_pixels.h), of 15 vectors of AVX-512
-constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;  // of them for one pixel of four, and what is copied with them
+constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;  // of them for one pixel of four, and what is read behind them
 
 // What the runs of all kernels that may draw noise have.
 struct NoisyRun {

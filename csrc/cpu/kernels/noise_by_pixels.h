@@ -133,7 +133,7 @@ class NoiseByPixels {
 
   // Takes the normals of the next vector of blocks, z[k] with element k of each, and gets the noise that is used next.
   // A group is put in order a vector after its last one was stored, and used a vector later: what is loaded while it is
-  // still being stored is waited for.
+  // still being stored is waited for. At the end of a run, where nothing is drawn any more, z is stored in vain.
   DDPM_HD void exchange(F32 (&z)[4]) {
     if (in_registers()) return order(z, std::make_index_sequence<F32::kLanes>());
     const float* const used = ordered_ + 4 * (at_ == 0 ? group_ : at_) - kFour;
