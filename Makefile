@@ -13,7 +13,7 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -t
 .PHONY: help venv build demo test test-fast bench bench-layouts bench-peers fuzz sanitize sass pictures docs gpu dist lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Two sets of pins: what `make demo` needs, and for developers all. An environment that has pip is used as it is; one that
 # exists is never cleared. Debian's python3 may come without ensurepip: then the pip outside installs one inside.
@@ -77,7 +77,7 @@ bench-peers: build ## other libraries' steps, plain and accelerated, several min
 bench: build ## benchmarks with a table of ratios, several minutes (TABLE=FILE writes it)
 	$(PY) -m pytest -q benchmarks/cpu $(if $(TABLE),--table $(TABLE))
 
-bench-layouts: build ## operators in channels_last, beside contiguous tensors, two minutes (TABLE=FILE writes the table)
+bench-layouts: build ## operators in channels_last, beside contiguous tensors, a minute (TABLE=FILE writes the table)
 	$(PY) -m benchmarks.cpu.layouts $(if $(TABLE),--table $(TABLE))
 
 sass: venv ## the CUDA kernels as machine code, and what cards can make of them, several minutes (TABLE=FILE writes it)

@@ -66,19 +66,17 @@ def row(operator: str, shape: Shape, dtype: torch.dtype, halves: bool = False) -
     return f"| {' | '.join([*cells, *(f'{ratio:.2f}' for ratio in ratios)])} |"
 
 
-def rows(only: str | None) -> Iterator[str]:
+def rows() -> Iterator[str]:
     for operator in OPERATORS:
-        if only in (None, operator):
-            yield from (row(operator, *case) for case in CASES)
-            if operator in HALVES:
-                yield from (row(operator, shape, dtype, True) for shape in OF_HALVES for dtype in (F32, F16))
+        yield from (row(operator, *case) for case in CASES)
+        if operator in HALVES:
+            yield from (row(operator, shape, dtype, True) for shape in OF_HALVES for dtype in (F32, F16))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", metavar="FILE", help="write the table to FILE")
-    parser.add_argument("--operator", choices=OPERATORS, help="that one alone")
-    options = parser.parse_args()
+    path = parser.parse_args().table
     torch.manual_seed(0)
     lines = [
         "# Memory layouts",
@@ -93,11 +91,11 @@ def main() -> None:
     ]
     for line in lines:
         print(line, flush=True)
-    for line in rows(options.operator):
+    for line in rows():
         print(line, flush=True)
         lines.append(line)
-    if options.table:
-        write_text(options.table, "\n".join([*lines, ""]))
+    if path:
+        write_text(path, "\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":

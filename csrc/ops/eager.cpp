@@ -44,7 +44,10 @@ void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& 
                                                 {"out", out},  {"table", rows.table},
                                                 {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
   if (plain(tensors)) return ddpm_ext::check_reverse_step(x_t, rows, source, out);
-  if (out.has_value()) check_not_negated("reverse_step", "out", *out);
+  if (out.has_value()) {
+    check_not_negated("reverse_step", "out", *out);
+    dtype_of("reverse_step", "out", out->scalar_type());
+  }
   check_agreement("reverse_step", tensors);
 }
 

@@ -215,6 +215,8 @@ def test_the_check_of_a_step_says_what_the_step_would(device):
     check_step_is_refused(COMMON + FUSED, device)
     x, table, t = moved((X, TABLE, T), device)
     check_step(x, table, t, noise=x, out=x.clone())
+    with pytest.raises(TypeError, match="out has dtype ComplexFloat"):
+        check_step(x, table, t, noise=x, out=x.to(torch.complex64).conj())
 
 
 def test_the_check_of_a_step_sees_values_on_the_cpu():
