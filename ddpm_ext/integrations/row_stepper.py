@@ -147,6 +147,13 @@ class RowStepper:
             step = self._step_for(x.device, dtype, rng)
         return step.take(x, m, None, i, out, **inputs), kept
 
+    def launch(self, i: int, x: Tensor, m: Tensor) -> Tensor:
+        """As take, where row i draws, reads and keeps nothing, and nothing is thresholded: the next sample."""
+        step = self._quiet_steps.get(x.dtype) if x.is_cpu else None
+        if step is None:
+            step = self._step_for(x.device, x.dtype, None)
+        return step.take(x, m, None, i)
+
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""
         key = dtype if device == CPU else (device, dtype)

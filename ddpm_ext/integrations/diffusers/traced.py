@@ -194,6 +194,32 @@ class TracedScheduler(Forward):
             repeated: for the step after it.
         """
         rows, settings, i, ring, _, last, made = loop
+        trace, x0 = rows.trace, None
+        step, is_last = trace.steps[i], i + 1 == len(trace.steps)
+        if of_loop.bare and last is None and (is_last or not trace.own[i + 1]) and not self._scales_inputs:
+            prev = rows.stepper.launch(i, x, m)
+        else:
+            prev, x0, ring, last, made = self._launched(loop, of_loop, m, x, tensors, others)
+        attributes, result = self.__dict__, step.result
+        attributes.update(step.state)
+        following = rows, settings, i + 1, ring, None if is_last else repeated, last, made
+        attributes["_traced_loop"] = tuple.__new__(LoopPosition, following)  # in half the time of a call
+        if not others.get("return_dict", True) or result.cls is tuple:
+            return (prev,) if of_loop.second is None else (prev, x0)
+        second = {} if result.name is None else {result.name: x0}
+        return result.cls(prev_sample=prev, **second)
+
+    def _launched(
+        self,
+        loop: LoopPosition,
+        of_loop: LoopDtypes,
+        m: Tensor,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        others: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], OwnResult | None, Made | None]:
+        """What the loop's next step returns, and LoopPosition's ring, last and made then. Arguments: _take_row's."""
+        rows, _, i, ring, _, last, made = loop
         trace, stepper = rows.trace, rows.stepper
         step, is_last = trace.steps[i], i + 1 == len(trace.steps)
         edited = last if last is not None and last.may_differ(x) else None
@@ -236,14 +262,7 @@ class TracedScheduler(Forward):
         last = None if own is None else OwnResult(prev, C.written(prev), own)
         if model_input is not None:
             made = Made(prev, C.written(prev), model_input)
-        attributes, result = self.__dict__, step.result
-        attributes.update(step.state)
-        following = rows, settings, i + 1, ring, None if is_last else repeated, last, made
-        attributes["_traced_loop"] = tuple.__new__(LoopPosition, following)  # in half the time of a call
-        if not others.get("return_dict", True) or result.cls is tuple:
-            return (prev,) if of_loop.second is None else (prev, x0)
-        second = {} if result.name is None else {result.name: x0}
-        return result.cls(prev_sample=prev, **second)
+        return prev, x0, ring, last, made
 
     def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """What the last step has written, where that is asked for. Of another tensor a product, with the same bits for

@@ -72,6 +72,8 @@ class LoopDtypes(NamedTuple):
         prev, second: those of a step's results; `second` is None where it has one alone.
         draws: those of each step's draws.
         quiet: whether a row draws nothing.
+        bare: whether each step is a launch and nothing else: it draws, reads and keeps nothing, and returns one tensor,
+            of the sample's dtype.
     """
 
     computed: torch.dtype
@@ -79,6 +81,7 @@ class LoopDtypes(NamedTuple):
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     quiet: list[bool]
+    bare: bool
 
 
 class TracedRows(NamedTuple):
@@ -335,7 +338,9 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     trace = rows.trace if kind is None else kind.trace  # which may be of more steps
     if kind is not None and in_float32:
         second = torch.float32 if trace.second else None
-        return _loop_dtypes(trace, output, sample, torch.float32, second, [step.draws for step in trace.steps])
+        return _loop_dtypes(
+            rows.stepper, trace, output, sample, torch.float32, second, [step.draws for step in trace.steps]
+        )
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
     is_watched = trace.read is not None and can_watch(rows.scheduler)
@@ -357,10 +362,11 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
     drawn = [each.step.draws for each in taken]
     drawn += [[torch.float32] * len(step.draws) for step in trace.steps[few:]]
-    return _loop_dtypes(trace, output, sample, prev, second, drawn)
+    return _loop_dtypes(rows.stepper, trace, output, sample, prev, second, drawn)
 
 
 def _loop_dtypes(
+    stepper: RowStepper,
     trace: TraceResult,
     output: torch.dtype,
     sample: torch.dtype,
@@ -372,4 +378,7 @@ def _loop_dtypes(
     quiet = [used is None and not dtypes for used, dtypes in zip(trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)
-    return LoopDtypes(computed, prev, second, drawn, quiet)
+    bare = second is None and stepper.threshold is None and computed is prev is sample and all(quiet)
+    bare = bare and not any([any(needs.history) or needs.keeps for needs in stepper.needs])
+    bare = bare and not any(trace.given) and not any([step.tensors for step in trace.steps])
+    return LoopDtypes(computed, prev, second, drawn, quiet, bare)
