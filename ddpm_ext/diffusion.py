@@ -212,8 +212,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             >>> captured = GaussianDiffusion(1000).capture(model, (4, 3, 8, 8), sampler="ddim", steps=4, device="cuda")
             >>> first, second = captured(Philox(seed=0)), captured(Philox(seed=1))
         """
-        if graph is False:
-            raise ValueError("graph is False, expected True, 'step' or 'loop'")
+        if not graph:
+            raise ValueError(f"graph is {graph!r}, expected True, 'step' or 'loop'")
         plan = self._plan(model, shape, {**options, "graph": graph})
         return CapturedLoop(plan.make(), plan.whole)
 

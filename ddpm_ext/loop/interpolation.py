@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ class Interpolation:
                 )
             if self.weight.is_cpu and not ((self.weight >= 0) & (self.weight <= 1)).all():
                 raise ValueError(f"weight is {self.weight}, expected 0 <= weight <= 1")
-        elif isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+        elif isinstance(self.weight, bool) or not isinstance(self.weight, numbers.Real):
             raise TypeError(f"weight is {self.weight!r}, expected a float or a tensor (batch,)")
         elif not 0 <= self.weight <= 1:
             raise ValueError(f"weight is {self.weight}, expected 0 <= weight <= 1")

@@ -70,7 +70,7 @@ class Loop:
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
             given = options.model_kwargs.items()
-            own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given}
+            own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in given}
             options = replace(options, model_kwargs=own)
         self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options)
         self._position = 0  # of the next row
@@ -129,7 +129,7 @@ class Loop:
         captured.seed.copy_(new.seed)
         captured.sample_ids.copy_(new.sample_ids)
         for name, value in given.items():
-            own[name].copy_(value)
+            own[name].copy_(value.detach())
         self._step.restart(x)
         self._position = 0
         if not self._whole:

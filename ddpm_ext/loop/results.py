@@ -48,7 +48,7 @@ def collect(
         return plan.make().run_whole().clone()
     loop = plan.make()
     copies = None if chosen is None else HostCopies(loop.x.device)
-    listed = not isinstance(record, str | int)
+    listed = isinstance(record, Sequence) and not isinstance(record, str)
     for now in loop.run(progress, copies):
         stop = callback is not None and callback(now)
         if copies is not None and chosen is not None and (now.step in chosen or (stop and not listed)):

@@ -79,7 +79,7 @@ class _Buffers(NamedTuple):
         return cls(empty_like(x), once, twice, None)
 
     def fill(self, x: Tensor) -> None:
-        twice = self.twice
+        twice, x = self.twice, x.detach()  # what the steps write has no gradient in it
         (twice if len(twice) == len(x) else twice.unflatten(0, (-1, len(x)))).copy_(x)
         if self.once is not self.x:
             self.x.copy_(x)

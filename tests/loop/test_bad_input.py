@@ -172,7 +172,8 @@ def test_graphs_of_the_whole_loop_show_nothing_in_between(backend, device):
         gd.capture(**arguments, self_condition=None)
     with pytest.raises(TypeError, match=r"clip_denoised is 0\.5, expected a bool, a range"):
         gd.sample_progressive(**arguments, clip_denoised=0.5)
-    with pytest.raises(ValueError, match="graph is False, expected True, 'step' or 'loop'"):
-        gd.capture(**arguments, graph=False)
+    for graph in (False, 0):
+        with pytest.raises(ValueError, match=f"graph is {graph}, expected True, 'step' or 'loop'"):
+            gd.capture(**arguments, graph=graph)
     assert model.calls == 0
     assert len([*gd.sample_progressive(**arguments, clip_denoised=DynamicThreshold())]) == 2

@@ -130,6 +130,23 @@ def test_captured_from_another_start(device, quiet, graph):
     assert torch.equal(captured(), first) and not torch.equal(first, second)
 
 
+def test_captured_loops_keep_no_graph_of_what_they_are_given(device, quiet):
+    gd = make_diffusion()
+    x = given(1, PART, device, torch.float32).requires_grad_()
+    arguments = ours(gd, "plain", device=device, model_kwargs={"y": 2 * x})
+    del arguments["progress"], arguments["rng"]
+    seen = []
+
+    def told(x, t, y):
+        seen.append(y.requires_grad)
+        return x * y
+
+    captured = gd.capture(**{**arguments, "model": told, "sampler": "ddim", "timesteps": [90, 50]})
+    for given_ in ({}, {"noise": x, "model_kwargs": {"y": 3 * x}}):
+        assert not captured(Philox(1), **given_).requires_grad
+    assert not any(seen)
+
+
 def test_captured_with_what_does_not_fit_is_refused(device, quiet):
     gd = make_diffusion()
     y = torch.ones(4, device=device)

@@ -9,7 +9,7 @@ import torch
 from support.gaussian import TIMESTEPS, diffusion, exact_model
 
 import ddpm_ext
-from ddpm_ext import Philox
+from ddpm_ext import Interpolation, Philox
 from ddpm_ext.loop.rows import CACHED
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import KernelTables
@@ -138,12 +138,23 @@ def test_callback_sees_each_step_and_may_end_the_loop(run):
     assert [step for step, _, _ in seen] == list(range(10))
     assert [t for _, t, _ in seen] == spaced_timesteps(TIMESTEPS, 10).tolist()
     assert all(np.array_equal(x, e) for (_, _, x), e in zip(seen, every, strict=True))
-    for record, kept in (("all", [0, 1, 2, 3]), (3, [2, 3]), ([0, 2, 8], [0, 2])):
+    for record, kept in (("all", [0, 1, 2, 3]), (3, [2, 3]), (np.int64(3), [2, 3]), ([0, 2, 8], [0, 2])):
         ended = run(gd, steps=10, record=record, callback=lambda r: r.step == 3)
         assert len(ended) == len(kept)
         assert all(np.array_equal(x, every[i]) for x, i in zip(ended, kept, strict=True))
     ended = run(gd, steps=10, record="last", callback=lambda r: r.step == 3)
     assert np.array_equal(ended.cpu().numpy(), every[3])
+
+
+@backends
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_no_gradient_leads_back_to_where_a_loop_begins(backend, guidance, device):
+    """After an even number of steps the last samples are in the memory of the first."""
+    gd, x = diffusion(backend=backend), torch.ones(SHAPE, device=device, requires_grad=True)
+    images, weight = (x.detach(), -x.detach()), torch.full((4,), 0.25, device=device, requires_grad=True)
+    options = {"steps": 2, "guidance": guidance, "progress": False, "record": "last"}
+    for begin in ({"noise": x}, {"start": x}, {"start": Interpolation(*images, weight)}):
+        assert not gd.p_sample_loop(lambda x, t: x / 2, SHAPE, **begin, **options).requires_grad
 
 
 def test_progressive(device):

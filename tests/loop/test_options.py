@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.loop_cases import CASES, CLOSE, PART, SAMPLERS, SHAPE, given, make_diffusion, ours, truth, with_variance
 
-from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Philox
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Interpolation, Philox
 
 BACKENDS = {"fused": torch.float32, "reference": torch.float64}
 WITHOUT_X0 = ("plain", "no clip", "clip range", "guidance", "inpaint jumps")  # some of them use the plain kernel
@@ -122,7 +122,8 @@ def test_numbers_of_numpy_are_numbers(backend, device):
     """As they come out of an array of settings."""
 
     def sample(number):
-        start = {"start": torch.ones(2, 3, 4, device=device), "strength": number(0.5), "record": "last"}
+        images = torch.ones(2, 3, 4, device=device), torch.zeros(2, 3, 4, device=device)
+        start = {"start": Interpolation(*images, number(0.5)), "strength": number(0.5), "record": "last"}
         options = start | {"sampler": "ddim", "eta": number(0.5), "steps": 4, "rng": Philox(0), "progress": False}
         guidance = Guidance(number(2), rescale=number(0.5), interval=(number(0), number(30)))
         kinds = (number(2), (number(-1), number(1))), (guidance, DynamicThreshold(number(0.75), number(2)))
