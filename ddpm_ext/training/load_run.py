@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.loop.guidance import Guidance
+from ddpm_ext.loop.guidance import as_guidance
 from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.folder import SCHEDULER, load_model
 from ddpm_ext.models.networks import FOLDERS, build_unet, check_size, check_supported, folder_of_denoiser
@@ -68,9 +68,9 @@ class Trained:
         """
         model, device, labels = self.model, next(self.model.parameters()).device, {}
         if self.classes is not None:
-            guidance = loop.get("guidance")
+            guidance = as_guidance(loop.get("guidance"))
             # Without an unconditional model the model gets the batch twice.
-            twice = isinstance(guidance, Guidance) and guidance.unconditional is None
+            twice = guidance is not None and guidance.unconditional is None
             found = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
             labels = {"labels": found["class_labels"]}
         options: dict[str, Any] = {"record": "last", "progress": False, "device": device}

@@ -67,8 +67,10 @@ def test_classes_of_a_module(tmp_path):
         assert not torch.allclose(one[0], trainer.sample()[0], atol=1e-3)
         (tmp_path / "run" / "model.json").unlink(missing_ok=True)  # then from the checkpoint
     null = Guidance(3.0, lambda x, t: trained.model(x, t, torch.full((len(x),), 3)))
-    found = [trained.sample(4, guidance=guidance, **LOOP) for guidance in (Guidance(3.0), null, None)]
-    assert torch.allclose(found[0], found[1], atol=1e-5) and not torch.allclose(found[0], found[2], atol=1e-3)
+    for count in (1, 4):
+        found = [trained.sample(count, guidance=guidance, **LOOP) for guidance in (Guidance(3.0), 3.0, null, None)]
+        assert torch.equal(found[0], found[1])
+        assert torch.allclose(found[0], found[2], atol=1e-5) and not torch.allclose(found[0], found[3], atol=1e-3)
     make(tmp_path / "without", model=Conditional(4), class_dropout=0.0, **options | {"steps": 2}).fit()
     with pytest.raises(ValueError, match="guidance: the model has no null class"):
         training.load(tmp_path / "without", Conditional(4)).sample(4, guidance=Guidance(3.0), **LOOP)
