@@ -180,10 +180,10 @@ def save_model(
         >>> digits = load_model("digits")
         >>> save_model(digits.unet, digits.settings, "copy-of-digits")
     """
-    target = Path(folder)
+    target, scheduler = Path(folder), settings.to_scheduler_config(clip=clip)
     write_weights(unet, target / WEIGHTS, dtype)
     files.write_text(target / CONFIG, unet.to_json_string())
-    files.write_json(target / SCHEDULER, settings.to_scheduler_config(clip=clip))
+    files.write_json(target / SCHEDULER, scheduler)
     if classes is not None:
         classes.save(target)
 

@@ -22,6 +22,8 @@ def test_labels_follow_the_samples_ids(chosen):
     assert whole.tolist() == [cycle[i % len(cycle)] for i in range(40)]
     for edges in ([0, 40], [0, 1, 2, 13, 39, 40], list(range(41))):
         assert torch.equal(torch.cat([PETS.labels_of(range(a, b), chosen) for a, b in pairwise(edges)]), whole)
+    for ids in (range(1, 40, 3), range(39, -1, -1), range(0)):
+        assert torch.equal(PETS.labels_of(ids, chosen), whole[list(ids)])
 
 
 def test_names_and_numbers():

@@ -221,6 +221,14 @@ def test_settings_survive_writing(settings):
     assert torch.equal(DiffusionSettings.of(ours).diffusion().schedule.noise, ours.schedule.noise)
 
 
+def test_settings_that_diffusers_lacks_are_refused_before_anything_is_written(saved, folder):
+    unet = models.load_model(folder).unet
+    unet.conv_in.bias.add_(1)
+    refused(ValueError, "prediction is 'edm'", models.save_model, unet, DiffusionSettings(prediction="edm"), folder)
+    for name in (WEIGHTS, CONFIG, SCHEDULER):
+        assert (folder / name).read_bytes() == (saved / name).read_bytes()
+
+
 def test_rectified_flow_is_a_scheduler_of_diffusers():
     config = DiffusionSettings(timesteps=50, beta_schedule="flow", prediction="flow").to_scheduler_config()
     sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config).sigmas
