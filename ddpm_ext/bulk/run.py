@@ -6,6 +6,7 @@ The ranks take turns at the missing shards: with R ranks, rank r draws every R-t
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -104,7 +105,8 @@ def sample_many(
 
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
     """Rank 0's preparation: writes or compares the manifest, locks the folder, and returns the missing shards."""
-    settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": list(shards.shape)}
+    settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": shards.shape}
+    settings = json.loads(json.dumps(settings))  # as the manifest has them, where a tuple is a list
     if shards.folder.exists() and not shards.folder.is_dir():
         raise ValueError(f"out: {shards.folder} is a file, expected a folder")
     if shards.manifest.exists():

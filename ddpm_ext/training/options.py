@@ -6,12 +6,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_ext.base import checks
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS, Mode
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES, VARIANCES
@@ -74,13 +75,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The values of an option that is one of several names."""
 
+# Of an option by its type, as JSON and range() take it: an integer of numpy is none.
+_NUMBERS: dict[Any, Callable[[str, Any], float]] = {"int": checks.as_int, "float": checks.real}
+
 
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of a training run; `ddpm-ext train --help` explains each of them.
 
     Raises:
-        ValueError: an option is out of range or doesn't fit another; the message names it.
+        TypeError: an option is no number. ValueError: it is out of range or doesn't fit another; the message names it.
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions
@@ -151,6 +155,10 @@ class TrainOptions:
     hub_private: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", str(self.device))
+        for each in fields(self):
+            if (number := _NUMBERS.get(each.type)) is not None:
+                object.__setattr__(self, each.name, number(each.name, getattr(self, each.name)))
         for name, (low, below, expected) in LIMITS.items():
             _require(name, getattr(self, name), low <= getattr(self, name) < below, expected)
         for name, choices in CHOICES.items():

@@ -65,7 +65,7 @@ def test_damaged_shard_is_reported_before_the_work(tmp_path, content):
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    settings = {"seed": 0, "eta": 0.5, "sampler": "ddim"}
+    settings = {"seed": 0, "eta": 0.5, "sampler": "ddim", "clip": (-1, 1)}
     exact_run.run(tmp_path, settings=settings)
     before = contents(tmp_path), (tmp_path / "manifest.json").read_bytes()
     assert exact_run.run(tmp_path, settings=dict(settings))[1].drawn == 0

@@ -169,6 +169,8 @@ def test_tensor_images_bad_input():
         with pytest.raises(ValueError, match=rf"the tensor has values from {found}.*, expected them in \[-1, 1"):
             TensorImages(torch.full((2, 1, 2, 2), value))
     assert not TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True)).batch(torch.tensor([0])).requires_grad
+    ones = torch.ones(2, 1, 2, 2)
+    assert TensorImages(torch._neg_view(-ones)).fingerprint() == TensorImages(ones).fingerprint()
 
 
 # ------------------------------------------------------------------------------------------------------ random crops

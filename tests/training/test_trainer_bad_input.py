@@ -86,6 +86,9 @@ BAD = [
     ({"weighting": "min_snr"}, "weighting is 'min_snr', but alphas_cumprod ends at 0"),
     ({"sample_every": 1, "sample_steps": 5, "data": torch.zeros(2, 2, 8, 8)}, "images have 2 channels"),
     ({"colour": "red"}, "colour"),
+    ({"steps": 2.5}, "steps is 2.5, expected an int"),
+    ({"checkpoint_every": 1.5}, "checkpoint_every is 1.5, expected an int"),
+    ({"lr": "0.1"}, "lr is '0.1', expected a number"),
 ]
 
 

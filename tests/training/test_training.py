@@ -14,6 +14,7 @@ from support.refused import refused
 from ddpm_ext import cli, training
 from ddpm_ext.models import load_model
 from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, outputs, run_options, train
+from ddpm_ext.training.options import as_json
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
@@ -134,6 +135,12 @@ def test_resume_of_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "rum").mkdir()
     (tmp_path / "rum" / "options.json").write_text("{}")
     assert cli.main(resume) == 2 and "options.json is damaged; remove it, and" in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_and_devices_are_options():
+    """options.json has them as JSON."""
+    given = {"steps": np.int64(7), "lr": np.float32(0.5), "seed": np.uint64(2**63), "device": torch.device("cpu")}
+    assert as_json(TrainOptions(**given)) == as_json(TrainOptions(steps=7, lr=0.5, seed=2**63, device="cpu"))
 
 
 def test_learning_rate():

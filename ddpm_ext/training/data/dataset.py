@@ -34,7 +34,7 @@ class TensorImages:
                 f"images: got {images.dtype} of shape {tuple(images.shape)}, "
                 "expected float32 of shape (count, channels, height, width), count at least 1"
             )
-        images = images.detach().cpu()
+        images = images.detach().cpu().resolve_neg()
         self._check_values(images)
         self.images, self._labels = images, labels
         self.shape: tuple[int, int, int] = tuple(images.shape[1:])  # type: ignore[assignment]
