@@ -126,7 +126,7 @@ def _features(
 ) -> Tensor:
     """(count, features) float64 of all images. what: they are, for the progress bar."""
     found = []
-    for index in counter(-(-len(images) // options.batch_size), f"features of {what}", options.quiet):
+    for index in counter(-(-len(images) // options.batch_size), f"features of {what}", options.quiet or None):
         first = index * options.batch_size
         indices = torch.arange(first, min(first + options.batch_size, len(images)), device="cpu")
         found.append(features_of(function, options.features, images.batch(indices), device))

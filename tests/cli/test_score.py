@@ -51,6 +51,7 @@ def test_numbers_are_those_of_the_features(manifest, capsys, samples, out, funct
     assert found["features"] == name and found["command"] == " ".join(["ddpm-ext", *command, "--quiet"])
     assert found["samples"]["count"] == 11 and {"ddpm_ext", "torch"} <= found["versions"].keys()
     assert f"features: {name}, " in told and "no FID" in told and out in told
+    assert call(*command) == 0 and capsys.readouterr() == (told, "")  # a bar is for a terminal
 
 
 def test_what_is_refused(manifest, capsys):
