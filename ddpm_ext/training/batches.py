@@ -127,7 +127,8 @@ class StepBatches(Dataset):
 
     def _chosen(self, purpose: str, step: int, share: float) -> Tensor:
         """About `share` of this rank's samples, at random, (samples,) bool."""
-        drawn = torch.rand(self.options.batch_size, generator=generator(self.options.seed, purpose, step), device="cpu")
+        own = generator(self.options.seed, purpose, step)
+        drawn = torch.rand(self.options.batch_size, generator=own, dtype=torch.float32, device="cpu")
         return drawn[self.start : self.stop] < share
 
     def _indices(self, places: range) -> Tensor:

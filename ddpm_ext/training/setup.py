@@ -67,7 +67,8 @@ def try_out(
     labelled: bool,
 ) -> None:
     """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
-    x, t = torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device="cpu")
+    x = torch.zeros(1, *shape, dtype=torch.float32, device=device)
+    t = torch.zeros(1, dtype=torch.int64, device="cpu")
     labels = torch.zeros(1, dtype=torch.int64, device=device) if labelled else None
     with torch.no_grad():
         output = network.try_out(model, x, t.to(device), diffusion.variance, labels)

@@ -180,6 +180,18 @@ def test_ranks_and_parts_share_the_batch(count, batch_size, ranks, accumulate, s
     assert torch.equal(split, whole)
 
 
+def test_torchs_default_dtype_changes_no_run(tmp_path):
+    options = {"data": trainer_run.IMAGES, "flip": True, "steps": 4}
+    model, before = Tiny(), torch.get_default_dtype()
+    make(tmp_path / "run", **options).fit()
+    torch.set_default_dtype(torch.float64)
+    try:
+        make(tmp_path / "other", model=model, **options).fit()
+    finally:
+        torch.set_default_dtype(before)
+    trainer_run.assert_same(tmp_path / "run", tmp_path / "other")
+
+
 def test_grids_are_samples_of_the_averaged_model(tmp_path):
     image = pytest.importorskip("PIL.Image")
     from ddpm_ext import plots
