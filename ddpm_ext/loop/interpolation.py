@@ -85,7 +85,7 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     dtype = checks.compute_dtype(first.dtype)
     a, b = first.to(dtype), second.to(dtype)
     w = _of_samples(weight, a)
-    cosine = torch.nn.functional.cosine_similarity(a.reshape(len(a), -1), b.reshape(len(b), -1), dim=1)
+    cosine = torch.nn.functional.cosine_similarity(a[:, None].flatten(1), b[:, None].flatten(1), dim=1)
     angle = _of_samples(cosine.clamp(-1, 1).acos(), a)
     along = angle.sin() < 1e-4
     sine = torch.where(along, 1, angle.sin())

@@ -95,7 +95,7 @@ def test_slerp_of_one_direction_is_lerp(dtype, shape):
         torch.testing.assert_close(
             found.double(), (a.double() + b.double()) / 2, rtol=1e-2 if dtype != F64 else 1e-12, atol=0
         )
-    assert slerp(a, -a, 0.5).isfinite().all()
+    assert slerp(a, -a, 0.5).isfinite().all() and slerp(a[:0], a[:0], 0.5).shape == a[:0].shape
 
 
 @pytest.mark.parametrize(

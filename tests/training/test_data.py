@@ -10,7 +10,16 @@ from support.refused import refused
 
 from ddpm_ext.training import TrainOptions
 from ddpm_ext.training.batches import StepBatches
-from ddpm_ext.training.data import DamagedImage, FolderImages, TensorImages, as_images, digits, labels_of, load_images
+from ddpm_ext.training.data import (
+    DamagedImage,
+    FolderImages,
+    TensorImages,
+    as_images,
+    digits,
+    labels_of,
+    load_images,
+    read_latents,
+)
 
 Image = pytest.importorskip("PIL.Image")
 datasets = pytest.importorskip("sklearn.datasets")
@@ -171,6 +180,19 @@ def test_tensor_images_bad_input():
     assert not TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True)).batch(torch.tensor([0])).requires_grad
     ones = torch.ones(2, 1, 2, 2)
     assert TensorImages(torch._neg_view(-ones)).fingerprint() == TensorImages(ones).fingerprint()
+
+
+def test_latents_bad_input(tmp_path):
+    one, expected = np.zeros((1, 4, 2, 2), np.float16), r"expected whole numbers >= 0 and < 1000000, one for each"
+    for latents, numbers, message in (
+        (one[:0], np.zeros(0, np.int64), r"holds float16 of shape \(0, 4, 2, 2\), expected floats"),
+        (one, np.array([2**62]), rf"holds arr_1, int64 of shape \(1,\), {expected}"),
+        (one, np.array([-1]), rf"holds arr_1, int64 of shape \(1,\), {expected}"),
+        (one, np.zeros(2, np.int64), rf"holds arr_1, int64 of shape \(2,\), {expected}"),
+        (one * np.nan, np.array([0]), "the latents have values that are not finite"),
+    ):
+        np.savez(tmp_path / "latents.npz", latents, numbers)
+        refused(ValueError, message, read_latents, tmp_path / "latents.npz")
 
 
 # ------------------------------------------------------------------------------------------------------ random crops

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ext.models import limits
 from ddpm_ext.training.data.dataset import TensorImages
 from ddpm_ext.training.data.source import Labels
 
@@ -47,15 +48,16 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
         raise ValueError(f"data: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"data: {path} is no .npz with arr_0, the latents ({error})") from error
-    if latents.dtype.kind != "f" or latents.ndim != 4:
+    if latents.dtype.kind != "f" or latents.ndim != 4 or not len(latents):
         expected = "floats (count, channels, height, width)"
         raise ValueError(f"data: {path} holds {latents.dtype} of shape {latents.shape}, expected {expected}")
     labels = None
     if numbers is not None:
-        if numbers.dtype.kind not in "iu" or numbers.shape != latents.shape[:1] or not (numbers >= 0).all():
+        good = numbers.dtype.kind in "iu" and numbers.shape == latents.shape[:1]
+        if not good or numbers.min() < 0 or numbers.max() >= limits.CLASSES:
             raise ValueError(
-                f"data: {path} holds arr_1, {numbers.dtype} of shape {numbers.shape}, expected whole numbers >= 0, one "
-                "for each of the latents"
+                f"data: {path} holds arr_1, {numbers.dtype} of shape {numbers.shape}, expected whole numbers >= 0 and "
+                f"< {limits.CLASSES}, one for each of the latents"
             )
         labels = Labels(torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, range(int(numbers.max()) + 1))))
     return Latents(torch.from_numpy(latents.astype(np.float32)), labels)
