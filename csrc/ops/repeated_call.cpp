@@ -4,6 +4,9 @@
 
 #include <ATen/core/grad_mode.h>
 
+#include <cstring>
+#include <optional>
+
 #include "ops/direct_call.h"
 #include "ops/fastcall.h"
 
@@ -73,6 +76,48 @@ bool unchanged(PyObject* state, PyObject* watched, PyObject* attributes, PyObjec
   return are_equal(own.ptr(), attributes);
 }
 
+// What `unchanged` takes as `watched`: the attributes of these names, and the lists.
+PyObject* watched(PyObject* state, PyObject* names) {
+  const auto found = py::reinterpret_steal<py::object>(PyList_New(0));
+  const auto add = [&found](PyObject* name, PyObject* value) {
+    PyObject* const x = value == nullptr ? Py_None : value;
+    const bool counts = THPVariable_Check(x) && !THPVariable_Unpack(x).is_inference();
+    const auto count = py::reinterpret_steal<py::object>(
+        counts ? PyLong_FromLongLong(static_cast<int64_t>(THPVariable_Unpack(x)._version())) : Py_NewRef(Py_None));
+    const auto each = py::reinterpret_steal<py::object>(PyTuple_Pack(3, name, x, count.ptr()));
+    if (!each || PyList_Append(found.ptr(), each.ptr()) < 0) throw py::error_already_set();
+  };
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
+    add(PyTuple_GET_ITEM(names, i), PyDict_GetItemWithError(state, PyTuple_GET_ITEM(names, i)));
+  Py_ssize_t position = 0;
+  PyObject *name = nullptr, *value = nullptr;
+  while (PyDict_Next(state, &position, &name, &value))
+    if (PyList_CheckExact(value)) add(name, value);
+  return PyList_AsTuple(found.ptr());
+}
+
+// Whether x is an ordinary dense tensor on the CPU, so that its memory is its numbers.
+bool is_dense(const Tensor& x) {
+  return x.is_cpu() && x.layout() == at::kStrided && !x.is_quantized() && !x.is_conj() && !x.is_neg() &&
+         plain({{"x", x}}) && x.is_contiguous();
+}
+
+// Whether two attributes have the same contents, bit for bit; nothing where contents_of in Python knows it.
+std::optional<bool> same_contents(PyObject* one, PyObject* other) {
+  if (Py_TYPE(one) != Py_TYPE(other)) return std::nullopt;
+  if (one == Py_None || PyBool_Check(one)) return one == other;
+  if (PyLong_CheckExact(one) || PyUnicode_CheckExact(one)) return are_equal(one, other);
+  if (PyFloat_CheckExact(one)) {
+    const double x = PyFloat_AS_DOUBLE(one), y = PyFloat_AS_DOUBLE(other);
+    return std::memcmp(&x, &y, sizeof(x)) == 0;
+  }
+  if (!THPVariable_CheckExact(one)) return std::nullopt;
+  const Tensor &x = THPVariable_Unpack(one), &y = THPVariable_Unpack(other);
+  if (!is_dense(x) || !is_dense(y)) return std::nullopt;
+  return x.scalar_type() == y.scalar_type() && x.sizes().equals(y.sizes()) &&
+         (x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0);
+}
+
 bool has_settings(const RepeatedCall& call, PyObject* state) {
   return unchanged(state, call.watched.ptr(), call.attributes.ptr(), call.items.ptr());
 }
@@ -103,7 +148,7 @@ PyObject* as_bool(bool value) { return Py_NewRef(value ? Py_True : Py_False); }
 
 const RepeatedCall& call_of(PyObject* self) {
   void* const call = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr();
-  TORCH_CHECK_TYPE(call != nullptr, "RepeatedCall: __init__ was not called");
+  TORCH_CHECK_TYPE(call != nullptr, "RepeatedCall: repeated_call has not made it");
   return *static_cast<RepeatedCall*>(call);
 }
 
@@ -146,6 +191,32 @@ PyObject* called_unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// watched(state, names)
+PyObject* called_watched(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("watched", count, 2);
+    return watched(args[0], args[1]);
+  });
+}
+
+// has_contents(state, contents, has_other): whether the attributes `state` have these contents, by name. Of what is not
+// known here, has_other(state, name, content) tells it.
+PyObject* called_has_contents(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("has_contents", count, 3);
+    Py_ssize_t position = 0;
+    PyObject *name = nullptr, *known = nullptr;
+    while (PyDict_Next(args[1], &position, &name, &known)) {
+      PyObject* const found = PyDict_GetItemWithError(args[0], name);
+      std::optional<bool> same;
+      if (found != nullptr) same = same_contents(found, known);
+      if (!same) same = py::cast<bool>(py::handle(args[2])(py::handle(args[0]), py::handle(name), py::handle(known)));
+      if (!*same) return as_bool(false);
+    }
+    return as_bool(true);
+  });
+}
+
 // row_of(state, args, options): the row of a step with these arguments, None unless it is like the one before.
 PyObject* called_row_of(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
@@ -175,23 +246,54 @@ PyObject* is_at(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-RepeatedCall make(const Tensor& output, const Tensor& sample, const Tensor& timesteps, int64_t first, py::dict options,
-                  py::tuple watched, py::dict attributes, py::dict items) {
-  return {Kind::of(output), Kind::of(sample), timesteps, first, options, watched, attributes, items};
+// following(timesteps, watched): the same of a loop with other timesteps and watched objects.
+PyObject* following(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("RepeatedCall.following", count, 2);
+    RepeatedCall call = call_of(self);
+    call.timesteps = as_tensor("timesteps", args[0]);
+    call.watched = py::reinterpret_borrow<py::object>(args[1]);
+    return py::cast(std::move(call)).release().ptr();
+  });
+}
+
+// repeated_call(args, options, timesteps, first, watched, attributes, items): a RepeatedCall; None where a step with
+// these arguments may need another look at them.
+PyObject* repeated_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return fastcall::guarded([=] {
+    fastcall::check_count("repeated_call", count, 7);
+    for (Py_ssize_t i = 0; i < 3; ++i)
+      if (!THPVariable_CheckExact(PyTuple_GET_ITEM(args[0], i))) return Py_NewRef(Py_None);
+    const auto given = [=](Py_ssize_t i) -> const Tensor& { return THPVariable_Unpack(PyTuple_GET_ITEM(args[0], i)); };
+    if (given(1).dim() != 0) return Py_NewRef(Py_None);
+    auto options = py::reinterpret_steal<py::dict>(PyDict_Copy(args[1]));
+    for (const auto& [name, value] : options)
+      if (THPVariable_Check(value.ptr())) return Py_NewRef(Py_None);
+    const auto borrowed = [=](Py_ssize_t i) { return py::reinterpret_borrow<py::object>(args[i]); };
+    const int64_t first = fastcall::Argument<int64_t>::of("first", args[3]);
+    RepeatedCall call{
+        Kind::of(given(0)), Kind::of(given(2)), as_tensor("timesteps", args[2]), first, std::move(options), borrowed(4),
+        borrowed(5),        borrowed(6)};
+    return py::cast(std::move(call)).release().ptr();
+  });
 }
 
 }  // namespace
 
 void define_repeated_call(py::module_& m) {
-  static PyMethodDef functions[] = {
-      fastcall::definition("index_of", called_index_of), fastcall::definition("unchanged", called_unchanged),
-      fastcall::definition("written", called_written), fastcall::definition("is_unwritten", called_is_unwritten)};
+  static PyMethodDef functions[] = {fastcall::definition("index_of", called_index_of),
+                                    fastcall::definition("unchanged", called_unchanged),
+                                    fastcall::definition("written", called_written),
+                                    fastcall::definition("is_unwritten", called_is_unwritten),
+                                    fastcall::definition("has_contents", called_has_contents),
+                                    fastcall::definition("watched", called_watched),
+                                    fastcall::definition("repeated_call", repeated_call)};
   for (PyMethodDef& each : functions)
     m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
   static PyMethodDef methods[] = {fastcall::definition("row_of", called_row_of), fastcall::definition("is_at", is_at),
-                                  fastcall::definition("has_kinds", has_kinds)};
+                                  fastcall::definition("has_kinds", has_kinds),
+                                  fastcall::definition("following", following)};
   py::class_<RepeatedCall> type(m, "RepeatedCall");
-  type.def(py::init(&make));
   for (PyMethodDef& each : methods) {
     auto* const of = reinterpret_cast<PyTypeObject*>(type.ptr());
     type.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(of, &each));

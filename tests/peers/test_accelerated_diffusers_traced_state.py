@@ -15,7 +15,9 @@ from support.launches import launches
 from support.warned import user_warnings
 
 from ddpm_ext import accelerate
-from ddpm_ext.integrations.diffusers.traced_begun import CALLED
+from ddpm_ext.integrations.diffusers.traced_begun import CALLED, _has
+from ddpm_ext.integrations.diffusers.traced_rows import contents_of
+from ddpm_ext.tables.trace_watch import MISSING
 
 STEPS = 6
 HISTORY, ALONE = "UniPCMultistepScheduler", "EDMEulerScheduler"  # the latter reads nothing of the steps before
@@ -328,3 +330,19 @@ def test_an_integer_that_diffusers_rejects(t):
         scheduler.set_timesteps(4)
         with pytest.raises(ValueError, match="integer indices"):
             scheduler.step(torch.zeros(SHAPE), t, torch.zeros(SHAPE))
+
+
+def test_the_compiled_module_compares_contents_bit_for_bit():
+    """As the keys of contents_of; no tensor on another device is read."""
+    zeros = torch.zeros(2, 3)
+    with torch.inference_mode():
+        inferred = torch.zeros(2, 3)
+    tensors = [zeros, -zeros, zeros / 0, zeros.clone(), zeros[:, :2], zeros.T, zeros.T.contiguous().T, inferred]
+    tensors += [zeros.double(), zeros.int(), zeros.bfloat16(), zeros[:0], torch.nn.Parameter(zeros)]
+    others = [0.0, -0.0, float("nan"), 0, False, None, "", "0", [], [0], [0.0], [None], [zeros], (0,), MISSING]
+    others += [zeros.numpy(), -zeros.numpy()]
+    for one in tensors + others:
+        state = {} if one is MISSING else {"x": one}
+        for other in tensors + others:
+            assert _has(state, {"x": other}) == (contents_of(one) == contents_of(other)), (one, other)
+        assert not _has({"x": zeros.to("meta")}, {"x": one})

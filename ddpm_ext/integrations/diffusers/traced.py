@@ -164,7 +164,7 @@ class TracedScheduler(Forward):
             if loop is None and self._are_first and len(args) == 3:
                 settings = Settings.of(self)
                 call = repeated_call(args, kwargs, self.timesteps, none.first, settings)
-                self._begun = Begun.of(none.again(), None, call, settings, args, kwargs)
+                self._begun = Begun.of(none.again(), None, call, settings)
             raise
         if loop.ring and loop.ring[0].shape != x.shape:
             raise Fallback("its samples have another shape than those of the step before")
@@ -173,7 +173,7 @@ class TracedScheduler(Forward):
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
             repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
         if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
-            self._begun = Begun.of(loop.rows, of_loop, repeated.call, loop.settings, args, kwargs)
+            self._begun = Begun.of(loop.rows, of_loop, repeated.call, loop.settings)
         return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(

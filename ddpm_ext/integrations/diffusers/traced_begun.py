@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_loop import EDITED, LoopPosition, Repeated, Settings, repeated_call
+from ddpm_ext.integrations.diffusers.traced_loop import EDITED, LoopPosition, Repeated, Settings
 from ddpm_ext.integrations.diffusers.traced_rows import (
     CONFIG,
     READ_HERE,
@@ -24,7 +24,7 @@ from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_run import changed, on_cpu
-from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch
+from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch, copied
 
 CALLED = 2  # loops that call it themselves, since to find out what it does costs more than ten such calls
 
@@ -35,7 +35,7 @@ class FirstInput(NamedTuple):
     Attributes:
         function, others: it returns function(the sample, *others); the others are numbers, also in tensors.
         changes: the attributes that it sets.
-        contents: of those that it reads.
+        contents: copies of those that it reads.
     """
 
     function: Callable[..., Tensor]
@@ -60,7 +60,7 @@ class FirstInput(NamedTuple):
         try:
             with on_cpu():
                 function, (given, *others), options = own.scale_model_input(x, timestep).made_by
-            found = {name: contents_of(vars(scheduler).get(name, MISSING)) for name in watch.read() - {CONFIG}}
+            found = {name: copied(vars(scheduler).get(name, MISSING)) for name in watch.read() - {CONFIG}}
         except Exception:  # of its own code, or of a result that no operator made of the sample
             return None
         changes = changed(own, watch.loaded | before)
@@ -89,9 +89,8 @@ class Begun(NamedTuple):
         rows: the loop's.
         of_loop: its dtypes; None where it has no rows.
         call: of its steps, as Repeated has it.
-        args, options: of its first step: tensors of the same kinds, and all others.
         settings: those of `rows.scheduler`.
-        levels, contents: of the attributes of `rows.scheduler` on which the rows hang, those of EDITED and the others,
+        levels, contents: the attributes of `rows.scheduler` on which the rows hang, those of EDITED and the others,
             beside its config.
         outside: what else they hang on.
         input: what scale_model_input does before a first step; None until it was called often enough, False where that
@@ -102,8 +101,6 @@ class Begun(NamedTuple):
     rows: TracedRows | NoRows
     of_loop: LoopDtypes | None
     call: Any
-    args: list[Tensor]
-    options: dict[str, Any]
     settings: Settings
     levels: dict[str, object]
     contents: dict[str, object]
@@ -115,29 +112,15 @@ class Begun(NamedTuple):
         return type(None), ()
 
     @classmethod
-    def of(
-        cls,
-        rows: TracedRows | NoRows,
-        of_loop: LoopDtypes | None,
-        call: Any,
-        settings: Settings,
-        args: Sequence[Tensor],
-        options: Mapping[str, Any],
-    ) -> Begun | None:
+    def of(cls, rows: TracedRows | NoRows, of_loop: LoopDtypes | None, call: Any, settings: Settings) -> Begun | None:
         """None where nobody knows what the rows hang on, or without a call. settings: as the loop began."""
         read, began = rows.read, rows.scheduler
         if read is None or call is None:
             return None
-        m, timestep, x = args
-        like = torch.empty_strided(x.shape, [0] * x.dim(), dtype=x.dtype, device=x.device)
-        of_output = like
-        if (m.shape, m.dtype, m.device) != (x.shape, x.dtype, x.device):
-            of_output = torch.empty_strided(m.shape, [0] * m.dim(), dtype=m.dtype, device=m.device)
         state, names = vars(began), read | READ_HERE
-        levels = {name: contents_of(state.get(name, MISSING)) for name in EDITED if name in names}
-        contents = {name: contents_of(state.get(name, MISSING)) for name in names.difference(levels, [CONFIG])}
-        kinds = [of_output, timestep, like]
-        return cls(rows, of_loop, call, kinds, dict(options), settings, levels, contents, outside(type(began)))
+        levels = {name: state.get(name, MISSING) for name in EDITED if name in names}
+        contents = {name: state.get(name, MISSING) for name in names.difference(levels, [CONFIG])}
+        return cls(rows, of_loop, call, settings, levels, contents, outside(type(began)))
 
     def is_for(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
         """Whether a step with these arguments may begin such a loop, whatever the settings. No tensor is read."""
@@ -171,11 +154,14 @@ class Begun(NamedTuple):
             return self._replace(called=self.called + 1)
         scheduler = new(type(self.rows.scheduler))
         scheduler.__dict__.update(before)
-        found = made_outside_autograd(FirstInput.of, scheduler, timestep, self.args[2].dim())
+        found = made_outside_autograd(FirstInput.of, scheduler, timestep, self.rows.key.dims)
         if not isinstance(found, FirstInput):
             return self._replace(input=False)
-        if any([found.contents.pop(name, x) != x for name, x in self.levels.items()]):  # which nobody compares again
+        levels = {name: x for name, x in self.levels.items() if name in found.contents}
+        if not _has(found.contents, levels):
             return self._replace(input=False)
+        for name in levels:  # which nobody compares again
+            del found.contents[name]
         return self._replace(input=found)
 
     def next_loop(self, scheduler: Any) -> NextLoop | None:
@@ -184,7 +170,7 @@ class Begun(NamedTuple):
         if isinstance(rows, NoRows) or self.of_loop is None or not _has(state, levels):
             return None  # all else is looked at when it begins
         settings = Settings.of(scheduler, self.settings)
-        call = repeated_call(self.args, self.options, scheduler.timesteps, rows.first, settings)
+        call = self.call.following(scheduler.timesteps, settings.watched)
         loop = LoopPosition(rows, settings, repeated=Repeated(self.of_loop, call))
         uncounted = {name: levels[name] for name, _, count in settings.watched if count is None and name in levels}
         return NextLoop(self, loop, call, self.contents | uncounted, found.contents | uncounted if found else {})
@@ -193,13 +179,15 @@ class Begun(NamedTuple):
 def _has(state: dict[str, Any], contents: Mapping[str, object]) -> bool:
     """Whether attributes have these contents. No tensor on a GPU is read."""
     try:
-        for name, known in contents.items():
-            value = state.get(name, MISSING)
-            if (isinstance(value, Tensor) and not value.is_cpu) or contents_of(value) != known:
-                return False
+        return bool(C.has_contents(state, contents, _has_other))
     except (ValueError, Fallback):  # of what cannot be compared
         return False
-    return True
+
+
+def _has_other(state: dict[str, Any], name: str, known: object) -> bool:
+    """_has of what the compiled module does not compare itself."""
+    value = state.get(name, MISSING)
+    return not (isinstance(value, Tensor) and not value.is_cpu) and contents_of(value) == contents_of(known)
 
 
 class NextLoop(NamedTuple):

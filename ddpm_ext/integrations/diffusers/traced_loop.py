@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,18 +33,14 @@ class Settings(NamedTuple):
     items: dict[str, Any]
 
     @classmethod
-    def of(cls, scheduler: Any, known: Settings | None = None, names: Sequence[str] = EDITED) -> Settings:
+    def of(cls, scheduler: Any, known: Settings | None = None, names: tuple[str, ...] = EDITED) -> Settings:
         """known: some with the same config. names: of the attributes that are watched."""
-        values, watched = vars(scheduler), []
-        for name in names:
-            x = values.get(name)
-            counts = isinstance(x, Tensor) and not x.is_inference()
-            watched.append((name, x, x._version if counts else None))
-        watched += [(name, x, None) for name, x in values.items() if type(x) is list]
+        values = vars(scheduler)
+        watched = C.watched(values, names)
         if known is not None:
-            return cls(tuple(watched), known.attributes, known.items)
+            return cls(watched, known.attributes, known.items)
         config = values[CONFIG]
-        return cls(tuple(watched), dict(vars(config)), dict(config))
+        return cls(watched, dict(vars(config)), dict(config))
 
     def are_those_of(self, scheduler: Any) -> bool:
         """Whether all are the same objects with the same contents. No tensor is read."""
@@ -64,16 +60,11 @@ class Settings(NamedTuple):
 
 
 def repeated_call(
-    args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor, first: int, settings: Settings
+    args: tuple[Any, ...], options: dict[str, Any], timesteps: Tensor, first: int, settings: Settings
 ) -> Any:
     """Repeated's call, of a loop that begins at the place `first` of the timesteps; None where a step with these
     arguments may need another look at them."""
-    m, timestep, x = args
-    if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
-        return None
-    if any(isinstance(y, Tensor) for y in options.values()):
-        return None
-    return C.RepeatedCall(m, x, timesteps, first, dict(options), *settings)
+    return C.repeated_call(args, options, timesteps, first, *settings)
 
 
 class Repeated(NamedTuple):
@@ -96,7 +87,12 @@ class Repeated(NamedTuple):
 
     @classmethod
     def of(
-        cls, loop: LoopPosition, of_loop: LoopDtypes, args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor
+        cls,
+        loop: LoopPosition,
+        of_loop: LoopDtypes,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+        timesteps: Tensor,
     ) -> Repeated | None:
         """For the steps after the loop's next one, which has these arguments; None where they may need another look.
 
