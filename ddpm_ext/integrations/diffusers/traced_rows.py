@@ -191,17 +191,16 @@ class RowsCache:
 
         state: the attributes of an object of diffusers' class.
         """
-        of_class = cls, outside(cls), tuple([(name, state[name]) for name in sorted(replaced(cls, state))]), key
-        reads = self._reads.get_or_make((cls, key), dict)  # to hash all methods takes longer than it saves
         contents: dict[str, object] = {}  # read once from a GPU
 
         def key_of(names: tuple[str, ...]) -> Hashable:
+            of_class = cls, outside(cls), tuple([(name, state[name]) for name in sorted(replaced(cls, state))]), key
             for name in names:
                 if name not in contents:
                     contents[name] = contents_of(state.get(name, MISSING))
             return of_class, names, tuple([contents[name] for name in names])
 
-        for names in list(reads):
+        for names in list(self._reads.get((cls, key)) or ()):  # to hash all methods takes longer than it saves
             found = self._rows.get(key_of(names))
             if found is not None:
                 return _if_rows(found)
@@ -209,7 +208,7 @@ class RowsCache:
         if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu and key.is_usual:
             return made
         names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
-        reads[names] = None
+        self._reads.get_or_make((cls, key), dict)[names] = None
         return _if_rows(self._rows.get_or_make(key_of(names), lambda: made))
 
 
