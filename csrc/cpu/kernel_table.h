@@ -30,12 +30,16 @@ struct NoisyRun {
   uint32_t block;  // Philox's block of the first element
 };
 
-// A thread's memory for the noise of runs in the order (pixels, channels).
+constexpr size_t kPage = 4096;
+
+// A thread's memory for the noise of runs in the order (pixels, channels). Copies go from page to page: one across the
+// border of two takes so long that a run of many is up to a tenth slower.
 struct PixelsMemory {
-  int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
+  alignas(kPage) float drawn[4 * kMostDrawn];            // of a group, by pixels of four
+  alignas(kPage) float ordered[kMostInGroup + 16];       // of a group, and what is copied behind the last stretch
   alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // of the first vector, and what is added to them
-  alignas(64) float drawn[4 * kMostDrawn];               // of a group, by pixels of four
-  alignas(64) float ordered[kMostInGroup + 16];          // of a group, and what is copied behind the last stretch
+  int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
+  static_assert(sizeof(drawn) <= kPage && sizeof(ordered) <= kPage);
 };
 
 // A run whose order is that of logical indices, or (pixels, channels). Then it has whole groups.

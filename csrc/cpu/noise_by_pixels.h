@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 
 #include "cpu/kernel_table.h"
@@ -28,10 +29,10 @@ inline int64_t copied_at_once(int64_t channels) {
 
 // Sets the fields of a run of drawn noise that depend on its order.
 inline void set_order(const Call& call, PixelsRun& run) {
-  static thread_local PixelsMemory memory;
+  static thread_local const auto memory = std::make_unique<PixelsMemory>();  // not all systems align a thread's own
   run.channels = std::max<int64_t>(1, call.channels_last);
   run.fours_in_sample = call.numel / 4 / run.channels;
-  run.memory = &memory;
+  run.memory = memory.get();
 }
 
 }  // namespace ddpm_ext::cpu
