@@ -264,8 +264,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
 
     scheduler: an object of diffusers' class without its state.
     """
-    for name, value in state.items():
-        scheduler.__dict__[name] = copied(value)
+    scheduler.__dict__.update({name: x if type(x) in CONSTANT else copied(x) for name, x in state.items()})
     own, first = scheduler.timesteps, key.first
     if first is None:
         times = torch.as_tensor(key.timestep, device="cpu")[None]
