@@ -65,7 +65,8 @@ class Classes:
         chosen: numbers of classes; empty: all, so that each has an equal share of the samples.
         """
         cycle = torch.tensor(chosen or range(len(self.names)), device="cpu")
-        return cycle[torch.tensor(samples, dtype=torch.int64, device="cpu") % len(cycle)]
+        ids = samples.start + samples.step * torch.arange(len(samples), device="cpu")
+        return cycle[ids % len(cycle)]
 
     def model_kwargs(
         self, samples: range, chosen: Sequence[int] = (), *, guided: bool = False, device: torch.device | str = "cpu"

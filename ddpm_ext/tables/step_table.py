@@ -406,7 +406,7 @@ BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PL
 PLACES = {name: at for at, name in enumerate(ROW)}  # in a packed row
 BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))  # those are no columns
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
-WITHIN = 2.0**254  # numbers whose sum of squares is below it are within float32
+WITHIN = 2.0**127  # of float32, however a number is rounded
 
 
 def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
@@ -428,8 +428,7 @@ def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32
     for name in placed:
         table[:, PLACES[name]] = columns[name]
     if dtype == torch.float32:
-        flat = table.ravel()
-        if not flat.dot(flat) < WITHIN:
+        if not np.abs(table).max(initial=0.0) < WITHIN:
             for name in placed:
                 check_float32(name, columns[name])
         table = table.astype(np.float32)

@@ -105,7 +105,8 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         held = (*dict.values(value), *getattr(value, "__dict__", {}).values())  # a config's own is slower
         others = {id(x): x for x in held if type(x) not in CONSTANT}  # which a config's item and attribute share
-        if all(map(_is_constant, others.values())):
+        is_config = isinstance(value, OrderedDict)
+        if all([isinstance(x, SIMPLE) or (is_config and _are_names(x)) for x in others.values()]):
             return _shallow(value)  # in a fiftieth of the time
     return copy.deepcopy(value)
 
@@ -123,9 +124,9 @@ def _shallow(value: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _is_constant(value: object) -> bool:
-    """Whether nobody changes it: a number, a string, None, or names in a list."""
-    return is_simple(value) or (isinstance(value, (list, tuple)) and {*map(type, value)} <= {str})
+def _are_names(value: object) -> bool:
+    """Whether it is a list of strings, as a config has one of the names of its defaults, which nobody writes to."""
+    return isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}
 
 
 def is_simple(value: object) -> bool:

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from support.choices import for_many
 from support.diffusers_classes import SHAPE, TRACED, check, loop, make
 from support.launches import launches
@@ -346,3 +348,46 @@ def test_the_compiled_module_compares_contents_bit_for_bit():
         for other in tensors + others:
             assert _has(state, {"x": other}) == (contents_of(one) == contents_of(other)), (one, other)
         assert not _has({"x": zeros.to("meta")}, {"x": one})
+
+
+class Gains(SchedulerMixin, ConfigMixin):
+    """Steps by a number in a dict, which it also multiplies the model's inputs by, and by one that each loop replaces
+    by a tensor of the samples' shape."""
+
+    order = 1
+
+    @register_to_config
+    def __init__(self, num_train_timesteps=1000):
+        self.gains, self.last = {"output": torch.tensor(0.1)}, torch.tensor(0.2)
+        self.set_timesteps(STEPS)
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        self.timesteps, self._step_index = torch.arange(num_inference_steps).flip(0), None
+
+    def scale_model_input(self, sample, timestep):
+        return sample * self.gains["output"]
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        self._step_index = (self._step_index or 0) + 1
+        factor = self.gains["output"] + (self.last if self._step_index == 1 else 0.3)
+        self.last = model_output
+        return (sample + factor * model_output,)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("edit", [lambda own: own.gains["output"].mul_(10), lambda own: own.last.fill_(0.5)])
+def test_an_edit_in_place_between_two_loops(edit, scales):
+    theirs, ours = Gains(), accelerate(Gains())
+    for turn in range(5):
+        theirs.last = ours.last.clone()  # a loop of ours leaves the one that it began with
+        for each in (theirs, ours) if turn == 3 else ():
+            edit(each)
+        found = []
+        for each in (theirs, ours):
+            each.set_timesteps(STEPS)
+            x = torch.ones(SHAPE)
+            for t in each.timesteps:
+                x = each.step(each.scale_model_input(x, t) if scales else torch.ones_like(x), t, x)[0]
+            found.append(x)
+        torch.testing.assert_close(found[1], found[0])
+    assert not ours.accelerated.fallbacks

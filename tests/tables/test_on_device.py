@@ -61,7 +61,7 @@ def test_packed_bad():
         refused(ValueError, "device is 'nowhere'", call, "nowhere")
 
 
-@pytest.mark.parametrize(("name", "value"), [("c0", 1e39), ("l1", -3.5e38)])
+@pytest.mark.parametrize(("name", "value"), [("c0", 1e39), ("l1", -3.5e38), ("c1", 1e200)])
 def test_numbers_beyond_float32_are_refused_where_they_are_packed(name, value):
     table = changed(**{name: [0.0, value, 0.0]})
     with pytest.raises(ValueError, match=rf"{name}\[1\] is {value:.6g}".replace("+", r"\+") + ", expected .* float32"):

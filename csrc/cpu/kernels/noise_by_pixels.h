@@ -167,8 +167,7 @@ class NoiseByPixels {
   }
 
   DDPM_HD static Products load_products(const uint64_t* from) {
-    typedef Products __attribute__((may_alias)) InMemory;
-    return *reinterpret_cast<const InMemory*>(from);  // memcpy takes a detour through the stack with g++
+    return *reinterpret_cast<const Products*>(from);  // with memcpy, g++ takes a detour through the stack
   }
 
   PixelsMemory& memory_;

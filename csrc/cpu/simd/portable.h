@@ -42,7 +42,7 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) {
 }
 
 using Words = U32;
-struct Products {
+struct __attribute__((may_alias)) Products {  // which PixelsMemory holds as integers
   uint64_t v[F32::kLanes];
 };
 

@@ -21,7 +21,7 @@ struct Words {
   explicit Words(uint32_t x) : Words(broadcast(x), broadcast(x)) {}
   explicit Words(U32 u) : Words(u.v, upper_words(u.v)) {}
 };
-struct Products {
+struct __attribute__((may_alias)) Products {  // which PixelsMemory holds as integers
   Integers even, odd;
 };
 

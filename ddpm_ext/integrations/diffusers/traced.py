@@ -30,6 +30,7 @@ from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
+from ddpm_ext.tables.trace_watch import copied
 
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
@@ -84,7 +85,7 @@ class TracedScheduler(Forward):
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         loop, held = self._traced_loop, {}
-        if isinstance(loop, LoopPosition):
+        if isinstance(loop, LoopPosition) and not loop.is_over():
             step = loop.rows.trace.steps[loop.at - 1]
             held = {name: self.__dict__.get(name) for name in step.tensors}
             self._hold(loop.rows, step, None)
@@ -100,9 +101,9 @@ class TracedScheduler(Forward):
 
     def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
         """Puts x in the place of each tensor that the scheduler would store in a step, since its other methods look
-        whether there is one; None: what was there before the loop."""
+        whether there is one; None: a copy of what was there before the loop."""
         for name in step.tensors:
-            self.__dict__[name] = vars(rows.scheduler).get(name) if x is None else x
+            self.__dict__[name] = copied(vars(rows.scheduler).get(name)) if x is None else x
 
     # ------------------------------------------------------------------------------------------------------ steps
 

@@ -35,7 +35,7 @@ class FirstInput(NamedTuple):
     Attributes:
         function, others: it returns function(the sample, *others); the others are numbers, also in tensors.
         changes: the attributes that it sets.
-        contents: copies of those that it reads.
+        contents: of those that it reads, as `_kept` has them.
     """
 
     function: Callable[..., Tensor]
@@ -60,7 +60,7 @@ class FirstInput(NamedTuple):
         try:
             with on_cpu():
                 function, (given, *others), options = own.scale_model_input(x, timestep).made_by
-            found = {name: copied(vars(scheduler).get(name, MISSING)) for name in watch.read() - {CONFIG}}
+            found = {name: _kept(vars(scheduler).get(name, MISSING)) for name in watch.read() - {CONFIG}}
         except Exception:  # of its own code, or of a result that no operator made of the sample
             return None
         changes = changed(own, watch.loaded | before)
@@ -90,8 +90,8 @@ class Begun(NamedTuple):
         of_loop: its dtypes; None where it has no rows.
         call: of its steps, as Repeated has it.
         settings: those of `rows.scheduler`.
-        levels, contents: the attributes of `rows.scheduler` on which the rows hang, those of EDITED and the others,
-            beside its config.
+        levels, contents: of the attributes of `rows.scheduler` on which the rows hang, those of EDITED, and the others
+            beside its config, as `_kept` has them.
         outside: what else they hang on.
         input: what scale_model_input does before a first step; None until it was called often enough, False where that
             is not known.
@@ -119,7 +119,7 @@ class Begun(NamedTuple):
             return None
         state, names = vars(began), read | READ_HERE
         levels = {name: state.get(name, MISSING) for name in EDITED if name in names}
-        contents = {name: state.get(name, MISSING) for name in names.difference(levels, [CONFIG])}
+        contents = {name: _kept(state.get(name, MISSING)) for name in names.difference(levels, [CONFIG])}
         return cls(rows, of_loop, call, settings, levels, contents, outside(type(began)))
 
     def is_for(self, scheduler: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
@@ -158,7 +158,7 @@ class Begun(NamedTuple):
         if not isinstance(found, FirstInput):
             return self._replace(input=False)
         levels = {name: x for name, x in self.levels.items() if name in found.contents}
-        if not _has(found.contents, levels):
+        if not _has(before, levels):
             return self._replace(input=False)
         for name in levels:  # which nobody compares again
             del found.contents[name]
@@ -176,7 +176,20 @@ class Begun(NamedTuple):
         return NextLoop(self, loop, call, self.contents | uncounted, found.contents | uncounted if found else {})
 
 
-def _has(state: dict[str, Any], contents: Mapping[str, object]) -> bool:
+class _Contents(NamedTuple):
+    """contents_of an attribute."""
+
+    key: object
+
+
+def _kept(value: Any) -> object:
+    """What `_has` compares an attribute with: nothing that the scheduler itself holds, which somebody may write to."""
+    if value is MISSING or type(value) in CONSTANT:
+        return value
+    return copied(value) if type(value) is Tensor else _Contents(contents_of(value))
+
+
+def _has(state: Mapping[str, Any], contents: Mapping[str, object]) -> bool:
     """Whether attributes have these contents. No tensor on a GPU is read."""
     try:
         return bool(C.has_contents(state, contents, _has_other))
@@ -184,10 +197,12 @@ def _has(state: dict[str, Any], contents: Mapping[str, object]) -> bool:
         return False
 
 
-def _has_other(state: dict[str, Any], name: str, known: object) -> bool:
+def _has_other(state: Mapping[str, Any], name: str, known: object) -> bool:
     """_has of what the compiled module does not compare itself."""
     value = state.get(name, MISSING)
-    return not (isinstance(value, Tensor) and not value.is_cpu) and contents_of(value) == contents_of(known)
+    if isinstance(value, Tensor) and not value.is_cpu:
+        return False
+    return contents_of(value) == (known.key if isinstance(known, _Contents) else contents_of(known))
 
 
 class NextLoop(NamedTuple):
