@@ -29,7 +29,7 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return vminq_f32(vmaxq_f32(x.v, lo.v)
 // Unlike on x86, one instruction takes the high or low words of four products, so that Philox's words stay in order.
 using Words = U32;
 struct __attribute__((may_alias)) Products {  // which PixelsMemory holds as integers
-  uint32x4_t lower, upper;  // of the first and the last two lanes
+  uint32x4_t lower, upper;                    // of the first and the last two lanes
 };
 
 DDPM_HD Products multiply_wide(Words a, uint32_t b) {
