@@ -5,7 +5,7 @@
 // four of pixels, then those of the next. So the vectors of normals of the fours' first pixels have all channels of one
 // such pixel, a stretch of memory, then those of the next, and so on for the second pixels. Where a vector has whole
 // stretches, it is put in order in registers. Otherwise the vectors up to one that ends with a stretch, a group, are
-// stored: where they belong if a stretch has whole vectors, else stretch after stretch is then copied to there.
+// stored, and stretch after stretch is copied to where it belongs.
 #pragma once
 
 #include <numeric>
@@ -136,15 +136,18 @@ class NoiseByPixels {
   // still being stored is waited for. At the end of a run, where nothing is drawn any more, z is stored in vain.
   DDPM_HD void exchange(F32 (&z)[4]) {
     if (in_registers()) return order(z, std::make_index_sequence<F32::kLanes>());
-    const float* const used = ordered_ + 4 * (at_ == 0 ? group_ : at_) - kFour;
     F32 noise[4];
-    for (int k = 0; k < 4; ++k) noise[k] = load(used + k * F32::kLanes);
-    if (at_ == 0) has_whole_vectors() ? std::swap(drawn_, ordered_) : order_stretches(memory_, group_);
+    for (int k = 0; k < 4; ++k) noise[k] = load(used_ + k * F32::kLanes);
+    used_ += kFour;
+    if (drawn_ == memory_.drawn + group_) {
+      order_stretches(memory_, group_);
+      drawn_ = memory_.drawn, used_ = memory_.ordered;
+    }
     for (int k = 0; k < 4; ++k) {
-      store(drawn_ + k * apart_ + at_, z[k]);
+      store(drawn_ + k * kMostDrawn, z[k]);
       z[k] = noise[k];
     }
-    at_ = at_ + F32::kLanes == group_ ? 0 : at_ + F32::kLanes;
+    drawn_ += F32::kLanes;
   }
 
  private:
@@ -153,8 +156,6 @@ class NoiseByPixels {
   static int64_t blocks_of_group(int64_t channels) { return std::lcm(channels, F32::kLanes); }
 
   DDPM_HD bool in_registers() const { return group_ == F32::kLanes; }
-  // Whether a stretch has whole vectors, which are stored where they belong.
-  DDPM_HD bool has_whole_vectors() const { return group_ == channels_; }
 
   template <size_t... i>
   DDPM_HD void order(F32 (&z)[4], std::index_sequence<i...> lanes) {
@@ -172,9 +173,8 @@ class NoiseByPixels {
 
   PixelsMemory& memory_;
   const int64_t channels_, group_;
-  int64_t at_ = 0;  // the blocks of a group that are drawn
-  float *drawn_ = memory_.drawn, *ordered_ = memory_.ordered;
-  const int64_t apart_ = has_whole_vectors() ? channels_ : kMostDrawn;  // the normals of two pixels of a block
+  float* drawn_ = memory_.drawn + group_;  // behind what is drawn of a group
+  const float* used_ = memory_.ordered;    // what is used next
   const uint64_t *const first_ = memory_.products + F32::kLanes, *const end_ = first_ + group_;
   const uint64_t* step_ = first_;
   Products products_;
