@@ -37,10 +37,14 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
 
 
 def real(name: str, value: Any) -> float:
-    """Returns `value` as a float. Raises TypeError unless it is a number."""
+    """Returns `value` as a float, which is infinite where it is too large for one. Raises TypeError unless it is a
+    number."""
     if isinstance(value, bool) or not isinstance(value, _REALS):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def finite(name: str, value: object) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
@@ -75,8 +76,33 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The values of an option that is one of several names."""
 
-# Of an option by its type, as JSON and range() take it: an integer of numpy is none.
-_NUMBERS: dict[Any, Callable[[str, Any], float]] = {"int": checks.as_int, "float": checks.real}
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected a bool")
+    return value
+
+
+def _several(one: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
+    def checked(name: str, values: Any) -> tuple[float, ...]:
+        try:
+            given = tuple(values)
+        except TypeError:
+            raise TypeError(f"{name} is {values!r}, expected a tuple of numbers") from None
+        return tuple(one(f"{name}[{i}]", value) for i, value in enumerate(given))
+
+    return checked
+
+
+# An option by its type, as JSON and range() take it: an integer of numpy is none.
+_AS_JSON: dict[Any, Callable[[str, Any], Any]] = {
+    "bool": _flag,
+    "int": checks.as_int,
+    "int | None": lambda name, value: value if value is None else checks.as_int(name, value),
+    "float": checks.real,
+    "tuple[int, ...]": _several(checks.as_int),
+    **dict.fromkeys(("tuple[float, ...]", "tuple[float, float]"), _several(checks.real)),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,8 @@ class TrainOptions:
     """The options of a training run; `ddpm-ext train --help` explains each of them.
 
     Raises:
-        TypeError: an option is no number. ValueError: it is out of range or doesn't fit another; the message names it.
+        TypeError: an option is of another type. ValueError: it is out of range or doesn't fit another; the message
+        names it.
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions
@@ -155,10 +182,14 @@ class TrainOptions:
     hub_private: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "device", str(self.device))
+        object.__setattr__(self, "device", default_device() if self.device is None else str(self.device))
+        checks.device(self.device)
         for each in fields(self):
-            if (number := _NUMBERS.get(each.type)) is not None:
-                object.__setattr__(self, each.name, number(each.name, getattr(self, each.name)))
+            value = getattr(self, each.name)
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            if (checked := _AS_JSON.get(each.type)) is not None:
+                value = checked(each.name, value)
+            object.__setattr__(self, each.name, value)
         for name, (low, below, expected) in LIMITS.items():
             _require(name, getattr(self, name), low <= getattr(self, name) < below, expected)
         for name, choices in CHOICES.items():
@@ -230,8 +261,7 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
     """The options of a checkpoint, `was`, with those in `given` replaced."""
     known = {name: value for name, value in was.items() if name in TrainOptions.__dataclass_fields__}
-    chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()} | given
-    return TrainOptions(**chosen)
+    return TrainOptions(**known | given)
 
 
 def _require(name: str, value: object, good: bool, expected: str) -> None:

@@ -89,6 +89,13 @@ BAD = [
     ({"steps": 2.5}, "steps is 2.5, expected an int"),
     ({"checkpoint_every": 1.5}, "checkpoint_every is 1.5, expected an int"),
     ({"lr": "0.1"}, "lr is '0.1', expected a number"),
+    ({"lr": 10**400}, "lr: got inf, expected a number > 0"),
+    ({"image_size": "8"}, "image_size is '8', expected an int"),
+    ({"widths": 32}, "widths is 32, expected a tuple of numbers"),
+    ({"attention": (0, 1.5)}, r"attention\[1\] is 1.5, expected an int"),
+    ({"betas": (0.9, "0.99")}, r"betas\[1\] is '0.99', expected a number"),
+    ({"flip": "no"}, "flip is 'no', expected a bool"),
+    ({"device": 0}, "device is '0', expected a torch device such as 'cpu' or 'cuda:0'"),
 ]
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,9 +139,20 @@ def test_resume_of_no_run_is_refused(tmp_path, capsys):
 
 
 def test_numbers_of_numpy_and_devices_are_options():
-    """options.json has them as JSON."""
+    """options.json has them as JSON, and tuples for lists and arrays."""
     given = {"steps": np.int64(7), "lr": np.float32(0.5), "seed": np.uint64(2**63), "device": torch.device("cpu")}
-    assert as_json(TrainOptions(**given)) == as_json(TrainOptions(steps=7, lr=0.5, seed=2**63, device="cpu"))
+    given |= {
+        "image_size": np.int64(8),
+        "channels": np.int8(1),
+        "widths": np.array([8, 16]),
+        "attention": [np.int32(1)],
+    }
+    given |= {"betas": np.float32([0.5, 0.75]), "extra_emas": [np.float64(0.5)], "tune": (np.int64(4),)}
+    plain = {"steps": 7, "lr": 0.5, "seed": 2**63, "device": "cpu", "image_size": 8, "channels": 1, "widths": (8, 16)}
+    plain |= {"attention": (1,), "betas": (0.5, 0.75), "extra_emas": (0.5,), "tune": (4,)}
+    assert TrainOptions(**given) == TrainOptions(**plain) and as_json(TrainOptions(**given))
+    folder = TrainOptions(data=Path("photos"), model_config=Path("config.json"), device=None)
+    assert folder == TrainOptions(data="photos", model_config="config.json")
 
 
 def test_learning_rate():
