@@ -136,7 +136,7 @@ def shape(value: object, least: int = 0) -> tuple[int, ...]:
     """Returns sizes (batch, ...) as a tuple. Raises TypeError unless all are ints, ValueError if one is too small."""
     if not isinstance(value, Iterable):
         raise TypeError(f"shape is {value}, expected ints (batch, ...)")
-    sizes = tuple(value)
+    sizes = tuple([int(n) if isinstance(n, np.integer) else n for n in value])
     for n in sizes:
         if isinstance(n, bool) or not isinstance(n, _INTS):
             raise TypeError(f"shape is {sizes}, expected ints (batch, ...)")

@@ -99,6 +99,9 @@ def test_numpy_integers_are_integers(device):
     x = torch.randn(2, 4, device=device)
     assert torch.equal(gd.q_sample(x, np.int64(7), noise=x), gd.q_sample(x, 7, noise=x))
     assert torch.equal(gd.q_sample(x, 7, rng=Philox(np.int64(3))), gd.q_sample(x, 7, rng=Philox(3)))
+    options = {"steps": 1, "rng": Philox(3), "device": device, "record": "last", "progress": False}
+    samples = [gd.sample(lambda x, t: x, size, size, size, **options) for size in (2, np.int64(2))]
+    assert torch.equal(*samples)
 
 
 @backends
