@@ -160,7 +160,7 @@ SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
 SPACING = f"which timesteps: {SPACING_NAMES} (default: {DEFAULT_SPACING})"
 
 
-class _OfSampler(str):
+class OfSampler(str):
     """A spacing that came with a sampler's name."""
 
 
@@ -176,12 +176,12 @@ class SamplerName(argparse.Action):
         self.known = known
 
     def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
-        beside = None if isinstance(options.spacing, _OfSampler) else options.spacing
+        beside = None if isinstance(options.spacing, OfSampler) else options.spacing
         try:
             options.sampler, spacing = sampler_and_spacing(given, beside, self.known, SPACINGS)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
-        options.spacing = _OfSampler(spacing) if beside is None and spacing is not None else spacing
+        options.spacing = OfSampler(spacing) if beside is None and spacing is not None else spacing
 
 
 class SpacingName(argparse.Action):
@@ -189,7 +189,7 @@ class SpacingName(argparse.Action):
 
     def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
         spacing = find_name(given, SPACINGS) or given
-        if isinstance(options.spacing, _OfSampler) and spacing != options.spacing:
+        if isinstance(options.spacing, OfSampler) and spacing != options.spacing:
             raise argparse.ArgumentError(self, f"got {given}, but the name of the sampler has {options.spacing}")
         options.spacing = spacing
 

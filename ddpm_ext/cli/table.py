@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.stored import one_line
-from ddpm_ext.tables.names import find_name
+from ddpm_ext.tables.names import sampler_and_spacing
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import StepTable
 
 CONFIG = "scheduler_config.json"
@@ -80,8 +82,10 @@ def run(options: argparse.Namespace) -> None:
     if options.scheduler is not None and not os.path.exists(options.scheduler):
         raise ValueError(f"scheduler: got {options.scheduler}, expected {FOLDER}")
     source = options.sampler or options.scheduler
-    if source == options.scheduler and source in SAMPLERS:
+    if source == options.scheduler and _sampler_of(source) is not None:
         source = os.path.join(os.curdir, source)  # a folder that has the name of a sampler
+    if isinstance(options.spacing, arguments.OfSampler):
+        source, options.spacing = f"{source} {options.spacing}", None
     sources = [source, *([] if options.diff is None else [options.diff])]
     check_options(options, sources)
     tables = {source: table_of(source, options) for source in sources}
@@ -94,15 +98,25 @@ def run(options: argparse.Namespace) -> None:
 
 
 def source_name(given: str) -> str:
-    """The known name of a sampler where one is meant; any other text, such as that of a file, itself."""
-    is_path = os.sep in given or os.path.exists(given)
-    return given if is_path else find_name(given, SAMPLERS) or given
+    """The known name of a sampler where one is meant, with that of a spacing where there is one after it, as in "euler
+    karras"; any other text, such as that of a file, itself."""
+    if os.sep in given or os.path.exists(given):
+        return given
+    with suppress(ValueError):
+        return " ".join(filter(None, sampler_and_spacing(given, None, SAMPLERS, SPACINGS)))
+    return given
+
+
+def _sampler_of(source: str) -> str | None:
+    """The sampler of a name that source_name gave; None where it is that of a file or folder."""
+    sampler, _, spacing = source.partition(" ")
+    return sampler if sampler in SAMPLERS and spacing in ("", *SPACINGS) else None
 
 
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:
     """Raises ValueError where an option belongs to none of the sources."""
-    samplers = [source for source in sources if source in SAMPLERS]
-    schedulers = [source for source in sources if source not in SAMPLERS and not _is_table(source)]
+    samplers = [sampler for source in sources if (sampler := _sampler_of(source)) is not None]
+    schedulers = [source for source in sources if _sampler_of(source) is None and not _is_table(source)]
     for name, used in (("steps", samplers or schedulers), ("mu", schedulers), ("spacing", samplers), ("eta", samplers)):
         if getattr(options, name) is not None and not used:
             kind = "scheduler" if name == "mu" else "sampler"
@@ -112,15 +126,15 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
 
 
 def table_of(source: str, options: argparse.Namespace) -> StepTable:
-    """The table of a sampler's name, a scheduler's folder or config, or a file.
+    """The table of a sampler's name as source_name gives it, a scheduler's folder or config, or a file.
 
     Raises:
         TypeError, ValueError: an option is out of range, or `source` is none of these, or no table. MissingExtra: it
         needs diffusers.
     """
-    if source in SAMPLERS:
+    if (sampler := _sampler_of(source)) is not None:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
-        eta = arguments.eta_of(source, options.eta)
+        eta = arguments.eta_of(sampler, options.eta)
         chosen = LoopOptions(sampler=source, steps=options.steps, spacing=options.spacing, eta=eta)
         return make_loop_rows(diffusion, chosen).table
     path = Path(source)
@@ -136,7 +150,7 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
 
 def _config_of(source: str) -> Path | None:
     """Where the config of a scheduler lies; None where `source` names none."""
-    if source in SAMPLERS:
+    if _sampler_of(source) is not None:
         return None
     path = Path(source)
     places = (path, path / CONFIG, path / "scheduler" / CONFIG)

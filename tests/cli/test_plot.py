@@ -70,8 +70,8 @@ def test_tables_of_samplers_and_files(saved, capsys):
 
 def test_samplers_by_their_other_names(saved, tmp_path, capsys):
     """As --sampler takes them. What is a file or a folder is no name of a sampler."""
-    assert call("plot", "table", "Euler a", "DDIM", "--steps", 4, "--out", "a.png") == 0
-    assert capsys.readouterr().out == "a.png: euler_ancestral (4 rows), ddim (4 rows)\n"
+    assert call("plot", "table", "Euler a", "DDIM", "Euler Karras", "--steps", 4, "--out", "a.png") == 0
+    assert capsys.readouterr().out == "a.png: euler_ancestral (4 rows), ddim (4 rows), euler karras (4 rows)\n"
     assert call("table", "--sampler", "k_euler", "--diff", "EulerDiscreteScheduler", "--steps", 4) == 0
     assert capsys.readouterr().out == "no difference\n"
     (tmp_path / "DDIM").mkdir()

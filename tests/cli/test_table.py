@@ -33,6 +33,15 @@ def test_a_sampler_is_saved_and_compared(tmp_path, capsys):
     assert capsys.readouterr().out == f"{ddim(grid_of(4)).diff(ours)}\n"
 
 
+def test_a_spacing_within_a_name_is_that_of_its_table_alone(capsys):
+    given = ("DPM++ 2M Leading",), ("dpmpp_2m", "--spacing", "leading"), ("dpmpp_2m",)
+    for name, other in zip(("Euler linspace", "euler", "Euler Leading"), given, strict=True):
+        assert call("table", "--sampler", name, "--steps", 5, "--diff", *other) == 0
+    pairs = ("linspace", "leading"), ("leading", "leading"), ("leading", "trailing")
+    expected = [f"{euler(grid_of(5, one)).diff(dpmpp_2m(grid_of(5, other)))}\n" for one, other in pairs]
+    assert capsys.readouterr().out == "".join(expected)
+
+
 def test_a_scheduler_is_traced(scheduler, tmp_path, capsys):
     folder, made = scheduler
     expected = StepTable.trace(made, 5)
@@ -65,6 +74,10 @@ BAD = [
     (("--sampler", "euler", "--diff", "nowhere", "--steps", "20"), "table: got nowhere, expected ddpm"),
     (("--sampler", "dpmpp_4m"), "sampler is 'dpmpp_4m', expected a name such as 'dpmpp_3m', 'dpmpp_2m'"),
     (("--sampler", "Euler Karras", "--spacing", "beta"), "got beta, but the name of the sampler has karras"),
+    (
+        ("--sampler", "euler", "--diff", "Euler Karras", "--spacing", "beta"),
+        "spacing is 'beta' beside sampler 'euler ka",
+    ),
     (("--sampler", "euler", "--mu", "1"), "mu: got 1.0, but there is no scheduler that it is for"),
     (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),
     (("--scheduler", "damaged"), "steps: got none, expected a number of steps for the scheduler of"),
