@@ -15,6 +15,9 @@ from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 _LARGEST_JSON = 2**28
 
 
@@ -104,6 +107,14 @@ def write_text(path: str | os.PathLike[str], content: str) -> None:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes `content` to `path` as indented JSON, atomically. Raises ValueError for NaN and infinities."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_array(path: str | os.PathLike[str], array: npt.NDArray[Any]) -> None:
+    """Writes an .npy, atomically."""
+    # A file that is open for writing alone is written by numpy's own C code: on a full disk its error doesn't say why,
+    # and what was left in its buffer is lost without any.
+    with atomic_path(path) as beside, open(beside, "w+b") as opened:
+        np.save(opened, array)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -96,7 +96,8 @@ def sample_many(
             for start in range(ids.start, ids.stop, batch_size):
                 batches.append(draw(start, min(batch_size, ids.stop - start)))
                 watch.look(start + len(batches[-1]) - ids.start)
-            shards.write(index, np.concatenate(batches), [number for number in ids if number in not_finite])
+            with files.errors_name("out", shards.path(index), f"; {KEPT}"):
+                shards.write(index, np.concatenate(batches), [number for number in ids if number in not_finite])
             watch.own_shard_is_done()
         ranks.wait_for_all(watch.wait)
         result = watch.finish()

@@ -81,8 +81,7 @@ class Shards:
             files.write_json(list_of_them, list(not_finite))
         else:
             list_of_them.unlink(missing_ok=True)
-        with files.atomic_path(self.path(index)) as beside:
-            np.save(beside, images)
+        files.write_array(self.path(index), images)
 
     def remove(self, index: int) -> None:
         """Removes a shard, if it is there, and the numbers of its samples that were not finite."""

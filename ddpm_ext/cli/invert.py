@@ -67,7 +67,6 @@ def run(options: argparse.Namespace) -> None:
         )
         wrong += are_finite(noise).count(False)
         found.append(noise.float().cpu().numpy())
-    with files.atomic_path(options.out) as beside, open(beside, "wb") as opened:
-        np.save(opened, np.concatenate(found))
+    files.write_array(options.out, np.concatenate(found))
     print(f"{options.out}: noise of {plural(len(images), 'image')}, after {plural(len(table), 'step')}")
     refuse_not_finite(wrong, len(images), options.out)
