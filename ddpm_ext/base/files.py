@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -19,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 _LARGEST_JSON = 2**28
+_ABANDONED = 3600.0  # seconds after which nobody writes to a file any more
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -74,11 +77,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, of: Path | None = None) -> None:
-    """Removes from a folder what killed processes left that were writing `of`, or any file. No other may be writing."""
+def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -math.inf) -> None:
+    """Removes from a folder what killed processes left that were writing `of`, or any file. No other may be writing.
+
+    untouched: for how many seconds it must not have been written to.
+    """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if time.time() - leftover.stat().st_mtime > untouched:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
@@ -138,7 +145,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError, naming the reason, if a file could not be written to `path`; leaves no file behind.
 
     With it, a command can report a wrong path before hours of work in place of afterwards. The file's folder is made
-    where the one above it exists: a mistyped path makes no others.
+    where the one above it exists: a mistyped path makes no others. What earlier commands left that were killed while
+    they wrote this file is removed.
     """
     try:
         target = _target(path)
@@ -148,6 +156,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.touch()
         finally:
             probe.unlink(missing_ok=True)
+        with suppress(OSError):  # it is another user's, or another command has finished the file meanwhile
+            remove_leftovers(target.parent, target, untouched=_ABANDONED)
     except FileExistsError as error:
         raise ValueError(f"out: cannot write {path}: {error.filename} is no folder") from error
     except FileNotFoundError as error:

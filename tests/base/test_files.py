@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from support.refused import refused
@@ -74,8 +75,16 @@ def test_devices_and_folders_are_refused(tmp_path, write):
 
 
 def test_check_writable(tmp_path):
+    """Of this file, what a process left that was killed an hour ago is removed, and nothing that may be in use."""
+    new, old, others = (tmp_path / "new" / f".{name}.0a1b2c3{i}.png" for i, name in enumerate("aab"))
     files.check_writable(tmp_path / "new" / "a.png")
     assert not list((tmp_path / "new").iterdir())
+    for leftover, age in ((new, 0), (old, 3700), (others, 3700)):
+        leftover.touch()
+        os.utime(leftover, (time.time() - age,) * 2)
+    files.check_writable(tmp_path / "new" / "a.png")
+    assert sorted((tmp_path / "new").iterdir()) == [new, others]
+    new.unlink(), others.unlink()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"out: cannot write .*file/a\.png: .*/file is no folder$"):
         files.check_writable(tmp_path / "file" / "a.png")
