@@ -15,6 +15,7 @@ from support.accelerated_diffusers import make, seeded
 from support.diffusers_families import quiet, with_text
 from support.launches import launches
 
+from ddpm_ext import Philox
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.models.folder import DIGITS
 
@@ -69,6 +70,11 @@ def test_another_scheduler_by_the_line_of_every_guide(sd):
         ours.scheduler = DDIMScheduler()
         ours.scheduler.set_timesteps(2)
         assert ours.accelerated.rng.seed_and_ids() == (4, 4)
+    ours.accelerated.rng = Philox(4, 9)
+    del ours.scheduler
+    ours.scheduler = DDIMScheduler()
+    ours.scheduler.set_timesteps(2)
+    assert ours.accelerated.rng.seed_and_ids() == (4, 9)
 
 
 def test_a_saved_pipeline_is_diffusers(sd, tmp_path):

@@ -52,8 +52,7 @@ class Pipeline(Accelerated):
         `pipeline.scheduler = X.from_config(pipeline.scheduler.config)` stands in every guide, and X makes plain ones.
         """
         reason, replaced = None, vars(self).get(name)
-        if is_scheduler(type(replaced)) and isinstance(replaced, Accelerated):  # also for one that comes after None
-            vars(self)["_acceleration"] = replaced.accelerated.continued()
+        self._note_end_of(replaced)
         if is_scheduler(type(value)) and not isinstance(value, Accelerated):
             settings = self._settings_in_place_of(replaced)
             try:
@@ -63,6 +62,16 @@ class Pipeline(Accelerated):
         super().__setattr__(name, value)
         if reason is not None:
             self.accelerated.record_fallback(self.library, name, reason)
+
+    def __delattr__(self, name: str) -> None:
+        """One that is set later goes on where a deleted scheduler stood."""
+        self._note_end_of(vars(self).get(name))
+        super().__delattr__(name)
+
+    def _note_end_of(self, replaced: Any) -> None:
+        """Keeps a scheduler's settings for one that comes later, also after None."""
+        if is_scheduler(type(replaced)) and isinstance(replaced, Accelerated):
+            vars(self)["_acceleration"] = replaced.accelerated.continued()
 
     def __repr__(self) -> str:
         """Lines for its schedulers, then the peer's own."""
