@@ -110,8 +110,7 @@ class TrainOptions:
     """The options of a training run; `ddpm-ext train --help` explains each of them.
 
     Raises:
-        TypeError: an option is of another type. ValueError: it is out of range or doesn't fit another; the message
-        names it.
+        TypeError, ValueError: an option of another type, out of range or that doesn't fit another; it is named.
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions
