@@ -11,6 +11,7 @@ from support.grids import IDS, grids, schedule
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral
 from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.sigma_grids import SIGMA_GRIDS
 from ddpm_ext.tables.spacing import spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -240,3 +241,11 @@ def test_tcd_is_the_formula(eta):
     expected = up.sqrt() * (between.sqrt() * x0.clamp(-1, 1) + (1 - between).sqrt() * m) + (1 - up).sqrt() * z
     close(apply(table, x, m, z), expected, rtol=1e-9, atol=1e-9)
     assert table.s[-1] == 0
+
+
+@pytest.mark.parametrize("name", SIGMA_GRIDS)
+def test_each_sampler_takes_each_spacing_of_sigmas(name):
+    """The noise of a level that is lower than the first of the schedule, perhaps by a rounding, is 0 and no NaN."""
+    for steps in (1, 4, 16):
+        grid = SIGMA_GRIDS[name](schedule("sigmoid", 200)[1], steps)
+        assert all(len(sampler(grid)) >= steps for sampler in SAMPLERS.values())

@@ -70,5 +70,5 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
                 "grid has no schedule, in which tcd counts timesteps: expected one, as make_grid's, or eta 0"
             )
         between = grid.schedule[((1 - eta) * grid.timestep[1:]).floor().long()]
-        sigma[:-1] = (1 - grid.after[:-1] / between).sqrt()
+        sigma[:-1] = (1 - grid.after[:-1] / between).clamp(min=0).sqrt()  # a level may have less noise than the first
     return implicit(grid, prediction, sigma, keep_eps=True)
