@@ -175,7 +175,9 @@ class Process:
         if not t.is_floating_point():
             return replace(rows, timestep=own[t])
         if self.schedule.timestep_of is not None:
-            levels = rows.signal_now, rows.noise_now
+            # A row that starts at clean data calls no model, and belongs to the step that the row before it began.
+            begun = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
+            levels = rows.signal_now[begun], rows.noise_now[begun]
             return replace(rows, timestep=timesteps_by(self.schedule.timestep_of, *levels))
         low = t.floor().long()
         high = (low + 1).clamp(max=self.timesteps - 1)

@@ -167,3 +167,12 @@ def test_a_loop_over_all_timesteps_is_the_same_with_every_spacing():
     gd, options = GaussianDiffusion(50), {"rng": Philox(0), "record": "last", "progress": False}
     one, other = (gd.p_sample_loop(lambda x, t: 0.1 * x, (2, 3), spacing=s, **options) for s in (None, "linspace"))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("schedule", ["flow", "edm"])
+def test_a_row_without_a_call_has_its_steps_timestep(schedule):
+    """The second row of a step of dpmpp_2m_cfg_pp starts at clean data, for which edm's logarithm of sigma is none."""
+    gd = GaussianDiffusion(T, SCHEDULES[schedule], prediction=schedule)
+    options = {"sampler": "dpmpp_2m_cfg_pp", "steps": 4, "spacing": "karras"}
+    told = [record.timestep for record in gd.sample_progressive(lambda x, t: 0.1 * x, SHAPE, **options)]
+    assert told == sorted(told, reverse=True) and len(set(told)) == 4 < len(told)
