@@ -84,8 +84,9 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
-        if time.time() - leftover.stat().st_mtime > untouched:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        status = leftover.lstat()  # not of what a link points to, which may be nowhere
+        if time.time() - status.st_mtime > untouched:
+            shutil.rmtree(leftover) if stat.S_ISDIR(status.st_mode) else leftover.unlink()
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def test_killed_while_writing_keeps_the_old_file(tmp_path):
             os.kill(int(worker), 0)  # the worker still runs
     finally:
         os.kill(int(worker), signal.SIGKILL)
+    (tmp_path / f".{path.stem}.0a1b2c3d.bin").symlink_to("nowhere")
     files.remove_leftovers(tmp_path, path)
     assert {each.name for each in tmp_path.iterdir()} == {".lock", "a[1].bin", "said"}
 
