@@ -206,7 +206,8 @@ def _unfinished(folder: Path) -> _Parts:
     path, begun = run_options.find(folder)
     if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
-    options, about = with_defaults_of(begun["options"], {}), begun["about"]
+    # The run's device may not be there, or not be usable in this process, and nothing is computed on it.
+    options, about = with_defaults_of(begun["options"], {"device": "cpu"}), begun["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None

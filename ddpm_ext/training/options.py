@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ddpm_ext.base import checks
@@ -78,9 +79,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
+    # Runs from before this was checked may have a 0 or 1.
+    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{name} is {value!r}, expected a bool")
-    return value
+    return bool(value)
 
 
 def _several(one: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:

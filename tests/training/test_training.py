@@ -146,10 +146,11 @@ def test_numbers_of_numpy_and_devices_are_options():
         "channels": np.int8(1),
         "widths": np.array([8, 16]),
         "attention": [np.int32(1)],
+        "classes": np.True_,
     }
     given |= {"betas": np.float32([0.5, 0.75]), "extra_emas": [np.float64(0.5)], "tune": (np.int64(4),)}
     plain = {"steps": 7, "lr": 0.5, "seed": 2**63, "device": "cpu", "image_size": 8, "channels": 1, "widths": (8, 16)}
-    plain |= {"attention": (1,), "betas": (0.5, 0.75), "extra_emas": (0.5,), "tune": (4,)}
+    plain |= {"attention": (1,), "betas": (0.5, 0.75), "extra_emas": (0.5,), "tune": (4,), "classes": True}
     assert TrainOptions(**given) == TrainOptions(**plain) and as_json(TrainOptions(**given))
     folder = TrainOptions(data=Path("photos"), model_config=Path("config.json"), device=None)
     assert folder == TrainOptions(data="photos", model_config="config.json")
