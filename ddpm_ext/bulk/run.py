@@ -73,6 +73,7 @@ def sample_many(
     Raises:
         ValueError: the folder has samples of other settings, more samples, another run at work or a damaged shard, or
             the ranks do not share it; draw returned something else.
+        OSError: a shard cannot be written, as on a full disk; those that are finished stay.
         ConnectionError: another rank was lost. TimeoutError: another rank has stopped writing shards.
 
     Examples:
