@@ -5,7 +5,7 @@
 // four of pixels, then those of the next. So the vectors of normals of the fours' first pixels have all channels of one
 // such pixel, a stretch of memory, then those of the next, and so on for the second pixels. Where a vector has whole
 // stretches, it is put in order in registers. Otherwise the vectors up to one that ends with a stretch, a group, are
-// stored, and stretch after stretch is copied to where it belongs.
+// stored: where they belong if a stretch has whole vectors, else stretch after stretch is then copied to there.
 #pragma once
 
 #include <numeric>
@@ -139,12 +139,12 @@ class NoiseByPixels {
     F32 noise[4];
     for (int k = 0; k < 4; ++k) noise[k] = load(used_ + k * F32::kLanes);
     used_ += kFour;
-    if (drawn_ == memory_.drawn + group_) {
-      order_stretches(memory_, group_);
-      drawn_ = memory_.drawn, used_ = memory_.ordered;
+    if (drawn_ == end_of_drawn_) {
+      has_whole_vectors() ? std::swap(drawn_group_, used_group_) : order_stretches(memory_, group_);
+      drawn_ = drawn_group_, end_of_drawn_ = drawn_ + group_, used_ = used_group_;
     }
     for (int k = 0; k < 4; ++k) {
-      store(drawn_ + k * kMostDrawn, z[k]);
+      store(drawn_ + k * apart_, z[k]);
       z[k] = noise[k];
     }
     drawn_ += F32::kLanes;
@@ -156,6 +156,8 @@ class NoiseByPixels {
   static int64_t blocks_of_group(int64_t channels) { return std::lcm(channels, F32::kLanes); }
 
   DDPM_HD bool in_registers() const { return group_ == F32::kLanes; }
+  // Whether a stretch has whole vectors, which are stored where they belong.
+  DDPM_HD bool has_whole_vectors() const { return group_ == channels_; }
 
   template <size_t... i>
   DDPM_HD void order(F32 (&z)[4], std::index_sequence<i...> lanes) {
@@ -173,8 +175,10 @@ class NoiseByPixels {
 
   PixelsMemory& memory_;
   const int64_t channels_, group_;
-  float* drawn_ = memory_.drawn + group_;  // behind what is drawn of a group
-  const float* used_ = memory_.ordered;    // what is used next
+  const int64_t apart_ = has_whole_vectors() ? channels_ : kMostDrawn;  // the normals of two pixels of a block
+  float *drawn_group_ = memory_.drawn, *used_group_ = memory_.ordered;
+  float *end_of_drawn_ = drawn_group_ + group_, *drawn_ = end_of_drawn_;  // where the next vector is stored
+  const float* used_ = used_group_;                                       // what is used next
   const uint64_t *const first_ = memory_.products + F32::kLanes, *const end_ = first_ + group_;
   const uint64_t* step_ = first_;
   Products products_;
