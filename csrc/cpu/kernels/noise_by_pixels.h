@@ -121,13 +121,32 @@ DDPM_HD void order_stretches(PixelsMemory& memory, int64_t group) {
     copy_stretches<8>(memory, group);
   } else if (memory.channels <= 16) {
     copy_stretches<16>(memory, group);
+  } else if (memory.channels <= 32) {
+    copy_stretches<32>(memory, group);
   } else {
     copy_stretches<16, true>(memory, group);
   }
 }
 
+// Does the same as copy_stretches() for channels that the compiler knows, without a loop, and returns whether there are
+// so many.
+template <int64_t kChannels, size_t... i>
+DDPM_HD bool copy_known(PixelsMemory& memory, std::index_sequence<i...>) {
+  if (memory.channels != kChannels) return false;
+  constexpr size_t kBytes = (kChannels <= 8 ? 8 : 16) * sizeof(float);
+  (memcpy(memory.ordered + i * kChannels, memory.drawn + i % 4 * kMostDrawn + i / 4 * kChannels, kBytes), ...);
+  return true;
+}
+template <int64_t kChannels>
+DDPM_HD bool order_known(PixelsMemory& memory) {
+  return copy_known<kChannels>(memory, std::make_index_sequence<4 * std::lcm(kChannels, F32::kLanes) / kChannels>());
+}
+
+// As one function for all kernels, it may have code for each of the numbers of channels that cost most.
 __attribute__((noinline)) void call_order_stretches(PixelsMemory& memory, int64_t group) {
-  order_stretches(memory, group);
+  const bool known =
+      order_known<5>(memory) || order_known<6>(memory) || order_known<7>(memory) || order_known<12>(memory);
+  if (!known) order_stretches(memory, group);
 }
 
 // The noise of a run, four vectors at a time, which is drawn some vectors before a kernel uses it. In logical order

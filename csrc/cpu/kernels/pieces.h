@@ -6,7 +6,7 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Of 16 bits two at most: gather_copies (transpose.h) takes 16 columns at once.
+// Of 16 bits two at most, which are 16 columns: 32 at once are up to a tenth slower.
 template <class T>
 constexpr int64_t kMostPieces = sizeof(Floats) == 64 && sizeof(T) == 2 ? 2 : sizeof(Floats) / 16;
 

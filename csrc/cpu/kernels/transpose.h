@@ -109,27 +109,6 @@ DDPM_HD int64_t gather_blocks(const T* from, int64_t in, T* to, int64_t out, int
   return whole_columns;
 }
 
-// Rows that are copied at once, by instructions without a loop.
-template <class T>
-constexpr int64_t kStretch = 512 / sizeof(T);
-
-// The same for at least kStretch rows and more columns than a set of a core's first cache has lines. Columns are often
-// a power of two apart, and so all in one set. Those of the copy are not.
-template <class P, class T>
-DDPM_HD int64_t gather_copies(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
-  constexpr int64_t kColumns = 16, kApart = kStretch<T> + 64 / sizeof(T);
-  const int64_t whole_columns = columns / P::kAll * P::kAll;
-  alignas(64) T copy[kColumns * kApart];
-  for (int64_t row = 0; row < rows; row += kStretch<T>)
-    for (int64_t c = 0; c < whole_columns; c += kColumns) {
-      const int64_t r = row < rows - kStretch<T> ? row : rows - kStretch<T>;
-      const int64_t width = whole_columns - c < kColumns ? whole_columns - c : kColumns;
-      for (int64_t i = 0; i < width; ++i) memcpy(copy + i * kApart, from + (c + i) * in + r, kStretch<T> * sizeof(T));
-      gather_blocks<P>(copy, kApart, to + r * out + c, out, kStretch<T>, width);
-    }
-  return whole_columns;
-}
-
 // Columns from `begin` on. There are at least kAll rows and kPiece columns. Some columns may be written again.
 template <class P, class T>
 DDPM_HD void scatter_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns,
@@ -155,9 +134,7 @@ template <int64_t kPieces, class T>
 DDPM_HD void transpose_blocks(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   using P = Pieces<kPieces, T>;
   int64_t done = 0;
-  if (rows >= P::kPiece && columns >= P::kAll)
-    done = columns > 16 && rows > columns && rows >= kStretch<T> ? gather_copies<P>(from, in, to, out, rows, columns)
-                                                                 : gather_blocks<P>(from, in, to, out, rows, columns);
+  if (rows >= P::kPiece && columns >= P::kAll) done = gather_blocks<P>(from, in, to, out, rows, columns);
   if (done == columns) return;
   // Of 32 bits, whole pieces of columns are faster by blocks of shorter vectors, which are written at once.
   if (rows >= P::kAll && columns >= P::kPiece && (sizeof(T) == 2 || columns - done < P::kPiece))
