@@ -142,7 +142,7 @@ DDPM_HD bool order_known(PixelsMemory& memory) {
   return copy_known<kChannels>(memory, std::make_index_sequence<4 * std::lcm(kChannels, F32::kLanes) / kChannels>());
 }
 
-// As one function for all kernels, it may have code for each of the numbers of channels that cost most.
+// Since all kernels call this one, it can have code of its own for the numbers of channels that cost most.
 __attribute__((noinline)) void call_order_stretches(PixelsMemory& memory, int64_t group) {
   const bool known =
       order_known<5>(memory) || order_known<6>(memory) || order_known<7>(memory) || order_known<12>(memory);
