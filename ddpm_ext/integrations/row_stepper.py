@@ -51,7 +51,7 @@ class RowStepper:
         threshold: what they are divided by before.
         held: for each row, whether somebody holds the model's output anyway, so that a row that keeps it need not write
             it; None: all.
-        packed, needs, reads: of the table, where they are there already: what reads_of makes.
+        packed: of the table, where it is there already.
 
     Attributes:
         clip, threshold: the arguments.
@@ -73,11 +73,9 @@ class RowStepper:
         held: Sequence[bool] | None = None,
         *,
         packed: Tensor | None = None,
-        needs: list[RowNeeds] | None = None,
-        reads: list[Reads] | None = None,
     ) -> None:
         self._made_table, self.clip, self.threshold = table, clip, threshold
-        self.needs = row_needs(self.table) if needs is None else needs
+        self.needs = row_needs(self.table)
         if packed is None:
             with torch.inference_mode(False):
                 packed = self.table.packed("cpu")
@@ -85,7 +83,7 @@ class RowStepper:
         # By dtype on a CPU, where to hash a device would take as long as a small launch.
         self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
-        self._reads = reads_of(self.needs, clip, held) if reads is None else reads
+        self._reads = reads_of(self.needs, clip, held)
 
     @functools.cached_property
     def table(self) -> StepTable:

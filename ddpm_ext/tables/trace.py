@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_ext.tables.trace_batch import Array, Numbers, Trial, relative
+from ddpm_ext.tables.trace_batch import Array, Numbers, Trial, is_scaled, proof_of, relative
 from ddpm_ext.tables.trace_function import observed_function
-from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Columns, Linear, at
-from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Step, clip_of, run_of, setting, with_settings
+from ddpm_ext.tables.trace_linear import NAMES, Columns, Linear, at, least_squares, terms_of
+from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, threshold_of, with_settings
 from ddpm_ext.tables.trace_watch import Watch, can_watch
 
 Clip = tuple[float, float]
@@ -147,23 +148,10 @@ def _followed(
     if watch is not None and not trial.follows.wide:
         raise ValueError("a step computes in a lower precision")
     linear = Linear(run, trial, second)
-    try:
-        linear.prove(trial.follows)
-    except ValueError:
-        if not run.clips:
-            raise
-        clip = clip_of(scheduler)
-        # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to it.
-        steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
-        if linear.has_history() or not (linear.second or steps_to_clean):
-            of_clean = with_settings(scheduler, prediction_type="sample")
-            other = run_of(of_clean, run.times, options, dims, watch)
-            rows = _clipped_alone(linear, Linear(other, Trial.of(other), ()))
-            found = _proven(rows, clip, linear, trial, trial.follows)
-        else:  # samples that follow from a clipped one are not clipped again
-            found = _proven(_clipped(linear, trial.loose[0], clip), clip, linear, trial, trial.loose[1])
-    else:  # nothing is clipped
-        found = _proven(linear.rows(), None, linear, trial, trial.follows)
+    rows, clip = linear.rows() if not run.clips else None, None
+    if rows is None:
+        rows, clip = _rows_of_clipping(linear, scheduler, partial(run_of, options=options, dims=dims, watch=watch))
+    found = _proven(rows, clip, linear, threshold_of(scheduler) if clip else None)
     return found._replace(read=None if watch is None else watch.read())
 
 
@@ -178,10 +166,8 @@ def follow_function(
     model comes before it. The samples' levels are (1, sigma).
     """
     function = observed_function(sampler, sigmas, options, like)
-    trial = Trial.of(function.run)
-    linear = Linear(function.run, trial, CLEAN_FIELDS)
-    linear.prove(trial.follows)
-    traced = _proven(linear.rows(), None, linear, trial, trial.follows)
+    linear = Linear(function.run, Trial.of(function.run), CLEAN_FIELDS)
+    traced = _proven(linear.rows(), None, linear)
     sigma = traced.columns["timestep"]
     ones = np.ones_like(sigma)
     levels = {
@@ -194,19 +180,31 @@ def follow_function(
     return traced._replace(columns=traced.columns | levels, begins=function.begins, asks=function.asks)
 
 
-def _proven(rows: Columns, clip: Clip | None, linear: Linear, trial: Trial, numbers: Numbers) -> TraceResult:
-    """What tracing found, once the rows have been tried on numbers that they were not found by."""
-    residual = _prove(rows, clip, linear, numbers)
-    times = np.array([float(t) for t in linear.run.times])
-    if linear.run.unit == "timestep" and (times % 1 == 0).all():
-        times = times.astype(np.int64)
-    columns = {"timestep": times} | rows
-    own = columns.pop("own").tolist()
-    found = (linear.noise, linear.given, linear.second, own, trial.scales)
-    return TraceResult(columns, clip, residual, trial.steps, *found)
-
-
 # ------------------------------------------------------------------------------------------------------------ clips
+
+
+def _rows_of_clipping(
+    linear: Linear, scheduler: Any, run_of_other: Callable[[Any, Sequence[Any]], Run]
+) -> tuple[Columns, Clip | None]:
+    """The rows of steps that may clip, and the range to which they do; None where they do not.
+
+    run_of_other: makes the run of a scheduler with other settings, at given timesteps.
+    """
+    clipped = linear.trial.clipped
+    assert clipped is not None
+    try:
+        rows = linear.rows()
+        if (_errors(rows, linear, clipped) <= clipped.bound()).all():
+            return rows, None
+    except ValueError:  # what a clip hides may be a row all the same
+        pass
+    clip = clip_of(scheduler)
+    # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to it.
+    steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
+    if linear.has_history() or not (linear.second or steps_to_clean):
+        of_clean = run_of_other(with_settings(scheduler, prediction_type="sample"), linear.run.times)
+        return _clipped_alone(linear, Linear(of_clean, Trial.of(of_clean), ())), clip
+    return _clipped(linear, clipped, clip), clip
 
 
 def _clipped(linear: Linear, loop: Numbers, clip: Clip) -> Columns:
@@ -215,29 +213,22 @@ def _clipped(linear: Linear, loop: Numbers, clip: Clip) -> Columns:
     linear: of numbers that are not clipped. loop: those that are clipped here and there. There the clipped clean sample
     does not follow from sample and output, so that the factors of all three are found.
     """
-    rows = {name: np.zeros(linear.n) for name in NAMES}
-    for i in range(linear.n):
-        n, column = linear.n, linear.column(i)
-        s = 0.0 if column is None else float(linear.prev[i, column])
-        h = linear.prev[i, linear.given_columns(i)]
-        a, b = linear.clean[i] if linear.second else linear.prev[i, [i, n + i]]
-        x0 = np.clip(a * loop.x[i] + b * loop.m[i], *clip)
-        z = loop.z[i]
-        target = loop.prev[i] - h @ z[linear.given[i]]
-        if column is not None:
-            target = target - s * z[linear.noise[i]]
-        for names in (("c0",), ("c0", "c1"), ("c0", "c2"), ("c0", "c1", "c2")):
-            columns = np.stack([{"c0": x0, "c1": loop.x[i], "c2": loop.m[i]}[name] for name in names], 1)
-            factors = np.linalg.lstsq(columns, target, rcond=1e-13)[0]
-            error = float(relative(np.abs(target - columns @ factors), np.abs(columns) @ np.abs(factors)))
-            if error <= loop.bound():
-                break
-        else:
-            raise ValueError(f"{at(linear, i)}, is not linear after the clip: {error:.1e} of it is left")
-        found = {"a": a, "b": b, "s": s, **dict(zip(names, factors, strict=True))}
-        for name, value in (found | {f"h{1 + k}": factor for k, factor in enumerate(h)}).items():
-            rows[name][i] = value
-    return rows
+    rows = {name: np.zeros(linear.n) for name in NAMES} | {"s": linear.noise_factors()}
+    linear.put_given(rows)
+    rows["a"], rows["b"] = (linear.clean if linear.second else linear.prev[:, 0, :2]).T
+    x0, _, others = terms_of(rows, linear, loop, partial(_bounded, clip=clip))
+    target = loop.prev - others.sum(0)
+    columns = {"c0": x0, "c1": loop.x, "c2": loop.m}
+    left, least = np.arange(linear.n), np.inf
+    for names in (("c0",), ("c0", "c1"), ("c0", "c2"), ("c0", "c1", "c2")):
+        factors, errors = least_squares(np.stack([columns[name][left] for name in names], 1), target[left])
+        fits = errors <= loop.bound()
+        for name, values in zip(names, factors.T, strict=True):
+            rows[name][left[fits]] = values[fits]
+        left, least = left[~fits], errors[~fits]
+        if not len(left):
+            return rows
+    raise ValueError(f"{at(linear, left[0])}, is not linear after the clip: {least[0]:.1e} of it is left")
 
 
 def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
@@ -246,12 +237,7 @@ def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
     linear: of numbers that are not clipped. steps: the same of a scheduler whose model returns the clean sample itself,
     whose steps are what follows on the clip. The proof shows whether they are the same for other outputs.
     """
-    i = np.arange(linear.n)
-    own = i, linear.n + i
-    rows, (x, m), (x_beside, x0) = (
-        steps.rows(),
-        *((each.prev[i, own[0]], each.prev[i, own[1]]) for each in (linear, steps)),
-    )
+    rows, (x, m), (x_beside, x0) = steps.rows(), linear.prev[:, 0, :2].T, steps.prev[:, 0, :2].T
     for at_step in np.flatnonzero(x0 == 0):
         raise ValueError(f"{at(linear, at_step)}, does not read the clean sample, which is clipped")
     a, b = linear.clean.T if linear.second else ((x - x_beside) / x0, m / x0)
@@ -262,31 +248,44 @@ def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
 # ------------------------------------------------------------------------------------------------------------ proof
 
 
-def _prove(rows: Columns, clip: Clip | None, linear: Linear, loop: Numbers) -> float:
-    """The largest residual of the rows in a loop. Raises ValueError where one is too large."""
-    x, m, column = loop.x, loop.m, {name: values[:, None] for name, values in rows.items()}
-    parts = np.array([column["a"] * x, column["b"] * m])
-    x0 = parts.sum(0)
-    if clip is not None:
-        x0 = np.clip(x0, *clip)
-    kept = column["k0"] * x0 + column["k1"] * x + column["k2"] * m
-    terms = np.zeros((7, *x.shape))
-    terms[:3] = column["c0"] * x0, column["c1"] * x, column["c2"] * m
-    ring: list[Array] = []
-    keeps = (rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0)
-    for i, (z, given) in enumerate(zip(linear.noise, linear.given, strict=True)):
-        if z is not None:
-            terms[3, i] = rows["s"][i] * loop.z[i][z]
-        for k, read in enumerate([*(loop.z[i][draw] for draw in given), *ring][:HISTORY]):
-            terms[4 + k, i] = rows[f"h{1 + k}"][i] * read
-        if keeps[i]:
-            ring = [kept[i], *ring][:HISTORY]
+def _proven(
+    rows: Columns, clip: Clip | None, linear: Linear, threshold: tuple[float, float] | None = None
+) -> TraceResult:
+    """What tracing found, once the rows have taken every step of another run. Raises ValueError where one differs.
+
+    threshold: the quantile of a clean sample and the largest number by which it is divided before the clip.
+    """
+    proof, scales, worst = proof_of(linear.run, rows["a"], rows["b"]), linear.trial.scales, 0.0
+    # Whose part of a sample is unknown that is another one than the step before has made, `own`, has no such samples.
+    for loop in proof[: 1 if np.isnan(rows["own"]).any() else None]:
+        errors = _errors(rows, linear, loop, partial(_bounded, clip=clip, threshold=threshold))
+        for i in np.flatnonzero(~(errors <= loop.bound())):
+            raise ValueError(f"{at(linear, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively")
+        worst = max(worst, float(errors.max()))
+    if scales is not None and not all(is_scaled(loop, scales) for loop in proof):
+        scales = None
+    times = np.array([float(t) for t in linear.run.times])
+    if linear.run.unit == "timestep" and (times % 1 == 0).all():
+        times = times.astype(np.int64)
+    columns = {"timestep": times} | rows
+    own = columns.pop("own").tolist()
+    return TraceResult(columns, clip, worst, linear.trial.steps, linear.noise, linear.given, linear.second, own, scales)
+
+
+def _errors(rows: Columns, linear: Linear, loop: Numbers, bound: Callable[[Array], Array] = lambda x0: x0) -> Array:
+    """By how much each step of a loop differs from its row, relatively, (steps,). bound: clips clean samples."""
+    x0, parts, terms = terms_of(rows, linear, loop, bound)
     errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
     if linear.second:
         second = np.stack([values for values in loop.second if values is not None])
         errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
-    for worst in np.flatnonzero(~(errors <= loop.bound())):
-        raise ValueError(
-            f"{at(linear, worst)}, is not linear: random numbers differ by {errors[worst]:.1e}, relatively"
-        )
-    return float(errors.max())
+    return errors
+
+
+def _bounded(x0: Array, clip: Clip | None, threshold: tuple[float, float] | None = None) -> Array:
+    """Clean samples after the clip, (steps, numel of a sample)."""
+    if threshold is not None:  # eq. (7) of Saharia et al. 2022, as diffusers has it
+        quantile, largest = threshold
+        divisor = np.clip(np.quantile(np.abs(x0), quantile, axis=-1, keepdims=True), 1, largest)
+        x0 = np.clip(x0, -divisor, divisor) / divisor
+    return x0 if clip is None else np.clip(x0, *clip)

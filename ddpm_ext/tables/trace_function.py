@@ -136,7 +136,14 @@ def _call(
 
 
 def _observe(
-    call: Callable[..., Any], count: int, leads: bool, like: object, samples: Samples, outputs: Outputs, noise: Noise
+    call: Callable[..., Any],
+    count: int,
+    leads: bool,
+    like: object,
+    samples: Samples,
+    outputs: Outputs,
+    noise: Noise,
+    notes: bool = True,
 ) -> list[Taken]:
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
     made: list[Taken] = []

@@ -46,10 +46,6 @@ class GIVEN:
     """In place of an option: a tensor like the samples, that each step is given. A class is itself in pickles."""
 
 
-class OtherResults(Exception):
-    """Steps return another number of tensors in a tuple than in an object."""
-
-
 class Result(NamedTuple):
     """What a step returned: its class, and the name of the tensor beside the next sample; None where there is none."""
 
@@ -83,6 +79,9 @@ class Step(NamedTuple):
     given: int = 0
     scaling: Mapping[str, Any] = MappingProxyType({})
     is_one: bool = False
+
+
+NOTHING = Step(Result(tuple, None), [], {})  # of a step of which no notes are taken
 
 
 class Taken(NamedTuple):
@@ -214,6 +213,7 @@ def observe(
     wide: bool = True,
     watch: Watch | None = None,
     tuples: bool = True,
+    notes: bool = True,
 ) -> list[Taken]:
     """The steps of a copy of `scheduler`.
 
@@ -227,11 +227,11 @@ def observe(
         watch: makes the copy, which then runs as fast as the scheduler; None: each of torch's functions that it calls
             is looked at.
         tuples: whether all steps but the first may be asked for tuples, which takes less time than objects.
+        notes: whether to note what each step did to the scheduler.
 
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
             next sample and at most one more tensor.
-        OtherResults: tuples are other results.
     """
     x = samples(0, None)
     observed = Observed(x.shape, noise, wide)
@@ -257,33 +257,36 @@ def observe(
             if i:
                 x = samples(i, made[-1].prev)
             m = outputs(i).as_subclass(Wide) if wide else outputs(i)
-            scaled, scaling = None, {}
+            scaled, scaling, before = None, {}, {}
             if scale is not None:
-                before, given_x = vars(own).copy(), x.clone()
+                given_x = x.clone()
+                before = vars(own).copy() if notes else {}
                 scaled = scale(given_x, t)
                 if scaled is given_x or given_x._version:
                     scaled = None
-                else:
-                    scaling = changed(own, before if watch is None else watch.loaded | before)
+                elif notes:
+                    scaling = changed(own, before, watch)
             drawn = len(observed.draws)
             for name in given:
                 arguments[name] = observed.draw(x.shape, dtype=x.dtype)
-            arguments |= {name: values[i] for name, values in of_each.items()}
-            before = vars(own).copy()
-            arguments |= zip(names, (m, t, x.as_subclass(Wide) if wide else x), strict=True)
+            for name, values in of_each.items():
+                arguments[name] = values[i]
+            if notes and (scale is None or scaling):
+                before = vars(own).copy()
+            arguments[names[0]], arguments[names[1]], arguments[names[2]] = m, t, x.as_subclass(Wide) if wide else x
             returned = step(**arguments)
-            if watch is not None:  # what a step only reads is there from the beginning
-                before = watch.loaded | before
             result, prev, second = parts_of(returned)
-            if i and tuples:
-                first = made[0].step.result
+            if not i:
+                first = result
+                if tuples and "return_dict" in parameters:
+                    arguments.setdefault("return_dict", False)
+            elif tuples:
                 if (first.name is None) != (result.name is None):
-                    raise OtherResults
+                    raise ValueError("a step returns another number of tensors in a tuple than in an object")
                 result = first
-            elif tuples and "return_dict" in parameters:
-                arguments.setdefault("return_dict", False)
-            taken = step_of(own, result, m, before, observed.draws[drawn:], len(given), scaling)
-            made.append(Taken(taken._replace(is_one=prev is second), prev, second, scaled))
+            draws, is_one = observed.draws[drawn:], prev is second
+            taken = step_of(own, result, m, before, watch, draws, len(given), scaling, is_one) if notes else NOTHING
+            made.append(Taken(taken, prev, second, scaled))
     return made
 
 
@@ -298,9 +301,14 @@ def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)[1:]
 
 
-def changed(own: Any, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of an object that are not those of `before`."""
-    return {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
+def changed(own: Any, before: Mapping[str, Any], watch: Watch | None = None) -> dict[str, Any]:
+    """The attributes of an object that are not those of `before`. What it only read is there from the beginning."""
+    read = {} if watch is None else watch.loaded
+    return {
+        name: value
+        for name, value in vars(own).items()
+        if before.get(name, before) is not value and (name in before or read.get(name, read) is not value)
+    }
 
 
 def counted_by(steps: Sequence[Step], read: frozenset[str] | None) -> set[str]:
@@ -314,28 +322,32 @@ def step_of(
     result: Result,
     m: Tensor,
     before: Mapping[str, Any],
+    watch: Watch | None,
     draws: list[torch.dtype],
     given: int,
     scaling: Mapping[str, Any],
+    is_one: bool,
 ) -> Step:
     """What a step did to a scheduler, whose attributes were `before`. m: the model's output."""
     shape, state, tensors = m.shape, {}, []
     stores = holds_output = False
     for name, value in vars(own).items():
         if type(value) is list:
-            stores = stores or any(isinstance(x, Tensor) for x in value)
-            holds_output = holds_output or any(x is m for x in value)
+            stores = stores or any([isinstance(x, Tensor) for x in value])
+            holds_output = holds_output or any([x is m for x in value])
         elif isinstance(value, Tensor) and value.shape == shape:
             tensors.append(name)
-        if before.get(name, before) is not value:
-            if is_simple(value):
-                state[name] = value
-            elif not isinstance(value, torch.Size):  # which any step finds anew
-                stores = True
-    return Step(result, draws, state, tensors, stores, holds_output, given, scaling)
+    for name, value in changed(own, before, watch).items():
+        if is_simple(value):
+            state[name] = value
+        elif not isinstance(value, torch.Size):  # which any step finds anew
+            stores = True
+    return Step(result, draws, state, tensors, stores, holds_output, given, scaling, is_one)
 
 
 def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
+    if type(returned) is tuple and 0 < len(returned) <= 2 and type(returned[0]) is type(returned[-1]) is Tensor:
+        return (_ALONE, returned[0], None) if len(returned) == 1 else (_BESIDE, returned[0], returned[1])
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")
@@ -349,6 +361,9 @@ def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
         raise ValueError(f"a step returns {len(fields) + 1} tensors, expected at most 2")
     name, second = next(iter(fields.items()), (None, None))
     return Result(type(returned), name), prev, second
+
+
+_ALONE, _BESIDE = Result(tuple, None), Result(tuple, "0")
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
@@ -368,3 +383,10 @@ def clip_of(scheduler: Any) -> tuple[float, float]:
     """The range that a scheduler clips to, if it clips."""
     bound = 1.0 if setting(scheduler, "thresholding") else float(setting(scheduler, "clip_sample_range", 1.0))
     return -bound, bound
+
+
+def threshold_of(scheduler: Any) -> tuple[float, float] | None:
+    """The quantile of a clean sample's magnitudes by which a scheduler divides it, and the largest divisor; None where
+    it has no dynamic threshold."""
+    names = "dynamic_thresholding_ratio", "sample_max_value"
+    return tuple(setting(scheduler, name) for name in names) if setting(scheduler, "thresholding") else None

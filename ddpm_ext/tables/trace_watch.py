@@ -105,7 +105,7 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         held = (*dict.values(value), *getattr(value, "__dict__", {}).values())  # a config's own is slower
         others = {id(x): x for x in held if type(x) not in CONSTANT}  # which a config's item and attribute share
-        is_config = isinstance(value, OrderedDict)
+        is_config = isinstance(value, (OrderedDict, _Config))  # or a copy of one
         if all([isinstance(x, SIMPLE) or (is_config and _are_names(x)) for x in others.values()]):
             return _shallow(value)  # in a fiftieth of the time
     return copy.deepcopy(value)
@@ -117,7 +117,7 @@ class _Config(dict[str, Any]):
 
 def _shallow(value: dict[str, Any]) -> dict[str, Any]:
     """A copy in which the same is read."""
-    if not isinstance(value, OrderedDict):
+    if not isinstance(value, (OrderedDict, _Config)):
         return copy.copy(value)
     made = _Config(dict.items(value))
     made.__dict__.update(value.__dict__)

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.closed_proof import Steps, is_stateless
-from ddpm_ext.integrations.diffusers.closed_rows import closed
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.diffusers.step_options import Options, of_steps
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
@@ -30,6 +28,7 @@ from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch, cop
 
 CONFIG = "_internal_dict"
 READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
+REFUSED = 2  # loops of a setting that are traced in vain before no more are
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
@@ -53,11 +52,6 @@ class RowsKey(NamedTuple):
     has_dim: bool
     alone: bool
     dims: int
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether the steps have no options, and timesteps without a dimension."""
-        return not (self.options or self.has_dim)
 
     def options_of(self, own: Tensor, count: int) -> Mapping[str, Any]:
         """Those of `count` steps, as `follow` takes them. own: the scheduler's timesteps."""
@@ -95,7 +89,6 @@ class TracedRows(NamedTuple):
         stateless: whether diffusers' own code, or other rows, may take a step in the middle of the loop: the scheduler
             holds nothing but numbers of the steps before.
         scheduler: as it was when the loop began, on the CPU.
-        kind: of rows in closed form, whose proof was in float32; None for others.
         dtypes: by the dtypes of output and sample.
         after: the rows of single steps that came after a row, by that row, their key and the scheduler's index.
         indexes: the scheduler's `_step_index` before each row; None where it has none.
@@ -108,7 +101,6 @@ class TracedRows(NamedTuple):
     timesteps: Sequence[Any] | Tensor
     stateless: bool
     scheduler: Any
-    kind: Steps | None
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
     after: dict[tuple[int, RowsKey, int | None], TracedRows]
     indexes: list[int | None]
@@ -177,14 +169,14 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
 
 class RowsCache:
     """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
-    loop before left, is no part of that. Rows in closed form are kept only of timesteps on a GPU, and of steps with
-    options or with timesteps that have a dimension: elsewhere, an object knows those of its last loop itself, and
-    others are made in hardly more time than they are found."""
+    loop before left, is no part of that."""
 
     def __init__(self, size: int) -> None:
         self._rows: BoundedCache[TracedRows | NoRows] = BoundedCache(size)
         # By class and key, the names of the attributes that tracing has read, which may hang on what it found there.
         self._reads: BoundedCache[dict[tuple[str, ...], None]] = BoundedCache(size)
+        # By timesteps and config, reasons for no rows: what else these hang on, own code may leave as no loop before.
+        self._refused: BoundedCache[list[NoRows]] = BoundedCache(size)
 
     def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
         """The rows of a loop. Raises NoRows where there are none, and Fallback where the state cannot be compared.
@@ -204,9 +196,12 @@ class RowsCache:
             found = self._rows.get(key_of(names))
             if found is not None:
                 return _if_rows(found)
+        refused = self._refused.get_or_make(key_of(tuple(sorted(READ_HERE))), list)
+        if len(refused) == REFUSED:
+            raise refused[-1].again()
         made: Any = made_outside_autograd(_rows_or_reason, new(cls), state, key)
-        if isinstance(made, TracedRows) and made.kind is not None and state["timesteps"].is_cpu and key.is_usual:
-            return made
+        if isinstance(made, NoRows):
+            refused.append(made)
         names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
         self._reads.get_or_make((cls, key), dict)[names] = None
         return _if_rows(self._rows.get_or_make(key_of(names), lambda: made))
@@ -275,13 +270,8 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         timesteps = [key.kind(t) for t in times.tolist()]
     elif key.has_dim or key.kind is not times.dtype:
         timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
-    is_whole = first is not None and not key.alone and key.kind is own.dtype
     try:
-        known = closed(scheduler, first or 0, timesteps, key.dims, key.options) if is_whole else None
-        if known is None:
-            trace = follow(scheduler, list(timesteps), key.options_of(own, len(timesteps)), dims=key.dims)
-        else:
-            trace = known[0]
+        trace = follow(scheduler, list(timesteps), key.options_of(own, len(timesteps)), dims=key.dims)
         n = len(trace.steps)
         if n < len(timesteps):
             timesteps = timesteps[:n]
@@ -296,21 +286,17 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    if known is None and np.isnan(trace.own).any():
+    if np.isnan(trace.own).any():
         raise Fallback("what its step makes of a sample that somebody has edited is no row")
     table = functools.partial(table_of_checked, columns)  # which few loops need; its finite numbers were proven
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback] = {}
-    if known is None:
-        threshold = None
-        if trace.clip is not None and setting(scheduler, "thresholding"):
-            threshold = clip_of(scheduler.config)[1]
-        held = [step.holds_output for step in trace.steps]
-        stepper = RowStepper(table, trace.clip, threshold, held, packed=packed)
-        stateless = is_stateless(stepper.needs, trace.steps)
-        counted = counted_by(trace.steps, trace.read)
-    else:
-        _, needs, reads, stateless, counted, _, dtypes = known[1]
-        stepper = RowStepper(table, trace.clip, packed=packed, needs=needs, reads=reads)
+    threshold = None
+    if trace.clip is not None and setting(scheduler, "thresholding"):
+        threshold = clip_of(scheduler.config)[1]
+    held = [step.holds_output for step in trace.steps]
+    stepper = RowStepper(table, trace.clip, threshold, held, packed=packed)
+    stateless = not (any([needs.keeps for needs in stepper.needs]) or any([step.stores for step in trace.steps]))
+    counted = counted_by(trace.steps, trace.read)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     indexes, counters = _values_before("_step_index", state, trace.steps), []
@@ -318,8 +304,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         values = _values_before(name, state, trace.steps)
         if CONSTANT.issuperset(map(type, values)):
             counters.append((name, values))
-    kind = None if known is None else known[1]
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, kind, dtypes, {}, indexes, counters)
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, {}, indexes, counters)
 
 
 def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -> list[Any]:
@@ -332,13 +317,7 @@ def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
     """LoopDtypes, of a run of the scheduler's own steps on two small samples, unless a proof has shown them."""
-    kind, in_float32 = rows.kind, {output, sample} == {torch.float32}
-    trace = rows.trace if kind is None else kind.trace  # which may be of more steps
-    if kind is not None and in_float32:
-        second = torch.float32 if trace.second else None
-        return _loop_dtypes(
-            rows.stepper, trace, output, sample, torch.float32, second, [step.draws for step in trace.steps]
-        )
+    trace = rows.trace
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
     is_watched = trace.read is not None and can_watch(rows.scheduler)
@@ -346,8 +325,7 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     options = dict(rows.key.options_of(rows.scheduler.timesteps, n))
     options |= {"return_dict": False} if "return_dict" in parameters_of(step) else {}
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
-    as_first = in_float32 or (kind is not None and kind.alike)
-    few = min(n, 2 if rows.stateless else FEW) if as_first else n
+    few = min(n, 2 if rows.stateless else FEW) if {output, sample} == {torch.float32} else n
     try:
         taken = observe(
             rows.scheduler, list(rows.timesteps[:few]), lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),

@@ -1,0 +1,48 @@
+"""Steps that are no rows of numbers: accelerated, they give the images of their own code, and tracing refuses them."""
+
+import inspect
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import diffusers
+from support.nonlinear_steps import CHANGES, changed_before
+
+from ddpm_ext import accelerate
+from ddpm_ext.tables.step_table import StepTable
+
+NAMES = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+SHAPE = (2, 4, 16, 16)
+
+
+def images(scheduler, steps):
+    generator = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(SHAPE, generator=generator)
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t in scheduler.timesteps:
+        m = torch.randn(SHAPE, generator=generator) + 0.1
+        x = scheduler.step(m, t, scheduler.scale_model_input(x, t), **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("steps", [8, 2, 1])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_steps_that_are_no_rows_run_their_own_code(name, kind, steps):
+    cls = changed_before(getattr(diffusers, name), CHANGES[kind])
+    ours = accelerate(cls())
+    torch.testing.assert_close(images(ours, steps), images(cls(), steps), rtol=1e-5, atol=1e-5)
+    assert steps < 8 or "step" in ours.accelerated.fallbacks  # a shorter loop may have no step that is changed
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", CHANGES)
+def test_tracing_refuses_them(name, kind):
+    cls = changed_before(getattr(diffusers, name), CHANGES[kind])
+    config = {"clip_sample": False} if "clip_sample" in cls().config else {}
+    with pytest.raises(ValueError, match=r"is not linear|reads more"):
+        StepTable.trace(cls(**config), 8)
