@@ -4,9 +4,6 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include <cstring>
-#include <optional>
-
 #include "ops/direct_call.h"
 #include "ops/fastcall.h"
 
@@ -96,28 +93,6 @@ PyObject* watched(PyObject* state, PyObject* names) {
   return PyList_AsTuple(found.ptr());
 }
 
-// Whether x is an ordinary dense tensor on the CPU, so that its memory is its numbers.
-bool is_dense(const Tensor& x) {
-  return x.is_cpu() && x.layout() == at::kStrided && !x.is_quantized() && !x.is_conj() && !x.is_neg() &&
-         plain({{"x", x}}) && x.is_contiguous();
-}
-
-// Whether two attributes have the same contents, bit for bit; nothing where contents_of in Python knows it.
-std::optional<bool> same_contents(PyObject* one, PyObject* other) {
-  if (Py_TYPE(one) != Py_TYPE(other)) return std::nullopt;
-  if (one == Py_None || PyBool_Check(one)) return one == other;
-  if (PyLong_CheckExact(one) || PyUnicode_CheckExact(one)) return are_equal(one, other);
-  if (PyFloat_CheckExact(one)) {
-    const double x = PyFloat_AS_DOUBLE(one), y = PyFloat_AS_DOUBLE(other);
-    return std::memcmp(&x, &y, sizeof(x)) == 0;
-  }
-  if (!THPVariable_CheckExact(one)) return std::nullopt;
-  const Tensor &x = THPVariable_Unpack(one), &y = THPVariable_Unpack(other);
-  if (!is_dense(x) || !is_dense(y)) return std::nullopt;
-  return x.scalar_type() == y.scalar_type() && x.sizes().equals(y.sizes()) &&
-         (x.numel() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0);
-}
-
 bool has_settings(const RepeatedCall& call, PyObject* state) {
   return unchanged(state, call.watched.ptr(), call.attributes.ptr(), call.items.ptr());
 }
@@ -199,24 +174,6 @@ PyObject* called_watched(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// has_contents(state, contents, has_other): whether the attributes `state` have these contents, by name. Of what is not
-// known here, has_other(state, name, content) tells it.
-PyObject* called_has_contents(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return fastcall::guarded([=] {
-    fastcall::check_count("has_contents", count, 3);
-    Py_ssize_t position = 0;
-    PyObject *name = nullptr, *known = nullptr;
-    while (PyDict_Next(args[1], &position, &name, &known)) {
-      PyObject* const found = PyDict_GetItemWithError(args[0], name);
-      std::optional<bool> same;
-      if (found != nullptr) same = same_contents(found, known);
-      if (!same) same = py::cast<bool>(py::handle(args[2])(py::handle(args[0]), py::handle(name), py::handle(known)));
-      if (!*same) return as_bool(false);
-    }
-    return as_bool(true);
-  });
-}
-
 // row_of(state, args, options): the row of a step with these arguments, None unless it is like the one before.
 PyObject* called_row_of(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
@@ -228,14 +185,6 @@ PyObject* called_row_of(PyObject* self, PyObject* const* args, Py_ssize_t count)
   });
 }
 
-// has_kinds(args, options): whether the arguments are like those before, whatever the timestep.
-PyObject* has_kinds(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  return fastcall::guarded([=] {
-    fastcall::check_count("RepeatedCall.has_kinds", count, 2);
-    return as_bool(have_kinds(call_of(self), args[0], args[1]));
-  });
-}
-
 // is_at(row, state, timestep): whether that is the row's timestep, and nothing was edited.
 PyObject* is_at(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return fastcall::guarded([=] {
@@ -243,17 +192,6 @@ PyObject* is_at(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const RepeatedCall& call = call_of(self);
     const int64_t row = fastcall::Argument<int64_t>::of("row", args[0]);
     return as_bool(row_of(call, args[2]) == row && has_settings(call, args[1]));
-  });
-}
-
-// following(timesteps, watched): the same of a loop with other timesteps and watched objects.
-PyObject* following(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  return fastcall::guarded([=] {
-    fastcall::check_count("RepeatedCall.following", count, 2);
-    RepeatedCall call = call_of(self);
-    call.timesteps = as_tensor("timesteps", args[0]);
-    call.watched = py::reinterpret_borrow<py::object>(args[1]);
-    return py::cast(std::move(call)).release().ptr();
   });
 }
 
@@ -281,18 +219,13 @@ PyObject* repeated_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }  // namespace
 
 void define_repeated_call(py::module_& m) {
-  static PyMethodDef functions[] = {fastcall::definition("index_of", called_index_of),
-                                    fastcall::definition("unchanged", called_unchanged),
-                                    fastcall::definition("written", called_written),
-                                    fastcall::definition("is_unwritten", called_is_unwritten),
-                                    fastcall::definition("has_contents", called_has_contents),
-                                    fastcall::definition("watched", called_watched),
-                                    fastcall::definition("repeated_call", repeated_call)};
+  static PyMethodDef functions[] = {
+      fastcall::definition("index_of", called_index_of), fastcall::definition("unchanged", called_unchanged),
+      fastcall::definition("written", called_written),   fastcall::definition("is_unwritten", called_is_unwritten),
+      fastcall::definition("watched", called_watched),   fastcall::definition("repeated_call", repeated_call)};
   for (PyMethodDef& each : functions)
     m.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&each, nullptr));
-  static PyMethodDef methods[] = {fastcall::definition("row_of", called_row_of), fastcall::definition("is_at", is_at),
-                                  fastcall::definition("has_kinds", has_kinds),
-                                  fastcall::definition("following", following)};
+  static PyMethodDef methods[] = {fastcall::definition("row_of", called_row_of), fastcall::definition("is_at", is_at)};
   py::class_<RepeatedCall> type(m, "RepeatedCall");
   for (PyMethodDef& each : methods) {
     auto* const of = reinterpret_cast<PyTypeObject*>(type.ptr());

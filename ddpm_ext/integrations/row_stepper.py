@@ -56,12 +56,11 @@ class RowStepper:
     Attributes:
         clip, threshold: the arguments.
         needs: what each row needs.
-        edited: the same rows, as `for_edits` makes them; None until somebody needs them.
         scales: what a traced scheduler multiplies the model's inputs by; False where it does something else; None until
             somebody asks.
     """
 
-    edited: RowStepper | None = None
+    _edited: RowStepper | None = None
     scales: Any = None
     _c_in: Tensor | None = None
 
@@ -109,11 +108,14 @@ class RowStepper:
         return made
 
     def for_edits(self, own: Sequence[float]) -> RowStepper:
-        """The same rows, where the part own[i] of row i's factor of its sample is one of `uncond_output`."""
-        made = copy.copy(self)
-        part = torch.tensor(own, dtype=torch.float64, device=self.table.c1.device)
-        made.__dict__.update(table=replace(self.table, c1=self.table.c1 - part, cu=part), _packed={}, _quiet_steps={})
-        return made
+        """The same rows, where the part own[i] of row i's factor of its sample is one of `uncond_output`. They are made
+        once: the rows' own part is always the same."""
+        if self._edited is None:
+            made = self._edited = copy.copy(self)
+            part = torch.tensor(own, dtype=torch.float64, device=self.table.c1.device)
+            table = replace(self.table, c1=self.table.c1 - part, cu=part)
+            made.__dict__.update(table=table, _packed={}, _quiet_steps={})
+        return self._edited
 
     def take(
         self, i: int, x: Tensor, m: Tensor, history: Sequence[Tensor], inputs: dict[str, Any]
@@ -144,13 +146,6 @@ class RowStepper:
         if step is None:
             step = self._step_for(x.device, dtype, rng)
         return step.take(x, m, None, i, out, **inputs), kept
-
-    def launch(self, i: int, x: Tensor, m: Tensor) -> Tensor:
-        """As take, where row i draws, reads and keeps nothing, and nothing is thresholded: the next sample."""
-        step = self._quiet_steps.get(x.dtype) if x.is_cpu else None
-        if step is None:
-            step = self._step_for(x.device, x.dtype, None)
-        return step.take(x, m, None, i)
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""

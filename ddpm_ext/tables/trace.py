@@ -13,6 +13,7 @@ A function that runs its whole loop itself, as k-diffusion's do, takes its steps
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -61,18 +62,6 @@ class TraceResult(NamedTuple):
     read: frozenset[str] | None = None
 
 
-class NoRow(ValueError):
-    """What a step does is no row.
-
-    Attributes:
-        read: the names of the scheduler's attributes on which that hangs.
-    """
-
-    def __init__(self, reason: str, read: frozenset[str]) -> None:
-        super().__init__(reason)
-        self.read = read
-
-
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
     """The columns of StepTable.trace, whose docstring has the arguments and the errors."""
     if hasattr(sampler, "set_timesteps"):
@@ -111,22 +100,14 @@ def follow(
         dims: how many dimensions samples have.
 
     Raises:
-        ValueError: a step is not linear, or no row can say what it does. A NoRow where it is known what that hangs on.
+        ValueError: a step is not linear, or no row can say what it does.
     """
     options = options or {}
-    if not can_watch(scheduler):
-        return _followed(scheduler, timesteps, options, second, dims, None)
-    watch = Watch()
-    try:
-        return _followed(scheduler, timesteps, options, second, dims, watch)
-    except ValueError as error:  # which the look at each function may find another reason for, or none
-        reason = str(error)
-    try:
-        return _followed(scheduler, timesteps, options, second, dims, None)
-    except ValueError as error:
-        if str(error) == reason:  # and so it was found in the same steps, which have read the same
-            raise NoRow(reason, watch.read()) from error
-        raise
+    if can_watch(scheduler):
+        # Of what is refused, a look at each function may find another reason, or none.
+        with contextlib.suppress(ValueError):
+            return _followed(scheduler, timesteps, options, second, dims, Watch())
+    return _followed(scheduler, timesteps, options, second, dims, None)
 
 
 def _followed(

@@ -9,7 +9,6 @@ sign of its mean, or that tells pixels apart, does something else there than in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Run, Step, Taken
+from ddpm_ext.tables.trace_run import OtherResults, Run, Step, Taken
 
 Array = npt.NDArray[np.float64]
 
@@ -142,12 +141,7 @@ def proof_of(run: Run, a: Array, b: Array) -> list[Numbers]:
         by_sample = np.abs(a) > 1e-3 * np.abs(b)
         x[:, rest] = np.where(by_sample, (x0 - b * m[:, rest]) / np.where(by_sample, a, 1), x[:, rest])
         m[:, rest] = np.where(by_sample | (b == 0), m[:, rest], (x0 - a * x[:, rest]) / np.where(b == 0, 1, b))
-    loop, _ = _loop(
-        run._replace(observe=partial(run.observe, notes=False)),
-        shape,
-        lambda kind: x if kind == 0 else m if kind == 1 else inputs(kind),
-        follows,
-    )
+    loop, _ = _loop(run, shape, lambda kind: (x, m)[kind] if kind < 2 else inputs(kind), follows, notes=False)
     return [loop.part(follows), loop.part(rest)] if run.clips else [loop]
 
 
@@ -159,10 +153,10 @@ def normal(generator: np.random.Generator, *shape: int, sign: int) -> Array:
 
 
 def _loop(
-    run: Run, shape: tuple[int, ...], inputs: Callable[[int], Array], follows: slice
+    run: Run, shape: tuple[int, ...], inputs: Callable[[int], Array], follows: slice, **options: bool
 ) -> tuple[Numbers, list[Taken]]:
     """A run of a loop. inputs(kind): (steps, batch), of samples (0), outputs (1), or the draws of each step (2 ...).
-    follows: those of a sample that are what the step before made."""
+    follows: those of a sample that are what the step before made. options: of run.observe."""
     kinds: list[Array] = []
     flats: list[Tensor] = []
     own: list[Any] = []  # the loop's own copies, of which it gets one after the other
@@ -191,7 +185,10 @@ def _loop(
 
     given(0, 0), given(1, 0)
     following = flats[0][:, follows].unbind()
-    taken = run.observe(sample, own[1].__getitem__, noise)
+    try:
+        taken = run.observe(sample, own[1].__getitem__, noise, **options)
+    except OtherResults:
+        return _loop(run, shape, inputs, follows, tuples=False, **options)
     check_shape(taken[-1].prev, shape)
     prev = torch.stack([each.prev for each in taken]).double().numpy().reshape(len(taken), -1)
     kinds[0][1:, follows] = prev[:-1, follows]

@@ -46,6 +46,10 @@ class GIVEN:
     """In place of an option: a tensor like the samples, that each step is given. A class is itself in pickles."""
 
 
+class OtherResults(Exception):
+    """Steps return another number of tensors in a tuple than in an object."""
+
+
 class Result(NamedTuple):
     """What a step returned: its class, and the name of the tensor beside the next sample; None where there is none."""
 
@@ -106,7 +110,8 @@ class Run(NamedTuple):
         times: what the model is called with in each step.
         unit: what these are, for messages.
         observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
-            None before the first, its sample; of a step's number, the model's output; and what the next draw gives.
+            None before the first, its sample; of a step's number, the model's output; and what the next draw gives;
+            and the options `notes` and `tuples` of `observe` below.
         clip: the bound of the range to which the loop clips, if it clips.
         clips: whether it may clip.
         given: how many tensors each step is given beside sample and output.
@@ -115,7 +120,7 @@ class Run(NamedTuple):
 
     times: Sequence[Any]
     unit: str
-    observe: Callable[[Samples, Outputs, Noise], list[Taken]]
+    observe: Callable[..., list[Taken]]
     clip: float = 1.0
     clips: bool = False
     given: int = 0
@@ -232,6 +237,7 @@ def observe(
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
             next sample and at most one more tensor.
+        OtherResults: tuples are other results.
     """
     x = samples(0, None)
     observed = Observed(x.shape, noise, wide)
@@ -282,7 +288,7 @@ def observe(
                     arguments.setdefault("return_dict", False)
             elif tuples:
                 if (first.name is None) != (result.name is None):
-                    raise ValueError("a step returns another number of tensors in a tuple than in an object")
+                    raise OtherResults
                 result = first
             draws, is_one = observed.draws[drawn:], prev is second
             taken = step_of(own, result, m, before, watch, draws, len(given), scaling, is_one) if notes else NOTHING

@@ -8,6 +8,7 @@ that a model of DDPM's learns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +19,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import (
     UNFUSED,
+    Again,
     FusedRows,
     are_tensors,
     clip_of,
@@ -26,7 +28,8 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     own_methods,
     result_dtype,
 )
-from ddpm_ext.integrations.diffusers.traced_loop import EDITED, Settings, repeated_call
+from ddpm_ext.integrations.diffusers.traced_loop import Settings
+from ddpm_ext.integrations.diffusers.traced_rows import EDITED
 from ddpm_ext.integrations.fallback import Fallback, is_of_arguments
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Support
@@ -44,7 +47,10 @@ VARIANCES = {name: own for name, own in peer_variances("diffusers").items() if n
 LEARNED = ("learned", "learned_range")
 ONE_LAUNCH = "float32, float16, bfloat16; a timestep a sample, or one for all; gradients"
 # What steps read beside the config and relies_on.
-WATCHED = (*EDITED, "num_inference_steps", "final_alpha_cumprod", "initial_alpha_cumprod")
+WATCHED = (
+    *EDITED, "num_inference_steps", "final_alpha_cumprod", "initial_alpha_cumprod", "variance_type", "custom_timesteps",
+)  # fmt: skip
+NOISY = 1  # the least timestep from which a step of DDPM draws noise
 SUPPORT = (
     Support(
         "DDPMScheduler, DDPMParallelScheduler",
@@ -144,21 +150,18 @@ def _make(
     return make_rows(steps, clip, threshold, t[~fused].tolist())
 
 
-class Again(NamedTuple):
-    """A step without noise. One like it takes its row without another look. Copies and pickles have none.
+class AnyTimestep(NamedTuple):
+    """Steps that are alike but for their timesteps.
 
     Attributes:
-        call: as Repeated has it, for whose rows the scheduler's timesteps stand here.
-        row: of each of these, or UNFUSED.
+        steps: of each of the scheduler's timesteps, the timestep and its row, or UNFUSED.
         stepper: takes the rows.
+        noisy_from: the least timestep whose step draws noise.
     """
 
-    call: Any
-    row: list[int]
+    steps: list[tuple[int, int]]
     stepper: RowStepper
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
+    noisy_from: float
 
 
 class Alphas(Forward):
@@ -167,41 +170,42 @@ class Alphas(Forward):
     replaces: ClassVar[tuple[str, ...]] = ("step", "add_noise", "get_velocity")
     alphas_cumprod: Tensor
     num_inference_steps: int | None
-    # The peer's step, whose arguments are looked at: its rows, unless it has noise, and its result.
-    _looked_at: Callable[..., tuple[FusedRows | None, Any]]
+    # The peer's step, whose arguments are looked at. It returns its rows and the least timestep that draws noise, or
+    # None where it has other tensors than output and sample; and the step's result.
+    _looked_at: Callable[..., tuple[tuple[FusedRows, float] | None, Any]]
     _output: ClassVar[tuple[str, str]]  # the module and the class of a step's result
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        again: Again | None = self.__dict__.get("_again")
-        place = None if again is None else again.call.row_of(self.__dict__, args, kwargs)
-        if again is None or place is None or again.row[place] == UNFUSED:
-            try:
-                rows, result = self._looked_at(*args, **kwargs)
-            except TypeError as error:
-                if is_of_arguments(error):
-                    raise Fallback from None
-                raise
-            if rows is not None and len(args) == 3:
-                self._note(rows, args, kwargs)
-            return result
-        m, _, x = args
-        x0 = C.empty_result_like(x)
-        prev, _ = again.stepper.take(again.row[place], x, m, (), {"x0_out": x0})
-        return self._returned((prev, x0), kwargs.get("return_dict", True))
+        try:
+            found, result = self._looked_at(*args, **kwargs)
+        except TypeError as error:
+            if is_of_arguments(error):
+                raise Fallback from None
+            raise
+        if found is not None and len(args) == 3 and args[0].dtype is args[2].dtype:
+            self._note(*found, args, kwargs)
+        return result
 
-    def _note(self, rows: FusedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Knows the steps that are like this one, if it was an element of the scheduler's timesteps and nothing was
-        converted. Who writes to inference tensors on a CPU is seen by their contents alone."""
-        m, timestep, x = args
-        known = self.__dict__.get("_host_timesteps")
-        if known is None or known.own is not self.timesteps or m.dtype is not x.dtype:
-            return
-        settings = Settings.of(self, names=(*WATCHED, *self.relies_on))
-        call = repeated_call(args, kwargs, known.own, 0, settings)
-        if call is None or self._index_of(timestep) is None or self.alphas_cumprod.is_inference():
+    def _note(self, rows: FusedRows, noisy_from: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Knows the steps that are like this one, if it was an element of the scheduler's timesteps. Who writes to
+        inference tensors on a CPU is seen by their contents alone."""
+        own = self.timesteps
+        uncounted = self.alphas_cumprod.is_inference() or (own.is_inference() and own.is_cpu)
+        if not isinstance(args[1], Tensor) or self._index_of(args[1]) is None or uncounted:
             return
         assert rows.rows is not None
-        self.__dict__["_again"] = Again(call, [rows.row.get(t, UNFUSED) for t in known.values], rows.rows)
+        steps = [(t, rows.row.get(t, UNFUSED)) for t in self._times()]
+        settings = Settings.of(self, (*WATCHED, *self.relies_on))
+        self._note_step(args, kwargs, 0, settings, AnyTimestep(steps, rows.rows, noisy_from))
+
+    def _take_again(self, again: Again, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (t, row), (m, _, x) = again.of.steps[place], args
+        if row == UNFUSED:
+            return None
+        noise = self._noise(t >= again.of.noisy_from, m, kwargs.get("generator"), x, -t)
+        x0 = noise["x0_out"] = C.empty_result_like(x)
+        prev, _ = again.of.stepper.take(row, x, m, (), noise)
+        return self._returned((prev, x0), kwargs.get("return_dict", True))
 
     def _returned(self, done: tuple[Tensor, Tensor], return_dict: bool) -> Any:
         return imported(*self._output)(*done) if return_dict else done
@@ -259,9 +263,9 @@ class DDPM(Alphas):
     custom_timesteps: bool
     _output = ("schedulers.scheduling_ddpm", "DDPMSchedulerOutput")
 
-    def _step(
+    def _looked_at(
         self, model_output: Tensor, timestep: int, sample: Tensor, generator: Any = None, return_dict: bool = True
-    ) -> Any:
+    ) -> tuple[tuple[FusedRows, float] | None, Any]:
         kind = self.variance_type
         if kind != self.config.variance_type:
             raise Fallback("variance_type is not its config's")
@@ -274,8 +278,9 @@ class DDPM(Alphas):
                 raise Fallback
             extras = {"model_variance": model_output[:, channels:], "log_variance": kind == "learned_range"}
             model_output = model_output[:, :channels]
-        noisy = place[1] > 0
-        return self._take_place(place, model_output, timestep, sample, generator, return_dict, noisy=noisy, **extras)
+        noisy = place[1] >= NOISY
+        taken = self._take_place(place, model_output, timestep, sample, generator, return_dict, noisy=noisy, **extras)
+        return None if extras else (place[0], NOISY), taken
 
 
 class DDPMParallel(DDPM):
@@ -301,7 +306,7 @@ class DDIM(Alphas):
         generator: Any = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> tuple[FusedRows | None, Any]:
+    ) -> tuple[tuple[FusedRows, float] | None, Any]:
         noisy = eta > 0
         if noisy and variance_noise is not None and generator is not None:
             raise Fallback
@@ -311,7 +316,7 @@ class DDIM(Alphas):
         taken = self._take_place(
             place, model_output, timestep, sample, generator, return_dict, noisy=noisy, given=given
         )
-        return None if noisy else place[0], taken
+        return (place[0], 0 if noisy else math.inf), taken
 
 
 class DDIMParallel(DDIM):
@@ -329,7 +334,8 @@ class DDIMInverse(Alphas):
 
     def _looked_at(
         self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True
-    ) -> tuple[FusedRows | None, Any]:
+    ) -> tuple[tuple[FusedRows, float] | None, Any]:
         of = -self._stride(), self.initial_alpha_cumprod, 0.0, True
         place = self._place(timestep, sample, model_output, *of)
-        return place[0], self._take_place(place, model_output, timestep, sample, None, return_dict, noisy=False)
+        taken = self._take_place(place, model_output, timestep, sample, None, return_dict, noisy=False)
+        return (place[0], math.inf), taken

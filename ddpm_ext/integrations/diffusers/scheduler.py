@@ -30,6 +30,8 @@ Made = TypeVar("Made")
 OLDEST = (0, 32)
 UNFUSED = -1  # in place of a row
 CACHED = 8  # settings whose rows a scheduler keeps
+STEPS = ("step", "step_pred")
+NOT_COUNTED = ("set_timesteps", "scale_model_input")  # they take note of something, or return what a step has made
 HALVES = {torch.float16, torch.bfloat16}
 
 
@@ -82,7 +84,25 @@ class HostTimesteps(NamedTuple):
 
     own: Tensor
     version: int
-    values: list[int]
+    values: list[Any]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class Again(NamedTuple):
+    """A step whose arguments were looked at: one like it needs no other look. Copies and pickles have none.
+
+    Attributes:
+        call: a RepeatedCall of the compiled module. row_of(the scheduler's attributes, args, kwargs) is the place of
+            such a step among the timesteps from a first one on; None for a step with arguments of other kinds, or where
+            settings were edited. is_at(place, attributes, timestep) says whether that is the timestep of a place, and
+            nothing was edited. No tensor is read: it may be on a GPU.
+        of: what the scheduler's class knows of such steps.
+    """
+
+    call: Any
+    of: Any
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -93,6 +113,7 @@ class Scheduler(Accelerated):
 
     library = "diffusers"
     timesteps: Tensor
+    _again: Again | None = None
 
     def __init_subclass__(cls) -> None:
         """The mixin's _step takes the place of the peer's step in an accelerated class, and so on; any Fallback that it
@@ -186,14 +207,18 @@ class Scheduler(Accelerated):
             return int(timestep) if isinstance(timestep, numbers.Integral) else None
         if timestep.numel() != 1 or timestep.is_floating_point():
             return None
-        index, own = self._index_of(timestep), self.timesteps
-        if index is None or (own.is_inference() and own.is_cpu):  # see _identity
-            return int(timestep.item())
-        known = self.__dict__.get("_host_timesteps")
+        index = self._index_of(timestep)
+        return int(timestep.item()) if index is None else int(self._times()[index])
+
+    def _times(self) -> list[Any]:
+        """The scheduler's timesteps on the host, read once."""
+        own = self.timesteps
+        if own.is_inference() and own.is_cpu:  # which do not tell whether they were written to
+            return own.tolist()
+        known: HostTimesteps | None = self.__dict__.get("_host_timesteps")
         if known is None or known.own is not own or known.version != C.written(own):
             known = self.__dict__["_host_timesteps"] = HostTimesteps(own, C.written(own), own.tolist())
-        found: int = known.values[index]
-        return found
+        return known.values
 
     def _index_of(self, timestep: Tensor) -> int | None:
         """The index of the element of self.timesteps that `timestep` is a view of, or None. Neither is read."""
@@ -230,6 +255,17 @@ class Scheduler(Accelerated):
         return noise_arguments(z.to(sample.dtype), sample)
 
     # ---------------------------------------------------------------------------------------------------------- step
+
+    def _take_again(self, again: Again, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a step like the last one returns, at a place of the timesteps; None where it needs a look after all."""
+
+    def _note_step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], first: int, settings: tuple[Any, ...], of: Any
+    ) -> None:
+        """Knows the steps that are like this one. first: the place that counts as 0. settings: what `unchanged` of the
+        compiled module takes, of attributes that must be as they are. of: Again's."""
+        call = C.repeated_call(args, kwargs, self.timesteps, first, *settings)
+        self.__dict__["_again"] = None if call is None else Again(call, of)
 
     def _check_step(self, sample: Tensor, model_output: Tensor, *others: Tensor | None, timestep: Any = None) -> None:
         """Raises Fallback where the operators can't take a step of these tensors.
@@ -278,14 +314,24 @@ def _settings_of(config: Any) -> Acceleration | None:
 
 
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's method, with the signature of the peer's own one, which pipelines read. A compiler breaks its graph
-    there: what is counted would be constants of it."""
-    fused = with_fallback(name, counts=name not in ("set_timesteps", "scale_model_input"))(method)
+    """The mixin's method, with the signature of the peer's own one, which pipelines read. A step that is like the last
+    one leaves out all that the method would do before its row. A compiler breaks its graph there: what is counted would
+    be constants of it."""
+    fused = method if name in NOT_COUNTED else with_fallback(name)(method)
     uncompiled = torch.compiler.disable(fused)  # diffusers has imported the compiler
+    is_step = name in STEPS
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (uncompiled if torch.compiler.is_compiling() else fused)(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return uncompiled(self, *args, **kwargs)
+        again = self.__dict__.get("_again") if is_step else None
+        place = None if again is None else again.call.row_of(self.__dict__, args, kwargs)
+        found = None if place is None else self._take_again(again, place, args, kwargs)
+        if found is None:
+            return fused(self, *args, **kwargs)
+        self.__dict__["_acceleration"].fused_calls += 1
+        return found
 
     return call
 

@@ -18,11 +18,10 @@ from ddpm_ext import ops
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.predictions import prediction_of, prediction_type_of
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of
-from ddpm_ext.integrations.diffusers.traced_loop import Made
+from ddpm_ext.integrations.diffusers.traced_loop import LastResult
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
-from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
@@ -106,7 +105,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     def _begin(self) -> None:
         self._step_index: int | None = None
         self._ring: tuple[Tensor, ...] = ()
-        self._made: Made | None = None
+        self._made: LastResult | None = None
         self.accelerated.begin_loop()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -226,7 +225,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
         prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
         if model_input is not None:
-            self._made = Made(prev, C.written(prev), model_input)
+            self._made = LastResult.of(prev, None, model_input)
         if kept is not None:
             self._ring = (kept, *ring[:2])
         self._step_index = row + 1

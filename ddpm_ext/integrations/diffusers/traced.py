@@ -1,8 +1,8 @@
 """Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
 
-Tracing runs diffusers' own steps on unit vectors; see tables/trace.py. It takes about as long as two of diffusers' own
-loops, once for each setting. Some classes have rows in closed form; see closed_rows.py. What is no row runs diffusers'
-own code.
+Tracing runs diffusers' own steps on numbers of our choice; see tables/trace.py. It takes about as long as a few of
+diffusers' own loops, once for each setting. What is no row runs diffusers' own code. A step comes by one of two ways:
+`_take_again`, where it is like the one before it, or `_step`, which looks at all its arguments.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from torch import Tensor
 from ddpm_ext.integrations.diffusers.custom_timesteps import with_timesteps
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.next_input import scales_of
-from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.scheduler import STEPS, Again, are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.step_options import Beside, Options, at_step, is_beside
-from ddpm_ext.integrations.diffusers.traced_again import repeating_scale, repeating_step
-from ddpm_ext.integrations.diffusers.traced_begun import Begun, NextLoop
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, OwnResult, Repeated, Settings, repeated_call
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, NoRows, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.diffusers.traced_loop import LastResult, LoopPosition, Settings
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name
@@ -35,9 +33,7 @@ from ddpm_ext.tables.trace_watch import copied
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
 CACHED = 64  # loops whose rows are kept, of all schedulers together
-STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_begun", "_next_loop", "_scales_inputs")
 EMPTY = inspect.Parameter.empty
 
 _rows = RowsCache(CACHED)
@@ -54,9 +50,7 @@ class TracedScheduler(Forward):
     _are_first: bool  # whether they come first, in this order
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
     _traced_loop: LoopPosition | bool | None = None
-    _begun: Begun | None = None
-    _next_loop: NextLoop | None = None
-    _scales_inputs = False  # whether scale_model_input was called and returned another tensor
+    _scales_inputs = False  # whether steps write what scale_model_input is asked for after them
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -73,9 +67,6 @@ class TracedScheduler(Forward):
             defaults = {each.name: each.default for each in parameters}
             cls._parameters = defaults | {name: EMPTY for name in always if defaults.get(name, False) is not False}
             cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
-            for name, repeats in ((step_name(peer), repeating_step), ("scale_model_input", repeating_scale)):
-                if name in vars(cls):
-                    setattr(cls, name, repeats(vars(cls)[name], peer))
 
     @classmethod
     def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
@@ -94,9 +85,7 @@ class TracedScheduler(Forward):
         except Exception:  # of what it is given; the loop may go on
             self.__dict__.update(held)
             raise
-        self._traced_loop = self._next_loop = None  # not deleted: pipelines of views put each one's back by update
-        if self._begun is not None:
-            self._next_loop = self._begun.next_loop(self)
+        self._traced_loop = None  # not deleted: pipelines of views put each one's back by update
         return found
 
     def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
@@ -108,23 +97,9 @@ class TracedScheduler(Forward):
     # ------------------------------------------------------------------------------------------------------ steps
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        """A step that begins a loop as the last one began takes its row without another look at its arguments, and one
-        that is like the step before it does not come here (repeating_step)."""
         loop: Any = self._traced_loop
         if loop is False:
             raise Fallback
-        begun = self._begun
-        if loop is None and begun is not None and begun.is_for(self, args, kwargs):
-            settings = begun.settings_of(self)
-            if settings is None:
-                self._begun = None  # so that nobody compares the settings again
-            elif isinstance(begun.rows, NoRows):
-                self._traced_loop = False
-                raise begun.rows.again()
-            else:
-                loop, of_loop = LoopPosition(begun.rows, settings), begun.rows.dtypes_of(args[0].dtype, args[2].dtype)
-                repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
-                return self._take_row(loop, of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
         except Fallback as fallback:
@@ -132,6 +107,14 @@ class TracedScheduler(Forward):
             raise
 
     _step_pred = _step
+
+    def _take_again(self, again: Again, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loop, (rows, of_loop) = self._traced_loop, again.of
+        if not isinstance(loop, LoopPosition) or loop.rows is not rows or place != loop.at:
+            return None
+        if not loop.has_index_of(self) or (rows.counters and not loop.has_counters_of(self)):
+            return None
+        return self._take_row(loop, of_loop, args[0], args[2], (), kwargs)
 
     def _leave(self, loop: LoopPosition | None, fallback: Fallback) -> None:
         """Diffusers' own code takes all steps until set_timesteps is called; in the middle of a loop this one alone.
@@ -159,23 +142,18 @@ class TracedScheduler(Forward):
         has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
         if has_dim:
             timestep = _of_all(timestep, len(x))
-        try:
-            loop = self._located(loop, timestep, has_dim, x.dim(), options)
-        except NoRows as none:
-            if loop is None and self._are_first and len(args) == 3:
-                settings = Settings.of(self)
-                call = repeated_call(args, kwargs, self.timesteps, none.first, settings)
-                self._begun = Begun.of(none.again(), None, call, settings)
-            raise
+        loop = self._located(loop, timestep, has_dim, x.dim(), options)
         if loop.ring and loop.ring[0].shape != x.shape:
             raise Fallback("its samples have another shape than those of the step before")
-        of_loop, repeated = loop.rows.dtypes_of(m.dtype, x.dtype), None
+        rows = loop.rows
+        of_loop = rows.dtypes_of(m.dtype, x.dtype)
+        found = self._take_row(loop, of_loop, m, x, tensors, others)
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
-        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
-            repeated = Repeated.of(loop, of_loop, args, kwargs, self.timesteps)
-        if repeated is not None and loop.at == 0 and not loop.rows.key.alone:
-            self._begun = Begun.of(loop.rows, of_loop, repeated.call, loop.settings)
-        return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
+        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == rows.first + loop.at:
+            self._note_step(args, kwargs, rows.first, loop.settings, (rows, of_loop))
+        else:
+            self._again = None
+        return found
 
     def _take_row(
         self,
@@ -185,45 +163,17 @@ class TracedScheduler(Forward):
         x: Tensor,
         tensors: Sequence[Tensor],
         others: Mapping[str, Any],
-        repeated: Repeated | None,
     ) -> Any:
         """The loop's next step, and what it returns.
 
         Args:
             tensors: those of the step's options.
             others: the generator and whether to return an object, if they are given.
-            repeated: for the step after it.
         """
-        rows, settings, i, ring, _, last, made = loop
-        trace, x0 = rows.trace, None
+        rows, settings, i, ring, last = loop
+        trace, stepper, x0, own, model_input = rows.trace, rows.stepper, None, None, None
         step, is_last = trace.steps[i], i + 1 == len(trace.steps)
-        if of_loop.bare and last is None and (is_last or not trace.own[i + 1]) and not self._scales_inputs:
-            prev = rows.stepper.launch(i, x, m)
-        else:
-            prev, x0, ring, last, made = self._launched(loop, of_loop, m, x, tensors, others)
-        attributes, result = self.__dict__, step.result
-        attributes.update(step.state)
-        following = rows, settings, i + 1, ring, None if is_last else repeated, last, made
-        attributes["_traced_loop"] = tuple.__new__(LoopPosition, following)  # in half the time of a call
-        if not others.get("return_dict", True) or result.cls is tuple:
-            return (prev,) if of_loop.second is None else (prev, x0)
-        second = {} if result.name is None else {result.name: x0}
-        return result.cls(prev_sample=prev, **second)
-
-    def _launched(
-        self,
-        loop: LoopPosition,
-        of_loop: LoopDtypes,
-        m: Tensor,
-        x: Tensor,
-        tensors: Sequence[Tensor],
-        others: Mapping[str, Any],
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], OwnResult | None, Made | None]:
-        """What the loop's next step returns, and LoopPosition's ring, last and made then. Arguments: _take_row's."""
-        rows, _, i, ring, _, last, made = loop
-        trace, stepper = rows.trace, rows.stepper
-        step, is_last = trace.steps[i], i + 1 == len(trace.steps)
-        edited = last if last is not None and last.may_differ(x) else None
+        edited = last is not None and last.copy is not None and last.may_differ(x)
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
         if tensors:
@@ -231,21 +181,17 @@ class TracedScheduler(Forward):
         inputs: dict[str, Any] = {}
         if not of_loop.quiet[i]:
             inputs = self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
-        if edited is not None:
-            if stepper.edited is None:
-                stepper.edited = stepper.for_edits(trace.own)
-            stepper, m = stepper.edited, m.to(x.dtype)
-            inputs["uncond_output"] = edited.copy.to(x.dtype)
-        x0 = model_input = own = None
+        if edited:
+            stepper, m = stepper.for_edits(trace.own), m.to(x.dtype)
+            inputs["uncond_output"] = last.copy.to(x.dtype)
         if trace.second and not step.is_one:
             x0 = inputs["x0_out"] = C.empty_result_like(x)
         if not is_last and trace.own[i + 1]:
             own = inputs["model_input"] = C.empty_result_like(x)
-        elif self._scales_inputs and made is None and edited is None and not is_last:
-            scales = stepper.scales or scales_of(rows)
+        elif self._scales_inputs and not (edited or is_last):
+            scales = scales_of(rows)
             if scales is not None:
-                stepper = scales.stepper
-                is_usual = x.dtype is of_loop.prev
+                stepper, is_usual = scales.stepper, x.dtype is of_loop.prev
                 model_input = C.empty_result_like(x) if is_usual else torch.empty_like(x, dtype=of_loop.prev)
                 inputs["model_input"] = model_input
         history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
@@ -254,51 +200,46 @@ class TracedScheduler(Forward):
             prev = prev.to(of_loop.prev)
         if step.is_one:
             x0 = prev
-        elif x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
+        elif x0 is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
         if kept is not None:
             ring = (kept, *ring[:2])
         if step.tensors:
             self._hold(rows, step, None if is_last else x)
-        last = None if own is None else OwnResult(prev, C.written(prev), own)
-        if model_input is not None:
-            made = Made(prev, C.written(prev), model_input)
-        return prev, x0, ring, last, made
+        last = None if own is None and model_input is None else LastResult.of(prev, own, model_input)
+        attributes, result = self.__dict__, step.result
+        attributes.update(step.state)
+        attributes["_traced_loop"] = LoopPosition(rows, settings, i + 1, ring, last)
+        if not others.get("return_dict", True) or result.cls is tuple:
+            return (prev,) if of_loop.second is None else (prev, x0)
+        second = {} if result.name is None else {result.name: x0}
+        return result.cls(prev_sample=prev, **second)
 
     def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """What the last step has written, where that is asked for. Of another tensor a product, with the same bits for
         the same float32 numbers; the loop's later steps write none then."""
         loop: Any = self._traced_loop
-        scales = loop.rows.stepper.scales if isinstance(loop, LoopPosition) and not loop.is_over() else None
-        if not scales or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
-            following = self._next_loop if loop is None else None
-            if following is not None and not following.asks(self.__dict__, args):
-                following = None
-            before = {} if following is None else dict(self.__dict__)
+        scales = scales_of(loop.rows) if isinstance(loop, LoopPosition) and not loop.is_over() else None
+        if scales is None or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
             found = peer_method(self, "scale_model_input")(*args, **kwargs)
-            if not self._scales_inputs:
+            if loop is None:
                 self._scales_inputs = bool(args) and found is not args[0]
-            if following is not None and self._scales_inputs:
-                self._begun = following.begun.with_input(before, args[1])
             return found
-        if loop.made is not None and loop.made.is_of(args[0]):
-            return self._made(loop)
         self.__dict__.update(scales.changes[loop.at])
-        return args[0] * scales.factors[loop.at]
-
-    def _made(self, loop: LoopPosition) -> Tensor:
-        """The model's next input, which the last step has written."""
-        attributes, made = self.__dict__, loop.made
-        assert made is not None
-        attributes.update(loop.rows.stepper.scales.changes[loop.at])
-        attributes["_traced_loop"] = LoopPosition(*loop[:-1])  # once: who has it may write to it
-        return made.model_input
+        last, x = loop.last, args[0]
+        if last is not None and last.model_input is not None:
+            if last.is_of(x) and not (x.requires_grad and torch.is_grad_enabled()):
+                self._traced_loop = loop._replace(last=None)  # once: who has it may write to it
+                return last.model_input
+            self._scales_inputs = False
+        return x * scales.factors[loop.at]
 
     def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
         """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
         if not loop.has_index_of(self):
             return False
-        if loop.repeated is not None and loop.repeated.call.is_at(loop.at, self.__dict__, timestep):
+        again = self._again
+        if again is not None and again.of[0] is loop.rows and again.call.is_at(loop.at, self.__dict__, timestep):
             return True
         rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
         index = self._index_of(timestep) if is_tensor else None
@@ -363,10 +304,6 @@ class TracedScheduler(Forward):
 
     # ------------------------------------------------------------------------------------------------------- loops
 
-    def _times(self) -> list[float]:
-        """The scheduler's timesteps on the host."""
-        return self._rows(Tensor.tolist, self.timesteps)
-
     def _located(
         self, loop: LoopPosition | None, timestep: Any, has_dim: bool, dims: int, options: Options
     ) -> LoopPosition:
@@ -403,21 +340,7 @@ class TracedScheduler(Forward):
         # Where options change in another way from step to step, rows for more than one of them would be of no use.
         kind = timestep.dtype if is_tensor else type(timestep)
         key = RowsKey(options, index, float(value), kind, has_dim, alone, dims)
-        step_index = vars(self).get("_step_index")
-        if alone and loop is not None:
-            known = loop.rows.after.get((loop.at, key, step_index))
-            if known is not None:
-                return LoopPosition(known, loop.settings)
-        begun = self._begun
-        if loop is None and begun is not None and isinstance(begun.rows, TracedRows) and begun.rows.key == key:
-            settings = begun.settings_of(self)
-            if settings is not None:  # with tensors of other kinds
-                return LoopPosition(begun.rows, settings)
-        state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        rows = _rows.get_or_trace(peer_class(type(self)), state, key)
-        if alone and loop is not None:
-            loop.rows.after[loop.at, key, step_index] = rows
-        return LoopPosition(rows, Settings.of(self))
+        return LoopPosition(_rows.get_or_trace(peer_class(type(self)), vars(self), key), Settings.of(self))
 
     def _own_place(self, timestep: float) -> int:
         """At which place of a timestep of its own a loop begins: that of the scheduler's index, or of a pair within its

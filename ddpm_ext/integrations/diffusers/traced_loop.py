@@ -1,4 +1,4 @@
-"""Where a traced scheduler is in a loop, and what must be as it was for the loop to go on."""
+"""Where a scheduler is in a loop, and what must be as it was for the loop to go on."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_rows import (
-    CONFIG,
-    LoopDtypes,
-    TracedRows,
-    state_contents,
-)
+from ddpm_ext.integrations.diffusers.traced_rows import CONFIG, EDITED, TracedRows, state_contents
 from ddpm_ext.ops.extension import C
-
-EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 
 
 class Settings(NamedTuple):
@@ -33,14 +26,11 @@ class Settings(NamedTuple):
     items: dict[str, Any]
 
     @classmethod
-    def of(cls, scheduler: Any, known: Settings | None = None, names: tuple[str, ...] = EDITED) -> Settings:
-        """known: some with the same config. names: of the attributes that are watched."""
+    def of(cls, scheduler: Any, names: tuple[str, ...] = EDITED) -> Settings:
+        """names: of the attributes that are watched."""
         values = vars(scheduler)
-        watched = C.watched(values, names)
-        if known is not None:
-            return cls(watched, known.attributes, known.items)
         config = values[CONFIG]
-        return cls(watched, dict(vars(config)), dict(config))
+        return cls(C.watched(values, names), dict(vars(config)), dict(config))
 
     def are_those_of(self, scheduler: Any) -> bool:
         """Whether all are the same objects with the same contents. No tensor is read."""
@@ -59,93 +49,40 @@ class Settings(NamedTuple):
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
-def repeated_call(
-    args: tuple[Any, ...], options: dict[str, Any], timesteps: Tensor, first: int, settings: Settings
-) -> Any:
-    """Repeated's call, of a loop that begins at the place `first` of the timesteps; None where a step with these
-    arguments may need another look at them."""
-    return C.repeated_call(args, options, timesteps, first, *settings)
-
-
-class Repeated(NamedTuple):
-    """A loop's last step. One with arguments of the same kinds needs no other look at them. Copies and pickles have
-    none.
+class LastResult(NamedTuple):
+    """The sample that a loop's last step returned, where what comes next must know whether it is given that one.
 
     Attributes:
-        of_loop: the dtypes of the loop.
-        call: of the compiled module. row_of(the scheduler's attributes, args, kwargs) is the row of a step with these
-            arguments, None unless it is like the last one; is_at(row, attributes, timestep) says whether that is the
-            row's timestep, both not where settings were edited; has_kinds(args, kwargs) whether they are like the last
-            ones, whatever the timestep. No tensor is read: it may be on a GPU.
-    """
-
-    of_loop: LoopDtypes
-    call: Any
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    @classmethod
-    def of(
-        cls,
-        loop: LoopPosition,
-        of_loop: LoopDtypes,
-        args: tuple[Any, ...],
-        options: dict[str, Any],
-        timesteps: Tensor,
-    ) -> Repeated | None:
-        """For the steps after the loop's next one, which has these arguments; None where they may need another look.
-
-        timesteps: the scheduler's, of which the given one is an element.
-        """
-        call = repeated_call(args, options, timesteps, loop.rows.first, loop.settings)
-        return None if call is None else cls(of_loop, call)
-
-
-class Made(NamedTuple):
-    """What a loop's step has made for the model's next call. Copies and pickles have none.
-
-    Attributes:
-        sample, version: the step's result, and how often it had been written to.
-        model_input: what scale_model_input returns for it.
-    """
-
-    sample: Tensor
-    version: int
-    model_input: Tensor
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def is_of(self, sample: object) -> bool:
-        """Whether that is the very tensor that the step returned, as it was."""
-        is_differentiated = self.sample.requires_grad and torch.is_grad_enabled()
-        return bool(C.is_unwritten(sample, self.sample, self.version)) and not is_differentiated
-
-
-class OwnResult(NamedTuple):
-    """The result of a loop's last step, for the next one, which takes a part of it whatever somebody makes of it.
-
-    Attributes:
-        sample, version: the result, and how often it had been written to. Pickles have None: there, its numbers tell.
-        copy: the same numbers, which nobody writes to.
+        sample, version: the tensor, and how often it had been written to. A pickle has None: there, `copy` tells.
+        copy: the same numbers in a tensor that nobody else has, where the scheduler itself keeps them, so that its next
+            step reads them whatever sample it is given; else None.
+        model_input: what scale_model_input returns for the sample, which the step has written as well; else None.
     """
 
     sample: Tensor | None
     version: int
-    copy: Tensor
+    copy: Tensor | None
+    model_input: Tensor | None
 
-    def __deepcopy__(self, memo: object) -> OwnResult:
-        return self
+    @classmethod
+    def of(cls, sample: Tensor, copy: Tensor | None, model_input: Tensor | None) -> LastResult:
+        return cls(sample, C.written(sample), copy, model_input)
+
+    def __deepcopy__(self, memo: object) -> LastResult:
+        return self._replace(model_input=None)  # who gets it may write to it
 
     def __reduce__(self) -> Any:
-        return OwnResult, (None, 0, self.copy)
+        return LastResult, (None, 0, self.copy, None)
+
+    def is_of(self, sample: object) -> bool:
+        """Whether that is the very tensor that the step returned, as it was."""
+        return bool(C.is_unwritten(sample, self.sample, self.version))
 
     def may_differ(self, x: Tensor) -> bool:
-        """Whether x may be another sample than that."""
-        if self.sample is None:
+        """Whether x may have other numbers than the copy."""
+        if self.sample is None and self.copy is not None:
             return not torch.equal(x, self.copy.to(x))
-        return not C.is_unwritten(x, self.sample, self.version)
+        return not self.is_of(x)
 
 
 class LoopPosition(NamedTuple):
@@ -153,19 +90,14 @@ class LoopPosition(NamedTuple):
 
     Attributes:
         settings: the scheduler's when the loop began.
-        repeated: None where the next step's arguments are to be looked at, whatever they are.
-        last: None where the next row takes no part of it.
-        made: by the last step that made some and of which it was not asked for, as by a pipeline that doubles its batch
-            before it scales it. No later step makes any then.
+        last: the last step's result; None where nothing is to be known of it.
     """
 
     rows: TracedRows
     settings: Settings
     at: int = 0
     ring: tuple[Tensor, ...] = ()
-    repeated: Repeated | None = None
-    last: OwnResult | None = None
-    made: Made | None = None
+    last: LastResult | None = None
 
     def is_over(self) -> bool:
         return self.at == len(self.rows.trace.steps)

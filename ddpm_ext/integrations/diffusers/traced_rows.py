@@ -7,7 +7,7 @@ import io
 import operator
 import pickle
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +22,17 @@ from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
-from ddpm_ext.tables.trace import NoRow, TraceResult, follow
+from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, counted_by, observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch, copied
 
 CONFIG = "_internal_dict"
-READ_HERE = {"timesteps", CONFIG}  # beside what the steps read
-REFUSED = 2  # loops of a setting that are traced in vain before no more are
+EDITED = ("sigmas", "alphas_cumprod", "timesteps")  # levels and timesteps, which somebody may edit
+# The attributes that tell settings apart. What else steps read, such as a number that an earlier loop left, is compared
+# with what they read when they were traced.
+SETTINGS = (CONFIG, "sigmas", "timesteps", "_step_index")
+STATES = 4  # of a setting whose rows are kept
+OURS = {"_acceleration", "_fused_cache", "_host_timesteps", "_again", "_traced_loop", "_scales_inputs"}  # no settings
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
@@ -66,8 +70,6 @@ class LoopDtypes(NamedTuple):
         prev, second: those of a step's results; `second` is None where it has one alone.
         draws: those of each step's draws.
         quiet: whether a row draws nothing.
-        bare: whether each step is a launch and nothing else: it draws, reads and keeps nothing, and returns one tensor,
-            of the sample's dtype.
     """
 
     computed: torch.dtype
@@ -75,7 +77,6 @@ class LoopDtypes(NamedTuple):
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     quiet: list[bool]
-    bare: bool
 
 
 class TracedRows(NamedTuple):
@@ -90,7 +91,6 @@ class TracedRows(NamedTuple):
             holds nothing but numbers of the steps before.
         scheduler: as it was when the loop began, on the CPU.
         dtypes: by the dtypes of output and sample.
-        after: the rows of single steps that came after a row, by that row, their key and the scheduler's index.
         indexes: the scheduler's `_step_index` before each row; None where it has none.
         counters: its other numbers that steps read and change: the name of each, and its value before each row.
     """
@@ -102,7 +102,6 @@ class TracedRows(NamedTuple):
     stateless: bool
     scheduler: Any
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
-    after: dict[tuple[int, RowsKey, int | None], TracedRows]
     indexes: list[int | None]
     counters: list[tuple[str, list[Any]]]
 
@@ -114,38 +113,12 @@ class TracedRows(NamedTuple):
         """The place of the first row among the scheduler's timesteps; 0 where it is none of them."""
         return self.key.first or 0
 
-    @property
-    def read(self) -> frozenset[str] | None:
-        """The names of the attributes on which the rows hang; None: nobody knows."""
-        return self.trace.read
-
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
         """Those of the loop's results and draws, found by running it on few numbers of these dtypes."""
         found = self.dtypes.get((output, sample))
         if found is None:
             found = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
         return result_of(found)
-
-
-class NoRows(Fallback):
-    """Why a loop has no rows.
-
-    Attributes:
-        key, scheduler: as TracedRows has them.
-        read: the names of the attributes on which it hangs; None: nobody knows.
-    """
-
-    def __init__(self, reason: str | None, key: RowsKey, scheduler: Any, read: frozenset[str] | None) -> None:
-        super().__init__(reason)
-        self.key, self.scheduler, self.read = key, scheduler, read
-
-    @property
-    def first(self) -> int:
-        return self.key.first or 0
-
-    def again(self) -> NoRows:
-        """A new one, to be raised: without a traceback, which keeps frames alive."""
-        return NoRows(self.reason, self.key, self.scheduler, self.read)
 
 
 class _Pickler(pickle.Pickler):
@@ -168,58 +141,39 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
 
 
 class RowsCache:
-    """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
-    loop before left, is no part of that."""
+    """The rows of loops, by class, settings, timesteps and options: loops of other objects find them, too. A setting
+    that was refused once is not tried again."""
 
     def __init__(self, size: int) -> None:
-        self._rows: BoundedCache[TracedRows | NoRows] = BoundedCache(size)
-        # By class and key, the names of the attributes that tracing has read, which may hang on what it found there.
-        self._reads: BoundedCache[dict[tuple[str, ...], None]] = BoundedCache(size)
-        # By timesteps and config, reasons for no rows: what else these hang on, own code may leave as no loop before.
-        self._refused: BoundedCache[list[NoRows]] = BoundedCache(size)
+        # Of each setting, the rows, or why there are none, with the contents of what else steps read.
+        self._found: BoundedCache[list[tuple[dict[str, object], TracedRows | Fallback]]] = BoundedCache(size)
 
     def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
-        """The rows of a loop. Raises NoRows where there are none, and Fallback where the state cannot be compared.
+        """The rows of a loop. Raises Fallback where there are none, or the state cannot be compared.
 
-        state: the attributes of an object of diffusers' class.
+        state: the attributes of an accelerated object of diffusers' class.
         """
-        contents: dict[str, object] = {}  # read once from a GPU
+        read: dict[str, object] = {}  # once from a GPU
 
-        def key_of(names: tuple[str, ...]) -> Hashable:
-            of_class = cls, outside(cls), tuple([(name, state[name]) for name in sorted(replaced(cls, state))]), key
-            for name in names:
-                if name not in contents:
-                    contents[name] = contents_of(state.get(name, MISSING))
-            return of_class, names, tuple([contents[name] for name in names])
+        def contents(name: str) -> object:
+            if name not in read:
+                read[name] = contents_of(state.get(name, MISSING))
+            return read[name]
 
-        for names in list(self._reads.get((cls, key)) or ()):  # to hash all methods takes longer than it saves
-            found = self._rows.get(key_of(names))
-            if found is not None:
-                return _if_rows(found)
-        refused = self._refused.get_or_make(key_of(tuple(sorted(READ_HERE))), list)
-        if len(refused) == REFUSED:
-            raise refused[-1].again()
-        made: Any = made_outside_autograd(_rows_or_reason, new(cls), state, key)
-        if isinstance(made, NoRows):
-            refused.append(made)
-        names = tuple(sorted(state if made.read is None else made.read | READ_HERE))
-        self._reads.get_or_make((cls, key), dict)[names] = None
-        return _if_rows(self._rows.get_or_make(key_of(names), lambda: made))
-
-
-def _rows_or_reason(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows | NoRows:
-    """What trace_rows returns or raises."""
-    try:
-        return trace_rows(scheduler, state, key)
-    except Fallback as fallback:
-        cause = fallback.__cause__
-        return NoRows(fallback.reason, key, scheduler, cause.read if isinstance(cause, NoRow) else None)
-
-
-def _if_rows(found: TracedRows | NoRows) -> TracedRows:
-    if isinstance(found, NoRows):
-        raise found.again()
-    return found
+        own = tuple([(name, state[name]) for name in sorted(replaced(cls, state))])
+        setting = cls, outside(cls), own, key, tuple([contents(name) for name in SETTINGS])
+        found = self._found.get_or_make(setting, list)
+        for known, rows in list(found):
+            if all([contents(name) == value for name, value in known.items()]):
+                return result_of(rows)
+        state = {name: value for name, value in state.items() if name not in OURS}
+        made = made_outside_autograd(trace_rows, new(cls), state, key)
+        if isinstance(made, Fallback):
+            found.append(({}, made))  # after all rows, for any state that has none
+            return result_of(made)
+        names = (made.trace.read or frozenset(state)).difference(SETTINGS)
+        found[:] = [({name: contents(name) for name in names}, made), *found[: STATES - 1]]
+        return made
 
 
 def outside(cls: type) -> tuple[Any, ...]:
@@ -304,7 +258,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         values = _values_before(name, state, trace.steps)
         if CONSTANT.issuperset(map(type, values)):
             counters.append((name, values))
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, {}, indexes, counters)
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, indexes, counters)
 
 
 def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -> list[Any]:
@@ -338,23 +292,7 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
     drawn = [each.step.draws for each in taken]
     drawn += [[torch.float32] * len(step.draws) for step in trace.steps[few:]]
-    return _loop_dtypes(rows.stepper, trace, output, sample, prev, second, drawn)
-
-
-def _loop_dtypes(
-    stepper: RowStepper,
-    trace: TraceResult,
-    output: torch.dtype,
-    sample: torch.dtype,
-    prev: torch.dtype,
-    second: torch.dtype | None,
-    drawn: list[list[torch.dtype]],
-) -> LoopDtypes:
-    """drawn: as LoopDtypes.draws; the other arguments are the dtypes of a step's tensors."""
-    quiet = [used is None and not dtypes for used, dtypes in zip(trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     computed = torch.promote_types(computed, second or computed)
-    bare = second is None and stepper.threshold is None and computed is prev is sample and all(quiet)
-    bare = bare and not any([any(needs.history) or needs.keeps for needs in stepper.needs])
-    bare = bare and not any(trace.given) and not any([step.tensors for step in trace.steps])
-    return LoopDtypes(computed, prev, second, drawn, quiet, bare)
+    quiet = [used is None and not draws for used, draws in zip(trace.noise, drawn, strict=True)]
+    return LoopDtypes(computed, prev, second, drawn, quiet)
