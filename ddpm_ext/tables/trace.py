@@ -24,10 +24,11 @@ import numpy as np
 from ddpm_ext.tables.trace_batch import Array, Numbers, Trial, is_scaled, proof_of, relative
 from ddpm_ext.tables.trace_function import observed_function
 from ddpm_ext.tables.trace_linear import NAMES, Columns, Linear, at, least_squares, terms_of
-from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, threshold_of, with_settings
+from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings
 from ddpm_ext.tables.trace_watch import Watch, can_watch
 
 Clip = tuple[float, float]
+Threshold = tuple[float, float]  # as clip_of has it
 
 
 class TraceResult(NamedTuple):
@@ -129,10 +130,8 @@ def _followed(
     if watch is not None and not trial.follows.wide:
         raise ValueError("a step computes in a lower precision")
     linear = Linear(run, trial, second)
-    rows, clip = linear.rows() if not run.clips else None, None
-    if rows is None:
-        rows, clip = _rows_of_clipping(linear, scheduler, partial(run_of, options=options, dims=dims, watch=watch))
-    found = _proven(rows, clip, linear, threshold_of(scheduler) if clip else None)
+    of_times = partial(run_of, options=options, dims=dims, watch=watch)
+    found = _proven(linear, *(_clipping(linear, scheduler, of_times) if run.clips else (linear.rows(),)))
     return found._replace(read=None if watch is None else watch.read())
 
 
@@ -148,7 +147,7 @@ def follow_function(
     """
     function = observed_function(sampler, sigmas, options, like)
     linear = Linear(function.run, Trial.of(function.run), CLEAN_FIELDS)
-    traced = _proven(linear.rows(), None, linear)
+    traced = _proven(linear, linear.rows())
     sigma = traced.columns["timestep"]
     ones = np.ones_like(sigma)
     levels = {
@@ -164,28 +163,27 @@ def follow_function(
 # ------------------------------------------------------------------------------------------------------------ clips
 
 
-def _rows_of_clipping(
+def _clipping(
     linear: Linear, scheduler: Any, run_of_other: Callable[[Any, Sequence[Any]], Run]
-) -> tuple[Columns, Clip | None]:
-    """The rows of steps that may clip, and the range to which they do; None where they do not.
+) -> tuple[Columns, Clip | None, Threshold | None]:
+    """The rows of steps that may clip, the range to which they do, and the threshold before that; None where they do
+    not.
 
     run_of_other: makes the run of a scheduler with other settings, at given timesteps.
     """
     clipped = linear.trial.clipped
     assert clipped is not None
-    try:
+    with contextlib.suppress(ValueError):  # what a clip hides may be a row all the same
         rows = linear.rows()
         if (_errors(rows, linear, clipped) <= clipped.bound()).all():
-            return rows, None
-    except ValueError:  # what a clip hides may be a row all the same
-        pass
-    clip = clip_of(scheduler)
+            return rows, None, None
+    clip, threshold = clip_of(scheduler)
     # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to it.
     steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
     if linear.has_history() or not (linear.second or steps_to_clean):
         of_clean = run_of_other(with_settings(scheduler, prediction_type="sample"), linear.run.times)
-        return _clipped_alone(linear, Linear(of_clean, Trial.of(of_clean), ())), clip
-    return _clipped(linear, clipped, clip), clip
+        return _clipped_alone(linear, Linear(of_clean, Trial.of(of_clean), ())), clip, threshold
+    return _clipped(linear, clipped, clip), clip, threshold
 
 
 def _clipped(linear: Linear, loop: Numbers, clip: Clip) -> Columns:
@@ -200,7 +198,7 @@ def _clipped(linear: Linear, loop: Numbers, clip: Clip) -> Columns:
     x0, _, others = terms_of(rows, linear, loop, partial(_bounded, clip=clip))
     target = loop.prev - others.sum(0)
     columns = {"c0": x0, "c1": loop.x, "c2": loop.m}
-    left, least = np.arange(linear.n), np.inf
+    left, least = np.arange(linear.n), np.zeros(0)
     for names in (("c0",), ("c0", "c1"), ("c0", "c2"), ("c0", "c1", "c2")):
         factors, errors = least_squares(np.stack([columns[name][left] for name in names], 1), target[left])
         fits = errors <= loop.bound()
@@ -229,13 +227,8 @@ def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
 # ------------------------------------------------------------------------------------------------------------ proof
 
 
-def _proven(
-    rows: Columns, clip: Clip | None, linear: Linear, threshold: tuple[float, float] | None = None
-) -> TraceResult:
-    """What tracing found, once the rows have taken every step of another run. Raises ValueError where one differs.
-
-    threshold: the quantile of a clean sample and the largest number by which it is divided before the clip.
-    """
+def _proven(linear: Linear, rows: Columns, clip: Clip | None = None, threshold: Threshold | None = None) -> TraceResult:
+    """What tracing found, once the rows have taken every step of another run. Raises ValueError where one differs."""
     proof, scales, worst = proof_of(linear.run, rows["a"], rows["b"]), linear.trial.scales, 0.0
     # Whose part of a sample is unknown that is another one than the step before has made, `own`, has no such samples.
     for loop in proof[: 1 if np.isnan(rows["own"]).any() else None]:
@@ -263,7 +256,7 @@ def _errors(rows: Columns, linear: Linear, loop: Numbers, bound: Callable[[Array
     return errors
 
 
-def _bounded(x0: Array, clip: Clip | None, threshold: tuple[float, float] | None = None) -> Array:
+def _bounded(x0: Array, clip: Clip | None, threshold: Threshold | None = None) -> Array:
     """Clean samples after the clip, (steps, numel of a sample)."""
     if threshold is not None:  # eq. (7) of Saharia et al. 2022, as diffusers has it
         quantile, largest = threshold

@@ -94,13 +94,13 @@ class Trial(NamedTuple):
         def inputs(kind: int) -> Array:
             made = np.zeros((n, shape[0]))
             made[steps, kind * SLOTS + steps % SLOTS] = UNIT
-            made[:, zero + 1 :] = lengths[kind] * normal(generator, n, shape[0] - zero - 1, sign=1)
+            made[:, zero + 1 :] = signed(lengths[kind] * generator.standard_normal((n, shape[0] - zero - 1)), 1)
             return made
 
         loop, taken = _loop(run, shape, inputs, parts[1])
         places = (steps[:, None] - np.arange(SLOTS)) % SLOTS
 
-        def read(found: Array, places: Array) -> Array:
+        def read(found: Array, places: Any) -> Array:
             units = found[:, :zero].reshape(len(found), kinds, SLOTS)
             return units[np.arange(len(found))[:, None], :, places] / UNIT
 
@@ -118,6 +118,7 @@ class Trial(NamedTuple):
 
 PROVING = 2, 3, 4, 5, *[2] * 8  # the shape of samples by which rows are proven, as far as these have dimensions
 SIZES = 16.0, 1.0, 4.0  # of their numbers in each step, by turns
+TAILS = 1.0, 1.0, 1.0, 1.0, 4.0  # and in each place, by turns, for a step that clamps what is far from the mean
 
 
 def proof_of(run: Run, a: Array, b: Array) -> list[Numbers]:
@@ -129,15 +130,14 @@ def proof_of(run: Run, a: Array, b: Array) -> list[Numbers]:
     shape = PROVING[: run.dims]
     n, count, generator = len(run.times), int(np.prod(shape)), np.random.default_rng(1)
     follows = slice(0, count // 2 if run.clips else count)
-    sizes = np.resize(SIZES, (n, 1))
-    clip = 2 * max(1.0, run.clip)
+    sizes, clip = np.resize(SIZES, (n, 1)) * np.resize(TAILS, count), 2 * max(1.0, run.clip)
 
     def inputs(kind: int) -> Array:
-        return sizes * (clip if kind < 2 else 1.0) * normal(generator, n, count, sign=-1)
+        return signed(sizes * (clip if kind < 2 else 1.0) * generator.standard_normal((n, count)), -1)
 
     x, m, rest = inputs(0), inputs(1), slice(follows.stop, None)
     if run.clips:
-        x0, a, b = clip * normal(generator, n, count - follows.stop, sign=-1), a[:, None], b[:, None]
+        x0, a, b = clip * generator.standard_normal((n, count - follows.stop)), a[:, None], b[:, None]
         by_sample = np.abs(a) > 1e-3 * np.abs(b)
         x[:, rest] = np.where(by_sample, (x0 - b * m[:, rest]) / np.where(by_sample, a, 1), x[:, rest])
         m[:, rest] = np.where(by_sample | (b == 0), m[:, rest], (x0 - a * x[:, rest]) / np.where(b == 0, 1, b))
@@ -145,11 +145,10 @@ def proof_of(run: Run, a: Array, b: Array) -> list[Numbers]:
     return [loop.part(follows), loop.part(rest)] if run.clips else [loop]
 
 
-def normal(generator: np.random.Generator, *shape: int, sign: int) -> Array:
-    """Normal numbers (steps, batch), of which the sum in each step has this sign."""
-    made = generator.standard_normal(shape)
-    flipped: Array = made * np.where(made.sum(1, keepdims=True) * sign < 0, -1, 1)
-    return flipped
+def signed(numbers: Array, sign: int) -> Array:
+    """Numbers (steps, batch) times 1 or -1 in each step, so that their sum has this sign."""
+    found: Array = numbers * np.where(numbers.sum(1, keepdims=True) * sign < 0, -1, 1)
+    return found
 
 
 def _loop(
@@ -167,7 +166,7 @@ def _loop(
             kinds.append(inputs(kind))
             flats.append(torch.from_numpy(kinds[-1].copy()))
             own.append(flats[-1].view(-1, *shape).unbind())
-        return own[kind][i]  # type: ignore[no-any-return]
+        return own[kind][i]
 
     def sample(i: int, before: Tensor | None) -> Tensor:
         drawn.append(0)
@@ -197,12 +196,8 @@ def _loop(
         z[np.array(drawn) <= draw, draw] = 0
     second = [None if each.second is None else flat(each.second, shape) for each in taken]
     wide = all(each.prev.dtype == torch.float64 for each in taken)
-    scaled = [_wide(each.scaled) for each in taken[1:]]
+    scaled = [None if each.scaled is None else flat(each.scaled, each.scaled.shape) for each in taken[1:]]
     return Numbers(kinds[0], kinds[1], z, prev, second, wide, scaled), taken
-
-
-def _wide(x: Tensor | None) -> Array | None:
-    return None if x is None or x.dtype is not torch.float64 else x.numpy().reshape(-1)
 
 
 def _scales(loop: Numbers) -> Array | None:

@@ -136,15 +136,9 @@ def _call(
 
 
 def _observe(
-    call: Callable[..., Any],
-    count: int,
-    leads: bool,
-    like: object,
-    samples: Samples,
-    outputs: Outputs,
-    noise: Noise,
-    notes: bool = True,
-) -> list[Taken]:
+    call: Callable[..., Any], count: int, leads: bool, like: object, samples: Samples, outputs: Outputs, noise: Noise,
+    **_: bool,
+) -> list[Taken]:  # fmt: skip
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
     made: list[Taken] = []
     drawn = 0

@@ -43,7 +43,7 @@ class Linear:
         """trial: of the run. second: as for `follow`."""
         self.run, self.trial, self.n = run, trial, len(run.times)
         self.prev, self.clean, self.second = trial.prev, np.zeros((self.n, 2)), False
-        infinite = ~np.isfinite(trial.prev).all((1, 2))
+        infinite = np.logical_not(np.isfinite(trial.prev).all(axis=(1, 2)))
         for i in np.flatnonzero(infinite | ~(np.abs(trial.zeros) <= LINEAR)):
             if infinite[i]:
                 raise ValueError(f"{at(self, i)}, is not linear: its result is infinite or no number")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext.base.torch_version import torch_default_device
-from ddpm_ext.tables.trace_watch import Watch, Wide, is_simple, wide_arguments
+from ddpm_ext.tables.trace_watch import OTHER_NUMBERS, Watch, Wide, is_simple, wide_arguments
 
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
@@ -32,11 +32,7 @@ CLIPS = ("clip_sample", "clip_denoised", "thresholding")
 # What steps call the model's output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
 CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
-OTHER_DRAWS = {
-    torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli,
-    torch.multinomial, torch.poisson, Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_,
-    Tensor.random_,
-}  # fmt: skip
+OTHER_DRAWS = {getattr(of, name) for of in (torch, Tensor) for name in OTHER_NUMBERS if hasattr(of, name)}
 SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
 # Filters of warnings are the process's: one thread at a time changes them, and puts them back.
 _filters = threading.RLock()
@@ -85,9 +81,6 @@ class Step(NamedTuple):
     is_one: bool = False
 
 
-NOTHING = Step(Result(tuple, None), [], {})  # of a step of which no notes are taken
-
-
 class Taken(NamedTuple):
     """A step, the next sample, the other tensor that it returned, and what scale_model_input made of its sample before
     it; None where that returned the sample itself, or wrote to it."""
@@ -111,7 +104,7 @@ class Run(NamedTuple):
         unit: what these are, for messages.
         observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
             None before the first, its sample; of a step's number, the model's output; and what the next draw gives;
-            and the options `notes` and `tuples` of `observe` below.
+            and `tuples` and `notes`, as the function `observe` has them.
         clip: the bound of the range to which the loop clips, if it clips.
         clips: whether it may clip.
         given: how many tensors each step is given beside sample and output.
@@ -204,7 +197,7 @@ def run_of(
     own = partial(observe, scheduler, timesteps, options=options, watch=watch)
     clips = any(setting(scheduler, name) for name in CLIPS)
     given = sum(value is GIVEN for value in options.values())
-    return Run(timesteps, "timestep", own, clip_of(scheduler)[1], clips, given, dims)
+    return Run(timesteps, "timestep", own, clip_of(scheduler)[0][1], clips, given, dims)
 
 
 def observe(
@@ -232,7 +225,7 @@ def observe(
         watch: makes the copy, which then runs as fast as the scheduler; None: each of torch's functions that it calls
             is looked at.
         tuples: whether all steps but the first may be asked for tuples, which takes less time than objects.
-        notes: whether to note what each step did to the scheduler.
+        notes: whether to tell what each step did; else all are told as the first one.
 
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
@@ -263,10 +256,9 @@ def observe(
             if i:
                 x = samples(i, made[-1].prev)
             m = outputs(i).as_subclass(Wide) if wide else outputs(i)
-            scaled, scaling, before = None, {}, {}
+            before, scaled, scaling = vars(own).copy() if notes else {}, None, {}
             if scale is not None:
                 given_x = x.clone()
-                before = vars(own).copy() if notes else {}
                 scaled = scale(given_x, t)
                 if scaled is given_x or given_x._version:
                     scaled = None
@@ -277,7 +269,7 @@ def observe(
                 arguments[name] = observed.draw(x.shape, dtype=x.dtype)
             for name, values in of_each.items():
                 arguments[name] = values[i]
-            if notes and (scale is None or scaling):
+            if scaling:
                 before = vars(own).copy()
             arguments[names[0]], arguments[names[1]], arguments[names[2]] = m, t, x.as_subclass(Wide) if wide else x
             returned = step(**arguments)
@@ -290,8 +282,9 @@ def observe(
                 if (first.name is None) != (result.name is None):
                     raise OtherResults
                 result = first
-            draws, is_one = observed.draws[drawn:], prev is second
-            taken = step_of(own, result, m, before, watch, draws, len(given), scaling, is_one) if notes else NOTHING
+            if notes or not i:
+                draws, is_one = observed.draws[drawn:], prev is second
+                taken = step_of(own, result, m, before, watch, draws, len(given), scaling, is_one)
             made.append(Taken(taken, prev, second, scaled))
     return made
 
@@ -352,8 +345,6 @@ def step_of(
 
 
 def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
-    if type(returned) is tuple and 0 < len(returned) <= 2 and type(returned[0]) is type(returned[-1]) is Tensor:
-        return (_ALONE, returned[0], None) if len(returned) == 1 else (_BESIDE, returned[0], returned[1])
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")
@@ -369,9 +360,6 @@ def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
     return Result(type(returned), name), prev, second
 
 
-_ALONE, _BESIDE = Result(tuple, None), Result(tuple, "0")
-
-
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
     """A setting as diffusers' own code reads it: an edited attribute of a config differs from the config's item."""
     config = getattr(scheduler, "config", {})
@@ -385,14 +373,10 @@ def with_settings(scheduler: Any, **changes: Any) -> Any:
     return other
 
 
-def clip_of(scheduler: Any) -> tuple[float, float]:
-    """The range that a scheduler clips to, if it clips."""
-    bound = 1.0 if setting(scheduler, "thresholding") else float(setting(scheduler, "clip_sample_range", 1.0))
-    return -bound, bound
-
-
-def threshold_of(scheduler: Any) -> tuple[float, float] | None:
-    """The quantile of a clean sample's magnitudes by which a scheduler divides it, and the largest divisor; None where
-    it has no dynamic threshold."""
-    names = "dynamic_thresholding_ratio", "sample_max_value"
-    return tuple(setting(scheduler, name) for name in names) if setting(scheduler, "thresholding") else None
+def clip_of(scheduler: Any) -> tuple[tuple[float, float], tuple[float, float] | None]:
+    """The range that a scheduler clips clean samples to, if it clips, and of a dynamic threshold the quantile of their
+    magnitudes that they are divided by before, and the largest divisor."""
+    if setting(scheduler, "thresholding"):
+        return (-1.0, 1.0), (setting(scheduler, "dynamic_thresholding_ratio"), setting(scheduler, "sample_max_value"))
+    bound = float(setting(scheduler, "clip_sample_range", 1.0))
+    return (-bound, bound), None

@@ -7,7 +7,6 @@ import copy
 import functools
 import inspect
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,12 +16,14 @@ from torch import Tensor
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT = (torch.float32,)
 NOISE = "randn_tensor"  # what diffusers' schedulers draw their noise by
-# Names in a method or a function by which it may draw other numbers, or read attributes in another way.
-UNSEEN = {
-    "randn", "randn_like", "rand", "rand_like", "randint", "randint_like", "randperm", "normal", "bernoulli",
-    "multinomial", "poisson", "normal_", "uniform_", "exponential_", "bernoulli_", "random_", "vars", "__dict__",
+OTHER_NUMBERS = {  # the names of torch's functions that draw such as are not normal, or not of one tensor's shape
+    "rand", "rand_like", "randint", "randint_like", "randperm", "normal", "bernoulli", "multinomial", "poisson",
+    "normal_", "uniform_", "exponential_", "bernoulli_", "random_",
 }  # fmt: skip
+# Names in a method or a function by which it may draw noise in another way, or read attributes.
+UNSEEN = {"randn", "randn_like", "vars", "__dict__", *OTHER_NUMBERS}
 OWN_WAYS = {"__init_subclass__", "__new__", "__setattr__", "__getattribute__", "__slots__"}
+CONFIG = "_internal_dict"  # the attribute of diffusers' schedulers that has their configuration
 MISSING = object()
 SIMPLE = bool, int, float, str
 CONSTANT = {*SIMPLE, type(None)}
@@ -76,7 +77,8 @@ class Watch:
         self._names.update(self.loaded)
         own.watched_state, own.watched_reads = state, self.loaded = state, {}
         for name in state.keys() & known.names:  # which are found in the class, so that nobody is asked for them
-            own.__dict__[name] = self.loaded[name] = copied(state[name])
+            value = state[name] if name == CONFIG else copied(state[name])  # no step writes to a config: it is frozen
+            own.__dict__[name] = self.loaded[name] = value
         for name in known.draws:
             method = getattr(cls, name)
             if not isinstance(method, types.FunctionType):
@@ -102,31 +104,7 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         own = value if value.is_cpu else value.cpu()
         return (own.detach() if own.requires_grad else own).clone()
-    if isinstance(value, dict):
-        held = (*dict.values(value), *getattr(value, "__dict__", {}).values())  # a config's own is slower
-        others = {id(x): x for x in held if type(x) not in CONSTANT}  # which a config's item and attribute share
-        is_config = isinstance(value, (OrderedDict, _Config))  # or a copy of one
-        if all([isinstance(x, SIMPLE) or (is_config and _are_names(x)) for x in others.values()]):
-            return _shallow(value)  # in a fiftieth of the time
     return copy.deepcopy(value)
-
-
-class _Config(dict[str, Any]):
-    """A config's items and attributes, of which a class of its own would look at each as it is put there."""
-
-
-def _shallow(value: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which the same is read."""
-    if not isinstance(value, (OrderedDict, _Config)):
-        return copy.copy(value)
-    made = _Config(dict.items(value))
-    made.__dict__.update(value.__dict__)
-    return made
-
-
-def _are_names(value: object) -> bool:
-    """Whether it is a list of strings, as a config has one of the names of its defaults, which nobody writes to."""
-    return isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}
 
 
 def is_simple(value: object) -> bool:
@@ -169,7 +147,7 @@ def _known(cls: Any) -> _Known | None:
     own = {"__slots__": ("watched_state", "watched_reads"), "__getattr__": _first_read(members.get("__getattr__"))}
     own |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     watched = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(own))
-    return _Known(watched, frozenset({*members, "_internal_dict"}), draws)
+    return _Known(watched, frozenset({*members, CONFIG}), draws)
 
 
 def _function_of(member: Any) -> types.FunctionType | None:

@@ -180,7 +180,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             return sample
         row = self._row_of(timestep) if self._step_index is None else self._step_index
         made = self._made
-        if made is None or not made.is_of(sample):
+        if made is None or made.model_input is None or not made.is_of(sample):
             return sample * self._input_scales[row]
         self._made = None  # once: who has it may write to it
         return made.model_input

@@ -173,7 +173,7 @@ class TracedScheduler(Forward):
         rows, settings, i, ring, last = loop
         trace, stepper, x0, own, model_input = rows.trace, rows.stepper, None, None, None
         step, is_last = trace.steps[i], i + 1 == len(trace.steps)
-        edited = last is not None and last.copy is not None and last.may_differ(x)
+        edited = None if last is None or not last.may_differ(x) else last.copy
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
         if tensors:
@@ -181,14 +181,14 @@ class TracedScheduler(Forward):
         inputs: dict[str, Any] = {}
         if not of_loop.quiet[i]:
             inputs = self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
-        if edited:
+        if edited is not None:
             stepper, m = stepper.for_edits(trace.own), m.to(x.dtype)
-            inputs["uncond_output"] = last.copy.to(x.dtype)
+            inputs["uncond_output"] = edited.to(x.dtype)
         if trace.second and not step.is_one:
             x0 = inputs["x0_out"] = C.empty_result_like(x)
         if not is_last and trace.own[i + 1]:
             own = inputs["model_input"] = C.empty_result_like(x)
-        elif self._scales_inputs and not (edited or is_last):
+        elif self._scales_inputs and edited is None and not is_last:
             scales = scales_of(rows)
             if scales is not None:
                 stepper, is_usual = scales.stepper, x.dtype is of_loop.prev

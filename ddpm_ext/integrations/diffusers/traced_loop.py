@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_rows import CONFIG, EDITED, TracedRows, state_contents
+from ddpm_ext.integrations.diffusers.traced_rows import EDITED, TracedRows, state_contents
 from ddpm_ext.ops.extension import C
+from ddpm_ext.tables.trace_watch import CONFIG
 
 
 class Settings(NamedTuple):
@@ -79,10 +80,10 @@ class LastResult(NamedTuple):
         return bool(C.is_unwritten(sample, self.sample, self.version))
 
     def may_differ(self, x: Tensor) -> bool:
-        """Whether x may have other numbers than the copy."""
-        if self.sample is None and self.copy is not None:
-            return not torch.equal(x, self.copy.to(x))
-        return not self.is_of(x)
+        """Whether there is a copy and x may have other numbers."""
+        if self.copy is None:
+            return False
+        return not (torch.equal(x, self.copy.to(x)) if self.sample is None else self.is_of(x))
 
 
 class LoopPosition(NamedTuple):

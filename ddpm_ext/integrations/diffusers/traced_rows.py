@@ -24,9 +24,8 @@ from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, counted_by, observe, parameters_of, setting, step_name
-from ddpm_ext.tables.trace_watch import CONSTANT, MISSING, Watch, can_watch, copied
+from ddpm_ext.tables.trace_watch import CONFIG, CONSTANT, MISSING, Watch, can_watch, copied
 
-CONFIG = "_internal_dict"
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")  # levels and timesteps, which somebody may edit
 # The attributes that tell settings apart. What else steps read, such as a number that an earlier loop left, is compared
 # with what they read when they were traced.
