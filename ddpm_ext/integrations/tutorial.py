@@ -9,17 +9,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
 from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
 from ddpm_ext.integrations.own_tables import check_output, check_timesteps
@@ -112,8 +111,15 @@ class Tutorial(LoopOptionsTaker):
 
     library = "the tutorial's class"
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
+    _methods: ClassVar[tuple[str, ...]]  # the names of the class's own
 
     # ----------------------------------------------------------------------------------------------------- what fits
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        peer: type = cls.__dict__.get("_peer", object)
+        own = {name: each for of in peer.__mro__ if of is not nn.Module for name, each in vars(of).items()}
+        cls._methods = tuple(name for name, each in own.items() if inspect.isfunction(each))
 
     def _check(self) -> None:
         """Raises TypeError where the tables or methods are not the tutorial's."""
@@ -124,16 +130,16 @@ class Tutorial(LoopOptionsTaker):
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        # All tables, since a variation's methods may use the others, too.
-        tables = tuple([getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES])
+        # All tables, since a variation's methods may use the others, too; and all methods, which somebody may replace.
+        tables, own = tuple([getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES]), self.__dict__
+        methods = [own[name] if name in own else getattr(self._peer, name) for name in self._methods]
 
         def make() -> FusedMethods:
-            plain, fast = new(self._peer), new(type(self))
-            for trial in (plain, fast):
-                trial.__dict__.update(self.__dict__, _acceleration=Acceleration(), _start_noise=None)
-            return try_methods(plain, fast, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
+            plain = new(self._peer)
+            plain.__dict__.update(self.__dict__)
+            return try_methods(plain, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
 
-        return self._of_state(tables, make)
+        return self._of_state((*tables, *methods), make)
 
     def _fused(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> FusedMethods:
         """What a call of `method` needs. Raises Fallback where it has no fused form.
