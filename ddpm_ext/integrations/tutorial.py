@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,8 @@ from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
-from ddpm_ext.integrations.own_tables import check_output, check_timesteps
 from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
+from ddpm_ext.integrations.tensors import check_batch, check_output, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
@@ -111,7 +110,6 @@ class Tutorial(LoopOptionsTaker):
 
     library = "the tutorial's class"
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
-    _methods: ClassVar[tuple[str, ...]]  # the names of the class's own
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
@@ -130,16 +128,15 @@ class Tutorial(LoopOptionsTaker):
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        # All tables, since a variation's methods may use the others, too; and all methods, which somebody may replace.
-        tables, own = tuple([getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES]), self.__dict__
-        methods = [own[name] if name in own else getattr(self._peer, name) for name in self._methods]
+        # All tables, since a variation's methods may use the others, too.
+        tables = [getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES]
 
         def make() -> FusedMethods:
             plain = new(self._peer)
             plain.__dict__.update(self.__dict__)
             return try_methods(plain, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
 
-        return self._of_state((*tables, *methods), make)
+        return self._of_state(tables, make)
 
     def _fused(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> FusedMethods:
         """What a call of `method` needs. Raises Fallback where it has no fused form.
@@ -150,13 +147,9 @@ class Tutorial(LoopOptionsTaker):
         differs = fused.differs.get(method)
         if differs is not None:
             raise Fallback(differs)
-        check_tensors(x, noise)
         if more:
             raise Fallback("it has arguments that the tutorial's hasn't")
-        for y in (noise, x):
-            if y is not None and y.dtype != torch.float32:
-                raise Fallback(f"its samples are {dtype_name(y.dtype)}")
-        check_timesteps(t, x)
+        check_batch(x, t, noise, (torch.float32,))
         return fused
 
     # --------------------------------------------------------------------------------------------------------- steps

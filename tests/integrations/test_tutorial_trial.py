@@ -87,6 +87,7 @@ def test_a_method_that_is_replaced_later_runs(of_class, monkeypatch):
     model = lambda x, t: x * 0.5  # noqa: E731
     fast.p_sample(model, x, t)
     assert fast.accelerated.fused_calls == 1
+
     def twice(gd, model, x_t, t, clip_denoised):
         return GaussianDiffusion.p_mean_variance(gd, lambda x, t: 2 * model(x, t), x_t, t, clip_denoised)
 
