@@ -15,7 +15,7 @@ from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.own_tables import TABLES
 from ddpm_ext.integrations.peer_diffusion import PeerDiffusion
 from ddpm_ext.integrations.shared import new, peer_method
-from ddpm_ext.loop.keywords import SampleKeywords
+from ddpm_ext.loop.options import SampleKeywords
 from ddpm_ext.tables.levels import betas_between
 
 Method = TypeVar("Method", bound=Callable[..., Any])

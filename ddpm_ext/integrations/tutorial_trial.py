@@ -74,10 +74,10 @@ def _batches(timesteps: int, device: torch.device) -> Iterator[tuple[Tensor, Ten
 
     A call's samples have timesteps of their own in the first two, as in training, and one timestep in all others.
     """
-    generator, every = torch.Generator().manual_seed(0), torch.arange(timesteps)
+    generator, every = torch.Generator("cpu").manual_seed(0), torch.arange(timesteps, device="cpu")
 
     def batch(t: Tensor, size: Sequence[int], scale: float, clip: bool) -> tuple[Tensor, Tensor, bool]:
-        x = scale * (torch.randn(*t.shape, *size, generator=generator) + 0.5)
+        x = scale * (torch.randn(*t.shape, *size, generator=generator, device="cpu") + 0.5)
         return x.to(device), t.to(device), clip
 
     for clip in (True, False):  # each sample at a timestep of its own
@@ -121,9 +121,11 @@ class _Trial:
         try:
             found = getattr(self.plain, name)(*args, **options)
             found = found[0] if name == "p_mean_variance" else found
-            return found if isinstance(found, Tensor) else torch.as_tensor(found)
         except Exception as error:  # anybody's code
             raise Fallback(f"its {name} raises {type(error).__name__}: {error}") from None
+        if not isinstance(found, Tensor):
+            raise Fallback(f"its {name} gives a {type(found).__name__}")
+        return found
 
     @torch.no_grad()
     def _drawn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from ddpm_ext.loop.begin import InitialSamples, compiled, rng_in_memory
 from ddpm_ext.loop.cuda_graphs import CudaGraphs, restorer
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
-from ddpm_ext.loop.options import StepOptions
+from ddpm_ext.loop.options import LoopOptions, Record
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
@@ -30,27 +29,6 @@ from ddpm_ext.ops.noise import Philox, rng_of_many
 _LONGEST_PERIOD = 12
 
 
-class Record(NamedTuple):
-    """A loop after one of its steps.
-
-    step: 0 for the first. timestep: where the step started. x_t: the samples after it. x0: the predicted clean samples,
-    or None where they were not asked for. Both tensors are on the loop's device, in buffers that later steps overwrite:
-    copy what you want to keep.
-
-    Examples:
-        >>> for record in gd.sample_progressive(model, images.shape, sampler="ddim", steps=3, x0=True):
-        ...     print(record.step, record.timestep, record.x0.shape)
-        0 999 torch.Size([4, 3, 8, 8])
-        1 666 torch.Size([4, 3, 8, 8])
-        2 332 torch.Size([4, 3, 8, 8])
-    """
-
-    step: int
-    timestep: int | float
-    x_t: Tensor
-    x0: Tensor | Any = None  # "| Any": who has asked for it need not tell type checkers so
-
-
 class Loop:
     """Samples on their way through the rows of a table. All memory that it needs beside the model's is allocated here.
 
@@ -58,35 +36,37 @@ class Loop:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
         rows: of the loop.
+
+    Attributes:
+        whole: whether all steps are one CUDA graph.
     """
 
     def __init__(
-        self, ops: ModuleType, model: Model, shape: tuple[int, ...], rows: LoopRows, options: StepOptions
+        self, ops: ModuleType, model: Model, shape: tuple[int, ...], rows: LoopRows, options: LoopOptions
     ) -> None:
         self.rows = rows
         self._initial = InitialSamples(ops, model, shape, rows, options)
         rng = rng_of_many(options.rng, self._initial.device)
         x = self._initial.samples(rng, options.start, options.noise)
+        kwargs = dict(options.model_kwargs or {})
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
-            given = options.model_kwargs.items()
-            own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in given}
-            options = replace(options, model_kwargs=own)
-        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options)
+            kwargs = {name: y.detach().clone() if isinstance(y, Tensor) else y for name, y in kwargs.items()}
+        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options, kwargs)
         self._position = 0  # of the next row
         batch = len(self._step.calls[0].twice)
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
-        self._whole = options.graph == "loop"
+        self.whole = options.whole
         # Which rows a loop in the graph takes, if nodes for each of them were too many.
         self._repeated = _Repeated(0, 0, 0)
-        if self._graphs is not None and self._whole and (many := self._graphs.many_nodes(model, len(rows))):
+        if self._graphs is not None and self.whole and (many := self._graphs.many_nodes(model, len(rows))):
             self._repeated = _repeated(self._step.calls)
             if not self._graphs.has_loops or self._repeated.turns == 0:
                 warnings.warn(many, stacklevel=4)
         if options.graph:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        if not options.graph or self._whole:
+        if not options.graph or self.whole:
             # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
             of_all = self._timesteps[:, None].expand(-1, batch)
             self._timesteps_at = of_all.clone(memory_format=torch.contiguous_format).unbind()
@@ -94,6 +74,11 @@ class Loop:
     def __len__(self) -> int:
         """Steps."""
         return len(self.rows)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the model gets the batch twice, at a guided step: then the other half is behind the samples."""
+        return self._step.doubled
 
     @property
     def x(self) -> Tensor:
@@ -121,7 +106,7 @@ class Loop:
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise TypeError(f"model_kwargs is a {type(model_kwargs).__name__}, expected a dict")
         given = dict(model_kwargs or {})
-        own = self._step.options.model_kwargs
+        own = self._step.kwargs
         for name, value in given.items():
             if not isinstance(own.get(name), Tensor):
                 raise ValueError(f"model_kwargs has {name!r}, expected tensors that were given when the loop was made")
@@ -132,7 +117,7 @@ class Loop:
             own[name].copy_(value.detach())
         self._step.restart(x)
         self._position = 0
-        if not self._whole:
+        if not self.whole:
             self._row.zero_()
 
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
