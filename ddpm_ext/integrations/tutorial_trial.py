@@ -107,13 +107,13 @@ class _Trial:
 
     def __init__(self, plain: Any, fused: FusedMethods, device: torch.device) -> None:
         self.plain, self.fused, self.model = plain, fused, _Probe(device)
-        self._card = device if device.type == "cuda" else None
-        self._states = torch.get_rng_state(), None if self._card is None else torch.cuda.get_rng_state(device)
+        self._device, self._state = device, torch.get_rng_state()
+        self._card_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def _rewind(self) -> None:
-        torch.set_rng_state(self._states[0])
-        if self._card is not None:
-            torch.cuda.set_rng_state(self._states[1], self._card)
+        torch.set_rng_state(self._state)
+        if self._card_state is not None:
+            torch.cuda.set_rng_state(self._card_state, self._device)
 
     def _own(self, name: str, *args: Any, **options: Any) -> Tensor:
         """What the object's method gives. Raises Fallback for an error of its code."""
