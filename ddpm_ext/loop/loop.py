@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +22,6 @@ from ddpm_ext.loop.options import LoopOptions, Record
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
-
-# The most calls after which those of a loop come again: two buffers of samples, two of x0 and three of history take
-# turns, and each second row may be one of inpainting that calls no model.
-_LONGEST_PERIOD = 12
 
 
 class Loop:
@@ -58,15 +53,11 @@ class Loop:
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
         self.whole = options.whole
-        # Which rows a loop in the graph takes, if nodes for each of them were too many.
-        self._repeated = _Repeated(0, 0, 0)
-        if self._graphs is not None and self.whole and (many := self._graphs.many_nodes(model, len(rows))):
-            self._repeated = _repeated(self._step.calls)
-            if not self._graphs.has_loops or self._repeated.turns == 0:
-                warnings.warn(many, stacklevel=4)
-        if options.graph:
+        if self._graphs is not None and self.whole:
+            self._graphs.warn_of_many_nodes(model, len(rows))
+        if options.graph and not self.whole:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        if not options.graph or self.whole:
+        else:
             # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
             of_all = self._timesteps[:, None].expand(-1, batch)
             self._timesteps_at = of_all.clone(memory_format=torch.contiguous_format).unbind()
@@ -149,26 +140,13 @@ class Loop:
     def run_whole(self) -> Tensor:
         """All steps in one graph; the samples."""
         assert self._graphs is not None
-        step, graphs = self._step, self._graphs
-        first, period, turns = self._repeated
-        last = first + period * turns
-
-        def take(rows: range) -> None:
-            for row in rows:
-                step.take(step.calls[row], None, row, self._timesteps_at[row])
-
-        def take_turn() -> None:
-            for call in step.calls[first : first + period]:
-                self._take_next(call)
+        step = self._step
 
         def take_all() -> None:
-            take(range(first))
-            if turns > 0:
-                self._row.fill_(first)
-                graphs.repeat(turns, take_turn, lambda: self._row[0] < last)
-            take(range(last, len(self)))
+            for row, call in enumerate(step.calls):
+                step.take(call, None, row, self._timesteps_at[row])
 
-        graphs.run("loop", take_all, lambda: partial(step.restart, step.calls[0].x.clone()))
+        self._graphs.run("loop", take_all, lambda: partial(step.restart, step.calls[0].x.clone()))
         self._position = len(self)
         return self.x
 
@@ -181,29 +159,6 @@ class Loop:
         """The step of the row whose number is in memory."""
         self._step.take(call, self._row[: len(call.x)], 0, self._timesteps.index_select(0, self._row))
         self._row.add_(1)
-
-
-class _Repeated(NamedTuple):
-    """Rows from `first` on whose calls come again in the same order: so many calls, and how often they come."""
-
-    first: int
-    period: int
-    turns: int
-
-
-def _repeated(calls: Sequence[object]) -> _Repeated:
-    """The longest stretch of such rows."""
-    best = _Repeated(0, 0, 0)
-    for period in range(1, _LONGEST_PERIOD + 1):
-        first = 0
-        for row in range(period, len(calls) + 1):
-            if row < len(calls) and calls[row] is calls[row - period]:
-                continue
-            turns = (row - first) // period
-            if turns > 1 and turns * period > best.turns * best.period:
-                best = _Repeated(first, period, turns)
-            first = row - period + 1
-    return best
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
