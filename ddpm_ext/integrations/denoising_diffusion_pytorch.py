@@ -119,6 +119,7 @@ class Denoising(LoopOptionsTaker):
     # ----------------------------------------------------------------------------------------------------- what fits
 
     def _prediction(self) -> str:
+        self._check_methods()
         if self.objective not in PREDICTIONS:
             raise Fallback(f"its objective is {self.objective!r}")
         return PREDICTIONS[self.objective]
@@ -126,12 +127,7 @@ class Denoising(LoopOptionsTaker):
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
         """The rows of the buffers as they are. Raises Fallback where there are none for samples of such a dtype."""
         buffers = _take_buffers(self._buffers)
-
-        def make() -> DenoisingTables:
-            self._check_methods()
-            return DenoisingTables(self._prediction(), buffers)
-
-        tables = self._of_state((self.objective, *buffers), make)
+        tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
         if dtype not in tables.sample_dtypes:  # the results have more bits
             also = f" and its buffers {dtype_name(tables.dtype)}" if dtype in DTYPES else ""
             raise Fallback(f"its samples are {dtype_name(dtype)}{also}")

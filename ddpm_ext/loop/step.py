@@ -54,7 +54,7 @@ class StepCall:
 
 
 class _Buffers(NamedTuple):
-    """The samples, and what the model is called with at them, as StepCall has them.
+    """The samples, and what the model is called with at them: `x`, `once` and `twice` of a StepCall.
 
     They are one memory where the model gets the samples themselves. For a batch that it gets twice, the second half
     alone, `again`, is written beside x.

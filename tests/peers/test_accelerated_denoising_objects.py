@@ -413,7 +413,10 @@ def test_a_method_that_is_replaced_later_runs(name, of_class, monkeypatch):
         monkeypatch.setattr(each, name, halved(getattr(each, name)))
     found = results(fast)
     assert all(map(torch.equal, found, results(plain))) and not torch.equal(found[1], before[1])
-    assert fast.accelerated.fallbacks["p_sample_loop"] == f"its {name} is not {fast.library}'s own"
+    why = f"its {name} is not {fast.library}'s own"
+    assert fast.accelerated.fallbacks["p_sample_loop"] == why
+    with pytest.raises(ValueError, match=f"no loop can be made: {why}"):
+        fast.p_sample_loop(SHAPE, sampler="dpmpp_2m", steps=5)
 
 
 @own_code
