@@ -1,7 +1,7 @@
 """The GaussianDiffusion of a well-known tutorial, found in many notebooks, recognised by its methods' parameters.
 
-There are many variations of it. The rows are made of the object's own tables, and before anything is fused each of its
-methods runs once, on a few numbers at every timestep, and is compared with the fused one.
+There are many variations of it. The rows are made of the object's own tables, and before anything is fused its methods
+run on small samples, a step at every timestep, and are compared with these rows: see tutorial_trial.py.
 """
 
 from __future__ import annotations
