@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -43,13 +43,13 @@ class PeerDiffusion(Accelerated):
                 raise Fallback(f"its {name} is not {self.library}'s own")
 
     def _of_state(self, state: Iterable[Any], make: Callable[[], Any]) -> Any:
-        """make(), once for a state: the same objects and methods, of which no tensor was written to since.
+        """make(), once for a state. Raises Fallback.
 
-        Raises Fallback.
+        A state is the same with equal numbers and texts, and with the same other objects and methods, as long as nobody
+        has written to a tensor among them.
         """
         held = (*state, *self._own_methods())
-        key = [(id(x), _written(x)) if isinstance(x, Tensor) else id(x) for x in held]
-        return kept(self, CACHED, tuple(key), make, held)
+        return kept(self, CACHED, tuple(map(_identity, held)), make, held)
 
     def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
         """The operators' arguments for the noise of a training batch: the given one, or another draw at each call."""
@@ -59,11 +59,13 @@ class PeerDiffusion(Accelerated):
         return {"noise": torch.randn_like(x) if noise is None else noise}
 
 
-def _written(x: Tensor) -> int:
-    """How often somebody wrote to a tensor."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise Fallback(TRANSFORMED)
-    return C.written(x)
+def _identity(x: Any) -> Hashable:
+    """What a state knows of an object: of a tensor also how often somebody wrote to it."""
+    if isinstance(x, Tensor):
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise Fallback(TRANSFORMED)
+        return id(x), C.written(x)
+    return (type(x), x) if isinstance(x, int | float | str) else id(x)
 
 
 def _is_of(method: Any, packages: set[str]) -> bool:

@@ -21,9 +21,10 @@ from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
+from ddpm_ext.integrations.own_tables import TABLES
 from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_batch, check_output, noise_arguments, noise_itself, wants_gradient
-from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
+from ddpm_ext.integrations.tutorial_trial import FusedMethods, attributes_read, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 
@@ -121,6 +122,7 @@ class Tutorial(LoopOptionsTaker):
 
     def _check(self) -> None:
         """Raises TypeError where the tables or methods are not the tutorial's."""
+        self.__dict__["_read"] = attributes_read(self._peer, vars(self), getattr(self, TABLES[0], None))
         found = attempt(self._fused_methods)
         if isinstance(found, Fallback):
             name = f"{self._peer.__module__}.{self._peer.__qualname__}"
@@ -128,15 +130,17 @@ class Tutorial(LoopOptionsTaker):
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        # All tables, since a variation's methods may use the others, too.
+        # All tables, since a variation's methods may use the others, too; and what else its steps read.
         tables = [getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES]
+        own = self.__dict__
+        read = [own.get(name) for name in own.get("_read", ())]
 
         def make() -> FusedMethods:
             plain = new(self._peer)
             plain.__dict__.update(self.__dict__)
             return try_methods(plain, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
 
-        return self._of_state(tables, make)
+        return self._of_state((*tables, *read), make)
 
     def _fused(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> FusedMethods:
         """What a call of `method` needs. Raises Fallback where it has no fused form.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, attempt
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
+from ddpm_ext.integrations.shared import new
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.tables.on_device import KernelTables
 
@@ -88,6 +89,31 @@ def _batches(timesteps: int, device: torch.device) -> Iterator[tuple[Tensor, Ten
     for k, size in enumerate(SIZES):  # each timestep with two sizes, of which one has the other sign
         t = every[k % 2 :: 2, None].expand(-1, 2)
         yield batch(t, size, 1.0 if k < 2 else -1.0, True)
+
+
+def attributes_read(peer: type, state: Mapping[str, Any], table: Any) -> tuple[str, ...]:
+    """The names of the attributes, such as a temperature, that an object's p_sample and train_losses read.
+
+    Args:
+        peer: the object's own class.
+        state: its attributes.
+        table: one of its tables.
+    """
+    found: dict[str, None] = {}
+
+    def read(self: Any, name: str) -> Any:
+        if name in state:
+            found[name] = None
+        return object.__getattribute__(self, name)
+
+    spy = new(type(peer)(peer.__name__, (peer,), {"__getattribute__": read}))
+    spy.__dict__.update(state)
+    found.clear()
+    with suppress(Exception), torch.random.fork_rng(devices=[table.device] if table.is_cuda else []):  # anybody's code
+        x, t, _ = next(_batches(len(table), table.device))
+        for name in ("p_sample", "train_losses"):
+            getattr(spy, name)(_Probe(table.device), x[0], t[0])
+    return tuple(found)
 
 
 class _Probe(nn.Module):

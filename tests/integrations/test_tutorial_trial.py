@@ -75,6 +75,33 @@ def test_a_changed_forward_process_is_the_classs_own(change):
 
 
 @own_code
+def test_an_attribute_that_a_step_reads_counts():
+    """Set anew, it has the effect that the class gives it; what only the loop reads has none on the rows."""
+
+    class Tempered(GaussianDiffusion):
+        def __init__(self):
+            super().__init__(STEPS)
+            self.temperature, self.position = 1.0, 0
+
+        def p_sample(self, model, x_t, t, clip_denoised=True):
+            mean, _, log_variance = self.p_mean_variance(model, x_t, t, clip_denoised)
+            noise = torch.randn_like(x_t) * (t != 0).float().view(-1, 1, 1, 1)
+            return mean + self.temperature * (0.5 * log_variance).exp() * noise
+
+    model, x, t = (lambda x, t: x * 0.5), torch.ones(2, 3, 2, 2), torch.tensor([3, 7])
+    plain = Tempered()
+    fast = accelerate(plain)
+    for temperature, fused in ((1.0, True), (0.5, False), (1.0, True)):
+        fast.temperature = plain.temperature = temperature
+        fast.position += 1
+        found, expected = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t))[0] for gd in (fast, plain))
+        torch.testing.assert_close(found, expected)
+        assert (fast.accelerated.fallbacks == {}) == fused
+        fast.accelerated.fallbacks.clear()
+    assert len(fast._fused_cache) == 2  # the trials, of two temperatures
+
+
+@own_code
 @pytest.mark.parametrize("of_class", [False, True])
 def test_a_method_that_is_replaced_later_runs(of_class, monkeypatch):
     """The object is tried again, and says why its own code runs."""
