@@ -9,12 +9,19 @@ import numpy as np
 from torch import Tensor
 
 from ddpm_ext.base.types import Model
-from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, Recorded, SampleKeywords
-from ddpm_ext.loop.loop import Record
-from ddpm_ext.loop.options import LoopOptions, lists_options_of
-from ddpm_ext.loop.plan import Plan, make_plan
+from ddpm_ext.loop.begin import check_model
+from ddpm_ext.loop.loop import Loop
+from ddpm_ext.loop.options import (
+    CaptureKeywords,
+    LoopOptions,
+    ProgressiveKeywords,
+    Record,
+    Recorded,
+    SampleKeywords,
+    lists_options_of,
+)
 from ddpm_ext.loop.results import CapturedLoop, collect
-from ddpm_ext.loop.rows import CACHED, LoopRowsCache
+from ddpm_ext.loop.rows import CACHED, LoopRows, LoopRowsCache, checked_loop_rows
 from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossMethods
@@ -169,7 +176,15 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         """
         if isinstance(record, str) and record == "x0":
             options["x0"] = True
-        return collect(self._plan(model, shape, options), record=record, callback=callback, progress=progress)
+        checked, rows = self._checked(model, options)
+        return collect(
+            lambda: Loop(self.ops, model, shape, rows, checked),
+            len(rows),
+            whole=checked.whole,
+            record=record,
+            callback=callback,
+            progress=progress,
+        )
 
     @lists_options_of(LoopOptions)
     def sample_progressive(
@@ -190,10 +205,10 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             >>> [(record.step, record.timestep) for record in loop]
             [(0, 999), (1, 749), (2, 499), (3, 249)]
         """
-        plan = self._plan(model, shape, options)
-        if plan.whole:
+        checked, rows = self._checked(model, options)
+        if checked.whole:
             raise ValueError("graph is 'loop', expected True or 'step': nothing is seen in between")
-        return plan.make().run(progress)
+        return Loop(self.ops, model, shape, rows, checked).run(progress)
 
     @lists_options_of(LoopOptions, "x0")
     def capture(
@@ -214,11 +229,14 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         """
         if not graph:
             raise ValueError(f"graph is {graph!r}, expected True, 'step' or 'loop'")
-        plan = self._plan(model, shape, {**options, "graph": graph})
-        return CapturedLoop(plan.make(), plan.whole)
+        checked, rows = self._checked(model, {**options, "graph": graph})
+        return CapturedLoop(Loop(self.ops, model, shape, rows, checked))
 
-    def _plan(self, model: Model, shape: tuple[int, ...], options: ProgressiveKeywords) -> Plan:
-        return make_plan(self, self._loop_rows, model, shape, LoopOptions.of(options))
+    def _checked(self, model: Model, options: ProgressiveKeywords) -> tuple[LoopOptions, LoopRows]:
+        """A loop's options, and the rows that they choose."""
+        check_model(model)
+        checked = LoopOptions.of(options)
+        return checked, checked_loop_rows(self._loop_rows, self, checked)
 
     @overload
     def sample(

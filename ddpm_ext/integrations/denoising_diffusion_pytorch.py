@@ -19,10 +19,13 @@ from ddpm_ext import ops
 from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
-from ddpm_ext.integrations.own_tables import check_output, check_timesteps
+from ddpm_ext.integrations.peer_diffusion import start_noise
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import Support, new
 from ddpm_ext.integrations.tensors import (
+    check_batch,
+    check_output,
+    check_pair,
     check_tensors,
     dtype_name,
     layout_arguments,
@@ -116,6 +119,7 @@ class Denoising(LoopOptionsTaker):
     # ----------------------------------------------------------------------------------------------------- what fits
 
     def _prediction(self) -> str:
+        self._check_methods()
         if self.objective not in PREDICTIONS:
             raise Fallback(f"its objective is {self.objective!r}")
         return PREDICTIONS[self.objective]
@@ -178,10 +182,7 @@ class Denoising(LoopOptionsTaker):
     def _loop(self, method: str, steps: KernelTables, shape: Any, count: int, all_steps: bool, **bar: Any) -> Tensor:
         """The images of a loop that starts from noise."""
         rng = self.accelerated.whole_loop(shape[0])
-        if rng is None:
-            img = torch.randn(shape, device=self.device)
-        else:
-            img = randn(shape, rng, stream=STREAM_START, device=self.device, dtype=torch.get_default_dtype())
+        img = start_noise(shape, rng, self.device)
         imgs = [img] if all_steps else None
         img = self._descend(method, steps, img, rng, count, imgs, desc="sampling loop time step", **bar)
         return self.unnormalize(img if imgs is None else torch.stack(imgs, dim=1))
@@ -207,7 +208,7 @@ class Denoising(LoopOptionsTaker):
     @with_fallback(compiles=False)
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
         start = self.num_timesteps - 1 if t is None else _index(t)
-        _check_pair(x1, x2)
+        check_pair(x1, x2)
         steps = self._fused_tables(x1.dtype, x1.device).steps
         if not 0 <= start < len(steps):
             raise Fallback
@@ -238,8 +239,7 @@ class Denoising(LoopOptionsTaker):
 
     def _steps_of_batch(self, x: Tensor, t: Any, noise: Tensor | None) -> KernelTables:
         """The rows for a training batch. Raises Fallback where there are none."""
-        _check_pair(x, noise)
-        check_timesteps(t, x)
+        check_batch(x, t, noise)
         return self._fused_tables(x.dtype, x.device).steps
 
     def _noised(self, steps: KernelTables, x: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
@@ -354,13 +354,6 @@ def _step(
 STEPS: dict[str, Callable[..., Step]] = {
     method: with_fallback(method)(functools.partial(_step, method)) for method in ("p_sample", "ddim_sample")
 }
-
-
-def _check_pair(x: Tensor, other: Tensor | None) -> None:
-    """Raises Fallback where the operators can't take x and another tensor of its shape and dtype."""
-    check_tensors(x, other)
-    if other is not None and other.dtype != x.dtype:
-        raise Fallback(f"its tensors are {dtype_name(x.dtype)} and {dtype_name(other.dtype)}")
 
 
 def _index(t: Any) -> int:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
 from ddpm_ext.integrations.tensors import DTYPES
 from ddpm_ext.tables import samplers
@@ -40,23 +39,22 @@ class DenoisingTables:
         in_float64 = [buffer.detach().to("cpu", torch.float64) for buffer in buffers]
         self._own = dict(zip(BUFFERS, in_float64, strict=True))
         self.steps = rows_of(self._own, prediction, "buffers")
-        self._ddim: BoundedCache[KernelTables] = BoundedCache(CACHED)
 
     def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
         """ddim_sample's steps, the last one first. Raises Fallback where they have no fused form."""
-        try:
-            key = (timesteps, count, samplers.check_eta(eta))
-            return self._ddim.get_or_make(key, lambda: self._make_ddim(*key))
-        except (TypeError, ValueError) as error:
-            raise Fallback(str(error)) from None
+        return kept(self, CACHED, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
         """The rows of samplers.ddim, whose noise is derived by sqrt_recipm1_alphas_cumprod; the last step ends at x_0.
 
-        Raises ValueError where there are none.
+        Raises Fallback where there are none.
         """
+        try:
+            eta = samplers.check_eta(eta)
+        except (TypeError, ValueError) as error:
+            raise Fallback(str(error)) from None
         if not 0 < timesteps <= len(self.steps) or count < 1:
-            raise ValueError(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
+            raise Fallback(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
         # In float32, as the peer's. The first is -1, where the last step arrives.
         t = torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().long()[1:]
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)
@@ -67,7 +65,7 @@ class DenoisingTables:
             now, after = levels[1:], levels[:-1]
             grid = Jumps(t[1:], now, after, now / after)
             if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():
-                raise ValueError(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
+                raise Fallback(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
             made = samplers.ddim(grid, eta=eta, keep_eps=False)
             direction = made.c1 * (1 - now).sqrt()  # what pred_noise is multiplied by
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]

@@ -142,23 +142,31 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """
     if isinstance(which, os.PathLike) or (isinstance(which, str) and which.endswith(".json")):
         which = StepTable.load(which)
+    made: str | Sampler | SigmaRows
     if isinstance(which, StepTable):
-        return _of_table(which)
-    if isinstance(which, str):
-        which = _named(which)
-    elif not callable(which):
+        made = _table_rows(which)
+    elif isinstance(which, str):
+        made = _named(which)
+    elif callable(which):
+        made = which
+    else:
         raise TypeError(f"sampler is a {type(which).__name__}, expected a name, a function, a StepTable or a path")
-    if callable(which):
-        check_function(which)
-        name = getattr(which, "__name__", "sample")
-        others = list(inspect.signature(which).parameters.values())[3:]  # some call x otherwise
+    own: list[inspect.Parameter] = []
+    if isinstance(made, SigmaRows):
+        name = "sample_table"
+    elif callable(made):
+        check_function(made)
+        name = getattr(made, "__name__", "sample")
+        others = list(inspect.signature(made).parameters.values())[3:]  # some call x otherwise
         own = [each for each in others if each.name not in (*SIGNATURE, *NOISE)]
         own = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
     else:
-        name = f"sample_{which}"
-        own = [_parameter(each, default) for each, default in {**_options(which), "flow": False}.items()]
-    first = [_parameter(each) for each in SIGNATURE[:3]] + [_parameter(each, None) for each in SIGNATURE[3:]]
-    names = (*NOISE, UNCONDITIONAL) if which in GUIDED else NOISE
+        name = f"sample_{made}"
+        own = [_parameter(each, default) for each, default in {**_options(made), "flow": False}.items()]
+    needed = 2 if isinstance(made, SigmaRows) else 3  # a table has its own sigmas
+    first = [_parameter(each) for each in SIGNATURE[:needed]]
+    first += [_parameter(each, None) for each in SIGNATURE[needed:]]
+    names = (*NOISE, UNCONDITIONAL) if made in GUIDED else NOISE
     last = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in names]
     signature = inspect.Signature([*first, *own, *last])
 
@@ -170,42 +178,32 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         bound.apply_defaults()
         loop = dict(bound.arguments)
         options = {each.name: loop.pop(each.name) for each in own}
-        return _sample(which, options, **loop)
+        if isinstance(made, SigmaRows):
+            loop["sigmas"] = _sigmas_of_table(made, loop["sigmas"], loop["x"])
+        return _sample(made, options, **loop)
 
     sample.__name__ = sample.__qualname__ = name
     sample.__signature__ = signature  # type: ignore[attr-defined]
     return sample
 
 
-def _of_table(table: StepTable) -> Sampler:
-    """The sampler that takes a table's rows."""
+def _table_rows(table: StepTable) -> SigmaRows:
+    """A table's own rows, each of which is a step."""
     sigmas, scaled = table_sigmas(table.to("cpu"))
     rows = replace(of_denoiser(scaled), timestep=sigmas[:-1], draw=torch.arange(len(table), device="cpu"))
-    own = SigmaRows(
-        RowStepper(rows, clip_in_notes(table, None)), sigmas[:-1], sigmas[1:], [[i] for i in range(len(rows))]
-    )
+    stepper = RowStepper(rows, clip_in_notes(table, None))
+    return SigmaRows(stepper, sigmas[:-1], sigmas[1:], [[i] for i in range(len(rows))])
 
-    def sample_table(
-        model: Callable[..., Tensor],
-        x: Tensor,
-        sigmas: Tensor | None = None,
-        extra_args: Mapping[str, Any] | None = None,
-        callback: Callable[[dict[str, Any]], Any] | None = None,
-        disable: bool | None = None,
-        *,
-        noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
-        rng: Philox | None = None,
-    ) -> Tensor:
-        levels = torch.cat([own.sigma, own.arrives[-1:]])
-        if sigmas is None:
-            sigmas = levels.to(x.device, torch.float32)
-        given = checked_sigmas(sigmas)
-        if given.shape != levels.shape or not torch.allclose(given, levels, rtol=OTHER, atol=OTHER * 1e-3):
-            raise ValueError(f"sigmas are {given.tolist()}, expected those of the table, {levels.tolist()}, or None")
-        return _sample(own, {}, model, x, sigmas, extra_args, callback, disable, noise_sampler, rng)
 
-    sample_table.__qualname__ = "sample_table"
-    return sample_table
+def _sigmas_of_table(rows: SigmaRows, sigmas: Tensor | None, x: Tensor) -> Tensor:
+    """A table's own sigmas. Raises ValueError where others are given."""
+    levels = torch.cat([rows.sigma, rows.arrives[-1:]])
+    if sigmas is None:
+        return levels.to(x.device, torch.float32)
+    given = checked_sigmas(sigmas)
+    if given.shape != levels.shape or not torch.allclose(given, levels, rtol=OTHER, atol=OTHER * 1e-3):
+        raise ValueError(f"sigmas are {given.tolist()}, expected those of the table, {levels.tolist()}, or None")
+    return sigmas
 
 
 def _named(name: str) -> str | Sampler:

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.integrations.fallback import Fallback, kept
+from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.own_tables import TABLES
-from ddpm_ext.integrations.shared import Accelerated, new, peer_method
-from ddpm_ext.integrations.tensors import TRANSFORMED
-from ddpm_ext.loop.keywords import SampleKeywords
-from ddpm_ext.ops.extension import C
+from ddpm_ext.integrations.peer_diffusion import PeerDiffusion
+from ddpm_ext.integrations.shared import new, peer_method
+from ddpm_ext.loop.options import SampleKeywords
 from ddpm_ext.tables.levels import betas_between
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 LOOP_OPTIONS = frozenset({"record", *SampleKeywords.__annotations__})
-CACHED = 4  # states of the tables: replicas on several devices share an object's cache
 
 
-class LoopOptionsTaker(Accelerated):
+class LoopOptionsTaker(PeerDiffusion):
     """The base of mixins for objects whose tables are tensors, and whose loops and `sample` take the options.
 
     Attributes:
@@ -33,13 +31,6 @@ class LoopOptionsTaker(Accelerated):
 
     sample_calls: tuple[str, ...] = ("p_sample_loop",)
     model: Callable[..., Tensor]  # of a peer whose loops don't get it as an argument
-
-    def _of_state(self, state: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Fallback(TRANSFORMED)
-        key = [(id(x), C.written(x)) if isinstance(x, Tensor) else id(x) for x in state]
-        return kept(self, CACHED, tuple(key), make, state)
 
     def _prediction(self) -> str:
         """Our name of what its model predicts. Raises Fallback where there is none."""

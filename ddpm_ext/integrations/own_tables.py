@@ -5,14 +5,12 @@ A number that a table holds is not derived again: near t = 0, 1 - alphas_cumprod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.fallback import Fallback
-from ddpm_ext.integrations.tensors import LOWER, check_tensors, dtype_name
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -57,30 +55,3 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables")
         start=torch.stack([a, b], 1),
         loss=torch.stack([*target, own.get("loss_weight", ones), zeros], 1),
     )
-
-
-def check_timesteps(t: Any, x: Tensor) -> None:
-    """Raises Fallback unless t has an int64 timestep for each sample."""
-    if not (isinstance(t, Tensor) and t.dtype == torch.int64 and t.shape == x.shape[:1] and t.device == x.device):
-        raise Fallback("t is not one int64 timestep a sample")
-
-
-def check_output(
-    x: Tensor, output: Any, instead: Callable[[], Any] | None = None, *, allow_16_bits: bool = True
-) -> None:
-    """Raises Fallback, with `instead`, where the operators can't take a model's output for samples x.
-
-    allow_16_bits: whether it may have 16 bits where the samples have 32.
-    """
-    lower = LOWER if allow_16_bits and x.dtype == torch.float32 else ()
-    try:
-        check_tensors(x, output)
-        fits = output.dtype == x.dtype or output.dtype in lower
-    except Fallback:
-        fits = False
-    if fits:
-        return
-    found = f"a {type(output).__name__}"
-    if type(output) is Tensor:
-        found = f"{dtype_name(output.dtype)} of shape {tuple(output.shape)}"
-    raise Fallback(f"the model's output is {found}", instead)

@@ -12,9 +12,6 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
 from ddpm_ext.integrations.acceleration import Acceleration
 
 
@@ -47,6 +44,7 @@ class Accelerated:
     replaces: ClassVar[tuple[str, ...]]
     relies_on: ClassVar[tuple[str, ...]] = ()
     _peer: ClassVar[type]  # the class that this one is made of
+    _known: ClassVar[type]  # the library's class that it is, or that it is a subclass of
     _restore: ClassVar[Callable[[type], Any]]  # of a peer's class: an accelerated object without state
 
     @property
@@ -62,13 +60,6 @@ class Accelerated:
 
     def _check(self) -> None:
         """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
-
-    def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
-        """The operators' arguments for the noise of a training batch: the given one, or another draw at each call."""
-        rng = self.accelerated.next_forward(x.device) if noise is None else None
-        if rng is not None:
-            return {"rng": rng}
-        return {"noise": torch.randn_like(x) if noise is None else noise}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles name the peer's class, which can be imported, and leave out what is only cached.
@@ -151,5 +142,5 @@ def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Calla
             f"{known.__qualname__}'s"
         )
     own = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own |= {"_peer": peer, "_restore": staticmethod(restore)}
+    own |= {"_peer": peer, "_known": known, "_restore": staticmethod(restore)}
     return types.new_class(peer.__name__, (mixin, peer), exec_body=lambda namespace: namespace.update(own))

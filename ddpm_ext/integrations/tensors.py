@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.noise import randn
 
-LOWER = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *LOWER)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRANSFORMED = "a transform of torch.func is at work"
 
 
@@ -48,6 +48,44 @@ def check_tensors(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, 
             raise Fallback("its tensors are not all plain ones on one device")
         if y.shape != x.shape:
             raise Fallback("its tensors have different shapes")
+
+
+def check_pair(x: Tensor, other: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Raises Fallback where the operators can't take x and another tensor of its shape and dtype."""
+    check_tensors(x, other, dtypes=dtypes)
+    if other is not None and other.dtype != x.dtype:
+        raise Fallback(f"its tensors are {dtype_name(x.dtype)} and {dtype_name(other.dtype)}")
+
+
+def check_batch(x: Tensor, t: Any, noise: Tensor | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Raises Fallback unless they can take samples with an int64 timestep each, and their noise, if there is any."""
+    check_pair(x, noise, dtypes)
+    if not (isinstance(t, Tensor) and t.shape == x.shape[:1] and t.device == x.device):
+        raise Fallback("t is not one int64 timestep a sample")
+    if t.dtype != torch.int64:
+        raise Fallback(f"its timesteps are {dtype_name(t.dtype)}")
+
+
+def check_output(
+    x: Tensor,
+    output: Any,
+    instead: Callable[[], Any] | None = None,
+    *,
+    allow_16_bits: bool = True,
+    shape: torch.Size | None = None,
+) -> None:
+    """Raises Fallback, with `instead`, where the operators can't take a model's output for samples x.
+
+    Args:
+        allow_16_bits: whether it may have 16 bits where the samples have 32.
+        shape: what it is to have; None: x's.
+    """
+    if not is_plain_tensor(output):
+        raise Fallback("the model's output is no plain tensor", instead)
+    dtypes = DTYPES if allow_16_bits and x.dtype == torch.float32 else (x.dtype,)
+    fits = output.shape == (x.shape if shape is None else shape) and output.device == x.device
+    if not fits or x.dtype not in DTYPES or output.dtype not in dtypes:
+        raise Fallback(f"the model's output is {dtype_name(output.dtype)} of shape {tuple(output.shape)}", instead)
 
 
 def dtype_name(dtype: object) -> str:

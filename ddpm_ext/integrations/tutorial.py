@@ -1,7 +1,7 @@
 """The GaussianDiffusion of a well-known tutorial, found in many notebooks, recognised by its methods' parameters.
 
-There are many variations of it. The rows are made of the object's own tables, and before anything is fused each of its
-methods runs once, on a few numbers at every timestep, and is compared with the fused one.
+There are many variations of it. The rows are made of the object's own tables, and before anything is fused its methods
+run on small samples, a step at every timestep, and are compared with these rows: see tutorial_trial.py.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
 from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
-from ddpm_ext.integrations.own_tables import check_output, check_timesteps
+from ddpm_ext.integrations.own_tables import TABLES
 from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
-from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
+from ddpm_ext.integrations.tensors import check_batch, check_output, noise_arguments, noise_itself, wants_gradient
+from ddpm_ext.integrations.tutorial_trial import FusedMethods, attributes_read, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 
@@ -115,8 +114,15 @@ class Tutorial(LoopOptionsTaker):
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        peer: type = cls.__dict__.get("_peer", object)
+        own = {name: each for of in peer.__mro__ if of is not nn.Module for name, each in vars(of).items()}
+        cls._methods = tuple(name for name, each in own.items() if inspect.isfunction(each))
+
     def _check(self) -> None:
         """Raises TypeError where the tables or methods are not the tutorial's."""
+        self.__dict__["_read"] = attributes_read(self._peer, vars(self), getattr(self, TABLES[0], None))
         found = attempt(self._fused_methods)
         if isinstance(found, Fallback):
             name = f"{self._peer.__module__}.{self._peer.__qualname__}"
@@ -124,16 +130,17 @@ class Tutorial(LoopOptionsTaker):
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        # All tables, since a variation's methods may use the others, too.
-        tables = tuple([getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES])
+        # All tables, since a variation's methods may use the others, too; and what else its steps read.
+        tables = [getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES]
+        own = self.__dict__
+        read = [own.get(name) for name in own.get("_read", ())]
 
         def make() -> FusedMethods:
-            plain, fast = new(self._peer), new(type(self))
-            for trial in (plain, fast):
-                trial.__dict__.update(self.__dict__, _acceleration=Acceleration(), _start_noise=None)
-            return try_methods(plain, fast, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
+            plain = new(self._peer)
+            plain.__dict__.update(self.__dict__)
+            return try_methods(plain, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
 
-        return self._of_state(tables, make)
+        return self._of_state((*tables, *read), make)
 
     def _fused(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> FusedMethods:
         """What a call of `method` needs. Raises Fallback where it has no fused form.
@@ -144,13 +151,9 @@ class Tutorial(LoopOptionsTaker):
         differs = fused.differs.get(method)
         if differs is not None:
             raise Fallback(differs)
-        check_tensors(x, noise)
         if more:
             raise Fallback("it has arguments that the tutorial's hasn't")
-        for y in (noise, x):
-            if y is not None and y.dtype != torch.float32:
-                raise Fallback(f"its samples are {dtype_name(y.dtype)}")
-        check_timesteps(t, x)
+        check_batch(x, t, noise, (torch.float32,))
         return fused
 
     # --------------------------------------------------------------------------------------------------------- steps

@@ -13,7 +13,22 @@ from ddpm_ext.base.types import Model
 from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRows
-from ddpm_ext.ops.noise import STREAM_START, Philox
+from ddpm_ext.ops.noise import STREAM_START, Philox, is_differentiated
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError for a model that is no function, and NotImplementedError where no loop can run."""
+    if not callable(model):
+        raise TypeError(f"model is {model!r}, expected a function")
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._is_tracing():
+        raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
+    if is_differentiated():
+        raise NotImplementedError(
+            "a sampling loop: torch.func takes a derivative, expected none, or single steps (p_sample) with "
+            "backend='reference'"
+        )
 
 
 def compiled(model: Model, how: bool | str, device: torch.device) -> Model:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,10 +42,6 @@ class CudaGraphs:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._possible = device.type == "cuda"
-        self._capturing: Any = None  # the graph that is being captured
-        self._has_captured_loop = False  # that graph, or the last one
-        self._size = ""  # what many_nodes found
-        self.has_loops = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_while_node")
         if self._possible:
             self._pool = torch.cuda.graph_pool_handle()
             # torch's own stream for captures belongs to the device that was current at the process's first capture.
@@ -54,33 +49,17 @@ class CudaGraphs:
         else:
             self._fall_back(f"the samples are on {device}, where there are none")
 
-    def many_nodes(self, model: object, steps: int) -> str:
-        """What to warn of where one graph with nodes of each step would have tens of thousands of them, of which each
-        layer of a Module is counted as one: it takes long to make, and much memory. Empty where it has fewer."""
+    def warn_of_many_nodes(self, model: object, steps: int) -> None:
+        """Warns where one graph with nodes of each step would have tens of thousands of them, of which each layer of a
+        Module is counted as one: it takes long to make, and much memory."""
         layers = [m for m in model.modules() if not any(m.children())] if isinstance(model, nn.Module) else []
         nodes = len(layers) * steps
         if self._possible and nodes >= _MANY_NODES:
-            self._size = (
+            warnings.warn(
                 f"graph is 'loop': {steps} steps with {len(layers)} layers each make a CUDA graph of some {nodes:,} "
-                f"nodes, expected fewer than {_MANY_NODES:,}: graph='step' captures a single step"
+                f"nodes, expected fewer than {_MANY_NODES:,}: graph='step' captures a single step",
+                stacklevel=5,
             )
-        return self._size
-
-    def repeat(self, count: int, body: Callable[[], None], goes_on: Callable[[], torch.Tensor]) -> None:
-        """Calls `body` `count` times. Where a graph is captured and can hold a loop, it is called once, as that loop's
-        body, which a replay repeats for as long as goes_on(), a bool on the device, is true."""
-        graph = self._capturing
-        if graph is None or not self.has_loops:
-            for _ in range(count):
-                body()
-            return
-        self._has_captured_loop = True
-        graph.begin_capture_to_while_node(goes_on())
-        try:
-            body()
-            graph.set_conditional_handle_for_current_node(goes_on())
-        finally:
-            graph.end_capture_to_conditional_node()
 
     def run(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
         """Does what `step` does, by replaying its graph, which is captured the first time that a key is used.
@@ -107,14 +86,7 @@ class CudaGraphs:
             step()
             restore()
         del restore  # with its copies, whose memory the graph may need
-        self._has_captured_loop = False
         reason = self._record(key, step)
-        if reason is not None and self._has_captured_loop:  # a model that draws by torch's generator, for one
-            self.has_loops = False
-            in_loop, reason = reason, self._record(key, step)
-            if reason is None:
-                why = f" (as a loop in the graph, they can't be captured: {in_loop})"
-                warnings.warn(self._size + why, stacklevel=5)
         if reason is not None:
             self._possible = False
             self._fall_back(reason)
@@ -129,14 +101,11 @@ class CudaGraphs:
                 # Other threads, as the one that pins a DataLoader's batches, may go on with what a capture forbids.
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                self._capturing = graph
                 try:
                     step()
                 except Exception as error:
                     cause = error  # ending the failed capture raises an error of its own
                     raise
-                finally:
-                    self._capturing = None
         except RuntimeError as error:
             if _FAILURES_LEAVE_TRACES:
                 self._end(graph)

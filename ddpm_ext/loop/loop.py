@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,35 +18,10 @@ from ddpm_ext.loop.begin import InitialSamples, compiled, rng_in_memory
 from ddpm_ext.loop.cuda_graphs import CudaGraphs, restorer
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
-from ddpm_ext.loop.options import StepOptions
+from ddpm_ext.loop.options import LoopOptions, Record
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
-
-# The most calls after which those of a loop come again: two buffers of samples, two of x0 and three of history take
-# turns, and each second row may be one of inpainting that calls no model.
-_LONGEST_PERIOD = 12
-
-
-class Record(NamedTuple):
-    """A loop after one of its steps.
-
-    step: 0 for the first. timestep: where the step started. x_t: the samples after it. x0: the predicted clean samples,
-    or None where they were not asked for. Both tensors are on the loop's device, in buffers that later steps overwrite:
-    copy what you want to keep.
-
-    Examples:
-        >>> for record in gd.sample_progressive(model, images.shape, sampler="ddim", steps=3, x0=True):
-        ...     print(record.step, record.timestep, record.x0.shape)
-        0 999 torch.Size([4, 3, 8, 8])
-        1 666 torch.Size([4, 3, 8, 8])
-        2 332 torch.Size([4, 3, 8, 8])
-    """
-
-    step: int
-    timestep: int | float
-    x_t: Tensor
-    x0: Tensor | Any = None  # "| Any": who has asked for it need not tell type checkers so
 
 
 class Loop:
@@ -58,35 +31,33 @@ class Loop:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
         rows: of the loop.
+
+    Attributes:
+        whole: whether all steps are one CUDA graph.
     """
 
     def __init__(
-        self, ops: ModuleType, model: Model, shape: tuple[int, ...], rows: LoopRows, options: StepOptions
+        self, ops: ModuleType, model: Model, shape: tuple[int, ...], rows: LoopRows, options: LoopOptions
     ) -> None:
         self.rows = rows
         self._initial = InitialSamples(ops, model, shape, rows, options)
         rng = rng_of_many(options.rng, self._initial.device)
         x = self._initial.samples(rng, options.start, options.noise)
+        kwargs = dict(options.model_kwargs or {})
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
-            given = options.model_kwargs.items()
-            own = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in given}
-            options = replace(options, model_kwargs=own)
-        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options)
+            kwargs = {name: y.detach().clone() if isinstance(y, Tensor) else y for name, y in kwargs.items()}
+        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options, kwargs)
         self._position = 0  # of the next row
         batch = len(self._step.calls[0].twice)
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
-        self._whole = options.graph == "loop"
-        # Which rows a loop in the graph takes, if nodes for each of them were too many.
-        self._repeated = _Repeated(0, 0, 0)
-        if self._graphs is not None and self._whole and (many := self._graphs.many_nodes(model, len(rows))):
-            self._repeated = _repeated(self._step.calls)
-            if not self._graphs.has_loops or self._repeated.turns == 0:
-                warnings.warn(many, stacklevel=4)
-        if options.graph:
+        self.whole = options.whole
+        if self._graphs is not None and self.whole:
+            self._graphs.warn_of_many_nodes(model, len(rows))
+        if options.graph and not self.whole:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        if not options.graph or self._whole:
+        else:
             # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
             of_all = self._timesteps[:, None].expand(-1, batch)
             self._timesteps_at = of_all.clone(memory_format=torch.contiguous_format).unbind()
@@ -94,6 +65,11 @@ class Loop:
     def __len__(self) -> int:
         """Steps."""
         return len(self.rows)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the model gets the batch twice, at a guided step: then the other half is behind the samples."""
+        return self._step.doubled
 
     @property
     def x(self) -> Tensor:
@@ -121,7 +97,7 @@ class Loop:
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise TypeError(f"model_kwargs is a {type(model_kwargs).__name__}, expected a dict")
         given = dict(model_kwargs or {})
-        own = self._step.options.model_kwargs
+        own = self._step.kwargs
         for name, value in given.items():
             if not isinstance(own.get(name), Tensor):
                 raise ValueError(f"model_kwargs has {name!r}, expected tensors that were given when the loop was made")
@@ -132,7 +108,7 @@ class Loop:
             own[name].copy_(value.detach())
         self._step.restart(x)
         self._position = 0
-        if not self._whole:
+        if not self.whole:
             self._row.zero_()
 
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
@@ -164,26 +140,13 @@ class Loop:
     def run_whole(self) -> Tensor:
         """All steps in one graph; the samples."""
         assert self._graphs is not None
-        step, graphs = self._step, self._graphs
-        first, period, turns = self._repeated
-        last = first + period * turns
-
-        def take(rows: range) -> None:
-            for row in rows:
-                step.take(step.calls[row], None, row, self._timesteps_at[row])
-
-        def take_turn() -> None:
-            for call in step.calls[first : first + period]:
-                self._take_next(call)
+        step = self._step
 
         def take_all() -> None:
-            take(range(first))
-            if turns > 0:
-                self._row.fill_(first)
-                graphs.repeat(turns, take_turn, lambda: self._row[0] < last)
-            take(range(last, len(self)))
+            for row, call in enumerate(step.calls):
+                step.take(call, None, row, self._timesteps_at[row])
 
-        graphs.run("loop", take_all, lambda: partial(step.restart, step.calls[0].x.clone()))
+        self._graphs.run("loop", take_all, lambda: partial(step.restart, step.calls[0].x.clone()))
         self._position = len(self)
         return self.x
 
@@ -196,29 +159,6 @@ class Loop:
         """The step of the row whose number is in memory."""
         self._step.take(call, self._row[: len(call.x)], 0, self._timesteps.index_select(0, self._row))
         self._row.add_(1)
-
-
-class _Repeated(NamedTuple):
-    """Rows from `first` on whose calls come again in the same order: so many calls, and how often they come."""
-
-    first: int
-    period: int
-    turns: int
-
-
-def _repeated(calls: Sequence[object]) -> _Repeated:
-    """The longest stretch of such rows."""
-    best = _Repeated(0, 0, 0)
-    for period in range(1, _LONGEST_PERIOD + 1):
-        first = 0
-        for row in range(period, len(calls) + 1):
-            if row < len(calls) and calls[row] is calls[row - period]:
-                continue
-            turns = (row - first) // period
-            if turns > 1 and turns * period > best.turns * best.period:
-                best = _Repeated(first, period, turns)
-            first = row - period + 1
-    return best
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:

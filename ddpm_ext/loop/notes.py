@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ddpm_ext.loop.guidance import Guidance, as_guidance
+from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.step_table import StepTable
@@ -16,7 +16,7 @@ def notes_of_loop(process: Process, options: LoopOptions) -> dict[str, Any]:
     clip = options.clip if options.threshold is None else str(options.threshold)
     return {
         "prediction": process.prediction,
-        "guidance": _scale(as_guidance(options.guidance)),
+        "guidance": _scale(options.guide),
         "clip": list(clip) if isinstance(clip, tuple) else clip,
     }
 

@@ -1,4 +1,8 @@
-"""The options of a sampling loop, checked: what p_sample_loop and its relatives pass on as one object."""
+"""The options of a sampling loop, which GaussianDiffusion.p_sample_loop explains: one object, checked when it is made.
+
+The same names stand here twice: once with their defaults, and once for editors and type checkers, as the keywords of
+the methods that pass them on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +35,7 @@ class LoopOptions:
 
     sampler, spacing: by their own names, also where they were given by others, or together as "DPM++ 2M Karras".
     clip: the fixed range to clip to, or None. threshold: how to find each sample's own range for the clip, or None.
+    guide: the guidance, also where its scale was given, or None.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range, as far as it can be seen without the model
@@ -62,6 +67,7 @@ class LoopOptions:
     graph: bool | str = False
     clip: Clip | None = field(init=False)
     threshold: DynamicThreshold | None = field(init=False)
+    guide: Guidance | None = field(init=False)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LoopOptions:
@@ -100,8 +106,7 @@ class LoopOptions:
             object.__setattr__(self, "sampler", sampler)
             object.__setattr__(self, "spacing", spacing)
         clip, threshold = as_clip(self.clip_denoised)
-        changed = {"clip": clip, "threshold": threshold, "guidance": as_guidance(self.guidance)}
-        for name, value in (changed | {"model_kwargs": dict(self.model_kwargs or {})}).items():
+        for name, value in {"clip": clip, "threshold": threshold, "guide": as_guidance(self.guidance)}.items():
             object.__setattr__(self, name, value)
 
     def _check_strength(self) -> None:
@@ -111,35 +116,16 @@ class LoopOptions:
         if self.start is None and strength != 1:
             raise ValueError(f"strength is {strength} without a start, expected 1")
 
-    def step_options(self, *, learned: bool, reads_uncond: bool) -> StepOptions:
-        """With what a step must know besides."""
-        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
-        return StepOptions(**given, learned=learned, reads_uncond=reads_uncond)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions(LoopOptions):
-    """A loop's options, and what a step must know besides its row.
-
-    learned: whether the model returns a variance beside its prediction. reads_uncond: whether a row reads the
-    unconditional output.
-    """
-
-    learned: bool
-    reads_uncond: bool
-    guidance: Guidance | None = None
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
     @property
-    def doubled(self) -> bool:
-        """Whether the model gets the batch twice, at a guided step."""
-        return self.doubled_kwargs and (self.guidance.scale != 1 or self.reads_uncond)  # type: ignore[union-attr]
+    def whole(self) -> bool:
+        """Whether all steps are one CUDA graph."""
+        return self.graph == "loop"
 
     @property
     def doubled_kwargs(self) -> bool:
         """Whether tensors in model_kwargs have two rows a sample, of which a call with a single batch gets the second
         half."""
-        return self.guidance is not None and self.guidance.unconditional is None
+        return self.guide is not None and self.guide.unconditional is None
 
 
 @cache
@@ -148,9 +134,74 @@ def _names() -> frozenset[str]:
     return frozenset(each.name for each in fields(LoopOptions) if each.init)
 
 
+class Record(NamedTuple):
+    """A loop after one of its steps.
+
+    step: 0 for the first. timestep: where the step started. x_t: the samples after it. x0: the predicted clean samples,
+    or None where they were not asked for. Both tensors are on the loop's device, in buffers that later steps overwrite:
+    copy what you want to keep.
+
+    Examples:
+        >>> for record in gd.sample_progressive(model, images.shape, sampler="ddim", steps=3, x0=True):
+        ...     print(record.step, record.timestep, record.x0.shape)
+        0 999 torch.Size([4, 3, 8, 8])
+        1 666 torch.Size([4, 3, 8, 8])
+        2 332 torch.Size([4, 3, 8, 8])
+    """
+
+    step: int
+    timestep: int | float
+    x_t: Tensor
+    x0: Tensor | Any = None  # "| Any": who has asked for it need not tell type checkers so
+
+
+Recorded: TypeAlias = Literal["all", "x0"] | int | Sequence[int]
+"""A `record` whose result is a list."""
+
+
+class CaptureKeywords(TypedDict, total=False):
+    """Those of `capture`."""
+
+    sampler: str | StepTable
+    steps: int | None
+    spacing: str | None
+    timesteps: Sequence[int] | Tensor | None
+    eta: float | None
+    clip_denoised: bool | Clip | DynamicThreshold
+    guidance: Guidance | float | None
+    cond_fn: Callable[..., Tensor] | None
+    denoised_fn: Callable[[Tensor], Tensor] | None
+    inpaint: Inpaint | None
+    self_condition: bool
+    model_kwargs: Mapping[str, Any] | None
+    start: Tensor | Interpolation | None
+    strength: float
+    noise: Tensor | None
+    rng: Philox | None
+    device: torch.device | str | None
+    dtype: torch.dtype
+    compile: bool | str
+    autocast: torch.dtype | None
+    input_dtype: torch.dtype | None
+
+
+class ProgressiveKeywords(CaptureKeywords, total=False):
+    """Those of `sample_progressive`."""
+
+    x0: bool
+    graph: bool | str
+
+
+class SampleKeywords(ProgressiveKeywords, total=False):
+    """Those of `sample`, which are all but `record`, by which the result's type is known."""
+
+    callback: Callable[[Record], object] | None
+    progress: bool
+
+
 def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Method], Method]:
     """Shows, in the signature of a method that takes **options, the keywords of `source` that it passes on, so that
-    help() lists them with their defaults. A type checker has them from loop/keywords.py.
+    help() lists them with their defaults.
 
     Args:
         source: what takes the options in the end.

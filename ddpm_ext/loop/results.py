@@ -11,8 +11,8 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
-from ddpm_ext.loop.loop import Loop, Record
-from ddpm_ext.loop.plan import Plan
+from ddpm_ext.loop.loop import Loop
+from ddpm_ext.loop.options import Record
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
@@ -36,17 +36,28 @@ def _recorded_steps(record: str | int | Sequence[int], steps: int) -> set[int] |
 
 
 def collect(
-    plan: Plan, *, record: str | int | Sequence[int], callback: Callable[[Record], object] | None, progress: bool
+    make: Callable[[], Loop],
+    steps: int,
+    *,
+    whole: bool,
+    record: str | int | Sequence[int],
+    callback: Callable[[Record], object] | None,
+    progress: bool,
 ) -> list[np.ndarray] | Tensor:
-    """Runs a loop to its end, or until `callback` returns true: see GaussianDiffusion.p_sample_loop."""
-    chosen = _recorded_steps(record, len(plan.rows))
+    """Runs a loop to its end, or until `callback` returns true: see GaussianDiffusion.p_sample_loop.
+
+    Args:
+        make: makes the loop, which has so many steps.
+        whole: whether all steps are one CUDA graph.
+    """
+    chosen = _recorded_steps(record, steps)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback is {callback!r}, expected a function of a Record")
-    if plan.whole:
+    if whole:
         if callback is not None or chosen is not None:
             raise ValueError("graph is 'loop', expected record='last' and no callback: nothing is seen in between")
-        return plan.make().run_whole().clone()
-    loop = plan.make()
+        return make().run_whole().clone()
+    loop = make()
     copies = None if chosen is None else HostCopies(loop.x.device)
     listed = isinstance(record, Sequence) and not isinstance(record, str)
     for now in loop.run(progress, copies):
@@ -60,7 +71,7 @@ def collect(
     if copies is not None:
         return copies.arrays()
     # The other half of doubled samples is in the same memory, which the caller need not keep.
-    return empty_like(now.x_t).copy_(now.x_t) if plan.options.doubled else now.x_t
+    return empty_like(now.x_t).copy_(now.x_t) if loop.doubled else now.x_t
 
 
 class CapturedLoop:
@@ -72,8 +83,8 @@ class CapturedLoop:
         >>> first, second = captured(Philox(0)).clone(), captured(Philox(1))
     """
 
-    def __init__(self, loop: Loop, whole: bool) -> None:
-        self._loop, self._whole = loop, whole
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
 
     def __call__(
         self,
@@ -96,7 +107,7 @@ class CapturedLoop:
             TypeError, ValueError: as p_sample_loop.
         """
         self._loop.restart(rng, start, noise, model_kwargs)
-        if self._whole:
+        if self._loop.whole:
             return self._loop.run_whole().clone()
         for _ in self._loop.run(progress):
             pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.loop.guidance import as_guidance
+from ddpm_ext.loop.notes import check_notes
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.grid import Grid, make_grid
@@ -31,8 +31,8 @@ class LoopRows:
 
     table: as a StepTable. skipped: how many of the sampler's steps come before them, where the loop begins later than
     with the first. device: for the kernels. needs, timesteps: of each row, on the host. variance: how the rows
-    read the model's variance output, "log" or "direct"; None where they don't. pure_noise: the standard deviation of
-    drawn samples to begin from.
+    read the model's variance output, "log" or "direct"; None where they don't. learned: whether the model returns one
+    beside its prediction. pure_noise: the standard deviation of drawn samples to begin from.
     """
 
     table: StepTable
@@ -41,14 +41,33 @@ class LoopRows:
     needs: list[RowNeeds]
     timesteps: list[int | float]
     variance: str | None
+    learned: bool
     pure_noise: float
 
     def __len__(self) -> int:
         return len(self.needs)
 
+    @property
+    def guided(self) -> bool:
+        """Whether a row reads the unconditional output."""
+        return any(needs.guided for needs in self.needs)
+
+    def doubles(self, options: LoopOptions) -> bool:
+        """Whether the model gets the batch twice, at a guided step."""
+        guide = options.guide
+        return guide is not None and guide.unconditional is None and (guide.scale != 1 or self.guided)
+
 
 # Each entry holds its sampler, so that no other StepTable gets its id.
 LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
+
+
+def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
+    """kept_loop_rows, after a check that they have what the options need."""
+    rows = kept_loop_rows(cache, process, options)
+    check_notes(process, options)
+    _check_rows(rows, options)
+    return rows
 
 
 def kept_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
@@ -57,10 +76,27 @@ def kept_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions)
     return cache.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
+def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
+    """That the table has what the options need."""
+    table = rows.table
+    if options.inpaint is not None and not bool((table.signal_after + table.noise_after).any()):
+        raise ValueError(
+            "inpaint is given, expected a sampler whose table has the levels signal_after and noise_after, where its "
+            "steps arrive"
+        )
+    if options.cond_fn is not None and not bool((table.g0 != 0).any() | (table.g1 != 0).any()):
+        raise ValueError("cond_fn is given, expected a sampler whose table says g0 or g1, a gradient's weights")
+    if options.self_condition and rows.doubles(options):
+        raise ValueError(
+            "self_condition is given beside guidance without a function for the unconditional output, expected a "
+            "Guidance that has one"
+        )
+
+
 def _key(options: LoopOptions) -> object:
     """What the rows depend on, by more than equality: 1.0 and True must not pass for the 1 of an earlier loop."""
     sampler = id(options.sampler) if isinstance(options.sampler, StepTable) else repr(options.sampler)
-    guidance, timesteps = as_guidance(options.guidance), options.timesteps
+    guidance, timesteps = options.guide, options.timesteps
     if not (timesteps is None or isinstance(timesteps, Tensor)):
         try:
             timesteps = torch.as_tensor(timesteps, device="cpu")
@@ -97,7 +133,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     Raises:
         TypeError, ValueError: an option that is unknown, out of range, or does not fit the process.
     """
-    guidance, jumps, learned = as_guidance(options.guidance), _jumps(options), False
+    guidance, jumps, learned = options.guide, _jumps(options), False
     if isinstance(options.sampler, StepTable):
         _check_beside_table(options)
         skipped = _skipped(len(options.sampler), options.strength)
@@ -118,7 +154,8 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     _check_history(table, needs, skipped)
     device = KernelTables(table, scales, **({} if levels is None else {"start": levels}))
     start = 1.0 if levels is None else pure_noise(*levels[0].tolist())
-    return LoopRows(table, skipped, device, needs, table.timestep.tolist(), _variance(process, table, learned), start)
+    variance, timesteps = _variance(process, table, learned), table.timestep.tolist()
+    return LoopRows(table, skipped, device, needs, timesteps, variance, process.variance_entry.learned, start)
 
 
 def _skipped(steps: int, strength: float) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Model
-from ddpm_ext.loop.options import StepOptions
+from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
@@ -54,7 +54,7 @@ class StepCall:
 
 
 class _Buffers(NamedTuple):
-    """The samples, and what the model is called with at them, as StepCall has them.
+    """The samples, and what the model is called with at them: `x`, `once` and `twice` of a StepCall.
 
     They are one memory where the model gets the samples themselves. For a batch that it gets twice, the second half
     alone, `again`, is written beside x.
@@ -103,23 +103,33 @@ class LoopStep:
     Attributes:
         calls: of each row.
         run_model: what a call's `run` is given as the model.
+        kwargs: what the model gets besides, by name.
+        doubled: whether it gets the batch twice, at a guided step.
     """
 
     def __init__(
-        self, ops: ModuleType, model: Model, rows: LoopRows, x: Tensor, rng: Philox, options: StepOptions
+        self,
+        ops: ModuleType,
+        model: Model,
+        rows: LoopRows,
+        x: Tensor,
+        rng: Philox,
+        options: LoopOptions,
+        kwargs: dict[str, Any],
     ) -> None:
-        self.model, self.options, self.rng = model, options, rng
-        guidance, guides = options.guidance, any(needs.guided for needs in rows.needs)
-        if guidance is not None and guidance.rescale > 0 and guides and x.numel() < 2 * len(x):
+        self.model, self.options, self.rng, self.kwargs = model, options, rng, kwargs
+        guidance = options.guide
+        if guidance is not None and guidance.rescale > 0 and rows.guided and x.numel() < 2 * len(x):
             raise ValueError(f"guidance rescale is {guidance.rescale}, expected 0 for samples of one element")
-        self._batch, self._variance = len(x), rows.variance
+        self._batch, self._learned, self._variance = len(x), rows.learned, rows.variance
         # For a call with a single batch: the conditional half of each doubled model_kwarg.
         self._kwargs = {
             name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
-            for name, value in options.model_kwargs.items()
+            for name, value in kwargs.items()
         }
-        kwargs = options.model_kwargs if options.doubled else self._kwargs
-        self.run_model = partial(model, **kwargs) if kwargs else model
+        self._dtype, self.doubled = options.input_dtype or x.dtype, rows.doubles(options)
+        of_run = kwargs if self.doubled else self._kwargs
+        self.run_model = partial(model, **of_run) if of_run else model
         tables, dtype = rows.device, checks.compute_dtype(x.dtype)
         if options.denoised_fn is not None:
             self._to_x0 = ops.TableStep(tables.get("x0", x.device, dtype), clip=None, add_noise=False)
@@ -133,8 +143,7 @@ class LoopStep:
         noisy.check(x, None, 0)
         # Python has to do with the model's output, or with what the model is called with.
         by_hand = (options.cond_fn, options.denoised_fn, options.autocast)
-        self._dtype, self._doubled = options.input_dtype or x.dtype, options.doubled
-        is_direct = self._doubled or self._dtype is x.dtype
+        is_direct = self.doubled or self._dtype is x.dtype
         self._direct = is_direct and not (any(each is not None for each in by_hand) or options.self_condition)
         self.calls = self._calls(rows, x, quiet, noisy)
 
@@ -142,7 +151,7 @@ class LoopStep:
         """Lays out the loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads
         one and writes the other; and three tensors of history, of which the newest replaces the oldest."""
         options = self.options
-        samples = [_Buffers.like(x, self._doubled, self._dtype) for _ in range(2)]
+        samples = [_Buffers.like(x, self.doubled, self._dtype) for _ in range(2)]
         samples[0].fill(x)
         has_x0 = options.x0 or options.self_condition
         clean = [torch.zeros_like(x), torch.zeros_like(x)] if has_x0 else [None, None]
@@ -153,7 +162,7 @@ class LoopStep:
         if options.threshold is not None:
             constant |= {"quantile": options.threshold.quantile, "maximum": float(options.threshold.maximum)}
         step_of = {False: noisy if options.inpaint is not None else quiet, True: noisy}
-        writes_input = self._doubled or self._dtype is not x.dtype
+        writes_input = self.doubled or self._dtype is not x.dtype
         made: dict[Any, StepCall] = {}
         calls = []
         for needs, following in zip(rows.needs, [*rows.needs[1:], None], strict=True):
@@ -186,14 +195,14 @@ class LoopStep:
             inputs["history_out"] = history[2]
         if needs.calls_model and clean[1] is not None:
             inputs["x0_out"] = clean[1]
-        guidance = self.options.guidance
+        guidance = self.options.guide
         if needs.guided and guidance is not None and guidance.rescale > 0:
             inputs |= {"guidance": float(guidance.scale), "rescale": float(guidance.rescale)}
-        run = step.run if self._direct and needs.calls_model and needs.guided == self._doubled else None
+        run = step.run if self._direct and needs.calls_model and needs.guided == self.doubled else None
         run_inputs = dict(inputs)
-        if self._doubled:
+        if self.doubled:
             run_inputs["doubled"] = samples[0].twice
-        if self.options.learned:
+        if self._learned:
             run_inputs["learned"] = self._variance is not None
             if self._variance is not None:
                 run_inputs["log_variance"] = self._variance == "log"
@@ -211,10 +220,10 @@ class LoopStep:
         if not call.needs.calls_model:
             call.step.take(x, None, row, index, call.out, **inputs)
             return
-        once = t[: self._batch] if options.doubled else t
+        once = t[: self._batch] if self.doubled else t
         m, u = self._outputs(call, t, once)
         inputs = dict(inputs)
-        if options.learned:
+        if self._learned:
             m, variance = split_variance(x, m)
             if self._variance is not None:
                 inputs["model_variance"], inputs["log_variance"] = variance, self._variance == "log"
@@ -238,13 +247,13 @@ class LoopStep:
 
     def _outputs(self, call: StepCall, t: Tensor, once: Tensor) -> tuple[Any, Any]:
         """What the model returns with its condition and without; None where the row does not need the latter."""
-        guidance = self.options.guidance
+        guidance = self.options.guide
         if not call.needs.guided or guidance is None:
             return self._output(call, call.once, once, self.model, self._kwargs), None
         if guidance.unconditional is not None:
-            m = self._output(call, call.once, t, self.model, self.options.model_kwargs)
+            m = self._output(call, call.once, t, self.model, self.kwargs)
             return m, self._output(call, call.once, t, guidance.unconditional, {})
-        both = self._output(call, call.twice, t, self.model, self.options.model_kwargs)
+        both = self._output(call, call.twice, t, self.model, self.kwargs)
         return split_batch(call.x, both)
 
     def _output(self, call: StepCall, x: Tensor, t: Tensor, model: Model, kwargs: Any) -> Tensor:

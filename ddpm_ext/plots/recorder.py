@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ddpm_ext.loop.loop import Record
+from ddpm_ext.loop.options import Record
 
 Array = npt.NDArray[np.float32]
 

@@ -194,11 +194,8 @@ def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
     classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
     found = read_json(scheduler)
     settings, clip = read_settings(found, str(scheduler)), clips(found, str(scheduler))
-    shape = described.get("shape")
-    if shape is None:  # a run from before it was written there
-        shape = run_options.find(folder)[1]["about"].get(SHAPE)
-    config = {"class": described.get("class")}
-    return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config, clip)
+    shape, config = _checked_shape(described.get("shape"), folder), {"class": described.get("class")}
+    return _Parts(read_weights(path), path, settings, shape, classes, config, clip)
 
 
 def _unfinished(folder: Path) -> _Parts:

@@ -19,8 +19,7 @@ from ddpm_ext.version import __version__
 
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
 """Columns of losses.csv: the mean loss of the samples whose t is in the first quarter, of least noise, and so on."""
-_BEFORE_QUARTERS = "step,loss,grad_norm,lr,images_per_second\n"
-_HEADER = f"{_BEFORE_QUARTERS.rstrip()},{','.join(QUARTERS)}\n"
+_HEADER = f"step,loss,grad_norm,lr,images_per_second,{','.join(QUARTERS)}\n"
 
 
 class LogRow(NamedTuple):
@@ -119,13 +118,12 @@ def _whole_lines(path: Path) -> list[list[str]]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, ValueError):
         return []
-    header = lines[0] if lines else ""
     rows: list[list[str]] = []
-    for text in lines[1:] if header in (_HEADER, _BEFORE_QUARTERS) else []:
+    for text in lines[1:] if lines[:1] == [_HEADER] else []:
         row = text.rstrip("\n").split(",")
-        if not text.endswith("\n") or len(row) != header.count(",") + 1 or not row[0].isdecimal():
+        if not text.endswith("\n") or len(row) != _HEADER.count(",") + 1 or not row[0].isdecimal():
             break
-        rows.append(row + ["nan"] * (_HEADER.count(",") + 1 - len(row)))
+        rows.append(row)
     return rows
 
 

@@ -79,7 +79,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _flag(name: str, value: Any) -> bool:
-    # Runs from before this was checked may have a 0 or 1.
     if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{name} is {value!r}, expected a bool")
     return bool(value)

@@ -219,6 +219,5 @@ class Scores:
         return {"by": self.by, "of": list(self.of.items())}
 
     def restore(self, found: Any) -> None:
-        """Takes what state() returned, or None of a run from before there were scores."""
-        same = found is not None and found["by"] == self.by
-        self.of = {int(step): float(score) for step, score in found["of"]} if same else {}
+        """Takes what state() returned."""
+        self.of = {int(step): float(score) for step, score in found["of"]} if found["by"] == self.by else {}

@@ -120,7 +120,7 @@ class TrainState:
             optimizer["state"] = self._slots(checkpoints.under(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
-            self.scores.restore(numbers.get("scores"))
+            self.scores.restore(numbers["scores"])
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: {path} holds the state of another model") from error

@@ -83,7 +83,8 @@ def test_losses_of_a_run(saved, tmp_path, capsys):
     """Also of one that was killed while it wrote a line; without its options the title says less."""
     run = tmp_path / "run"
     run.mkdir()
-    lines = ["step,loss,grad_norm,lr,images_per_second\n", "1,4,1,0.1,9\n", "2,3,1,0.1,9\n", "3,2.5,1,0"]
+    header = "step,loss,grad_norm,lr,images_per_second,loss_q0,loss_q1,loss_q2,loss_q3\n"
+    lines = [header, "1,4,1,0.1,9,nan,nan,nan,nan\n", "2,3,1,0.1,9,nan,nan,nan,nan\n", "3,2.5,1,0"]
     (run / "losses.csv").write_text("".join(lines))
     assert call("plot", "losses", "run/losses.csv", "--out", "a.svg") == 0
     (run / "options.json").write_text('{"options": {"loss": "huber", "prediction": "v", "weighting": "min_snr"}}')

@@ -173,7 +173,7 @@ def test_other_reasons():
         "train_losses: its samples are float64": lambda gd: gd.train_losses(Given(wide), wide, t),
         "a gradient by images": lambda gd: gd.train_losses(model, leaf, t),
         "t is not one int64 timestep a sample": lambda gd: gd.q_sample(x, t[:1]),
-        "its samples are float64": lambda gd: gd.q_sample(x, t, x.double()),
+        "its tensors are float32 and float64": lambda gd: gd.q_sample(x, t, x.double()),
         "different shapes": lambda gd: gd.q_sample(x, t, x[:1]),
         "a transform of torch.func": lambda gd: torch.func.grad(lambda x: gd.q_sample(x, t).sum())(x),
         "it is being compiled": lambda gd: torch.compile(lambda: gd.q_sample(x, t, x), backend="eager")(),

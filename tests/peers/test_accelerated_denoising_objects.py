@@ -2,6 +2,7 @@
 itself, and where the peer's own code runs."""
 
 import copy
+import functools
 import pickle
 import random
 import warnings
@@ -381,6 +382,41 @@ def test_philox_losses_of_an_output_that_does_not_fit_have_its_noise():
     with pytest.warns(UserWarning, match="the model's output is float64"):
         ours = philox(plain).p_losses(X, T)
     torch.testing.assert_close(ours, plain.p_losses(X, T, z))
+
+
+def halved(function):
+    @functools.wraps(function)
+    def call(*args, **options):
+        found = function(*args, **options)
+        halves = [each * 0.5 for each in found]
+        return type(found)(*halves) if hasattr(found, "_fields") else tuple(halves)
+
+    return call
+
+
+@own_code
+@pytest.mark.parametrize("of_class", [False, True])
+@pytest.mark.parametrize("name", ["model_predictions", "q_posterior", "p_sample"])
+def test_a_method_that_is_replaced_later_runs(name, of_class, monkeypatch):
+    """In single steps and in loops, which say why."""
+    plain = make(timesteps=10, ddim_sampling_eta=0.5)
+    plain.sampling_timesteps = 5
+    calls = (lambda gd: gd.p_sample(X, 5)[0], lambda gd: gd.p_sample_loop(SHAPE), lambda gd: gd.ddim_sample(SHAPE))
+
+    def results(gd):
+        return seeded(1, lambda: [call(gd) for call in calls])[0]
+
+    fast = accelerate(plain)
+    before = results(fast)
+    assert fast.accelerated.fallbacks == {}
+    for each in (type(plain),) if of_class else (fast, plain):
+        monkeypatch.setattr(each, name, halved(getattr(each, name)))
+    found = results(fast)
+    assert all(map(torch.equal, found, results(plain))) and not torch.equal(found[1], before[1])
+    why = f"its {name} is not {fast.library}'s own"
+    assert fast.accelerated.fallbacks["p_sample_loop"] == why
+    with pytest.raises(ValueError, match=f"no loop can be made: {why}"):
+        fast.p_sample_loop(SHAPE, sampler="dpmpp_2m", steps=5)
 
 
 @own_code

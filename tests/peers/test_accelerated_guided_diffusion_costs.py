@@ -21,6 +21,7 @@ from support.noise_of_loops import parts, repeats, unrelated
 from torch._subclasses import FakeTensorMode
 
 from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
+from ddpm_ext.integrations import tensors as tensors_module
 from ddpm_ext.integrations.guided_diffusion import steps as steps_module
 from ddpm_ext.ops import cards
 from ddpm_ext.tables import on_device as tables_module
@@ -230,8 +231,9 @@ def test_functions_in_between(prediction, launches):
 @pytest.mark.parametrize(("noise", "spacing"), [("torch", None), ("philox", "ddim25")])
 def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     """From the second loop on, when the tables are there. The tensors are of a fake GPU and have no values to read."""
-    monkeypatch.setattr(steps_module, "check_tensors", lambda *_, **__: None)
-    monkeypatch.setattr(steps_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
+    for each in (steps_module, tensors_module):
+        monkeypatch.setattr(each, "check_tensors", lambda *_, **__: None)
+    monkeypatch.setattr(tensors_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
     monkeypatch.setattr(cards, "CAPTURING", ())  # and are in use on no stream
 

@@ -1,6 +1,7 @@
 """guided-diffusion's and improved-diffusion's objects, accelerated: what runs their own code, and the object itself."""
 
 import copy
+import functools
 import inspect
 import itertools
 import pickle
@@ -300,6 +301,47 @@ def test_an_object_with_a_method_of_its_own_is_refused():
         diffusion = make()
         setattr(diffusion, name, getattr(diffusion, name))
         refused(TypeError, f"obj has a {name} of its own", accelerate, diffusion)
+
+
+def twice(function):
+    """Its first result, a tensor or the one of "mean" or "sample", is doubled."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        found = function(*args, **options)
+        if isinstance(found, dict):
+            name = "mean" if "mean" in found else "sample"
+            return {**found, name: 2 * found[name]}
+        return 2 * found if isinstance(found, torch.Tensor) else (2 * found[0], *found[1:])
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:.*runs the own code")
+@pytest.mark.parametrize("of_class", [False, True])
+@pytest.mark.parametrize("name", ["p_mean_variance", "q_posterior_mean_variance", "p_sample", "ddim_sample"])
+def test_a_method_that_is_replaced_later_runs(name, of_class, monkeypatch):
+    """In single steps and in loops, which say why."""
+    loops = ("p_sample_loop", "ddim_sample_loop")
+    calls = [lambda d, loop=loop: getattr(d, loop)(half, SHAPE, noise=X, device="cpu") for loop in loops]
+    calls.append(lambda d: d.p_sample(half, X, T.clamp(max=29))["sample"])
+
+    def results(diffusion):
+        torch.manual_seed(1)
+        return [call(diffusion) for call in calls]
+
+    accelerated, plain = accelerate(make(timesteps=30)), make(timesteps=30)
+    before = results(accelerated)
+    no_fallback(accelerated)
+    for each in (type(plain),) if of_class else (accelerated, plain):
+        monkeypatch.setattr(each, name, twice(getattr(each, name)))
+    found = results(accelerated)
+    assert all(map(torch.equal, found, results(plain))) and not all(map(torch.equal, found, before))
+    assert accelerated.accelerated.fallbacks["p_sample_loop"] == f"its {name} is not {accelerated.library}'s own"
+    monkeypatch.undo()
+    accelerated.accelerated.fallbacks.clear()
+    assert all(map(torch.equal, results(accelerated), before))
+    no_fallback(accelerated)
 
 
 @libraries

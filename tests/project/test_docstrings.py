@@ -12,7 +12,7 @@ import torch
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox, models, plots
-from ddpm_ext.loop import keywords
+from ddpm_ext.loop import options as options_module
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.tables.grid import make_grid
 
@@ -98,6 +98,8 @@ def test_help_and_editors_see_the_loops_options():
             assert each.default == differs.get(name, options[name].default if name in options else own[name]), name
         hints = getattr(GaussianDiffusion, method).__annotations__
         assert hints["options"] == f"Unpack[{of}Keywords]"
-        typed = {name: kind.__forward_arg__ for name, kind in vars(keywords)[f"{of}Keywords"].__annotations__.items()}
+        typed = {
+            name: kind.__forward_arg__ for name, kind in vars(options_module)[f"{of}Keywords"].__annotations__.items()
+        }
         declared = typed | {name: hints[name] for name in chosen if name in hints}
         assert declared == {name: each.annotation for name, each in chosen.items()}

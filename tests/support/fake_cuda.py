@@ -86,33 +86,14 @@ class CUDAGraph:
     instances: ClassVar[list] = []
 
     def __init__(self):
-        self.calls, self.replays, self.outside = [], 0, None
+        self.calls, self.replays = [], 0
         CUDAGraph.instances.append(self)
-
-    def begin_capture_to_while_node(self, condition):
-        self.outside, self.calls, self.condition = self.calls, [], condition
-
-    def set_conditional_handle_for_current_node(self, condition):
-        self.calls.append((self.condition.copy_, (condition,), {}, None))
-
-    def end_capture_to_conditional_node(self):
-        body, condition, self.calls = self.calls, self.condition, self.outside
-        self.calls.append((self.loop, (body, condition), {}, None))
-        if any(torch.Tag.nondeterministic_seeded in getattr(call[0], "tags", ()) for call in body):
-            raise RuntimeError("RNG within data-dependent conditional nodes is not supported yet.")
-
-    def loop(self, body, condition):
-        while condition:
-            self.play(body)
 
     @torch.no_grad()
     def replay(self):
         LOG.append(("replay", self))
         self.replays += 1
-        self.play(self.calls)
-
-    def play(self, calls):
-        for function, args, kwargs, results in calls:
+        for function, args, kwargs, results in self.calls:
             found = function(*args, **kwargs)
             if results is not None:
                 for result, new in zip(results, found if isinstance(found, tuple | list) else (found,), strict=True):

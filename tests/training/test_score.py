@@ -174,8 +174,6 @@ def test_scores_of_other_features_are_forgotten():
     again.restore(json.loads(json.dumps(first.state())))
     other.restore(first.state())
     assert (again.of, other.of) == (first.of, {})
-    again.restore(None)
-    assert again.of == {}
 
 
 def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
+from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.guided_diffusion.steps import STEPS, check_inputs, split_output, take_loop
 from ddpm_ext.integrations.guided_diffusion.tables import tables_of, timesteps_for
-from ddpm_ext.integrations.shared import Accelerated, peer_method, signature_text
+from ddpm_ext.integrations.peer_diffusion import PeerDiffusion
+from ddpm_ext.integrations.shared import peer_method, signature_text
 from ddpm_ext.integrations.tensors import noise_itself, wants_gradient
 
 OPTIONS = "clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None"
@@ -41,7 +42,7 @@ PARAMETERS = {
 }
 
 
-class Guided(Accelerated):
+class Guided(PeerDiffusion):
     """Mixin placed before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
 
     The steps and loops are made for each accelerated class, with the signatures of the peer's own methods.
@@ -160,6 +161,11 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
             return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
         if not is_loop:
             return take_step(self, given, given.x, given.t)
+        found = attempt(self._check_methods)
+        if isinstance(found, Fallback):
+            assert found.reason is not None
+            self.accelerated.record_fallback(self.library, method, found.reason)
+            return peer_method(self, method)(*args, **kwargs)
         steps = take_loop(self, of_step, given, with_x0=progressive)
         if progressive:
             return steps

@@ -14,19 +14,19 @@ from torch.overrides import TorchFunctionMode
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of, timesteps_for
+from ddpm_ext.integrations.peer_diffusion import start_noise
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import peer_method
 from ddpm_ext.integrations.tensors import (
-    LOWER,
+    check_batch,
+    check_output,
     check_tensors,
-    dtype_name,
     is_like,
-    is_plain_tensor,
     layout_arguments,
     noise_arguments,
     wants_gradient,
 )
-from ddpm_ext.ops.noise import STREAM_START, Philox, randn
+from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
@@ -52,11 +52,8 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     """Raises Fallback where the operators can't take samples x, timesteps t and the noise."""
     check_tensors(x, dtypes=FLOAT32)
     if not isinstance(t, Tensor) or t.shape != (len(x),) or (noise is not None and noise.shape != x.shape):
-        raise Fallback
-    if t.dtype != torch.int64:
-        raise Fallback(f"its timesteps are {dtype_name(t.dtype)}")
-    if noise is not None and (not is_like(noise, x) or noise.dtype != x.dtype):
-        raise Fallback("its noise is no plain float32 tensor on the samples' device")
+        raise Fallback  # the peer raises an error
+    check_batch(x, t, noise, FLOAT32)
     try:
         ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
     except (TypeError, ValueError):
@@ -70,18 +67,13 @@ def split_output(
 
     x has a dimension of channels. Raises Fallback, with `instead`, where the output is none that the operators take.
     """
-    if not is_plain_tensor(output):
-        raise Fallback("the model's output is no plain tensor", instead)
     batch, channels, *others = x.shape
-    shape = x.shape if not tables.learned else (batch, 2 * channels, *others)
-    if output.shape != shape or output.device != x.device:
-        raise Fallback(None, instead)
+    shape = torch.Size((batch, 2 * channels, *others)) if tables.learned else x.shape
+    if isinstance(output, Tensor) and output.shape != shape:
+        raise Fallback(None, instead)  # the peer raises an error
     # The predicted clean sample is returned in the dtype in which the model predicts it.
-    if output.dtype != x.dtype and (output.dtype not in LOWER or tables.prediction == "x0"):
-        raise Fallback(f"the model's output is {dtype_name(output.dtype)}", instead)
-    if not tables.learned:
-        return output, None
-    return output[:, :channels], output[:, channels:]
+    check_output(x, output, instead, allow_16_bits=tables.prediction != "x0", shape=shape)
+    return (output[:, :channels], output[:, channels:]) if tables.learned else (output, None)
 
 
 def _take_step(
@@ -202,10 +194,7 @@ def take_loop(peer: Any, method: str, given: Any, with_x0: bool = True) -> Itera
     assert isinstance(shape, tuple | list)
     x, rng = noise, peer.accelerated.whole_loop(int(shape[0]) if noise is None else len(noise))
     if x is None:
-        if rng is None or torch.get_default_dtype() != torch.float32:
-            x = torch.randn(*shape, device=device)
-        else:
-            x = randn(tuple(map(int, shape)), rng, stream=STREAM_START, device=device)
+        x = start_noise(shape, rng, device)
     rows: Any = range(peer.num_timesteps)[::-1]
     if given.progress:
         from tqdm.auto import tqdm

@@ -59,6 +59,7 @@ class FusedTables:
     """
 
     def __init__(self, peer: Any) -> None:
+        peer._check_methods()  # noqa: SLF001 (of PeerDiffusion)
         types = (peer.model_mean_type, peer.model_var_type, peer.loss_type)
         mean, var, loss_type = (getattr(of, "name", "") for of in types)
         prediction, variance, loss = PREDICTIONS.get(mean), VARIANCES.get(var), LOSSES.get(loss_type)
@@ -163,11 +164,11 @@ def _is_spaced(peer: Any) -> bool:
 def tables_of(peer: Any) -> FusedTables:
     """The tables of an object's state, of which the latest are cached. Raises Fallback.
 
-    The state is known by the identity of the object's arrays and options, so an array that is written to in place goes
-    unnoticed.
+    The state is known by the identity of the object's arrays, options and methods, so an array that is written to in
+    place goes unnoticed.
     """
     state = (_SPACED_STATE if _is_spaced(peer) else _STATE)(peer)
-    return kept(peer, 1, tuple(map(id, state)), lambda: FusedTables(peer), state)
+    return peer._of_state(state, lambda: FusedTables(peer))  # noqa: SLF001 (of PeerDiffusion)
 
 
 def timesteps_for(
