@@ -112,10 +112,15 @@ _lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_con
 
 
 def _clamp_lets_edges_through() -> bool:
-    """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch, or 0."""
+    """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch, or 0.
+
+    Its node is called without autograd's engine, whose threads would ask the driver for its GPUs as this module is
+    imported, and keep a forked process from any backward pass.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        edge = torch.ones((), requires_grad=True, device="cpu")
-        return bool(torch.autograd.grad(edge.clamp(-1, 1), edge)[0])
+        one = torch.ones((), device="cpu")
+        node: Any = one.clone().requires_grad_().clamp(-1, 1).grad_fn
+        return bool(node(one))
 
 
 _EDGES_INSIDE = _clamp_lets_edges_through()
