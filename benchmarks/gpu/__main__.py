@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from benchmarks.gpu.parts import ROOT, Part, all_parts
 from benchmarks.gpu.report import COMMAND, markdown
 
 GRACE = 4.0  # seconds between the request to end and the end itself, in which pytest prints how tests failed
+NEEDED = ("torch", "numpy", "setuptools", "wheel", "pybind11", "ninja", "pytest", "hypothesis")
 LEAST = 8.0  # seconds, under which a part is not started
 Results = dict[str, dict[str, Any]]  # by part: verdict, found, seconds, rows
 
@@ -131,7 +133,19 @@ def run_all(parts: Sequence[Part], budget: float, out: Path) -> int:
     return int(any(part["verdict"] == FAIL for part in results.values()))
 
 
+def missing() -> list[str]:
+    """The packages that the parts need and this Python has not."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
 def main() -> int:
+    own = ROOT / ".venv" / "bin" / "python"
+    if missing() and own.exists() and Path(sys.prefix) != own.parent.parent:
+        os.execv(own, [str(own), "-m", "benchmarks.gpu", *sys.argv[1:]])
+    if lacks := missing():
+        need = "a CUDA build of PyTorch 2.7 or later and " if "torch" in lacks else ""
+        print(f"{lacks[0]} is not installed: this needs {need}pip install {' '.join(lacks)}", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(prog=COMMAND, description="Checks and measures the CUDA kernels.")
     parser.add_argument("--dry", action="store_true", help="run the same on the CPU with tiny sizes; needs --out")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: benchmarks/results)")

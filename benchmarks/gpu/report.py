@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu.logs import COUNTERS
-from benchmarks.gpu.ways import ADD, COMPILED, DIFFUSERS, NEAR, STEPS
+from benchmarks.gpu.names import ADD, COMPILED, DIFFUSERS, NEAR, OURS
 
 COMMAND = "python -m benchmarks.gpu"
 SPEED = """Microseconds: the median, and the quartiles. Cold and warm are the device's own time, from CUDA graphs of
@@ -67,7 +67,7 @@ def bounds(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     empty = next((row for row in rows if row["operation"] == "empty launch"), None)
     ways = {(row["way"], str(row["shape"]), row["dtype"]): row for row in rows if row["operation"] == "p_sample"}
     for (way, shape, dtype), row in ways.items():
-        if way == STEPS[0].way and "cold" in row:
+        if way == OURS and "cold" in row:
             add, *peers = (ways.get((other, shape, dtype)) for other in (ADD, NEAR, COMPILED, DIFFUSERS))
             beside, copy = (ratio(row, empty), ratio(row, add)), row.get("warm", row["cold"])["of_copy"]
             found = [*beside, copy, *(1 / ratio(row, peer) for peer in peers)]

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.names import NEAR
 from benchmarks.gpu.timing import Scale, Timer
 from benchmarks.gpu.ways import (
     CHANNELS_LAST,
     GD,
     MOVED,
-    NEAR,
     OF_MODEL,
     REST,
     RNG,

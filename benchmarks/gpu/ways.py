@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.names import ADD, COMPILED, DIFFUSERS, NEAR, OURS
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.demo.eager import EagerDiffusion
 from ddpm_ext.ops.row import ROW, WIDTH
@@ -133,9 +134,8 @@ def trained(loss: Callable[[Tensor, Batch], Tensor]) -> Callable[[Batch], Tensor
     return call
 
 
-ADD = "torch.add of the same bytes"  # three tensors in one launch, of a kernel that everybody knows
 STEPS = (
-    Way("p_sample", "ddpm_ext, out=", lambda b: p_sample(b, rng=RNG, out=b.out)),
+    Way("p_sample", OURS, lambda b: p_sample(b, rng=RNG, out=b.out)),
     Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
@@ -181,8 +181,7 @@ TRAINING = Way(
 )
 
 
-EAGER, NEAR, COMPILED = EagerDiffusion(), "eager, tables on the device", "torch.compile of eager"
-DIFFUSERS = "diffusers' DDPMScheduler.step"
+EAGER = EagerDiffusion()
 
 
 @functools.cache

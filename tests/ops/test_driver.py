@@ -1,5 +1,5 @@
-"""The CUDA driver is left alone until somebody asks for a GPU: a process that has imported ddpm_ext and sampled on the CPU
-can be forked, and its children can train."""
+"""The CUDA driver is left alone until somebody asks for a GPU: a process that has sampled on the CPU can be forked,
+and its children can train."""
 
 import os
 import shutil

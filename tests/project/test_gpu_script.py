@@ -19,9 +19,10 @@ import torch
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import logs, machine, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
+from benchmarks.gpu.names import ADD, COMPILED, DIFFUSERS, NEAR
 from benchmarks.gpu.parts import ROOT, Part
 from benchmarks.gpu.report import bounds, markdown
-from benchmarks.gpu.ways import ADD, CHANNELS_LAST, COMPILED, DIFFUSERS, MOVED, NEAR, STEPS, WITH_OPTIONS
+from benchmarks.gpu.ways import CHANNELS_LAST, MOVED, STEPS, WITH_OPTIONS
 
 
 def part(name, code, seconds=1000.0, read=logs.read_rows):
@@ -372,3 +373,20 @@ OURS, THEIRS = (
 def test_what_a_log_says(read, log, status, verdict, found):
     result = read(log, status)
     assert result.verdict == verdict and found in result.found
+
+
+def test_a_bare_clone_says_what_it_needs(tmp_path):
+    """Before anything is built, and where there is no card, or no torch. No part's process ends in a traceback then."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        if name.startswith(("benchmarks/gpu", "benchmarks/__init__", "ddpm_ext/")) and (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    without_torch = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; "
+    script = "import runpy, sys; sys.argv = ['gpu']; runpy.run_module('benchmarks.gpu', run_name='__main__')"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    for code, told in ((script, "finds no GPU"), (without_torch + script, "torch is not installed")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stdout + done.stderr
