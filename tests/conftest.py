@@ -42,7 +42,6 @@ MARKED = {
     "bulk/test_several_ranks.py": "subprocess",
     "cli": "subprocess",
     "cuda": "subprocess",  # starts a compiler
-    "ops/test_block_pool.py": "subprocess",
     "ops/test_fma_by_double.py": "subprocess",
     "ops/test_instruction_sets.py": "subprocess",
     "ops/test_box_muller.py": "subprocess",

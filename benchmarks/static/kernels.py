@@ -21,7 +21,7 @@ class Variant(NamedTuple):
 
     op: str
     noise: str  # one of the Noise enum: none, given, drawn
-    access: str  # one of the Access enum: vector, strided, words
+    access: str  # one of the Access enum: vector, strided
     device_seed: bool
     tensors: tuple[str, ...]  # C++ types of the tensors that it reads and then of those that it writes
     written: int = 1
@@ -110,11 +110,6 @@ def members(value: str, sets: dict[str, set[str]]) -> set[str]:
     """What a set's C++ expression has: tensors and factors by name, and all of other sets."""
     others = (sets[name] for name in re.findall(r"(?:\w+::)?\bk[A-Z]\w+", value))
     return {*re.findall(r"(?:Role|Result|Factor)::(\w+)", value)}.union(*others)
-
-
-def sets_by_words() -> list[str]:
-    """Those of option_sets that have a kernel for dense samples off alignment, too."""
-    return [name for name, body in structs_of_options().items() if re.search(r"kWordBlocks = [1-9]", body)]
 
 
 def in_words(name: str) -> str:

@@ -121,10 +121,6 @@ struct Kernels {
   Neighbours (*select)(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top,
                        int32_t* scratch);
   void (*moments[3])(const MomentsRun&);  // by the dtype of the model's output
-  // to[r * out + c] = from[c * in + r], by whether an element has 16 bits, not 32.
-  void (*transpose[2])(const void* from, int64_t in, void* to, int64_t out, int64_t rows, int64_t columns);
-  // to[r * columns + c] = from[r * in + c], by the same, for rows of 5 to 32 bytes. Returns whether they have so many.
-  bool (*pack[2])(const void* from, int64_t in, void* to, int64_t rows, int64_t columns);
 };
 
 #define DDPM_DECLARE_KERNELS(isa) \

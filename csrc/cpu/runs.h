@@ -91,25 +91,20 @@ struct Tile {
 
 // Where a sample is (channels, pixels), some of its tensors have their channels last. A tile with all channels has what
 // is near each other in both orders. Where it is (pixels, channels), the one row has whole pixels. In a sum, and in
-// other samples, the one row is a chunk. More than half a chunk of 12 channels of float32 is too much for a core's
-// first cache if two tensors are copied; of less memory, smaller tiles cost more calls than they save. Of 8 bytes a
-// pixel, larger ones cost fewer.
+// other samples, the one row is a chunk.
 template <class Run>
-Tile tile_of(const Call& call, DType dtype = DType::float32) {
+Tile tile_of(const Call& call) {
   constexpr int64_t kUnit = kMultiple<Run>;
   constexpr bool kChunks = kUnit == kLossChunk;
   const Tile chunk = {1, kRow};
   if (call.channels_last > 0) return {1, copied_at_once(call.channels_last)};
   if (call.contiguous || call.dims != 2) return chunk;
   const int64_t rows = call.sizes[0], columns = call.sizes[1];
-  const int64_t bytes = std::min(rows, columns) * element_size(dtype);  // of a pixel
-  const bool large = bytes > 32 && dtype == DType::float32;
-  const int64_t most = kChunks ? kRow : large ? kRow / 2 : bytes > 8 ? kRow : 2 * kRow;
-  const int64_t pixels = std::min(most, kBuffer / (kUnit * columns) * kUnit);
+  const int64_t pixels = std::min(kRow, kBuffer / (kUnit * columns) * kUnit);
   if (!kChunks && pixels > 0) return {1, pixels * columns};
   const int64_t whole = kChunks ? kLossChunk : call.noise_kind == Noise::drawn ? 4 : 1;  // 4: a block of Philox
   if (rows > kBuffer / kUnit || columns < kUnit || columns % whole != 0) return chunk;
-  return {rows, std::min(most, kBuffer / rows / kUnit * kUnit)};
+  return {rows, std::min(kRow, kBuffer / rows / kUnit * kUnit)};
 }
 
 // A thread's memory for as many buffers of a tile, `apart` bytes from each other. It stays for the thread's next call:
@@ -195,7 +190,7 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
     const auto copied = [&](const Present* part) { return n < padded || !part->ordered; };
     for (Present* part = present; part < end; ++part) {
       if (copied(part)) {
-        if (!part->written) load(call, *part->tensor, part->sample, stretch, part->buffer);
+        if (!part->written) copy_stretch<false>(call, *part->tensor, part->sample, stretch, part->buffer);
         part->row = part->buffer;
         part->apart = padded * part->size;
       } else {
@@ -210,7 +205,7 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
       kernel(run);
     }
     for (Present* part = present; part < end; ++part)
-      if (copied(part) && part->written) store(call, *part->tensor, part->sample, stretch, part->buffer);
+      if (copied(part) && part->written) copy_stretch<true>(call, *part->tensor, part->sample, stretch, part->buffer);
   }
 }
 
@@ -254,8 +249,7 @@ void for_each_sample(const AnyCall& call, HasWeight has_weight, Choose choose, F
   const PhiloxKeys keys = philox_keys(seed);
   const Row* table = static_cast<const Row*>(call.table);
 
-  Run any{};
-  const Tile tile = tile_of<Run>(call, parts_of(call, any)[0].tensor->dtype);
+  const Tile tile = tile_of<Run>(call);
   for_each_range(call, tile, [&](int64_t b, int64_t first, int64_t last) {
     Run run{};
     run.keys = &keys;

@@ -11,9 +11,7 @@ namespace ddpm_ext::cuda {
 
 // How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
 // moves one element at a time, by any strides, and counts with 64 bits, unless by_pixels finds that words will do.
-// `words` moves four elements at a time of dense samples that begin anywhere between two words, and their ends one by
-// one: some kernels of step_with_options.cu do.
-enum class Access { vector, strided, words };
+enum class Access { vector, strided };
 
 // How a kernel that goes over vectors or strides counts a sample's elements, and samples.
 template <Access kAccess>
@@ -60,24 +58,6 @@ inline Access choose_access(const StepCall& call) {
   for (const PerSample& factor : call.factors) vector = vector && factor.stride < int64_t{1} << 32;
   for_each_tensor(call, [&](const TensorArg& tensor) { vector = vector && in_vectors(tensor, call.batch); });
   return vector ? Access::vector : Access::strided;
-}
-
-// Whether a call allows Access::words: dense samples that begin at the same place between two words of four elements in
-// all of their tensors.
-inline bool in_words(const StepCall& call) {
-  constexpr int64_t k32 = int64_t{1} << 32;
-  const TensorArg& out = call[Result::out];
-  const auto place = [](const TensorArg& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.data) / (tensor.dtype == DType::float32 ? 4 : 2);
-  };
-  bool words = in_vectors(static_cast<const Call&>(call));
-  for (const PerSample& factor : call.factors) words = words && factor.stride < k32;
-  for_each_tensor(call, [&](const TensorArg& tensor) {
-    if (tensor.data == nullptr) return;
-    const bool alike = call.batch == 1 || (tensor.batch_stride - out.batch_stride) % 4 == 0;
-    words = words && alike && (place(tensor) - place(out)) % 4 == 0 && tensor.batch_stride < k32;
-  });
-  return words;
 }
 
 constexpr int kLanes = 32;  // of a warp

@@ -64,11 +64,7 @@ class Elementwise {
       read_row();
       if constexpr (kPixels)
         if (call_.channels_last > 0) return pixels();
-      const int phase = call_.contiguous ? this->phase() : -1;
-      if (phase < 0)
-        elements(first, step);
-      else
-        dense(first, step, phase);
+      elements(first, step);
     }
   }
 
@@ -171,38 +167,6 @@ class Elementwise {
   static __device__ __forceinline__ float one_of_four(const F2* z, Number i) {
     const F2 half = i & 2 ? z[1] : z[0];
     return i & 1 ? half.v.y : half.v.x;
-  }
-
-  // Where the sample lies in all of its tensors.
-  __device__ __forceinline__ int phase() const {
-    Phase phase;
-    if constexpr (Op::kX) phase.add(x_, sizeof(X), 0);
-    if constexpr (Op::kSecond) phase.add(m_, sizeof(M), 0);
-    if constexpr (kNoise == Noise::given) phase.add(noise_, sizeof(Z), 0);
-    phase.add(out_, sizeof(X), 0);
-    return phase.get();
-  }
-
-  // Processes a dense sample that does not begin where a word of four elements does: by words, and its ends one by one.
-  __device__ __forceinline__ void dense(Index first, Index step, int phase) const {
-    const bool noisy = this->noisy();
-#pragma unroll 1
-    for (Index j = first - phase; j < call_.numel; j += step) {
-      const bool whole = j >= 0 && j + 4 <= call_.numel;
-      Inputs inputs;
-      if (whole) load(inputs, j, call_.numel);
-      F2 z[2] = {};
-      if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, j, phase, z);
-      if (whole) {
-        four(inputs, noisy, z).store(out_ + j);
-        continue;
-      }
-#pragma unroll 1
-      for (int i = 0; i < 4; ++i) {
-        const Index e = j + i;
-        if (e >= 0 && e < call_.numel) element({e, e, e, e}, noisy, one_of_four(z, i));
-      }
-    }
   }
 
   // Processes a sample that is channels_last in all of its tensors, by words.

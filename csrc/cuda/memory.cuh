@@ -94,22 +94,6 @@ struct Vector {
   }
 };
 
-// Where a dense sample begins between the places of whole words of four elements, 0 to 3 elements behind one. If that
-// is the same in all of its tensors, all but its ends can be moved by words.
-class Phase {
- public:
-  __device__ __forceinline__ void add(const void* data, int size, int64_t offset) {
-    const int phase = static_cast<int>((reinterpret_cast<uintptr_t>(data) / size + static_cast<uint64_t>(offset)) % 4);
-    phase_ = phase_ == kNone || phase_ == phase ? phase : kDiffers;
-  }
-  // -1 where the tensors differ.
-  __device__ __forceinline__ int get() const { return phase_ < 0 ? -1 : phase_; }
-
- private:
-  static constexpr int kNone = -1, kDiffers = -2;
-  int phase_ = kNone;
-};
-
 // The offsets of an element of a sample in each of its tensors.
 struct Offsets {
   int64_t x = 0, model_output = 0, noise = 0, out = 0;

@@ -18,23 +18,4 @@ __device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const Philo
   z[1] = F2(even.v.y, odd.v.y);
 }
 
-// Draws the normals of the elements from j on, where j + phase is the first of a block, as two pairs.
-template <class Index>
-__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, int phase,
-                                             F2* z) {
-  draw_normals(keys, sample, j + phase, z);
-  if (phase == 0) return;
-  F2 before[2];
-  draw_normals(keys, sample, j + phase - 4, before);
-  const float all[8] = {before[0].v.x, before[0].v.y, before[1].v.x, before[1].v.y,
-                        z[0].v.x,      z[0].v.y,      z[1].v.x,      z[1].v.y};
-  // The four begin at all[4 - phase]: the first shift is by two places or none, the second by one or none.
-  float shifted[5], four[4];
-  DDPM_UNROLL
-  for (int i = 0; i < 5; ++i) shifted[i] = phase < 3 ? all[i + 2] : all[i];
-  DDPM_UNROLL
-  for (int i = 0; i < 4; ++i) four[i] = phase & 1 ? shifted[i + 1] : shifted[i];
-  z[0] = F2(four[0], four[1]), z[1] = F2(four[2], four[3]);
-}
-
 }  // namespace ddpm_ext::cuda

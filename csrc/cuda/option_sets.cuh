@@ -25,9 +25,7 @@ constexpr uint32_t kAlways = set_of(Role::x_t, Role::model_output, Result::out);
 // and all that it may have.
 struct AnyOptions {
   static constexpr uint32_t kMust = 0, kMay = ~0u;
-  // The blocks that a multiprocessor should hold, by their registers, and those of the kernel of Access::words, where 0
-  // says that there is none.
-  static constexpr int kBlocks = 2, kWordBlocks = 0;
+  static constexpr int kBlocks = 2;      // that a multiprocessor should hold, by their registers
   static constexpr bool kEight = false;  // whether a thread takes eight elements of 16 bits at once, or four
   // Whether model_input may have any dtype and twice the batch. If not, it is as the samples.
   static constexpr bool kAnyInput = true;
@@ -37,7 +35,7 @@ struct AnyOptions {
 struct Guided : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::uncond_output);
   static constexpr uint32_t kMay = kMust | set_of(Result::model_input, Factor::output_scale);
-  static constexpr int kBlocks = 4, kWordBlocks = 4;
+  static constexpr int kBlocks = 4;
   static constexpr bool kEight = true, kAnyInput = false;
 };
 
@@ -49,11 +47,11 @@ struct WithX0 : AnyOptions {
   static constexpr bool kEight = true;
 };
 
-// Both, and the predicted clean sample off alignment.
+// Both, also where a loop calls its model once for both halves.
 struct GuidedWithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::model_input);
-  static constexpr int kBlocks = 4, kWordBlocks = 3;
+  static constexpr int kBlocks = 4;
   static constexpr bool kAnyInput = false;
 };
 
@@ -61,7 +59,7 @@ struct GuidedWithX0 : AnyOptions {
 struct WithHistory : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);
-  static constexpr int kBlocks = 3, kWordBlocks = 3;
+  static constexpr int kBlocks = 3;
   static constexpr bool kEight = true;
 };
 
@@ -72,8 +70,7 @@ struct NextInput : AnyOptions {
   static constexpr int kBlocks = 3;
 };
 
-// A variance that the model returns. It is behind the output, so samples off alignment begin elsewhere in both halves
-// than the others, and words would not serve.
+// A variance that the model returns.
 struct LearnedVariance : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::model_variance);
   static constexpr uint32_t kMay = kMust | set_of(Role::noise, Result::x0_out);

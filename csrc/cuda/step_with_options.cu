@@ -236,11 +236,10 @@ class ElementTensors {
 // A thread goes on by `apart` elements to its next turn. By strides, it takes four of a sample's first `pixels`
 // elements, and its next turn may be the same pixels of the next channel (channels_in_turn).
 template <Access kAccess, class Options, class X, class M>
-__global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::kWordBlocks : Options::kBlocks)
+__global__ void __launch_bounds__(kThreads, Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
                  const int64_t apart) {
-  constexpr bool kDense = kAccess != Access::strided;
-  using Index = std::conditional_t<kDense, uint32_t, int64_t>;
+  using Index = IndexOf<kAccess>;
   constexpr int kItems = kStepItems<kAccess, Options, X>;
   using Vectors = Tensors<Options, X, M, kItems, DensePlaces<Index>>;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
@@ -260,18 +259,16 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
   const PhiloxSample counter = sample_noise(call, keys, b, row.draw);
   // Asked behind the seed and the id, whose loads the compiler would otherwise put behind the wait for the row.
   const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
-  // Takes up to four elements, from j on. z is the noise of the four that begin where j + phase is a multiple of 4.
-  const auto by_element = [&](Index j, Index end, Index phase, const F2* z) {
+  // Takes up to four elements, from j on. z is the noise of the four.
+  const auto by_element = [&](Index j, Index end, const F2* z) {
 #pragma unroll 1
     for (Index i = j; i < end; ++i) {
-      const Index place = i + phase;
-      const F2 half = place & 2 ? z[1] : z[0];
-      F2 one[1] = {F2(place & 1 ? half.v.y : half.v.x)};
+      const F2 half = i & 2 ? z[1] : z[0];
+      F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
       ElementTensors<Options, X, M> tensors(call, b, i);
       take_step(row, sample, tensors, drawn, one);
     }
   };
-  const auto end_of_four = [](Index j, Index numel) { return numel - j < 4 ? numel : j + 4; };
 
   const Index numel = static_cast<Index>(call.numel);
   const Index step = static_cast<Index>(apart);
@@ -293,25 +290,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
     for (; j < numel; j += 4) {
       F2 z[2] = {F2(0.0f), F2(0.0f)};
       if (drawn) draw_normals(keys, counter, j, z);
-      by_element(j, end_of_four(j, numel), 0, z);
-    }
-  } else if constexpr (kAccess == Access::words) {
-    // How far behind a word the sample begins. j counts from that word's begin.
-    const TensorArg& out = call[Result::out];
-    const Index place = static_cast<Index>(reinterpret_cast<uintptr_t>(out.data) / sizeof(X));
-    const Index phase = (place + static_cast<Index>(sample_start(out.batch_stride, b))) % 4;
-#pragma unroll 1
-    for (; j < numel + phase; j += step) {
-      const Index e = j - phase;
-      const bool whole = j >= phase && e + 4 <= numel;
-      Vectors tensors(call, {b, e, whole});
-      F2 z[2] = {F2(0.0f), F2(0.0f)};
-      if (drawn) draw_normals(keys, counter, e, phase, z);
-      if (whole) {
-        take_step(row, sample, tensors, drawn, z);
-      } else {
-        by_element(j < phase ? 0 : e, end_of_four(e, numel), phase, z);
-      }
+      by_element(j, numel - j < 4 ? numel : j + 4, z);
     }
   } else {
     const auto own_keys = [&] {
@@ -365,13 +344,10 @@ void launch(const StepCall& call, cudaStream_t stream) {
 
 // Launches the kernel of a usual set of options, if the call fits that.
 template <class Usual, class X, class M>
-bool launch_usual(const StepCall& call, bool vector, bool words, cudaStream_t stream) {
+bool launch_usual(const StepCall& call, cudaStream_t stream) {
   if (!fits<Usual>(call)) return false;
-  if (vector) return launch<Access::vector, Usual, X, M>(call, stream), true;
-  if constexpr (Usual::kWordBlocks != 0) {
-    if (words) return launch<Access::words, Usual, X, M>(call, stream), true;
-  }
-  return false;
+  launch<Access::vector, Usual, X, M>(call, stream);
+  return true;
 }
 
 // Launches the kernel of the first of these sets of options that the call fits, or that for any.
@@ -380,10 +356,9 @@ void launch_first(const StepCall& call, cudaStream_t stream) {
   by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
     using X = decltype(x);
     using M = decltype(m);
-    const bool vector = choose_access(call) == Access::vector, words = !vector && in_words(call);
-    if ((launch_usual<Usual, X, M>(call, vector, words, stream) || ...)) return;
-    if (vector) return launch<Access::vector, AnyOptions, X, M>(call, stream);
-    launch<Access::strided, AnyOptions, X, M>(by_pixels(call), stream);
+    if (choose_access(call) == Access::strided)
+      return launch<Access::strided, AnyOptions, X, M>(by_pixels(call), stream);
+    if (!(launch_usual<Usual, X, M>(call, stream) || ...)) launch<Access::vector, AnyOptions, X, M>(call, stream);
   });
 }
 

@@ -7,7 +7,6 @@
 #include "core/philox.h"
 #include "core/step.h"
 #include "cpu/operators.h"
-#include "ops/block_pool.h"
 #include "ops/checks.h"
 #include "ops/direct_call.h"
 #include "ops/eager.h"
@@ -66,9 +65,8 @@ Tensor empty_result_like(const Tensor& like) {
 }
 
 py::dict result_memory() {
-  const ddpm_ext::BlockPool::State state = ddpm_ext::BlockPool::instance().state();
-  return py::dict("limit"_a = state.limit, "kept"_a = state.kept, "kept_blocks"_a = state.kept_blocks,
-                  "used"_a = state.used);
+  const auto [limit, kept, kept_blocks, used] = ddpm_ext::result_memory();
+  return py::dict("limit"_a = limit, "kept"_a = kept, "kept_blocks"_a = kept_blocks, "used"_a = used);
 }
 
 }  // namespace
@@ -107,6 +105,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   Function<&empty_result_like>::define(m, "empty_result_like");
   m.def("result_memory", &result_memory);
-  m.def("release_result_memory", [] { ddpm_ext::BlockPool::instance().release(); }, Unlocked());
-  m.def("limit_result_memory", [](size_t bytes) { ddpm_ext::BlockPool::instance().set_limit(bytes); }, Unlocked());
+  m.def("release_result_memory", &ddpm_ext::release_result_memory, Unlocked());
+  m.def("limit_result_memory", &ddpm_ext::limit_result_memory, Unlocked());
 }

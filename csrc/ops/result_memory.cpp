@@ -5,46 +5,113 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/strides.h>
+#include <pthread.h>
 
-#include "ops/block_pool.h"
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 namespace ddpm_ext {
 namespace {
 
-// Smaller blocks stay with the C library, which keeps them itself.
-constexpr size_t kLeast = 1u << 18;
+constexpr size_t kLeast = 1u << 18;  // smaller blocks stay with the C library, which keeps them itself
+constexpr size_t kMostBlocks = 8;    // a step may return two tensors while a loop holds some more
+constexpr size_t kHeader = 64;       // bytes before a block's data, which hold its size and keep its alignment
 
-void free_block(void* data);
+size_t& size_of(char* data) { return *reinterpret_cast<size_t*>(data - kHeader); }
+
+// The freed blocks that are kept. There are never more blocks of a size than were used at once. A size that is not
+// there has all of them given back to the system first, so that a program whose sizes change needs no more memory than
+// it would without the pool; when a loop ends, those of its size stay until then or until release_result_memory().
+struct Pool {
+  std::mutex mutex;  // for what follows
+  std::vector<char*> kept;
+  size_t kept_bytes = 0;
+  std::atomic<size_t> limit{0}, used{0};
+
+  std::vector<char*> take_all() {
+    kept_bytes = 0;
+    return std::exchange(kept, {});
+  }
+};
+
+Pool& pool() {
+  static Pool* const made = [] {
+    // A process forks while the pool is locked, so that the child finds it whole.
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+    return new Pool;  // never destroyed: tensors may outlive static objects
+  }();
+  return *made;
+}
+
+void free_all(const std::vector<char*>& blocks) {
+  for (char* const data : blocks) c10::free_cpu(data - kHeader);
+}
+
+char* take(size_t size) {
+  Pool& pool = ddpm_ext::pool();
+  std::vector<char*> others;
+  char* data = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    const auto same =
+        std::find_if(pool.kept.begin(), pool.kept.end(), [=](char* kept) { return size_of(kept) == size; });
+    if (same != pool.kept.end()) {
+      data = *same;
+      pool.kept.erase(same);
+      pool.kept_bytes -= size;
+    } else {
+      others = pool.take_all();
+    }
+  }
+  free_all(others);
+  if (data == nullptr) {
+    data = static_cast<char*>(c10::alloc_cpu(size + kHeader)) + kHeader;
+    size_of(data) = size;
+  }
+  pool.used += size;
+  return data;
+}
+
+void give(void* block) {
+  c10::profiledCPUMemoryReporter().Delete(block);
+  Pool& pool = ddpm_ext::pool();
+  char* const data = static_cast<char*>(block);
+  const size_t size = size_of(data);
+  pool.used -= size;
+  {
+    const std::lock_guard<std::mutex> lock(pool.mutex);
+    if (pool.kept.size() < kMostBlocks && pool.kept_bytes + size <= pool.limit) {
+      pool.kept.push_back(data);
+      pool.kept_bytes += size;
+      return;
+    }
+  }
+  free_all({data});
+}
 
 // What torch calls to make and to resize a storage of results.
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    void* const data = bytes < kLeast ? nullptr : BlockPool::instance().take(bytes);
-    if (data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
+    if (bytes < kLeast) return c10::GetCPUAllocator()->allocate(bytes);
+    char* const data = take(bytes);
     c10::profiledCPUMemoryReporter().New(data, bytes);
-    return {data, data, &free_block, c10::Device(c10::kCPU)};
+    return {data, data, &give, c10::Device(c10::kCPU)};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-void free_block(void* data) {
-  c10::profiledCPUMemoryReporter().Delete(data);
-  BlockPool::instance().give(data);
-}
-
-ResultAllocator& allocator() {
-  static auto* const made = new ResultAllocator;  // never destroyed: tensors may outlive static objects
-  return *made;
-}
-
 // Not by at::empty, whose way through torch's dispatcher takes longer than the memory itself.
 at::Tensor make(at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType dtype) {
+  static auto* const of_results = new ResultAllocator;  // never destroyed, as the pool
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(size)) * c10::elementSize(dtype);
-  const bool pooled = bytes >= kLeast && BlockPool::instance().limit() > 0;
-  c10::Allocator* const from = pooled ? &allocator() : c10::GetCPUAllocator();
+  c10::Allocator* const from = bytes >= kLeast && pool().limit > 0 ? of_results : c10::GetCPUAllocator();
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
   return at::Tensor(at::detail::empty_strided_generic(size, stride, from, keys, dtype));
 }
@@ -61,6 +128,23 @@ at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options) 
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
   if (!options.device().is_cpu()) return at::empty(size, options);
   return make(size, c10::contiguous_strides(size), dtype);
+}
+
+ResultMemory result_memory() {
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  return {pool().limit, pool().kept_bytes, pool().kept.size(), pool().used};
+}
+
+void release_result_memory() {
+  std::unique_lock<std::mutex> lock(pool().mutex);
+  const std::vector<char*> all = pool().take_all();
+  lock.unlock();
+  free_all(all);
+}
+
+void limit_result_memory(size_t bytes) {
+  pool().limit = bytes;
+  release_result_memory();
 }
 
 }  // namespace ddpm_ext

@@ -9,9 +9,16 @@
 
 namespace ddpm_ext {
 
-// As at::empty_like and at::empty, contiguous. Large results on the CPU come from the pool; their storages are like any
-// other: they can be resized, shared and saved.
+// As at::empty_like and at::empty, contiguous. The storages of large results on the CPU are like any other: they can be
+// resized, shared and saved.
 at::Tensor empty_result_like(const at::Tensor& like, at::ScalarType dtype);
 at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options);
+
+struct ResultMemory {
+  size_t limit, kept, kept_blocks, used;  // bytes, but for kept_blocks
+};
+ResultMemory result_memory();
+void release_result_memory();
+void limit_result_memory(size_t bytes);  // what is kept at most. 0, which it is at first: nothing is
 
 }  // namespace ddpm_ext

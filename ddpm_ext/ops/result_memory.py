@@ -2,19 +2,15 @@
 
 The C library returns the memory of large blocks to the system when they are freed. A loop such as
 x = p_sample(model, x, t) would receive all pages of each result anew, which takes several times as long as the step. So
-results of 256 KiB and more come from a pool. It keeps up to eight freed blocks, at most four of a size, and gives each
-back to the system after five seconds without use; a size that it does not have takes the place of older ones. The
-tensors are ordinary ones.
+results of 256 KiB and more come from a pool, which keeps up to eight freed blocks and gives all of them back to the
+system as soon as a result has a size that is not among them. The tensors are ordinary ones.
 
-The environment variable DDPM_EXT_RESULT_MEMORY is the bound on what is kept, in MiB; 0 keeps nothing. Without it the
-bound is an eighth of the machine's or the container's memory.
+The environment variable DDPM_EXT_RESULT_MEMORY is the bound on what is kept, in MiB: 1024 without it; 0 keeps nothing.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,21 +19,6 @@ from torch.compiler import is_compiling
 from ddpm_ext.ops.extension import C
 
 VARIABLE = "DDPM_EXT_RESULT_MEMORY"
-SHARE = 8  # an eighth of memory
-# A container's bound, as control groups of version 2 and 1 have it.
-BOUNDS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def _memory() -> int:
-    """Bytes of memory that this process may use; 0 where the system does not say."""
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on this system
-        return 0
-    for path in BOUNDS:
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            memory = min(memory, int(Path(path).read_text()))
-    return max(memory, 0)
 
 
 def _limit() -> int:
@@ -46,9 +27,7 @@ def _limit() -> int:
     Raises:
         ValueError: the variable is not a whole number of MiB.
     """
-    given = os.environ.get(VARIABLE, "")
-    if not given:
-        return _memory() // SHARE
+    given = os.environ.get(VARIABLE, "") or "1024"
     if not (given.isascii() and given.isdigit() and int(given) < 2**40):
         raise ValueError(f"{VARIABLE} is {given!r}, expected a whole number of MiB, or 0 to keep nothing")
     return int(given) * 2**20

@@ -464,7 +464,7 @@ def sanitized(one_host):
 @pytest.mark.skipif(bool(library.GIVEN), reason="is run in the test that builds the library")
 def test_under_sanitizers(sanitized):
     """All of the above again, but for what is about arithmetic alone."""
-    less = "not (sanitize or rounding or special or trace or large or sector or by_words or refused or grid or root)"
+    less = "not (sanitize or rounding or special or trace or large or sector or refused or grid or root)"
     files = [
         Path(__file__).with_name(f"test_{of}.py")
         for of in ("cuda_host", "cuda_host_steps", "cuda_host_words", "stand_in")

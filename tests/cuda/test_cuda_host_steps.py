@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cuda_host.calls import OPTIONS, PAIRS, ROWS, SPECIAL, STEP, Call, make_call, moves_by_words
+from support.cuda_host.calls import OPTIONS, PAIRS, ROWS, SPECIAL, STEP, Call, make_call
 from support.step_inputs import LIKE_X, OF_MODEL, PER_SAMPLE, RESULTS, make_row
 
-from benchmarks.static.kernels import option_sets, sets_by_words
+from benchmarks.static.kernels import option_sets
 
 pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,29 +55,6 @@ def test_sets_of_options_that_have_a_kernel(host, pair):
                 expected = call.on_cpu()
                 host.check(call, expected=expected)
                 host.check(call, "odd", expected=expected)
-
-
-@pairs
-def test_dense_samples_off_alignment(host, pair):
-    """Of every size, wherever they begin: all tensors at the same place, or one at another."""
-    for name, noise in itertools.product(sets_by_words(), ("none", "drawn")):
-        for batch, size in itertools.product((1, 3), (1, 2, 3, 4, 5, 7, 255, 1031)):
-            call = call_of((batch, size), pair, option_sets()[name], noise)
-            expected = call.on_cpu()
-            for places in ("front", "odd", "middle", {"model_output": "odd"}, {"out": "odd"}):
-                host.check(call, places, expected=expected)
-        host.check(call, expected=expected, instead={"out": "x_t"})
-        for gap in (1, 4):  # between the samples, of what is nobody's
-            wide = call.with_tensors(lambda _, x, gap=gap: torch.nn.functional.pad(x, (0, gap))[:, :-gap])
-            host.check(wide, "odd", expected=expected, like=wide.x)
-            host.check(wide, expected=expected)
-
-
-@pairs
-def test_dense_samples_off_alignment_move_by_words(host, pair):
-    assert sets_by_words()
-    for name in sets_by_words():
-        moves_by_words(host, call_of((5, 20_013), pair, option_sets()[name], "none"))
 
 
 @pytest.mark.parametrize("size", [256, 77])

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.cuda_host.calls import STEP, VARIANTS, make_call, moves_by_words, variant_name
+from support.cuda_host.calls import VARIANTS, make_call, moves_by_words, variant_name
 
 pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
-ELEMENTWISE = [v for v in VARIANTS if v[0] != STEP]  # the others' words are tested set by set
 DRAWN = [v for v in VARIANTS if v[1].startswith("drawn") and v[0] != "randn"]
-
-
-@pytest.mark.parametrize("variant", ELEMENTWISE, ids=variant_name)
-def test_dense_samples_off_alignment_move_by_words(host, variant):
-    """Wherever they begin."""
-    moves_by_words(host, make_call(variant, 5, 20_013))
 
 
 @pytest.mark.parametrize("variant", DRAWN, ids=variant_name)

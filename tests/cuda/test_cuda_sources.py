@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools, load_setup
-from benchmarks.static.kernels import BOUND, CSRC, LOSS, STEP, TYPES, option_sets, sets_by_words
+from benchmarks.static.kernels import BOUND, CSRC, LOSS, STEP, TYPES, option_sets
 from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings
 from benchmarks.static.sass import Instruction
@@ -21,7 +21,6 @@ EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in A
 EACH_SOURCE = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in EVERY_SOURCE])
 EACH_SUM = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in (*STATISTICS, "loss")])
 EACH_LOSS = pytest.mark.parametrize(("source", "arch"), [("loss", arch) for arch in ARCHS])
-EACH_SET = pytest.mark.parametrize(("source", "arch"), [("step_with_options", arch) for arch in ARCHS])
 EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
@@ -70,9 +69,7 @@ def test_compiles(build, kernels, arch):
     assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
     by_access = Counter(kernel.variant.access for kernel in kernels)
     of_step = kernels[0].variant.op == STEP
-    sets, by_words = (len(option_sets()), len(sets_by_words())) if of_step else (0, 0)
-    assert by_access["vector"] == (1 + sets) * by_access["strided"] > 0
-    assert by_access["words"] == by_words * by_access["strided"]
+    assert by_access["vector"] == (1 + (len(option_sets()) if of_step else 0)) * by_access["strided"] > 0
 
 
 def reads_before_a_barrier(ptx: str) -> list[str]:
@@ -296,22 +293,6 @@ def test_loads_run_ahead_of_the_noise(kernels):
         else:
             for at in loads:
                 assert roots_before_use(turn, at) >= roots(turn) / 2, (named(kernel), turn[at].operands)
-
-
-@EACH_SET
-def test_words_are_loaded_ahead_of_the_noise(kernels):
-    """Where dense samples off alignment have a kernel of their own: four elements of each tensor at once, and the first
-    normals after all of them."""
-    by_words = [kernel for kernel in kernels if kernel.variant.access == "words"]
-    assert by_words
-    for kernel in by_words:
-        code, tensors = kernel.kernel.instructions, kernel.variant.tensors
-        wide = [4 * 8 * TYPES[tensor][1] for tensor in tensors]
-        reads, writes = wide[: -kernel.variant.written], wide[-kernel.variant.written :]
-        loads = [at for at, i in enumerate(code) if i.name == "LDG" and i.global_bits >= 64][-len(reads) :]
-        assert sorted(code[at].global_bits for at in loads) == sorted(reads), named(kernel)
-        assert loads[-1] < next(at for at, i in enumerate(code) if i.opcode == "MUFU.RSQ"), named(kernel)
-        assert [i.global_bits for i in code if i.name == "STG" and i.global_bits >= 64] == writes, named(kernel)
 
 
 @EACH

@@ -118,23 +118,37 @@ def test_any_number_of_channels(normal, device, dtype):
 
 
 def before_a_guard(x):
-    """x's elements, one behind the other, before a page of memory that ends the process if it is read."""
+    """x's elements, one behind the other, before a page of memory that ends the process if it is used."""
     page = mmap.PAGESIZE
-    memory, begin = mmap.mmap(-1, 2 * page), page - x.nbytes
+    room = (x.nbytes + page - 1) // page * page
+    memory, begin = mmap.mmap(-1, room + page), room - x.nbytes
     moved = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=begin)
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(moved.data_ptr() - begin + page), page, 0) == 0
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(moved.data_ptr() - begin + room), page, 0) == 0
     return moved.copy_(x)
 
 
 @DTYPES
 def test_nothing_behind_the_memory_of_overlapping_pixels_is_read(dtype):
-    """All pixels are one in memory, or each begins one or two elements after the one before."""
+    """All pixels are one in memory, or each begins one or two elements after the one before, or behind it."""
     for channels in range(1, 34):
-        for apart in (0, 1, 2):
+        for apart in (0, 1, 2, channels):
             x = torch.randn(99 * apart + channels, generator=torch.Generator().manual_seed(0)).to(dtype)
-            given = before_a_guard(x).as_strided((1, 100, channels), (0, apart, 1))
-            expected = ops.posterior_mean(given.contiguous(), given.contiguous(), AFFINE, 1)
-            assert torch.equal(ops.posterior_mean(given.contiguous(), given, AFFINE, 1), expected)
+            pixels = before_a_guard(x).as_strided((1, 100, channels), (0, apart, 1))
+            for given in (pixels, pixels.mT):
+                expected = ops.posterior_mean(given.contiguous(), given.contiguous(), AFFINE, 1)
+                assert torch.equal(ops.posterior_mean(given.contiguous(), given, AFFINE, 1), expected)
+
+
+@DTYPES
+def test_nothing_behind_the_memory_of_pixels_is_written(make_step_table, normal, dtype):
+    table = make_step_table(1)
+    for channels in range(1, 34):
+        x = normal(1, channels, 100, dtype=dtype)
+        results = {"out": torch.empty_like(x), "x0_out": torch.empty_like(x)}
+        ops.step_with_options(x, x, table, 0, add_noise=False, **results)
+        x0 = before_a_guard(torch.empty(100 * channels, dtype=dtype)).view(1, 100, channels).mT
+        ops.step_with_options(x, x, table, 0, add_noise=False, **results | {"x0_out": x0})
+        assert torch.equal(x0, results["x0_out"])
 
 
 def test_more_dimensions_than_merge(run, normal, device):

@@ -7,7 +7,6 @@
 #include "cpu/kernels/spread.h"
 #include "cpu/kernels/step_with_options.h"
 #include "cpu/kernels/steps.h"
-#include "cpu/kernels/transpose.h"
 
 namespace ddpm_ext::DDPM_ISA {
 
@@ -46,8 +45,6 @@ const Kernels kernels = {
     group_maxima,
     select,
     {moments<float>, moments<Float16>, moments<BFloat16>},
-    {transpose_matrix<uint32_t>, transpose_matrix<uint16_t>},
-    {pack<uint32_t>, pack<uint16_t>},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

@@ -255,7 +255,7 @@ def variant_name(variant: tuple[Any, ...]) -> str:
 
 
 def moves_by_words(host: Host, call: Call) -> None:
-    """Checks that a call of samples off alignment moves all but their ends by words: in a few more sectors than their
+    """Checks that a call of samples that are not taken by vectors moves them by words: in a few more sectors than their
     bytes, since a warp's words may straddle one. The device is one on which threads take several turns."""
     host.control.set_device(1)
     expected = call.on_cpu()
