@@ -22,7 +22,6 @@ from ddpm_ext.ops.noise import fresh_rng
 SHAPE, STEPS = (4, 3, 32, 32), 50
 SEEDS = (5, 2**63 + 7)
 GD = GaussianDiffusion(1000)
-TABLE = make_table(4, s=0.5)
 Function = Callable[[Philox | None, torch.device], Tensor]
 
 
@@ -58,9 +57,15 @@ def loop(rng: Philox | None, device: torch.device, sampler: str, eta: float) -> 
     return GD.p_sample_loop(halve, SHAPE, sampler=sampler, steps=STEPS, eta=eta, rng=rng, **options)
 
 
+@functools.cache
+def table_on(device: torch.device) -> Tensor:
+    """Made before a capture, in which memory of the host that is not pinned cannot be copied."""
+    return make_table(4, s=0.5).to(device)
+
+
 def step_with_options(rng: Philox | None, device: torch.device) -> Tensor:
     x, t = samples(device), torch.arange(4, device=device)
-    return ops.step_with_options(x, 0.5 * x, TABLE.to(device), t, history1=x, rng=rng)
+    return ops.step_with_options(x, 0.5 * x, table_on(device), t, history1=x, rng=rng)
 
 
 FUNCTIONS: dict[str, Function] = {
