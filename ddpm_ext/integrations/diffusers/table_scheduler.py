@@ -22,6 +22,7 @@ from ddpm_ext.integrations.diffusers.traced_loop import LastResult
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
+from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
@@ -225,7 +226,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
         prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
         if model_input is not None:
-            self._made = LastResult.of(prev, None, model_input)
+            self._made = LastResult(prev, C.written(prev), None, model_input)
         if kept is not None:
             self._ring = (kept, *ring[:2])
         self._step_index = row + 1

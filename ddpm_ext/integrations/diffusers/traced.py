@@ -206,7 +206,9 @@ class TracedScheduler(Forward):
             ring = (kept, *ring[:2])
         if step.tensors:
             self._hold(rows, step, None if is_last else x)
-        last = None if own is None and model_input is None else LastResult.of(prev, own, model_input)
+        last = None
+        if own is not None or model_input is not None:
+            last = LastResult(prev, C.written(prev), own, model_input)
         attributes, result = self.__dict__, step.result
         attributes.update(step.state)
         attributes["_traced_loop"] = LoopPosition(rows, settings, i + 1, ring, last)
@@ -229,7 +231,7 @@ class TracedScheduler(Forward):
         last, x = loop.last, args[0]
         if last is not None and last.model_input is not None:
             if last.is_of(x) and not (x.requires_grad and torch.is_grad_enabled()):
-                self._traced_loop = loop._replace(last=None)  # once: who has it may write to it
+                self._traced_loop = LoopPosition(*loop[:-1])  # once: who has it may write to it
                 return last.model_input
             self._scales_inputs = False
         return x * scales.factors[loop.at]

@@ -65,10 +65,6 @@ class LastResult(NamedTuple):
     copy: Tensor | None
     model_input: Tensor | None
 
-    @classmethod
-    def of(cls, sample: Tensor, copy: Tensor | None, model_input: Tensor | None) -> LastResult:
-        return cls(sample, C.written(sample), copy, model_input)
-
     def __deepcopy__(self, memo: object) -> LastResult:
         return self._replace(model_input=None)  # who gets it may write to it
 

@@ -20,6 +20,7 @@ from ddpm_ext.integrations.diffusers.step_options import Options, of_steps
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import new
+from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
@@ -27,10 +28,10 @@ from ddpm_ext.tables.trace_run import Step, counted_by, observe, parameters_of, 
 from ddpm_ext.tables.trace_watch import CONFIG, CONSTANT, MISSING, Watch, can_watch, copied
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")  # levels and timesteps, which somebody may edit
-# The attributes that tell settings apart. What else steps read, such as a number that an earlier loop left, is compared
-# with what they read when they were traced.
-SETTINGS = (CONFIG, "sigmas", "timesteps", "_step_index")
-STATES = 4  # of a setting whose rows are kept
+# The attributes that tell apart what was refused. What else steps read, such as a tensor that the loop before left, may
+# be another one in each loop.
+REFUSED_BY = ("sigmas", "timesteps", "_step_index")
+SETTINGS = 16  # of a class whose rows are kept
 OURS = {"_acceleration", "_fused_cache", "_host_timesteps", "_again", "_traced_loop", "_scales_inputs"}  # no settings
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
@@ -139,13 +140,30 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
+class Known(NamedTuple):
+    """What is known of loops of one setting.
+
+    Attributes:
+        attributes, items: the config's.
+        contents: of the other attributes on which that hangs, by name.
+        found: the rows, or why there are none.
+    """
+
+    attributes: dict[str, Any]
+    items: dict[str, Any]
+    contents: dict[str, object]
+    found: TracedRows | Fallback
+
+
 class RowsCache:
     """The rows of loops, by class, settings, timesteps and options: loops of other objects find them, too. A setting
-    that was refused once is not tried again."""
+    that was refused once is not tried again.
+
+    size: of how many kinds of loops it keeps the latest settings.
+    """
 
     def __init__(self, size: int) -> None:
-        # Of each setting, the rows, or why there are none, with the contents of what else steps read.
-        self._found: BoundedCache[list[tuple[dict[str, object], TracedRows | Fallback]]] = BoundedCache(size)
+        self._known: BoundedCache[list[Known]] = BoundedCache(size)
 
     def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
         """The rows of a loop. Raises Fallback where there are none, or the state cannot be compared.
@@ -160,19 +178,25 @@ class RowsCache:
             return read[name]
 
         own = tuple([(name, state[name]) for name in sorted(replaced(cls, state))])
-        setting = cls, outside(cls), own, key, tuple([contents(name) for name in SETTINGS])
-        found = self._found.get_or_make(setting, list)
-        for known, rows in list(found):
-            if all([contents(name) == value for name, value in known.items()]):
-                return result_of(rows)
+        known = self._known.get_or_make((cls, outside(cls), own, key), list)
+        for each in list(known):
+            if _has_config(state, each) and all([contents(name) == value for name, value in each.contents.items()]):
+                return result_of(each.found)
         state = {name: value for name, value in state.items() if name not in OURS}
         made = made_outside_autograd(trace_rows, new(cls), state, key)
-        if isinstance(made, Fallback):
-            found.append(({}, made))  # after all rows, for any state that has none
-            return result_of(made)
-        names = (made.trace.read or frozenset(state)).difference(SETTINGS)
-        found[:] = [({name: contents(name) for name in names}, made), *found[: STATES - 1]]
-        return made
+        names = {*REFUSED_BY} if isinstance(made, Fallback) else {"timesteps", *(made.trace.read or state)} - {CONFIG}
+        config = state[CONFIG]
+        each = Known(dict(vars(config)), dict(config), {name: contents(name) for name in names}, made)
+        # Rows are looked at first: what is refused in any state may have been traced in one that a loop begins in.
+        known[:] = [each, *known[: SETTINGS - 1]] if isinstance(made, TracedRows) else [*known[1 - SETTINGS :], each]
+        return result_of(made)
+
+
+def _has_config(state: Mapping[str, Any], known: Known) -> bool:
+    try:
+        return bool(C.unchanged(state, (), known.attributes, known.items))
+    except ValueError:  # of arrays, which do not tell in one word whether they are equal
+        return False
 
 
 def outside(cls: type) -> tuple[Any, ...]:
