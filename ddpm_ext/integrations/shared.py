@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
+CACHED = ("_fused_cache", "_host_timesteps", "_again")  # attributes that no copy and no pickle has
+
 
 class Support(NamedTuple):
     """A row of the table that `python -m ddpm_ext.integrations` prints.
@@ -66,7 +68,7 @@ class Accelerated:
 
         A copy has settings of its own, so that its loops and the original's are counted apart.
         """
-        state = {name: value for name, value in self.__dict__.items() if name != "_fused_cache"}
+        state = {name: value for name, value in self.__dict__.items() if name not in CACHED}
         if "_acceleration" in state:
             state["_acceleration"] = copy.copy(state["_acceleration"])
         return type(self)._restore, (self._peer,), state  # noqa: SLF001 (of this module)
@@ -109,9 +111,9 @@ def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) 
             raise TypeError(f"obj has a {name} of its own, expected its class's")
     accelerated = new(made)
     for name, value in vars(obj).items():  # containers are written to, so they are copied; tensors are replaced
-        accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
+        if name not in CACHED:
+            accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
     accelerated.__dict__["_acceleration"] = settings
-    accelerated.__dict__.pop("_fused_cache", None)
     accelerated._check()  # noqa: SLF001 (of this module)
     return accelerated
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from ddpm_ext.integrations.diffusers.traced_rows import TracedRows
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.tensors import DTYPES
-
-SIMPLE = {bool, int, float, str, type(None)}  # values that need no copy
+from ddpm_ext.tables.trace_watch import CONSTANT
 
 
 class InputScales(NamedTuple):
@@ -46,7 +45,7 @@ def scales_of(rows: TracedRows) -> InputScales | None:
 
 def _scales(rows: TracedRows) -> InputScales | None:
     scales, changes = rows.trace.scales, [step.scaling for step in rows.trace.steps[1:]]
-    if scales is None or not all(type(value) in SIMPLE for each in changes for value in each.values()):
+    if scales is None or not all(type(value) in CONSTANT for each in changes for value in each.values()):
         return None
     factors = scales.astype(np.float32)  # what a step multiplies its result by is the next one's
     c_in = torch.from_numpy(np.append(factors[1:], np.float32(1)))

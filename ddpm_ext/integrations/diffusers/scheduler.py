@@ -76,22 +76,8 @@ def _are_own(cls: type, methods: tuple[FunctionType | None, ...]) -> bool:
     return all(x is None or (type(x) is FunctionType and x.__code__.co_filename == file) for x in methods)
 
 
-class HostTimesteps(NamedTuple):
-    """A scheduler's timesteps on the host. Copies and pickles have none.
-
-    own, version: the tensor that was read, and how often it was written to by then. values: what it held.
-    """
-
-    own: Tensor
-    version: int
-    values: list[Any]
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
 class Again(NamedTuple):
-    """A step whose arguments were looked at: one like it needs no other look. Copies and pickles have none.
+    """A step whose arguments were looked at: one like it needs no other look.
 
     Attributes:
         call: a RepeatedCall of the compiled module. row_of(the scheduler's attributes, args, kwargs) is the place of
@@ -103,9 +89,6 @@ class Again(NamedTuple):
 
     call: Any
     of: Any
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
 
 class Scheduler(Accelerated):
@@ -156,17 +139,13 @@ class Scheduler(Accelerated):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As the peer's. Of an accelerated scheduler's config, the result has its noise, and goes on with its loops."""
         found = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
-        settings = _settings_of(config)
-        if settings is not None:
+        noted = _of_configs.get(id(config))
+        if noted is not None and noted[0]() is config:
             made = found[0] if return_unused_kwargs else found
-            made.__dict__["_acceleration"] = settings.continued()
+            made.__dict__["_acceleration"] = noted[1].continued()
         return found
 
     # ----------------------------------------------------------------------------------------------------- settings
-
-    def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
-        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises."""
-        return self._cached((make, *settings), make, settings)
 
     def _cached(self, key: tuple[Any, ...], make: Callable[..., Made], arguments: tuple[Any, ...]) -> Made:
         """make(*arguments), from the cache where this key is there. Raises the Fallback that `make` raises.
@@ -215,10 +194,11 @@ class Scheduler(Accelerated):
         own = self.timesteps
         if own.is_inference() and own.is_cpu:  # which do not tell whether they were written to
             return own.tolist()
-        known: HostTimesteps | None = self.__dict__.get("_host_timesteps")
-        if known is None or known.own is not own or known.version != C.written(own):
-            known = self.__dict__["_host_timesteps"] = HostTimesteps(own, C.written(own), own.tolist())
-        return known.values
+        known = self.__dict__.get("_host_timesteps")
+        if known is None or known[0] is not own or known[1] != C.written(own):
+            known = self.__dict__["_host_timesteps"] = own, C.written(own), own.tolist()
+        values: list[Any] = known[2]
+        return values
 
     def _index_of(self, timestep: Tensor) -> int | None:
         """The index of the element of self.timesteps that `timestep` is a view of, or None. Neither is read."""
@@ -306,11 +286,6 @@ class Scheduler(Accelerated):
 # The settings of accelerated schedulers by the identity of their configs: a config's own attributes would be in its
 # copies and pickles, and be taken for settings of the scheduler.
 _of_configs: dict[int, tuple[weakref.ref[Any], Acceleration]] = {}
-
-
-def _settings_of(config: Any) -> Acceleration | None:
-    found = _of_configs.get(id(config))
-    return None if found is None or found[0]() is not config else found[1]
 
 
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:

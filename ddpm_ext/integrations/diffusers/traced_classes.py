@@ -34,8 +34,7 @@ SUPPORT = (
         "scale_model_input",
         "of the tensor that the step before returned: that step has written it; of another, such as a doubled batch, "
         "one product",
-        "before the first step of a loop unlike the last one; float64; a class that does more than to multiply by a "
-        "number",
+        "before the first step of a loop; float64; a class that does more than to multiply by a number",
     ),
     Support(
         "any other scheduler",

@@ -19,7 +19,7 @@ from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.diffusers.step_options import Options, of_steps
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
-from ddpm_ext.integrations.shared import new
+from ddpm_ext.integrations.shared import CACHED, new
 from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
@@ -32,7 +32,7 @@ EDITED = ("sigmas", "alphas_cumprod", "timesteps")  # levels and timesteps, whic
 # be another one in each loop.
 REFUSED_BY = ("sigmas", "timesteps", "_step_index")
 SETTINGS = 16  # of a class whose rows are kept
-OURS = {"_acceleration", "_fused_cache", "_host_timesteps", "_again", "_traced_loop", "_scales_inputs"}  # no settings
+OURS = {*CACHED, "_acceleration", "_traced_loop", "_scales_inputs"}  # attributes that no library has
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
@@ -293,7 +293,7 @@ def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -
 
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-    """LoopDtypes, of a run of the scheduler's own steps on two small samples, unless a proof has shown them."""
+    """LoopDtypes, of a run of the scheduler's own steps on two small samples."""
     trace = rows.trace
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(type(rows.scheduler), step_name(rows.scheduler))
