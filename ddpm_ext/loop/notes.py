@@ -1,14 +1,18 @@
-"""What a step table's notes say of the loop that it was made for, and a warning where another loop takes it."""
+"""What a step table's notes and levels say of the loop that it was made for, and warnings where another takes it."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+import torch
+
 from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.step_table import StepTable
+
+NEAR = 0.01  # radians between signal and noise, and a relative difference of their sizes, that are no other level
 
 
 def notes_of_loop(process: Process, options: LoopOptions) -> dict[str, Any]:
@@ -40,3 +44,31 @@ def check_notes(process: Process, options: LoopOptions) -> None:
                 "nearer than it does",
                 stacklevel=2,
             )
+
+
+def check_schedule(process: Process, table: StepTable) -> None:
+    """Warns where a row's samples are at another level than the schedule's at its timestep, and names the first one.
+
+    Raises ValueError where the schedule has no such timestep.
+    """
+    signal, noise, t = table.signal_now, table.noise_now, table.timestep
+    power = torch.hypot(signal, noise)
+    known = noise > 0  # a row that starts at clean data has the timestep of the row before it
+    # By this scale samples of flows, of sigma space and variance-preserving ones differ at any timestep.
+    scale = process.schedule.scale
+    expected = torch.ones_like(power) if scale is None else scale(signal / power, noise / power)
+    differs = known & ~((power / expected).log().abs() < NEAR)
+    if process.schedule.timestep is None:  # else a row has what the model is called with, which may be any number
+        outside = (t < 0) | (t > process.timesteps - 1)
+        for row in outside.nonzero().flatten().tolist():
+            found = f"{t[row].item():g}" if t.is_floating_point() else int(t[row])
+            raise ValueError(f"the table's row {row} has timestep {found}, expected 0 to {process.timesteps - 1}")
+        if not t.is_floating_point():
+            own = torch.atan2(process.schedule.noise[t], process.schedule.signal[t])
+            differs |= known & ((torch.atan2(noise, signal) - own).abs() > NEAR)
+    for row in differs.nonzero().flatten().tolist()[:1]:
+        warnings.warn(
+            f"the table's row {row}, at timestep {t[row].item():g}, is for samples {signal[row]:.3g} x0 + "
+            f"{noise[row]:.3g} eps, which this diffusion does not have there: the table was made for another schedule",
+            stacklevel=2,
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.loop.notes import check_notes
+from ddpm_ext.loop.notes import check_notes, check_schedule
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.grid import Grid, make_grid
@@ -136,6 +136,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     guidance, jumps, learned = options.guide, _jumps(options), False
     if isinstance(options.sampler, StepTable):
         _check_beside_table(options)
+        check_schedule(process, options.sampler.to("cpu"))
         skipped = _skipped(len(options.sampler), options.strength)
         table = options.sampler[skipped:]
     else:
