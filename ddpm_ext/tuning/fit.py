@@ -181,7 +181,9 @@ def polish(rows: Rows, trajectories: Sequence[Trajectory], weights: Weights) -> 
         gram, right = _slopes(rows, trajectories, weights, inverse_errors(error))
         best = weights, error
         for damping in DAMPINGS:
-            change = torch.linalg.solve(gram + damping * gram.diagonal().diag(), right)
+            change, singular = torch.linalg.solve_ex(gram + damping * gram.diagonal().diag(), right)
+            if singular:  # as where a model's outputs say nothing, or are too large for any sum
+                continue
             for length in LENGTHS:
                 moved = [w + d for w, d in zip(weights, (length * change).split(list(map(len, weights))), strict=True)]
                 found = _errors([rows.finish(moved, *rows.begin(own))[1] for own in trajectories], trajectories)

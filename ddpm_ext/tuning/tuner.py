@@ -85,6 +85,11 @@ class Tuner:
         rng: Philox | None = None,
         progress: bool = True,
     ) -> None:
+        if diffusion.timesteps < STEPS:
+            raise ValueError(
+                f"the diffusion has {diffusion.timesteps} timesteps, expected at least {STEPS}: so many steps has the "
+                "loop that tables are fitted to"
+            )
         rng = check_rng_of_many(Philox(seed=0) if rng is None else rng)
         options = {"guidance": guidance, "clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
         self._loops = Loops(diffusion, model, shape, device=device, rng=rng, **options)  # type: ignore[arg-type]
@@ -121,6 +126,7 @@ class Tuner:
 
     def compare(self, calls: int) -> list[Named]:
         """The named samplers at so many calls, the nearest to the teacher first. Raises: as `tune`."""
+        checks.integer("steps", calls, self._loops.diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
             with self._counted(self.planned_calls([calls], fit=False), "named samplers"):
                 self._prepare(fit=False)

@@ -184,9 +184,13 @@ def test_a_loop_that_the_table_was_not_made_for_warns(tuned):
 
 def test_bad_arguments():
     refused(ValueError, "has not converged", tune, GD, lambda x, t: (50 * x).sin(), SHAPE, steps=3, progress=False)
-    refused(ValueError, "learned_range", tune, GaussianDiffusion(50, variance="learned_range"), mixture(), SHAPE)
+    refused(ValueError, "learned_range", tune, GaussianDiffusion(100, variance="learned_range"), mixture(), SHAPE)
+    refused(
+        ValueError, "has 50 timesteps, expected at least 100", tune, GaussianDiffusion(50), mixture(), SHAPE, steps=3
+    )
     for options, error, message in (
         ({"steps": 0}, ValueError, "steps is 0"),
+        ({"steps": [4]}, TypeError, r"steps is \[4\], expected an int"),
         ({"steps": TIMESTEPS + 1}, ValueError, "steps is 201"),
         ({"seeds": 0}, ValueError, "seeds is 0"),
         ({"rng": Philox(0, draw=3)}, ValueError, "rng is"),
@@ -194,6 +198,12 @@ def test_bad_arguments():
         ({"guidance": "2"}, TypeError, "guidance is '2'"),
     ):
         refused(error, message, tune, GD, mixture(), SHAPE, progress=False, **options)
+
+
+def test_a_model_that_no_weights_help_has_the_best_names_table():
+    """All of its predicted clean samples are clipped, so that a change of a weight changes nothing."""
+    found = tune(GaussianDiffusion(100), lambda x, t: -50 * x, SHAPE, steps=3, seeds=4, progress=False)
+    assert found.report.error <= found.report.best.error and len(found.table) == 3
 
 
 @pytest.mark.slow
