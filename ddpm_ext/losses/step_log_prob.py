@@ -49,7 +49,7 @@ class StepLogProb:
 
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or rows that are no draw from a normal
-            distribution around a mean of x and m: with history or with a learned variance.
+            distribution around a mean of x and m: with history, with a learned variance, or all of them without noise.
 
     Examples:
         >>> from ddpm_ext.losses.step_log_prob import StepLogProb
@@ -78,6 +78,8 @@ class StepLogProb:
         self._dtype = None if backend == "reference" else torch.float32
         self._of_output = self.table.c0 * self.table.b + self.table.c2
         self._silent = ((self.table.s == 0) | (self._of_output == 0)).tolist()
+        if not bool((self.table.s != 0).any()):
+            raise ValueError("table has no row with noise, expected a sampler's that draws some, as ddim's with an eta")
         self._tables: BoundedCache[DeviceTables] = BoundedCache(CACHED)
 
     def __repr__(self) -> str:

@@ -160,6 +160,7 @@ def test_refused():
         with pytest.raises(ValueError, match=f"reads the model's {what}"):
             TableScheduler(dataclasses.replace(table, **{names: zeros + 1}))
     refused(TypeError, "table is a list, expected a StepTable", TableScheduler, [1])
+    refused(FileNotFoundError, "table is 'none.json', which is no file", TableScheduler, "none.json")
     threshold = dataclasses.replace(table, notes={"clip": "DynamicThreshold(0.9)"})
     refused(ValueError, "made for the clip DynamicThreshold", TableScheduler, threshold)
     refused(ValueError, "sample_max_value is 0.5", TableScheduler, table, thresholding=True, sample_max_value=0.5)

@@ -280,7 +280,10 @@ def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> S
     if isinstance(table, Mapping):
         table = StepTable(**table)
     elif isinstance(table, str | os.PathLike):
-        table = StepTable.load(table)
+        try:
+            table = StepTable.load(table)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"table is {os.fspath(table)!r}, which is no file, expected a saved one") from None
     if not isinstance(table, StepTable):
         raise TypeError(f"table is a {type(table).__name__}, expected a StepTable or the path of one")
     table = table.to("cpu")
