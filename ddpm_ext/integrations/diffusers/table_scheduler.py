@@ -282,8 +282,8 @@ def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> S
     elif isinstance(table, str | os.PathLike):
         try:
             table = StepTable.load(table)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"table is {os.fspath(table)!r}, which is no file, expected a saved one") from None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"table is {error.filename!r}, which is no file, expected a saved one") from None
     if not isinstance(table, StepTable):
         raise TypeError(f"table is a {type(table).__name__}, expected a StepTable or the path of one")
     table = table.to("cpu")
