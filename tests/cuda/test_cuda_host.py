@@ -360,6 +360,13 @@ def test_all_of_a_large_tensor(host, variant):
         host.check(make_call(variant, *shape, options=("uncond_output", "history1", "output_scale")), places)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[2] == PAIRS[0]], ids=variant_name)
+def test_the_device_and_its_stream(host, variant):
+    for device in (0, SMALL):
+        with host.elsewhere(device, "of torch"):
+            host.check(make_call(variant, 3, 1031))
+
+
 def test_the_grid_follows_the_device(host):
     """One turn a thread, unless there are more than twice as many blocks as run at once; then up to eight."""
     call = make_call(("reverse_step", "drawn", PAIRS[0]), 1, 130 * 256 * 8)

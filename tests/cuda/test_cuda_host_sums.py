@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from support.cuda_host.calls import PAIRS, ROWS, WIDE, assert_same_bits, values
+from support.cuda_host.calls import PAIRS, ROWS, STREAMS, WIDE, assert_same_bits, values
 
 from ddpm_ext.ops.extension import C
 
@@ -259,23 +259,24 @@ def test_launches_of_every_sample(host):
 # ----------------------------------------------------------------------------------------------------- counters
 
 
-@pytest.mark.parametrize(("captured", "external"), [(False, False), (True, False), (False, True)])
-def test_whose_memory_the_counters_are(host, captured, external):
+@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_whose_memory_the_counters_are(host, captured, streams):
     """Not of torch's allocator: it may draw from a CUDA graph's pool without a capture, as torch.compile's
     "reduce-overhead" makes it do before it captures, and then gives that memory to others. A launch that is captured
-    has its own, and so has one on a stream that torch has not made, whose handle may be another's as well."""
+    has its own, and so has one on a stream that torch has not made, whose handle may be another's as well. They are
+    cleared on the stream of the launch."""
     host.control.set_capturing(captured)
-    host.control.set_external(external)
     try:
-        for _ in range(2):
+        for device in (0, 0, 1, 1):
             before = host.control.allocations()
-            check_all(host)
-            assert (host.control.allocations() > before) == (captured or external)
+            with host.elsewhere(device, streams):
+                check_all(host)
+            assert (host.control.allocations() > before) == (captured or streams == "external")
             assert host.control.blocks_of_allocator() == 0
             host.control.overwrite_memory_of_allocator()
     finally:
         host.control.set_capturing(False)
-        host.control.set_external(False)
 
 
 def test_more_samples_than_before(host):

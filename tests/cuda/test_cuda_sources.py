@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.ptx import bodies
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools, load_setup
@@ -66,7 +67,7 @@ def kernels(build) -> list[Finding]:
 @EACH
 def test_compiles(build, kernels, arch):
     assert f".target sm_{max(of for of in load_setup().PTX_ARCHS if of <= int(arch))}" in build.ptx
-    assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
+    assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build.ptx).keys()
     by_access = Counter(kernel.variant.access for kernel in kernels)
     of_step = kernels[0].variant.op == STEP
     assert by_access["vector"] == (1 + (len(option_sets()) if of_step else 0)) * by_access["strided"] > 0
@@ -106,12 +107,6 @@ def floating_point(ptx: str) -> set[str]:
     instructions = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*)", ptx, re.MULTILINE)
     assert len(instructions) > 1000
     return {i for i in instructions if re.search(r"\.(f32|f64|f16|bf16)", i)} - {"rsqrt.approx.ftz.f32"}
-
-
-def bodies(build: Build) -> dict[str, str]:
-    """PTX by mangled names."""
-    parts = re.split(r"^\s*(?:\.visible|\.weak)?\s*\.entry\s+(\w+)", build.ptx, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @EACH

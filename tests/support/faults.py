@@ -6,10 +6,11 @@
 
 `check` says whether each fault's old text still occurs once. `build` copies the tree to FOLDER and compiles the copy, a
 few minutes. All faults in C++ are in that one module: each old text becomes a choice by the environment variable
-DDPM_FAULT, and without it the module is the usual one, but for its optimisation. `run` plants the faults in Python in
-the copy, chooses those in C++, and runs each fault's tests until one fails: the narrow ones, then the fast ones of the
-others. It writes RECORD, which is JSON, after each fault, so that a run that is killed goes on where it was. A test
-counts only if it passes without the fault, which is tried last. The tree itself is never changed.
+DDPM_FAULT, and without it the module is the usual one, but for its optimisation. `run` chooses these, and plants those
+in Python and in CUDA sources, which tests compile, in the copy. It runs each fault's tests until one fails: the narrow
+ones, then the fast ones of the others. It writes RECORD, which is JSON, after each fault, so that a run that is killed
+goes on where it was. A test counts only if it passes without the fault, which is tried last. The tree itself is never
+changed.
 
 After a change of code, edit faults.txt until `check` is content, and compare the two records fault by fault.
 """
@@ -35,7 +36,8 @@ LIST = "tests/support/faults.txt"
 CHOICES = "tests/support/choices.py"
 # Of the narrow and of the wide tests: seconds, and options of pytest.
 STAGES = ((90,), (300, "-m", "not subprocess and not slow"))
-CONTROL = 900  # seconds
+COMPILING = 900  # seconds for tests that compile CUDA sources
+CONTROL = 1800  # seconds
 HEADER = re.compile(r"(\w+), (\S+)\n([\w/. ]+)(?:\| ([\w/. ]+))?")
 FIRST_RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
@@ -57,8 +59,12 @@ class Fault(NamedTuple):
     new: str
 
     @property
+    def of_cuda(self) -> bool:
+        return self.file.startswith("csrc/cuda/")
+
+    @property
     def compiled(self) -> bool:
-        return self.file.startswith("csrc/")
+        return self.file.startswith("csrc/") and not self.of_cuda
 
 
 class Outcome(NamedTuple):
@@ -196,6 +202,7 @@ def try_fault(folder: Path, fault: Fault) -> Outcome:
     seconds, ending = 0.0, "green"
     with planted(folder, fault) as env:
         for tests, (limit, *options) in zip(fault.tests, STAGES, strict=False):
+            limit = COMPILING if fault.of_cuda else limit
             outcome, _ = pytest(folder, [f"tests/{test}" for test in tests], env, limit, "-x", *options)
             seconds = round(seconds + outcome.seconds, 1)
             if outcome.ending in ("red", "crash"):

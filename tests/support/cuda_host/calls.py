@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ NOISES = {
     "randn": ("drawn", SEED_IN_MEMORY),
     STEP: ("none", "given", "drawn"),
 }
+STREAMS = ("null", "of torch", "external")  # as standin::Streams has them
 TAKE_OUT = ("reverse_step", "forward_process", STEP)  # the operators that write to a tensor of the caller's
 
 Variant = tuple[str, str, Pair]
@@ -240,6 +242,24 @@ class Host:
         self.launch(call, results, {name: place(f"gpu {name}", tensor) for name, tensor in (gpu or {}).items()})
         found = {name: p.done(name in where.values()) for name, p in placed.items()}
         return {name: found[at] for name, at in where.items()}
+
+    @contextmanager
+    def elsewhere(self, device: int, streams: str) -> Iterator[None]:
+        """Calls have their tensors on a device that is not current, with a current stream of that kind. Checks that all
+        is put on this stream while the device is current, and that the other one is current again afterwards."""
+        control = self.control
+        control.set_device(device)
+        control.set_current_device(1 - device)
+        control.set_streams(STREAMS.index(streams))
+        control.take_works()
+        try:
+            yield
+            assert control.current_device() == 1 - device
+            assert set(control.take_works()) == {(control.current_stream(device), device)}
+        finally:
+            control.set_device(0)
+            control.set_current_device(0)
+            control.set_streams(0)
 
     def check(self, call: Call, *args: Any, expected: Mapping[str, Tensor] | None = None, **options: Any) -> None:
         """That both give the same bits."""

@@ -7,12 +7,19 @@
 #include <optional>
 #include <vector>
 
+#include "standin/launch.h"
 #include "standin/vector_types.h"
 
 namespace standin {
 
 struct Launch {
   dim3 grid, block;
+};
+
+// What a launch, an allocation or a memset was put on.
+struct Work {
+  cudaStream_t stream;
+  int device;
 };
 
 // The multiprocessors of the devices: of a large GPU, and of one so small that tensors of a test are large for it.
@@ -31,10 +38,11 @@ struct Control {
   bool refuse = false;  // makes every launch an error
   int full = 0;         // how many of the next cudaMalloc find no memory
   int seconds = 30;     // of processor time that a launch may take
-  int device = 0;
+  int device = 0;       // which has the tensors of a call, whichever is current
   bool counts_sectors = false;
   Sectors sectors;
   std::vector<Launch> launches;
+  std::vector<Work> works;
 };
 
 inline Control control;

@@ -6,9 +6,11 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "c10/cuda/CUDACachingAllocator.h"
 #include "c10/cuda/CUDAGraphsC10Utils.h"
+#include "c10/cuda/CUDAStream.h"
 #include "control.h"
 #include "core/box_muller.h"
 #include "cpu/operators.h"
@@ -49,7 +51,7 @@ void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
     }
   }
   took_vectors = ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-  kernels(call, 0);
+  kernels(call, standin::control.device);
 }
 
 Tensor randn(std::vector<int64_t> size, const OptionalTensor& seed, int64_t seed_value,
@@ -64,6 +66,14 @@ py::list take_launches() {
     result.append(
         py::make_tuple(py::make_tuple(l.grid.x, l.grid.y, l.grid.z), py::make_tuple(l.block.x, l.block.y, l.block.z)));
   standin::control.launches.clear();
+  return result;
+}
+
+// The streams, as numbers, and the devices that something was put on.
+std::vector<std::tuple<intptr_t, int>> take_works() {
+  std::vector<std::tuple<intptr_t, int>> result;
+  for (const standin::Work& work : std::exchange(standin::control.works, {}))
+    result.emplace_back(reinterpret_cast<intptr_t>(work.stream), work.device);
   return result;
 }
 
@@ -108,9 +118,9 @@ void reverse_step(const ReverseStepCall& call) { run(cuda::reverse_step, call); 
 void step_with_options(const StepCall& call) { run(cuda::step_with_options, call); }
 void affine(const ElementwiseCall& call) { run(cuda::affine, call); }
 void randn(const ElementwiseCall& call) { run(cuda::randn, call); }
-void loss(const LossCall& call) { cuda::loss(call, 0); }
-void output_scale(const OutputScaleCall& call) { cuda::output_scale(call, 0); }
-void x_start_scale(const XStartScaleCall& call) { cuda::x_start_scale(call, 0); }
+void loss(const LossCall& call) { cuda::loss(call, standin::control.device); }
+void output_scale(const OutputScaleCall& call) { cuda::output_scale(call, standin::control.device); }
+void x_start_scale(const XStartScaleCall& call) { cuda::x_start_scale(call, standin::control.device); }
 int64_t x_start_scale_scratch(int64_t batch, int64_t numel) { return cuda::x_start_scale_scratch(batch, numel); }
 const char* instruction_set() { return "cuda"; }
 
@@ -123,6 +133,7 @@ PYBIND11_MODULE(control, m) {
                       OptionalTensor draw) { instead = {t, sample_ids, seed, out, draw}; });
   m.def("took_vectors", [] { return took_vectors; });
   m.def("take_launches", &take_launches);
+  m.def("take_works", &take_works);
   m.def("sectors_of", &sectors_of);
   m.def("set_device", [](int device) { control.device = device; });
   m.def("set_seed", [](uint64_t seed) { control.seed = seed; });
@@ -131,7 +142,10 @@ PYBIND11_MODULE(control, m) {
   m.def("set_seconds", [](int seconds) { control.seconds = seconds; });
   m.def("set_full", [](int calls) { control.full = calls; });
   m.def("set_capturing", [](bool capturing) { standin::capturing = capturing; });
-  m.def("set_external", [](bool external) { standin::external = external ? cudaStream_t(0x2) : nullptr; });
+  m.def("set_streams", [](int streams) { standin::streams = static_cast<standin::Streams>(streams); });
+  m.def("current_stream", [](int device) { return reinterpret_cast<intptr_t>(standin::current_stream(device)); });
+  m.def("set_current_device", [](int device) { standin::current_device = device; });
+  m.def("current_device", [] { return standin::current_device; });
   m.def("allocations", [] { return standin::allocations; });
   m.def("blocks_of_allocator", [] { return standin::of_allocator.size(); });
   m.def("overwrite_memory_of_allocator", &standin::overwrite_memory_of_allocator);

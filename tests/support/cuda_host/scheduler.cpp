@@ -241,6 +241,8 @@ uint64_t exchange(unsigned mask, uint64_t bits, int source, Site site) {
   return result;
 }
 
+void note_stream(cudaStream_t stream) { control.works.push_back({stream, current_device}); }
+
 void leave_fiber() {
   in_kernel = false;
   running->fiber.leave();
@@ -250,6 +252,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*call)(void*), void* 
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   control.launches.push_back({config.gridDim, config.blockDim});
+  note_stream(config.stream);
   error = {};
   if (control.refuse || !valid(config.gridDim, config.blockDim)) {
     error = {cudaErrorInvalidConfiguration, "invalid configuration argument"};
@@ -282,7 +285,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = standin::control.device;
+  *device = standin::current_device;
   return cudaSuccess;
 }
 

@@ -36,11 +36,21 @@ struct cudaLaunchConfig_t {
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
+namespace standin {
+
+inline int current_device = 0;
+
+// Tells that something is put on a stream, while some device is current.
+void note_stream(cudaStream_t stream);
+
+}  // namespace standin
+
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);  // describes what happened if it was the last error
 
 cudaError_t cudaMalloc(void** p, size_t bytes);
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
+  standin::note_stream(stream);
   memset(p, value, bytes);
   return cudaSuccess;
 }

@@ -23,7 +23,8 @@ inline void overwrite_memory_of_allocator() {
 
 namespace c10::cuda::CUDACachingAllocator {
 
-inline void* raw_alloc_with_stream(size_t bytes, cudaStream_t) {
+inline void* raw_alloc_with_stream(size_t bytes, cudaStream_t stream) {
+  standin::note_stream(stream);
   ++standin::allocations;
   void* const p = malloc(bytes);
   standin::of_allocator[p] = bytes;

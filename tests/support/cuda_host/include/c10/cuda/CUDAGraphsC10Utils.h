@@ -4,8 +4,7 @@
 
 namespace standin {
 
-inline bool capturing = false;           // whether a launch is to be captured; it runs all the same
-inline cudaStream_t external = nullptr;  // if set, the current stream, which torch has not made
+inline bool capturing = false;  // whether a launch is to be captured; it runs all the same
 
 }  // namespace standin
 

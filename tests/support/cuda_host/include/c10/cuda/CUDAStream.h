@@ -2,7 +2,20 @@
 
 #include <stdint.h>
 
-#include "c10/cuda/CUDAGraphsC10Utils.h"
+#include "standin/launch.h"
+
+namespace standin {
+
+// The current streams: the default ones, of which every device's handle is null, other ones of torch's, or ones that
+// torch has not made.
+enum class Streams : int { null, of_torch, external };
+inline Streams streams = Streams::null;
+
+inline cudaStream_t current_stream(int device) {
+  return streams == Streams::null ? nullptr : reinterpret_cast<cudaStream_t>(intptr_t{16} * (device + 1));
+}
+
+}  // namespace standin
 
 namespace c10 {
 using DeviceIndex = int8_t;
@@ -10,11 +23,17 @@ using DeviceIndex = int8_t;
 
 namespace c10::cuda {
 
-struct CUDAStream {
-  cudaStream_t stream() const { return standin::external; }
-  int64_t id() const { return reinterpret_cast<int64_t>(standin::external); }
+// The id of a stream that torch has not made is its handle. That of a default stream is 0.
+class CUDAStream {
+ public:
+  explicit CUDAStream(cudaStream_t stream) : stream_(stream) {}
+  cudaStream_t stream() const { return stream_; }
+  int64_t id() const { return standin::streams == standin::Streams::of_torch ? 1 : reinterpret_cast<int64_t>(stream_); }
+
+ private:
+  cudaStream_t stream_;
 };
 
-inline CUDAStream getCurrentCUDAStream(DeviceIndex) { return {}; }
+inline CUDAStream getCurrentCUDAStream(DeviceIndex device) { return CUDAStream(standin::current_stream(device)); }
 
 }  // namespace c10::cuda
