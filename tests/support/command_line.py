@@ -43,10 +43,10 @@ def check_refused(capsys, message, *arguments):
     assert message in written.err and (written.err.count("\n"), written.out) == (1, "")
 
 
-def save_tiny(folder, **changes):
+def save_tiny(folder):
     """Saves a tiny colour model of 20 timesteps and 8 by 12 pixels to a folder."""
     torch.manual_seed(0)
-    models.save_model(models.build_unet(TINY | changes), DiffusionSettings(timesteps=20), folder)
+    models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
     return folder
 
 
