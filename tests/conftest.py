@@ -114,15 +114,16 @@ def places(path: Path) -> list[str]:
 def pytest_xdist_make_scheduler(config, log):
     """With pytest-xdist, a file's tests run in one process, since they share its fixtures.
 
-    All tests of cuda/ run in one process, since they share a library that takes long to compile.
+    The tests of cuda/ that share a library, which takes long to compile, run in one process. Those of the sources
+    compile for themselves, by nvcc.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            folder = file.rpartition("/")[0]
-            return folder if folder.endswith("tests/cuda") else file
+            folder, _, name = file.rpartition("/")
+            return folder if folder.endswith("tests/cuda") and name != "test_cuda_sources.py" else file
 
     config.option.loadscopereorder = False  # the files' order is that of pytest_collection_modifyitems
     return Scheduling(config, log)

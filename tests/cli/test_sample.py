@@ -13,20 +13,6 @@ from ddpm_ext.models.folder import WEIGHTS
 Image = pytest.importorskip("PIL.Image")
 
 
-def test_sample_writes_guided_diffusions_npz(tiny, tmp_path, monkeypatch, capsys, device):
-    monkeypatch.chdir(tmp_path)
-    options = ("--num", 5, "--batch-size", 2, "--device", device, "--out", "new/samples.npz")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert call("sample", "--model", tiny, *options) == 0
-    written = capsys.readouterr()
-    assert "new/samples.npz: 5 samples, 8x12x3" in written.out
-    assert "it/s" in written.err  # the progress bar
-    with np.load("new/samples.npz") as opened:
-        assert opened.files[0] == "arr_0"
-        assert (opened["arr_0"].shape, opened["arr_0"].dtype) == ((5, 8, 12, 3), np.uint8)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npz"]
-
-
 def test_seed_and_sampler_decide(tiny, tmp_path):
     def drawn(*more):
         assert call("sample", "--model", tiny, "--num", 2, "--out", tmp_path / "a.npz", "--quiet", *more) == 0

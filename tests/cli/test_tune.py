@@ -16,7 +16,7 @@ from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.scheduler import DiffusionSettings
-from ddpm_ext.models.tuned import save_tuned, table_name
+from ddpm_ext.models.tuned import save_tuned
 from ddpm_ext.tuning import search
 
 STEPS = 2
@@ -112,18 +112,6 @@ def test_another_model_warns_once(model, tmp_path):
     with pytest.warns(UserWarning, match="tuned to another model than digits") as warned:
         assert call("sample", "--model", "digits", "--table", model / "tuned" / "2.json", *given) == 0
     assert len(warned) == 1
-
-
-def test_each_scale_of_guidance_has_its_table(pets, tmp_path):
-    model = shutil.copytree(pets, tmp_path / "pets")
-    rows = {scale: ("ddim", "euler")[scale > 1] for scale in (1, 2)}
-    gd = models.load_model(model).settings.diffusion()
-    for scale, sampler in rows.items():
-        table = make_loop_rows(gd, LoopOptions(sampler=sampler, steps=3, eta=0.0 if scale == 1 else None)).table
-        table.save(model / "tuned" / table_name(3, scale))
-    given = ("--model", model, "--guidance", "1,2", "--num", 2, "--device", "cpu", "--quiet")
-    tuned = ("--sampler", "tuned", "--steps", 3)
-    assert call("plot", "guidance", *given, *tuned, "--out", tmp_path / "a.png") == 0
 
 
 def test_compare_shows_the_best_and_where_the_others_are(model, tmp_path, capsys):

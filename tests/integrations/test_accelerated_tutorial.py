@@ -27,7 +27,7 @@ def quiet(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- its methods
 
 
-@for_many(100)
+@for_many(40)
 def test_steps(choose, device):
     timesteps = choose.one_of((1, 2, 50, 1000), "timesteps")
     schedule = "linear" if timesteps >= 50 and choose.one_of((False, True), "linear") else "cosine"

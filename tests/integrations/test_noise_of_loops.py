@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.accelerated_tutorial import record_bars
 from support.eager_tutorial import GaussianDiffusion
-from support.noise_of_loops import parts, repeats, unrelated
+from support.noise_of_loops import parts, unrelated
 
 from ddpm_ext import Philox, randn
 from ddpm_ext.integrations import Acceleration, accelerate
@@ -217,11 +217,6 @@ def by_hand(gd, batch=SHAPE[0]):
     for t in reversed(range(50)):
         x = gd.p_sample(pointwise, x, torch.full((batch,), t))
     return x
-
-
-@pytest.mark.parametrize("loop", [sampled, by_hand])
-def test_the_tutorials_loops(loop):
-    repeats(tutorial, loop)
 
 
 @pytest.mark.parametrize("loop", [sampled, by_hand])

@@ -193,7 +193,8 @@ def test_bad_options_before_the_model_is_called(backend, device):
 
 
 COMPILED = [
-    *(({"prediction": p}, {"loss": loss}) for p in ("eps", "x0", "v", "x_prev") for loss in LOSSES),
+    *(({"prediction": p}, {"loss": loss}) for p, loss in zip(("eps", "x0", "v"), LOSSES, strict=True)),
+    ({"prediction": "x_prev"}, {"loss": "mse"}),
     ({}, {"reduction": "none", "input_perturbation": 0.1, "offset_noise": 0.2}),
     *(({"variance": variance}, {"loss": "vlb"}) for variance in ("learned", "fixed_small")),
     ({"variance": "learned_range"}, {"vlb_weight": 0.01}),

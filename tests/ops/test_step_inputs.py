@@ -11,7 +11,7 @@ import torch
 from ddpm_ext import StepTable, ops, reference
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.row import ROW, WIDTH, row_numbers
-from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind, names
+from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind
 
 PLAIN = ["x_t", "model_output", "table", "t", "clip", "noise", "rng", "add_noise", "out"]
 
@@ -55,8 +55,3 @@ def test_schema():
         assert str(argument.type) == ("bool" if kind is InputKind.FLAG else "Optional[Tensor]")
         written = kind in (InputKind.RESULT, InputKind.MODEL_INPUT)
         assert (argument.alias_info is not None and argument.alias_info.is_write) == written
-
-
-def test_every_kind_is_listed():
-    assert sorted(names(*InputKind)) == sorted(STEP_INPUTS)
-    assert all(names(kind) for kind in InputKind)

@@ -13,7 +13,7 @@ import torch
 from support.accelerated_denoising import PREDICTIONS, SHAPE, Given, Net, make, peer, same_states, seeded, states
 from support.accelerated_tutorial import record_bars
 from support.launches import Operators
-from support.noise_of_loops import parts, repeats, unrelated
+from support.noise_of_loops import parts, unrelated
 from torch import nn
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
@@ -147,11 +147,6 @@ LOOPS = {
     "by_hand": by_hand,
 }
 loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-
-
-@loops
-def test_loops_share_no_noise(loop):
-    repeats(lambda seed: made(seed, ddim=loop is LOOPS["ddim_sample"]), loop)
 
 
 @loops

@@ -140,12 +140,6 @@ def test_the_warning_says_whose_noise_it_is():
 # ------------------------------------------------------------------------------------------- odd inputs that fit
 
 
-@names
-def test_no_samples(name):
-    plain, t = at_third(name)
-    assert accelerate(plain).step(M[:0], t, X[:0], **given(name))[0].shape == (0, *SHAPE[1:])
-
-
 @of_alphas
 @pytest.mark.parametrize("kind", [int, np.int32, lambda t: torch.tensor(t).int(), lambda t: torch.tensor([t])])
 def test_kinds_of_timesteps(name, kind):
@@ -163,9 +157,6 @@ def test_without_scale_model_input(name):
 
 def test_before_set_timesteps():
     assert compare("DDPM", make("DDPM"), M, 5, X)[1]
-    scheduler = accelerate(make("EulerDiscrete"))
-    scheduler.scale_model_input(X, torch.tensor(5.0))
-    assert scheduler.step(M, torch.tensor(5.0), X)[0].shape == SHAPE
 
 
 def test_steps_of_the_own_code_without_a_warning():

@@ -289,16 +289,6 @@ def test_rows_of_steps_that_are_called_otherwise_are_found_again(monkeypatch, na
     assert len(made) == 1
 
 
-def test_objects_of_a_class_that_returns_tuples_unless_it_is_asked():
-    results = []
-    for scheduler in (make("CogVideoXDPMScheduler"), accelerate(make("CogVideoXDPMScheduler"))):
-        scheduler.set_timesteps(3)
-        (back, t, _), x = scheduler.timesteps, torch.ones(SHAPE)
-        torch.manual_seed(0)
-        results.append(scheduler.step(x, x, t, back, x, return_dict=True).prev_sample)
-    torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
 def test_a_last_step_that_returns_one_tensor_twice(name):
     """So that who writes to it writes to both."""

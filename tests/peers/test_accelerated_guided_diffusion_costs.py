@@ -17,7 +17,7 @@ from support.accelerated_guided import (
 )
 from support.fake_gpu import Readback, needs_fake_gpu
 from support.launches import Operators
-from support.noise_of_loops import parts, repeats, unrelated
+from support.noise_of_loops import parts, unrelated
 from torch._subclasses import FakeTensorMode
 
 from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
@@ -124,13 +124,6 @@ def sampled(diffusion, method, batch=WHOLE[0], noise=None):
         return taken(diffusion, torch.zeros(batch, *WHOLE[1:]))
     eta = {"eta": 1.0} if method == "ddim_sample_loop" else {}
     return getattr(diffusion, method)(pointwise, (batch, *WHOLE[1:]), noise=noise, device="cpu", **eta)
-
-
-@libraries
-@kinds
-def test_loops_share_no_noise(library, method):
-    spacing = None if library == LIBRARIES[0] else "ddim25"
-    repeats(lambda seed: made(library, spacing, seed=seed), lambda diffusion: sampled(diffusion, method))
 
 
 @libraries

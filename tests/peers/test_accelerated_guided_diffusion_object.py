@@ -159,15 +159,6 @@ def test_a_cond_fn_whose_result_does_not_fit(step, spacing, function):
         torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-5)
 
 
-@guided_alone
-def test_a_float64_gradient_makes_ddims_result_float64():
-    guide = {"cond_fn": lambda x, t: x.double() * 0.1, "model_kwargs": {}}
-    _, ours, warned, _ = run_both(make(), "ddim_sample", X, **guide)
-    assert ours["sample"].dtype == torch.float64 and len(warned) == 1
-    _, ours, warned, _ = run_both(make(), "p_sample", X, **guide)
-    assert ours["sample"].dtype == torch.float32 and warned == []
-
-
 @pytest.mark.parametrize(
     ("eta", "why"),
     [(-0.5, "negative"), (1.5, "more noise than there is"), (np.float32(0.5), "no Python number"),
@@ -230,18 +221,6 @@ def test_a_loop_of_what_does_not_fit():
     assert len(user_warnings(caught)) == 1 and called == ["reverse_step"] * 24
     assert found[0].dtype == found[1].dtype == torch.float32
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
-
-
-def test_a_loop_in_float64_by_default(device):
-    """The start is drawn in that dtype, whatever the noise."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        for noise in ("torch", "philox"):
-            with pytest.warns(UserWarning, match="its samples are float64"):
-                x = accelerate(make(spacing="ddim25"), noise=noise).p_sample_loop(half, SHAPE, device=device)
-            assert x.dtype == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- the object

@@ -1,6 +1,5 @@
 """plots.step_table_figure: what is in the axes of one step table and of several."""
 
-import numpy as np
 import pytest
 from support.figure_contents import drawn, legend, looks, points
 from support.refused import refused
@@ -97,19 +96,6 @@ def test_several_tables_have_a_panel_a_column():
     first = StepTable(**STEPS, c2=[0.1, 0, 0], s=[1, 0, 0])  # seven panels, so that the legend takes the eighth place
     figure = step_table_figure({"one": first, "two": first[:2]})
     assert legend(figure.axes[-1]) == ["one", "two"] and not figure.legends
-
-
-@pytest.mark.parametrize("rows", [1, 1000])
-def test_step_table_picture(rows, tmp_path):
-    table = StepTable(**{name: values[0:1] * rows for name, values in STEPS.items()}, c2=[0.5] * rows, draw=range(rows))
-    figure = table.plot(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as opened:
-        assert opened.size == (900, 560)
-        ink = set(map(tuple, np.asarray(opened.convert("RGB")).reshape(-1, 3).tolist()))
-    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} <= ink
-    assert [line.get_marker() for line in figure.axes[1].lines] == (["o", "s", "^"] if rows < 1000 else ["None"] * 3)
-    refused(ValueError, "is a folder", table.plot, tmp_path)
-    assert [found.name for found in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_step_tables_bad_input():

@@ -42,22 +42,6 @@ def test_pictures_are_small_and_not_empty(root):
             assert opened.width <= 900 and np.asarray(opened.convert("L")).std() > 10
 
 
-def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypatch):
-    """The commands write to another folder, so that samples.npz is not left behind."""
-    pytest.importorskip("matplotlib")
-    (tmp_path / "pictures").mkdir()
-    fast = [line for line in script.commands() if line[:2] in (["plot", "schedules"], ["plot", "table"])]
-    monkeypatch.setattr(script, "DOCS", tmp_path)
-    monkeypatch.setattr(script, "commands", lambda: fast)
-    monkeypatch.setattr(script, "blocks", lambda language: ["open('other.png', 'w').close()"])
-    names = {"schedules.png", "step_table.png", "six_samplers.png"}
-    monkeypatch.setattr(script, "shown", lambda: sorted(names))
-    monkeypatch.chdir(tmp_path)
-    assert script.main() == 0 and {path.name for path in (tmp_path / "pictures").iterdir()} == names
-    monkeypatch.setattr(script, "commands", lambda: [["plot", "table", "nothing"]])
-    assert script.main() == 2
-
-
 @pytest.mark.slow
 def test_code_of_the_page_runs(root, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")

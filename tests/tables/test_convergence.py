@@ -7,7 +7,7 @@ from support.gaussian import best_prediction, flow, loop, marginal, moments, pus
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, dpmpp_2m_sde, euler
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
+from ddpm_ext.tables.sigma_grids import log_snr_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
@@ -133,21 +133,6 @@ def test_order_of_the_distribution(name, options, least, largest):
 
 def deterministic(name, grid):
     return SAMPLERS[name](grid, **({"eta": 0.0} if name in WITH_ETA else {}))
-
-
-@pytest.mark.parametrize("name", HISTORY)
-@pytest.mark.parametrize("grid", [make_grid(LEVELS, [500]), make_grid(LEVELS, [700, 200]), karras_grid(LEVELS, 12)])
-def test_the_first_row_is_of_first_order(name, grid):
-    """It is DDIM's, and every row reads as much history as there is."""
-    table, noisy = deterministic(name, grid), grid.after[0].item() < 1
-    for column in ("a", "b", "c0", "c1", "c2"):
-        expected = getattr(euler(grid), column)[0].item()
-        if noisy or column != "c1":
-            assert getattr(table, column)[0].item() == pytest.approx(expected, rel=1e-11, abs=1e-13)
-    kept = 0
-    for row in table:
-        assert all(weight == 0 for weight in (row.h1, row.h2, row.h3)[kept:])
-        kept += bool(row.k0 or row.k1)
 
 
 @pytest.mark.parametrize("name", [*HISTORY, *TWO_CALLS])

@@ -9,15 +9,10 @@ from support.choices import for_many
 from support.refused import refused
 from support.rows import any_float, any_rows, changed, of
 
-from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.row import ROW, WIDTH
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, StepRow, StepTable
-
-
-def test_one_order_in_python_and_in_the_compiled_module():
-    assert C.row_names() == list(ROW) and len(ROW) <= WIDTH
 
 
 def within_float32(value):
