@@ -126,7 +126,11 @@ def test_samples_that_are_not_finite_are_counted_in_the_manifest(tiny, tmp_path,
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "draw", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    assert call(*arguments(tiny, tmp_path / "samples")) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
+    try:
+        assert call(*arguments(tiny, tmp_path / "samples")) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     message = "interrupted; what was finished is kept: run the same command again to go on"
     assert capsys.readouterr().err == f"\nddpm-ext sample: {message}\n"
 

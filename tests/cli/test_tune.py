@@ -9,14 +9,14 @@ import torch
 from support.command_line import TINY, call, check_refused
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, models
-from ddpm_ext.cli.chosen_tables import choose_default
+from ddpm_ext.cli.chosen_tables import choose_default, chosen_tables
 from ddpm_ext.cli.main import build_parser
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.scheduler import DiffusionSettings
-from ddpm_ext.models.tuned import save_tuned
+from ddpm_ext.models.tuned import save_tuned, table_name
 from ddpm_ext.tuning import search
 
 STEPS = 2
@@ -112,6 +112,17 @@ def test_another_model_warns_once(model, tmp_path):
     with pytest.warns(UserWarning, match="tuned to another model than digits") as warned:
         assert call("sample", "--model", "digits", "--table", model / "tuned" / "2.json", *given) == 0
     assert len(warned) == 1
+
+
+def test_each_scale_of_guidance_has_its_table(pets, tmp_path):
+    model = shutil.copytree(pets, tmp_path / "pets")
+    loaded, made = models.load_model(model), {}
+    for scale, sampler in ((1.0, "ddim"), (2.0, "euler")):
+        made[scale] = make_loop_rows(loaded.settings.diffusion(), LoopOptions(sampler=sampler, steps=3)).table
+        made[scale].save(model / "tuned" / table_name(3, scale))
+    given = ("plot", "guidance", "--model", str(model), "--guidance", "1,2", "--sampler", "tuned", "--steps", "3")
+    found = chosen_tables(build_parser().parse_args(given), loaded)
+    assert found == made and found[1.0] != found[2.0]
 
 
 def test_compare_shows_the_best_and_where_the_others_are(model, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """benchmarks/gpu where there is no GPU: how it runs its parts, reads their logs and writes their results."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import logs, parts, speed
+from benchmarks.gpu import logs, machine, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
 from benchmarks.gpu.names import ADD, COMPILED, DIFFUSERS, NEAR
 from benchmarks.gpu.parts import ROOT, Part
@@ -253,6 +254,51 @@ def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
     bench = speed.Bench(dry=False)
     assert len([job for group in speed.GROUPS.values() for job in group(bench)]) > 100
     assert "CUDA is used" in speed.attempt(next(speed.steps(bench)))["error"]
+
+
+def test_a_measurement_behind_an_idle_time_waits_for_the_clocks(monkeypatch):
+    """An idle card has low ones. Nothing is waited for right behind another measurement."""
+    now = itertools.count(step=timing.IDLE / 100)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    timer, calls = timing.Timer(torch.device("cpu"), timing.Scale(times=3, warm_up=timing.IDLE / 2)), [0]
+    for idle in (0, 0, 101):
+        [next(now) for _ in range(idle)]
+        calls.append(0)
+        timer.each(lambda: calls.append(calls.pop() + 1))
+    assert calls[1] == calls[3] >= 45 + 4 and calls[2] == 4 and timing.Scale().warm_up > 0
+
+
+def test_the_clock_is_measured_right_behind_the_work(monkeypatch):
+    """A faked card of 1500 MHz, which is known by its identity, and at work when it is asked what limits it."""
+    ms, said = [0.0], []
+
+    class Event(SimpleNamespace):
+        def record(self):
+            self.ms = ms[0]
+
+        def elapsed_time(self, later):
+            return later.ms - self.ms
+
+    def work(cycles):
+        ms[0] += cycles / 1.5e6
+
+    def reasons(_, bits):
+        said.append("limits")
+        bits._obj.value = 0x25
+
+    library = SimpleNamespace(nvmlInit_v2=int, nvmlDeviceGetHandleByUUID=lambda card, _: said.append(card))
+    library.nvmlDeviceGetCurrentClocksThrottleReasons = reasons
+    fakes = {"Event": Event, "_sleep": work, "synchronize": lambda _: said.append("idle"), "current_device": int}
+    for name, fake in (fakes | {"get_device_properties": lambda _: SimpleNamespace(uuid="12-34")}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(machine, "_nvml", machine._nvml.__wrapped__)
+    timer = timing.Timer(torch.device("cpu"), timing.Scale(times=2, warm_up=0))
+    timer.on_gpu = True
+    assert timer.each(lambda: work(3e6)) == [0.002, 0.002] and said == [b"GPU-12-34", "limits", "idle"]
+    assert timer.clock == {"mhz": 1500, "limits": "power cap, software thermal"}
+    monkeypatch.setattr(machine, "output", lambda *command: ", ".join(command))
+    assert machine.asked("pstate")[:3] == ["nvidia-smi", "-i", "GPU-12-34"]
 
 
 CALLS = "".join(json.dumps({"operation": name, "dtype": "float32"}) + "\n" for name in ("p_sample", "randn"))
