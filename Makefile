@@ -51,7 +51,7 @@ demo: $(DEMO_BUILD) ## draw shapes with the model that comes along, half a minut
 # As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
-test: build ## all tests, a quarter of an hour on two cores
+test: build ## all tests, nine minutes on two cores
 	$(PYTEST)
 
 test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers; two minutes

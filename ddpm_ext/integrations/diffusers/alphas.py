@@ -217,8 +217,8 @@ class Alphas(Forward):
         names = self.relies_on
         if own_methods(self._peer, ("step", *names)) is None or not vars(self).keys().isdisjoint(names):
             raise Fallback("somebody has replaced one of its methods")
-        of = self.alphas_cumprod, self.config.prediction_type, *clip_of(self.config), *of
-        rows = self._cached((_make, *of), _make, of)
+        config = self.config
+        rows = self._rows(_make, self.alphas_cumprod, config.prediction_type, *clip_of(config), *of)
         return rows, *self._row(rows, timestep)
 
     def _stride(self) -> int:

@@ -147,6 +147,10 @@ class Scheduler(Accelerated):
 
     # ----------------------------------------------------------------------------------------------------- settings
 
+    def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
+        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises."""
+        return self._cached((make, *settings), make, settings)
+
     def _cached(self, key: tuple[Any, ...], make: Callable[..., Made], arguments: tuple[Any, ...]) -> Made:
         """make(*arguments), from the cache where this key is there. Raises the Fallback that `make` raises.
 
