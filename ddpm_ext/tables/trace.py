@@ -27,8 +27,7 @@ from ddpm_ext.tables.trace_linear import NAMES, Columns, Linear, at, least_squar
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings
 from ddpm_ext.tables.trace_watch import Watch, can_watch
 
-Clip = tuple[float, float]
-Threshold = tuple[float, float]  # as clip_of has it
+Pair = tuple[float, float]  # the range of a clip; the quantile of a threshold and its largest divisor
 
 
 class TraceResult(NamedTuple):
@@ -50,7 +49,7 @@ class TraceResult(NamedTuple):
     """
 
     columns: dict[str, Array]
-    clip: Clip | None
+    clip: Pair | None
     residual: float
     steps: list[Step]
     noise: list[int | None]
@@ -165,7 +164,7 @@ def follow_function(
 
 def _clipping(
     linear: Linear, scheduler: Any, run_of_other: Callable[[Any, Sequence[Any]], Run]
-) -> tuple[Columns, Clip | None, Threshold | None]:
+) -> tuple[Columns, Pair | None, Pair | None]:
     """The rows of steps that may clip, the range to which they do, and the threshold before that; None where they do
     not.
 
@@ -186,7 +185,7 @@ def _clipping(
     return _clipped(linear, clipped, clip), clip, threshold
 
 
-def _clipped(linear: Linear, loop: Numbers, clip: Clip) -> Columns:
+def _clipped(linear: Linear, loop: Numbers, clip: Pair) -> Columns:
     """The rows of steps that clip the predicted clean sample, which they return or step to, and have no history.
 
     linear: of numbers that are not clipped. loop: those that are clipped here and there. There the clipped clean sample
@@ -227,7 +226,7 @@ def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
 # ------------------------------------------------------------------------------------------------------------ proof
 
 
-def _proven(linear: Linear, rows: Columns, clip: Clip | None = None, threshold: Threshold | None = None) -> TraceResult:
+def _proven(linear: Linear, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
     """What tracing found, once the rows have taken every step of another run. Raises ValueError where one differs."""
     proof, scales, worst = proof_of(linear.run, rows["a"], rows["b"]), linear.trial.scales, 0.0
     # Whose part of a sample is unknown that is another one than the step before has made, `own`, has no such samples.
@@ -256,7 +255,7 @@ def _errors(rows: Columns, linear: Linear, loop: Numbers, bound: Callable[[Array
     return errors
 
 
-def _bounded(x0: Array, clip: Clip | None, threshold: Threshold | None = None) -> Array:
+def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None = None) -> Array:
     """Clean samples after the clip, (steps, numel of a sample)."""
     if threshold is not None:  # eq. (7) of Saharia et al. 2022, as diffusers has it
         quantile, largest = threshold

@@ -31,9 +31,8 @@ CLEAN_FIELDS = ("pred_original_sample", "denoised")
 CLIPS = ("clip_sample", "clip_denoised", "thresholding")
 # What steps call the model's output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
-CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 OTHER_DRAWS = {getattr(of, name) for of in (torch, Tensor) for name in OTHER_NUMBERS if hasattr(of, name)}
-SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
+SEEN = {torch.randn, torch.randn_like, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, *OTHER_DRAWS}
 # Filters of warnings are the process's: one thread at a time changes them, and puts them back.
 _filters = threading.RLock()
 
