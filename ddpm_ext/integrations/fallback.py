@@ -38,7 +38,7 @@ class Fallback(Exception):
 
 
 def with_fallback(
-    method: str | None = None, own: Function | None = None, *, compiles: bool = True, counts: bool = True
+    method: str | None = None, own: Function | None = None, *, compiles: bool = True
 ) -> Callable[[Function], Function]:
     """Decorates a method of an Accelerated class that may raise a Fallback: then the peer's own method runs.
 
@@ -46,7 +46,6 @@ def with_fallback(
         method: the peer's name of the method; without one, that of the decorated function.
         own: what runs then, as own(method, obj, ...) with the call's arguments; without one, the peer's method itself.
         compiles: whether torch.compile may trace the method; if not, it gets the peer's.
-        counts: whether it is fused at all, and no method that takes note of something or returns what a step has made.
     """
 
     def decorate(function: Function) -> Function:
@@ -57,7 +56,7 @@ def with_fallback(
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 result = function(self, *args, **kwargs)
-                if counts and not torch.compiler.is_compiling():
+                if not torch.compiler.is_compiling():
                     self.accelerated.fused_calls += 1
                 return result
             except Fallback as fallback:
