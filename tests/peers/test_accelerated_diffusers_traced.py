@@ -310,3 +310,16 @@ def test_a_setting_is_traced_once(monkeypatch, name):
         assert 7 <= len(taken) <= 2 * 7 + 4
     loop(ours, 9)
     assert len(taken) <= 2 * 7 + 4 + 2 * 9 + 4
+
+
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_refused_setting_takes_the_place_of_the_oldest(monkeypatch):
+    """And not that of the one that was traced last, which the next loop is likely to be of."""
+    monkeypatch.setattr(traced_rows, "SETTINGS", 2)
+    for beta_end in (0.0211, 0.0212):
+        loop(accelerate(make("DEISMultistepScheduler", beta_end=beta_end)), 5)
+    loop(accelerate(make("DEISMultistepScheduler", thresholding=True, sample_max_value=0.5)), 5)
+    monkeypatch.setattr(traced_rows, "trace_rows", None)
+    again = accelerate(make("DEISMultistepScheduler", beta_end=0.0212))
+    loop(again, 5)
+    assert again.accelerated.fused_calls == 5

@@ -188,7 +188,8 @@ class RowsCache:
         config = state[CONFIG]
         each = Known(dict(vars(config)), dict(config), {name: contents(name) for name in names}, made)
         # Rows are looked at first: what is refused in any state may have been traced in one that a loop begins in.
-        known[:] = [each, *known[: SETTINGS - 1]] if isinstance(made, TracedRows) else [*known[1 - SETTINGS :], each]
+        latest = known[: SETTINGS - 1]
+        known[:] = [each, *latest] if isinstance(made, TracedRows) else [*latest, each]
         return result_of(made)
 
 
