@@ -1,6 +1,6 @@
 """guided-diffusion's and improved-diffusion's objects, accelerated: the same results, with one launch a step.
 
-These tests run where checkouts of the two are on PYTHONPATH.
+These tests run where checkouts of the two are found (support/checkouts.py).
 """
 
 import pytest

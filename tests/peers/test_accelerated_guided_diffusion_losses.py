@@ -1,6 +1,7 @@
 """training_losses of an accelerated object: the values and gradients of guided-diffusion's own, term by term.
 
-These tests run where a checkout of it, or of improved-diffusion, is on PYTHONPATH. Some samples are at t = 0.
+These tests run where a checkout of it, or of improved-diffusion, is found
+(support/checkouts.py). Some samples are at t = 0.
 """
 
 import functools

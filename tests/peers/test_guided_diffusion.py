@@ -1,7 +1,7 @@
 """guided-diffusion's choice of timesteps, and its bound of a whole process, with the same noise and model. Its steps,
 loops and training_losses are in test_accelerated_guided_diffusion.py and the files beside it.
 
-These tests run where a checkout of it is on PYTHONPATH.
+These tests run where a checkout of it is found (support/checkouts.py).
 """
 
 import pytest

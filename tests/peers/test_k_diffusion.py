@@ -1,25 +1,24 @@
 """k-diffusion's sampling functions: as tables, and beside ours of the same signature, over whole loops.
 
-The environment variable DDPM_EXT_K_DIFFUSION names a checkout, of which k_diffusion/sampling.py is read.
+Of a checkout (support/checkouts.py) k_diffusion/sampling.py is read.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from support.checkouts import checkout, missing
 from support.choices import for_many
 
 from ddpm_ext import StepTable
 from ddpm_ext.integrations.k_diffusion import sampler
 
-CHECKOUT = os.environ.get("DDPM_EXT_K_DIFFUSION")
+CHECKOUT = checkout("k-diffusion")
 SHAPE = (2, 3, 4)
 OURS = [
     ("euler", {}),
@@ -62,7 +61,7 @@ TRACED = [
 def sampling():
     """The module k_diffusion.sampling without what it imports beside torch, scipy and tqdm, which no sampler needs."""
     if CHECKOUT is None:
-        pytest.skip("DDPM_EXT_K_DIFFUSION names no checkout")
+        pytest.skip(missing("k-diffusion"))
     pytest.importorskip("scipy")
     names = ("k_diffusion_checkout", "torchdiffeq", "torchsde", "k_diffusion_checkout.utils")
     stand_ins = {name: types.ModuleType(name) for name in names if name.startswith("k_") or name not in sys.modules}
@@ -75,7 +74,7 @@ def sampling():
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setitem(sys.modules, name, stand_in)
-        exec((Path(CHECKOUT) / "k_diffusion" / "sampling.py").read_text(), module.__dict__)
+        exec((CHECKOUT / "k_diffusion" / "sampling.py").read_text(), module.__dict__)
     return module
 
 

@@ -10,11 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from support.checkouts import missing
 from torch.overrides import TorchFunctionMode
 
 LIBRARIES = tuple(name for name in ("guided_diffusion", "improved_diffusion") if importlib.util.find_spec(name))
 if not LIBRARIES:
-    pytest.skip("neither guided_diffusion nor improved_diffusion is there", allow_module_level=True)
+    pytest.skip(missing("guided-diffusion", "improved-diffusion"), allow_module_level=True)
 
 TIMESTEPS, ULP = 1000, 2.0**-23
 PREDICTIONS = ("EPSILON", "START_X", "PREVIOUS_X")
