@@ -137,6 +137,8 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
     excludes one another the shortest is taken that draws the noise.
     """
     order, forward, back = walk(kernel)
+    loops = natural_loops(forward, back)
+    loop_of = dict(zip(((end, head) for end, heads in back.items() for head in heads), loops, strict=True))
     instructions = kernel.instructions
     widest = max((i.global_bits for i in instructions if i.name == "STG"), default=0)
     wide = 64 if sums or widest == 64 else 128
@@ -178,7 +180,9 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
         if instructions[node].name == "EXIT":
             plain.append(NO_STEPS)
         for head in back.get(node, []):
-            if out := shortest_exit(kernel, head):
+            out = shortest_exit(kernel, head)
+            # else it goes round the loop once more, and there is a shorter way out from here
+            if out and not any(instructions[i].bits for i in out if i in loop_of[node, head]):
                 plain.append(functools.reduce(lambda way, i: longer(i, way), reversed(out), NO_STEPS))
         store = [storing[s] for s in forward[node] if s in storing]
         if is_wide(node):
@@ -194,10 +198,10 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
         node, steps = steps
         path.append(node)
     stores = set(filter(is_wide, path))
-    loops = [loop for loop in natural_loops(forward, back) if stores <= loop]
-    if not loops:
+    around = [loop for loop in loops if stores <= loop]
+    if not around:
         return Path([], [instructions[node] for node in path], False)
-    inner = min(loops, key=len)
+    inner = min(around, key=len)
     # A way that leaves through the loop's head comes to it twice; the second time is not of the turn.
     inside = list(dict.fromkeys(node for node in path if node in inner))
     outside = list((Counter(path) - Counter(inside)).elements())
