@@ -57,7 +57,9 @@ class Elementwise {
       x_ = in_register(x_), m_ = in_register(m_), noise_ = in_register(noise_), out_ = in_register(out_);
       const Index whole = static_cast<Index>(call_.numel) / kRun * kRun;
       Inputs inputs;
-      load(inputs, first, whole);  // before the row, which takes two loads one after the other
+      // before the row, which takes two loads one after the other
+      DDPM_UNROLL
+      for (int p = 0; p < kParts; ++p) load(inputs, p, first + p * apart(), whole);
       read_row();
       vectors(inputs, first, step, whole);
     } else {
@@ -99,54 +101,47 @@ class Elementwise {
   // How far apart a thread's runs are.
   static __device__ __forceinline__ Index apart() { return blockDim.x * kRun; }
 
-  __device__ __forceinline__ void load(Inputs& inputs, Index j, Index whole) const {
-    DDPM_UNROLL
-    for (int p = 0; p < kParts; ++p, j += apart()) {
-      const bool inside = j < whole;
-      if constexpr (Op::kX) inputs.x[p].load_if(inside, x_ + j);
-      if constexpr (Op::kSecond) inputs.m[p].load_if(inside, m_ + j);
-      if constexpr (kNoise == Noise::given) inputs.noise[p].load_if(inside, noise_ + j);
-    }
+  __device__ __forceinline__ void load(Inputs& inputs, int p, Index j, Index whole) const {
+    const bool inside = j < whole;
+    if constexpr (Op::kX) inputs.x[p].load_if(inside, x_ + j);
+    if constexpr (Op::kSecond) inputs.m[p].load_if(inside, m_ + j);
+    if constexpr (kNoise == Noise::given) inputs.noise[p].load_if(inside, noise_ + j);
   }
 
-  // Processes the runs at j and so on in steps of `step`, of which `inputs` has the first. As soon as a turn has used
-  // its inputs it loads those of the next one, which are then under way while it draws its noise. Without the branch
-  // around the noise, the compiler would move loads behind it, to where their values are used.
+  // Processes the runs at j and so on in steps of `step`, of which `inputs` has the first. A turn draws its noise
+  // before it uses its inputs, and then loads those of the next turn. So loads are always under way while noise is
+  // drawn, also in a launch of a single turn.
   __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
+    // The compiler does not know that it holds, and keeps the next turn's loads behind the branch around the noise.
+    const bool draws = Op::kX && Op::kDraws ? call_.noise_kind == Noise::drawn : noisy;
     if (j < whole) {
 #pragma unroll 1
       do {
-        F2 x[kParts][kRun / 2] = {}, out[kParts][kRun / 2], z[kParts][kRun / 2] = {};
-        DDPM_UNROLL
-        for (int p = 0; p < kParts; ++p) {
-          DDPM_UNROLL
-          for (int i = 0; i < kRun / 2; ++i) {
-            F2 m = {};
-            if constexpr (Op::kX) x[p][i] = widen(inputs.x[p].pairs[i]);
-            if constexpr (Op::kSecond) m = widen(inputs.m[p].pairs[i]);
-            if constexpr (kNoise == Noise::given) z[p][i] = widen(inputs.noise[p].pairs[i]);
-            out[p][i] = Op::mean(row_, call_, x[p][i], m);
-          }
-        }
-        load(inputs, j + step, whole);
-        if (noisy) {
+        F2 z[kParts][kRun / 2];
+        if (kNoise == Noise::drawn && draws) {
           DDPM_UNROLL
           for (int p = 0; p < kParts; ++p) {
             DDPM_UNROLL
-            for (int i = 0; i < kRun / 2; ++i) {
-              if (kNoise == Noise::drawn && i % 2 == 0)
-                draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
-              out[p][i] = Op::noisy(row_, out[p][i], x[p][i], z[p][i]);
-            }
+            for (int i = 0; i < kRun / 2; i += 2) draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
           }
+          if constexpr (Op::kX) keep_uses_behind(z[kParts - 1][kRun / 2 - 1].v.y);
         }
         DDPM_UNROLL
         for (int p = 0; p < kParts; ++p) {
           Vector<X, kRun> stored;
           DDPM_UNROLL
-          for (int i = 0; i < kRun / 2; ++i) narrow(out[p][i], stored.pairs[i]);
+          for (int i = 0; i < kRun / 2; ++i) {
+            F2 x = {}, m = {};
+            if constexpr (Op::kX) x = widen(inputs.x[p].pairs[i]);
+            if constexpr (Op::kSecond) m = widen(inputs.m[p].pairs[i]);
+            if constexpr (kNoise == Noise::given) z[p][i] = widen(inputs.noise[p].pairs[i]);
+            F2 out = Op::mean(row_, call_, x, m);
+            if (noisy) out = Op::noisy(row_, out, x, z[p][i]);
+            narrow(out, stored.pairs[i]);
+          }
           if (p == 0 || j + p * apart() < whole) stored.store(out_ + j + p * apart());
+          load(inputs, p, j + step + p * apart(), whole);
         }
         j += step;
       } while (j < whole);
@@ -178,7 +173,7 @@ class Elementwise {
       const uint32_t j = words.element(quad);
       const bool has = words.has(quad);
       Inputs inputs;
-      load(inputs, j, has ? call_.numel : 0);
+      load(inputs, 0, j, has ? call_.numel : 0);
       F2 z[2] = {};
       if (noisy) words.draw_normals(keys_, counter_, quad, z);
       if (has) four(inputs, noisy, z).store(out_ + j);

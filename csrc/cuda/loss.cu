@@ -51,18 +51,19 @@ class Four {
 
   __device__ __forceinline__ bool has(int i) const { return i < count_; }
 
-  // Reads the elements, with zeros beyond the sample's end.
+  // Reads the elements, with zeros beyond the sample's end, if the tensor is `given`.
   template <class T>
-  __device__ __forceinline__ void load(const TensorArg& tensor, int64_t Place::* place, Vector<T, 4>& to) const {
+  __device__ __forceinline__ void load(bool given, const TensorArg& tensor, int64_t Place::* place,
+                                       Vector<T, 4>& to) const {
     const T* const data = static_cast<const T*>(tensor.data);
     const bool whole = kAccess == Access::vector && count_ == 4;
     if (!whole) {
       T values[4];
       DDPM_UNROLL
-      for (int i = 0; i < 4; ++i) values[i] = has(i) ? data[offset(tensor, place, i)] : from_float<T>(0.0f);
+      for (int i = 0; i < 4; ++i) values[i] = given && has(i) ? data[offset(tensor, place, i)] : from_float<T>(0.0f);
       memcpy(to.pairs, values, sizeof values);
     }
-    if constexpr (kAccess == Access::vector) to.load_if(whole, data + offset(tensor, place, 0));
+    if constexpr (kAccess == Access::vector) to.load_if(whole && given, data + offset(tensor, place, 0));
   }
 
   __device__ __forceinline__ void store(const TensorArg& tensor, int64_t Place::* place, const F2 (&from)[2]) const {
@@ -130,26 +131,25 @@ class LossOfSample {
     DDPM_UNROLL
     for (int p = 0; p < kParts; ++p) {
       const Four<kAccess> four = four_of(turn, p);
-      four.load(call_.model_output, &Place::model_output, m_[p]);
-      if (reads_x_start_) four.load(call_.x_start, &Place::x_start, x_start_[p]);
-      if constexpr (kNoise == Noise::given) four.load(call_.noise, &Place::noise, z_[p]);
-      if constexpr (kVariational) {
-        if (call_.variance.data != nullptr) four.load(call_.variance, &Place::variance, v_[p]);
-      }
+      four.load(true, call_.model_output, &Place::model_output, m_[p]);
+      four.load(reads_x_start_, call_.x_start, &Place::x_start, x_start_[p]);
+      if constexpr (kNoise == Noise::given) four.load(true, call_.noise, &Place::noise, z_[p]);
+      if constexpr (kVariational) four.load(call_.variance.data != nullptr, call_.variance, &Place::variance, v_[p]);
     }
   }
 
   // Computes the losses and stores the slopes of the elements that have been loaded.
-  __device__ __forceinline__ void take(Index turn, float (&losses)[kParts][kLossChunk]) const {
-    F2 z[kParts][2];
-    DDPM_UNROLL
-    for (int p = 0; p < kParts; ++p) {
-      z[p][0] = z[p][1] = F2(0.0f);
-      if (kNoise == Noise::drawn && row_.k1 != 0.0f) draw_normals(keys_, counter_, element(turn, p), z[p]);
+  __device__ __forceinline__ void take(Index turn, float (&losses)[kParts][kLossChunk]) {
+    F2 z[kParts][2] = {};
+    if (kNoise == Noise::drawn && row_.k1 != 0.0f) {
+      DDPM_UNROLL
+      for (int p = 0; p < kParts; ++p) draw_normals(keys_, counter_, element(turn, p), z[p]);
+      keep_uses_behind(z[kParts - 1][1].v.y);
     }
     DDPM_UNROLL
     for (int p = 0; p < kParts; ++p) {
       const Four<kAccess> four = four_of(turn, p);
+      m_[p].unpack_from_here(), x_start_[p].unpack_from_here(), v_[p].unpack_from_here();
       F2 slopes[2], variance_slopes[2], values[2], difference[2];
       DDPM_UNROLL
       for (int i = 0; i < 2; ++i) {
@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   };
   body.load(first);
   unsigned odd = 0;
+#pragma unroll 1
   for (Index turn = first, after; turn < turns; turn = after, odd ^= 1) {
     after = next(turn);
     body.take(turn, losses[odd]);

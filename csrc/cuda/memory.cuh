@@ -73,6 +73,14 @@ struct Vector {
     load_word_if(condition, reinterpret_cast<const Word*>(p), word);
     memcpy(pairs, &word, sizeof word);
   }
+  // Keeps the elements in their words up to here. The compiler would unpack 16 bits where a loop's turn begins.
+  __device__ __forceinline__ void unpack_from_here() {
+    uint32_t words[kBytes / 4];
+    memcpy(words, pairs, sizeof words);
+    DDPM_UNROLL
+    for (uint32_t& word : words) make_opaque(word);
+    memcpy(pairs, words, sizeof words);
+  }
   __device__ __forceinline__ void store(T* p) const {
     Word word;
     memcpy(&word, pairs, sizeof word);

@@ -12,7 +12,8 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
   return y;
 }
 
-// The larger and the smaller number. NaN stays NaN, and -0 is below 0. Before sm_80 there is no such instruction.
+// The larger and the smaller number. NaN stays NaN, and -0 is below 0. Before sm_80 there is no such instruction, and
+// only a NaN of the first argument stays.
 __device__ __forceinline__ float max_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float c;
@@ -62,6 +63,12 @@ __device__ __forceinline__ void load_word_if(bool condition, const uint2* p, uin
                : "+r"(word.x), "+r"(word.y)
                : "l"(__cvta_generic_to_global(p)), "r"(static_cast<uint32_t>(condition))
                : "memory");
+}
+
+// Ends the thread if its noise is NaN. No noise is, but the compiler does not know that. So it leaves all uses of
+// loaded values that come behind this behind the noise, during which the loads are under way.
+__device__ __forceinline__ void keep_uses_behind(float noise) {
+  asm volatile("{ .reg .pred c; setp.nan.f32 c, %0, %0; @c exit; }" : : "f"(noise));
 }
 
 // Changes nothing, which the compiler does not know. So the value is computed before, and its uses come after.

@@ -281,7 +281,10 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
       DDPM_UNROLL
       for (int q = 0; q < kItems; q += 4) {
         F2 z[2] = {F2(0.0f), F2(0.0f)};
-        if (drawn) draw_normals(keys, counter, j + q, z);
+        if (drawn) {
+          draw_normals(keys, counter, j + q, z);
+          keep_uses_behind(z[1].v.y);
+        }
         tensors.first = q / 2;
         take_step(row, sample, tensors, drawn, z);
       }

@@ -24,6 +24,9 @@ ARCHS = cards.ARCHS if os.environ.get("DDPM_EXT_EVERY_CARD") else ["90", "100"]
 STATISTICS = ("x_start_scale", "output_scale")  # which no path by element describes
 BY_ELEMENT = [source for source in SOURCES if source not in STATISTICS]
 EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in BY_ELEMENT])
+EACH_DRAWING = pytest.mark.parametrize(
+    ("source", "arch"), [(s, arch) for arch in ARCHS for s in (*BY_ELEMENT, "loss") if s != "randn"]
+)
 EACH_SOURCE = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in EVERY_SOURCE])
 EACH_SUM = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in (*STATISTICS, "loss")])
 EACH_LOSS = pytest.mark.parametrize(("source", "arch"), [("loss", arch) for arch in ARCHS])
@@ -267,33 +270,37 @@ def test_arithmetic_contracts_nothing(kernels):
         assert written - fused(issued) in spared, (named(kernel), written, fused(issued))
 
 
-def roots_before_use(turn: list[Instruction], at: int) -> int:
-    """Box-Muller's roots between a load of a turn and the first use of its values, in the next turn if there is none in
-    this one."""
-    first = int(re.match(r"R(\d+)", turn[at].operands)[1])
-    values = {f"R{first + i}" for i in range(turn[at].global_bits // 32)}
-    met = 0
-    for i in [*turn[at + 1 :], *turn[:at]]:
+def roots_before_use(way: list[Instruction], at: int) -> int:
+    """Box-Muller's roots between a load and the first use of its values."""
+    first = int(re.match(r"R(\d+)", way[at].operands)[1])
+    values, met = {f"R{first + i}" for i in range(way[at].global_bits // 32)}, 0
+    for i in way[at + 1 :]:
         if values & set(re.findall(r"\bR\d+", i.operands)):
-            return met
+            break
         met += i.opcode == "MUFU.RSQ"
     return met
 
 
-@EACH
-def test_loads_run_ahead_of_the_noise(kernels):
-    """Between a load and the first use of its values a thread draws at least half of a turn's noise. Where tensors are
-    optional, all loads are issued before the noise. ptxas sinks a load that it may to where its values are used."""
+@EACH_DRAWING
+def test_noise_is_drawn_before_the_first_use_of_what_was_loaded(kernels):
+    """In every turn, also where there is a single one, all or half of its noise, so that the loads are under way
+    meanwhile. ptxas moves a use to in front of the noise, or a load to behind it, wherever it may."""
     drawing = [k for k in kernels if k.variant.access == "vector" and k.variant.noise == "drawn"]
     assert drawing
     for kernel in drawing:
-        turn = kernel.path.turn
+        turn, roots_of_turn = kernel.path.turn, roots(kernel.path.turn)
+        before = [i for i in kernel.path.once if i.address < turn[0].address]
+        to = {(i.operands.split(",")[0], i.global_bits): i for i in turn if i.name == "LDG"}
         loads = [at for at, i in enumerate(turn) if i.name == "LDG"]
-        if kernel.variant.has_options:
-            assert max(loads) < min(at for at, i in enumerate(turn) if i.opcode == "MUFU.RSQ"), named(kernel)
-        else:
-            for at in loads:
-                assert roots_before_use(turn, at) >= roots(turn) / 2, (named(kernel), turn[at].operands)
+        assert len(to) == len(loads) and roots_of_turn > 0, named(kernel)
+        if kernel.variant.op == STEP:  # a turn loads what it uses
+            before, again = [], []
+        else:  # it loads for the next one, into the same registers as before the first
+            again = [at for at, i in enumerate(before) if (i.operands.split(",")[0], i.global_bits) in to]
+            assert len(again) >= len(loads), named(kernel)
+        way = [*before, *turn, *turn]
+        for at in [*again[-len(loads) :], *(len(before) + at for at in loads)]:
+            assert roots_before_use(way, at) >= roots_of_turn / 2, (named(kernel), way[at].operands)
 
 
 @EACH

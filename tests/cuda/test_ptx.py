@@ -31,7 +31,7 @@ def accesses(executed: dict[str, int]) -> dict[str, int]:
 
 def test_every_function_has_a_trial():
     functions = set(re.findall(r"__forceinline__ [\w*]+ (\w+)\(", (CSRC / "cuda/ptx.cuh").read_text()))
-    assert len(functions) == 8
+    assert len(functions) == 9
     assert functions == set(re.findall(r"cuda::(\w+)\(", ptx.TRIAL.read_text()))
 
 
@@ -100,6 +100,16 @@ def test_words_under_a_condition(trial, bits, of):
     condition[-1] = 1
     with pytest.raises(PtxError, match=f"an access to {bits // 8} bytes at .*, out of bounds"):
         run(trial, f"load_{bits}_if", 7, condition, given, to)
+
+
+@each_arch
+def test_uses_stay_behind_noise(trial):
+    """A thread ends there if its noise is NaN, and in no other case."""
+    to = np.full_like(SPECIAL, 7)
+    executed = run(trial, "keep_uses_behind", len(to), SPECIAL, to)
+    nan = np.isnan(SPECIAL)
+    assert executed["exit"] == nan.sum() == 2
+    assert to[~nan].tobytes() == SPECIAL[~nan].tobytes() and (to[nan] == 7).all()
 
 
 @each_arch

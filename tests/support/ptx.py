@@ -247,7 +247,7 @@ def run(ptx: str, name: str, threads: int, *arrays: np.ndarray) -> Counter[str]:
             if guard and thread.read(guard.strip("!"), "pred") == guard.startswith("!"):
                 continue
             executed[opcode] += 1
-            if opcode == "ret":
+            if opcode in ("ret", "exit"):
                 break
             if opcode.split(".")[0] == "bra":
                 at = kernel.labels[operands[0]]

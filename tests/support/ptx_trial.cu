@@ -39,6 +39,11 @@ __global__ void load_64_if(const uint32_t* condition, const uint2* from, uint2* 
   load_if(condition[threadIdx.x], from + threadIdx.x, to + threadIdx.x);
 }
 
+__global__ void keep_uses_behind(const float* from, float* to) {
+  cuda::keep_uses_behind(from[threadIdx.x]);
+  to[threadIdx.x] = from[threadIdx.x];
+}
+
 // A compiler that knows the word computes 5 ^ 3 itself.
 __global__ void opaque_32(uint32_t* to) {
   uint32_t word = 5;

@@ -78,6 +78,7 @@ void load_word_if(bool condition, const Word* p, Word& word) {
   if (condition) word = *p;
 }
 
+inline void keep_uses_behind(float) {}
 inline void make_opaque(uint32_t&) {}
 inline void make_opaque(int64_t&) {}
 
