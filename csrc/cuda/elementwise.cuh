@@ -266,7 +266,8 @@ template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, cla
 void launch_access(const typename Op::Call& call, cudaStream_t stream) {
   constexpr auto kKernel = elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   constexpr int kItems = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kItems;
-  const Shape shape = launch_shape(call.batch, elements_of_threads(call), kItems, blocks_at_once<kKernel>(kThreads));
+  const Room room = room_for<kKernel>(kThreads);
+  const Shape shape = launch_shape(call.batch, elements_of_threads(call), kItems, room.multiprocessors, room.blocks);
   launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed));
 }
 

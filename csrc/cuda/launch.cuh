@@ -12,7 +12,7 @@
 
 namespace ddpm_ext::cuda {
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // of a block, at most
 
 constexpr int64_t kMaxGridY = 65535;
 
@@ -21,36 +21,44 @@ struct Shape {
   dim3 grid, block;
 };
 
-// How many blocks of a kernel the current device runs at once. It is asked once for each device and kernel.
+// Of the current device: its multiprocessors, and how many blocks of a kernel it runs at once.
+struct Room {
+  int multiprocessors, blocks;
+};
+
+// The device is asked once for each kernel.
 template <auto kKernel>
-int64_t blocks_at_once(int threads) {
+Room room_for(int threads) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
+  static std::atomic<Room> known[kDevices];
   int device = 0;
   check(cudaGetDevice(&device));
-  int blocks = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (blocks == 0) {
-    int multiprocessors = 0, each = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  Room room = device < kDevices ? known[device].load(std::memory_order_relaxed) : Room{};
+  if (room.blocks == 0) {
+    int each = 0;
+    check(cudaDeviceGetAttribute(&room.multiprocessors, cudaDevAttrMultiProcessorCount, device));
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0));
-    blocks = std::max(multiprocessors * each, 1);
-    if (device < kDevices) known[device].store(blocks, std::memory_order_relaxed);
+    room.blocks = std::max(room.multiprocessors * each, 1);
+    if (device < kDevices) known[device].store(room, std::memory_order_relaxed);
   }
-  return blocks;
+  return room;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline unsigned unsigned_int(int64_t n) { return static_cast<unsigned>(n); }
 
-// Lays out blocks of kThreads threads along a sample, or over several samples if they are small. If there are more than
-// twice as many blocks as the device runs `at_once`, each thread takes several turns, so that the work before its first
-// turn is shared.
-inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t at_once) {
-  constexpr int64_t kMaxTurns = 8;
+// Lays out blocks along a sample, or over several samples if they are small. Blocks have kThreads threads, or fewer if
+// some multiprocessors would have no block. If there are more than twice as many blocks as the device runs `at_once`,
+// each thread takes several turns, so that the work before its first turn is shared.
+inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multiprocessors, int64_t at_once) {
+  constexpr int64_t kMaxTurns = 8, kLeastThreads = 64;
   const int64_t threads = divide_up(numel, items);  // for a sample
-  int64_t along = 1;
-  while (along < kThreads && along < threads) along *= 2;
-  const int64_t samples = kThreads / along, rows = divide_up(batch, samples), columns = divide_up(threads, along);
+  int64_t block = kThreads, along, samples, rows, columns;
+  for (;; block /= 2) {
+    for (along = 1; along < block && along < threads;) along *= 2;
+    samples = block / along, rows = divide_up(batch, samples), columns = divide_up(threads, along);
+    if (block == kLeastThreads || columns * rows >= multiprocessors) break;
+  }
   const int64_t turns = std::clamp<int64_t>(columns * rows / (2 * at_once), 1, kMaxTurns);
   return {dim3(unsigned_int(divide_up(columns, turns)), unsigned_int(std::min(rows, kMaxGridY)),
                unsigned_int(divide_up(rows, kMaxGridY))),

@@ -281,7 +281,7 @@ template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, clas
 void launch_access(const LossCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = loss_of_samples<Row, kNoise, kAccess, kHostKeys, X, M>;
   constexpr int kParts = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kParts;
-  const int64_t at_once = blocks_at_once<kKernel>(kLossThreads), turns = divide_up(loss_chunks(call.numel), kParts),
+  const int64_t at_once = room_for<kKernel>(kLossThreads).blocks, turns = divide_up(loss_chunks(call.numel), kParts),
                 apart = turns / (kAccess == Access::strided ? channels_in_turn(call, at_once) : 1);
   const Shape shape = shape_of_samples(call.batch, apart, kLossThreads, at_once);
   const Counts counts(call.batch + 1, device, stream);

@@ -88,7 +88,7 @@ template <Access kAccess, class M>
 void launch(const OutputScaleCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = spread_of_samples<kAccess, M>;
   const Shape shape =
-      shape_of_samples(call.batch, loss_chunks(call.numel), kLossThreads, blocks_at_once<kKernel>(kLossThreads));
+      shape_of_samples(call.batch, loss_chunks(call.numel), kLossThreads, room_for<kKernel>(kLossThreads).blocks);
   const Counts counts(call.batch, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), counts.data());
 }

@@ -338,9 +338,10 @@ void launch(const StepCall& call, cudaStream_t stream) {
   constexpr auto kKernel = with_options<kAccess, Options, X, M>;
   const int64_t pixels = elements_of_threads(call);
   // A thread that takes the elements of several channels takes no other turns.
-  const int64_t at_once = pixels < call.numel ? call.batch * call.numel : blocks_at_once<kKernel>(kThreads);
+  const Room room = room_for<kKernel>(kThreads);
+  const int64_t at_once = pixels < call.numel ? call.batch * call.numel : room.blocks;
   constexpr int kItems = kStepItems<kAccess, Options, X>;
-  const Shape shape = launch_shape(call.batch, pixels, kItems, at_once);
+  const Shape shape = launch_shape(call.batch, pixels, kItems, room.multiprocessors, at_once);
   const int64_t step = int64_t{kItems} * shape.grid.x * shape.block.x;
   launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }

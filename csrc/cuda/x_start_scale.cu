@@ -236,7 +236,7 @@ template <Access kAccess, class X, class M>
 void launch(const XStartScaleCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = threshold_samples<kAccess, X, M>;
   const int64_t worth = divide_up(call.numel, kWorthABlock);
-  const Shape shape = shape_of_samples(call.batch, worth, kThreads, blocks_at_once<kKernel>(kThreads));
+  const Shape shape = shape_of_samples(call.batch, worth, kThreads, room_for<kKernel>(kThreads).blocks);
   const Counts counts(shape.grid.x > 1 ? call.batch * (1 + kBins) : call.batch, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), counts.data());
   if (shape.grid.x <= kBlocksOfOneLaunch) return;

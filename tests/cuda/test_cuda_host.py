@@ -368,12 +368,21 @@ def test_the_device_and_its_stream(host, variant):
 
 
 def test_the_grid_follows_the_device(host):
-    """One turn a thread, unless there are more than twice as many blocks as run at once; then up to eight."""
-    call = make_call(("reverse_step", "drawn", PAIRS[0]), 1, 130 * 256 * 8)
-    for device, columns in ((0, 130), (SMALL, 17), (0, 130)):
+    """One turn a thread, unless there are more than twice as many blocks as run at once; then up to eight. Where there
+    are fewer blocks than multiprocessors they are smaller, down to 64 threads."""
+
+    def launched(device, batch, size):
         host.control.set_device(device)
-        host.run(call)
-        assert host.control.take_launches() == [((columns, 1, 1), (256, 1, 1))]
+        host.check(make_call(("reverse_step", "drawn", PAIRS[0]), batch, size))
+        return host.control.take_launches()[-1]
+
+    turn = 8 * 256  # elements that a large block takes at once
+    for device, blocks, threads in ((0, 132, 256), (SMALL, 17, 256), (0, 132, 256)):
+        assert launched(device, 1, 132 * turn) == ((blocks, 1, 1), (threads, 1, 1))
+    for blocks, threads in ((131, 128), (66, 128), (65, 64), (32, 64), (1, 64)):
+        assert launched(0, 1, blocks * turn) == ((blocks * 256 // threads, 1, 1), (threads, 1, 1))
+    assert launched(SMALL, 1, 2 * turn) == ((2, 1, 1), (256, 1, 1))
+    assert launched(0, 32, 8 * 16) == ((1, 8, 1), (16, 4, 1))  # four samples a block
 
 
 @variants
