@@ -28,6 +28,11 @@ void for_each_tensor(const StepCall& call, Visit visit) {
   for (const TensorArg& tensor : call.results) visit(tensor);
   visit(call.input_again);
 }
+template <class Visit>
+void for_each_tensor(const LossCall& call, Visit visit) {
+  for (const TensorArg* tensor : {&call.model_output, &call.variance, &call.x_start, &call.noise}) visit(*tensor);
+  for (const TensorArg* tensor : {&call.slope, &call.variance_slope}) visit(*tensor);
+}
 
 // Whether a tensor's address and strides allow Access::vector.
 inline bool in_vectors(const TensorArg& tensor, int64_t batch) {
@@ -49,15 +54,17 @@ inline Access choose_access(const Call& call, std::initializer_list<const Tensor
   return vector ? Access::vector : Access::strided;
 }
 
-inline Access choose_access(const ElementwiseCall& call) {
-  return choose_access(call, {&call.x, &call.model_output, &call.noise, &call.out});
+template <class AnyCall>
+Access choose_access(const AnyCall& call) {
+  bool vector = in_vectors(call);
+  for_each_tensor(call, [&](const TensorArg& tensor) { vector = vector && in_vectors(tensor, call.batch); });
+  return vector ? Access::vector : Access::strided;
 }
 
 inline Access choose_access(const StepCall& call) {
-  bool vector = in_vectors(call);
-  for (const PerSample& factor : call.factors) vector = vector && factor.stride < int64_t{1} << 32;
-  for_each_tensor(call, [&](const TensorArg& tensor) { vector = vector && in_vectors(tensor, call.batch); });
-  return vector ? Access::vector : Access::strided;
+  for (const PerSample& factor : call.factors)
+    if (factor.stride >= int64_t{1} << 32) return Access::strided;
+  return choose_access<StepCall>(call);
 }
 
 constexpr int kLanes = 32;  // of a warp

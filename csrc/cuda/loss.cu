@@ -8,6 +8,7 @@
 #include "cuda/memory.cuh"
 #include "cuda/normals.cuh"
 #include "cuda/operators.h"
+#include "cuda/pixels.cuh"
 #include "cuda/sample.cuh"
 #include "cuda/sums.cuh"
 
@@ -106,6 +107,8 @@ __device__ __forceinline__ void by_kind(Loss kind, Take take) {
   take(std::integral_constant<Loss, Loss::huber>());
 }
 
+constexpr int kMostChannels = 8;  // of a sample that is taken by pixels: as many chunks are in shared memory
+
 // What a thread does for one sample, in turns of kParts chunks of which it takes four elements each. kHostKeys says
 // that the seed is not in memory, so that the keys are constants.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
@@ -114,6 +117,8 @@ class LossOfSample {
   using Index = IndexOf<kAccess>;
   static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
+  // Whether its calls may be by pixels. With the bound, the model's output has other channels between its own.
+  static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && !kVariational;
   // The blocks that a multiprocessor should hold, by their registers.
   static constexpr int kBlocks = kAccess == Access::strided ? 1 : kVariational ? 6 : 8;
 
@@ -129,13 +134,7 @@ class LossOfSample {
   // Loads the thread's elements of a turn.
   __device__ __forceinline__ void load(Index turn) {
     DDPM_UNROLL
-    for (int p = 0; p < kParts; ++p) {
-      const Four<kAccess> four = four_of(turn, p);
-      four.load(true, call_.model_output, &Place::model_output, m_[p]);
-      four.load(reads_x_start_, call_.x_start, &Place::x_start, x_start_[p]);
-      if constexpr (kNoise == Noise::given) four.load(true, call_.noise, &Place::noise, z_[p]);
-      if constexpr (kVariational) four.load(call_.variance.data != nullptr, call_.variance, &Place::variance, v_[p]);
-    }
+    for (int p = 0; p < kParts; ++p) load(four_of(turn, p), p);
   }
 
   // Computes the losses and stores the slopes of the elements that have been loaded.
@@ -149,48 +148,86 @@ class LossOfSample {
     DDPM_UNROLL
     for (int p = 0; p < kParts; ++p) {
       const Four<kAccess> four = four_of(turn, p);
-      m_[p].unpack_from_here(), x_start_[p].unpack_from_here(), v_[p].unpack_from_here();
-      F2 slopes[2], variance_slopes[2], values[2], difference[2];
-      DDPM_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (kNoise == Noise::given) z[p][i] = widen(z_[p].pairs[i]);
-        const F2 x_start = reads_x_start_ ? widen(x_start_[p].pairs[i]) : F2(0.0f);
-        difference[i] = loss_difference(row_, widen(m_[p].pairs[i]), aims_at_x_start_, x_start, z[p][i]);
-        if constexpr (kVariational) {
-          const F2 d = difference[i], v = call_.variance.data != nullptr ? widen(v_[p].pairs[i]) : F2(0.0f);
-          const LossParts<F2> parts =
-              with_bound(row_, call_.kind, call_.delta, call_.detached, d,
-                         row_.decoder != 0.0f ? decoder_bound(row_, d, v, x_start) : divergence(row_, d, v));
-          values[i] = parts.value;
-          slopes[i] = factor_ * parts.slope;
-          variance_slopes[i] = factor_ * parts.variance_slope;
-        }
-      }
-      if constexpr (!kVariational) {
-        by_kind(call_.kind, [&](auto kind) {
-          constexpr Loss kKind = decltype(kind)::value;
-          DDPM_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const F2 part = loss_part(kKind, call_.delta, difference[i]);
-            values[i] = loss_value(kKind, difference[i], part);
-            slopes[i] = factor_ * part;
-          }
-        });
-      }
-      if (call_.slope.data != nullptr) four.store(call_.slope, &Place::slope, slopes);
-      if constexpr (kVariational) {
-        if (call_.variance_slope.data != nullptr)
-          four.store(call_.variance_slope, &Place::variance_slope, variance_slopes);
-      }
+      F2 values[2];
+      take(four, p, z[p], values);
       float* const place = losses[p] + 4 * threadIdx.x;
       place[0] = four.has(0) ? values[0].v.x : 0.0f, place[1] = four.has(1) ? values[0].v.y : 0.0f;
       place[2] = four.has(2) ? values[1].v.x : 0.0f, place[3] = four.has(3) ? values[1].v.y : 0.0f;
     }
   }
 
+  // Loads the words of a stretch, which is as many pixels as a chunk has elements, of a sample that is channels_last in
+  // all of its tensors. Computes their losses, of each channel's chunk in the chunk's order, and stores the slopes.
+  __device__ __forceinline__ void pixels(uint32_t stretch, float (&losses)[kMostChannels][kParts][kLossChunk]) {
+    constexpr uint32_t kQuads = kLossChunk / 4, kWarps = kLossThreads / kLanes;
+    const PixelWords<kLossThreads> words(call_, dividers_, threadIdx.x / kLanes, kWarps, stretch * kQuads,
+                                         (stretch + 1) * kQuads);
+#pragma unroll 1
+    for (uint32_t quad = words.first; quad < words.end; quad += words.step) {
+      const bool has = words.has(quad);
+      const Four<Access::vector> four(call_, dividers_, static_cast<uint32_t>(b_),
+                                      has ? words.element(quad) : static_cast<uint32_t>(call_.numel));
+      load(four, 0);
+      F2 z[2] = {}, values[2];
+      if (row_.k1 != 0.0f) words.draw_normals(keys_, counter_, quad, z);
+      if (!has) continue;
+      take(four, 0, z, values);
+      const float each[4] = {values[0].v.x, values[0].v.y, values[1].v.x, values[1].v.y};
+      words.each(dividers_, quad, [&](uint32_t channel, uint32_t pixel, uint32_t i) {
+        losses[channel][0][pixel % kLossChunk] = each[i];
+      });
+    }
+  }
+
   __device__ __forceinline__ float weight() const { return weight_of_sum(row_); }
 
  private:
+  template <class Elements>
+  __device__ __forceinline__ void load(const Elements& four, int p) {
+    four.load(true, call_.model_output, &Place::model_output, m_[p]);
+    four.load(reads_x_start_, call_.x_start, &Place::x_start, x_start_[p]);
+    if constexpr (kNoise == Noise::given) four.load(true, call_.noise, &Place::noise, z_[p]);
+    if constexpr (kVariational) four.load(call_.variance.data != nullptr, call_.variance, &Place::variance, v_[p]);
+  }
+
+  // Computes the losses of four elements that have been loaded, whose noise is z if it is drawn, and stores the slopes.
+  template <class Elements>
+  __device__ __forceinline__ void take(const Elements& four, int p, F2 (&z)[2], F2 (&values)[2]) {
+    m_[p].unpack_from_here(), x_start_[p].unpack_from_here(), v_[p].unpack_from_here();
+    F2 slopes[2], variance_slopes[2], difference[2];
+    DDPM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kNoise == Noise::given) z[i] = widen(z_[p].pairs[i]);
+      const F2 x_start = reads_x_start_ ? widen(x_start_[p].pairs[i]) : F2(0.0f);
+      difference[i] = loss_difference(row_, widen(m_[p].pairs[i]), aims_at_x_start_, x_start, z[i]);
+      if constexpr (kVariational) {
+        const F2 d = difference[i], v = call_.variance.data != nullptr ? widen(v_[p].pairs[i]) : F2(0.0f);
+        const LossParts<F2> parts =
+            with_bound(row_, call_.kind, call_.delta, call_.detached, d,
+                       row_.decoder != 0.0f ? decoder_bound(row_, d, v, x_start) : divergence(row_, d, v));
+        values[i] = parts.value;
+        slopes[i] = factor_ * parts.slope;
+        variance_slopes[i] = factor_ * parts.variance_slope;
+      }
+    }
+    if constexpr (!kVariational) {
+      by_kind(call_.kind, [&](auto kind) {
+        constexpr Loss kKind = decltype(kind)::value;
+        DDPM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const F2 part = loss_part(kKind, call_.delta, difference[i]);
+          values[i] = loss_value(kKind, difference[i], part);
+          slopes[i] = factor_ * part;
+        }
+      });
+    }
+    if (call_.slope.data != nullptr) four.store(call_.slope, &Place::slope, slopes);
+    if constexpr (kVariational) {
+      if (call_.variance_slope.data != nullptr)
+        four.store(call_.variance_slope, &Place::variance_slope, variance_slopes);
+    }
+  }
+
   static __device__ __forceinline__ Index element(Index turn, int p) {
     return (turn * kParts + p) * kLossChunk + 4 * threadIdx.x;
   }
@@ -216,7 +253,7 @@ class LossOfSample {
 // By strides, a sample's turns are taken in stretches of `apart`, one for each channel where channels_in_turn says so,
 // else one for all. A block begins with turn blockIdx.x of the first stretch, takes that of the other stretches, and
 // then goes on in the first one by the number of blocks. So where channels are last, it takes all channels of a few
-// pixels before the next pixels, while the L1 cache still holds them.
+// pixels before the next pixels, while the L1 cache still holds them. By pixels, `apart` is the number of stretches.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
@@ -224,7 +261,8 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;
   using Index = typename Body::Index;
   constexpr int kParts = Body::kParts;
-  __shared__ float losses[2][kParts][kLossChunk];  // of this turn and of the one before
+  // Of this turn and of the one before; by pixels, of each channel.
+  __shared__ float losses[Body::kPixels ? kMostChannels : 2][kParts][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
   const Index b = sample_of_block<Index>();
@@ -236,7 +274,19 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
 
   const Index chunks = static_cast<Index>(loss_chunks(call.numel)), turns = (chunks + kParts - 1) / kParts;
   double* const sums = call.chunks + static_cast<int64_t>(b) * chunks;
-  Index first = blockIdx.x;  // of the turns that are `apart`
+  if constexpr (Body::kPixels) {
+    const uint32_t channels = static_cast<uint32_t>(call.channels_last), stretches = static_cast<uint32_t>(apart);
+    for (uint32_t stretch = blockIdx.x; channels > 0 && stretch < stretches; stretch += gridDim.x) {
+      __syncthreads();  // until nobody reads the losses before these
+      body.pixels(stretch, losses);
+      __syncthreads();
+      for (uint32_t c = threadIdx.x / kLanes; c < channels; c += kLossThreads / kLanes) {
+        const double sum = sum_of_lanes(losses[c][0]);
+        if (threadIdx.x % kLanes == 0) sums[c * stretches + stretch] = sum;
+      }
+    }
+  }
+  Index first = call.channels_last > 0 ? turns : blockIdx.x;  // of the turns that are `apart`
   const auto next = [&](Index turn) {
     if constexpr (kAccess == Access::vector) return turn + gridDim.x;
     turn += apart;
@@ -270,9 +320,10 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 
-// As channels_in_turn(call), of a block and its chunks: where the pixels are whole chunks, and one channel alone has
-// enough blocks for the device.
+// As channels_in_turn(call), of a block and its chunks: by pixels, and where the pixels are whole chunks and one
+// channel alone has enough blocks for the device.
 int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
+  if (call.channels_last > 0) return call.channels_last;
   const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
   return apart && call.batch * (call.sizes[1] / kLossChunk) >= at_once ? call.sizes[0] : 1;
 }
@@ -290,9 +341,12 @@ void launch_access(const LossCall& call, int device, cudaStream_t stream) {
 
 template <class Row, Noise kNoise, class X, class M>
 void launch_noise_kind(const LossCall& call, int device, cudaStream_t stream) {
-  const Access access = choose_access(
-      call, {&call.model_output, &call.variance, &call.x_start, &call.noise, &call.slope, &call.variance_slope});
-  if (access == Access::strided) return launch_access<Row, kNoise, Access::strided, false, X, M>(call, device, stream);
+  if (choose_access(call) == Access::strided) {
+    const bool pixels = std::is_same_v<Row, LossRow> && call.dims == 2 && call.sizes[0] <= kMostChannels &&
+                        call.sizes[1] % kLossChunk == 0;
+    const LossCall& turned = pixels ? by_pixels(call) : call;
+    return launch_access<Row, kNoise, Access::strided, false, X, M>(turned, device, stream);
+  }
   // Of the variants with drawn noise only the most frequent one has keys that are constants.
   if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
     if (call.seed_data == nullptr) return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);

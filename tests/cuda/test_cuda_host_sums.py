@@ -169,6 +169,26 @@ def test_channels_last(host, pair, noise):
             assert_same_bits(a.contiguous(), b)
 
 
+@pairs
+def test_losses_of_samples_that_are_channels_last(host, pair):
+    """In all of their tensors: by words, each of whose sectors is touched once, or a second time where a warp's words
+    straddle one. Elsewhere by strides: nine channels, pixels that are no whole chunks, memory that is not aligned."""
+    host.control.set_device(1)  # where blocks take several turns
+    t = torch.tensor([1, 3, 0])  # the second has no noise
+    cases = [(2, 16, 32), (3, 32, 32), (4, 64, 64), (5, 16, 96), (7, 16, 32), (8, 64, 8)]
+    for case in [*cases, (9, 16, 32), (3, 33, 31), (4, 16, 16), (4, 32, 32, 1)]:
+        m, x = normals((3, *case[:3]), pair[1], pair[0])
+        m, x = (y.contiguous(memory_format=torch.channels_last) for y in (m, x))
+        if case not in cases and len(case) == 4:
+            m = torch.empty(m.numel() + 1, dtype=m.dtype)[1:].as_strided(m.shape, m.stride()).copy_(m)
+        for kind, target in ((0, x), (1, x), (2, x if pair[0] != pair[1] else None)):
+            check(host, loss, m, target, kind=kind, t=t)
+        read, written = host.control.sectors_of(lambda m=m, x=x: loss(host.operators, m, x, t=t))
+        by_words = 0.99 * (m.nbytes + x.nbytes) <= 32 * read <= 1.14 * (m.nbytes + x.nbytes)
+        assert by_words == (case in cases), case
+        assert (4 * m.numel() <= 32 * written <= 1.14 * 4 * m.numel()) == by_words, case
+
+
 def test_special_numbers_of_losses(host):
     special = SPECIAL.repeat(30).view(3, -1)
     for kind in range(3):
