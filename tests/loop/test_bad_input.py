@@ -57,7 +57,7 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
         ({"start": torch.zeros(7)}, ValueError, [r"start has shape \(7,\)"]),
         ({"start": [0.0]}, TypeError, ["start is a list"]),
         ({"start": torch.zeros(3, 2, 4).half()}, TypeError, ["start has dtype torch.float16", "float32"]),
-        ({"start": torch.zeros(3, 2, 4), "device": "meta"}, ValueError, ["start is on cpu", "meta"]),
+        ({"start": torch.zeros(3, 2, 4), "device": "meta"}, ValueError, ["start is on DEVICE", "meta"]),
         ({"shape": ()}, (TypeError, ValueError), [r"shape is \(\)"]),
         ({"shape": (2, 0)}, ValueError, [r"shape is \(2, 0\)"]),
         ({"shape": (2.0, 3)}, TypeError, [r"shape is \(2.0, 3\)"]),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.choices import for_many
 from support.operators import DTYPES as DTYPE_PAIRS
-from support.step_inputs import RESULTS
+from support.step_inputs import RESULTS, make_table
 
 import ddpm_ext
 from ddpm_ext import Philox, ops
@@ -140,10 +140,10 @@ def test_nothing_behind_the_memory_of_overlapping_pixels_is_read(dtype):
 
 
 @DTYPES
-def test_nothing_behind_the_memory_of_pixels_is_written(make_step_table, normal, dtype):
-    table = make_step_table(1)
+def test_nothing_behind_the_memory_of_pixels_is_written(dtype):
+    table = make_table(1)
     for channels in range(1, 34):
-        x = normal(1, channels, 100, dtype=dtype)
+        x = torch.randn(1, channels, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
         results = {"out": torch.empty_like(x), "x0_out": torch.empty_like(x)}
         ops.step_with_options(x, x, table, 0, add_noise=False, **results)
         x0 = before_a_guard(torch.empty(100 * channels, dtype=dtype)).view(1, 100, channels).mT

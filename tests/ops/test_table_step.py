@@ -110,11 +110,11 @@ def test_a_copy_on_the_host_may_begin_at_any_number(device, tensors):
         assert torch.equal(ops.TableStep(table, on_host=on_host, add_noise=False).take(x, m, None, 2), expected)
 
 
-def test_each_call_takes_the_launches_of_its_inputs(tensors):
+def test_each_call_takes_the_launches_of_its_inputs(device, tensors):
     """A call without options takes the plain kernel, also where the operator is called by its name."""
     given = tensors()
     x, m, z = (given.pop(name) for name in ("x_t", "model_output", "noise"))
-    step = ops.TableStep(TABLE, add_noise=False)
+    step = ops.TableStep(TABLE.to(device), add_noise=False)
     plain, with_options = ["reverse_step"], ["step_with_options"]
     for inputs, expected in (
         ({}, plain),

@@ -11,18 +11,29 @@ pool, and the generator refuses to draw.
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ext.loop import cuda_graphs
-from ddpm_ext.ops import cards
-
 FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
 
 
+def refuse_in_a_capture(what):
+    if Current.captures:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
+
+
+def end_wait(what):
+    """The host has waited for all work."""
+    refuse_in_a_capture(what)
+    Stream.busy.clear()
+
+
 class Stream:
+    busy: ClassVar[set] = set()  # those that wait for a number of cycles, until the host waits for them
+
     def __init__(self, device=None):
         self.device = device
         LOG.append(("stream", device))
@@ -30,16 +41,33 @@ class Stream:
     def wait_stream(self, other):
         LOG.append(("wait_stream", self, other))
 
+    def query(self):
+        return self not in Stream.busy
+
+    def is_capturing(self):
+        return Current.captures
+
+    def synchronize(self):
+        end_wait("cudaStreamSynchronize")
+
 
 class Event:
+    def __init__(self, enable_timing=False):
+        self.seconds = 0.0
+
     def record(self, stream=None):
         LOG.append(("record", self, stream))
+        self.seconds = time.perf_counter() + Current.slept
+
+    def elapsed_time(self, later):
+        return (later.seconds - self.seconds) * 1e3
 
     def wait(self, stream=None):
         LOG.append(("wait", self, stream))
 
     def synchronize(self):
         LOG.append(("synchronize", self))
+        end_wait("cudaEventSynchronize")
 
 
 LOG: list = []
@@ -49,6 +77,8 @@ DEFAULT = Stream("default")
 class Current:
     stream = DEFAULT
     captures = False
+    captured = None  # the stream of the capture
+    slept = 0.0  # seconds that kernels which only wait have taken, by a clock that does not wait
     allocates: ClassVar[set] = set()  # devices and pools that a capture allocates from
 
 
@@ -80,6 +110,15 @@ def stream(new):
         yield
     finally:
         Current.stream = before
+
+
+def set_stream(new):
+    Current.stream = new
+
+
+def sleep(cycles):
+    Current.slept += cycles / 1.5e9
+    Stream.busy.add(Current.stream)
 
 
 class CUDAGraph:
@@ -142,7 +181,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     assert stream is None or (stream is Current.stream and stream is not DEFAULT)
     LOG.append(("capture", cuda_graph, pool, capture_error_mode))
     recorder, random = Recorder(cuda_graph), torch.get_rng_state()
-    Current.captures = True
+    Current.captures, Current.captured = True, Current.stream
     Current.allocates.add((0, pool))
     try:
         with recorder:
@@ -163,8 +202,26 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
                 tensor.copy_(before)  # nothing was executed
 
 
+FAKES = {
+    "_sleep": sleep,
+    "set_stream": set_stream,
+    "Stream": Stream,
+    "Event": Event,
+    "CUDAGraph": CUDAGraph,
+    "graph": graph,
+    "stream": stream,
+    "current_stream": lambda device=None: Current.stream,
+    "graph_pool_handle": lambda: "pool",
+    "current_device": lambda: 0,
+    "default_generators": [GENERATOR],
+}
+
+
 def install(monkeypatch):
     """Replaces everything in torch.cuda that ddpm_ext's graphs and copies use. Returns the log, emptied."""
+    from ddpm_ext.loop import cuda_graphs  # not before the module is built: pretended_card imports this file
+    from ddpm_ext.ops import cards
+
     LOG.clear()
     CUDAGraph.instances.clear()
     Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
@@ -172,17 +229,6 @@ def install(monkeypatch):
     monkeypatch.setattr(cards, "CAPTURING", ("cpu", "cuda"))
     monkeypatch.setattr(cards, "stream_captures", lambda: Current.captures)
     monkeypatch.setattr(torch._C, cuda_graphs.END_ALLOCATE, end_allocate_to_pool, raising=False)
-    fakes = {
-        "Stream": Stream,
-        "Event": Event,
-        "CUDAGraph": CUDAGraph,
-        "graph": graph,
-        "stream": stream,
-        "current_stream": lambda device=None: Current.stream,
-        "graph_pool_handle": lambda: "pool",
-        "current_device": lambda: 0,
-        "default_generators": [GENERATOR],
-    }
-    for name, fake in fakes.items():
+    for name, fake in FAKES.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return LOG

@@ -68,6 +68,7 @@ def test_resumed(faked, tmp_path, monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("error:graph. steps are not captured")
 def test_on_a_card(device, tmp_path):
     """Without dropout; a convolution's gradients may be summed in any order."""
     runs = []

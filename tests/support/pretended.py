@@ -1,0 +1,52 @@
+"""Processes with a pretended card: their environment, and which tests they run. It does not import torch.
+
+A process gets the card (pretended_card.py) by a sitecustomize.py, before its own first line, so that all of its imports
+and the processes that it forks are those of a machine with a card.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Says which tests run: "all", or of each function the first parameters, or of each file outside cuda/ the first "few".
+SIGN = "DDPM_EXT_PRETENDED_CARD"
+SITE = """
+import sys
+if "benchmarks.gpu" not in sys.orig_argv:  # which runs the parts, and must do without torch
+    from support import pretended_card
+    pretended_card.install()
+"""
+# Why the pretence can't serve a test, and words in such tests' names.
+NOT_PRETENDED = {
+    "too long on a CPU": "more_samples_than_a_grid large_batch test_any_ values_and_slopes accelerated_tutorial",
+    "C++ looks into its tensors": "compile opcheck export fake without_data traced_ trace_of torch_func in_a_mode "
+    "each_sample",
+    "C++ asks for a tensor's device": "autocast as_the_operators run_calls_the_model subclass",
+    "C++ makes other tensors on the host": "test_x_start_scale test_special_numbers",
+    "C++ checks nothing first where operators are watched": "before_it_calls check_of_a_step sample_ids words18 "
+    "process/test_bad",
+    "only one thread has the card": "threads",
+    "the CPU's kernels check values": "not_read_back_from_a_gpu",
+    "a card's generators and pickles": "leaves_torchs_generators table_on_a_device",
+}
+WORDS = " ".join(NOT_PRETENDED.values()).split()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    able = [item for item in items if not any(word in item.nodeid for word in WORDS)]
+    until = "::" if os.environ[SIGN] == "few" else "["
+    first = {item.nodeid.partition("[" if "tests/cuda" in item.nodeid else until)[0]: item for item in reversed(able)}
+    kept = able if os.environ[SIGN] == "all" else [item for item in able if item in first.values()]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def environment(root: Path, folder: Path, parameters: str, site: str = "") -> dict[str, str]:
+    """Of processes that run in `root`, with its tests. `site` is what the sitecustomize.py in `folder` does before."""
+    (folder / "sitecustomize.py").write_text(site + SITE)
+    added = {"PYTHONPATH": f"{folder}{os.pathsep}{root / 'tests'}", "PYTEST_PLUGINS": "support.pretended"}
+    return os.environ | added | {SIGN: parameters, "OMP_NUM_THREADS": "1"}

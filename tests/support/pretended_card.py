@@ -1,0 +1,292 @@
+"""Two pretended GPUs, with values: tensors on "cuda" live in the CPU's memory, and its kernels compute them.
+
+`install` replaces torch.cuda for the whole process, before anything has used it. Then `torch.zeros(3, device="cuda")`
+is a tensor of the CPU to torch's C++, whose storage is marked, and of a GPU to Python. What a GPU refuses is refused:
+operators of tensors of different devices; in a capture (fake_cuda.graph) all that the host waits for, copies of memory
+of the host that is not pinned, pinning memory, and memory for another stream than the one that is captured; while
+torch.cuda.set_sync_debug_mode is "error", all that the host waits for; and in a forked process the card, if its parent
+has used it, and backward passes, if its parent ran one.
+
+An operator has ended when it returns. Times are of the host's clock, and say nothing of a card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from support import fake_cuda
+from support.fake_cuda import Current, refuse_in_a_capture
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NAME, CARDS, CAPABILITY = "pretended card", 2, (9, 0)
+MEMORY = 2**30  # of each card; what it does not have is not refused
+WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+PLAIN = {name: getattr(Tensor, name) for name in ("device", "is_cpu", "is_cuda", "to", "tolist", "numpy")}
+
+GROUPED = torch._C._group_tensors_by_device_and_dtype
+
+
+class Host:
+    """What this process has done with the cards."""
+
+    index = 0  # of the current card
+    passing: int | None = None  # the card of a backward pass, whose C++ makes tensors where it believes them to be
+    sync_debug = "default"
+    used = ran_backward = forked_after_use = forked_after_backward = False
+    blocks = size = in_use = 0  # allocated so far, their bytes, and the bytes that are not free again
+
+    @classmethod
+    def fork(cls) -> None:
+        cls.forked_after_use, cls.forked_after_backward = cls.used, cls.ran_backward
+
+    @classmethod
+    def use(cls, *_: Any) -> bool:
+        if cls.forked_after_use:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+        cls.used = True
+        return True
+
+    @classmethod
+    def allocate(cls, storage: torch.UntypedStorage) -> None:
+        if Current.captures and Current.stream is not Current.captured:
+            refuse_in_a_capture("cudaMalloc for a stream that is not captured")
+        size = math.ceil(storage.nbytes() / 512) * 512
+        cls.blocks, cls.size, cls.in_use = cls.blocks + bool(size), cls.size + size, cls.in_use + size
+        weakref.finalize(storage, cls.free, size)
+
+    @classmethod
+    def free(cls, size: int) -> None:
+        cls.in_use -= size
+
+    @classmethod
+    def wait(cls, what: str) -> None:
+        """The host waits for a card."""
+        refuse_in_a_capture(what)
+        if cls.sync_debug == "error":
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+
+
+def mark(x: Any, name: str) -> Any:
+    """What is noted of a tensor's storage: `card`, its number, and for memory of the host `pinned`; None where nothing
+    is."""
+    try:
+        return getattr(x.untyped_storage(), name, None)
+    except (AttributeError, NotImplementedError, RuntimeError):  # it is none, or has no storage
+        return None
+
+
+def card_of(x: Any) -> int | None:
+    return mark(x, "card")
+
+
+def index_of(device: Any) -> int | None:
+    """The number of a card, or None of another device."""
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cpu")
+    return None if found.type != "cuda" else Host.index if found.index is None else found.index
+
+
+# ------------------------------------------------------------------------------- what a tensor says in Python
+
+
+def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Tensor.to, which in C++ would ask the driver for the current card."""
+    copy = kwargs.pop("copy", False)
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
+    layout = layout or torch.preserve_format
+    if device is None or (device.type in ("cpu", "cuda") and index_of(device) == card_of(self)):
+        return PLAIN["to"](self, dtype or self.dtype, copy=copy, memory_format=layout)
+    # The CPU by its number: without one it is what autograd in C++ takes a tensor's own device for.
+    device = torch.device(device.type, index_of(device) or 0) if device.type in ("cpu", "cuda") else device
+    how = {"dtype": dtype, "non_blocking": non_blocking, "memory_format": layout}
+    return torch.ops.aten._to_copy(self, device=device, **how)
+
+
+def numpy(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if card_of(self) is not None and kwargs.get("force"):
+        return numpy(self.detach().cpu())
+    if card_of(self) is not None:
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu()")
+    return PLAIN["numpy"](self, *args, **kwargs)
+
+
+def device(self: Tensor) -> torch.device:
+    return PLAIN["device"].__get__(self) if card_of(self) is None else torch.device("cuda", card_of(self))
+
+
+TENSOR = {
+    "device": property(device),
+    "is_cuda": property(lambda self: card_of(self) is not None),
+    "is_cpu": property(lambda self: card_of(self) is None and PLAIN["is_cpu"].__get__(self)),
+    "to": to,
+    "cpu": lambda self, memory_format=torch.preserve_format: to(self, "cpu", memory_format=memory_format),
+    "cuda": lambda self, device=None, non_blocking=False: to(self, device or "cuda", non_blocking=non_blocking),
+    "tolist": lambda self: PLAIN["tolist"](self.cpu()),
+    "numpy": numpy,
+    "record_stream": lambda self, stream: None,  # memory is given back at once, as all work has ended
+}
+
+
+def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.tensor and torch.as_tensor, which hide from modes how what they make on the host gets to a card."""
+
+    def make(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> Tensor:
+        found = function(data, **options)
+        found = found if device is None else found.to(device)
+        return found.requires_grad_() if requires_grad else found
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------- operators
+
+
+class Operators(TorchDispatchMode):
+    """Is on for the whole process, and sees each operator."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), function._schema.name.partition("::")[2]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        cards = {index for x in given if (index := card_of(x)) is not None}
+        asked, pinned = kwargs.get("device"), kwargs.get("pin_memory")
+        on = next(iter(cards), None) if asked is None else index_of(asked)
+        if asked == torch.device("cpu") and (name == "_to_copy" or Host.passing is not None):  # see `to`
+            on = next(iter(cards), None if given else Host.passing)
+        if name == "is_pinned":
+            return bool(mark(args[0], "pinned"))
+        if not cards and on is None:
+            if name == "_pin_memory":
+                function, kwargs, pinned = torch.ops.aten.clone.default, {}, True
+            if pinned:
+                refuse_in_a_capture("cudaHostAlloc")
+                kwargs.pop("pin_memory", None)
+            found = function(*args, **kwargs)
+            if pinned:
+                found.untyped_storage().pinned = True
+            return found
+        Host.use()
+        self.check(name, args, kwargs, given, cards, on)
+        if asked is not None and on is not None:
+            kwargs["device"] = torch.device("cpu")
+        found = function(*args, **kwargs)
+        before = {x.untyped_storage()._cdata for x in given}
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor) and on is not None and x.untyped_storage()._cdata not in before:
+                x.untyped_storage().card = on
+                Host.allocate(x.untyped_storage())
+        return found
+
+    def check(self, name: str, args: Any, kwargs: Any, given: list[Tensor], cards: set[int], on: int | None) -> None:
+        """Raises what a card would."""
+        of_host = [x for x in given if card_of(x) is None]
+        if name in WAITS:
+            Host.wait(name)
+        if name in ("_to_copy", "copy_"):
+            source, result = (args[0], on) if name == "_to_copy" else (args[1], card_of(args[0]))
+            if (card_of(source) is None) == (result is None):
+                return
+            if not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False):
+                Host.wait(f"{name} between the host and a card, without non_blocking")
+            memory = source if result is not None else args[0] if name == "copy_" else None
+            if not mark(memory, "pinned"):
+                refuse_in_a_capture("a copy of memory of the host that is not pinned")
+        elif name.startswith(("index", "_index_put")) and of_host:
+            Host.wait(f"{name} by indices of the host")
+        elif len(cards) > 1 or (cards and any(x.dim() for x in of_host)):
+            devices = ", ".join(sorted({str(x.device) for x in given}))
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {devices}")
+
+
+# ------------------------------------------------------------------------------------------------ torch.cuda
+
+
+def synchronize(device: Any = None) -> None:
+    Host.use()
+    fake_cuda.end_wait("cudaDeviceSynchronize")
+
+
+@contextlib.contextmanager
+def current(device: Any) -> Iterator[None]:
+    before, index = Host.index, index_of(device)
+    Host.index = before if index is None else index
+    try:
+        yield
+    finally:
+        Host.index = before
+
+
+def properties(device: Any = None) -> SimpleNamespace:
+    Host.use()
+    about = {"name": NAME, "uuid": "pretended", "multi_processor_count": 132, "L2_cache_size": 2**15}
+    return SimpleNamespace(**about, major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=MEMORY)
+
+
+CUDA: dict[str, Any] = fake_cuda.FAKES | {
+    "_lazy_init": Host.use,
+    "init": Host.use,
+    "is_available": Host.use,  # since it asks the driver
+    "is_initialized": lambda: Host.used,
+    "is_current_stream_capturing": lambda: Current.captures,
+    "device_count": lambda: CARDS * Host.use(),
+    "current_device": lambda: Host.index,
+    "set_device": lambda device: setattr(Host, "index", index_of(device)),
+    "device": current,
+    "get_device_properties": properties,
+    "get_device_capability": lambda device=None: CAPABILITY,
+    "get_device_name": lambda device=None: NAME,
+    "synchronize": synchronize,
+    "empty_cache": lambda: None,
+    "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+    "memory_stats": lambda device=None: {
+        "allocation.all.allocated": Host.blocks,
+        "allocated_bytes.all.allocated": Host.size,
+    },
+    "memory_allocated": lambda device=None: Host.in_use,
+    "get_sync_debug_mode": lambda: Host.sync_debug,
+    "set_sync_debug_mode": lambda mode: setattr(Host, "sync_debug", mode),
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+}
+
+
+def grouped(lists: Any, *options: Any) -> dict[Any, Any]:
+    """Of an optimizer's tensors, which C++ all takes for those of the CPU; the first list has no None."""
+    found = GROUPED(lists, *options)
+    return {(group[0][0][0].device, dtype): group for (_, dtype), group in found.items()}
+
+
+def install() -> None:
+    engine = torch.autograd._engine_run_backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:  # args[0] are the tensors that it begins with
+        if Host.forked_after_backward:
+            raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+        Host.ran_backward, Host.passing = True, card_of(args[0][0])
+        try:
+            return engine(*args, **kwargs)
+        finally:
+            Host.passing = None
+
+    os.register_at_fork(after_in_child=Host.fork)
+    fakes = (
+        (torch.cuda, CUDA),
+        (Tensor, TENSOR),
+        (torch, {name: through_the_host(getattr(torch, name)) for name in ("tensor", "as_tensor")}),
+        (torch.autograd, {"_engine_run_backward": backward}),
+        (torch.accelerator, {"current_stream": lambda device=None: Current.stream}),
+        (torch._C, {"_cuda_getCurrentRawStream": lambda index: id(Current.stream), GROUPED.__name__: grouped}),
+    )
+    for place, names in fakes:
+        for name, fake in names.items():
+            setattr(place, name, fake)
+    Operators().__enter__()
