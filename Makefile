@@ -10,7 +10,7 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the environment is changed by one pip at a time
-.PHONY: help venv build demo test test-fast bench bench-layouts bench-peers fuzz sanitize sass pictures docs gpu dist lint format clean
+.PHONY: help venv build demo test test-fast bench bench-layouts bench-peers fuzz sanitize sass pictures docs gpu rehearse dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ docs: venv ## the documentation with the API's reference, as a site in site/, ha
 # With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.
 gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes (OUT=FOLDER for the results)
 	env -u PYTHONNOUSERSITE $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
+
+rehearse: build ## make gpu from a bare clone against a pretended card, a minute or two (OUT=FOLDER for the results)
+	$(PY) tests/support/rehearsal.py $(or $(OUT),build/rehearsal)
 
 # A wheel is for others' GPUs: all architectures, unless the environment names some. An egg-info that stays would shadow
 # the installed version, and an old one adds its files to the sdist.

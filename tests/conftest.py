@@ -48,6 +48,7 @@ MARKED = {
     "ops/test_parallel.py": "subprocess",
     "peers": "peers",
     "project/test_examples.py": "subprocess",
+    "project/test_gpu_rehearsal.py": "subprocess",
     "project/test_gpu_script.py": "subprocess",
     "project/test_install.py": "subprocess",
     "project/test_packaging.py": "subprocess",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Says which tests run: "all", or of each function the first parameters, or of each file outside cuda/ the first "few".
+# Says which tests run: "all", those with the "first" parameters of each function, or "few": the first of each file.
 SIGN = "DDPM_EXT_PRETENDED_CARD"
 SITE = """
 import sys
@@ -39,7 +39,7 @@ WORDS = " ".join(NOT_PRETENDED.values()).split()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     able = [item for item in items if not any(word in item.nodeid for word in WORDS)]
     until = "::" if os.environ[SIGN] == "few" else "["
-    first = {item.nodeid.partition("[" if "tests/cuda" in item.nodeid else until)[0]: item for item in reversed(able)}
+    first = {item.nodeid.partition(until)[0]: item for item in reversed(able)}
     kept = able if os.environ[SIGN] == "all" else [item for item in able if item in first.values()]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
