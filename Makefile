@@ -93,8 +93,8 @@ docs: venv ## the documentation with the API's reference, as a site in site/, ha
 gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes (OUT=FOLDER for the results)
 	env -u PYTHONNOUSERSITE $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
-rehearse: build ## make gpu from a bare clone against a pretended card, a minute or two (OUT=FOLDER for the results)
-	$(PY) tests/support/rehearsal.py $(or $(OUT),build/rehearsal)
+rehearse: build ## make gpu from a bare clone against a pretended card, three minutes (OUT=FOLDER for the results)
+	PYTHONPATH=tests $(PY) -m support.rehearsal $(or $(OUT),build/rehearsal)
 
 # A wheel is for others' GPUs: all architectures, unless the environment names some. An egg-info that stays would shadow
 # the installed version, and an old one adds its files to the sdist.

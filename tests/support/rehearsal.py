@@ -1,6 +1,6 @@
 """A rehearsal of `make gpu` on a machine without a card, in a bare clone, against pretended_card.py.
 
-    make rehearse           # or, for results in a folder: python tests/support/rehearsal.py FOLDER
+    make rehearse           # or: PYTHONPATH=tests python -m support.rehearsal FOLDER
 
 All that is run is what a card would run: the parts' processes and their forks, the reading of their logs, their time
 limits and the report. `PRETENDED` says what is not. The clone's setup.py is another, which puts a ready module in its
