@@ -36,6 +36,12 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
     return value
 
 
+def flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected a bool")
+
+
 def real(name: str, value: Any) -> float:
     """Returns `value` as a float, which is infinite where it is too large for one. Raises TypeError unless it is a
     number."""

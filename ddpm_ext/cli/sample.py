@@ -144,6 +144,9 @@ def _run_many(options: argparse.Namespace) -> None:
         labels = prepared.labels(range(shards.count))
         write_npz(shards, npz, None if labels is None else labels.numpy(), as_arrays(settings))
         print(npz, flush=True)
+        others = [] if options.npz else sorted(path.name for path in folder.glob("samples_*.npz") if path != npz)
+        if others:
+            print(f"{folder} also has {', '.join(others)}, of another number of samples", flush=True)
     if options.png:
         write_pngs(shards, png)
         print(png, flush=True)

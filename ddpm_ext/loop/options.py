@@ -81,9 +81,7 @@ class LoopOptions:
             if function is not None and not callable(function):
                 raise TypeError(f"{name} is {function!r}, expected a function")
         for name in ("self_condition", "x0"):
-            flag = getattr(self, name)
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} is {flag!r}, expected a bool")
+            checks.flag(name, getattr(self, name))
         if self.inpaint is not None and not isinstance(self.inpaint, Inpaint):
             raise TypeError(f"inpaint is a {type(self.inpaint).__name__}, expected an Inpaint")
         if self.model_kwargs is not None and not isinstance(self.model_kwargs, Mapping):

@@ -211,9 +211,10 @@ NO_RNG: RngArguments = (None, 0, None, 0, 0, -1, None)
 
 
 def noise_arguments(
-    noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int, device: torch.device
+    noise: Tensor | None, rng: Philox | None, add_noise: bool, stream: int, device: torch.device
 ) -> tuple[Any, ...]:
     """noise, draw_noise and the rng's arguments, as the operators take them for samples on `device`."""
+    checks.flag("add_noise", add_noise)
     if rng is not None:
         check_rng(rng)
         if noise is not None:
@@ -222,7 +223,7 @@ def noise_arguments(
     if noise is not None:
         checks.tensor("noise", noise)
         return noise, False, *NO_RNG
-    if drawn:
+    if add_noise:
         return None, True, *fresh_arguments(stream, device)
     return None, False, *NO_RNG
 

@@ -46,7 +46,7 @@ def forward_process(
 ) -> Tensor:
     """k0 x_start + k1 z. Twin of ops.forward_process."""
     check_samples("x_start", x_start, table, t, {"noise": noise, "out": out})
-    check_noise(x_start, noise, rng)
+    check_noise(x_start, noise, rng, add_noise)
     dtype = checks.compute_dtype(x_start.dtype)
     k0, k1 = columns(table.to(dtype), t, x_start)
     x_t = k0 * x_start.to(dtype)
@@ -102,7 +102,7 @@ def diffusion_loss(
     check_options(loss, delta, reduction)
     others = {"model_output": model_output, "x_start": x_start, "noise": noise}
     check_samples(name, x, table, t, others, lower="model_output")
-    check_noise(x, noise, rng)
+    check_noise(x, noise, rng, add_noise=True)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     dtype = checks.compute_dtype(x.dtype)

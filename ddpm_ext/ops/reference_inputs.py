@@ -63,7 +63,8 @@ def check_samples(
             checks.like(name, y, x_name, x, lower=name == lower)
 
 
-def check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None) -> None:
+def check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, add_noise: bool) -> None:
+    checks.flag("add_noise", add_noise)
     if rng is not None:
         ids_of_samples(rng, len(x), x.device)
         if noise is not None:

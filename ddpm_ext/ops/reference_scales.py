@@ -31,6 +31,7 @@ def x_start_scale(
     for name, given in (("uncond_output", uncond_output), ("output_scale", output_scale)):
         if given is not None and model_output is None:
             raise ValueError(f"{name} is given without model_output, expected both")
+    quantile, maximum = checks.real("quantile", quantile), checks.real("maximum", maximum)
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile is {quantile}, expected 0 < quantile <= 1")
     if not maximum >= 1:

@@ -16,11 +16,17 @@ from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind, names
 
 
 def check_plain_step(
-    x_t: Tensor, table: Tensor, t: int | Tensor, noise: Tensor | None, rng: Philox | None, out: Tensor | None
+    x_t: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    noise: Tensor | None,
+    rng: Philox | None,
+    out: Tensor | None,
+    add_noise: bool = True,
 ) -> None:
     """Checks the arguments of reverse_step that are known before a model is called."""
     check_samples("x_t", x_t, table, t, {"noise": noise, "out": out})
-    check_noise(x_t, noise, rng)
+    check_noise(x_t, noise, rng, add_noise)
 
 
 def reverse_step(
@@ -37,7 +43,7 @@ def reverse_step(
 ) -> Tensor:
     """Twin of ops.reverse_step."""
     checks.clip_range(clip)
-    check_plain_step(x_t, table, t, noise, rng, out)
+    check_plain_step(x_t, table, t, noise, rng, out, add_noise)
     checks.like("model_output", model_output, "x_t", x_t, lower=True)
     dtype = checks.compute_dtype(x_t.dtype)
     row = row_numbers(table, t, x_t, dtype)
@@ -129,7 +135,8 @@ def step_with_options(
     """Twin of ops.step_with_options, whose docstring has the equations."""
     inputs = {name: given for name, given in locals().items() if name in STEP_INPUTS and name != "log_variance"}
     checks.clip_range(clip)
-    check_plain_step(x_t, table, t, noise, rng, out)
+    checks.flag("log_variance", log_variance)
+    check_plain_step(x_t, table, t, noise, rng, out, add_noise)
     _check_inputs(x_t, model_output, inputs)
     dtype = checks.compute_dtype(x_t.dtype)
     row = row_numbers(table, t, x_t, dtype)

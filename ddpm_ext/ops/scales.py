@@ -64,6 +64,7 @@ def x_start_scale(
             x_t, model_output, table, t, quantile=quantile, maximum=maximum, **options
         )
     row, index = split_t(t)
+    quantile, maximum = checks.real("quantile", quantile), checks.real("maximum", maximum)
     call = torch.ops.ddpm_ext.x_start_scale if is_recorded() else C.x_start_scale
     return call(x_t, model_output, table, row, index, quantile, maximum, uncond_output, output_scale)
 

@@ -126,6 +126,7 @@ def step_with_options(
         if value is not None:
             checks.tensor(name, value)
     checks.tensor("table", table)
+    checks.flag("log_variance", log_variance)
     row, index = split_t(t)
     low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))

@@ -39,6 +39,7 @@ class CalledTableStep:
     ) -> None:
         checks.tensor("table", table)
         self._table = table
+        checks.flag("add_noise", add_noise)
         self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:

@@ -57,6 +57,10 @@ def test_writes_what_fid_scripts_read(tiny, tmp_path, monkeypatch, capsys, devic
         for i in range(N):
             with image.open(tmp_path / files[1] / f"{i:06d}.png") as picture:
                 assert np.array_equal(np.asarray(picture), opened["arr_0"][i])
+    more = [str(N + 1) if argument == N else argument for argument in loud if argument != "--png"]
+    assert call(*more, "--device", device) == 0
+    other = f"new also has samples_{N}x8x12x3.npz, of another number of samples"
+    assert other in capsys.readouterr().out.splitlines() and (tmp_path / f"new/samples_{N + 1}x8x12x3.npz").is_file()
 
 
 def test_other_settings_are_refused(tiny, tmp_path, many, capsys):

@@ -70,6 +70,7 @@ COMMON = [
     (NOISY, {"noise": X.half()}, TypeError, "noise has dtype"),
     (NOISY, {"noise": X, "rng": Philox(0)}, ValueError, "noise and rng are both given"),
     (NOISY, {"rng": 0}, TypeError, "rng is a int"),
+    (NOISY, {"add_noise": torch.ones(2)}, TypeError, "add_noise is tensor.*, expected a bool"),
     (NOISY, {"rng": Philox(0, IDS[:3])}, ValueError, "sample_ids has shape"),
     (NOISY, {"rng": Philox(0, 2**56 - 3)}, ValueError, "sample_ids"),
     (ALL, {"table": None}, TypeError, "table is a NoneType, expected a tensor"),

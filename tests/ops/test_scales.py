@@ -183,6 +183,8 @@ GOOD = {
         ("x_start_scale", {"x_t": [0.0]}, TypeError, "x_t is a list, expected a tensor"),
         ("x_start_scale", {"quantile": 0.0}, ValueError, "quantile is 0.*, expected 0 < quantile <= 1"),
         ("x_start_scale", {"quantile": NAN}, ValueError, "quantile is nan, expected 0 < quantile <= 1"),
+        ("x_start_scale", {"quantile": torch.ones(2)}, TypeError, "quantile is tensor.*, expected a number"),
+        ("x_start_scale", {"maximum": torch.ones(2)}, TypeError, "maximum is tensor.*, expected a number"),
         ("x_start_scale", {"maximum": 0.5}, ValueError, "maximum is 0.5, expected at least 1"),
         ("x_start_scale", {"table": None}, ValueError, "table.* expected"),
         ("x_start_scale", {"model_output": None, "table": None}, ValueError, "given without model_output"),

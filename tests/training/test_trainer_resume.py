@@ -15,7 +15,8 @@ VARIANTS = {
     "plain": {},
     "bfloat16": {"autocast": "bfloat16"},
     "float16": {"autocast": "float16"},
-    "loss_second_moment": {"timestep_sampler": "loss_second_moment"},
+    # So few timesteps that their probabilities are unequal before the checkpoint.
+    "loss_second_moment": {"timestep_sampler": "loss_second_moment", "timesteps": 3, "beta_schedule": "cosine"},
     "workers": {"workers": 2, "flip": True},
     "learned": {"variance": "learned_range", "beta_schedule": "cosine"},
     "offset": {"offset_noise": 0.1, "input_perturbation": 0.1},
@@ -41,6 +42,11 @@ def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
     assert len(trainer_run.rows(folder)) == (16 if name == "scored" else 14)
     trainer_run.make(folder, resume=True, steps=24, report=lines.append, **VARIANTS[name]).fit()
     assert any(line.startswith("resumed at step 10 ") for line in lines)
+    if name == "loss_second_moment":
+        known = trainer_run.make(tmp_path / "known", steps=10, **VARIANTS[name])
+        known.fit()
+        found = known.state.timestep_sampler.probabilities()
+        assert found.max() > 1.01 * found.min()
     trainer_run.make(straight, steps=24, **VARIANTS[name]).fit()
     trainer_run.assert_same(folder, straight)
     last = [checkpoints.load(checkpoints.newest(run)) for run in (folder, straight)]
