@@ -54,6 +54,28 @@ def test_philox_images_are_ours(objective, sampler, device):
     torch.testing.assert_close(loop(SHAPE), expected, rtol=0, atol=1e-4)
 
 
+class Times(Given):
+    """Keeps the timesteps that it was called with."""
+
+    def forward(self, x, t, x_self_cond=None):
+        self.seen.append(int(t[0]))
+        return super().forward(x, t, x_self_cond)
+
+
+@pytest.mark.parametrize(("timesteps", "counts"), [(60, range(1, 61)), (1000, (30, 73, 150))])
+def test_ddim_calls_the_model_at_the_peers_timesteps(timesteps, counts):
+    plain = make(model=Times(torch.zeros(SHAPE)), timesteps=timesteps)
+    fast = accelerate(plain)
+    for count in counts:
+        seen = []
+        for gd in (plain, fast):
+            gd.sampling_timesteps, gd.model.seen = count, []
+            gd.ddim_sample(SHAPE)
+            seen.append(gd.model.seen)
+        assert seen[0] == seen[1] and len(seen[0]) == count
+    assert not fast.accelerated.own_calls
+
+
 @pytest.mark.parametrize(("own", "steps"), [({}, 50), ({"sampling_timesteps": 10, "ddim_sampling_eta": 0.5}, 10)])
 def test_options_of_our_loop(own, steps, device):
     """They make it GaussianDiffusion's loop, with self-conditioning, whose images are in [0, 1]."""

@@ -60,6 +60,13 @@ def test_linear_quadratic(steps):
         ({"shift": 2.0, "use_exponential_sigmas": True}, {"shift": 2.0, "curve": "exponential"}),
         ({"use_beta_sigmas": True}, {"curve": "beta"}),
         ({"shift": 3.0, "shift_terminal": 0.1}, {"shift": 3.0, "terminal": 0.1}),
+        *(
+            (
+                {"shift": 3.0, "shift_terminal": 0.1, f"use_{curve}_sigmas": True},
+                {"shift": 3.0, "terminal": 0.1, "curve": curve},
+            )
+            for curve in ("karras", "exponential", "beta")
+        ),
     ],
 )
 def test_flow_sigmas(theirs, ours, steps):
@@ -71,7 +78,10 @@ def test_flow_sigmas(theirs, ours, steps):
 
 @pytest.mark.parametrize("mu", [0.4, 1.15])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-@pytest.mark.parametrize("options", [{}, {"shift_terminal": 0.1}, {"use_karras_sigmas": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"shift_terminal": 0.1}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1, "use_karras_sigmas": True}],
+)
 def test_flow_sigmas_by_mu(options, kind, mu):
     """As Flux's pipeline gives them, and LTX's with a terminal."""
     flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, **options)

@@ -266,6 +266,13 @@ def test_crops_depend_on_the_place_alone(ramps):
     assert made.images.seeded
 
 
+def test_every_epoch_has_all_images_in_an_order_of_its_own():
+    images = torch.linspace(-1, 1, 10).view(10, 1, 1, 1)
+    batches = StepBatches(as_images(images), TrainOptions(data="given", batch_size=5, seed=3), 0, 5)
+    seen = torch.cat([batches[step].images.flatten() for step in range(6)]).view(3, 10).tolist()
+    assert all(sorted(epoch) == images.flatten().tolist() for epoch in seen) and len(set(map(tuple, seen))) == 3
+
+
 def test_a_run_from_before_the_option_is_resumed(tmp_path):
     """Its files don't have the option; its value was what is the default now."""
     lines = []
