@@ -275,8 +275,9 @@ def observe(
             result, prev, second = parts_of(returned)
             if not i:
                 first = result
-                if tuples and "return_dict" in parameters:
-                    arguments.setdefault("return_dict", False)
+                tuples = tuples and "return_dict" in parameters and "return_dict" not in arguments
+                if tuples:
+                    arguments["return_dict"] = False
             elif tuples:
                 if (first.name is None) != (result.name is None):
                     raise OtherResults

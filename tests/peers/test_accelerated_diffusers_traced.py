@@ -109,6 +109,31 @@ def test_a_timestep_with_a_dimension(name, launches):
     assert launches
 
 
+@pytest.mark.parametrize("name", ["TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_timestep_gets_a_dimension_in_mid_loop(name):
+    """It may change the results' dtype, here that of float16 samples; the classes of results are diffusers', too."""
+    found = []
+    for scheduler in (make(name), accelerate(make(name))):
+        x, old, kinds = torch.ones(shape_of(scheduler), dtype=torch.float16), None, []
+        for i, t in enumerate(times := set_timesteps(scheduler, 6)):
+            m, t = (x / 4).clamp(-1, 1).half(), t if i < 3 else t[None]
+            before = (old, t, times[i - 1] if i else None) if "DPM" in name else (t,)
+            options = {} if "DDIM" in name else {"generator": torch.Generator().manual_seed(i)}
+            result = scheduler.step(m, *before, x, return_dict=True, **options)
+            prev, x0 = (
+                result
+                if isinstance(result, tuple)
+                else (result.prev_sample, getattr(result, "pred_original_sample", None))
+            )
+            kinds.append((type(result), prev.dtype, None if x0 is None else x0.dtype))
+            x, old = prev.half(), x0
+        found.append((kinds, x))
+    (theirs, expected), (ours, samples) = found
+    assert ours == theirs
+    torch.testing.assert_close(samples, expected, rtol=0, atol=0.01 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize(
     "name, by_index",
     [

@@ -322,7 +322,9 @@ class TracedScheduler(Forward):
             if not loop.settings.are_those_of(self):
                 settings = loop.settings.renewed(self, vars(rows.scheduler))
             expected = at_step(rows.key.options, rows.first + loop.at, len(own))
-            if settings is not None and not over and options == expected:
+            # A timestep with a dimension may give results another dtype; not so where diffusers' own step can't go on.
+            of_kind = has_dim == rows.key.has_dim or not rows.stateless
+            if settings is not None and not over and options == expected and of_kind:
                 at = float(rows.timesteps[loop.at]) if index is None else rows.first + loop.at
                 if at == (float(value) if index is None else index) and self._is_in_place(loop):
                     return loop._replace(settings=settings)
