@@ -53,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, 
     add("--guidance", type=finite_number, metavar="X", help=scale)
     add_class(group, "all")
     add_null_class(group)
-    add("--seeds", type=samples, default=32, metavar="N", help=seeds)
+    add("--seeds", type=samples, default=64, metavar="N", help=seeds)
     add_seed(group)
     add_clip(group)
     add_running(parser, batches="samples at a time", loop=False, dtype=False)
@@ -82,7 +82,7 @@ def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, li
     if not numbers or not 1 <= numbers[0] <= numbers[-1] <= most:
         got = ",".join(map(str, numbers)) or "none"
         raise ValueError(f"{counts}: got {got}, expected numbers from 1 to {most}, the model's timesteps")
-    batch = min(options.batch_size, options.seeds)
+    batch = min(options.batch_size, -(-options.seeds // 2))
     guided = options.guidance is not None
     tuner = Tuner(
         loaded.diffusion,
@@ -111,10 +111,15 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{tuner.calls:,} calls of the model; the many steps' own error is {tuner.teacher_error:.2%} of a sample's size"
     )
-    print("\n".join(_lines(names)))
+    print("\n".join([*_lines(names), *(f"{count} calls: {typed(named[0])}" for count, named in names.items())]))
     if options.plot is not None:
         plots.names_figure(names, options.plot)
         print(options.plot)
+
+
+def typed(named: Named) -> str:
+    """The options of `ddpm-ext sample` that draw with it."""
+    return " ".join(f"--{name} {value}" for name, value in named.options.items())
 
 
 def _lines(names: Mapping[int, Sequence[Named]]) -> list[str]:

@@ -14,7 +14,6 @@ from ddpm_ext.cli.arguments import Subparsers, add_command
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models import tuned
 from ddpm_ext.tuning import Report
-from ddpm_ext.tuning.report import as_near_as
 
 _EXAMPLES = """examples:
   ddpm-ext tune --model my-run --steps 4,6,8,10
@@ -71,4 +70,10 @@ def _lines(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         kept = "" if report.fitted else f"; no fit is nearer ({report.fitted_error:.4f}), so the table is this name's"
         lines.append(f"{report.calls:>5}  {report.error:>12.4f}  {report.best.error:>10.4f}  {report.best}{kept}")
-    return [*lines, *as_near_as(reports)]
+    for report in reports:
+        lines.append(f"the best name for {report.calls} calls: {compare.typed(report.best)}")
+        if report.fitted:
+            near = report.as_near
+            found = "than any name found in up to three times as many" if near is None else f"as {near} in {near.calls}"
+            lines.append(f"{report.calls} calls are {'nearer' if near is None else 'as near'} {found}; {report.pays}")
+    return lines

@@ -32,8 +32,8 @@ def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, 
     found: dict[str, dict[int, float]] = {}
     for calls, named in names.items():
         for each in named:
-            of_name = found.setdefault(f"{each.sampler} with {each.spacing}", {})
-            of_name[calls] = min(each.error if math.isfinite(each.error) else math.inf, of_name.get(calls, math.inf))
+            of_name = found.setdefault(each.label, {})
+            of_name[calls] = min(each.error, of_name.get(calls, math.inf))
     best = {calls: min(errors[calls] for errors in found.values() if calls in errors) for calls in names}
 
     def rank(name: str) -> tuple[int, float]:
@@ -56,7 +56,8 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
 
     Examples:
         >>> from ddpm_ext.tuning import Named
-        >>> names = {n: [Named("unipc", "trailing", steps=n, calls=n, error=1 / n, median=1 / n)] for n in (4, 6)}
+        >>> errors = {"error": 0.1, "standard_error": 0.01, "mean": 0.12, "median": 0.09}
+        >>> names = {n: [Named(sampler="unipc", spacing="trailing", steps=n, calls=n, **errors)] for n in (4, 6)}
         >>> figure = plots.names_figure(names, "names.png")
     """
     if not any(names.values()):
@@ -81,10 +82,12 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
 
     Examples:
         >>> from ddpm_ext.tuning import Named, Report
-        >>> names = [Named("unipc", "trailing", steps=6, calls=6, error=0.1, median=0.1)]
-        >>> found = {"fitted": True, "error": 0.04, "median": 0.03, "fitted_error": 0.04, "names": names}
+        >>> errors = {"error": 0.04, "standard_error": 0.002, "mean": 0.05, "median": 0.03}
+        >>> names = [Named(sampler="unipc", spacing="trailing", steps=6, calls=6, **errors | {"error": 0.1})]
+        >>> found = {"fitted": True, "fitted_error": 0.04, "names": names, "timesteps": [999, 800, 600, 400, 200, 20]}
         >>> by = {"teacher": "100 steps of deis", "teacher_error": 0.001, "seeds": 32, "held_out": 32}
-        >>> report = Report(calls=6, timesteps=[999, 800, 600, 400, 200, 20], model_calls=9000, **found, **by)
+        >>> cost = {"model_calls": 9000, "names_calls": 1000, "batch": 32}
+        >>> report = Report(calls=6, **errors, **found, **by, **cost)
         >>> figure = plots.tuning_figure([report], "tuned.png")
     """
     if not reports:
@@ -95,11 +98,13 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         calls = [report.calls for report in reports]
         left.plot(calls, [report.error for report in reports], label="tuned", **line_style(0, len(calls)) | _BOLD)
+        medians = line_style(0, len(calls)) | {"linestyle": ":", "zorder": 3}
+        left.plot(calls, [report.median for report in reports], label="tuned, median", **medians)
         bests = [report.best.error for report in reports]
         left.plot(
             calls, bests, label="best name", **line_style(1, len(calls)) | {"linestyle": "none", "markersize": 11}
         )
-        curves = {f"{report.best.sampler} with {report.best.spacing}": None for report in reports}
+        curves = {report.best.label: None for report in reports}
         _draw_names(left, names, list(curves | dict.fromkeys(errors_by_name(names)))[:_CURVES], first=2)
         lowest = min(*(report.error for report in reports), *bests)
         left.set_ylim(bottom=min(left.get_ylim()[0], lowest / 1.3))
@@ -136,4 +141,4 @@ def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequen
     if shown:
         axes.set_ylim(min(shown) / 1.3, _ROOM * max(shown))
     axes.set_xticks(sorted(names))
-    axes.set(title="distance to many steps", xlabel="calls of the model", ylabel="error (units of the sample)")
+    axes.set(title="distance to many steps", xlabel="calls of the model", ylabel="mean of the nearest 90 %")

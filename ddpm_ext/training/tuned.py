@@ -17,7 +17,7 @@ from ddpm_ext.training.load_run import TakesClassLabels, Trained, load
 from ddpm_ext.training.network import known_kind
 from ddpm_ext.tuning import Tuner
 
-_SEEDS = 32  # samples to fit to
+_SEEDS, _BATCH = 64, 32  # samples to fit to, and at most so many at a time
 
 
 def tune_run(
@@ -49,7 +49,7 @@ def tune_run(
     missing = [count for count in calls if not _is_there(paths[count], sha256)]
     if not missing:
         return
-    batch = min(batch_size, _SEEDS)
+    batch = min(batch_size, _BATCH)
     labels = None if trained.classes is None else trained.classes.model_kwargs(range(batch), device=device)
     tuner = Tuner(
         trained.settings.diffusion(),

@@ -1,4 +1,4 @@
-"""The numbers of a table's rows, by least squares: row by row first, then all together.
+"""The numbers of a table's rows at given timesteps, by least squares, row by row.
 
 With its timesteps given, a row is linear in what it may add up: the predicted clean sample, the sample, up to three
 clean samples that earlier rows predicted, and with guidance the clean sample by the unconditional output. The row's
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.tuning.loops import Loops, errors
+from ddpm_ext.tuning.errors import distance
+from ddpm_ext.tuning.loops import Loops
 from ddpm_ext.tuning.teacher import Trajectory, angles_of
 
 HISTORY = 3  # how many clean samples of earlier rows a row may read
@@ -63,6 +65,7 @@ def inverse_errors(error: Tensor) -> Tensor:
 class Place:
     """A batch before a row. x: its samples. kept: the clean samples that earlier rows predicted, the newest first."""
 
+    loops: Loops
     x: Tensor
     kept: tuple[Tensor, ...] = ()
 
@@ -71,13 +74,13 @@ class Rows:
     """The rows at given timesteps, whose weights are to be found.
 
     Args:
-        loops: what the rows are for.
-        timesteps: of the schedule, descending.
+        diffusion: what the rows are for.
+        timesteps: of its schedule, descending.
     """
 
-    def __init__(self, loops: Loops, timesteps: Sequence[int]) -> None:
-        self._loops, self.timesteps = loops, tuple(timesteps)
-        rows = make_loop_rows(loops.diffusion, LoopOptions(sampler="euler", timesteps=self.timesteps))
+    def __init__(self, diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> None:
+        self.diffusion, self.timesteps = diffusion, tuple(timesteps)
+        rows = make_loop_rows(diffusion, LoopOptions(sampler="euler", timesteps=self.timesteps))
         self.base, self._begins_with = rows.table, rows.pure_noise
         ones = torch.ones_like(self.base.a)
         self._to_x0 = replace(self.base, c0=ones, c1=torch.zeros_like(ones))
@@ -89,15 +92,15 @@ class Rows:
 
     def terms(self, row: int, place: Place) -> list[Tensor]:
         """What the row adds up, by one call of the model."""
-        terms = [self._loops.run(self._to_x0[row : row + 1], noise=place.x), place.x, *place.kept[:HISTORY]]
-        unconditional = self._loops.unconditional()
+        terms = [place.loops.run(self._to_x0[row : row + 1], noise=place.x), place.x, *place.kept[:HISTORY]]
+        unconditional = place.loops.unconditional()
         if unconditional is not None:
             terms.append(self.base.a[row].item() * place.x + self.base.b[row].item() * unconditional)
         return terms
 
     def begin(self, trajectory: Trajectory) -> tuple[Place, list[Tensor]]:
         """Where a batch is before the first row, and that row's terms, which no weights change."""
-        place = Place(trajectory.batch.noise * self._begins_with)
+        place = Place(trajectory.batch.loops, trajectory.batch.noise * self._begins_with)
         first = trajectory.first_terms
         if self.timesteps[0] not in first:
             first[self.timesteps[0]] = self.terms(0, place)
@@ -143,7 +146,7 @@ def with_weights(base: StepTable, weights: Weights) -> StepTable:
 def _next(place: Place, terms: Sequence[Tensor], weights: Tensor) -> Place:
     x = sum(weight * term.double() for weight, term in zip(weights.tolist(), terms, strict=True))
     assert isinstance(x, Tensor)
-    return Place(x.to(place.x.dtype), (terms[0], *place.kept)[:HISTORY])
+    return Place(place.loops, x.to(place.x.dtype), (terms[0], *place.kept)[:HISTORY])
 
 
 def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor]:
@@ -161,69 +164,4 @@ def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor
             equations.add(own, trajectory.at(arrives))
         weights.append(equations.solve(euler_weights(rows.base, row, len(terms[0]))))
         places = [_next(place, own, weights[-1]) for place, own in zip(places, terms, strict=True)]
-    return weights, _errors([place.x for place in places], trajectories)
-
-
-def _errors(samples: Sequence[Tensor], trajectories: Sequence[Trajectory]) -> Tensor:
-    return torch.cat([errors(x, own.samples) for x, own in zip(samples, trajectories, strict=True)])
-
-
-STEP = 1e-3  # by which a weight is changed to see what follows
-ROUNDS = 3
-DAMPINGS, LENGTHS = (1e-1, 1e-2, 1e-3, 1e-4), (1.0, 0.5)
-
-
-def polish(rows: Rows, trajectories: Sequence[Trajectory], weights: Weights) -> tuple[Weights, Tensor]:
-    """All weights together, towards the teacher's last samples: the method of Gauss and Newton, damped as by Levenberg
-    and Marquardt, with differences in place of derivatives. Returns the weights and their errors."""
-    error = _errors([rows.finish(weights, *rows.begin(own))[1] for own in trajectories], trajectories)
-    for _ in range(ROUNDS):
-        gram, right = _slopes(rows, trajectories, weights, inverse_errors(error))
-        best = weights, error
-        for damping in DAMPINGS:
-            change, singular = torch.linalg.solve_ex(gram + damping * gram.diagonal().diag(), right)
-            if singular:  # as where a model's outputs say nothing, or are too large for any sum
-                continue
-            for length in LENGTHS:
-                moved = [w + d for w, d in zip(weights, (length * change).split(list(map(len, weights))), strict=True)]
-                found = _errors([rows.finish(moved, *rows.begin(own))[1] for own in trajectories], trajectories)
-                if found.mean() < best[1].mean():
-                    best = moved, found
-        gained = 1 - best[1].mean() / error.mean()
-        weights, error = best
-        if gained < 0.01:
-            break
-    return weights, error
-
-
-def polish_calls(steps: int, *, guided: bool) -> int:
-    """How often `polish` calls the model at most, for a batch."""
-    weights = [2 + min(row, HISTORY) + guided for row in range(steps)]
-    slopes = sum(count * (steps - 1 - row) for row, count in enumerate(weights)) + 2 * (steps - 1)
-    return ROUNDS * (slopes + len(DAMPINGS) * len(LENGTHS) * (steps - 1)) + steps
-
-
-def _slopes(
-    rows: Rows, trajectories: Sequence[Trajectory], weights: Weights, of_sample: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The normal equations for a change of all weights, each sample weighted."""
-    count = sum(map(len, weights))
-    gram, right = weights[0].new_zeros(count, count), weights[0].new_zeros(count)
-    batch = len(of_sample) // len(trajectories)
-    for trajectory, own in zip(trajectories, of_sample.split(batch), strict=True):
-        first, first_terms = rows.begin(trajectory)
-        places, samples = rows.finish(weights, first, first_terms)
-        columns = []
-        for row, place in enumerate(places):
-            terms = rows.terms(row, place) if row else first_terms
-            for number in range(len(weights[row])):
-                moved = [w.clone() for w in weights]
-                moved[row][number] += STEP
-                changed = rows.finish(moved, place, terms, row)[1]
-                columns.append(((changed - samples) / STEP).flatten(1).double())
-        slopes = torch.stack(columns, -1)
-        missing = (trajectory.samples.double() - samples.double()).flatten(1)
-        scaled = slopes * own.to(slopes.device)[:, None, None]
-        gram += torch.einsum("bek,bel->kl", scaled, slopes).cpu()
-        right += torch.einsum("bek,be->k", scaled, missing).cpu()
-    return gram, right
+    return weights, torch.cat([distance(at.x, own.samples) for at, own in zip(places, trajectories, strict=True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.base.types import Clip, Model
+from ddpm_ext.base.types import Model
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.ops.noise import STREAM_START, Philox
-from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.step_table import StepTable
 
@@ -35,8 +32,9 @@ class CountedModel:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one batch. noise: what their loops begin with, before it has the first level's deviation."""
+    """The samples of one batch. noise: what they begin with, before it has the first level's deviation."""
 
+    loops: Loops
     rng: Philox
     noise: Tensor
 
@@ -46,8 +44,9 @@ class Loops:
 
     Args:
         diffusion, model, shape: as p_sample_loop's; shape is that of a batch.
-        guidance, clip_denoised, model_kwargs, device: as p_sample_loop's, of all loops.
+        device: as p_sample_loop's.
         rng: seed and first sample id; each batch has the ids after those of the one before.
+        options: others of p_sample_loop, of all loops.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range, or a model that returns its variance.
@@ -59,11 +58,9 @@ class Loops:
         model: Model,
         shape: tuple[int, ...],
         *,
-        guidance: Guidance | float | None = None,
-        clip_denoised: bool | Clip | DynamicThreshold = True,
-        model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         rng: Philox,
+        **options: Any,
     ) -> None:
         if diffusion.variance_entry.learned:
             raise ValueError(
@@ -72,13 +69,7 @@ class Loops:
             )
         self.diffusion, self.model = diffusion, CountedModel(model)
         self.shape = checks.shape(shape, least=1)
-        self.options: dict[str, Any] = {
-            "guidance": as_guidance(guidance),
-            "clip_denoised": clip_denoised,
-            "model_kwargs": model_kwargs,
-            "record": "last",
-            "progress": False,
-        }
+        self.options: dict[str, Any] = {**options, "record": "last", "progress": False}
         first = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
         self.device = checks.device(device or (torch.device("cpu") if first is None else first.device))
         seed, ids = rng.seed_and_ids()
@@ -86,23 +77,28 @@ class Loops:
             raise ValueError(f"rng is {rng}, expected a seed and a first sample id that are ints")
         self._seed, self._first_id = seed, ids
 
-    @property
-    def guidance(self) -> Guidance | None:
-        return self.options["guidance"]
-
     def batch(self, number: int) -> Batch:
         """Batch `number` of this rng's samples: ids number * shape[0] and on after the rng's own."""
         rng = Philox(self._seed, self._first_id + number * self.shape[0])
         noise = self.diffusion.ops.randn(self.shape, rng.of(STREAM_START, 0), device=self.device)
-        return Batch(rng, noise)
+        return Batch(self, rng, noise)
 
-    def samples(self, table: StepTable, batch: Batch) -> Tensor:
-        """A loop's last samples."""
-        return self.run(table, rng=batch.rng, device=self.device)
+    def samples(self, table: StepTable, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A loop's last samples, which are kept in `dtype` between steps; the model has its own input all the same."""
+        return self.run(table, rng=batch.rng, device=self.device, dtype=dtype)
 
-    def run(self, table: StepTable, **start: Any) -> Tensor:
+    def run(self, table: StepTable, dtype: torch.dtype = torch.float32, **start: Any) -> Tensor:
         """The last samples of a loop. start: what it begins from, as options of p_sample_loop."""
-        drawn = self.diffusion.p_sample_loop(self.model, self.shape, sampler=table, **self.options, **start)
+        options: dict[str, Any] = {**self.options, "dtype": dtype, **start}
+        own = options.get("input_dtype") or torch.float32
+
+        def model(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.model(x.to(own), *args, **kwargs).to(dtype)
+
+        if dtype is not torch.float32:
+            options["input_dtype"] = None
+        called = self.model if dtype is torch.float32 else model
+        drawn = self.diffusion.p_sample_loop(called, self.shape, sampler=table, **options)
         assert isinstance(drawn, Tensor)  # with record="last"
         return drawn
 
@@ -111,9 +107,3 @@ class Loops:
         output = self.model.output
         doubled = output is not None and len(output) == 2 * self.shape[0]
         return output[: self.shape[0]] if doubled and output is not None else None
-
-
-def errors(samples: Tensor, truth: Tensor) -> Tensor:
-    """How far each sample is from the truth, float64 (batch,) on the CPU: the root of the mean square of a sample's
-    differences, in the samples' units."""
-    return (samples.double() - truth.double()).flatten(1).square().mean(1).sqrt().cpu()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,38 +16,48 @@ from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.tuning.loops import Loops, errors
+from ddpm_ext.tuning.errors import Errors
 from ddpm_ext.tuning.teacher import Trajectory
 
-FINALISTS = 12  # names that are tried on all held-out samples, after a first round on the first batch
+FINALISTS = 12  # names that are tried on all held-out samples, after a first round
+FIRST = 16  # samples of the first round, in whole batches
 
 
-@dataclass(frozen=True)
-class Named:
-    """A sampler and a spacing by their names.
+Name = tuple[str, str, int]  # sampler, spacing, steps
 
-    steps: of its loop; calls: of the model. error, median: of the samples' distances to the teacher's.
+
+@dataclass(frozen=True, kw_only=True)
+class Named(Errors):
+    """How near a sampler comes by its name.
+
+    sampler, spacing, steps, eta: of its loop, with eta None where the sampler has none. calls: of the model.
 
     Examples:
         >>> from ddpm_ext.tuning import Tuner
         >>> tuner = Tuner(gd, model, images.shape, seeds=4, progress=False)  # doctest: +SKIP
         >>> nearest = tuner.compare(3)[0]  # doctest: +SKIP
-        >>> loop = {"sampler": nearest.sampler, "spacing": nearest.spacing, "steps": nearest.steps}  # doctest: +SKIP
+        >>> images = gd.p_sample_loop(model, images.shape, **nearest.options)  # doctest: +SKIP
     """
 
     sampler: str
     spacing: str
     steps: int
     calls: int
-    error: float
-    median: float
+    eta: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its loop is asked for, as options of p_sample_loop."""
+        eta = {} if self.eta is None else {"eta": self.eta}
+        return {"sampler": self.sampler, "spacing": self.spacing, "steps": self.steps, **eta}
+
+    @property
+    def label(self) -> str:
+        """Its name in words, without the number of steps."""
+        return f"{self.sampler} with {self.spacing}" + ("" if self.eta is None else f", eta {self.eta:g}")
 
     def __str__(self) -> str:
-        of_steps = "" if self.steps == self.calls else f", {self.steps} steps"
-        return f"{self.sampler} with {self.spacing}{of_steps}"
-
-
-Name = tuple[str, str, int]  # sampler, spacing, steps
+        return self.label + ("" if self.steps == self.calls else f", {self.steps} steps")
 
 
 def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTable]:
@@ -59,16 +69,14 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
     found: dict[Name, StepTable] = {}
     seen = set()
     for sampler in SAMPLERS:
-        eta = 0.0 if sampler in WITH_ETA else None
         for spacing in SPACINGS:
             # A step calls the model once or twice, and the first or the last one may be an exception.
             for steps in dict.fromkeys((calls, (calls + 1) // 2, calls - 1)):
                 try:
-                    options = LoopOptions(sampler=sampler, steps=steps, spacing=spacing, eta=eta)
-                    table = make_loop_rows(diffusion, options).table
+                    table, called = table_of(diffusion, sampler, spacing, steps)
                 except (TypeError, ValueError):  # a spacing that the schedule or this number of steps does not have
                     continue
-                if sum(needs.calls_model for needs in row_needs(table)) != calls:
+                if called != calls:
                     continue
                 numbers = table.packed("cpu", torch.float64).numpy().tobytes()
                 if numbers not in seen and not ((table.s != 0) | (table.cu != 0)).any():
@@ -78,23 +86,44 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
     return found
 
 
-def rank_names(
-    loops: Loops, trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTable], calls: int
-) -> list[Named]:
-    """The named tables of so many calls, the nearest first; the last ones after one batch alone."""
-    found: dict[Name, list[Tensor]] = {}
+def table_of(diffusion: GaussianDiffusion, sampler: str, spacing: str, steps: int) -> tuple[StepTable, int]:
+    """The table of these names, without noise, and how often it calls the model.
 
-    def try_all(names: Iterable[Name], own: Trajectory) -> None:
-        for name in names:
-            found.setdefault(name, []).append(errors(loops.samples(tables[name], own.batch), own.samples))
+    Raises TypeError or ValueError for a spacing that the schedule or this number of steps does not have.
+    """
+    options = LoopOptions(sampler=sampler, steps=steps, spacing=spacing, eta=eta_of(sampler))
+    table = make_loop_rows(diffusion, options).table
+    return table, sum(needs.calls_model for needs in row_needs(table))
 
-    def ranked() -> list[Named]:
-        every = ((name, torch.cat(parts)) for name, parts in found.items())
-        named = [Named(*name, calls, each.mean().item(), each.median().item()) for name, each in every]
-        return sorted(named, key=lambda each: (math.isnan(each.error), each.error))
 
-    try_all(tables, trajectories[0])
-    finalists = [(each.sampler, each.spacing, each.steps) for each in ranked()[:FINALISTS]]
-    for trajectory in trajectories[1:]:
-        try_all(finalists, trajectory)
-    return ranked()
+def eta_of(sampler: str) -> float | None:
+    """With which a sampler adds no noise; None where it has none."""
+    return 0.0 if sampler in WITH_ETA else None
+
+
+def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTable], calls: int) -> list[Named]:
+    """The named tables of so many calls: the finalists, the nearest first, on all samples; then the others, on those of
+    the first round alone."""
+    first = first_round(trajectories)
+    found = {name: [own.errors_of(table) for own in trajectories[:first]] for name, table in tables.items()}
+    ranked = _ranked(found, calls)
+    finalists = {(each.sampler, each.spacing, each.steps): each for each in ranked[:FINALISTS]}
+    for name in finalists:
+        found[name] += [own.errors_of(tables[name]) for own in trajectories[first:]]
+    return [*_ranked({name: found[name] for name in finalists}, calls), *ranked[FINALISTS:]]
+
+
+def first_round(trajectories: Sequence[Trajectory]) -> int:
+    """How many batches all names are tried on."""
+    return min(len(trajectories), -(-FIRST // len(trajectories[0].samples)))
+
+
+def _ranked(found: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:
+    named = [named_of(name, calls, torch.cat([*parts])) for name, parts in found.items()]
+    return sorted(named, key=lambda each: each.error)
+
+
+def named_of(name: Name, calls: int, distances: Tensor) -> Named:
+    sampler, spacing, steps = name
+    own = vars(Errors.of(distances))
+    return Named(sampler=sampler, spacing=spacing, steps=steps, calls=calls, eta=eta_of(sampler), **own)

@@ -6,29 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm_ext.tuning.errors import Errors
 from ddpm_ext.tuning.names import Named
 
 SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class Report(Errors):
     """How near a tuned table and the named samplers end to the teacher, on samples that nothing was fitted to.
 
-    An error is the root of the mean square of a sample's differences from the teacher's, in the samples' units; `error`
-    is its mean over the held-out samples and `median` their median.
-
     Attributes:
+        error, standard_error, mean, median: of the table; see Errors.
         calls: of the model, in a loop with the table.
         fitted: whether the table is a fitted one; False: that of the best name, which no fit came nearer than.
-        error, median: of the table.
         fitted_error: of the fitted table, whether it is the table or not.
         names: the named samplers, the nearest first.
+        as_near: a name that is as near in more calls; None where none was found in up to three times as many.
+        bfloat16_error: of the table, where a loop keeps its samples in bfloat16; None: not measured.
         timesteps: of the table.
         teacher: what it was fitted to, in words. teacher_error: how far half the teacher's steps end from all of them,
             relative to the samples' root mean square.
         seeds: how many samples it was fitted to; held_out: how many the errors are of.
-        model_calls: how often the model was called in all.
+        model_calls: how often the model was called in all, of which names_calls for the names; batch: the samples of
+            each call.
 
     Examples:
         >>> from ddpm_ext.tuning import tune
@@ -39,16 +40,18 @@ class Report:
 
     calls: int
     fitted: bool
-    error: float
-    median: float
     fitted_error: float
     names: Sequence[Named]
+    as_near: Named | None = None
+    bfloat16_error: float | None = None
     timesteps: Sequence[int | float]
     teacher: str
     teacher_error: float
     seeds: int
     held_out: int
     model_calls: int
+    names_calls: int
+    batch: int
 
     @property
     def best(self) -> Named:
@@ -63,35 +66,49 @@ class Report:
             "made": fitted if self.fitted else f"{self.best}: no fit is nearer",
             "calls": self.calls,
             "error": round(self.error, 6),
+            "error of": f"{self.held_out} samples, the nearest 90 %",
             "best name": f"{self.best}: {self.best.error:.6f}",
+            **({"eta": self.best.eta} if not self.fitted and self.best.eta is not None else {}),
         }
+
+    @property
+    def pays(self) -> str:
+        """What tuning cost, and after how many images it has paid, in a sentence."""
+        cost = f"{self.model_calls:,} calls of the model for {self.batch} samples each, {self._share:.0%} for the names"
+        if not self.fitted:
+            return f"{cost}; the table is a name's"
+        if self.as_near is None:
+            return f"{cost}; no name was as near in up to three times as many calls"
+        images = self.model_calls * self.batch / (self.as_near.calls - self.calls)
+        return f"{cost}; pays after {images:,.0f} images that take {self.calls} calls in place of {self.as_near.calls}"
+
+    @property
+    def _share(self) -> float:
+        return self.names_calls / max(self.model_calls, 1)
 
     def __str__(self) -> str:
         lines = [
-            f"{self.calls} calls, distance to {self.teacher}: mean and median of {self.held_out} held-out samples",
-            f"  {'fitted' if self.fitted else 'best name':<44} {self.error:.4f} {self.median:.4f}",
+            f"{self.calls} calls, distance to {self.teacher}: of {self.held_out} held-out samples the mean of the "
+            "nearest 90 %, its standard error; mean and median of all",
+            _line("fitted" if self.fitted else "best name", self),
         ]
         if not self.fitted:
-            lines.append(f"  {'no fit is nearer; the nearest':<44} {self.fitted_error:.4f}")
-        lines += [f"  {each!s:<44} {each.error:.4f} {each.median:.4f}" for each in self.names[:SHOWN]]
+            lines.append(f"  {'no fit is nearer; the nearest':<52} {self.fitted_error:.4f}")
+        lines += [_line(str(each), each) for each in self.names[:SHOWN]]
+        lines.append(f"the best name's loop: {', '.join(f'{name}={own!r}' for name, own in self.best.options.items())}")
+        if self.fitted and self.as_near is not None:
+            lines.append(f"as near as {self.as_near} in {self.as_near.calls} calls")
+        if self.bfloat16_error is not None:
+            lines.append(f"with samples in bfloat16: {self.bfloat16_error:.4f}")
         return "\n".join(
             [
                 *lines,
                 f"timesteps: {', '.join(f'{t:g}' for t in self.timesteps)}",
-                f"teacher's own error: {self.teacher_error:.2%} of the samples' size; fitted to {self.seeds} samples, "
-                f"by {self.model_calls} calls of the model",
+                f"teacher's own error: {self.teacher_error:.2%} of the samples' size; fitted to {self.seeds} samples",
+                self.pays,
             ]
         )
 
 
-def as_near_as(reports: Sequence[Report]) -> list[str]:
-    """For each table, in how many calls a name is as near, one sentence each: of the names in any of the reports."""
-    sentences = []
-    names = sorted((report.best for report in reports), key=lambda each: each.calls)
-    for report in reports:
-        near = next((each for each in names if each.error <= report.error), None)
-        if near is None:
-            sentences.append(f"{report.calls} calls are nearer than any name in up to {names[-1].calls}")
-        else:
-            sentences.append(f"{report.calls} calls are as near as {near} in {near.calls}")
-    return sentences
+def _line(name: str, errors: Errors) -> str:
+    return f"  {name:<52} {errors.error:.4f} ± {errors.standard_error:.4f}  {errors.mean:.4f}  {errors.median:.4f}"

@@ -11,6 +11,7 @@ STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # largest, power, smallest: the 
 STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2  # the first strides, and how far they shrink
 POWERS = (0.3, 10.0)
 EVALUATIONS = 60  # at most, from each start
+FOUND, APART = 3, 0.04  # how many timesteps are found, and how far apart, as a share of the schedule
 
 
 def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: float) -> Timesteps:
@@ -31,9 +32,9 @@ def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: f
     return tuple(min(t, timesteps - 1 - i) for i, t in enumerate(found))
 
 
-def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> Timesteps:
-    """The timesteps with the smallest error: from each start, a stride in one of the three numbers is taken where it
-    helps; where none does, strides are halved.
+def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> list[Timesteps]:
+    """The timesteps with the smallest error, then the next best that differ from them: from each start, a stride in one
+    of the three numbers is taken where it helps; where none does, strides are halved.
 
     Args:
         error: of a table with these timesteps.
@@ -56,7 +57,11 @@ def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> T
                 shrunk /= 2
             else:
                 numbers, best = moved, try_numbers(moved)
-    return min(known, key=lambda at: known[at])
+    found: list[Timesteps] = []
+    for at in sorted(known, key=lambda at: known[at]):
+        if all(max(abs(x - y) for x, y in zip(at, own, strict=True)) > APART * timesteps for own in found):
+            found.append(at)
+    return found[:FOUND]
 
 
 def _improved(

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.tables.levels import flow, pure_noise
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.tuning.loops import Batch, Loops, errors
+from ddpm_ext.tuning.errors import distance, typical
+from ddpm_ext.tuning.loops import Batch
 
 SAMPLER, STEPS = "deis", 100
 TOLERANCE = 0.05  # of the samples' root mean square: how far half as many steps may end from all of them
@@ -38,6 +40,10 @@ class Trajectory:
         """The teacher's own samples, at the end."""
         return self.nodes[-1]
 
+    def errors_of(self, table: StepTable, dtype: torch.dtype = torch.float32) -> Tensor:
+        """How far a loop with this table, and samples of this dtype, ends from the teacher, float64 (batch,)."""
+        return distance(self.batch.loops.samples(table, self.batch, dtype), self.samples)
+
     def at(self, angle: float) -> Tensor:
         """The samples at a level between, float64: by the polynomial through the nearest levels, since a sample moves
         smoothly with the angle, on cos(angle) x0 + sin(angle) eps."""
@@ -57,17 +63,17 @@ class Teacher:
 
     calls, calls_to_check = STEPS, STEPS // 2  # of the model, for a batch
 
-    def __init__(self, loops: Loops) -> None:
-        self._loops = loops
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
+        self._diffusion = diffusion
         self._table = self._rows(STEPS)
 
     def _rows(self, steps: int) -> StepTable:
-        spacing = "trailing" if self._loops.diffusion.schedule.scale is flow else "linspace"
-        return make_loop_rows(self._loops.diffusion, LoopOptions(sampler=SAMPLER, steps=steps, spacing=spacing)).table
+        spacing = "trailing" if self._diffusion.schedule.scale is flow else "linspace"
+        return make_loop_rows(self._diffusion, LoopOptions(sampler=SAMPLER, steps=steps, spacing=spacing)).table
 
     def trajectory(self, batch: Batch) -> Trajectory:
         """The whole way of a batch; it takes the memory of a batch for each step."""
-        loops, table = self._loops, self._table
+        loops, table = batch.loops, self._table
         nodes = [batch.noise * pure_noise(table.signal_now[0].item(), table.noise_now[0].item())]
         options = {name: value for name, value in loops.options.items() if name not in ("record", "progress")}
         for record in loops.diffusion.sample_progressive(
@@ -82,7 +88,7 @@ class Teacher:
 
         Raises ValueError where that is so far that nothing could be fitted to the teacher.
         """
-        fewer = self._loops.samples(self._rows(STEPS // 2), trajectory.batch)
+        fewer = trajectory.batch.loops.samples(self._rows(STEPS // 2), trajectory.batch)
         remedy = "is the model trained, and are prediction, schedule and clip_denoised those that it was trained with?"
         return converged(fewer, trajectory.samples, STEPS, remedy)
 
@@ -93,7 +99,7 @@ def converged(fewer: Tensor, samples: Tensor, steps: int, remedy: str) -> float:
     Raises ValueError, with what may help, where that is more than TOLERANCE.
     """
     size = samples.double().square().mean().sqrt().item()
-    error = errors(fewer, samples).mean().item() / max(size, 1e-12)
+    error = typical(distance(fewer, samples)) / max(size, 1e-12)
     if not error <= TOLERANCE:
         raise ValueError(
             f"the teacher has not converged: {-(-steps // 2)} and {steps} steps of {SAMPLER!r} end {error:.3g} of the "

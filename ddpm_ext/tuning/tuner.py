@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,20 @@ from ddpm_ext.ops.noise import Philox, check_rng_of_many
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning import search as timesteps_search
-from ddpm_ext.tuning.fit import Rows, fit, polish, polish_calls
-from ddpm_ext.tuning.loops import Loops, errors
-from ddpm_ext.tuning.names import FINALISTS, Name, Named, named_tables, rank_names
+from ddpm_ext.tuning.errors import Errors, typical
+from ddpm_ext.tuning.fit import Rows, fit
+from ddpm_ext.tuning.joint import ROUNDS, Fit, polish, polish_calls
+from ddpm_ext.tuning.loops import Loops
+from ddpm_ext.tuning.names import FINALISTS, FIRST, Name, Named, named_of, named_tables, rank_names, table_of
 from ddpm_ext.tuning.report import Report
 from ddpm_ext.tuning.teacher import SAMPLER, STEPS, Teacher, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+STARTED = 2  # rounds of each fit before the best goes on
+# How many names, of a spacing each, may come as near as a fit, and in how many times as many steps.
+REACHED, MORE = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,9 @@ class Tuner:
         clip_denoised: bool | Clip | DynamicThreshold = True,
         model_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
-        seeds: int = 32,
+        autocast: torch.dtype | None = None,
+        input_dtype: torch.dtype | None = None,
+        seeds: int = 64,
         rng: Philox | None = None,
         progress: bool = True,
     ) -> None:
@@ -91,13 +100,29 @@ class Tuner:
                 "loop that tables are fitted to"
             )
         rng = check_rng_of_many(Philox(seed=0) if rng is None else rng)
-        options = {"guidance": guidance, "clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
-        self._loops = Loops(diffusion, model, shape, device=device, rng=rng, **options)  # type: ignore[arg-type]
-        self._notes = notes_of_loop(diffusion, LoopOptions(**options))  # type: ignore[arg-type]
-        self._batches = -(-checks.integer("seeds", seeds, 2**20, "2^20", start=1) // self._loops.shape[0])
+        options: dict[str, Any] = {
+            "guidance": guidance,
+            "clip_denoised": clip_denoised,
+            "model_kwargs": model_kwargs,
+            "autocast": autocast,
+            "input_dtype": input_dtype,
+        }
+        checked = LoopOptions(**options)
+        self._guided = checked.guide is not None
+        self._notes = notes_of_loop(diffusion, checked) | {
+            "schedule": f"{diffusion.timesteps} timesteps, whose signal sums to {diffusion.schedule.signal.sum():.4f}"
+        }
+        options["guidance"] = checked.guide
+        self._diffusion, self._loops = diffusion, Loops(diffusion, model, shape, device=device, rng=rng, **options)
+        self._shape = self._loops.shape
+        seeds = checks.integer("seeds", seeds, 2**20, "2^20", start=1)
+        self._batches = -(-seeds // self._shape[0])
+        self._half = -(-self._batches // 2)
         self._progress = progress
         self._fitted: list[Trajectory] = []
+        self._checked: list[Trajectory] = []
         self._held_out: list[Trajectory] = []
+        self._teacher_calls, self._names_calls = 0, dict[int, int]()
         self._names: dict[int, list[Named]] = {}  # by the number of calls, as the next one
         self._tables: dict[int, dict[Name, StepTable]] = {}
         self.teacher_error = 0.0
@@ -113,82 +138,124 @@ class Tuner:
         Raises:
             TypeError, ValueError: steps are no ints, or out of range.
         """
-        of_batch, batches = Teacher.calls_to_check, self._batches
-        planned = of_batch + Teacher.calls * batches * (2 if fit else 1)
+        held_out, timesteps = self._batches, self._diffusion.timesteps
+        all_fitted = self._batches + self._half
+        planned = Teacher.calls_to_check + Teacher.calls * (held_out + (all_fitted if fit else 0))
         for count in steps:
-            checks.integer("steps", count, self._loops.diffusion.timesteps + 1, "timesteps + 1", start=1)
+            checks.integer("steps", count, timesteps + 1, "timesteps + 1", start=1)
             names = len(self._named_tables(count))
-            planned += count * (names + min(names, FINALISTS) * (batches - 1) + 2 * batches)
+            first = min(held_out, -(-FIRST // self._shape[0]))
+            planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
-                planned += batches * (timesteps_search.EVALUATIONS * len(timesteps_search.STARTS) + 2) * count
-                planned += batches * polish_calls(count, guided=self._loops.guidance is not None)
+                starts, rounds = timesteps_search.FOUND, timesteps_search.FOUND * STARTED + ROUNDS
+                planned += count * self._half * timesteps_search.EVALUATIONS * len(timesteps_search.STARTS)
+                planned += count * (starts + 1) * 2 * all_fitted + count * 3 * held_out
+                planned += all_fitted * polish_calls(count, rounds, guided=self._guided)
+                planned += math.ceil(count * sum(MORE) + len(MORE)) * REACHED * held_out
         return planned
 
     def compare(self, calls: int) -> list[Named]:
         """The named samplers at so many calls, the nearest to the teacher first. Raises: as `tune`."""
-        checks.integer("steps", calls, self._loops.diffusion.timesteps + 1, "timesteps + 1", start=1)
+        checks.integer("steps", calls, self._diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
             with self._counted(self.planned_calls([calls], fit=False), "named samplers"):
                 self._prepare(fit=False)
-                self._names[calls] = rank_names(self._loops, self._held_out, self._named_tables(calls), calls)
+                before = self.calls
+                self._names[calls] = rank_names(self._held_out, self._named_tables(calls), calls)
+                self._names_calls[calls] = self.calls - before
         return self._names[calls]
 
     def tune(self, steps: int) -> Tuned:
         """The table of so many calls; see `tune`."""
-        names, loops = self.compare(steps), self._loops
+        names = self.compare(steps)
         with self._counted(self.planned_calls([steps]), "fit"):
             self._prepare(fit=True)
-
-            def error(timesteps: tuple[int, ...]) -> float:
-                return fit(Rows(loops, timesteps), self._fitted)[1].mean().item()
-
-            rows = Rows(loops, timesteps_search.search(error, loops.diffusion.timesteps, steps))
-            plain, _ = fit(rows, self._fitted)
-            tables = [rows.table(weights) for weights in (plain, polish(rows, self._fitted, plain)[0])]
-            found = [self._held_out_errors(table) for table in tables]
-        best = min(range(len(tables)), key=lambda i: found[i].mean().item())
-        table, own = tables[best], found[best]
-        fitted_error = own.mean().item()
-        fitted = fitted_error < names[0].error
-        if not fitted:
-            nearest = names[0]
-            table = self._named_tables(steps)[nearest.sampler, nearest.spacing, nearest.steps]
-            own = self._held_out_errors(table)
+            begun = self.calls
+            found = self._fit(steps)
+            table = found.rows.table(found.weights)
+            own = self._errors(table)
+            fitted_error = typical(own)
+            fitted = fitted_error < names[0].error
+            if not fitted:
+                nearest = names[0]
+                table = self._named_tables(steps)[nearest.sampler, nearest.spacing, nearest.steps]
+                own = self._errors(table)
+            kept = [each.errors_of(table, torch.bfloat16) for each in self._held_out]
+            as_near = self._as_near(names, fitted_error) if fitted else None
+            cost = self._teacher_calls + self._names_calls[steps] + self.calls - begun
         report = Report(
+            **vars(Errors.of(own)),
             calls=steps,
             fitted=fitted,
-            error=own.mean().item(),
-            median=own.median().item(),
             fitted_error=fitted_error,
             names=names,
+            as_near=as_near,
+            bfloat16_error=typical(torch.cat(kept)),
             timesteps=table.timestep.tolist(),
             teacher=f"{STEPS} steps of {SAMPLER}",
             teacher_error=self.teacher_error,
-            seeds=self._batches * loops.shape[0],
+            seeds=self._batches * self._shape[0],
             held_out=len(own),
-            model_calls=self.calls,
+            model_calls=cost,
+            names_calls=self._names_calls[steps],
+            batch=self._shape[0],
         )
         return Tuned(replace(table, notes=self._notes | report.notes), report)
 
+    def _fit(self, steps: int) -> Fit:
+        """The fit that ends nearest on the samples that check it, of several that begin at the best of the search."""
+
+        def error(timesteps: tuple[int, ...]) -> float:
+            return typical(fit(Rows(self._diffusion, timesteps), self._fitted[: self._half])[1])
+
+        starts = []
+        for timesteps in timesteps_search.search(error, self._diffusion.timesteps, steps):
+            rows = Rows(self._diffusion, timesteps)
+            starts.append(polish(rows, fit(rows, self._fitted)[0], self._fitted, self._checked, STARTED))
+        best = min(starts, key=lambda each: each.error)
+        return polish(best.rows, best.weights, self._fitted, self._checked)
+
+    def _as_near(self, names: Sequence[Named], error: float) -> Named | None:
+        """The first name, by more and more steps, that comes as near: of the nearest of each spacing, since some spacings
+        end at an error that no number of steps makes smaller."""
+        nearest = list({each.spacing: each for each in reversed(names)}.values())
+        nearest = sorted(nearest, key=lambda each: each.error)[:REACHED]
+        for more in MORE:
+            for each in nearest:
+                name = each.sampler, each.spacing, math.ceil(more * each.steps)
+                with contextlib.suppress(ValueError):  # more steps than the spacing has
+                    table, calls = table_of(self._diffusion, *name)
+                    found = named_of(name, calls, self._errors(table))
+                    if found.error <= error:
+                        return found
+        return None
+
+    def _errors(self, table: StepTable) -> Tensor:
+        """Of the held-out samples."""
+        return torch.cat([own.errors_of(table) for own in self._held_out])
+
     def _prepare(self, *, fit: bool) -> None:
-        """Runs the teacher where that was not done."""
-        teacher = Teacher(self._loops)
+        """Runs the teacher where that was not done: on the samples to fit to, as many that are held out, and half as
+        many that tell which of the fits is best."""
+        begun, count, teacher = self.calls, self._batches, Teacher(self._diffusion)
+
+        def made(batches: int, first: int) -> list[Trajectory]:
+            return [teacher.trajectory(self._loops.batch(i)) for i in range(first, first + batches)]
+
         if not self._held_out:
-            held_out = [teacher.trajectory(self._loops.batch(self._batches + i)) for i in range(self._batches)]
+            held_out = made(count, count)
             self.teacher_error = teacher.error_of(held_out[0])
             self._held_out = held_out
         if fit and not self._fitted:
-            self._fitted = [teacher.trajectory(self._loops.batch(i)) for i in range(self._batches)]
+            self._fitted, self._checked = made(count, 0), made(self._half, 2 * count)
+        self._teacher_calls += self.calls - begun
 
     def _named_tables(self, calls: int) -> dict[Name, StepTable]:
         if calls not in self._tables:
-            self._tables[calls] = named_tables(self._loops.diffusion, calls)
+            self._tables[calls] = named_tables(self._diffusion, calls)
         return self._tables[calls]
 
-    def _held_out_errors(self, table: StepTable) -> Tensor:
-        return torch.cat([errors(self._loops.samples(table, own.batch), own.samples) for own in self._held_out])
-
-    @contextmanager
+    @contextlib.contextmanager
     def _counted(self, planned: int, what: str) -> Iterator[None]:
         """Shows a progress bar of the calls of the model, of which there are `planned` at most."""
         if not (self._progress and has_bars()):
@@ -214,7 +281,9 @@ def tune(
     clip_denoised: bool | Clip | DynamicThreshold = True,
     model_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
-    seeds: int = 32,
+    autocast: torch.dtype | None = None,
+    input_dtype: torch.dtype | None = None,
+    seeds: int = 64,
     rng: Philox | None = None,
     progress: bool = True,
 ) -> Tuned:
@@ -229,10 +298,10 @@ def tune(
         diffusion, model: as p_sample_loop's. The model is called in its current mode: a network belongs in eval().
         shape: of a batch, (batch, ...).
         steps: calls of the model in a loop with the table, from 1 to the diffusion's timesteps.
-        guidance, clip_denoised, model_kwargs, device: as p_sample_loop's, and as in the loops that will take the table:
-            for others it is not made, and they warn.
-        seeds: samples to fit to, rounded up to whole batches; as many again are held out. Each takes the memory of 100
-            samples.
+        guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: as p_sample_loop's, and as in the loops
+            that will take the table: for others it is not made, and those with another guidance or clip warn.
+        seeds: samples to fit to, rounded up to whole batches; as many again are held out, and half as many tell which
+            fit is best. Each takes the memory of 100 samples.
         rng: seed and first sample id of the samples; None: Philox(seed=0). The same seed gives the same table.
         progress: whether to show a progress bar on a terminal (where tqdm is installed).
 
@@ -256,6 +325,8 @@ def tune(
         clip_denoised=clip_denoised,
         model_kwargs=model_kwargs,
         device=device,
+        autocast=autocast,
+        input_dtype=input_dtype,
         seeds=seeds,
         rng=rng,
         progress=progress,

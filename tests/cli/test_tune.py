@@ -43,7 +43,12 @@ def test_tune_writes_tables_and_says_what_they_reach(model):
     table = StepTable.load(model / "tuned" / "2.json")
     calls, error, best = lines[4].split()[:3]
     assert (calls, float(error)) == ("2", pytest.approx(table.notes["error"], abs=1e-4)) and float(error) <= float(best)
-    assert lines[5].startswith("2 calls are ") and lines[6] == str(model / "tune.png")
+    typed = re.fullmatch(r"the best name for 2 calls: (.*)", lines[5])[1].split()
+    name, _, spacing = lines[4].split()[3:6]
+    assert typed[:4] == ["--sampler", name, "--spacing", spacing.rstrip(",;")]
+    assert build_parser().parse_args(["sample", *typed]).steps in (1, 2)
+    assert "the table is this name's" in lines[4] or lines[6].startswith("2 calls are ")
+    assert lines[-1] == str(model / "tune.png")
     expected = {"seed": 7, "guidance": None, "model_sha256": model_hash(models.load_model(model))}
     assert table.notes.items() >= expected.items()
 

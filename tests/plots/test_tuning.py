@@ -11,9 +11,14 @@ from ddpm_ext.tuning import Named, Report
 
 pytest.importorskip("matplotlib")
 
-ERRORS = {"unipc": {4: 0.2, 6: 0.1}, "ddim": {4: 0.4, 6: 0.3}, "plms": {4: 0.3, 6: math.nan}, "heun": {6: 0.05}}
+ERRORS = {"unipc": {4: 0.2, 6: 0.1}, "ddim": {4: 0.4, 6: 0.3}, "plms": {4: 0.3, 6: math.inf}, "heun": {6: 0.05}}
+OTHERS = {"standard_error": 0.01, "mean": 0.2, "median": 0.01}
 NAMES = {
-    calls: [Named(name, "trailing", calls, calls, of[calls], 0.1) for name, of in ERRORS.items() if calls in of]
+    calls: [
+        Named(sampler=name, spacing="trailing", steps=calls, calls=calls, error=of[calls], **OTHERS)
+        for name, of in ERRORS.items()
+        if calls in of
+    ]
     for calls in (4, 6)
 }
 
@@ -33,12 +38,14 @@ def test_names_by_their_errors():
 def test_tuned_tables_and_their_timesteps(calls, tmp_path):
     reports = []
     for count in calls:
-        names = sorted(NAMES[count], key=lambda each: (math.isnan(each.error), each.error))
-        found = {"error": 0.1 / count, "median": 0.01, "fitted_error": 0.1 / count, "names": names}
-        by = {"teacher": "many", "teacher_error": 0.001, "seeds": 2, "held_out": 2, "model_calls": 99}
-        reports.append(Report(count, True, timesteps=list(range(count, 0, -1)), **found, **by))
+        names = sorted(NAMES[count], key=lambda each: each.error)
+        found = {"error": 0.1 / count, "fitted": True, "fitted_error": 0.1 / count, "names": names}
+        by = {"teacher": "many", "teacher_error": 0.001, "seeds": 2, "held_out": 2}
+        by |= {"model_calls": 99, "names_calls": 9, "batch": 2}
+        reports.append(Report(calls=count, timesteps=list(range(count, 0, -1)), **found, **by, **OTHERS))
     left, right = tuning_figure(reports, tmp_path / "tuned.png").axes
     assert drawn(left)["tuned"] == [[count, 0.1 / count] for count in sorted(calls)]
+    assert drawn(left)["tuned, median"] == [[count, 0.01] for count in sorted(calls)]
     assert drawn(left)["best name"][-1] == [6, 0.05] and left.get_yscale() == "log"
     assert left.get_ylim()[0] < 0.1 / 6  # the lowest is seen
     shown = [line.get_xdata().tolist() for line in right.lines]

@@ -12,9 +12,11 @@ from support.refused import refused
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable
 from ddpm_ext.tuning import Tuner, tune
-from ddpm_ext.tuning.fit import Equations, Rows, euler_weights, fit, polish
-from ddpm_ext.tuning.loops import Loops, errors
-from ddpm_ext.tuning.names import named_tables
+from ddpm_ext.tuning.errors import Errors, distance, typical
+from ddpm_ext.tuning.fit import Equations, Rows, euler_weights, fit
+from ddpm_ext.tuning.joint import Fit, polish
+from ddpm_ext.tuning.loops import Loops
+from ddpm_ext.tuning.names import FINALISTS, named_tables, rank_names
 from ddpm_ext.tuning.search import search, spaced
 from ddpm_ext.tuning.teacher import Teacher, Trajectory
 
@@ -69,30 +71,90 @@ def test_a_tuned_loop_is_nearer_than_any_name(tuned):
         return GD.p_sample_loop(mixture(), (64, 3, 4), sampler=sampler, rng=Philox(99), **options, **QUIET)
 
     truth = final("dpmpp_2m", steps=TIMESTEPS)
-    named = final(report.best.sampler, steps=report.best.steps, spacing=report.best.spacing)
-    assert errors(final(tuned.table), truth).mean() < 0.7 * errors(named, truth).mean()
+    assert distance(final(tuned.table), truth).mean() < 0.7 * distance(final(**report.best.options), truth).mean()
     assert tune(GD, mixture(), SHAPE, steps=3, seeds=10, progress=False).table == tuned.table  # rounded up to a batch
     other = tune(GD, mixture(), SHAPE, steps=3, seeds=16, rng=Philox(1), progress=False)
     assert other.table != tuned.table and other.report.error < 0.6 * other.report.best.error
     text = str(report)
-    assert str(report.best) in text and f"{report.error:.4f}" in text and f"{report.model_calls} calls" in text
+    assert str(report.best) in text and f"{report.error:.4f}" in text and f"{report.model_calls:,} calls" in text
 
 
 def test_the_loop_is_the_fit(tuned, tmp_path):
     """A loop with the table ends where the fit did, also with guidance, whose rows read the unconditional output."""
     for model, options in ((mixture(), {}), (doubled, {"guidance": 2.0, "clip_denoised": (-0.7, 0.9)})):
         loops = Loops(GD, model, SHAPE, rng=Philox(3), **options)
-        trajectory = Teacher(loops).trajectory(loops.batch(0))
-        rows = Rows(loops, (190, 110, 50, 5))
+        trajectory = Teacher(GD).trajectory(loops.batch(0))
+        rows = Rows(GD, (190, 110, 50, 5))
         weights, error = fit(rows, [trajectory])
-        better, polished = polish(rows, [trajectory], weights)
-        for own, expected in ((weights, error), (better, polished)):
-            found = errors(loops.samples(rows.table(own), trajectory.batch), trajectory.samples)
-            torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
-        assert polished.mean() < error.mean()
-        assert bool(rows.table(better).cu.any()) == bool(options)
+        polished = polish(rows, weights, [trajectory], [trajectory])
+        better = polished.rows.table(polished.weights)
+        for table, expected in ((rows.table(weights), error), (better, polished.errors)):
+            torch.testing.assert_close(trajectory.errors_of(table), expected, rtol=0, atol=5e-5)
+        assert polished.error < 0.9 * typical(error)
+        assert better.timestep.tolist() == list(polished.rows.timesteps) != [190, 110, 50, 5]
+        assert bool(better.cu.any()) == bool(options)
     tuned.table.save(tmp_path / "a.json")
     assert StepTable.load(tmp_path / "a.json") == tuned.table
+
+
+def test_the_report_is_of_samples_that_nothing_was_fitted_to(tuned):
+    """Those after the ones that were fitted to, beside the teacher's loop; the best name's options give its error."""
+
+    def held_out(sampler, **options):
+        return GD.p_sample_loop(mixture(), SHAPE, sampler=sampler, rng=Philox(0, sample_ids=16), **options, **QUIET)
+
+    truth = held_out("deis", steps=100, spacing="linspace")
+    for loop, found in (({"sampler": tuned.table}, tuned.report), *((own.options, own) for own in tuned.report.names)):
+        own = distance(held_out(**loop), truth).sort().values
+        assert found.mean == pytest.approx(own.mean().item(), rel=1e-6)
+        assert found.error == pytest.approx(own[:15].mean().item(), rel=1e-6), loop  # 90 % of 16
+    assert any("eta" in each.options for each in tuned.report.names)
+
+
+def test_a_few_samples_elsewhere_change_the_error_little():
+    near = torch.rand(50, generator=torch.Generator().manual_seed(0)).double() * 0.01
+    far = near.clone()
+    far[:4] = 3.0
+    assert typical(far) < 1.2 * typical(near) and far.mean() > 20 * near.mean()
+    assert typical(torch.cat([near, torch.tensor([math.nan]).double()])) == math.inf
+    drawn = torch.rand(2000, 50, generator=torch.Generator().manual_seed(1)).double() ** -0.3  # a few far ones in each
+    spread = torch.tensor([typical(each) for each in drawn]).std().item()
+    assert sum(Errors.of(each).standard_error for each in drawn) / len(drawn) == pytest.approx(spread, rel=0.1)
+
+
+def test_names_are_compared_on_the_same_samples():
+    """The finalists on all samples; one that was tried on the first batch alone never comes before them."""
+
+    class Batch:
+        samples = torch.zeros(16, 1)
+
+        def __init__(self, scale):
+            self.errors_of = lambda table: torch.full((16,), scale * table)
+
+    tables = {("euler", "trailing", number): 1 + number / 100 for number in range(FINALISTS + 3)}
+    ranked = rank_names([Batch(1.0), Batch(9.0)], tables, 4)
+    assert [each.steps for each in ranked] == list(range(FINALISTS + 3))
+    assert ranked[FINALISTS - 1].error > 4 > ranked[FINALISTS].error
+
+
+def test_a_network_in_bfloat16():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def forward(self, x, t):
+            assert x.dtype is torch.bfloat16
+            return (mixture()(x.float(), t) * self.scale).bfloat16()
+
+    tuned = tune(GD, Network(), SHAPE, steps=2, seeds=16, input_dtype=torch.bfloat16, progress=False)
+    held_out = {"rng": Philox(0, sample_ids=16), **QUIET}
+    truth = GD.p_sample_loop(
+        Network(), SHAPE, sampler="deis", steps=100, spacing="linspace", input_dtype=torch.bfloat16, **held_out
+    )
+    samples = GD.p_sample_loop(Network(), SHAPE, sampler=tuned.table, dtype=torch.bfloat16, **held_out)
+    own = distance(samples, truth).sort().values[:15].mean().item()
+    assert tuned.report.fitted and tuned.report.bfloat16_error == pytest.approx(own, rel=1e-6) != tuned.report.error
 
 
 def test_least_squares_finds_the_weights_in_spite_of_an_outlier():
@@ -139,7 +201,7 @@ def test_spaced_timesteps_descend_in_the_schedule(choose):
 
 def test_search_finds_the_smallest_error():
     best = spaced(1000, 5, 0.8, 1.7, 0.02)
-    found = search(lambda at: sum((x - y) ** 2 for x, y in zip(at, best, strict=True)) + 1.0, 1000, 5)
+    found = search(lambda at: sum((x - y) ** 2 for x, y in zip(at, best, strict=True)) + 1.0, 1000, 5)[0]
     assert max(abs(x - y) for x, y in zip(found, best, strict=True)) <= 15
 
 
@@ -157,7 +219,7 @@ def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names):
         return weights, torch.ones(1)
 
     monkeypatch.setattr("ddpm_ext.tuning.tuner.fit", of_euler)
-    monkeypatch.setattr("ddpm_ext.tuning.tuner.polish", lambda rows, trajectories, weights: (weights, None))
+    monkeypatch.setattr("ddpm_ext.tuning.tuner.polish", lambda rows, weights, *_: Fit(rows, weights, torch.ones(1)))
     tuner = Tuner(GD, mixture(), SHAPE, seeds=16, progress=False)
     found = tuner.tune(3)
     best = found.report.best

@@ -23,8 +23,8 @@ from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning import Named, Report, Tuned
+from ddpm_ext.tuning.errors import Errors, distance, typical
 from ddpm_ext.tuning.fit import HISTORY, Equations, euler_weights, with_weights
-from ddpm_ext.tuning.loops import errors
 from ddpm_ext.tuning.teacher import SAMPLER, converged
 
 __all__ = ["tune_pipeline"]
@@ -96,20 +96,20 @@ def tune_pipeline(
         found = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
         table = min(found, key=lambda each: each[1])[0]
         own = _errors(runs, table, nodes, held_out)
-        names = []
-        for name, other in _named_tables(runs, steps):
-            error = _errors(runs, other, nodes, held_out)
-            names.append((Named(*name, steps, steps, error.mean().item(), error.median().item()), other, error))
+        fitting, names = runs.calls, []
+        for (sampler, spacing), other in _named_tables(runs, steps):
+            far = _errors(runs, other, nodes, held_out)
+            named = Named(sampler=sampler, spacing=spacing, steps=steps, calls=steps, **vars(Errors.of(far)))
+            names.append((named, other, far))
     names.sort(key=lambda each: each[0].error)
-    fitted_error = own.mean().item()
+    fitted_error = typical(own)
     fitted = not names or fitted_error < names[0][0].error
     if not fitted:
         _, table, own = names[0]
     report = Report(
+        **vars(Errors.of(own)),
         calls=steps,
         fitted=fitted,
-        error=own.mean().item(),
-        median=own.median().item(),
         fitted_error=fitted_error,
         names=[each for each, _, _ in names],
         timesteps=table.timestep.tolist(),
@@ -118,6 +118,8 @@ def tune_pipeline(
         seeds=len(own),
         held_out=len(own),
         model_calls=runs.calls,
+        names_calls=runs.calls - fitting,
+        batch=len(own) // seeds,
     )
     return Tuned(replace(table, notes=_notes(runs, call, report)), report)
 
@@ -187,12 +189,12 @@ def _fit(
             equations.add(*parts[-1])
         weights.append(equations.solve(euler_weights(base, row, 2 + min(row, HISTORY))))
     ends = [(sum(w * x.double() for w, x in zip(weights[-1].tolist(), own, strict=True)), end) for own, end in parts]
-    return with_weights(base, weights), torch.cat([errors(x, end) for x, end in ends]).mean().item()
+    return with_weights(base, weights), typical(torch.cat([distance(x, end) for x, end in ends]))
 
 
 def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds: Sequence[int]) -> Tensor:
     """How far each sample ends from the teacher's."""
-    return torch.cat([errors(runs.record(table, seed).samples[-1], nodes[seed][-1]) for seed in seeds])
+    return torch.cat([distance(runs.record(table, seed).samples[-1], nodes[seed][-1]) for seed in seeds])
 
 
 def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) -> float:
