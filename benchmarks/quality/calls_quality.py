@@ -40,9 +40,9 @@ NAMED: tuple[tuple[str, tuple[int, ...]], ...] = (
 BEST: dict[str, dict[int, dict[str, Any]]] = {
     "digits": {
         4: {"sampler": "unipc", "spacing": "align_your_steps_sdxl"},
-        **dict.fromkeys((6, 8, 10), {"sampler": "dpm_solver_2m", "spacing": "quadratic"}),
+        **{key: {"sampler": "dpm_solver_2m", "spacing": "quadratic"} for key in (6, 8, 10)},
     },
-    "shapes": dict.fromkeys(TUNED, {"sampler": "unipc", "spacing": "beta"}),
+    "shapes": {key: {"sampler": "unipc", "spacing": "beta"} for key in TUNED},
 }
 MANY_STEPS = {"sampler": "deis", "steps": 100, "spacing": "linspace"}
 GUIDANCE = {"digits": None, "shapes": 2.5}

@@ -1,6 +1,6 @@
 """Draws shapes in few calls of the model by tuned tables, and above them 1,000 calls of DDPM, from the same noise.
 
-    python benchmarks/quality/calls_samples.py --out benchmarks/results/shapes.png
+python benchmarks/quality/calls_samples.py --out benchmarks/results/shapes.png
 """
 
 from __future__ import annotations

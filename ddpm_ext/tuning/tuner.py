@@ -216,8 +216,8 @@ class Tuner:
         return polish(best.rows, best.weights, self._fitted, self._checked)
 
     def _as_near(self, names: Sequence[Named], error: float) -> Named | None:
-        """The first name, by more and more steps, that comes as near: of the nearest of each spacing, since some spacings
-        end at an error that no number of steps makes smaller."""
+        """The first name, by more and more steps, that comes as near: of the nearest of each spacing, since some
+        spacings end at an error that no number of steps makes smaller."""
         nearest = list({each.spacing: each for each in reversed(names)}.values())
         nearest = sorted(nearest, key=lambda each: each.error)[:REACHED]
         for more in MORE:
