@@ -79,7 +79,7 @@ class Report(Errors):
             return f"{cost}; the table is a name's"
         if self.as_near is None:
             return f"{cost}; no name was as near in up to three times as many calls"
-        images = self.model_calls * self.batch / (self.as_near.calls - self.calls)
+        images = float(f"{self.model_calls * self.batch / (self.as_near.calls - self.calls):.2g}")
         return f"{cost}; pays after {images:,.0f} images that take {self.calls} calls in place of {self.as_near.calls}"
 
     @property
