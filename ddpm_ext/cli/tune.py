@@ -74,6 +74,10 @@ def _lines(reports: Sequence[Report]) -> list[str]:
         lines.append(f"the best name for {report.calls} calls: {compare.typed(report.best)}")
         if report.fitted:
             near = report.as_near
-            found = "than any name found in up to three times as many" if near is None else f"as {near} in {near.calls}"
+            found = (
+                f"than any name found in up to {report.looked:g} times as many"
+                if near is None
+                else f"as {near} in {near.calls}"
+            )
             lines.append(f"{report.calls} calls are {'nearer' if near is None else 'as near'} {found}; {report.pays}")
     return lines

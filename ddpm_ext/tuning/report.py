@@ -22,7 +22,7 @@ class Report(Errors):
         fitted: whether the table is a fitted one; False: that of the best name, which no fit came nearer than.
         fitted_error: of the fitted table, whether it is the table or not.
         names: the named samplers, the nearest first.
-        as_near: a name that is as near in more calls; None where none was found in up to three times as many.
+        as_near: a name that is as near in more calls, looked for in up to `looked` times as many; None for none.
         bfloat16_error: of the table, where a loop keeps its samples in bfloat16; None: not measured.
         timesteps: of the table.
         teacher: what it was fitted to, in words. teacher_error: how far half the teacher's steps end from all of them,
@@ -43,6 +43,7 @@ class Report(Errors):
     fitted_error: float
     names: Sequence[Named]
     as_near: Named | None = None
+    looked: float = 0.0
     bfloat16_error: float | None = None
     timesteps: Sequence[int | float]
     teacher: str
@@ -78,7 +79,7 @@ class Report(Errors):
         if not self.fitted:
             return f"{cost}; the table is a name's"
         if self.as_near is None:
-            return f"{cost}; no name was as near in up to three times as many calls"
+            return f"{cost}; no name was as near in up to {self.looked:g} times as many" if self.looked else cost
         images = float(f"{self.model_calls * self.batch / (self.as_near.calls - self.calls):.2g}")
         return f"{cost}; pays after {images:,.0f} images that take {self.calls} calls in place of {self.as_near.calls}"
 

@@ -190,6 +190,7 @@ class Tuner:
             fitted_error=fitted_error,
             names=names,
             as_near=as_near,
+            looked=MORE[-1],
             bfloat16_error=typical(torch.cat(kept)),
             timesteps=table.timestep.tolist(),
             teacher=f"{STEPS} steps of {SAMPLER}",
