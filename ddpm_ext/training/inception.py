@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Inception:
     """
 
     def __init__(self) -> None:
-        for package, module, load in _PACKAGES:
+        for package, module, load, url in _PACKAGES:
             try:
                 found = importlib.import_module(module)
             except ImportError:
@@ -36,7 +37,10 @@ class Inception:
             try:
                 self._network, self._call = load(found)
             except OSError as error:
-                raise ValueError(f"features: {self.source} can't load its weights ({error})") from error
+                raise ValueError(
+                    f"features: {self.source} can't load its weights ({error}); without a network, put "
+                    f"{getattr(found, url, 'their file')} into {Path(torch.hub.get_dir(), 'checkpoints')}"
+                ) from error
             self._network.eval()
             return
         raise MissingExtra(
@@ -61,6 +65,7 @@ def _pytorch_fid(module: Any) -> tuple[Any, Any]:
 
 
 _PACKAGES = (
-    ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", _torch_fidelity),
-    ("pytorch-fid", "pytorch_fid.inception", _pytorch_fid),
+    ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", _torch_fidelity, "URL_INCEPTION_V3"),
+    ("pytorch-fid", "pytorch_fid.inception", _pytorch_fid, "FID_WEIGHTS_URL"),
 )
+"""Each by its name, its module, what makes its network, and where that module names the weights' address."""

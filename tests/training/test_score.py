@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import types
 
@@ -66,7 +67,7 @@ def test_inception_is_the_packages(monkeypatch, package, told):
     make = lambda *given: made.append(given) or network  # noqa: E731
     make.BLOCK_INDEX_BY_DIM = {2048: 3}
     fake = types.SimpleNamespace(FeatureExtractorInceptionV3=make, InceptionV3=make)
-    for each, module, _ in inception._PACKAGES:
+    for each, module, *_ in inception._PACKAGES:
         for name in (module.partition(".")[0], module):
             monkeypatch.setitem(sys.modules, name, fake if each == package else None)
     monkeypatch.setattr(inception.metadata, "version", lambda name: "9")
@@ -74,6 +75,21 @@ def test_inception_is_the_packages(monkeypatch, package, told):
     assert (found.source, made) == (f"{package} 9", [told])
     expected = levels[0, 0, 0].repeat(1, 3)
     assert torch.equal(found(levels / 127.5 - 1), expected if package == "torch-fidelity" else expected / 255)
+
+
+def test_weights_that_cannot_be_downloaded_are_named(monkeypatch, tmp_path):
+    fid = pytest.importorskip("pytorch_fid.inception")
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    monkeypatch.setattr(fid, "load_state_dict_from_url", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    where = f"put {re.escape(fid.FID_WEIGHTS_URL)} into {tmp_path / 'hub' / 'checkpoints'}$"
+    with pytest.raises(ValueError, match=rf"can't load its weights \(no network\); without a network, {where}"):
+        score.features_by_name("inception")
 
 
 def test_pixels_are_averaged_to_16_by_16():
