@@ -50,6 +50,8 @@ def polish(
     now, best = _finished(rows, weights, trajectories), _finished(rows, weights, checked)
     for _ in range(rounds):
         before = now.error
+        for each in (*trajectories, *checked):
+            each.first_terms.clear()  # of rows that were left behind
         gram, right = _slopes(now, trajectories)
         candidates = (
             _finished(*_moved(now, gram, length * right, damping, moves=moves), trajectories)
@@ -110,7 +112,6 @@ def _slopes(now: Fit, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tenso
     batches = [len(own.samples) for own in trajectories]
     beside = list(_beside(rows))
     for trajectory, of_sample in zip(trajectories, inverse_errors(now.errors).split(batches), strict=True):
-        trajectory.first_terms.clear()  # of rows that were left behind
         place, terms = rows.begin(trajectory)
         places, samples = rows.finish(weights, place, terms)
         columns = []

@@ -104,7 +104,7 @@ def eta_of(sampler: str) -> float | None:
 def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTable], calls: int) -> list[Named]:
     """The named tables of so many calls: the finalists, the nearest first, on all samples; then the others, on those of
     the first round alone."""
-    first = first_round(trajectories)
+    first = first_round(len(trajectories), len(trajectories[0].samples))
     found = {name: [own.errors_of(table) for own in trajectories[:first]] for name, table in tables.items()}
     ranked = _ranked(found, calls)
     finalists = {(each.sampler, each.spacing, each.steps): each for each in ranked[:FINALISTS]}
@@ -113,9 +113,9 @@ def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTab
     return [*_ranked({name: found[name] for name in finalists}, calls), *ranked[FINALISTS:]]
 
 
-def first_round(trajectories: Sequence[Trajectory]) -> int:
-    """How many batches all names are tried on."""
-    return min(len(trajectories), -(-FIRST // len(trajectories[0].samples)))
+def first_round(batches: int, size: int) -> int:
+    """On how many of the batches, of so many samples each, all names are tried."""
+    return min(batches, -(-FIRST // size))
 
 
 def _ranked(found: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:

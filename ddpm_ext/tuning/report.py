@@ -22,7 +22,8 @@ class Report(Errors):
         fitted: whether the table is a fitted one; False: that of the best name, which no fit came nearer than.
         fitted_error: of the fitted table, whether it is the table or not.
         names: the named samplers, the nearest first.
-        as_near: a name that is as near in more calls, looked for in up to `looked` times as many; None for none.
+        as_near: a name that is as near in more calls, looked for in up to `looked` times as many, of a pipeline in none
+            (0); None where there is none.
         bfloat16_error: of the table, where a loop keeps its samples in bfloat16; None: not measured.
         timesteps: of the table.
         teacher: what it was fitted to, in words. teacher_error: how far half the teacher's steps end from all of them,
@@ -96,7 +97,9 @@ class Report(Errors):
         if not self.fitted:
             lines.append(f"  {'no fit is nearer; the nearest':<52} {self.fitted_error:.4f}")
         lines += [_line(str(each), each) for each in self.names[:SHOWN]]
-        lines.append(f"the best name's loop: {', '.join(f'{name}={own!r}' for name, own in self.best.options.items())}")
+        if self.looked:  # else the names are a pipeline's, which no loop of ours takes
+            typed = ", ".join(f"{name}={own!r}" for name, own in self.best.options.items())
+            lines.append(f"the best name's loop: {typed}")
         if self.fitted and self.as_near is not None:
             lines.append(f"as near as {self.as_near} in {self.as_near.calls} calls")
         if self.bfloat16_error is not None:

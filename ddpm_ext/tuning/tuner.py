@@ -26,7 +26,7 @@ from ddpm_ext.tuning.errors import Errors, typical
 from ddpm_ext.tuning.fit import Rows, fit
 from ddpm_ext.tuning.joint import ROUNDS, Fit, polish, polish_calls
 from ddpm_ext.tuning.loops import Loops
-from ddpm_ext.tuning.names import FINALISTS, FIRST, Name, Named, named_of, named_tables, rank_names, table_of
+from ddpm_ext.tuning.names import FINALISTS, Name, Named, first_round, named_of, named_tables, rank_names, table_of
 from ddpm_ext.tuning.report import Report
 from ddpm_ext.tuning.teacher import SAMPLER, STEPS, Teacher, Trajectory
 
@@ -144,14 +144,15 @@ class Tuner:
         for count in steps:
             checks.integer("steps", count, timesteps + 1, "timesteps + 1", start=1)
             names = len(self._named_tables(count))
-            first = min(held_out, -(-FIRST // self._shape[0]))
+            first = first_round(held_out, self._shape[0])
             planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
                 starts, rounds = timesteps_search.FOUND, timesteps_search.FOUND * STARTED + ROUNDS
                 planned += count * self._half * timesteps_search.EVALUATIONS * len(timesteps_search.STARTS)
                 planned += count * (starts + 1) * 2 * all_fitted + count * 3 * held_out
                 planned += all_fitted * polish_calls(count, rounds, guided=self._guided)
-                planned += math.ceil(count * sum(MORE) + len(MORE)) * REACHED * held_out
+                # Steps are rounded up, and some call the model twice.
+                planned += math.ceil((count + 1) * sum(MORE) + 2 * len(MORE)) * REACHED * held_out
         return planned
 
     def compare(self, calls: int) -> list[Named]:
