@@ -298,6 +298,7 @@ def test_noise_is_drawn_before_the_first_use_of_what_was_loaded(kernels):
         assert len(to) == len(loads) and roots_of_turn > 0, named(kernel)
         if kernel.variant.op == STEP:  # a turn loads what it uses
             before, again = [], []
+            assert max(loads) < min(at for at, i in enumerate(turn) if i.opcode == "MUFU.RSQ"), named(kernel)
         else:  # it loads for the next one, into the same registers as before the first
             again = [at for at, i in enumerate(before) if (i.operands.split(",")[0], i.global_bits) in to]
             assert len(again) >= len(loads), named(kernel)
