@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from ddpm_ext import reference
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations import accelerate
@@ -30,3 +32,5 @@ __all__ = [
     "reference",
     "release_memory",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent where the program sets up no logging

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 ALL_EXTRAS = ', or for all commands, in ddpm_ext\'s source folder, pip install --no-build-isolation ".[demo]"'
@@ -44,6 +45,19 @@ def counter(count: int, what: str | None, disable: bool | None = None) -> Iterab
     from tqdm.auto import tqdm
 
     return tqdm(range(count), desc=what, total=count, disable=disable)
+
+
+@contextlib.contextmanager
+def calls_bar(most: int, what: str, shown: bool) -> Iterator[Callable[..., object]]:
+    """A function to call after each of at most `most` calls, or with their number after several; if `shown` and tqdm is
+    installed, it moves a progress bar labelled `what`."""
+    if not (shown and has_bars()):
+        yield lambda *_: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=most, desc=what, disable=None) as bar:
+        yield bar.update
 
 
 def has_bars(*, tell: bool = True) -> bool:

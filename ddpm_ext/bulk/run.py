@@ -7,6 +7,7 @@ The ranks take turns at the missing shards: with R ranks, rank r draws every R-t
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
@@ -25,6 +26,7 @@ from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 
 __all__ = ["Result", "sample_many"]
 
+_log = logging.getLogger(__name__)
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
 _PATIENCE = 600.0  # seconds, plus ten times what a rank needs for a shard: how long the others may write none
@@ -130,6 +132,8 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
     files.remove_leftovers(shards.folder, of=shards.manifest)
     files.remove_leftovers(shards.inside)
     missing = shards.missing()
+    if len(missing) < len(shards):
+        _log.info("%s: goes on where %d of %d shards are missing", shards.folder, len(missing), len(shards))
     for index in set(range(len(shards))).difference(missing):
         shards.read(index)
     return missing

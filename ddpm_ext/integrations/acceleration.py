@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import sys
 import warnings
@@ -25,6 +26,7 @@ from ddpm_ext.ops.noise import (
 )
 
 NOISES = ("torch", "philox")
+_log = logging.getLogger(__name__)
 BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
 
 
@@ -305,7 +307,7 @@ class Acceleration:
     # ---------------------------------------------------------------------------------------------------- fallbacks
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
-        """Keeps why the peer's own code runs, and warns of it, once for each reason."""
+        """Keeps why the peer's own code runs, and warns of it and logs it, once for each reason."""
         self.fallbacks[method] = reason
         if not torch.compiler.is_compiling():
             self.own_calls += 1
@@ -314,6 +316,8 @@ class Acceleration:
             noise = " and noise" if self.noise == "philox" else ""
             text = f"{method} runs the own code{noise} of {library}: {reason}"
             warnings.warn(text, stacklevel=_level_outside())
+            if not torch.compiler.is_compiling():
+                _log.info(text)
 
 
 def _level_outside() -> int:

@@ -5,6 +5,7 @@ Where nothing can be captured, a warning says why, and the step's calls are made
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from torch import nn
 
 from ddpm_ext.base.torch_version import TORCH
 
+_log = logging.getLogger(__name__)
 # Up to torch 2.11, an allocator keeps the address of a graph whose capture failed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
@@ -111,6 +113,7 @@ class CudaGraphs:
                 self._end(graph)
             return " ".join(str(cause or error).split())
         self._graphs[key] = graph
+        _log.info("captured a CUDA graph on %s, number %d of this loop", self._device, len(self._graphs))
         return None
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -124,4 +127,6 @@ class CudaGraphs:
         generator.graphsafe_set_state(generator.clone_state())
 
     def _fall_back(self, reason: str) -> None:
-        warnings.warn(f"graph: steps are not captured in a CUDA graph ({reason}), but called one by one", stacklevel=6)
+        text = f"graph: steps are not captured in a CUDA graph ({reason}), but called one by one"
+        warnings.warn(text, stacklevel=6)
+        _log.info(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -34,6 +35,7 @@ from ddpm_ext.training.setup import check_fit, make_model, try_out
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, at_hand
 
+_log = logging.getLogger(__name__)
 _INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
 _AT_THE_END = ("snapshot_every", "score_every")  # too, where they are asked for
 
@@ -206,7 +208,9 @@ class Trainer:
         if path is not None:
             tensors, header = checkpoints.load(path)
             self.state.restore(tensors, header, path)
-            self.report(f"resumed at step {self.state.step} from {path}")
+            text = f"resumed at step {self.state.step} from {path}"
+            self.report(text)
+            _log.info(text)
         elif self.state.step:
             raise ValueError(
                 f"fit: this Trainer has taken {self.state.step} steps of which no checkpoint was saved; make another"

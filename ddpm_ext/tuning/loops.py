@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ class CountedModel:
     """The model, its calls counted, and its last output kept. on_call: called after each."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.calls, self.on_call = model, 0, lambda: None
+        self.model, self.calls = model, 0
+        self.on_call: Callable[..., object] = lambda: None
         self.output: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -76,17 +76,14 @@ class Report(Errors):
     @property
     def pays(self) -> str:
         """What tuning cost, and after how many images it has paid, in a sentence."""
-        cost = f"{self.model_calls:,} calls of the model for {self.batch} samples each, {self._share:.0%} for the names"
+        share = self.names_calls / max(self.model_calls, 1)
+        cost = f"{self.model_calls:,} calls of the model for {self.batch} samples each, {share:.0%} for the names"
         if not self.fitted:
             return f"{cost}; the table is a name's"
         if self.as_near is None:
             return f"{cost}; no name was as near in up to {self.looked:g} times as many" if self.looked else cost
         images = float(f"{self.model_calls * self.batch / (self.as_near.calls - self.calls):.2g}")
         return f"{cost}; pays after {images:,.0f} images that take {self.calls} calls in place of {self.as_near.calls}"
-
-    @property
-    def _share(self) -> float:
-        return self.names_calls / max(self.model_calls, 1)
 
     def __str__(self) -> str:
         lines = [

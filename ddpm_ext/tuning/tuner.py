@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.base.optional import has_bars, require
+from ddpm_ext.base.optional import calls_bar, require
 from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.guidance import Guidance
@@ -33,6 +34,8 @@ from ddpm_ext.tuning.teacher import SAMPLER, STEPS, Teacher, Trajectory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_log = logging.getLogger(__name__)
+BAR = "calls of the model, at most"
 STARTED = 2  # rounds of each fit before the best goes on
 # How many names, of a spacing each, may come as near as a fit, and in how many times as many steps.
 REACHED, MORE = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
@@ -59,6 +62,12 @@ class Tuned:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
         """
         return require("ddpm_ext.plots", "drawing what tuning found").tuning_figure([self.report], path)
+
+
+def tuned(table: StepTable, notes: Mapping[str, Any], report: Report) -> Tuned:
+    """The table with these notes and those of the report, which is logged."""
+    _log.info("tuned a table of %d calls, error %.4f; %s", report.calls, report.error, report.pays)
+    return Tuned(replace(table, notes={**notes, **report.notes}), report)
 
 
 class Tuner:
@@ -159,7 +168,8 @@ class Tuner:
         """The named samplers at so many calls, the nearest to the teacher first. Raises: as `tune`."""
         checks.integer("steps", calls, self._diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
-            with self._counted(self.planned_calls([calls], fit=False), "named samplers"):
+            planned = self.planned_calls([calls], fit=False)
+            with calls_bar(planned, f"named samplers: {BAR}", self._progress) as self._loops.model.on_call:
                 self._prepare(fit=False)
                 before = self.calls
                 self._names[calls] = rank_names(self._held_out, self._named_tables(calls), calls)
@@ -169,7 +179,7 @@ class Tuner:
     def tune(self, steps: int) -> Tuned:
         """The table of so many calls; see `tune`."""
         names = self.compare(steps)
-        with self._counted(self.planned_calls([steps]), "fit"):
+        with calls_bar(self.planned_calls([steps]), f"fit: {BAR}", self._progress) as self._loops.model.on_call:
             self._prepare(fit=True)
             begun = self.calls
             found = self._fit(steps)
@@ -202,7 +212,7 @@ class Tuner:
             names_calls=self._names_calls[steps],
             batch=self._shape[0],
         )
-        return Tuned(replace(table, notes=self._notes | report.notes), report)
+        return tuned(table, self._notes, report)
 
     def _fit(self, steps: int) -> Fit:
         """The fit that ends nearest on the samples that check it, of several that begin at the best of the search."""
@@ -256,21 +266,6 @@ class Tuner:
         if calls not in self._tables:
             self._tables[calls] = named_tables(self._diffusion, calls)
         return self._tables[calls]
-
-    @contextlib.contextmanager
-    def _counted(self, planned: int, what: str) -> Iterator[None]:
-        """Shows a progress bar of the calls of the model, of which there are `planned` at most."""
-        if not (self._progress and has_bars()):
-            yield
-            return
-        from tqdm.auto import tqdm
-
-        with tqdm(total=planned, desc=f"{what}: calls of the model, at most", disable=None) as bar:
-            self._loops.model.on_call = bar.update
-            try:
-                yield
-            finally:
-                self._loops.model.on_call = lambda: None
 
 
 def tune(

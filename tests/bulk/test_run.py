@@ -84,7 +84,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(("first", "kept"), [(10, 8), (12, 12), (3, 0)])
-def test_a_folder_grows(tmp_path, truth, first, kept):
+def test_a_folder_grows(tmp_path, truth, first, kept, caplog):
     """Behind a symbolic link, with its pictures; test_several_ranks.py grows one by ranks that are killed."""
     pytest.importorskip("PIL.Image")
     (tmp_path / "real").mkdir()
@@ -92,7 +92,11 @@ def test_a_folder_grows(tmp_path, truth, first, kept):
     of_first, _ = exact_run.run(tmp_path / "link", count=first)
     of_first.path(len(of_first) - 1).with_suffix(".not_finite.json").write_text(f"[{first - 1}]")  # drawn again, or not
     write_pngs(of_first, tmp_path / "link" / "png")
+    caplog.set_level("INFO", "ddpm_ext")
     shards, result = exact_run.run(tmp_path / "link")
+    missing = -(-result.drawn // SIZE)
+    told = [f"{tmp_path / 'link'}: goes on where {missing} of {len(shards)} shards are missing"]
+    assert caplog.messages == (told if kept else [])
     assert (result.drawn, result.not_finite) == (COUNT - kept, int(kept == first))
     assert np.array_equal(joined(shards), truth) and len(list(shards.inside.glob("*.npy"))) == len(shards)
     write_pngs(shards, tmp_path / "link" / "png")

@@ -2,6 +2,7 @@
 needed here."""
 
 import copy
+import logging
 import pickle
 import re
 import subprocess
@@ -24,6 +25,10 @@ from ddpm_ext.integrations.shared import Accelerated, make_class, new
 from ddpm_ext.integrations.tensors import check_tensors
 
 X = torch.zeros(3, 2)
+
+
+def test_nothing_is_logged_where_nobody_has_set_up_logging():
+    assert any(isinstance(each, logging.NullHandler) for each in logging.getLogger("ddpm_ext").handlers)
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -139,8 +144,9 @@ def test_a_made_class():
     assert super(Mixin, peer_of(Peer)).step(2) == 4.0
 
 
-def test_a_fallback():
-    """Runs the peer's own method, or what is to run in its place, and warns once for each reason."""
+def test_a_fallback(caplog):
+    """Runs the peer's own method, or what is to run in its place, and warns and logs once for each reason."""
+    caplog.set_level("INFO", "ddpm_ext")
     found = peer_of(Peer)
     with pytest.warns(UserWarning, match="^step runs the own code of a library: x is negative$"):
         assert found.step(-1) == -2
@@ -156,6 +162,8 @@ def test_a_fallback():
     said = "# Peer, accelerated by ddpm_ext: noise 'torch', fused calls: 1, fallbacks: 3 (step: x is large)\n<"
     assert found.step(2) == 20 and repr(found).startswith(said)
     assert peer_of(Peer).accelerated.fallbacks == {}
+    reasons = ("x is negative", "x is large")
+    assert caplog.messages == [f"step runs the own code of a library: {reason}" for reason in reasons]
 
 
 def test_an_error_of_the_peers_does_not_come_of_the_fallback():

@@ -183,7 +183,7 @@ def test_captured_with_what_does_not_fit_is_refused(device, quiet):
 
 @cases
 @graphs
-def test_recorded_and_played(faked, case, graph):
+def test_recorded_and_played(faked, case, graph, caplog):
     """The samples are the same if all steps after the first are replays, with the recorded numbers and memory."""
     asked = []
     plain = ours(make_diffusion(), case)["model"]
@@ -197,9 +197,11 @@ def test_recorded_and_played(faked, case, graph):
     recorded = gd.p_sample_loop(**arguments, record="last")
     once = len(asked)
     asked.clear()
+    caplog.set_level("INFO", "ddpm_ext")
     captured = captured_is_uncaptured(case, torch.device("cpu"), graph, gd=gd, model=counted)
     recordings = len(fake_cuda.CUDAGraph.instances)
     steps = len(captured._loop)
+    assert sum("captured a CUDA graph" in line for line in caplog.messages) == recordings
     # three loops without a graph; each recording calls the model for a warm-up and for the capture
     assert len(asked) - 3 * once == (2 * once if graph == "loop" else len(asked) - 3 * once)
     assert recordings == 1 if graph == "loop" else 2 <= recordings <= 12 <= 4 * steps
@@ -296,11 +298,12 @@ def test_a_graph_of_very_many_nodes_is_warned_of(faked):
 
 
 @graphs
-def test_what_cannot_be_captured_is_called(faked, graph):
+def test_what_cannot_be_captured_is_called(faked, graph, caplog):
     """A model that reads a value back is not captured. The samples are the same, and a warning gives the reason.
 
     The current stream is the caller's afterwards.
     """
+    caplog.set_level("INFO", "ddpm_ext")
     gd = make_diffusion()
     arguments = ours(gd, "inpaint")
     expected = gd.p_sample_loop(**arguments, record="last")
@@ -308,6 +311,7 @@ def test_what_cannot_be_captured_is_called(faked, graph):
     with pytest.warns(UserWarning, match=r"not captured in a CUDA graph \(CUDA error: operation not permitted when"):
         found = gd.p_sample_loop(**arguments, graph=graph, record="last")
     assert torch.equal(found, expected)
+    assert [line.startswith("graph: steps are not captured") for line in caplog.messages] == [True]
     assert fake_cuda.Current.stream is fake_cuda.DEFAULT
     # A capture leaves other threads alone, and its memory is in a pool of the loop's own.
     assert {entry[2:] for entry in faked if entry[0] == "capture"} == {("pool", "thread_local")}

@@ -35,13 +35,15 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
+def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name, caplog):
     folder, straight, lines = killed[name], tmp_path / "straight", []
     assert checkpoints.newest(folder).name == "step-00000010.safetensors"
     # Written every 7 and every 10 steps, and with a score.
     assert len(trainer_run.rows(folder)) == (16 if name == "scored" else 14)
+    caplog.set_level("INFO", "ddpm_ext")
     trainer_run.make(folder, resume=True, steps=24, report=lines.append, **VARIANTS[name]).fit()
-    assert any(line.startswith("resumed at step 10 ") for line in lines)
+    for told in (lines, caplog.messages):
+        assert sum(line.startswith("resumed at step 10 ") for line in told) == 1
     if name == "loss_second_moment":
         known = trainer_run.make(tmp_path / "known", steps=10, **VARIANTS[name])
         known.fit()

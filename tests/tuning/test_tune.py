@@ -213,7 +213,7 @@ def test_named_tables_call_the_model_as_often_and_add_no_noise(names):
         assert calls == 3 and not table.s.any() and (steps == 3 or name in ("heun", "dpm_2", "dpmpp_2s", "plms")), name
 
 
-def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names):
+def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names, caplog):
     def of_euler(rows, trajectories):
         weights = [euler_weights(rows.base, row, 2 + min(row, 3)) for row in range(len(rows))]
         return weights, torch.ones(1)
@@ -221,7 +221,9 @@ def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names):
     monkeypatch.setattr("ddpm_ext.tuning.tuner.fit", of_euler)
     monkeypatch.setattr("ddpm_ext.tuning.tuner.polish", lambda rows, weights, *_: Fit(rows, weights, torch.ones(1)))
     tuner = Tuner(GD, mixture(), SHAPE, seeds=16, progress=False)
+    caplog.set_level("INFO", "ddpm_ext")
     found = tuner.tune(3)
+    assert caplog.messages == [f"tuned a table of 3 calls, error {found.report.error:.4f}; {found.report.pays}"]
     best = found.report.best
     named = names(GD, 3)[best.sampler, best.spacing, best.steps]
     assert not found.report.fitted and found.table == named and "no fit is nearer" in str(found.report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ class Runs:
         cls: Any = peer_class(type(own))
         self.scheduler = cls.from_config(own.config)
         self.name, self.prediction = type(pipe).__name__, prediction_of(own)
-        self.calls, self.on_call = 0, lambda _: None
+        self.calls = 0
+        self.on_call: Callable[..., object] = lambda _: None
 
     def levels(self, scheduler: Any, steps: int) -> OwnLevels:
         """Those that a scheduler of diffusers gives the pipeline for so many steps."""

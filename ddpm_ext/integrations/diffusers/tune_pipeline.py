@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.base.optional import has_bars
+from ddpm_ext.base.optional import calls_bar
 from ddpm_ext.integrations.diffusers.levels import OwnLevels
 from ddpm_ext.integrations.diffusers.pipeline_runs import Runs
 from ddpm_ext.integrations.diffusers.scheduler import clip_of
@@ -26,6 +26,7 @@ from ddpm_ext.tuning import Named, Report, Tuned
 from ddpm_ext.tuning.errors import Errors, distance, typical
 from ddpm_ext.tuning.fit import HISTORY, Equations, euler_weights, with_weights
 from ddpm_ext.tuning.teacher import SAMPLER, converged
+from ddpm_ext.tuning.tuner import tuned
 
 __all__ = ["tune_pipeline"]
 
@@ -88,7 +89,7 @@ def tune_pipeline(
     fitted_to, held_out = (range(first_seed + i * seeds, first_seed + (i + 1) * seeds) for i in range(2))
     planned = 2 * seeds * teacher_steps + teacher_steps // 2 + 3
     planned += seeds * (len(POWERS) * steps * (steps + 1) // 2 + (2 * len(NAMES) + 2) * steps)
-    with _bar(runs, planned if progress else None):
+    with calls_bar(planned, "steps of the pipeline, about", progress) as runs.on_call:
         levels = runs.levels(_trailing(runs.scheduler) or runs.scheduler, teacher_steps)
         teacher = _made(runs, SAMPLER, levels.grid())
         nodes = {seed: runs.record(teacher, seed).samples for seed in (*fitted_to, *held_out)}
@@ -121,7 +122,7 @@ def tune_pipeline(
         names_calls=runs.calls - fitting,
         batch=len(own) // seeds,
     )
-    return Tuned(replace(table, notes=_notes(runs, call, report)), report)
+    return tuned(table, _notes(runs, call), report)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -204,7 +205,7 @@ def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) ->
     return converged(fewer, samples, len(levels), "more teacher_steps may help, or less guidance")
 
 
-def _notes(runs: Runs, call: dict[str, Any], report: Report) -> dict[str, Any]:
+def _notes(runs: Runs, call: dict[str, Any]) -> dict[str, Any]:
     config = runs.scheduler.config
     clip, threshold = clip_of(config) if "clip_sample" in config else (None, None)
     return {
@@ -212,18 +213,4 @@ def _notes(runs: Runs, call: dict[str, Any], report: Report) -> dict[str, Any]:
         "clip": clip if threshold is None else str(threshold),
         **({"guidance": call["guidance_scale"]} if "guidance_scale" in call else {}),
         "pipeline": f"{runs.name} with {type(runs.scheduler).__name__}",
-        **report.notes,
     }
-
-
-@contextlib.contextmanager
-def _bar(runs: Runs, planned: int | None) -> Iterator[None]:
-    """Shows a progress bar of the pipeline's steps, of which there are about so many."""
-    if planned is None or not has_bars():
-        yield
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=planned, desc="steps of the pipeline, about", disable=None) as bar:
-        runs.on_call = bar.update
-        yield
