@@ -2,6 +2,7 @@
 // docstring of ddpm_ext's StepTable; names here are its letters.
 #pragma once
 
+#include "core/forward.h"
 #include "core/scalar.h"
 #include "core/step_row.def"
 
@@ -27,7 +28,7 @@ static_assert(sizeof(kRowNames) / sizeof(kRowNames[0]) + sizeof(StepRow::unused)
 // The clean sample before it is clipped.
 template <class F>
 DDPM_HD F unclipped_x_start(float a, float b, F x, F m) {
-  return fma(F(a), x, F(b) * m);
+  return affine({a, b}, x, m);
 }
 
 template <class F>

@@ -17,7 +17,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
-from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, resolve_noise
+from ddpm_ext.ops.reference_inputs import affine, check_noise, check_samples, columns, finish, resolve_noise
 from ddpm_ext.ops.reference_inputs import randn as randn
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
 from ddpm_ext.ops.reference_steps import check_plain_step, reverse_step, step_with_options
@@ -58,7 +58,7 @@ def forward_process(
 def _affine(x: Tensor, y: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
     dtype = checks.compute_dtype(x.dtype)
     k0, k1 = columns(table.to(dtype), t, x)
-    return finish(k0 * x.to(dtype) + k1 * y.to(dtype), x, None)
+    return finish(affine(k0, x.to(dtype), k1, y.to(dtype)), x, None)
 
 
 def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:

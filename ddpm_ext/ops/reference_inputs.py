@@ -90,6 +90,11 @@ def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
 
 
+def affine(k0: Tensor, x: Tensor, k1: Tensor, y: Tensor) -> Tensor:
+    """k0 x + k1 y. Where k1 is -k0, the difference is taken first, as in csrc/core/forward.h."""
+    return torch.where(k1 == -k0, k0 * (x - y), k0 * x + k1 * y)
+
+
 def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: int | Tensor) -> Tensor:
     dtype = checks.compute_dtype(x.dtype)
     if noise is not None:

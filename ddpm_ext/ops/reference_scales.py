@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.ops.reference_inputs import check_samples, check_scale
+from ddpm_ext.ops.reference_inputs import affine, check_samples, check_scale
 from ddpm_ext.ops.reference_steps import guided_output
 from ddpm_ext.ops.row import row_numbers
 
@@ -45,7 +45,7 @@ def x_start_scale(
             checks.like("uncond_output", uncond_output, "model_output", model_output)
         check_scale("output_scale", output_scale, x_t)
         row = row_numbers(table, t, x_t, dtype)
-        x0 = row.a * x0 + row.b * guided_output(x_t, model_output, uncond_output, output_scale, row.w)
+        x0 = affine(row.a, x0, row.b, guided_output(x_t, model_output, uncond_output, output_scale, row.w))
     if x_t.numel() == 0 and len(x_t) > 0:
         raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected no empty samples")
     if len(x_t) == 0:

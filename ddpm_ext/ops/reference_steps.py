@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox
-from ddpm_ext.ops.reference_inputs import check_noise, check_samples, check_scale, finish, resolve_noise
+from ddpm_ext.ops.reference_inputs import affine, check_noise, check_samples, check_scale, finish, resolve_noise
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind, names
 
@@ -48,7 +48,7 @@ def reverse_step(
     dtype = checks.compute_dtype(x_t.dtype)
     row = row_numbers(table, t, x_t, dtype)
     x, m = x_t.to(dtype), model_output.to(dtype)
-    x_start = row.a * x + row.b * m
+    x_start = affine(row.a, x, row.b, m)
     if clip is not None:
         x_start = x_start.clamp(*clip)
     # Where c2 is 0, an infinite m must not make a NaN of a result that the clip keeps finite.
@@ -147,7 +147,7 @@ def step_with_options(
         return zero if given is None else torch.where(factor == 0, zero, factor * given.to(dtype))
 
     m = guided_output(x_t, model_output, uncond_output, output_scale, row.w)
-    x0 = (row.a * x + row.b * m if x_start is None else x_start.to(dtype)) * _factor(x_start_scale, x_t)
+    x0 = (affine(row.a, x, row.b, m) if x_start is None else x_start.to(dtype)) * _factor(x_start_scale, x_t)
     if clip is not None:
         x0 = x0.clamp(*clip)
     deviation = torch.ones_like(x)

@@ -161,11 +161,11 @@ def fma_an_element(op: str, noise: str) -> int:
         step = code("core/step_with_options.h").split("void take_step")[1]
         step += code("core/step_with_options.h", "learned_deviation")
         step += code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
-        step += (
-            code("core/step.h", "guide") + code("core/forward.h", "affine") + code("core/step.h", "unclipped_x_start")
-        )
+        step += code("core/step.h", "guide") + 2 * code(
+            "core/forward.h", "affine"
+        )  # the clean sample, and what is known
         return fma_calls(step) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
-    mean = fma_calls(code("core/step.h", "unclipped_x_start") + code("core/step.h", "step_mean"))
+    mean = fma_calls(code("core/forward.h", "affine") + code("core/step.h", "step_mean"))
     drawn = {
         "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),
         "Affine": fma_calls(code("core/forward.h", "affine")),

@@ -44,6 +44,24 @@ def test_reverse_step(make_step_table, device, choose):
     assert all(torch.equal(*pair) for pair in zip(before, (x_t, model_output, table.view(torch.int32)), strict=True))
 
 
+def test_opposite_factors_of_large_numbers_leave_no_rounding(make_step_table, device):
+    """Where alphas_cumprod is nearly 0, x0 = a x - a m is far smaller than its products, and than their rounding."""
+    table = make_step_table(1, seed=0)
+    a = 340_999.53
+    table[0, ROW.index("a")], table[0, ROW.index("b")] = a, -a
+    m = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    x_t = m + 1e-6
+    x_start = np.float64(np.float32(a)) * (host(x_t) - host(m))
+    for backend in (ops, reference):
+        kept = torch.empty_like(x_t)
+        backend.step_with_options(x_t, m, table, 0, clip=None, x0_out=kept)
+        np.testing.assert_allclose(host(kept), x_start, rtol=1e-6)
+        row = row_numbers(table, 0, host(x_t))
+        plain = backend.reverse_step(x_t, m, table, 0, clip=None)
+        expected = row["c0"] * x_start + row["c1"] * host(x_t) + row["c2"] * host(m)
+        np.testing.assert_allclose(host(plain), expected, atol=1e-5)
+
+
 @for_many()
 def test_forward_process(device, choose):
     table = random_table(choose, device)

@@ -245,6 +245,18 @@ def test_epsilon_from_noise_alone(name):
     assert free.accelerated.fallbacks == {"step": "alphas_cumprod is 0 or 1 there, or does not rise"}
 
 
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_epsilon_from_almost_noise_alone(name):
+    """x0 is 3e5 times the difference of x and m, and within a clip only where they agree in five digits."""
+    plain = prepared(name, 1000, beta_end=0.05)
+    alpha = plain.alphas_cumprod[999].double()
+    x = M + 1e-6 * X
+    x_start = ((x.double() - (1 - alpha).sqrt() * M.double()) / alpha.sqrt()).clamp(-1, 1)
+    with launches() as called:
+        found = accelerate(plain).step(M, 999, x, generator=seeded(1)).pred_original_sample
+    assert called and (found - x_start).abs().max() < 1e-5
+
+
 def test_a_step_to_more_noise_is_no_number_and_runs_the_own_code():
     """Its variance is negative. With eta 0, the root of it is multiplied by 0, which is NaN."""
     for name, change in (("DDPM", {"timesteps": torch.tensor([100, 500])}), ("DDIM", {"final_alpha_cumprod": 0.9})):
