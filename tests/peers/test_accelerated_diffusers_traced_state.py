@@ -1,6 +1,7 @@
 """Traced schedulers whose loops do not go on as they began: an error that says so, or the same as diffusers."""
 
 import copy
+import inspect
 import pickle
 import types
 
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import diffusers
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from support.choices import for_many
@@ -369,3 +371,23 @@ def test_an_edit_in_place_between_two_loops(edit, scales):
             found.append(x)
         torch.testing.assert_close(found[1], found[0])
     assert not ours.accelerated.fallbacks
+
+
+@pytest.mark.parametrize("name", ["DDIM", "LCM", "TCD", "LTXEulerAncestralRF", "FlowMapEulerDiscrete"])
+def test_two_loops_of_one_object_in_turns(name):
+    """Of schedulers that take a step by its timestep alone; in others, diffusers' own loops disturb each other."""
+
+    def both(scheduler):
+        scheduler.set_timesteps(STEPS)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        samples = [torch.randn(SHAPE, generator=each) for each in generators]
+        drawing = "generator" in inspect.signature(scheduler.step).parameters
+        for t in scheduler.timesteps:
+            for i, generator in enumerate(generators):
+                options = {"generator": generator} if drawing else {}
+                m = torch.tanh(samples[i] + i)
+                samples[i] = scheduler.step(m, t, samples[i], return_dict=False, **options)[0]
+        return samples
+
+    plain = getattr(diffusers, f"{name}Scheduler")()
+    same(both(accelerate(copy.deepcopy(plain))), both(plain))

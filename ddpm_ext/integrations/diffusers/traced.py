@@ -110,7 +110,7 @@ class TracedScheduler(Forward):
 
     def _take_again(self, again: Again, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loop, (rows, of_loop) = self._traced_loop, again.of
-        if not isinstance(loop, LoopPosition) or loop.rows is not rows or place != loop.at:
+        if not isinstance(loop, LoopPosition) or loop.rows is not rows or place != loop.at or loop.is_over():
             return None
         if not loop.has_index_of(self) or (rows.counters and not loop.has_counters_of(self)):
             return None
