@@ -47,7 +47,7 @@ TUNING_FLAGS = [
 ]
 NVCC_FLAGS = ["-O3", "-fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
 # The kernels differ only between these architectures (__CUDA_ARCH__ in csrc/cuda). From one of them up to the next, all
-# are made of one PTX, for which nvcc takes most of its time; docs/cuda.md compares the machine code.
+# are made of one PTX, for which nvcc takes most of its time; docs/developers/cuda.md compares the machine code.
 PTX_ARCHS = (75, 80, 100)
 
 # Commands of setuptools that compile. The others (sdist, metadata) need no torch.

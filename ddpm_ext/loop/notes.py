@@ -12,7 +12,7 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.step_table import StepTable
 
-# Measured on the model "shapes" with 6 calls: docs/tuning.md.
+# Measured on the model "shapes" with 6 calls: docs/developers/measurements.md.
 _OF_GUIDANCE = (
     " (with half or twice its scale the error was up to 1.3 times that of a table for it, with 3.5 times 1.6)"
 )

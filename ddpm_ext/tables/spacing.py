@@ -64,7 +64,7 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], Tensor]] = {
     "beta": _beta,
 }
 
-# What a spacing of None means. docs/sampling.md has the numbers by which it was chosen.
+# What a spacing of None means. docs/developers/measurements.md has the numbers by which it was chosen.
 DEFAULT_SPACING = "trailing"
 
 # All names that `spacing=` takes, beside guided-diffusion's sections.
