@@ -1,4 +1,4 @@
-"""python -m benchmarks.peers.comfyui CHECKOUT: which of ComfyUI's samplers are traced: docs/k_diffusion.md's table.
+"""python -m benchmarks.peers.comfyui CHECKOUT: which of ComfyUI's samplers are traced, for docs/k_diffusion.md.
 
 Of the checkout, comfy/k_diffusion and comfy/extra_samplers/uni_pc.py are run. Other modules have stand-ins.
 """
