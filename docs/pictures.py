@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation with the commands and the code in pictures.md; `make pictures` runs this."""
+"""Draws the pictures of the documentation with the commands and the code of its pages; `make pictures` runs this."""
 
 import os
 import re
@@ -11,32 +11,38 @@ from pathlib import Path
 from ddpm_ext import cli
 
 DOCS = Path(__file__).resolve().parent
+PAGES = ("sampling", "classes")
 
 
-def blocks(language: str) -> list[str]:
-    """The page's blocks in a language, in order."""
-    text = (DOCS / "pictures.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+def text(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
-    """The arguments of each `ddpm-ext` command in the shell blocks of the page."""
-    return [shlex.split(line)[1:] for block in blocks("sh") for line in block.splitlines()]
+    """The arguments of each `ddpm-ext` command in the shell blocks right above a picture."""
+    found = re.compile(r"^```sh\n([^`]*)^```\n\n!\[", re.MULTILINE)
+    blocks = [block for page in PAGES for block in found.findall(text(page))]
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+
+
+def code(page: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text(page), re.DOTALL | re.MULTILINE))
 
 
 def shown() -> list[str]:
-    """The names of the pictures on the page."""
-    return re.findall(r"!\[.+\]\(pictures/(.+)\)", (DOCS / "pictures.md").read_text(encoding="utf-8"))
+    """The names of the pictures on the pages."""
+    return [name for page in PAGES for name in re.findall(r"!\[.+\]\(pictures/(.+)\)", text(page))]
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for arguments in commands():
-            code = cli.main(arguments)
-            if code:
-                return code
-        exec("\n".join(blocks("python")), {"__name__": "__main__"})
+            result = cli.main(arguments)
+            if result:
+                return result
+        for page in PAGES:
+            exec(code(page), {"__name__": "__main__"})
         os.chdir(DOCS)
         for name in shown():
             shutil.copyfile(Path(folder) / name, DOCS / "pictures" / name)

@@ -18,10 +18,10 @@ from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-# tests/project/test_pictures.py and test_reference_pages.py paste two more, and look at what comes out.
+# test_pictures.py and test_reference_pages.py paste three more, and look at what comes out.
 PAGES = [
     DOCS.parent / "README.md",
-    *(p for p in sorted(DOCS.rglob("*.md")) if p.name not in ("index.md", "pictures.md")),
+    *(p for p in sorted(DOCS.rglob("*.md")) if p.name not in ("index.md", "sampling.md", "classes.md")),
 ]
 # What tuning.md runs takes three seconds, and tests/tuning has its parts.
 PASTED = [
@@ -29,7 +29,7 @@ PASTED = [
     for page in PAGES
     if BLOCK.search(page.read_text())
 ]
-WRITTEN = {"sampling.md": {"mine.json", "mine.png"}, "training.md": {"my-run"}, "migrate.md": {"tuned.json"}}
+WRITTEN = {"training.md": {"my-run"}, "diffusers.md": {"tuned.json"}}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
@@ -44,9 +44,9 @@ def test_code_of_a_page_can_be_pasted(page, tmp_path, monkeypatch):
 
 
 def test_commands_of_the_pages_are_right(root):
-    """Each is parsed as it stands. Those of README.md and pictures.md are run, by tests of their own."""
+    """Each is parsed as it stands. Those of README.md are run, by a test of their own."""
     seen = 0
-    for page in [*PAGES, *(root / "ddpm_ext" / "models").rglob("README.md")]:
+    for page in [*PAGES, DOCS / "sampling.md", DOCS / "classes.md", *(root / "ddpm_ext" / "models").rglob("README.md")]:
         for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             for command in re.findall(r"(?:^ddpm-ext|-m ddpm_ext) (.+)", block.replace("\\\n", " "), re.MULTILINE):
                 try:
@@ -58,12 +58,12 @@ def test_commands_of_the_pages_are_right(root):
 
 
 def test_every_choice_is_documented(root):
-    pages = {page: (root / "docs" / f"{page}.md").read_text() for page in ("sampling", "options", "training")}
+    pages = {page: (root / "docs" / f"{page}.md").read_text() for page in ("sampling", "options", "training_options")}
     table = pages["sampling"].partition("| `spacing=`")[2].partition("\n\n")[0]
     assert set(re.findall(r'`"([\w,]+)"`', table)) == {*SPACINGS, "ddim5", "2,3"}
     assert all(name in SPACING_NAMES.split("; ")[0].split(", ") for name in SPACINGS)
     told = {page: set(re.findall(r'`"(\w+)"`', text)) for page, text in pages.items()}
-    assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told["training"]
+    assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told["training_options"]
     assert set(SAMPLERS) <= told["sampling"]
     assert {name for name in VARIANCES if name.startswith("learned")} <= told["options"]
     rows = re.findall(r'^\| `"([a-z\d,]+)"` \| ([\d ]+\d)', pages["sampling"], re.MULTILINE)
@@ -78,7 +78,7 @@ def test_every_choice_is_documented(root):
 
 def test_paths_that_the_pages_name_exist(root):
     """Those that are no links, which tests/project/test_reference_pages.py follows. NAME stands for a new file."""
-    pages = [root / "README.md", root / "CONTRIBUTING.md", root / "mkdocs.yml", *(root / "docs").glob("*.md")]
+    pages = [root / "README.md", root / "CONTRIBUTING.md", root / "mkdocs.yml", *(root / "docs").rglob("*.md")]
     pages.append(root / "ddpm_ext" / "integrations" / "ADDING.md")
     named = re.compile(r"(?<![\w/.])((?:benchmarks|csrc|ddpm_ext|docs|examples|tests)/[\w./-]*\w)")
     found = {(path, page.name) for page in pages for path in named.findall(page.read_text()) if "NAME" not in path}
