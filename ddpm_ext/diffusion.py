@@ -139,7 +139,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
                 (Chen et al. 2023, "Analog Bits").
             model_kwargs: further arguments of model and cond_fn.
             start: samples of `shape` to begin from instead of pure noise. They get the noise of the first step that is
-                taken (stream 1, as pure noise does), and the last `strength` of the steps remove it (Meng et al. 2022,
+                taken (stream 1, that of pure noise), and the last `strength` of the steps remove it (Meng et al. 2022,
                 "SDEdit"); or an Interpolation between two.
             strength: the share of the steps that is taken, above 0 to 1, at least one step; 1 without a start.
             noise: of `shape`: the first step begins from it instead of drawn noise. That is standard normal, or has the

@@ -110,7 +110,7 @@ def sample_many(
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
     """Rank 0's preparation: writes or compares the manifest, locks the folder, and returns the missing shards."""
     settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": shards.shape}
-    settings = json.loads(json.dumps(settings))  # as the manifest has them, where a tuple is a list
+    settings = json.loads(json.dumps(settings))  # lists in place of tuples, like those of the manifest
     if shards.folder.exists() and not shards.folder.is_dir():
         raise ValueError(f"out: {shards.folder} is a file, expected a folder")
     if shards.manifest.exists():

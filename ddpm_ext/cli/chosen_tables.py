@@ -56,7 +56,7 @@ def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: i
         return f"sampler: the tuned table of {options.model} in {max(calls)} steps; --sampler and --steps choose others"
     if options.jump_n_sample is not None or options.jump_length is not None:  # a jump goes back: no history
         options.sampler = "ddpm"
-        return "sampler: ddpm, as RePaint has it; --sampler and --steps choose others"
+        return "sampler: ddpm, which is RePaint's; --sampler and --steps choose others"
     options.sampler = FEW
     if options.steps is None and options.spacing in (None, *SPACINGS):  # another spacing says how many
         options.steps = min(FEW_STEPS, timesteps)

@@ -38,7 +38,7 @@ def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
     else:
         group.set_defaults(no_clip=True)
     if threshold:
-        quantile = "clip each sample's predicted x_0 by its own quantile, as Imagen does; 0.995 is usual"
+        quantile = "clip each sample's predicted x_0 by its own quantile (Imagen); 0.995 is usual"
         ways.add_argument("--threshold", type=finite_number, metavar="QUANTILE", help=quantile)
         most = "the largest bound that --threshold may find (default: any)"
         group.add_argument("--threshold-max", type=finite_number, metavar="X", help=most)
@@ -75,7 +75,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--inpaint", metavar="FILES", help="images of which a part is kept; the rest is drawn")
     mask = "with --inpaint: a picture, white where the image is kept and black where it is drawn"
     add("--mask", metavar="FILE", help=mask)
-    passes = "with --inpaint: times that each stretch of steps is taken, as RePaint does (default: 1)"
+    passes = "with --inpaint: times that each stretch of steps is taken (RePaint; default: 1)"
     add("--jump-n-sample", type=whole_number(1), metavar="N", help=passes)
     length = "with --inpaint: steps of such a stretch (default: 10)"
     add("--jump-length", type=whole_number(1), metavar="N", help=length)

@@ -295,7 +295,7 @@ class Denoising(LoopOptionsTaker):
         return loss
 
     def _offset(self, x: Tensor, source: dict[str, Any], strength: float) -> Tensor:
-        """The noise, to which each channel adds one more normal. A given noise is written to, as the peer does."""
+        """The noise, to which each channel adds one more normal. A given noise is written to, by the peer, too."""
         noise = noise_itself(source, x)
         rng = source["rng"] if "rng" in source else self.accelerated.next_forward(x.device)
         sizes = x.shape[:2]

@@ -50,7 +50,7 @@ def try_methods(plain: Any, tables: Mapping[str, Any]) -> FusedMethods:
     """What an object of the class gives. Raises Fallback where nothing is fused.
 
     Args:
-        plain: the object as its own class has it.
+        plain: the object, with the methods of its own class.
         tables: the object's.
     """
     own = {name: tables[name] for name in TABLES}

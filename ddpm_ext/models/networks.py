@@ -46,7 +46,7 @@ def shape_of(network: Any) -> tuple[int, int, int]:
 def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
     """Makes a UNet2DModel with random weights on `device`, or the DiTTransformer2DModel that `_class_name` asks for.
 
-    While a DiT is trained, its blocks don't drop labels by themselves, as they do in diffusers, each by other numbers.
+    While a DiT is trained, its blocks don't drop labels, which diffusers' do, each by other random numbers.
 
     Raises:
         ValueError: diffusers can't make a model from `config`, or it would take more memory or time than models of

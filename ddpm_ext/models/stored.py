@@ -125,7 +125,7 @@ def one_line(error: BaseException) -> str:
 def write_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
     """Writes a module's state dict as safetensors, with floating-point tensors rounded to `dtype`."""
     to_bytes = require("safetensors.torch", "writing model files").save
-    # safetensors refuses tensors that share memory, as tied weights do, so each is copied.
+    # safetensors refuses tensors that share memory, such as tied weights, so each is copied.
     weights = {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
         for name, value in module.state_dict().items()

@@ -31,7 +31,7 @@ def x_start_scale(
 ) -> Tensor:
     """1 / bound of each sample: a step's x_start_scale for dynamic thresholding (Saharia et al. 2022, section 2.3).
 
-    The bound is the quantile of |x0|, interpolated as torch.quantile does, but at least 1 and at most `maximum`. x0 is
+    The bound is the quantile of |x0|, interpolated like torch.quantile's, but at least 1 and at most `maximum`. x0 is
     that of a step with these arguments, in float32, before it is scaled and clipped. It is not stored. A
     sample with a NaN has NaN. The bits are the same in every batch and on every device.
 

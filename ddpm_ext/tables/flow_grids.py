@@ -88,7 +88,7 @@ def resolution_mu(
 
 
 def stretched(sigma: Tensor, terminal: float) -> Tensor:
-    """1 - sigma, multiplied so that the last sigma is `terminal`, as LTX-Video has it.
+    """1 - sigma, multiplied so that the last sigma is `terminal`: LTX-Video's stretch.
 
     Args:
         sigma: (steps,), falling, in (0, 1], the last below 1.

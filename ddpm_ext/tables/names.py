@@ -1,4 +1,4 @@
-"""Names of samplers and spacings, as people type them and as other libraries have them."""
+"""Names of samplers and spacings that people type and other libraries use."""
 
 from __future__ import annotations
 

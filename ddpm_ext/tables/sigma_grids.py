@@ -249,7 +249,7 @@ def sgm_uniform_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) 
 def linear_quadratic_grid(
     alphas_cumprod: Tensor, steps: int, *, threshold: float = 0.025, linear_steps: int | None = None, final: float = 1.0
 ) -> Grid:
-    """Sigmas along linear_quadratic's curve, from the schedule's greatest, as ComfyUI has them.
+    """ComfyUI's sigmas along linear_quadratic's curve, from the schedule's greatest.
 
     Args:
         threshold, linear_steps: as for linear_quadratic.

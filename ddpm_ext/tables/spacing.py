@@ -93,7 +93,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
             down from timesteps - 1 (Lin et al. 2024, table 2, has the three); "quadratic", down from 0.8 timesteps and
             closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "simple", "trailing" with other
             rounding (k-diffusion's and ComfyUI's); "beta", closer together towards both ends, at quantiles of a beta
-            distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need", as ComfyUI has it), but
+            distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need"; also in ComfyUI), but
             none twice; "ddim25" and the like, or counts of sections as "10,15,20": see section_timesteps. None:
             "trailing". Where all timesteps are taken, each of these names gives the same.
 
@@ -156,7 +156,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         if not 1 <= count <= length:
             raise ValueError(f"section {i} is to give {count} timesteps, expected 1 to {length}, which it has")
         gap, position = 1.0 if count == 1 else (length - 1) / (count - 1), 0.0
-        # Added up in floating point and rounded as guided-diffusion does, so that a respaced model gets the timesteps
+        # Added up in floating point and rounded by guided-diffusion's code, so that a respaced model gets the timesteps
         # that it was evaluated with: where a position is near a half, the sum decides.
         for _ in range(count):
             taken.append(start + round(position))

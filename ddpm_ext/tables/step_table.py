@@ -80,7 +80,7 @@ class StepTable:
         l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
         signal_after, noise_after: the level where it arrives. None: zeros, and where both are 0 the level is unknown.
-        notes: what a reader of the table should know of it, by name, as JSON has it: texts, numbers, lists. Files have
+        notes: what a reader of the table should know of it, by name: texts, numbers, lists, as in JSON. Files have
             them, slices and `dataclasses.replace` keep them, and a loop warns where it has another guidance, clip or
             prediction than they say. They change nothing else, and equal tables may have different ones.
 
@@ -413,7 +413,7 @@ WITHIN = 2.0**127  # of float32, however a number is rounded
 
 def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
     """The table of columns that need no check, which are not copied: float64 (rows,), finite, of which nobody has
-    others; those that are missing are zeros. timestep and draw are integers or floats as StepTable has them."""
+    others; those that are missing are zeros. timestep and draw have the dtypes of StepTable's."""
     table = object.__new__(StepTable)
     with torch.inference_mode(False):
         zeros = torch.from_numpy(np.zeros(len(columns["timestep"])))

@@ -77,7 +77,7 @@ def numbers(name: str, values: Values, rows: int | None = None) -> Array:
 
 
 def default_draws(timestep: Array) -> Array:
-    """The draws of a table for which none are given, as StepTable's docstring has them.
+    """The draws of a table for which none are given, by the rule in StepTable's docstring.
 
     Raises:
         ValueError: a timestep so large that its draw would not be below 2^32.

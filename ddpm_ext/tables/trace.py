@@ -8,7 +8,7 @@ output, and these are what a row keeps. The numbers of each row are fitted with 
 other, since a sample may stand for what it was made of. Random numbers beside the unit vectors, in the same run, prove
 the rows in the end, and show where a scheduler is not linear.
 
-A function that runs its whole loop itself, as k-diffusion's do, takes its steps between its calls of the model.
+A function that runs its whole loop itself, such as k-diffusion's, takes its steps between its calls of the model.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _errors(rows: Columns, linear: Linear, loop: Numbers, bound: Callable[[Array
 
 def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None = None) -> Array:
     """Clean samples after the clip, (steps, numel of a sample)."""
-    if threshold is not None:  # eq. (7) of Saharia et al. 2022, as diffusers has it
+    if threshold is not None:  # eq. (7) of Saharia et al. 2022, in diffusers' form
         quantile, largest = threshold
         divisor = np.clip(np.quantile(np.abs(x0), quantile, axis=-1, keepdims=True), 1, largest)
         x0 = np.clip(x0, -divisor, divisor) / divisor

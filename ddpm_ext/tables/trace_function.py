@@ -1,4 +1,4 @@
-"""A function that runs its own loop, as k-diffusion's samplers do: what tracing observes of it.
+"""A function that runs its own loop, such as k-diffusion's samplers: what tracing observes of it.
 
 The function gets a model that is ours. Between two calls of it lies a step: its result is the sample of the next call,
 or what the function returns. A step gets a sample of our choice by being written into the one that the function gave

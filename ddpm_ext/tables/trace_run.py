@@ -103,7 +103,7 @@ class Run(NamedTuple):
         unit: what these are, for messages.
         observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
             None before the first, its sample; of a step's number, the model's output; and what the next draw gives;
-            and `tuples` and `notes`, as the function `observe` has them.
+            and the function `observe`'s arguments `tuples` and `notes`.
         clip: the bound of the range to which the loop clips, if it clips.
         clips: whether it may clip.
         given: how many tensors each step is given beside sample and output.
@@ -216,7 +216,7 @@ def observe(
 
     Args:
         scheduler: in the state in which a loop begins; it stays as it is.
-        timesteps: those of the steps, as the scheduler has them, or (1,), of all samples.
+        timesteps: the scheduler's for the steps, or (1,), of all samples.
         samples, outputs, noise: as Run's observe takes them. What they give is the loop's own, and may be written to.
         options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
             samples, which `noise` makes, too; a list for one of each step.

@@ -53,7 +53,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     """
     to_bytes = require("safetensors.torch", "writing checkpoints").save
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
-    # safetensors refuses tensors that share memory, as tied weights do, so each is copied.
+    # safetensors refuses tensors that share memory, such as tied weights, so each is copied.
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     content = to_bytes(tensors, metadata={"format": _FORMAT, "header": json.dumps(about)})
     before = newest(folder)

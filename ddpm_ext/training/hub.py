@@ -72,7 +72,7 @@ def push_to_hub(
 
 
 def check_pushable(model: nn.Module) -> None:
-    """Raises ValueError unless load_model can read the model, or it has a push_to_hub, as diffusers' models do."""
+    """Raises ValueError unless load_model can read the model, or it has the method push_to_hub of diffusers' models."""
     if known_kind(model) is None and not callable(getattr(model, "push_to_hub", None)):
         raise ValueError(
             f"push_to_hub: a {type(model).__name__} has no method push_to_hub, expected a model of diffusers; "

@@ -96,7 +96,7 @@ class Trained:
 
 
 class TakesClassLabels(nn.Module):
-    """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""
+    """Takes labels by a UNet2DModel's keyword, and gives them to a module as its third argument."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

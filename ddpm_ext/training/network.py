@@ -124,7 +124,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     """Makes the model keep few activations in the forward pass and compute the others again in the backward pass.
 
     Raises:
-        ValueError: the model has no enable_gradient_checkpointing(), as models of diffusers have, or it fails.
+        ValueError: the model has no enable_gradient_checkpointing(), a method of diffusers' models, or it fails.
     """
     enable = getattr(model, "enable_gradient_checkpointing", None)
     if not callable(enable):

@@ -249,7 +249,7 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
 
 
 def with_newer(was: dict[str, Any]) -> dict[str, Any]:
-    """The options in a run's files, as JSON has them. Options that are newer than the run have their defaults."""
+    """The options in a run's files, by name. Options that are newer than the run have their defaults."""
     return as_json(TrainOptions()) | was
 
 

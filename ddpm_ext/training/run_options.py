@@ -69,7 +69,7 @@ def inputs_of(
 
 
 def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
-    """Writes the options of a run, and what its weights depend on besides, as a checkpoint's header has them.
+    """Writes the options of a run, and what its weights depend on besides, in the form of a checkpoint's header.
 
     Raises OSError if the file can't be written; the message is one sentence.
     """

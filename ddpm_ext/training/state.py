@@ -62,7 +62,7 @@ class TrainState:
         self._parts: dict[str, Any] = {"model": model, **averages, "timestep_sampler": self.timestep_sampler}
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets the learning rate, rounded to float32, as a graph's tensor has it, so that the weights are the same."""
+        """Sets the learning rate, rounded to float32, a graph's dtype, so that the weights are the same."""
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):

@@ -67,7 +67,7 @@ class WandB:
             raise ConnectionError(
                 f"wandb: cannot start a run of {project} ({reason}); wandb login, or WANDB_MODE=offline, may help"
             ) from error
-        # The axis is our own: W&B's own step may not go back, as it does at a resume.
+        # The axis is our own: W&B's own step may not go back, but a resumed run does.
         self._run.define_metric("*", step_metric="step")
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:

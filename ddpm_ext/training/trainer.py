@@ -306,7 +306,7 @@ class Trainer:
 
 
 def train(options: TrainOptions, out: str | os.PathLike[str], **keywords: Any) -> Result:
-    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit().
+    """The work of `ddpm-ext train`: Trainer(out=out, options=options, **keywords).fit().
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions, train

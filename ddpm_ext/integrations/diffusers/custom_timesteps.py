@@ -14,7 +14,7 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 
 
 def with_timesteps(cls: type, own: Callable[..., Any]) -> Callable[..., Any]:
-    """set_timesteps with an argument `timesteps`, as DPMSolverMultistepScheduler has it, where cls is a UniPC without.
+    """set_timesteps with DPMSolverMultistepScheduler's argument `timesteps`, where cls is a UniPC without.
 
     own: set_timesteps of an accelerated class of cls.
     """

@@ -120,8 +120,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """Noise relative to the signal where each row starts, and where the last one arrives, float32 (rows + 1,), as
-        other schedulers have it; a flow's own sigmas. Raises AttributeError where the table has no levels."""
+        """Noise relative to the signal where each row starts, and where the last one arrives, float32 (rows + 1,);
+        for a flow its own sigmas. Raises AttributeError where the table has no levels."""
         try:
             return table_sigmas(self.table)[0].float()
         except ValueError as error:

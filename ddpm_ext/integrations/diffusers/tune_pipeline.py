@@ -129,7 +129,7 @@ def tune_pipeline(
 
 
 def _trailing(scheduler: Any) -> Any:
-    """The scheduler with the last training timestep as its first, as students have it; None where that is no choice."""
+    """The scheduler over trailing timesteps, from the last of training; None where it has these or no choice."""
     if "timestep_spacing" not in scheduler.config or scheduler.config.timestep_spacing == "trailing":
         return None
     return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")

@@ -106,7 +106,7 @@ class Guided(PeerDiffusion):
             raise Fallback("a gradient is asked for by x_start or noise")
 
         with_bound = tables.learned or not tables.with_error
-        # The samples whose term the peer computes. Finding them waits for a GPU, as the peer does for each table.
+        # The samples whose term the peer computes. Finding them waits for a GPU; the peer waits for each table.
         at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
         source = self._training_noise(x_start, noise)
         x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)

@@ -34,7 +34,7 @@ LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "RESCALED_KL": (False, float),
 }
 NOT_COMPARED = ("alphas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
-SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # as ddpm_ext has them
+SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # also in ddpm_ext
 ARRAYS = (*SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
 OPTIONS = ("num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
 SPACED_OPTIONS = ("timestep_map", "original_num_steps")

@@ -14,7 +14,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ancestral_sigma", "ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
-ROUNDING = 1e-6  # of levels in float32, as other libraries have them
+ROUNDING = 1e-6  # of levels that other libraries hold in float32
 
 
 def implicit(

@@ -41,8 +41,8 @@ def flow_sde(
         eta: the scale of the noise, Flow-GRPO's noise_level; finite, >= 0. 0 gives Euler's method.
         variant: "flow_grpo", where d = eta sqrt(t / (1 - t)), with t' in place of a t of 1 in the denominator, as in
             the authors' code; or "dance_grpo", where d = eta (Xue et al. 2025).
-        last_noise: whether the step to clean data adds noise too, as both codes do. Without it that step ends in the
-            predicted x_0, and has no probability.
+        last_noise: whether the step to clean data adds noise too; both papers' codes add it. Without it that step ends
+            in the predicted x_0, and has no probability.
 
     Raises:
         TypeError, ValueError: as ddim; an unknown `variant`.

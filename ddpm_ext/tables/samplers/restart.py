@@ -36,7 +36,7 @@ def restart(
     Args:
         grid: descending, with a schedule or a timestep_of.
         prediction: as for ddpm; "x_prev" is refused.
-        intervals: (n, k, t_min, t_max), as the paper's tables have them: n sigmas, both ends included, spaced as
+        intervals: (n, k, t_min, t_max), the columns of the paper's tables: n sigmas, both ends included, spaced as
             karras_grid's; k times; t_min and t_max are sigmas, noise over signal. The default is the authors' example
             for CIFAR-10.
         s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.

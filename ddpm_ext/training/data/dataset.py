@@ -106,7 +106,7 @@ class DatasetImages:
     def labels(self) -> Labels:
         """The labels that the dataset says without reading its images; names are its `classes`, or else numbers.
 
-        They are its `targets`, as torchvision's datasets have them, before any target_transform; the second tensor of
+        They are its `targets`, by torchvision's name, before any target_transform; the second tensor of
         a TensorDataset; or those of the dataset that a Subset is a part of.
 
         Raises:

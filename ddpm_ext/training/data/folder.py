@@ -114,7 +114,7 @@ def image_paths(folder: Path, name: str = "data") -> list[Path]:
 
 
 def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, smooth: bool = True) -> Tensor:
-    """Reads an image file as FolderImages does, cropped around its middle and resized to (channels, height, width).
+    """Reads an image file, cropped around its middle and resized to (channels, height, width), for FolderImages, too.
 
     smooth: whether a pixel of the result is made of several, and not the nearest one.
 
