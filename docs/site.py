@@ -1,7 +1,8 @@
 """A hook of mkdocs: what the pages link to outside docs/ becomes part of the site, which so can be hosted by itself.
 
 README.md and other Markdown become pages, sources become coloured listings, folders become lists, and pictures are
-copied, all under source/. In the repository the links stay what they are.
+copied, all under source/. In the repository the links stay what they are. Long names get places where a narrow screen may
+break them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = {".png", ".gif", ".svg"}
 LEXERS = {".cuh": ".cu", ".def": ".h"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=#|\))")
+# Code in a sentence or a cell, not in a block, and names in the reference's headings.
+NAMES = re.compile(r'(?<!</span>)<code>[^<]+</code>|<span class="doc doc-object-name[^>]*>[^<]+</span>')
+LONG, PLACE = re.compile(r"[^\s<>]{13,}(?![^<>]*>)"), re.compile(r"(?<=[/._=(:,])(?=[A-Za-z&\"'])")
 
 
 def place(target: str) -> str:
@@ -62,7 +66,9 @@ def listing(target: str) -> str:
             lexer = TextLexer()
         look = HtmlFormatter(noclasses=True, style="friendly", linenos="inline", wrapcode=True)
         body = f"<h1>{html.escape(target)}</h1>\n{highlight(file.read_text(encoding='utf-8'), lexer, look)}"
-    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(target)}</title>\n{body}\n'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    style = "<style>h1 { overflow-wrap: anywhere } pre { overflow-x: auto }</style>"
+    return f"<!doctype html>{head}<title>{html.escape(target)}</title>{style}\n{body}\n"
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -87,3 +93,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     """Points a page's links to what on_files added."""
     generated = page.file.src_uri.startswith("source/")
     return markdown if generated else rewritten(markdown, f"docs/{page.file.src_uri}")[0]
+
+
+def on_post_page(output: str, *, page: Any, config: Any) -> str:
+    """Puts a <wbr> after the dots and underscores of long names, once the search index has them whole."""
+    return NAMES.sub(lambda name: LONG.sub(lambda word: PLACE.sub("<wbr>", word[0]), name[0]), output)
