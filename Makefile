@@ -87,6 +87,7 @@ pictures: build ## the documentation's pictures, a minute or two
 	$(PY) docs/pictures.py
 
 docs: venv ## the documentation with the API's reference, as a site in site/, half a minute
+	$(PY) docs/claims.py --check
 	$(PY) -m mkdocs build --strict --quiet
 
 # With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.

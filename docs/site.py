@@ -1,8 +1,7 @@
 """A hook of mkdocs: what the pages link to outside docs/ becomes part of the site, which so can be hosted by itself.
 
 README.md and other Markdown become pages, sources become coloured listings, folders become lists, and pictures are
-copied, all under source/. In the repository the links stay what they are. Long names get places where a narrow screen may
-break them.
+copied, all under source/. In the repository the links stay what they are. Long names get places where they may break.
 """
 
 from __future__ import annotations
