@@ -67,7 +67,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     # Not by tempfile: only the owner can read its files, and the rename would not change that.
     beside = _beside(target)
     try:
-        with errors_that_name(path):
+        with errors_that_name(path, beside):
             yield beside
             with open(beside, "rb") as written:
                 os.fsync(written.fileno())
@@ -90,12 +90,13 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
 
 
 @contextmanager
-def errors_that_name(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises an OSError that names no file, as write() does where a disk is full, as one that names `path`."""
+def errors_that_name(path: str | os.PathLike[str], hidden: Path) -> Iterator[None]:
+    """Raises an OSError that names no file, as write() does where a disk is full, or the file or folder `hidden`, which
+    nobody knows, as one that names `path`."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None and not os.fsdecode(error.filename).startswith(os.fspath(hidden)):
             raise
         number, reason = error.errno or errno.EIO, error.strerror or str(error)
         raise OSError(number, reason, os.fspath(path)) from error

@@ -80,13 +80,13 @@ def write_pngs(shards: Shards, folder: Path) -> None:
     files.remove_leftovers(folder.parent, of=folder)
     image = require("PIL.Image", "writing pictures")
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    beside.mkdir()
 
     def save(sample: int, pixels: Pixels) -> None:
         image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / _picture(shards, sample))
 
     try:
-        with files.errors_that_name(folder), ThreadPoolExecutor(_THREADS) as pool:
+        with files.errors_that_name(folder, beside), ThreadPoolExecutor(_THREADS) as pool:
+            beside.mkdir()
             # From the beginning of a shard, since one that was not full has been drawn again.
             for index in range(there // shards.size, len(shards)):
                 list(pool.map(save, shards.ids(index), shards.read(index)))

@@ -117,6 +117,7 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
         until_the_end.enter_context(files.lock(shards.manifest))
         found = _check_same(shards.manifest, settings)
         if found["settings"]["num_images"] < shards.count:
+            files.check_writable(shards.manifest)
             before = replace(shards, count=found["settings"]["num_images"])
             if before.path(len(before) - 1) != shards.path(len(before) - 1):
                 before.remove(len(before) - 1)  # first: until the manifest is written, the folder is a smaller one's

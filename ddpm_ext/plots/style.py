@@ -27,11 +27,11 @@ Values = torch.Tensor | npt.NDArray[np.floating]
 PathLike = str | os.PathLike[str]
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, with a grey in place of the yellow, which is
-# hard to see on white. Dashes and, where a line has few points, markers tell the lines apart in grey as well.
+# hard to see on white. Dashes and markers tell the lines apart in grey as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#888888")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4)))
 _MARKERS = "os^DvPX"
-_MOST_MARKED = 25  # lines with more points than this have no markers
+_MOST_MARKED = 25  # points of a line; of more, every second one has a marker, or every third, ...
 _STYLE = {
     "font.size": 12,
     "axes.titlesize": 12,
@@ -68,14 +68,15 @@ def line_style(number: int, points: int) -> dict[str, Any]:
     Later lines are thinner, so that one which they cover still shows.
     """
     count = len(COLOURS)
-    style: dict[str, Any] = {
+    return {
         "color": COLOURS[number % count],
         "linestyle": _DASHES[(number + number // count) % len(_DASHES)],
         "linewidth": max(1.6, 2.6 - 0.35 * number),
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 5,
+        "markerfacecolor": "white",
+        "markevery": -(-points // _MOST_MARKED),
     }
-    if points <= _MOST_MARKED:
-        style |= {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "markerfacecolor": "white"}
-    return style
 
 
 def to_array(values: Values) -> Array:

@@ -131,3 +131,11 @@ def test_a_full_disk_names_the_path(tmp_path, error):
         raise error
     assert info.value.filename == str(tmp_path / "a.npz") and info.value.errno == (error.errno or errno.EIO)
     assert (error.strerror or str(error)) in str(info.value) and not list(tmp_path.iterdir())
+
+
+def test_an_error_does_not_name_the_hidden_file(tmp_path):
+    path = tmp_path / "folder" / "a.npz"
+    with pytest.raises(FileNotFoundError) as info, files.atomic_path(path) as beside:
+        path.parent.rmdir()
+        beside.touch()
+    assert info.value.filename == str(path)

@@ -42,6 +42,13 @@ def test_npz_needs_the_memory_of_a_shard(tmp_path):
     assert (tmp_path / "a.npz").stat().st_size > 40 * 512 * 512 * 3 and peak < 4 * 512 * 512 * 3
 
 
+def test_an_error_does_not_name_the_hidden_folder(tmp_path):
+    shards, _ = exact_run.run(tmp_path / "run")
+    with pytest.raises(FileNotFoundError) as info:
+        write_pngs(shards, tmp_path / "none" / "png")
+    assert info.value.filename == str(tmp_path / "none" / "png")
+
+
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     shards, _ = exact_run.run(tmp_path / "run")
     pytest.importorskip("PIL.Image")

@@ -106,6 +106,18 @@ def test_a_folder_grows(tmp_path, truth, first, kept, caplog):
     assert contents(tmp_path / "real") == contents(tmp_path / "new")
 
 
+def test_a_folder_that_cannot_be_written_does_not_grow(tmp_path, monkeypatch):
+    exact_run.run(tmp_path, count=10)
+    before = contents(tmp_path)
+
+    def read_only(path):
+        raise ValueError(f"out: cannot write {path}: Read-only file system")
+
+    monkeypatch.setattr("ddpm_ext.base.files.check_writable", read_only)
+    refused(ValueError, "cannot write .*manifest.json: Read-only", exact_run.run, tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_folders_of_something_else_are_refused(tmp_path):
     (tmp_path / "file").touch()
     refused(ValueError, r"out: .*file is a file", exact_run.run, tmp_path / "file")

@@ -58,6 +58,7 @@ def folder(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(np.full((20, 10), 128, np.uint8)).save(tmp_path / "a" / "tall.PNG")
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "._b.png").write_bytes(b"what a Mac puts beside b.png in an archive")
     return tmp_path
 
 

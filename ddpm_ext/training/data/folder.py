@@ -103,11 +103,13 @@ class FolderImages:
 
 
 def image_paths(folder: Path, name: str = "data") -> list[Path]:
-    """The image files in a folder and those below it, in the order of their paths.
+    """The image files in a folder and those below it, in the order of their paths. Names that begin with a dot are left
+    out: a Mac's `._photo.png` holds no image.
 
     Raises ValueError, whose message begins with `name`, if there are none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    paths = sorted(path for path in found if path.is_file())
     if not paths:
         raise ValueError(f"{name}: no images in {folder}, expected files ending in {' '.join(sorted(SUFFIXES))}")
     return paths
