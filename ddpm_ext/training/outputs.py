@@ -184,10 +184,22 @@ class Outputs:
         if "checkpoint_every" in due:
             self._checkpoint(state)
         if "sample_every" in due:
-            samples = draw().cpu()
-            save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
-            for tracker in self.log.trackers:
-                tracker.pictures(samples, step)
+            self._draw(step, draw)
+
+    def catch_up(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Draws the samples of a checkpoint's step where its run was killed before they were written."""
+        every = self.options.sample_every
+        if step and every and step % every == 0 and not self._picture(step).exists():
+            self._draw(step, draw)
+
+    def _draw(self, step: int, draw: Callable[[], Tensor]) -> None:
+        samples = draw().cpu()
+        save_grid(samples, self._picture(step))
+        for tracker in self.log.trackers:
+            tracker.pictures(samples, step)
+
+    def _picture(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:08d}.png"
 
     def _write_log(self, images_per_second: float) -> None:
         """Writes the lines of the steps that are not in the log; a line that can't be written is not tried again."""

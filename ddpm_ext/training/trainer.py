@@ -198,6 +198,7 @@ class Trainer:
             self.report(self._first_line())
             details = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
             begun = self.state.step
+            ranks.share(partial(outputs.catch_up, begun, self.sample))
             with ranks.in_touch(), progress_bar(self.options.steps, begun, shown=self.progress) as bar:
                 self._train(step, bar)
             seconds = time.monotonic() - started

@@ -62,6 +62,19 @@ def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name, capl
             assert (folder / file).read_bytes() == (straight / file).read_bytes()
 
 
+def test_killed_between_a_checkpoint_and_its_samples(tmp_path):
+    options = {"steps": 20, "checkpoint_every": 10, "sample_every": 10, "sample_steps": 3, "sample_count": 4}
+    trainer_run.make(tmp_path, **options).fit()
+    pictures = {path: path.read_bytes() for path in (tmp_path / "samples").iterdir()}
+    assert len(pictures) == 2
+    for stop in (10, 20):
+        if stop == 10:
+            checkpoints.newest(tmp_path).unlink()
+        (tmp_path / "samples" / f"step-{stop:08d}.png").unlink()
+        trainer_run.make(tmp_path, resume=True, **options).fit()
+        assert {path: path.read_bytes() for path in (tmp_path / "samples").iterdir()} == pictures
+
+
 def test_state_has_the_strides_of_the_weights(tmp_path):
     """AdamW's fused step assumes it."""
 
