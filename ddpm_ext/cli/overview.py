@@ -21,7 +21,7 @@ COMMANDS = {
     "bits-per-dim": "measure how well a model explains images",
     "trajectory": "draw how samples come about",
     "table": "print, save, draw and compare step tables",
-    "plot": "draw schedules, step tables, losses, samples and how they come about",
+    "plot": "draw schedules, step tables, losses and samples",
     "info": "show build, devices and instruction set",
 }
 

@@ -1,4 +1,4 @@
-"""`ddpm-ext plot`: draws schedules, step tables, losses, samples, and how samples come about."""
+"""`ddpm-ext plot`: draws schedules, step tables, losses and samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
-from ddpm_ext.cli import arguments, table, trajectory
+from ddpm_ext.cli import arguments, table
 from ddpm_ext.cli.chosen_tables import name_of
 from ddpm_ext.cli.images import read_pixels
 from ddpm_ext.cli.sampling import draw, prepare, tell_choice
@@ -38,9 +38,6 @@ _EXAMPLES = {
     "grid": """examples:
   ddpm-ext sample --num 64 --out samples.npz
   ddpm-ext plot grid samples.npz --columns 16 --out grid.png""",
-    "trajectory": """examples:
-  ddpm-ext plot trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
-  ddpm-ext plot trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif""",
     "guidance": """examples:
   ddpm-ext plot guidance --num 10 --guidance 0,1,2.5,5 --sampler ddim --steps 25 --out guidance.png
   ddpm-ext plot guidance --model my-run --class cat,dog --num 6 --out cats-and-dogs.png""",
@@ -62,7 +59,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
     )
     kinds = plot.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds of pictures")
 
-    def add(name: str, takes: str, summary: str, draw_kind: DrawKind | None = None) -> argparse.ArgumentParser:
+    def add(name: str, takes: str, summary: str, draw_kind: DrawKind) -> argparse.ArgumentParser:
         description, epilog = f"Draws {summary}.", _EXAMPLES[name]
         parser = arguments.add_command(kinds, f"plot {name}", description, summary=summary, takes=takes, epilog=epilog)
         parser.set_defaults(draw_kind=draw_kind)
@@ -73,7 +70,6 @@ def add_parser(commands: arguments.Subparsers) -> None:
     )
     _add_table(add("table", "SAMPLER|FILE ... ", "the columns of step tables over the steps", _draw_table))
     _add_grid(add("grid", "FILE ", "samples from a file, as a grid", _draw_grid))
-    trajectory.add_options(add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory"))
     _add_guidance(add("guidance", "", "samples of a class-conditional model with rising guidance", _draw_guidance))
     _add_losses(
         add("losses", "RUN ", "the loss of each step of a training run, and by quarter of the timesteps", _draw_losses)
@@ -88,9 +84,6 @@ def run(options: argparse.Namespace) -> None:
         TypeError, ValueError: an option is out of range, or a file can't be read or written. MissingExtra: matplotlib,
         pillow or what the model needs is not installed.
     """
-    if options.kind == "trajectory":
-        trajectory.run(options)
-        return
     arguments.check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else arguments.FIGURES)
     print(f"{options.out}: {options.draw_kind(options)}")
 

@@ -26,11 +26,6 @@ def add_parser(commands: Subparsers) -> None:
     """Adds `trajectory` to the commands of ddpm-ext."""
     description = "Draws x_t and the predicted x_0 at the same steps of the loop, for the first samples of the seed."
     parser = add_command(commands, "trajectory", description, epilog=_EXAMPLES)
-    add_options(parser)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options, which `plot trajectory` has as well."""
     kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving; both with the samples' classes"
     add_sampling(parser, num=8, out="trajectory.png", out_help=kinds)
     every = f"steps between two pictures (default: about {_PICTURES['.png']} in all, {_PICTURES['.gif']} in a GIF)"

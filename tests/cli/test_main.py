@@ -71,7 +71,7 @@ def test_work_goes_on_when_nobody_reads(ended, gone):
 
 def test_help_shows_groups_and_defaults(capsys):
     commands = ("sample", "invert", "train", "bits-per-dim", "trajectory", "table", "plot", "info")
-    kinds = ("schedules", "table", "grid", "trajectory", "losses", "histogram", "guidance")
+    kinds = ("schedules", "table", "grid", "losses", "histogram", "guidance")
     pages = {}
     for name in ("", *commands, *(f"plot {kind}" for kind in kinds)):
         assert call(*name.split(), "--help") == 0
