@@ -156,7 +156,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         if not 1 <= count <= length:
             raise ValueError(f"section {i} is to give {count} timesteps, expected 1 to {length}, which it has")
         gap, position = 1.0 if count == 1 else (length - 1) / (count - 1), 0.0
-        # Added up in floating point and rounded by guided-diffusion's code, so that a respaced model gets the timesteps
+        # Added up in floating point and rounded like guided-diffusion's, so that a respaced model gets the timesteps
         # that it was evaluated with: where a position is near a half, the sum decides.
         for _ in range(count):
             taken.append(start + round(position))

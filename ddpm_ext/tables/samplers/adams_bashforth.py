@@ -77,7 +77,7 @@ def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_fin
 
 @at_any_scale
 def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
-    """iPNDM: Zhang & Chen 2023, with the weights of diffusers' code.
+    """iPNDM: Zhang & Chen 2023, with the same weights as diffusers.
 
     DDIM's step along a weighted mean of the last four eps, with the weights of equal steps. The first three steps have
     as many eps as there are.
@@ -98,7 +98,7 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
 
 @at_any_scale
 def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
-    """PLMS, the multistep sampler of PNDM: Liu et al. 2022, in the form of diffusers' code.
+    """PLMS, the multistep sampler of PNDM: Liu et al. 2022, the same samples as diffusers'.
 
     These are iPNDM's rows and one more: after the first step, the model is called at the second timestep, and the mean
     of both eps takes the first step anew, to the same timestep. The eps of that call is not kept. len(grid) steps are

@@ -43,7 +43,7 @@ def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
 
 @at_any_scale
 def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
-    """CFG++ with fresh noise, from ComfyUI's code: euler_cfg_pp's rows with euler_ancestral's noise.
+    """CFG++ with fresh noise, ComfyUI's variant: euler_cfg_pp's rows with euler_ancestral's noise.
 
     Args, raises: as for ddim.
 
@@ -55,7 +55,7 @@ def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: 
 
 @at_any_scale
 def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
-    """CFG++ on DPM-Solver++(2M), from the authors' code and ComfyUI's.
+    """CFG++ on DPM-Solver++(2M), the same samples as the authors' and ComfyUI's.
 
     With y = x / sqrt(alphas_cumprod), h the step in lambda and r the step before over h, u0 the x0 of the unconditional
     output and u0' that of the step before:

@@ -18,7 +18,7 @@ SIGMA_DATA = 0.5
 
 @at_any_scale
 def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float = 10.0) -> StepTable:
-    """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4, and diffusers' code.
+    """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4, the same samples as diffusers'.
 
     The consistency function f = c_skip x + c_out x0 predicts the clean sample. The next sample is f with fresh noise to
     the level where the step arrives. c_skip is 1 at timestep 0, and next to 0 from timestep 1 on.
@@ -43,7 +43,7 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
 
 @at_any_scale
 def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
-    """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024, and diffusers' code.
+    """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024; diffusers has the same.
 
     A step goes down to timestep (1 - eta) s, rounded down, where s is the timestep at which it arrives, and from there
     fresh noise leads up to s. These are DDIM's rows with other noise. The last step adds no noise.

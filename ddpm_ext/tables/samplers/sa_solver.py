@@ -30,7 +30,7 @@ def sa_solver(
     corrector_order: int = 2,
     lower_order_final: bool = True,
 ) -> StepTable:
-    """SA-Predictor and SA-Corrector, in their form for predicted clean samples: Xue et al. 2023, and diffusers' code.
+    """SA-Predictor and SA-Corrector, in their form for predicted clean samples: Xue et al. 2023; the same as diffusers.
 
     A row first corrects x by the model's output at x, then takes the step from there. The corrector has the noise of
     the step that it corrects, so that it differs from the predictor by predicted clean samples alone, of this step and
