@@ -7,8 +7,10 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from support.eager_tutorial import GaussianDiffusion as EagerTutorial
@@ -20,9 +22,11 @@ import ddpm_ext
 from ddpm_ext import Philox
 from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated_class, support_table
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
+from ddpm_ext.integrations.guided_diffusion.classes import PARAMETERS
 from ddpm_ext.integrations.registry import KNOWN
 from ddpm_ext.integrations.shared import Accelerated, make_class, new
 from ddpm_ext.integrations.tensors import check_tensors
+from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 
 X = torch.zeros(3, 2)
 
@@ -232,6 +236,51 @@ def test_tensors_that_fit(x, others, reason):
     with pytest.raises(Fallback) as found:
         check_tensors(x, *others)
     assert found.value.reason == reason
+
+
+# ------------------------------------------------------------------------------------- guided-diffusion's inversion
+
+
+@pytest.fixture
+def guided(monkeypatch):
+    """An object with the tables, the name and the methods' parameters of guided-diffusion's GaussianDiffusion. Its
+    steps must not be called."""
+    module = types.ModuleType("guided_diffusion.gaussian_diffusion")
+    steps = [f"def {name}(self, {given}): raise AssertionError" for name, given in PARAMETERS.items()]
+    exec("\n".join([*steps, "def _scale_timesteps(self, t): return t"]), vars(module))
+    methods = {name: vars(module)[name] for name in (*PARAMETERS, "_scale_timesteps")}
+    module.GaussianDiffusion = type("GaussianDiffusion", (), {"__module__": module.__name__, **methods})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    found, process = module.GaussianDiffusion(), Process(6, torch.linspace(0.01, 0.3, 6))
+    kinds = {"model_mean_type": "EPSILON", "model_var_type": "FIXED_SMALL", "loss_type": "MSE"}
+    tables = {name: getattr(process, name).numpy() for name in SCHEDULE_ATTRIBUTES}
+    tables["alphas_cumprod_next"] = np.append(tables["alphas_cumprod"][1:], 0.0)
+    tables["posterior_log_variance_clipped"] = np.log(process.posterior_variance[[1, 1, 2, 3, 4, 5]].numpy())
+    named = {name: types.SimpleNamespace(name=kind) for name, kind in kinds.items()}
+    vars(found).update(tables, **named, num_timesteps=6, rescale_timesteps=False)
+    return found
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("edit", [None, lambda x0: 0.5 * x0 + 0.1])
+def test_ddim_reverse_sample_is_the_formula(guided, clip, edit):
+    """Dhariwal & Nichol 2021, appendix F: up to the next level, 0 behind the last one, with the eps that leads from
+    what has become of x0 to x."""
+    x, m = torch.randn(2, 6, 3, 2)
+    found = accelerate(guided).ddim_reverse_sample(
+        lambda *_: m, x, torch.arange(6), clip_denoised=clip, denoised_fn=edit
+    )
+    level = (1 - torch.linspace(0.01, 0.3, 6).double()).cumprod(0)[:, None, None]
+    after = torch.cat([level[1:], torch.zeros(1, 1, 1)])
+    x, m = x.double(), m.double()
+    x0 = (x - (1 - level).sqrt() * m) / level.sqrt()
+    x0 = x0 if edit is None else edit(x0)
+    assert (x0.abs() > 1).any()
+    x0 = x0.clamp(-1, 1) if clip else x0
+    eps = (x - level.sqrt() * x0) / (1 - level).sqrt()
+    torch.testing.assert_close(found["pred_xstart"].double(), x0, rtol=1e-5, atol=1e-5)
+    expected = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    torch.testing.assert_close(found["sample"].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------- what is fused

@@ -152,11 +152,34 @@ def test_a_sampler_that_calls_the_model_between_levels():
     assert [(info["i"], info["sigma"]) for info in told] == [(0, 9.0), (1, 4.0)]
 
 
-def test_churn_is_between_two_sigmas_and_at_both():
-    told = []
-    churn = {"s_churn": 1.0, "s_tmin": 1.0, "s_tmax": 6.0}
-    sampler("euler")(bend, start(), SIGMAS, callback=told.append, disable=True, rng=Philox(0), **churn)
-    assert [bool(info["sigma_hat"] > info["sigma"]) for info in told] == [1.0 <= s <= 6.0 for s in SIGMAS[:-1]]
+@pytest.mark.parametrize("churn, gamma", [(1.0, 0.2), (40.0, math.sqrt(2) - 1)])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_churn_is_the_formula(name, churn, gamma):
+    """Karras et al. 2022, algorithm 2: noise up to (1 + gamma) sigma before the steps from s_tmin to s_tmax, both
+    included; then the step from there, with a second call of the model at its end, or in its middle in log sigma."""
+    x, sigmas, told, draws = start(torch.float64), SIGMAS.double().tolist(), [], []
+
+    def noise(*_):
+        draws.append(torch.randn(SHAPE, dtype=torch.float64))
+        return draws[-1]
+
+    options = {"s_churn": churn, "s_tmin": 1.0, "s_tmax": 6.0, "s_noise": 1.1}
+    found = sampler(name)(bend, x, SIGMAS.double(), callback=told.append, noise_sampler=noise, **options)
+    hats = [sigma * (1 + gamma * (1.0 <= sigma <= 6.0)) for sigma in sigmas[:-1]]
+    assert [float(info["sigma_hat"]) for info in told] == pytest.approx(hats, rel=1e-12)
+    assert len(draws) == sum(hat > sigma for hat, sigma in zip(hats, sigmas, strict=False)) == 3
+    left = iter(draws)
+    for sigma, hat, after in zip(sigmas, hats, sigmas[1:], strict=False):
+        if hat > sigma:
+            x = x + 1.1 * math.sqrt(hat**2 - sigma**2) * next(left)
+        slope = (x - bend(x, torch.tensor([hat], dtype=torch.float64))) / hat
+        other = {"euler": 0.0, "heun": after, "dpm_2": math.sqrt(hat * after)}[name]
+        if other > 0:
+            there = x + (other - hat) * slope
+            second = (there - bend(there, torch.tensor([other], dtype=torch.float64))) / other
+            slope = (slope + second) / 2 if name == "heun" else second
+        x = x + (after - hat) * slope
+    torch.testing.assert_close(found, x, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ddpm"])

@@ -3,9 +3,10 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from support.gaussian import take
+from support.gaussian import push, take
 from support.grids import IDS, grids, schedule
 
 from ddpm_ext.tables.grid import make_grid
@@ -111,6 +112,102 @@ def test_dpmpp_2m_is_the_formula(steps, clean, eta):
         expected = dpm_step(x[i], x0, None if first_order else h[i], z[i], path[i : i + 3], eta)
         assert found == pytest.approx(expected, rel=1e-11, abs=1e-11)
     assert dpmpp_2m_sde(grid, eta=0.0) == dpmpp_2m(grid)
+
+
+def integrated(nodes, values, start, end, rate=1.0):
+    """Of the polynomial through values at nodes, times rate e^(rate (l - end)), over l from start to end."""
+    points, weights = np.polynomial.legendre.leggauss(60)
+    at = start + (end - start) * (points + 1) / 2
+    polynomial = np.polynomial.Polynomial.fit(nodes, values, len(nodes) - 1)(at)
+    return (end - start) / 2 * (weights * rate * np.exp(rate * (at - end)) * polynomial).sum()
+
+
+def of_levels(grid):
+    """alpha, sigma and lambda of Lu et al. 2022 at each level."""
+    alpha, sigma = grid.alphas_cumprod.sqrt().numpy(), (1 - grid.alphas_cumprod).sqrt().numpy()
+    return alpha, sigma, np.log(alpha / sigma)
+
+
+def assert_multistep(table, step, noise=None):
+    """That the rows of a model of x0 are step(i, x0, corrected sample) -> (corrected sample, next one).
+
+    A step gets the clean samples of steps 0 to i, and the sample that step i - 1 corrected, where it began.
+    """
+    given = np.random.default_rng(0).normal(size=len(table) + 1)
+    corrected, history, x = given[-1], [], given[-1]
+    for i, row in enumerate(table):
+        corrected, expected = step(i, given[: i + 1], corrected)
+        x0, x = take(row, x, given[i], 0.0 if noise is None else noise[i], history=history)
+        history = push(row, history, x0, x, given[i])
+        assert x == pytest.approx(expected, rel=1e-9, abs=1e-9), i
+
+
+MIDDLE = make_grid(schedule("scaled_linear")[1], [999, 800, 650, 420, 300, 120], final=0.9)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("solver", ["bh1", "bh2"])
+def test_unipc_is_the_formula(solver, order):
+    """Zhao et al. 2023, section 3 and appendix E: whole weights integrate a polynomial in lambda exactly. A single one,
+    of the difference over the step before or over the step, is 1/2, and B(h) is h or e^h - 1, here with x0 for eps."""
+    alpha, sigma, lam = of_levels(MIDDLE)
+    used = [min(order, i + 1, 6 - i) for i in range(6)]
+
+    def from_start(i, x, x0):
+        return sigma[i + 1] / sigma[i] * x + alpha[i + 1] * (1 - math.exp(lam[i] - lam[i + 1])) * x0[i]
+
+    def half(i, slope):
+        h = lam[i + 1] - lam[i]
+        return alpha[i + 1] * (h if solver == "bh1" else 1 - math.exp(-h)) / 2 * slope
+
+    def whole(i, x, nodes, x0):
+        part = integrated(lam[nodes], x0[nodes], lam[i], lam[i + 1])
+        return sigma[i + 1] / sigma[i] * x + alpha[i + 1] * part
+
+    def step(i, x0, x):
+        if i > 0:  # the corrector has the order of the step before, and the clean sample where that ended
+            before = i - 1
+            nodes = list(range(i, before - used[before], -1))
+            one = used[before] == 1
+            x = from_start(before, x, x0) + half(before, x0[i] - x0[before]) if one else whole(before, x, nodes, x0)
+        if used[i] == 3:
+            return x, whole(i, x, [i, i - 1, i - 2], x0)
+        ratio = (lam[i] - lam[i - 1]) / (lam[i + 1] - lam[i])
+        return x, from_start(i, x, x0) + (half(i, (x0[i] - x0[i - 1]) / ratio) if used[i] == 2 else 0)
+
+    assert_multistep(SAMPLERS["unipc"](MIDDLE, prediction="x0", order=order, solver=solver), step)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("predictor, corrector", [(1, 1), (2, 2), (3, 4), (3, 1)])
+@pytest.mark.parametrize("tau", [0.0, 0.7])
+def test_sa_solver_is_the_formula(tau, predictor, corrector, lower):
+    """Xue et al. 2023, eq. (14) to (18). Of second order the slope of x0 weighs as at the step's end, as in diffusers;
+    the orders fall to 1 over the last steps, of the corrector one step later with two values."""
+    alpha, sigma, lam = of_levels(MIDDLE)
+    z, rate = np.random.default_rng(1).normal(size=6), 1 + tau**2
+
+    def order(most, i, left):
+        return min(most, i + 1, left if lower else most)
+
+    def moved(i, x, nodes, x0):
+        h = lam[i + 1] - lam[i]
+        total = 1 - math.exp(-rate * h)
+        part = integrated(lam[nodes], x0[nodes], lam[i], lam[i + 1], rate)
+        if len(nodes) == 2:
+            slope = (x0[nodes[0]] - x0[nodes[1]]) / (lam[nodes[0]] - lam[nodes[1]])
+            part = total * x0[i] + slope * rate * h**2 / 2
+        noise = sigma[i + 1] * math.sqrt(1 - math.exp(-2 * tau**2 * h)) * z[i]
+        return sigma[i + 1] / sigma[i] * math.exp(-(tau**2) * h) * x + alpha[i + 1] * part + noise
+
+    def step(i, x0, x):
+        if i > 0:
+            used = order(corrector, i, 6 - i + 2)
+            x = moved(i - 1, x, list(range(i, i - used, -1)), x0)
+        return x, moved(i, x, list(range(i, i - order(predictor, i, 6 - i), -1)), x0)
+
+    options = {"predictor_order": predictor, "corrector_order": corrector, "lower_order_final": lower}
+    assert_multistep(SAMPLERS["sa_solver"](MIDDLE, prediction="x0", eta=tau, **options), step, z)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
