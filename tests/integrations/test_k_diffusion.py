@@ -120,8 +120,11 @@ def test_dtypes(name, dtype, tolerance):
 
 
 def test_a_model_of_higher_precision_raises_that_of_the_samples():
-    found = sampler("dpmpp_2m")(lambda x, sigma: bend(x.float(), sigma.float()), start(torch.bfloat16), SIGMAS)
-    assert found.dtype == torch.float32
+    """From the first step on: only the first samples, and the sigmas that the model gets, are rounded."""
+    sigmas = SIGMAS.bfloat16().float()
+    found = sampler("dpmpp_2m")(lambda x, sigma: bend(x.float(), sigma.float()), start(torch.bfloat16), sigmas)
+    expected = sampler("dpmpp_2m")(bend, start(torch.bfloat16).float(), sigmas)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_no_step_is_no_change():

@@ -129,16 +129,17 @@ assert tried(*map(ctypes.c_int64, (4, 200)))
 
 def test_a_result_outlives_the_module():
     code = """
-import atexit, sys, threading
+import atexit, os, sys, threading
 kept = []
-atexit.register(lambda: kept[0].add_(1))
+atexit.register(lambda: os.write(1, repr(kept[0].add_(1).double().mean().item()).encode()))
 from ddpm_ext import Philox, randn
 kept.append(randn((4, 1, 256, 256), Philox(0)))
 for name in [name for name in sys.modules if name.startswith("ddpm_ext")]: del sys.modules[name]
 del Philox, randn
 sys.stdout = type("Late", (), {"held": kept[0], "flush": lambda self: None, "write": lambda self, text: None})()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(randn((4, 1, 256, 256), Philox(0)).double().mean().item() + 1, abs=1e-6)
 
 
 def test_values_dtypes_and_layouts_are_those_of_torchs_memory():

@@ -342,7 +342,11 @@ def test_tcd_is_the_formula(eta):
 
 @pytest.mark.parametrize("name", SIGMA_GRIDS)
 def test_each_sampler_takes_each_spacing_of_sigmas(name):
-    """The noise of a level that is lower than the first of the schedule, perhaps by a rounding, is 0 and no NaN."""
+    """No row but Euler's of an SDE adds more noise than there is where it arrives. That of a level lower than the first
+    of the schedule, perhaps by a rounding, is 0 and no NaN."""
     for steps in (1, 4, 16):
         grid = SIGMA_GRIDS[name](schedule("sigmoid", 200)[1], steps)
-        assert all(len(sampler(grid)) >= steps for sampler in SAMPLERS.values())
+        for sampler in SAMPLERS.values():
+            table = sampler(grid)
+            most = table.noise_after * (1.003 if sampler is SAMPLERS["edm"] else 1)  # by which it inflates its noise
+            assert len(table) >= steps and (sampler is SAMPLERS["flow_sde"] or (table.s <= most + 1e-12).all())
