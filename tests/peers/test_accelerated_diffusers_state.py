@@ -267,6 +267,8 @@ def test_a_subclass_that_changes_what_is_replaced_is_traced(name, method):
     Changed = type("Changed", (cls,), {method: changed})
     ours = accelerate(Changed())
     assert isinstance(ours, Changed) and isinstance(ours, TracedScheduler)
+    ours.set_timesteps(10)
+    close(run(name, ours), run(name, prepared(name)))
 
 
 def test_a_subclass_that_adds_to_it_is_taken():
