@@ -129,20 +129,26 @@ def of_levels(grid):
 
 
 def assert_multistep(table, step, noise=None):
-    """That the rows of a model of x0 are step(i, x0, corrected sample) -> (corrected sample, next one).
+    """That the rows are step(i, outputs, corrected sample) -> (corrected sample, next one).
 
-    A step gets the clean samples of steps 0 to i, and the sample that step i - 1 corrected, where it began.
+    A step gets the model's outputs of steps 0 to i, and the sample that step i - 1 corrected, where it began; that of a
+    sampler without a corrector returns what the next step gets.
     """
     given = np.random.default_rng(0).normal(size=len(table) + 1)
     corrected, history, x = given[-1], [], given[-1]
     for i, row in enumerate(table):
         corrected, expected = step(i, given[: i + 1], corrected)
-        x0, x = take(row, x, given[i], 0.0 if noise is None else noise[i], history=history)
-        history = push(row, history, x0, x, given[i])
+        x0, after = take(row, x, given[i], 0.0 if noise is None else noise[i], history=history)
+        history, x = push(row, history, x0, x, given[i]), after
         assert x == pytest.approx(expected, rel=1e-9, abs=1e-9), i
 
 
-MIDDLE = make_grid(schedule("scaled_linear")[1], [999, 800, 650, 420, 300, 120], final=0.9)
+def uneven(steps, final=0.9):
+    """A grid whose steps become shorter."""
+    return make_grid(schedule("scaled_linear")[1], [999 - 60 * i + i**2 for i in range(steps)], final=final)
+
+
+MIDDLE = uneven(6)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -208,6 +214,64 @@ def test_sa_solver_is_the_formula(tau, predictor, corrector, lower):
 
     options = {"predictor_order": predictor, "corrector_order": corrector, "lower_order_final": lower}
     assert_multistep(SAMPLERS["sa_solver"](MIDDLE, prediction="x0", eta=tau, **options), step, z)
+
+
+@pytest.mark.parametrize("final", [0.9, 1.0])
+@pytest.mark.parametrize("name, order", [("lms", 4), ("lms", 2), ("deis", 3), ("deis", 4), ("ipndm", 4)])
+def test_adams_bashforths_method_is_the_formula(name, order, final):
+    """The integral of eps over sigma, which moves x / alpha (Karras et al. 2022, eq. 3), by the polynomial through the
+    last eps: in sigma, in log sigma (Zhang & Chen 2023), or in steps of equal length."""
+    grid = uneven(6, final)
+    alpha, sigma = grid.alphas_cumprod.sqrt().numpy(), (1 / grid.alphas_cumprod - 1).sqrt().numpy()
+    used = [min(order, i + 1) for i in range(6)]
+    if name == "deis":
+        used[-2:] = 2, 1
+    equal = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -4 / 3, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -3 / 8]}
+
+    def step(i, eps, x):
+        nodes, (start, end) = list(range(i, i - used[i], -1)), sigma[i : i + 2]
+        if name == "lms":
+            whole = np.polynomial.Polynomial.fit(sigma[nodes], eps[nodes], used[i] - 1).integ()
+            moved = whole(end) - whole(start)
+        elif name == "deis" and used[i] > 1:
+            moved = end * integrated(np.log(sigma[nodes]), eps[nodes], math.log(start), math.log(end))
+        else:
+            moved = (end - start) * (np.array(equal[used[i]]) * eps[nodes]).sum()
+        after = alpha[i + 1] * (x / alpha[i] + moved)
+        return after, after
+
+    options = {} if name == "ipndm" else {"order": order}
+    assert_multistep(SAMPLERS[name](grid, **options), step)
+
+
+@pytest.mark.parametrize("steps, lower", [(6, True), (6, False), (14, True), (15, True)])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_dpmpp_3m_is_the_formula(eta, steps, lower):
+    """As in k-diffusion: Lu et al. 2022b, with differences of x0 in place of its derivatives by lambda. Orders fall
+    over the last of fewer than 15 steps."""
+    alpha, sigma, lam = of_levels(uneven(steps))
+    z = np.random.default_rng(1).normal(size=steps)
+
+    def step(i, x0, x):
+        order, h = min(3, i + 1, steps - i if lower and steps < 15 else 3), lam[i + 1] - lam[i]
+        length = (1 + eta) * h
+        phi_1 = math.expm1(-length)
+        phi_2 = phi_1 / length + 1
+        phi_3 = phi_2 / length - 0.5
+        y = -phi_1 * x0[i]
+        slopes = [(x0[j] - x0[j - 1]) / (lam[j] - lam[j - 1]) * h for j in range(i, i - order + 1, -1)]
+        if order == 2:
+            y += phi_2 * slopes[0]
+        if order == 3:
+            r_0, both = (lam[i] - lam[i - 1]) / h, (lam[i] - lam[i - 2]) / h
+            second = (slopes[0] - slopes[1]) / both
+            y += phi_2 * (slopes[0] + second * r_0) - phi_3 * second
+        noise = sigma[i + 1] * math.sqrt(1 - math.exp(-2 * eta * h)) * z[i]
+        after = sigma[i + 1] / sigma[i] * math.exp(-eta * h) * x + alpha[i + 1] * y + noise
+        return after, after
+
+    table = SAMPLERS["dpmpp_3m_sde"](uneven(steps), prediction="x0", eta=eta, lower_order_final=lower)
+    assert_multistep(table, step, z)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
