@@ -83,6 +83,9 @@ def test_reference_is_the_truth(table, clip):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     for ours, true in zip(*(torch.autograd.grad(y.sum(), given) for y in (found, expected)), strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-8, atol=1e-8 * true.abs().max())
+    smaller = [value[:, :, :2, 0] for value in (m, x, prev)]  # samples of another size, by the same object
+    expected = truth(table, *smaller, row, (-1, 1) if clip else None, "sum")
+    torch.testing.assert_close(log_prob(*smaller, row), expected, rtol=1e-9, atol=1e-9)
 
 
 @tables
