@@ -113,12 +113,16 @@ def test_wrong_features_are_refused(features, message):
         scorer.score(lambda samples: torch.zeros(len(samples), 1, 8, 8), Ranks())
 
 
-def test_score_is_the_distance_to_the_images():
+def test_score_is_the_distance_to_the_images(monkeypatch):
+    """Of many images, to some that are evenly spread over all."""
     options = TrainOptions(batch_size=4, score_count=9)
     scorer = Scorer(lambda images: means(images).numpy(), TensorImages(IMAGES), options, torch.device("cpu"))
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop], Ranks()) < 1e-12
     expected = frechet(moments(means(IMAGES * 0.5).double()), moments(means(IMAGES).double()))
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop] * 0.5, Ranks()) == pytest.approx(expected)
+    monkeypatch.setattr(score, "_REFERENCE", 3)
+    scorer = Scorer(means, TensorImages(IMAGES), TrainOptions(batch_size=4, score_count=3), torch.device("cpu"))
+    assert scorer.score(lambda samples: IMAGES[::3][samples.start : samples.stop], Ranks()) < 1e-12
 
 
 def test_damaged_images_are_left_out_of_the_reference():
