@@ -312,15 +312,26 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     hat = torch.where((now >= tmin) & (now <= tmax), now * (1 + gamma), now)
     is_churned = bool((hat > now).any())
     table = _churned_table(name, sigmas, hat, own) if is_churned else _own_table(name, sigmas, flow, own)
-    # A second call of the model in a step is at another sigma, or leads from a level to itself.
+    return _sigma_rows(replace(table, s=table.s * added["s_noise"]), _begins(table, hat))
+
+
+def _begins(table: StepTable, sigmas: Tensor) -> list[int]:
+    """The rows with which steps from these sigmas begin. A second call of the model in a step is at another sigma, or
+    leads from a level to itself."""
     ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
     moves = (ratio - ratio_after).abs() > ROUNDED * ratio
     begins: list[int] = []
     calls = (table.b != 0) | (table.c2 != 0)
     for row, is_first in enumerate((moves & calls).tolist()):
-        if is_first and len(begins) < len(now) and table.timestep[row] == hat[len(begins)]:
+        if is_first and len(begins) < len(sigmas) and table.timestep[row] == sigmas[len(begins)]:
             begins.append(row)
-    return _sigma_rows(replace(table, s=table.s * added["s_noise"]), begins)
+    return begins
+
+
+def _begins_untold(table: StepTable, sigmas: Tensor) -> list[int]:
+    """_begins of a function that does not tell its steps; where it calls the model at other sigmas, each row is one."""
+    begins = _begins(table, sigmas)
+    return begins if len(begins) == len(sigmas) else list(range(min(len(sigmas), len(table))))
 
 
 def _sigma_rows(table: StepTable, begins: list[int]) -> SigmaRows:
@@ -405,7 +416,7 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
         else:
             traced = follow_function(which, levels, options, model)
             table = StepTable(**traced.columns)
-            rows = _sigma_rows(table, list(traced.begins) or list(range(len(table))))
+            rows = _sigma_rows(table, list(traced.begins) or _begins_untold(table, levels[:-1]))
             if traced.asks:  # the rows may be others for another model
                 return rows
     return rows if key is None else _kept.get_or_make(key, lambda: rows)

@@ -271,6 +271,37 @@ def test_a_function_of_ones_own():
     assert list(inspect.signature(found).parameters)[:3] == ["model", "x", "sigmas"]
 
 
+def midway(model, x, sigmas, noise_sampler, tells=True, extra_args=None, callback=None, disable=None):
+    """Two calls of the model a step, each with noise behind it. tells: whether the callback is called."""
+    for i, (now, after) in enumerate(pairwise(sigmas)):
+        middle = (now * after).sqrt()
+        m = model(x, now * x.new_ones(len(x)))
+        if tells and callback is not None:
+            callback({"x": x, "i": i, "sigma": now, "sigma_hat": now, "denoised": m})
+        x = m + 0.8 * (x - m) * middle / now + 0.6 * middle * noise_sampler(now, middle)
+        m = model(x, middle * x.new_ones(len(x)))
+        x = m + 0.6 * (x - m) * after / middle + 0.8 * after * noise_sampler(now, after)
+    return x
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_noise_and_callbacks_of_a_function_with_two_calls_a_step(tells):
+    """The noise is asked for from where the step begins to where it leads; whether the function tells its steps."""
+    x, sigmas, told = start(torch.float64), torch.tensor([9.0, 4.0, 1.0], dtype=torch.float64), []
+
+    def draw(now, after):
+        levels.append((float(now), float(after)))
+        return after * x.flip(0) / 50 + now  # known by its levels
+
+    levels = []
+    expected, asked = midway(bend, x, sigmas, draw), list(levels)
+    levels.clear()
+    found = sampler(midway)(bend, x, sigmas, tells=tells, noise_sampler=draw, callback=told.append)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert levels == asked == [(9.0, 6.0), (9.0, 4.0), (4.0, 2.0), (4.0, 1.0)]
+    assert [(info["i"], info["sigma"], info["sigma_hat"]) for info in told] == [(0, 9.0, 9.0), (1, 4.0, 4.0)]
+
+
 # ------------------------------------------------------------------------------------------------------------ ComfyUI
 
 
