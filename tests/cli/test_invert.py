@@ -23,3 +23,14 @@ def test_noise_leads_back(tmp_path, monkeypatch, capsys, spacing):
     assert errors[1] < errors[0] / 2 and errors[1] < 6
     np.save("noise.npy", noise[::-1])
     assert call("sample", *back) == 0 and abs(np.load("b.npz")["arr_0"] - images).mean() > 20
+
+
+def test_batches_change_nothing(tmp_path, monkeypatch):
+    """Each image keeps its class, which is that of its number."""
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
+    np.savez("a.npz", images)
+    for size in (3, 2):
+        given = ("--model", "shapes", "--steps", 3, "--quiet", "--batch-size", size)
+        assert call("invert", "a.npz", *given, "--out", f"{size}.npy") == 0
+    np.testing.assert_allclose(np.load("2.npy"), np.load("3.npy"), rtol=0, atol=1e-4)

@@ -421,8 +421,14 @@ def table_of(schedule="linear", prediction="eps", name="unipc"):
 @pytest.mark.parametrize(
     "schedule, prediction, name", [("linear", "eps", "unipc"), ("linear", "v", "plms"), ("flow", "flow", "deis")]
 )
-def test_a_table_takes_the_loop_that_it_was_made_for(schedule, prediction, name, tmp_path):
+@pytest.mark.parametrize("of_output", [False, True])
+def test_a_table_takes_the_loop_that_it_was_made_for(schedule, prediction, name, of_output, tmp_path):
+    """Also where its rows read the output, and keep it, in place of the clean sample that it implies."""
     gd, table = table_of(schedule, prediction, name)
+    if of_output:
+        moved = {"c1": table.c1 + table.c0 * table.a, "c2": table.c2 + table.c0 * table.b}
+        moved |= {"k1": table.k1 + table.k0 * table.a, "k2": table.k2 + table.k0 * table.b}
+        table = dataclasses.replace(table, **dict.fromkeys(("c0", "k0"), torch.zeros_like(table.a)), **moved)
     signal = table.signal_now.float()
     scaled = schedule != "flow"
 
