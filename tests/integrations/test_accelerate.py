@@ -21,11 +21,13 @@ from torch import nn
 import ddpm_ext
 from ddpm_ext import Philox
 from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated_class, support_table
+from ddpm_ext.integrations.denoising_tables import BUFFERS, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
 from ddpm_ext.integrations.guided_diffusion.classes import PARAMETERS
 from ddpm_ext.integrations.registry import KNOWN
 from ddpm_ext.integrations.shared import Accelerated, make_class, new
 from ddpm_ext.integrations.tensors import check_tensors
+from ddpm_ext.ops.row import ROW
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 
 X = torch.zeros(3, 2)
@@ -281,6 +283,17 @@ def test_ddim_reverse_sample_is_the_formula(guided, clip, edit):
     torch.testing.assert_close(found["pred_xstart"].double(), x0, rtol=1e-5, atol=1e-5)
     expected = after.sqrt() * x0 + (1 - after).sqrt() * eps
     torch.testing.assert_close(found["sample"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_ddim_sample_follow_its_eta():
+    """Those of denoising-diffusion-pytorch: Song et al. 2021, eq. (16), between the timesteps that its linspace has."""
+    process = Process(6, torch.linspace(0.01, 0.3, 6))
+    made = DenoisingTables("eps", [*(getattr(process, name) for name in BUFFERS[:-1]), torch.ones(6)])
+    before, now = process.alphas_cumprod[[1, 3]], process.alphas_cumprod[[3, 5]]
+    largest = ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
+    for eta in (0.0, 0.5, 1.0, 0.5):
+        s = made.ddim(6, 3, eta).get("steps", torch.device("cpu"), torch.float64)[:, ROW.index("s")]
+        torch.testing.assert_close(s, torch.cat([torch.zeros(1), eta * largest]), rtol=1e-12, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------------- what is fused
