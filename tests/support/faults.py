@@ -49,7 +49,8 @@ inline const int ddpm_fault = getenv("DDPM_FAULT") == nullptr ? 0 : atoi(getenv(
 
 
 class Fault(NamedTuple):
-    """number: from 1 on. tests: the narrow and the wide ones, paths below tests/."""
+    """number: from 1 on. tests: the narrow and the wide ones, paths below tests/. seen: the test that the list says saw
+    it, or an empty string."""
 
     number: int
     name: str
@@ -57,6 +58,7 @@ class Fault(NamedTuple):
     tests: list[list[str]]
     old: str
     new: str
+    seen: str
 
     @property
     def of_cuda(self) -> bool:
@@ -84,11 +86,11 @@ def read_faults(root: Path) -> list[Fault]:
     for part in (root / LIST).read_text().split("\n@ ")[1:]:
         first, tests, *rest = part.splitlines()
         header = HEADER.fullmatch(f"{first}\n{tests}")
-        old, new = ("\n".join(line[2:] for line in rest if line.startswith(sign)) for sign in ("- ", "+ "))
+        old, new, seen = ("\n".join(line[2:] for line in rest if line.startswith(sign)) for sign in ("- ", "+ ", "= "))
         if header is None or not old:
             raise ValueError(f"{LIST}: cannot read {first!r}")
         name, file, *stages = header.groups()
-        found.append(Fault(len(found) + 1, name, file, [stage.split() for stage in stages if stage], old, new))
+        found.append(Fault(len(found) + 1, name, file, [stage.split() for stage in stages if stage], old, new, seen))
     return found
 
 
@@ -103,6 +105,9 @@ def check(root: Path, faults: list[Fault]) -> list[str]:
             found.append(f"{fault.name}: its old text occurs {count} times in {fault.file}, expected once")
         missing = [test for stage in fault.tests for test in stage if not (root / "tests" / test).exists()]
         found += [f"{fault.name}: there is no tests/{test}" for test in missing]
+        path, _, test = fault.seen.removesuffix(", fast").partition("::")
+        if fault.seen and f"\ndef {test}(" not in (root / "tests" / path).read_text():
+            found.append(f"{fault.name}: there is no {test} in tests/{path}")
     return found
 
 

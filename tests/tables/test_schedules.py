@@ -14,6 +14,12 @@ def test_linear(timesteps):
     torch.testing.assert_close(make_betas("linear", timesteps), linear_betas(timesteps), rtol=2e-15, atol=0)
 
 
+def test_ends():
+    """Those of Stable Diffusion (Rombach et al. 2022), and the largest beta of Nichol & Dhariwal 2021, section 3.2."""
+    assert make_betas("scaled_linear", 1000)[[0, -1]].tolist() == pytest.approx([0.00085, 0.012], rel=1e-12)
+    assert make_betas("cosine", 1000)[-1] == 0.999
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("timesteps", [1, 20, 21, 4000])
 def test_betas_in_range(name, timesteps):
