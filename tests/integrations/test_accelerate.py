@@ -22,7 +22,7 @@ import ddpm_ext
 from ddpm_ext import Philox
 from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated_class, support_table
 from ddpm_ext.integrations.denoising_tables import BUFFERS, DenoisingTables
-from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
+from ddpm_ext.integrations.fallback import Fallback, with_fallback
 from ddpm_ext.integrations.guided_diffusion.classes import PARAMETERS
 from ddpm_ext.integrations.registry import KNOWN
 from ddpm_ext.integrations.shared import Accelerated, make_class, new
@@ -178,21 +178,6 @@ def test_an_error_of_the_peers_does_not_come_of_the_fallback():
     with pytest.raises(TypeError, match="unsupported operand") as error:
         found.step(0)
     assert error.value.__context__ is None and error.value.__cause__ is None
-
-
-def test_what_was_attempted_can_be_kept():
-    """A result, or the fallback without the frames that it came through."""
-
-    def refuse(x):
-        raise Fallback(f"x is {x}")
-
-    assert result_of(attempt(abs, -3)) == 3
-    kept = attempt(refuse, 5)
-    assert isinstance(kept, Fallback) and kept.__traceback__ is None
-    for _ in range(2):
-        with pytest.raises(Fallback) as found:
-            result_of(kept)
-        assert found.value.reason == "x is 5" and kept.__traceback__ is None
 
 
 def test_subclasses():

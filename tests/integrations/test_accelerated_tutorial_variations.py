@@ -159,11 +159,6 @@ def test_other_steps_are_refused(kind):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_same_steps_by_other_code_are_taken():
-    fast = accelerate(with_method(own_step(), "p_sample")(50))
-    assert fast._fused_methods().differs == {"q_sample": None, "train_losses": None}
-
-
 @own_code
 def test_steps_are_tried_again_where_any_table_changes():
     """Also where the tutorial's steps don't read that table."""

@@ -142,19 +142,6 @@ def test_sigmas_that_do_not_end_at_zero_or_that_rise():
     torch.testing.assert_close(up, x + (x - bend(x, torch.ones(3))) * 2, rtol=1e-12, atol=1e-12)
 
 
-def test_a_sampler_that_calls_the_model_between_levels():
-    """It gets the sigma there, and not a timestep of some schedule; the step before it begins with its first call."""
-    sigmas, seen, told = torch.tensor([9.0, 4.0, 1.0], dtype=torch.float64), [], []
-
-    def model(x, sigma):
-        seen.append(sigma[0].item())
-        return bend(x, sigma)
-
-    sampler("dpm_2")(model, start(), sigmas, callback=told.append)
-    assert seen[::2] == [9.0, 4.0] and seen[1::2] == pytest.approx([6.0, 2.0])
-    assert [(info["i"], info["sigma"]) for info in told] == [(0, 9.0), (1, 4.0)]
-
-
 @pytest.mark.parametrize("churn, gamma", [(1.0, 0.2), (40.0, math.sqrt(2) - 1)])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
 def test_churn_is_the_formula(name, churn, gamma):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.accelerated_tutorial import record_bars
 from support.eager_tutorial import GaussianDiffusion
-from support.noise_of_loops import parts, unrelated
+from support.noise_of_loops import parts
 
 from ddpm_ext import Philox, randn
 from ddpm_ext.integrations import Acceleration, accelerate
@@ -29,12 +29,6 @@ def shown(*rngs):
 
 
 # ------------------------------------------------------------------------------------------------------- whole loops
-
-
-def test_with_a_seed_a_loop_has_the_ids_after_the_last_ones():
-    settings = of(9, 5)
-    found = [settings.whole_loop(batch) for batch in (64, 64, 2, 1)]
-    assert shown(*found) == shown(Philox(9, 5), Philox(9, 69), Philox(9, 133), Philox(9, 135))
 
 
 def test_a_seed_of_torchs_or_ids_in_a_tensor():
@@ -222,8 +216,3 @@ def by_hand(gd, batch=SHAPE[0]):
 @pytest.mark.parametrize("loop", [sampled, by_hand])
 def test_parts_of_the_tutorials_batch(loop):
     parts(lambda **ids: tutorial(seed=9, **ids), loop)
-
-
-def test_loops_and_steps_of_the_tutorials_class_in_turn():
-    gd = tutorial(seed=9)
-    unrelated([sampled(gd), by_hand(gd), sampled(gd), by_hand(gd)])

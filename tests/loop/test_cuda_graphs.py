@@ -87,10 +87,6 @@ def test_captured_learned_variances(device, quiet, variance):
     captured_is_uncaptured("plain", device, "step", gd=make_diffusion(variance=variance), model=with_variance(variance))
 
 
-def test_captured_rows_with_three_tensors_of_history(device, quiet):
-    captured_is_uncaptured("plain", device, "step", "plms")
-
-
 def test_graph_as_an_option(device, quiet):
     gd = make_diffusion()
     arguments = ours(gd, "inpaint jumps", device=device)

@@ -77,14 +77,6 @@ def test_the_gradient_takes_the_memory_of_the_noise(kept):
         assert (gradient.data_ptr() == kept.pop()) is (output is x), "another layout needs memory of its own"
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_given_noise_stays(shape):
-    x, noise = normal(*shape, seed=1), normal(*shape, seed=3)
-    before = noise.clone()
-    _, gradient = value_and_gradient(GaussianDiffusion(), x, x, noise=noise)
-    assert noise.equal(before) and gradient.data_ptr() != noise.data_ptr()
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -13,7 +13,7 @@ import torch
 from support.accelerated_denoising import PREDICTIONS, SHAPE, Given, Net, make, peer, same_states, seeded, states
 from support.accelerated_tutorial import record_bars
 from support.launches import Operators
-from support.noise_of_loops import parts, unrelated
+from support.noise_of_loops import parts
 from torch import nn
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
@@ -174,15 +174,6 @@ loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @loops
 def test_parts_of_a_batch(loop):
     parts(lambda **ids: made(9, **ids), loop)
-
-
-def test_loops_of_all_kinds_in_turn():
-    gd = made(9)
-    found = []
-    for _ in range(2):
-        found += [loop(gd) for loop in LOOPS.values()]
-        found += [by_hand(gd, start=30), *(gd.p_sample(ZEROS, 20)[0] for _ in range(2))]
-    unrelated(found)
 
 
 # --------------------------------------------------------------------------------------------------------------- costs

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import NAMES, SIGMA, compare, given, make, normal, prepared, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, compare, given, normal, prepared, seeded
 from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
@@ -131,12 +131,6 @@ def test_without_gradients_they_are_fused(name, mode):
         assert called and x.grad is not None
 
 
-def test_the_warning_says_whose_noise_it_is():
-    scheduler = accelerate(at_third("DDIM")[0], noise="philox", seed=0)
-    with pytest.warns(UserWarning, match="step runs the own code and noise of diffusers: eta is 2.0"):
-        scheduler.step(M, 300, X, eta=2.0)
-
-
 # ------------------------------------------------------------------------------------------- odd inputs that fit
 
 
@@ -145,18 +139,6 @@ def test_the_warning_says_whose_noise_it_is():
 def test_kinds_of_timesteps(name, kind):
     plain, t = at_third(name)
     assert compare(name, plain, M, kind(int(t)), X)[1]
-
-
-@pytest.mark.parametrize("name", SIGMA)
-def test_without_scale_model_input(name):
-    """The step is the same; diffusers logs a warning of it."""
-    plain, t = at_third(name)
-    plain.is_scale_input_called = False
-    assert compare(name, plain, M, t, X)[1]
-
-
-def test_before_set_timesteps():
-    assert compare("DDPM", make("DDPM"), M, 5, X)[1]
 
 
 def test_steps_of_the_own_code_without_a_warning():

@@ -105,17 +105,6 @@ def test_timesteps_that_are_edited_in_inference_mode():
     close(*(scheduler.step(M, scheduler.timesteps[3], X)[0] for scheduler in (ours, plain)))
 
 
-def test_new_timesteps_of_the_same_numbers():
-    """Their rows are found again by their contents."""
-    ours = accelerate(prepared("DDPM"))
-    first = ours.step(M, 500, X, generator=seeded(1)).prev_sample
-    cache = ours._fused_cache[1]
-    held = len(cache)
-    ours.set_timesteps(10)
-    assert torch.equal(ours.step(M, 500, X, generator=seeded(1)).prev_sample, first)
-    assert len(cache) == held
-
-
 @pytest.mark.parametrize(
     "name, sigmas, at, fuses",
     [

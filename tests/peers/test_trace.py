@@ -4,7 +4,6 @@ import threading
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from support.refused import refused
@@ -108,14 +107,6 @@ def test_rows_are_the_scheduler(monkeypatch, name, config, history):
     torch.testing.assert_close(found, x, rtol=2e-6, atol=2e-6 * float(x.abs().max()))
 
 
-def test_arguments_are_those_of_set_timesteps():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    table = StepTable.trace(scheduler, 6, mu=1.15)
-    scheduler.set_timesteps(6, mu=1.15)
-    steps = scheduler.sigmas[1:].double() - scheduler.sigmas[:-1].double()
-    torch.testing.assert_close(table.c2, steps, rtol=1e-6, atol=1e-7)
-
-
 def test_the_scheduler_stays_as_it_is():
     scheduler = diffusers.UniPCMultistepScheduler()
     before = dict(vars(scheduler))
@@ -141,12 +132,6 @@ class Own:
 
     def step(self, model_output, timestep, sample):
         return (self.change(self, model_output, sample),)
-
-
-def test_a_class_of_any_library():
-    table = StepTable.trace(Own(lambda _, m, x: 0.5 * x - 0.25 * m), 3)
-    assert np.array_equal([row.c1 for row in table], [0.5] * 3) and np.array_equal(table.c2, [-0.25] * 3)
-    assert table.timestep.tolist() == [2, 1, 0]
 
 
 def hidden_draw(x):

@@ -2,10 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from support.loop_cases import PART, given, make_diffusion, model, ours
+from support.loop_cases import PART, given, make_diffusion, model
 
 from ddpm_ext import DynamicThreshold, ops, reference
 
@@ -18,18 +17,6 @@ def test_the_bound_is_the_operators(device):
         x = 4 * given(0, PART, device, dtype)
         found = DynamicThreshold(0.9, 2.0).x_start_scale(x)
         assert found.dtype == dtype and torch.equal(found, operators.x_start_scale(x, quantile=0.9, maximum=2.0))
-
-
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_maximum_of_1_is_the_plain_clip(device, backend, sampler):
-    """Bit for bit, although x0 is computed before the step."""
-    gd = make_diffusion(backend=backend)
-    options = ours(gd, "plain", sampler, model=lambda x, t: 3 * model(x, t), device=device)
-    plain = gd.p_sample_loop(**options)
-    found = gd.p_sample_loop(**options, clip_denoised=DynamicThreshold(1.0, maximum=1.0))
-    assert all(map(np.array_equal, found, plain))
-    assert np.abs(gd.p_sample_loop(**options, record="x0")[0]).max() == 1
 
 
 @pytest.mark.parametrize(

@@ -117,32 +117,6 @@ def test_any_number_of_dimensions(backend, shape, device):
 
 
 @backends
-@pytest.mark.parametrize("t", [0, 1, 999])
-def test_t_as_int_is_t_as_tensor(backend, t, device):
-    gd, _ = pair(backend=backend)
-    x, m, z = normals(3, device)
-    many = torch.full((6,), t, device=device)
-    rng = Philox(5)
-
-    def model(x_t, t):
-        assert t.dtype == torch.int64
-        assert torch.equal(t, many)
-        return m * (1 + t.float()[:, None, None, None])
-
-    for options in ({"noise": z}, {"rng": rng}):
-        assert torch.equal(gd.q_sample(x, t, **options), gd.q_sample(x, many, **options))
-        assert torch.equal(gd.p_sample(model, x, t, **options), gd.p_sample(model, x, many, **options))
-        assert gd.train_losses(model, x, t, **options) == gd.train_losses(model, x, many, **options)
-    for one, other in (
-        (gd.p_mean_variance(model, x, t), gd.p_mean_variance(model, x, many)),
-        (gd.q_mean_variance(x, t), gd.q_mean_variance(x, many)),
-        (gd.q_posterior_mean_variance(x, z, t), gd.q_posterior_mean_variance(x, z, many)),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert torch.equal(gd.predict_start_from_noise(x, t, z), gd.predict_start_from_noise(x, many, z))
-
-
-@backends
 def test_rng_draws_what_randn_gives(backend, device):
     """p_sample has stream 0 and draw t, q_sample stream 2 and draw t, unless the Philox has its own."""
     gd, _ = pair(backend=backend)

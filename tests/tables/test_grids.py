@@ -53,13 +53,6 @@ def test_sigmas_that_end_with_noise(name):
     torch.testing.assert_close(noisy.betas, 1 - noisy.now / noisy.after, rtol=1e-12, atol=1e-12)
 
 
-def test_log_snr_is_even_in_log_sigma():
-    grid = SIGMA_GRIDS["log_snr"](LEVELS, 20)
-    torch.testing.assert_close(log_sigma(grid).diff(), log_sigma(grid).diff()[:1].expand(19), rtol=1e-9, atol=0)
-    whole = grid.timestep.round().long()
-    assert (LOG_SIGMA[whole] - log_sigma(grid)).abs().max() < 0.1  # half a timestep, at low noise
-
-
 @for_many(60)
 def test_timesteps_are_where_the_levels_are(choose):
     """In log sigma between two timesteps, for every spacing; the levels fall, and the last step ends in clean data."""
@@ -72,12 +65,6 @@ def test_timesteps_are_where_the_levels_are(choose):
     inside = (log_sigma(grid) > LOG_SIGMA[0]) & (log_sigma(grid) < LOG_SIGMA[-1])
     torch.testing.assert_close(log_sigma(grid)[inside], expected[inside], rtol=0, atol=1e-9)
     torch.testing.assert_close(grid.betas, 1 - grid.now / grid.after, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 999])
-def test_sgm_uniform_is_even_in_the_timestep(steps):
-    expected = 999 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-    torch.testing.assert_close(SIGMA_GRIDS["sgm_uniform"](LEVELS, steps).timestep, expected, rtol=0, atol=1e-9)
 
 
 SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)

@@ -11,10 +11,9 @@ import torch
 from support.choices import for_many
 from support.gaussian import push, take
 
-from ddpm_ext.tables.grid import Jumps, grid_of_levels, make_grid
+from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import LEVELS, edm, flow, sigma_space, straight, unit_levels
-from ddpm_ext.tables.samplers import SAMPLERS, ddim
-from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.samplers import SAMPLERS
 
 F64 = torch.float64
 FLOW = torch.tensor([1.0, 0.9, 0.55, 0.3, 0.02, 0.0], dtype=F64)
@@ -124,26 +123,3 @@ def test_every_sampler_at_any_scale(choose):
         own = getattr(unit, column).numpy() * powers[column.endswith("after")]
         np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
     assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_rows_have_levels_of_the_grids_kind(sampler):
-    """Those in the middle of a step, too: signal and noise of flow sum to 1, and sigma space has a signal of 1."""
-    for name, of_noise in (("flow", 1), ("sigma", 0)):
-        levels = GRIDS[name]
-        table = SAMPLERS[sampler](replace(levels, schedule=levels.alphas_cumprod.flip(0)))
-        for signal, noise in ((table.signal_now, table.noise_now), (table.signal_after, table.noise_after)):
-            torch.testing.assert_close(signal + of_noise * noise, torch.ones_like(signal), rtol=1e-10, atol=0)
-
-
-def test_variance_preserving_rows_keep_their_bits():
-    """Without a scale nothing is multiplied; steps that do not follow one on another have levels, too."""
-    betas = make_betas("linear", 1000)
-    alphas_cumprod = (1 - betas).cumprod(0)
-    steps = make_grid(alphas_cumprod, [900, 500, 0])
-    jumps = Jumps(steps.timestep, steps.now, steps.after, steps.alphas)
-    table = ddim(jumps)
-    assert table == ddim(steps)
-    assert table.noise_now.tolist() == [math.sqrt(1 - power) for power in steps.now.tolist()]
-    unit = ddim(replace(steps, scale=lambda signal, noise: torch.ones_like(signal)))
-    assert unit == table

@@ -18,18 +18,6 @@ from ddpm_ext import Philox, StepTable, ops
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, PLAIN, StepRow
 
-
-@for_many(60)
-def test_numbers_stay_what_they_are(choose):
-    rows = any_rows(choose)
-    table = of(rows)
-    assert bits(table) == bits(rows)
-    assert table.timestep.dtype == (torch.float64 if isinstance(rows[0].timestep, float) else torch.int64)
-    assert table.draw.dtype == torch.int64
-    for name in (*FACTORS, *ADDED):
-        assert getattr(table, name).dtype == torch.float64 and getattr(table, name).shape == (len(rows),)
-
-
 KINDS = (
     *(list, tuple, torch.tensor),
     lambda values: torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),

@@ -54,15 +54,6 @@ def test_files_of_a_run(straight):
     assert sum("step " in line and "loss" in line for line in lines) == 3
 
 
-def test_result_is_a_pipeline_of_diffusers(straight):
-    pipeline = diffusers.DDPMPipeline.from_pretrained(straight[0])
-    pipeline.set_progress_bar_config(disable=True)
-    ours = load_model(straight[0])
-    assert ours.settings.timesteps == pipeline.scheduler.config.num_train_timesteps == 20 and ours.shape == (1, 8, 8)
-    images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
-    assert images.shape == (2, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
-
-
 def test_pipelines_of_a_learned_variance_and_of_a_rectified_flow(tmp_path):
     """tests/models and tests/peers compare the settings and the steps with diffusers'."""
     run(tmp_path / "learned", variance="learned_range", beta_schedule="cosine", steps=2)
