@@ -74,10 +74,6 @@ def _lines(reports: Sequence[Report]) -> list[str]:
         lines.append(f"the best name for {report.calls} calls: {compare.typed(report.best)}")
         if report.fitted:
             near = report.as_near
-            found = (
-                f"than any name found in up to {report.looked:g} times as many"
-                if near is None
-                else f"as {near} in {near.calls}"
-            )
-            lines.append(f"{report.calls} calls are {'nearer' if near is None else 'as near'} {found}; {report.pays}")
+            as_near = "" if near is None else f"as near as {near} in {near.calls}; "
+            lines.append(f"{report.calls} calls: {as_near}{report.pays}")
     return lines

@@ -47,7 +47,7 @@ def test_tune_writes_tables_and_says_what_they_reach(model):
     name, _, spacing = lines[4].split()[3:6]
     assert typed[:4] == ["--sampler", name, "--spacing", spacing.rstrip(",;")]
     assert build_parser().parse_args(["sample", *typed]).steps in (1, 2)
-    assert "the table is this name's" in lines[4] or lines[6].startswith("2 calls are ")
+    assert "the table is this name's" in lines[4] or lines[6].startswith("2 calls: ")
     assert lines[-1] == str(model / "tune.png")
     expected = {"seed": 7, "guidance": None, "model_sha256": model_hash(models.load_model(model))}
     assert table.notes.items() >= expected.items()
