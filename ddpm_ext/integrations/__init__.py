@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import Any, Protocol, TypeVar, overload
 
 from torch import Tensor
 
@@ -19,6 +19,32 @@ from ddpm_ext.integrations.shared import Accelerated, Support, accelerated_copy,
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["AcceleratedObject", "Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
+
+
+class _OfDiffusers(Protocol):
+    """A pipeline or a scheduler, for type checkers: its own methods stay known, and `accelerated` is Any there."""
+
+    def save_config(self, save_directory: Any, /) -> Any: ...
+
+
+_D = TypeVar("_D", bound=_OfDiffusers)
+
+
+@overload
+def accelerate(
+    obj: _D, *, table: None = None, noise: str = "torch", seed: int | None = None, sample_ids: int | Tensor = 0
+) -> _D: ...
+
+
+@overload
+def accelerate(
+    obj: Any,
+    *,
+    table: StepTable | str | os.PathLike[str] | None = None,
+    noise: str = "torch",
+    seed: int | None = None,
+    sample_ids: int | Tensor = 0,
+) -> AcceleratedObject: ...
 
 
 def accelerate(
