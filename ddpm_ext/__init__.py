@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from ddpm_ext import reference
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations import accelerate
@@ -32,5 +30,3 @@ __all__ = [
     "reference",
     "release_memory",
 ]
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent where the program sets up no logging

@@ -374,12 +374,10 @@ def write(root: Path = ROOT, check: bool = False) -> list[str]:
         text = path.read_text(encoding="utf-8")
         written = claim.written(text)
         if written != text:
-            told, right = ("".join(re.findall(r"\S", each)) for each in (text, written))
+            told, right = (" ".join(each.split()) for each in (text, written))
             at = next(i for i, (a, b) in enumerate(zip(told, right, strict=False)) if a != b)
-            what = claim.text if isinstance(claim, Sentence) else claim.before
-            found.append(
-                f"{claim.page}: ...{told[at - 20 : at + 10]}..., measured ...{right[at - 20 : at + 10]}...: {what}"
-            )
+            here = slice(at - 30, at + 15)
+            found.append(f"{claim.page}: says '...{told[here]}...', measured '...{right[here]}...'")
             if not check:
                 path.write_text(written, encoding="utf-8")
     return found

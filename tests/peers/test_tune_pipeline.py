@@ -47,6 +47,13 @@ def test_a_pipeline_of_pixels():
     assert near < 0.6 * min(far)
 
 
+def test_a_scheduler_with_more_levels_than_steps():
+    """PNDM's Runge-Kutta steps, of which a bare scheduler has some. Names take evenly spaced levels of the teacher."""
+    tuned = tune_pipeline(of_pixels(make("PNDM")), batch_size=4, **FEW)
+    assert [each.spacing for each in tuned.report.names] == ["even"] * 3
+    assert tuned.report.fitted and tuned.report.error < 0.8 * tuned.report.best.error
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_families(name):
     make_pipeline, arguments, _ = FAMILIES[name]

@@ -59,6 +59,8 @@ def folder(tmp_path):
     Image.fromarray(np.full((20, 10), 128, np.uint8)).save(tmp_path / "a" / "tall.PNG")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "._b.png").write_bytes(b"what a Mac puts beside b.png in an archive")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    Image.fromarray(wide).save(tmp_path / ".ipynb_checkpoints" / "b-checkpoint.png")
     return tmp_path
 
 

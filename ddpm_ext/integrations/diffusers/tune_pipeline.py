@@ -98,13 +98,13 @@ def tune_pipeline(
         table = min(found, key=lambda each: each[1])[0]
         own = _errors(runs, table, nodes, held_out)
         fitting, names = runs.calls, []
-        for (sampler, spacing), other in _named_tables(runs, steps):
+        for (sampler, spacing), other in _named_tables(runs, levels, steps):
             far = _errors(runs, other, nodes, held_out)
             named = Named(sampler=sampler, spacing=spacing, steps=steps, calls=steps, **vars(Errors.of(far)))
             names.append((named, other, far))
     names.sort(key=lambda each: each[0].error)
     fitted_error = typical(own)
-    fitted = not names or fitted_error < names[0][0].error
+    fitted = fitted_error < names[0][0].error
     if not fitted:
         _, table, own = names[0]
     report = Report(
@@ -139,9 +139,10 @@ def _made(runs: Runs, sampler: str, grid: Grid) -> StepTable:
     return SAMPLERS[sampler](grid, prediction=runs.prediction)
 
 
-def _named_tables(runs: Runs, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
-    """The scheduler's own rows and those of NAMES, by the scheduler's own spacing and by trailing, in so many steps.
-    Rows with noise are left out: they end at other samples."""
+def _named_tables(runs: Runs, levels: OwnLevels, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
+    """The scheduler's own rows and those of NAMES, by the scheduler's own spacing and by trailing, in so many steps;
+    where both have other numbers of levels, as with Runge-Kutta steps, at even ones of the teacher's. Rows with noise
+    are left out: they end at other samples."""
     own = runs.levels(runs.scheduler, steps)
     spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
     trailing = _trailing(runs.scheduler)
@@ -150,16 +151,16 @@ def _named_tables(runs: Runs, steps: int) -> Iterator[tuple[tuple[str, str], Ste
             traced = StepTable.trace(runs.scheduler, steps, **own.given)
             euler = _made(runs, "euler", own.grid())
             if len(traced) == steps and not (traced.s != 0).any():
-                levels = {name: getattr(euler, name) for name in LEVELS}
-                yield (type(runs.scheduler).__name__, spacing), replace(traced, **levels)
+                known = {name: getattr(euler, name) for name in LEVELS}
+                yield (type(runs.scheduler).__name__, spacing), replace(traced, **known)
     every = [(spacing, own)]
     if trailing is not None:
         every.append(("trailing", runs.levels(trailing, steps)))
         every = every[1:] if torch.equal(every[1][1].noise, own.noise) else every
-    for name, each in every:
-        if len(each) == steps:
-            for sampler in NAMES:
-                yield (sampler, name), _made(runs, sampler, each.grid())
+    grids = [(name, each.grid()) for name, each in every if len(each) == steps]
+    for name, grid in grids or [("even", levels.grid(_spaced(len(levels), steps, 1.0)))]:
+        for sampler in NAMES:
+            yield (sampler, name), _made(runs, sampler, grid)
 
 
 def _spaced(levels: int, steps: int, power: float) -> list[int]:

@@ -103,13 +103,14 @@ class FolderImages:
 
 
 def image_paths(folder: Path, name: str = "data") -> list[Path]:
-    """The image files in a folder and those below it, in the order of their paths. Names that begin with a dot are left
-    out: a Mac's `._photo.png` holds no image.
+    """The image files in a folder and those below it, in the order of their paths. Hidden files and folders are left
+    out: a Mac's `._photo.png` holds no image, and .ipynb_checkpoints has copies.
 
     Raises ValueError, whose message begins with `name`, if there are none.
     """
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    paths = sorted(path for path in found if path.is_file())
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    shown = (path for path in named if all(part[0] != "." for part in path.relative_to(folder).parts))
+    paths = sorted(path for path in shown if path.is_file())
     if not paths:
         raise ValueError(f"{name}: no images in {folder}, expected files ending in {' '.join(sorted(SUFFIXES))}")
     return paths
