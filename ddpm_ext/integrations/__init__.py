@@ -32,7 +32,13 @@ _D = TypeVar("_D", bound=_OfDiffusers)
 
 @overload
 def accelerate(
-    obj: _D, *, table: None = None, noise: str = "torch", seed: int | None = None, sample_ids: int | Tensor = 0
+    obj: _D,
+    *,
+    table: None = None,
+    noise: str = "torch",
+    seed: int | None = None,
+    sample_ids: int | Tensor = 0,
+    trace: bool = False,
 ) -> _D: ...
 
 
@@ -44,6 +50,7 @@ def accelerate(
     noise: str = "torch",
     seed: int | None = None,
     sample_ids: int | Tensor = 0,
+    trace: bool = False,
 ) -> AcceleratedObject: ...
 
 
@@ -54,12 +61,14 @@ def accelerate(
     noise: str = "torch",
     seed: int | None = None,
     sample_ids: int | Tensor = 0,
+    trace: bool = False,
 ) -> AcceleratedObject:
     """An object like `obj` whose steps take one launch each: `pipe = accelerate(pipe)`, as obj itself stays as it was.
 
     It is of a subclass of obj's class and shares its model and parameters. A call that has no fused form runs the
-    library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks` keeps the reason. Its
-    repr says that it is accelerated, with the fused calls and fallbacks so far.
+    library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks` keeps the reason. So does
+    a step whose code is not the library's, in obj or in its class. The repr says that the object is accelerated, with
+    the fused calls and fallbacks so far.
 
     Args:
         obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
@@ -78,6 +87,11 @@ def accelerate(
             torch.manual_seed makes a run repeatable.
         sample_ids: for "philox", the first sample's id in the first loop; or an int64 tensor of shape (batch,), whose
             ids every loop has: with a seed, the loops' noise is then the same.
+        trace: whether steps that somebody wrote himself are replaced, too, once they have been proven. In the first
+            loop of each shape, dtype and setting his code runs, and its results are what the loop gets. The rows take
+            later loops where both agreed in every step. What is not seen: a global that the step reads and that changes
+            later, a branch on the samples' values that the first loop did not take, and what the step does besides,
+            such as writing a log.
 
     Returns:
         The accelerated object. Its `accelerated` holds the settings, of which `rng` and `seed` may be set anew. A copy
@@ -86,9 +100,9 @@ def accelerate(
         sampler="dpmpp_2m", steps=20, record="last": then that loop runs, with the noise that it draws.
 
     Raises:
-        TypeError: obj is of another kind, or what is replaced was overridden before: by an attribute of obj, or by its
-            class, unless that is a scheduler of diffusers, which is traced. Or obj is a pipeline without a scheduler,
-            or `table` comes with something else than a pipeline or a scheduler of diffusers.
+        TypeError: obj is of another kind, or has an attribute in the place of a method that is replaced. Or obj is a
+            pipeline without a scheduler, or `table` comes with something else than a pipeline or a scheduler of
+            diffusers.
         ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch"; a table that a
             TableScheduler refuses, or whose notes have another prediction than the scheduler.
 
@@ -97,7 +111,7 @@ def accelerate(
         >>> scheduler = accelerate(scheduler)  # the same images; where the result is not used, nothing is accelerated
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
     """
-    settings = Acceleration.of(noise, seed, sample_ids)
+    settings = Acceleration.of(noise, seed, sample_ids, trace)
     if table is not None:
         return _of_table(obj, table, settings)
     if is_pipeline(obj):

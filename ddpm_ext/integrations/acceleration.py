@@ -26,6 +26,7 @@ from ddpm_ext.ops.noise import (
 )
 
 NOISES = ("torch", "philox")
+PROOF = "a first loop proves its rows"
 _log = logging.getLogger(__name__)
 BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
 
@@ -81,6 +82,8 @@ class Acceleration:
             TypeError or ValueError.
         stream: that of the steps' noise. It is the reverse step's, but for the second and later schedulers of one
             pipeline, which have one each, so that they share no noise though they have one seed and the same ids.
+        trace: whether steps that somebody wrote himself are replaced by rows, once these have been proven in his own
+            loop; see `accelerate`.
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
@@ -105,8 +108,10 @@ class Acceleration:
         seed: int | Tensor | None = None,
         sample_ids: int | Tensor = 0,
         stream: int = STREAM_REVERSE,
+        trace: bool = False,
     ) -> None:
         self.noise = noise
+        self.trace = trace
         self.stream = stream
         self.iteration = 0
         self._calls = 0  # of a pipeline that are under way, one in another
@@ -116,21 +121,22 @@ class Acceleration:
         self._set(seed, sample_ids)
 
     @classmethod
-    def of(cls, noise: str, seed: int | None, sample_ids: int | Tensor) -> Acceleration:
+    def of(cls, noise: str, seed: int | None, sample_ids: int | Tensor, trace: bool = False) -> Acceleration:
         """The settings that accelerate's arguments describe, after a check of these."""
         checks.one_of("noise", noise, NOISES)
+        checks.flag("trace", trace)
         if noise == "philox":
             Philox(0 if seed is None else seed, sample_ids)  # checks them
-            return cls(noise, seed, sample_ids)
+            return cls(noise, seed, sample_ids, trace=trace)
         if seed is not None:
             raise ValueError(f"seed is {seed!r} beside noise 'torch', whose draws are the peer's: expected None")
         if isinstance(sample_ids, Tensor) or sample_ids != 0:
             raise ValueError(f"sample_ids is {sample_ids!r} beside noise 'torch', which has no sample ids: expected 0")
-        return cls(noise)
+        return cls(noise, trace=trace)
 
     def of_stream(self, stream: int) -> Acceleration:
         """New settings with the same noise, seed and sample ids, whose steps draw their noise of this stream."""
-        return Acceleration(self.noise, self._seed, self._sample_ids, stream)
+        return Acceleration(self.noise, self._seed, self._sample_ids, stream, self.trace)
 
     def __copy__(self) -> Acceleration:
         copied = object.__new__(type(self))
@@ -305,6 +311,15 @@ class Acceleration:
         return Philox(seed, self._sample_ids, stream=STREAM_FORWARD, draw=draw)
 
     # ---------------------------------------------------------------------------------------------------- fallbacks
+
+    def record_proof(self, library: str, method: str) -> None:
+        """Notes that a first loop runs the object's own code, beside the rows that it proves. Who asked for other noise
+        than that of the code is warned."""
+        if self.noise == "philox":
+            self.record_fallback(library, method, PROOF)
+        else:
+            self.fallbacks[method] = PROOF
+            self.own_calls += 1
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
         """Keeps why the peer's own code runs, and warns of it and logs it, once for each reason."""

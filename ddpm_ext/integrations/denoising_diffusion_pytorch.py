@@ -21,7 +21,7 @@ from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
 from ddpm_ext.integrations.peer_diffusion import start_noise
 from ddpm_ext.integrations.row_stepper import take_step
-from ddpm_ext.integrations.shared import Support, new
+from ddpm_ext.integrations.shared import Support, new, peer_method
 from ddpm_ext.integrations.tensors import (
     check_batch,
     check_output,
@@ -149,12 +149,21 @@ class Denoising(LoopOptionsTaker):
     @with_fallback(compiles=False)
     def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> Step:
         check_tensors(x)
-        steps, row = self._fused_tables(x.dtype, x.device).steps, _index(t)
-        if not 0 <= row < len(steps):
-            raise Fallback
-        times = torch.full((len(x),), row, device=x.device)
-        rng = self.accelerated.rng_of_step(len(x), -row) if row > 0 else None
-        return STEPS["p_sample"](self, steps, row, x, times, x_self_cond, rng, True)
+
+        def by_rows() -> Step:
+            steps, row = self._fused_tables(x.dtype, x.device).steps, _index(t)
+            if not 0 <= row < len(steps):
+                raise Fallback
+            times = torch.full((len(x),), row, device=x.device)
+            rng = self.accelerated.rng_of_step(len(x), -row) if row > 0 else None
+            return STEPS["p_sample"](self, steps, row, x, times, x_self_cond, rng, True)
+
+        def by_code() -> Step:
+            own: Step = peer_method(self, "p_sample")(x, t, x_self_cond)
+            return own
+
+        result: Step = self._step("p_sample", x, lambda: [_index(t)], (x_self_cond is None,), by_rows, by_code)
+        return result
 
     # --------------------------------------------------------------------------------------------------------- loops
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.fallback import Fallback, kept
+from ddpm_ext.integrations.fallback import Fallback, cached_with
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
 from ddpm_ext.integrations.tensors import DTYPES
 from ddpm_ext.tables import samplers
@@ -18,7 +18,6 @@ from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.step_table import StepTable
 
 BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
-CACHED = 8  # settings of ddim_sample
 
 
 class DenoisingTables:
@@ -42,7 +41,7 @@ class DenoisingTables:
 
     def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
         """ddim_sample's steps, the last one first. Raises Fallback where they have no fused form."""
-        return kept(self, CACHED, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
+        return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
         """The rows of samplers.ddim, whose noise is derived by sqrt_recipm1_alphas_cumprod; the last step ends at x_0.

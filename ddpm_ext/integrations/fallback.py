@@ -19,6 +19,7 @@ from ddpm_ext.integrations.shared import peer_method
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
+CACHED = 16  # what an object keeps: rows of its latest states, trials and proofs of its steps
 
 
 class Fallback(Exception):
@@ -122,20 +123,20 @@ def result_of(attempted: Result | Fallback) -> Result:
     return attempted
 
 
-def kept(obj: Any, size: int, key: Hashable, make: Callable[[], Result], held: Any = None) -> Result:
-    """make(), kept with an object, whose copies and pickles are without it, for the latest `size` keys.
+def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any = None) -> Result:
+    """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object are without it.
 
-    Raises the Fallback that make() raises, which is kept, too. held: the objects whose identities are in the key, so
-    that no others get these.
+    Raises the Fallback that make() raises, which is cached, too. values: the objects whose identities are in the key.
+    The cache holds them, so that no others get these identities.
     """
     cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
-    found = None if cache is None else cache.get(key)
-    return result_of((_make_kept(obj, size, key, make, held) if found is None else found)[0])
+    entry = None if cache is None else cache.get(key)
+    return result_of((_make_cached(obj, key, make, values) if entry is None else entry)[0])
 
 
 @torch.compiler.disable  # torch 2.7 has an internal error where a graph breaks in it
-def _make_kept(obj: Any, size: int, key: Hashable, make: Callable[[], Any], held: Any) -> tuple[Any, Any]:
+def _make_cached(obj: Any, key: Hashable, make: Callable[[], Any], values: Any) -> tuple[Any, Any]:
     if not is_plain(torch.empty(0, device="cpu")):
         raise Fallback("its tables are first asked for within a function transform")
-    cache: BoundedCache[Any] = obj.__dict__.setdefault("_fused_cache", BoundedCache(size))
-    return cache.get_or_make(key, lambda: (made_outside_autograd(make), held))
+    cache: BoundedCache[Any] = obj.__dict__.setdefault("_fused_cache", BoundedCache(CACHED))
+    return cache.get_or_make(key, lambda: (made_outside_autograd(make), values))

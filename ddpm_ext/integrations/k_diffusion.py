@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
+from ddpm_ext.integrations.library_code import is_sampler_of_k_diffusion
+from ddpm_ext.integrations.own_sampler import OwnSampler, rows_of_function
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
+from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows
 from ddpm_ext.integrations.table_levels import of_denoiser, table_sigmas
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.tables.grid import Grid, grid_of_levels
@@ -37,7 +40,6 @@ from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.ddim import implicit
 from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
-from ddpm_ext.tables.trace import follow_function
 from ddpm_ext.tables.trace_function import check_function, checked_sigmas
 
 __all__ = ["GUIDED", "NAMES", "sampler"]
@@ -75,25 +77,8 @@ UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
 ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arguments that SAMPLERS do not have
-ROUNDED = 1e-9  # how far a level is from its sigma, relatively
 OTHER = 1e-3  # how far sigmas are from a table's that are others, relatively
 CACHED = 32
-
-
-class SigmaRows(NamedTuple):
-    """The rows of a loop.
-
-    Attributes:
-        stepper: takes them, in order.
-        sigma: float64 (rows,), what the model is called with.
-        arrives: float64 (rows,), the sigma where each row arrives.
-        steps: the rows of each step.
-    """
-
-    stepper: RowStepper
-    sigma: Tensor
-    arrives: Tensor
-    steps: list[list[int]]
 
 
 _kept: BoundedCache[SigmaRows] = BoundedCache(CACHED)
@@ -142,22 +127,23 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """
     if isinstance(which, os.PathLike) or (isinstance(which, str) and which.endswith(".json")):
         which = StepTable.load(which)
-    made: str | Sampler | SigmaRows
+    made: str | Sampler | OwnSampler | SigmaRows
     if isinstance(which, StepTable):
         made = _table_rows(which)
     elif isinstance(which, str):
         made = _named(which)
     elif callable(which):
-        made = which
+        check_function(which)
+        made = which if is_sampler_of_k_diffusion(which) else OwnSampler(which)
     else:
         raise TypeError(f"sampler is a {type(which).__name__}, expected a name, a function, a StepTable or a path")
     own: list[inspect.Parameter] = []
     if isinstance(made, SigmaRows):
         name = "sample_table"
-    elif callable(made):
-        check_function(made)
-        name = getattr(made, "__name__", "sample")
-        others = list(inspect.signature(made).parameters.values())[3:]  # some call x otherwise
+    elif not isinstance(made, str):
+        function = made.function if isinstance(made, OwnSampler) else made
+        name = getattr(function, "__name__", "sample")
+        others = list(inspect.signature(function).parameters.values())[3:]  # some call x otherwise
         own = [each for each in others if each.name not in (*SIGNATURE, *NOISE)]
         own = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
     else:
@@ -312,41 +298,14 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     hat = torch.where((now >= tmin) & (now <= tmax), now * (1 + gamma), now)
     is_churned = bool((hat > now).any())
     table = _churned_table(name, sigmas, hat, own) if is_churned else _own_table(name, sigmas, flow, own)
-    return _sigma_rows(replace(table, s=table.s * added["s_noise"]), _begins(table, hat))
-
-
-def _begins(table: StepTable, sigmas: Tensor) -> list[int]:
-    """The rows with which steps from these sigmas begin. A second call of the model in a step is at another sigma, or
-    leads from a level to itself."""
-    ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
-    moves = (ratio - ratio_after).abs() > ROUNDED * ratio
-    begins: list[int] = []
-    calls = (table.b != 0) | (table.c2 != 0)
-    for row, is_first in enumerate((moves & calls).tolist()):
-        if is_first and len(begins) < len(sigmas) and table.timestep[row] == sigmas[len(begins)]:
-            begins.append(row)
-    return begins
-
-
-def _begins_untold(table: StepTable, sigmas: Tensor) -> list[int]:
-    """_begins of a function that does not tell its steps; where it calls the model at other sigmas, each row is one."""
-    begins = _begins(table, sigmas)
-    return begins if len(begins) == len(sigmas) else list(range(min(len(sigmas), len(table))))
-
-
-def _sigma_rows(table: StepTable, begins: list[int]) -> SigmaRows:
-    """begins: the row with which each step begins; rows before the first belong to it."""
-    ends = [*begins[1:], len(table)]
-    steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
-    return SigmaRows(RowStepper(table), table.timestep, table.noise_after, steps)
+    return SigmaRows.of(replace(table, s=table.s * added["s_noise"]), first_rows(table, hat))
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
-@torch.no_grad()
 def _sample(
-    which: str | Sampler | SigmaRows,
+    which: str | Sampler | OwnSampler | SigmaRows,
     options: dict[str, Any],
     model: Callable[..., Tensor],
     x: Tensor,
@@ -364,6 +323,32 @@ def _sample(
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if sigmas.numel() < 2:  # no step
         return x
+    if isinstance(which, OwnSampler):
+        levels = checked_sigmas(sigmas)
+        others = {"extra_args": dict(extra_args or {}), "callback": callback, "disable": disable}
+        proven = which.proven_rows(levels, options, model, x, others)
+        if proven is None:
+            return which.run(levels, options, model, x, sigmas, noise_sampler, rng, **others)
+        which = proven
+    with torch.no_grad():  # a function of somebody's own ran as the caller has it
+        return _take_rows(
+            which, options, model, x, sigmas, extra_args, callback, disable, noise_sampler, rng, unconditional
+        )
+
+
+def _take_rows(
+    which: str | Sampler | SigmaRows,
+    options: dict[str, Any],
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None,
+    callback: Callable[[dict[str, Any]], Any] | None,
+    disable: bool | None,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None,
+    rng: Philox | None,
+    unconditional: Callable[[], Tensor] | None,
+) -> Tensor:
     rows = which if isinstance(which, SigmaRows) else _rows_of(which, sigmas, options, model)
     if unconditional is None and any(kind.guided for kind in rows.stepper.needs):
         raise ValueError(
@@ -414,9 +399,7 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
             own = dict(options)
             rows = _own_rows(which, levels, own.pop("flow"), own)
         else:
-            traced = follow_function(which, levels, options, model)
-            table = StepTable(**traced.columns)
-            rows = _sigma_rows(table, list(traced.begins) or _begins_untold(table, levels[:-1]))
+            rows, traced = rows_of_function(which, levels, options, model)
             if traced.asks:  # the rows may be others for another model
                 return rows
     return rows if key is None else _kept.get_or_make(key, lambda: rows)

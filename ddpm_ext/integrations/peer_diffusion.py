@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.fallback import Fallback, kept
-from ddpm_ext.integrations.shared import Accelerated
+from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.fallback import Fallback, cached_with
+from ddpm_ext.integrations.library_code import is_code_of
+from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, setting_of
+from ddpm_ext.integrations.shared import CACHED, Accelerated
 from ddpm_ext.integrations.tensors import DTYPES, TRANSFORMED
-from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
-CACHED = 4  # states of an object: replicas on several devices share its cache
+NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that no library's object has
+ROUNDED_TERMS = 4.0  # how many times as large as a result the terms may be that a step adds up, at no noise
 
 
 class PeerDiffusion(Accelerated):
     """The base of mixins for another library's GaussianDiffusion.
 
     Its rows stand for the arithmetic of the library's own methods, so an object takes steps by rows only as long as
-    nobody has replaced one of these, on the object or in its class.
+    nobody has replaced one of these, on the object or in its class; or once they have been proven.
     """
 
     _methods: ClassVar[tuple[str, ...]]  # the names of those that the rows stand for
@@ -36,20 +39,124 @@ class PeerDiffusion(Accelerated):
         own, peer = self.__dict__, self._peer
         return [own[name] if name in own else getattr(peer, name, None) for name in self._methods]
 
-    def _check_methods(self) -> None:
-        """Raises Fallback where somebody has replaced one of them."""
+    def _foreign_method(self, of: str = "p_sample") -> str | None:
+        """The name of a method that is not the library's own; None where all are. of: the method that would call it."""
+        known, library = self._known, self._known.__module__.partition(".")[0]
         for name, method in zip(self._methods, self._own_methods(), strict=True):
-            if method is not None and not _is_of(method, {self._known.__module__.partition(".")[0], "torch"}):
-                raise Fallback(f"its {name} is not {self.library}'s own")
+            if method is not None and (method is not getattr(known, name, None) or not is_code_of(method, library)):
+                return name
+        return None
 
-    def _of_state(self, state: Iterable[Any], make: Callable[[], Any]) -> Any:
-        """make(), once for a state. Raises Fallback.
+    def _check_methods(self) -> None:
+        """Raises Fallback where somebody has replaced one of them, unless a step is proven."""
+        foreign = self._foreign_method()
+        if foreign is not None and "_is_proving" not in self.__dict__:
+            raise Fallback(self._refusal(foreign))
 
-        A state is the same with equal numbers and texts, and with the same other objects and methods, as long as nobody
-        has written to a tensor among them.
+    def _refusal(self, foreign: str) -> str:
+        own = f"its {foreign} is not {self.library}'s own code"
+        return f"{own}: single steps are proven" if self.accelerated.trace else f"{own}; {HOW}"
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def _step(
+        self,
+        method: str,
+        x: Tensor,
+        timesteps: Callable[[], Sequence[int]],
+        options: tuple[Any, ...],
+        by_rows: Callable[[], Any],
+        by_code: Callable[[], Any],
+    ) -> Any:
+        """A step's result: by_rows(), where all methods are the library's own, or it has been proven.
+
+        In the first loop of a step of somebody's own, by_code() makes the result, and is compared with by_rows(): both
+        call the model. Raises Fallback.
+
+        Args:
+            timesteps: tells those of the samples, for which it may wait for a GPU.
+            options: what else the step depends on.
         """
-        held = (*state, *self._own_methods())
-        return kept(self, CACHED, tuple(map(_identity, held)), make, held)
+        foreign = self._foreign_method(method)
+        if foreign is None:
+            return by_rows()
+        if not self.accelerated.trace:
+            raise Fallback(self._refusal(foreign))
+        proof: Proof = self._of_state((method, x.shape, x.dtype, x.device, *options), Proof, self._state())
+        if proof.failed is not None:
+            raise Fallback(proof.failed)
+        steps = timesteps()
+        if proof.holds.issuperset(steps):
+            return self._proving(by_rows, self.accelerated)
+        raise Fallback(instead=lambda: self._compared(proof, method, x, steps, by_rows, by_code))
+
+    def _compared(
+        self,
+        proof: Proof,
+        method: str,
+        x: Tensor,
+        steps: Sequence[int],
+        by_rows: Callable[[], Any],
+        by_code: Callable[[], Any],
+    ) -> Any:
+        generators, settings = Generators(x.device), self.accelerated
+        ours = _tensors(self._proving(by_rows, Acceleration()))  # which draws as the code does
+        generators.rewind()
+        before = contents(vars(self))
+        result = by_code()
+        theirs = _tensors(result)
+        stores = changed(before, vars(self))
+        if stores:
+            proof.failed = f"its {method} stores {', '.join(stores)}"
+        recip = self.sqrt_recip_alphas_cumprod[max(steps)]  # type: ignore[attr-defined]
+        size = max(1.0, *(float(each.abs().max()) for each in (x, *ours)))
+        for step in steps:
+            proof.compare(step, ours, theirs, ROUNDED_TERMS * size * float(recip))
+        if proof.failed is not None:
+            settings.record_fallback(self.library, method, proof.failed)
+        elif len(proof.holds) == len(set(steps)):  # the loop's first step
+            settings.record_proof(self.library, method)
+        else:
+            settings.own_calls += 1
+        return result
+
+    def _proving(self, by_rows: Callable[[], Any], settings: Acceleration) -> Any:
+        """by_rows() with these settings, though a method is not the library's own."""
+        state, own = self.__dict__, self.accelerated
+        state.update(_acceleration=settings, _is_proving=True)
+        try:
+            return by_rows()
+        finally:
+            state["_acceleration"] = own
+            del state["_is_proving"]
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def _state(self) -> list[Any]:
+        """The values of all attributes, of the object and of the classes that are not the library's."""
+        state = self.__dict__
+        values = [x for name, x in state.items() if name not in NO_STATE]
+        values += state.get("_buffers", {}).values()
+        for base in self._own_classes():
+            values += vars(base).values()
+        return values
+
+    def _own_classes(self) -> Sequence[type]:
+        """Those of the object that are not the library's."""
+        return self._peer.__mro__[: self._peer.__mro__.index(self._known)]
+
+    def _of_state(self, settings: Iterable[Any], make: Callable[[], Any], state: Sequence[Any] | None = None) -> Any:
+        """make(), once for these settings and this state. Raises Fallback.
+
+        Both are the same with equal numbers and texts, and with the same other objects, as long as nobody has written
+        to a tensor among them. state: None: that of the methods.
+        """
+        values = (*settings, *(self._own_methods() if state is None else state), "_is_proving" in self.__dict__)
+        if torch._C._functorch.peek_interpreter_stack() is not None and any(isinstance(x, Tensor) for x in values):
+            raise Fallback(TRANSFORMED)
+        return cached_with(self, tuple([setting_of(x) for x in values]), make, values)
+
+    # ------------------------------------------------------------------------------------------------------- noise
 
     def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
         """The operators' arguments for the noise of a training batch: the given one, or another draw at each call."""
@@ -59,22 +166,12 @@ class PeerDiffusion(Accelerated):
         return {"noise": torch.randn_like(x) if noise is None else noise}
 
 
-def _identity(x: Any) -> Hashable:
-    """What a state knows of an object: of a tensor also how often somebody wrote to it."""
-    if isinstance(x, Tensor):
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Fallback(TRANSFORMED)
-        return id(x), C.written(x)
-    return (type(x), x) if isinstance(x, int | float | str) else id(x)
-
-
-def _is_of(method: Any, packages: set[str]) -> bool:
-    """Whether a function, and all that it decorates, are code of these packages."""
-    while method is not None:
-        if getattr(method, "__globals__", {}).get("__name__", "").partition(".")[0] not in packages:
-            return False
-        method = getattr(method, "__wrapped__", None)
-    return True
+def _tensors(result: Any) -> list[Tensor]:
+    """Those that a step returns, alone, in a tuple or in a dict."""
+    if isinstance(result, Tensor):
+        return [result]
+    parts = result.values() if isinstance(result, dict) else result
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def start_noise(shape: Iterable[int], rng: Philox | None, device: torch.device) -> Tensor:

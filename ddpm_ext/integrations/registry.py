@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
-from ddpm_ext.integrations.shared import Support, make_class, new, overrides, peer_class
+from ddpm_ext.integrations.library_code import foreign_method, library_class
+from ddpm_ext.integrations.shared import Support, make_class, new, peer_class
 
 
 class KnownClass(NamedTuple):
@@ -31,10 +32,9 @@ def _guided(module: str, name: str, mixin: str) -> KnownClass:
 _LUCIDRAINS = "denoising_diffusion_pytorch"
 KNOWN = (
     _diffusers("scheduling_ddpm", "DDPMScheduler", "alphas", "DDPM"),
-    _diffusers("scheduling_ddpm_parallel", "DDPMParallelScheduler", "alphas", "DDPMParallel"),
+    _diffusers("scheduling_ddpm_parallel", "DDPMParallelScheduler", "alphas", "DDPM"),
     _diffusers("scheduling_ddim", "DDIMScheduler", "alphas", "DDIM"),
-    _diffusers("scheduling_ddim_parallel", "DDIMParallelScheduler", "alphas", "DDIMParallel"),
-    _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "alphas", "DDIMInverse"),
+    _diffusers("scheduling_ddim_parallel", "DDIMParallelScheduler", "alphas", "DDIM"),
     _guided("guided_diffusion.gaussian_diffusion", "GaussianDiffusion", "Guided"),
     _guided("guided_diffusion.respace", "SpacedDiffusion", "Spaced"),
     _guided("improved_diffusion.gaussian_diffusion", "GaussianDiffusion", "Improved"),
@@ -60,7 +60,7 @@ def accelerated_class(peer: type) -> type:
     """The accelerated subclass of a peer's class; diffusers' schedulers can be made by it directly.
 
     Raises:
-        TypeError: the class is not a known one, or it is a subclass that overrides what is replaced.
+        TypeError: the class is not a known one.
     """
     peer = peer_class(peer)
     names = {(known.module, known.name): known for known in KNOWN}
@@ -68,8 +68,9 @@ def accelerated_class(peer: type) -> type:
         known = names.get((ancestor.__module__, ancestor.__name__))
         if known is not None:
             mixin = getattr(_integration(known.mixin_module), known.mixin)
-            # A scheduler that overrides what is replaced is traced.
-            if not (known.module.startswith("diffusers.") and overrides(mixin, peer, ancestor)):
+            is_scheduler = known.module.startswith("diffusers.")
+            # A scheduler with other code, somebody's or a class's of diffusers, runs it, or is traced.
+            if not is_scheduler or (library_class(peer) is ancestor and foreign_method(peer, {}) is None):
                 return make_class(mixin, peer, ancestor, _restore)
     for name, mixin, test in RECOGNISED:
         module = _integration(name)

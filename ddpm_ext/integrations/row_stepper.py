@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,20 +25,18 @@ from ddpm_ext.tables.row_needs import RowNeeds, row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
+FACTORS = ("cu", "h1", "h2", "h3")  # of these and of the last result
+LARGEST_NORMAL = 8.0
 CPU = torch.device("cpu")
 Reads = tuple[list[tuple[int, str]], bool, bool]
 
 
-def reads_of(needs: Sequence[RowNeeds], clip: Clip | None, held: Sequence[bool] | None = None) -> list[Reads]:
+def reads_of(needs: Sequence[RowNeeds], clip: Clip | None, holds_outputs: bool) -> list[Reads]:
     """For each row, the places of the history that it reads and the inputs that they are, whether it keeps a tensor,
-    and whether that is the model's output itself. clip, held: as RowStepper takes them."""
+    and whether that is the model's output itself. clip, holds_outputs: as RowStepper takes them."""
     kinds = {each.history for each in needs}
     reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
-    held = held or [True] * len(needs)
-    return [
-        (reads[each.history], each.keeps, each.keeps_output and clip is None and of_row)
-        for each, of_row in zip(needs, held, strict=True)
-    ]
+    return [(reads[each.history], each.keeps, each.keeps_output and clip is None and holds_outputs) for each in needs]
 
 
 class RowStepper:
@@ -49,19 +46,15 @@ class RowStepper:
         table: the numbers, or a function that makes them when they are first asked for.
         clip: the range that predicted clean samples are clipped to.
         threshold: what they are divided by before.
-        held: for each row, whether somebody holds the model's output anyway, so that a row that keeps it need not write
-            it; None: all.
+        holds_outputs: whether a row that keeps the model's output holds that tensor, in place of a copy. Nobody may
+            write to it then.
         packed: of the table, where it is there already.
 
     Attributes:
         clip, threshold: the arguments.
         needs: what each row needs.
-        scales: what a traced scheduler multiplies the model's inputs by; False where it does something else; None until
-            somebody asks.
     """
 
-    _edited: RowStepper | None = None
-    scales: Any = None
     _c_in: Tensor | None = None
 
     def __init__(
@@ -69,8 +62,8 @@ class RowStepper:
         table: StepTable | Callable[[], StepTable],
         clip: Clip | None = None,
         threshold: DynamicThreshold | None = None,
-        held: Sequence[bool] | None = None,
         *,
+        holds_outputs: bool = True,
         packed: Tensor | None = None,
     ) -> None:
         self._made_table, self.clip, self.threshold = table, clip, threshold
@@ -82,7 +75,7 @@ class RowStepper:
         # By dtype on a CPU, where to hash a device would take as long as a small launch.
         self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
-        self._reads = reads_of(self.needs, clip, held)
+        self._reads = reads_of(self.needs, clip, holds_outputs)
 
     @functools.cached_property
     def table(self) -> StepTable:
@@ -106,16 +99,6 @@ class RowStepper:
             packed[:, ROW.index("c_in")] = c_in
         made.__dict__.update(_c_in=c_in, _packed={key: packed}, _quiet_steps={})
         return made
-
-    def for_edits(self, own: Sequence[float]) -> RowStepper:
-        """The same rows, where the part own[i] of row i's factor of its sample is one of `uncond_output`. They are made
-        once: the rows' own part is always the same."""
-        if self._edited is None:
-            made = self._edited = copy.copy(self)
-            part = torch.tensor(own, dtype=torch.float64, device=self.table.c1.device)
-            table = replace(self.table, c1=self.table.c1 - part, cu=part)
-            made.__dict__.update(table=table, _packed={}, _quiet_steps={})
-        return self._edited
 
     def take(
         self, i: int, x: Tensor, m: Tensor, history: Sequence[Tensor], inputs: dict[str, Any]
@@ -146,6 +129,16 @@ class RowStepper:
         if step is None:
             step = self._step_for(x.device, dtype, rng)
         return step.take(x, m, None, i, out, **inputs), kept
+
+    def largest_term(self, i: int, x: Tensor, m: Tensor, others: Sequence[Tensor]) -> float:
+        """The size of the largest number that row i adds up, for the rounding of its result. others: what it reads
+        beside sample and output."""
+        row = {name: abs(float(getattr(self.table, name)[i])) for name in ("a", "b", "c0", "c1", "c2", "s", *FACTORS)}
+        sample, output, *rest = (float(each.abs().max()) if each.numel() else 0.0 for each in (x, m, *others))
+        clean = row["a"] * sample + row["b"] * output
+        others_read = max(row[name] for name in FACTORS) * max(rest, default=0.0)
+        terms = row["c0"] * clean, row["c1"] * sample, row["c2"] * output, row["s"] * LARGEST_NORMAL, others_read
+        return max(clean, *terms)
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""

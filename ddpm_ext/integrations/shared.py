@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
-CACHED = ("_fused_cache", "_host_timesteps", "_again")  # attributes that no copy and no pickle has
+# Attributes that no copy and no pickle has.
+CACHED = ("_fused_cache", "_host_timesteps", "_latest_rows", "_next_input", "_own_rows")
 
 
 class Support(NamedTuple):
@@ -38,8 +39,8 @@ class Accelerated:
     Attributes:
         library: the peer's name, for warnings.
         replaces: the peer's methods that the mixin replaces.
-        relies_on: the peer's methods whose work the fused ones do, too. A subclass of the peer's class that overrides
-            any of the two is refused.
+        relies_on: the peer's methods whose work the fused ones do, too. Where somebody has replaced any of the two, the
+            object's own code runs.
     """
 
     library: ClassVar[str]
@@ -106,7 +107,7 @@ def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) 
 
     Raises TypeError where obj has attributes in place of its class's methods, or is not what the class promises.
     """
-    for name in (*made.replaces, *made.relies_on):
+    for name in made.replaces:
         if name in vars(obj):
             raise TypeError(f"obj has a {name} of its own, expected its class's")
     accelerated = new(made)
@@ -118,14 +119,6 @@ def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) 
     return accelerated
 
 
-def overrides(mixin: type[Accelerated], peer: type, known: type) -> str | None:
-    """The first of the methods that the mixin replaces or relies on which `peer`, a subclass of `known`, overrides."""
-    for name in (*mixin.replaces, *mixin.relies_on):
-        if getattr(peer, name, None) is not getattr(known, name, None):
-            return name
-    return None
-
-
 @functools.cache
 def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Callable[[type], Any]) -> type:
     """The accelerated class of `peer`, which is `known` or a subclass of it.
@@ -134,15 +127,7 @@ def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Calla
 
     Args:
         restore: a function that unpickling can import: of a peer's class, an accelerated object without state.
-
-    Raises TypeError where a subclass overrides what is replaced, or what that relies on.
     """
-    name = overrides(mixin, peer, known)
-    if name is not None:
-        raise TypeError(
-            f"obj is a {peer.__module__}.{peer.__qualname__}, which has a {name} of its own, expected "
-            f"{known.__qualname__}'s"
-        )
     own = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
     own |= {"_peer": peer, "_known": known, "_restore": staticmethod(restore)}
     return types.new_class(peer.__name__, (mixin, peer), exec_body=lambda namespace: namespace.update(own))

@@ -123,6 +123,24 @@ def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
     return randn(x.shape, source["rng"], device=x.device, dtype=x.dtype)
 
 
+def version_of(x: Tensor) -> tuple[int, ...] | None:
+    """Changes whenever somebody writes to a tensor or gives it other memory. None: nobody counts that, as in inference
+    mode."""
+    return None if x.is_inference() else (x._version, x.data_ptr())
+
+
+def index_of(vector: Tensor, number: Tensor) -> int | None:
+    """The index of the element of a vector that `number` is a view of, or None. Neither is read."""
+    if vector.dim() != 1 or number.numel() != 1 or number.dtype is not vector.dtype or number.device != vector.device:
+        return None
+    try:
+        offset = number.data_ptr() - vector.data_ptr()
+    except RuntimeError:  # one has no memory, as within torch.func
+        return None
+    index, rest = divmod(offset, max(vector.stride(0), 1) * vector.element_size())
+    return index if rest == 0 and 0 <= index < len(vector) else None
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a gradient is recorded and any of the tensors requires one."""
     if torch.is_grad_enabled():

@@ -1,15 +1,17 @@
 """The GaussianDiffusion of a well-known tutorial, found in many notebooks, recognised by its methods' parameters.
 
-There are many variations of it. The rows are made of the object's own tables, and before anything is fused its methods
-run on small samples, a step at every timestep, and are compared with these rows: see tutorial_trial.py.
+There are many variations of it. The rows are made of the object's own tables. Before a method is fused for samples of
+some shape, it runs on such samples and is compared with these rows: see tutorial_trial.py. A method that a subclass
+overrides runs as it is, or is proven in a first loop: see proof.py.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +24,12 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
 from ddpm_ext.integrations.own_tables import TABLES
-from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
+from ddpm_ext.integrations.shared import CACHED, Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_batch, check_output, noise_arguments, noise_itself, wants_gradient
-from ddpm_ext.integrations.tutorial_trial import FusedMethods, attributes_read, try_methods
+from ddpm_ext.integrations.tutorial_trial import GradMode, checked_rows, trial_object, try_step, try_training
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
+from ddpm_ext.tables.on_device import KernelTables
 
 METHODS = {  # their first parameters
     "q_sample": "x_start, t, noise=None",
@@ -36,6 +39,16 @@ METHODS = {  # their first parameters
     "sample": "model, image_size",
     "train_losses": "model, x_start, t",
 }
+
+TRAINING = ("q_sample", "train_losses")
+LOOPS = {"sample", "p_sample_loop"}
+NOT_CALLED = {  # by these methods
+    "p_sample": LOOPS | {*TRAINING},
+    "q_sample": LOOPS | {"train_losses", "p_sample", "p_mean_variance"},
+    "train_losses": LOOPS | {"p_sample", "p_mean_variance"},
+}
+NOT_TRIED = {*CACHED, "_acceleration"}  # attributes that no copy of the tutorial's has
+PROBED = (2, 3, 8, 8)  # the shape of samples by which another sampler knows what the model predicts
 
 SUPPORT = tuple(
     Support("the tutorial's class", *row)
@@ -79,6 +92,26 @@ def resembles(cls: type) -> bool:
     return True
 
 
+@functools.lru_cache(64)
+def _methods(of: str, classes: tuple[type, ...], counts: tuple[int, ...]) -> tuple[frozenset[str], str | None]:
+    """The methods of these classes that `of` may call, and the first of them that one class has from another. counts:
+    of the classes' attributes, which somebody may add to."""
+    names: set[str] = set()
+    overridden = None
+    for base in classes:
+        methods = {name for name, each in vars(base).items() if inspect.isfunction(each) and not name.startswith("__")}
+        overridden = overridden or min(names & methods - NOT_CALLED[of], default=None)
+        names |= methods
+    return frozenset(names - NOT_CALLED[of]), overridden
+
+
+class Tried(NamedTuple):
+    """What a trial told: the rows of the object's tables, and the mode in which its method runs."""
+
+    rows: KernelTables
+    grad_mode: GradMode
+
+
 class _StartNoise(TorchFunctionMode):
     """Gives the noise contract's numbers to the first torch.randn of a loop, until the loop takes its first step."""
 
@@ -114,47 +147,54 @@ class Tutorial(LoopOptionsTaker):
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        peer: type = cls.__dict__.get("_peer", object)
-        own = {name: each for of in peer.__mro__ if of is not nn.Module for name, each in vars(of).items()}
-        cls._methods = tuple(name for name, each in own.items() if inspect.isfunction(each))
+    def _own_classes(self) -> Sequence[type]:
+        return [base for base in self._peer.__mro__ if base not in (nn.Module, object)]
+
+    def _foreign_method(self, of: str = "p_sample") -> str | None:
+        """The name of a method that `of` may call and that a subclass overrides, or the object; None where none is."""
+        classes = tuple(self._own_classes())
+        methods, overridden = _methods(of, classes, tuple([len(vars(base)) for base in classes]))
+        if not methods.isdisjoint(self.__dict__):
+            return min(methods & self.__dict__.keys())
+        return overridden
 
     def _check(self) -> None:
-        """Raises TypeError where the tables or methods are not the tutorial's."""
-        self.__dict__["_read"] = attributes_read(self._peer, vars(self), getattr(self, TABLES[0], None))
-        found = attempt(self._fused_methods)
+        """Raises TypeError where the tables are not the tutorial's."""
+        found = attempt(self._rows)
         if isinstance(found, Fallback):
             name = f"{self._peer.__module__}.{self._peer.__qualname__}"
             raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {found.reason}")
 
-    def _fused_methods(self) -> FusedMethods:
-        """What the tables as they are give. Raises Fallback where nothing is fused."""
-        # All tables, since a variation's methods may use the others, too; and what else its steps read.
-        tables = [getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES]
-        own = self.__dict__
-        read = [own.get(name) for name in own.get("_read", ())]
+    def _rows(self) -> KernelTables:
+        """The rows of the tables as they are. Raises Fallback."""
+        tables = {name: getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES}
+        return self._of_state(tables.values(), lambda: checked_rows(tables))
 
-        def make() -> FusedMethods:
-            plain = new(self._peer)
-            plain.__dict__.update(self.__dict__)
-            return try_methods(plain, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
+    def _tried(self, method: str, shape: Sequence[int], device: torch.device, *clip: bool) -> Tried:
+        """Tries a method on samples of this shape, once for each state of the object. Raises Fallback where it differs
+        from the tutorial's."""
 
-        return self._of_state((*tables, *read), make)
+        def run() -> Tried:
+            rows = self._rows()
+            plain = trial_object(new(self._peer), {n: x for n, x in self.__dict__.items() if n not in NOT_TRIED})
+            if method in TRAINING:
+                return Tried(rows, try_training(plain, rows, method, shape, device))
+            return Tried(rows, try_step(plain, rows, shape, device, *clip))
 
-    def _fused(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> FusedMethods:
-        """What a call of `method` needs. Raises Fallback where it has no fused form.
+        return self._of_state((method, torch.Size(shape), device, *clip), run, self._state())
+
+    def _rows_for_training(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> KernelTables:
+        """Raises Fallback where a call of a method of training has no fused form.
 
         more: whether the call has arguments that the tutorial's method doesn't have.
         """
-        fused = self._fused_methods()
-        differs = fused.differs.get(method)
-        if differs is not None:
-            raise Fallback(differs)
         if more:
             raise Fallback("it has arguments that the tutorial's hasn't")
         check_batch(x, t, noise, (torch.float32,))
-        return fused
+        foreign = self._foreign_method(method)
+        if foreign is not None:
+            raise Fallback(f"its {foreign} overrides another")
+        return self._tried(method, x.shape, x.device).rows
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -178,26 +218,38 @@ class Tutorial(LoopOptionsTaker):
     def _p_sample(
         self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, clip_denoised: bool, *args: Any, **kwargs: Any
     ) -> Tensor:
-        fused = self._fused("p_sample", x_t, t, bool(args or kwargs))
+        if args or kwargs:
+            raise Fallback("it has arguments that the tutorial's hasn't")
+        check_batch(x_t, t, None, (torch.float32,))
+        trial = x_t.device, bool(clip_denoised)
         own = peer_method(self, "p_sample")
-        with fused.grad_mode():
-            output = model(x_t, t)
-            check_output(x_t, output, lambda: own(returning(output), x_t, t, clip_denoised))
-            clip = (-1.0, 1.0) if clip_denoised else None
-            rng = self.accelerated.rng_of_step_at(t, len(fused.tables))
-            source: dict[str, Any] = {"rng": rng}
-            if rng is None:
-                noise = torch.randn_like(x_t)
-                source = {"noise": noise} if wants_gradient(x_t, output) else noise_arguments(noise, x_t)
-            return ops.reverse_step(x_t, output, fused.rows("steps", x_t), t, clip=clip, **source)
+
+        def by_rows() -> Tensor:
+            is_proven = "_is_proving" in self.__dict__
+            tried = Tried(self._rows(), torch.no_grad) if is_proven else self._tried("p_sample", x_t.shape, *trial)
+            with tried.grad_mode():
+                output = model(x_t, t)
+                check_output(x_t, output, lambda: own(returning(output), x_t, t, clip_denoised))
+                clip = (-1.0, 1.0) if clip_denoised else None
+                rng = self.accelerated.rng_of_step_at(t, len(tried.rows))
+                source: dict[str, Any] = {"rng": rng}
+                if rng is None:
+                    noise = torch.randn_like(x_t)
+                    source = {"noise": noise} if wants_gradient(x_t, output) else noise_arguments(noise, x_t)
+                table = tried.rows.get("steps", x_t.device, torch.float32)
+                return ops.reverse_step(x_t, output, table, t, clip=clip, **source)
+
+        def by_code() -> Tensor:
+            return own(model, x_t, t, clip_denoised)
+
+        return self._step("p_sample", x_t, t.tolist, (clip_denoised,), by_rows, by_code)
 
     @takes_loop_options
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
         """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise.
         With options of GaussianDiffusion.p_sample_loop, that loop."""
         settings, own = self.accelerated, peer_method(self, "p_sample_loop")
-        plain = settings.noise == "torch" or torch.compiler.is_compiling()
-        if plain or isinstance(attempt(self._fused_methods), Fallback):
+        if settings.noise == "torch" or torch.compiler.is_compiling() or self._foreign_method() is not None:
             return own(model, shape, *args, **kwargs)  # each step says why it falls back
         settings.begin_loop()
         assert settings.rng is not None
@@ -211,24 +263,30 @@ class Tutorial(LoopOptionsTaker):
                 settings.end_loop()
 
     def _prediction(self) -> str:
-        self._fused_methods()  # its steps are the tutorial's
+        """By a step of the object's own, of which another sampler takes the tables alone."""
+        foreign = self._foreign_method()
+        if foreign is not None:
+            raise Fallback(f"its {foreign} overrides another")
+        self._tried("p_sample", PROBED, getattr(self, TABLES[0]).device, True)
         return "eps"
 
     # ------------------------------------------------------------------------------------------------------ training
 
     @with_fallback(compiles=False)
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        fused = self._fused("q_sample", x_start, t, bool(args or kwargs), noise)
-        return ops.forward_process(x_start, fused.rows("q_sample", x_start), t, **self._training_noise(x_start, noise))
+        rows = self._rows_for_training("q_sample", x_start, t, bool(args or kwargs), noise)
+        table = rows.get("q_sample", x_start.device, torch.float32)
+        return ops.forward_process(x_start, table, t, **self._training_noise(x_start, noise))
 
     @with_fallback(compiles=False)
     def train_losses(
         self, model: Callable[..., Tensor], x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        fused = self._fused("train_losses", x_start, t, bool(args or kwargs))
+        rows = self._rows_for_training("train_losses", x_start, t, bool(args or kwargs))
         if wants_gradient(x_start):
             raise Fallback("a gradient by images is asked for")
-        source = self._training_noise(x_start)
-        output = model(ops.forward_process(x_start, fused.rows("q_sample", x_start), t, **source), t)
+        source, device = self._training_noise(x_start), x_start.device
+        noisy = ops.forward_process(x_start, rows.get("q_sample", device, torch.float32), t, **source)
+        output = model(noisy, t)
         check_output(x_start, output, lambda: F.mse_loss(noise_itself(source, x_start), output))
-        return ops.diffusion_loss(output, None, fused.rows("loss", x_start), t, **source)
+        return ops.diffusion_loss(output, None, rows.get("loss", device, torch.float32), t, **source)

@@ -1,33 +1,52 @@
-"""Tracing: the rows of anybody's sampler, found by running its own steps on numbers of our choice.
+"""Tracing: the rows of anybody's sampler, told by running its steps on numbers of our choice.
 
 Where every step is linear, its result is a sum of the samples, outputs of the model and noise that it and the steps
-before it were given, each times a number. These numbers are read off by running the scheduler in float64 on a batch of
-unit vectors, one for each of those tensors. A step gets a sample of its own there, as if it did not follow from the
-step before: then a tensor that the scheduler stores appears in all later steps with the same proportions of sample and
-output, and these are what a row keeps. The numbers of each row are fitted with the samples that do follow from each
-other, since a sample may stand for what it was made of. Random numbers beside the unit vectors, in the same run, prove
-the rows in the end, and show where a scheduler is not linear.
+before it were given, each times a number. The scheduler runs twice in float64. In the first run samples are single
+random numbers, by which trace_fit.py finds the rows. The second run proves the rows: two samples of several channels
+and pixels, of other sizes and signs in each step. A step that reads a whole tensor, such as its standard deviation or
+the sign of its mean, or that tells pixels apart, does something else there. In both, no sample follows from the step
+before, since somebody may edit it.
 
 A function that runs its whole loop itself, such as k-diffusion's, takes its steps between its calls of the model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_ext.tables.trace_batch import Array, Numbers, Trial, is_scaled, proof_of, relative
+from ddpm_ext.tables.trace_fit import (
+    HISTORY,
+    LINEAR,
+    Array,
+    Columns,
+    Factors,
+    Numbers,
+    at,
+    factors_of,
+    factors_of_clipped,
+    least_squares,
+    numbers_of,
+    relative,
+    rows_of,
+    terms_of,
+)
 from ddpm_ext.tables.trace_function import observed_function
-from ddpm_ext.tables.trace_linear import NAMES, Columns, Linear, at, least_squares, terms_of
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings
-from ddpm_ext.tables.trace_watch import Watch, can_watch
 
 Pair = tuple[float, float]  # the range of a clip; the quantile of a threshold and its largest divisor
+
+RANDOM = 32  # random samples of a kind in the first run
+UNIT = 2.0**-20  # their size, where no clip is to touch them
+PROVING = 2, 3, 4, 5, *[2] * 8  # the shape of samples in the second run, as far as these have dimensions
+SIZES = 16.0, 1.0, 4.0  # of their numbers in each step, by turns
+TAIL, FAR = 11, 10.0  # every so many numbers, one is so far from the mean, for a step that clamps such ones
+LARGE = 100.0  # a level of noise at which an error in what is read of the sample would not be seen beside outputs
+EXACT = 1e-12  # how far the model's input may be from a factor times the sample, relatively
 
 
 class TraceResult(NamedTuple):
@@ -39,13 +58,14 @@ class TraceResult(NamedTuple):
         residual: the largest relative difference between a scheduler's own step and its row.
         steps: what each step did on random numbers.
         noise: the number of the draw that is a step's z, or None where it has none.
-        given: for each step, the numbers of the draws that stand in the place of its history, the first in that of h1.
+        history_draws: for each step, the numbers of the draws that it reads as its history, the first one as history1.
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
-        own: for each row, `Linear.own`.
+        of_last: (rows,), of each row the part of c1 that is a factor of the last row's result, which is its sample
+            where nobody edits that.
         begins: the rows with which the steps of a function begin, as its callback tells.
+        leads: whether a function's first row comes before it calls the model.
         asks: whether a function read attributes of the model.
         scales: for each step, what its sample is multiplied by for the model; None where it is not.
-        read: the attributes of the scheduler that its steps read before they wrote them; None: nobody knows.
     """
 
     columns: dict[str, Array]
@@ -53,13 +73,13 @@ class TraceResult(NamedTuple):
     residual: float
     steps: list[Step]
     noise: list[int | None]
-    given: list[list[int]]
+    history_draws: list[list[int]]
     second: bool
-    own: list[float]
-    scales: Array | None = None
+    of_last: list[float]
+    scales: list[float] | None = None
     begins: tuple[int, ...] = ()
+    leads: bool = False
     asks: bool = False
-    read: frozenset[str] | None = None
 
 
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
@@ -67,11 +87,11 @@ def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dic
     if hasattr(sampler, "set_timesteps"):
         if setting(sampler, "thresholding"):
             raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
-        own = copy.deepcopy(sampler)
-        own.set_timesteps(steps, **arguments)
-        if len(own.timesteps) == 0:
+        scheduler = copy.deepcopy(sampler)
+        scheduler.set_timesteps(steps, **arguments)
+        if len(scheduler.timesteps) == 0:
             raise ValueError(f"steps is {steps!r}, for which the scheduler has no timesteps, expected at least 1")
-        return follow(own, list(own.timesteps), second=CLEAN_FIELDS).columns
+        return follow(scheduler, list(scheduler.timesteps), second=CLEAN_FIELDS).columns
     if callable(sampler):
         return follow_function(sampler, steps, arguments).columns
     raise TypeError(
@@ -82,19 +102,19 @@ def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dic
 
 def follow(
     scheduler: Any,
-    timesteps: Sequence[Any],
+    times: Sequence[Any],
     options: Mapping[str, Any] | None = None,
     second: Sequence[str] | None = None,
     dims: int = 4,
 ) -> TraceResult:
-    """The rows of a scheduler's steps at `timesteps`, from the state that it is in.
+    """The rows of a scheduler's steps at `times`, from the state that it is in.
 
     Where the scheduler takes no step at the last timestep, which is the end of the step before, it has no row.
 
     Args:
         scheduler: it stays as it is. Where it divides the predicted clean sample by a quantile, the rows are those for
             a clip to -1 and 1 after that.
-        timesteps: what the steps are called with, in order.
+        times: what the steps are called with, in order.
         options: further arguments of every step; GIVEN for a tensor like the samples, a list for one of each step.
         second: the names under which steps may return a x + b m beside the next sample; None: any name.
         dims: how many dimensions samples have.
@@ -103,35 +123,27 @@ def follow(
         ValueError: a step is not linear, or no row can say what it does.
     """
     options = options or {}
-    if can_watch(scheduler):
-        # Of what is refused, a look at each function may find another reason, or none.
-        with contextlib.suppress(ValueError):
-            return _followed(scheduler, timesteps, options, second, dims, Watch())
-    return _followed(scheduler, timesteps, options, second, dims, None)
 
+    def first_run(
+        scheduler: Any, times: Sequence[Any], second: Sequence[str] | None = second, level: Array | None = None
+    ) -> _FirstRun:
+        return _FirstRun(run_of(scheduler, times, options, dims), second, level)
 
-def _followed(
-    scheduler: Any,
-    timesteps: Sequence[Any],
-    options: Mapping[str, Any],
-    second: Sequence[str] | None,
-    dims: int,
-    watch: Watch | None,
-) -> TraceResult:
-    run = run_of(scheduler, timesteps, options, dims, watch)
     try:
-        trial = Trial.of(run)
+        first = first_run(scheduler, times)
     except IndexError:
-        if len(timesteps) == 1:
+        if len(times) == 1:
             raise
-        run = run_of(scheduler, timesteps[:-1], options, dims, watch)
-        trial = Trial.of(run)
-    if watch is not None and not trial.follows.wide:
-        raise ValueError("a step computes in a lower precision")
-    linear = Linear(run, trial, second)
-    of_times = partial(run_of, options=options, dims=dims, watch=watch)
-    found = _proven(linear, *(_clipping(linear, scheduler, of_times) if run.clips else (linear.rows(),)))
-    return found._replace(read=None if watch is None else watch.read())
+        first = first_run(scheduler, times[:-1])
+    clip = threshold = of_clean = None
+    rows, times = first.rows(), first.run.times
+    if first.run.clip is not None and not first.are_rows(rows, first.long()):  # a clip that never acts leaves rows
+        clip, threshold = clip_of(scheduler)
+        if "prediction_type" in getattr(scheduler, "config", {}):
+            other = with_settings(scheduler, prediction_type="sample")
+            of_clean = functools.partial(first_run, other, times, (), first.level)
+        rows = first.clipped_rows(clip, of_clean)
+    return first.proven(run_of(scheduler, times, options, dims), rows, clip, threshold)
 
 
 def follow_function(
@@ -145,8 +157,8 @@ def follow_function(
     model comes before it. The samples' levels are (1, sigma).
     """
     function = observed_function(sampler, sigmas, options, like)
-    linear = Linear(function.run, Trial.of(function.run), CLEAN_FIELDS)
-    traced = _proven(linear, linear.rows())
+    first = _FirstRun(function.run, CLEAN_FIELDS)
+    traced = first.proven(function.run, first.rows())
     sigma = traced.columns["timestep"]
     ones = np.ones_like(sigma)
     levels = {
@@ -156,103 +168,174 @@ def follow_function(
         "noise_after": np.append(sigma[1:], float(sigmas[-1])),
         "draw": np.arange(len(sigma)),
     }
-    return traced._replace(columns=traced.columns | levels, begins=function.begins, asks=function.asks)
+    columns = traced.columns | levels
+    return traced._replace(columns=columns, begins=function.begins, leads=function.leads, asks=function.asks)
 
 
-# ------------------------------------------------------------------------------------------------------------ clips
+class _FirstRun:
+    """A loop on single random numbers, so short that no clip touches them.
 
-
-def _clipping(
-    linear: Linear, scheduler: Any, run_of_other: Callable[[Any, Sequence[Any]], Run]
-) -> tuple[Columns, Pair | None, Pair | None]:
-    """The rows of steps that may clip, the range to which they do, and the threshold before that; None where they do
-    not.
-
-    run_of_other: makes the run of a scheduler with other settings, at given timesteps.
+    Attributes:
+        clean: (steps, 2), a and b of the clean sample that each step returns; `second`: whether they do.
     """
-    clipped = linear.trial.clipped
-    assert clipped is not None
-    with contextlib.suppress(ValueError):  # what a clip hides may be a row all the same
-        rows = linear.rows()
-        if (_errors(rows, linear, clipped) <= clipped.bound()).all():
-            return rows, None, None
-    clip, threshold = clip_of(scheduler)
-    # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to it.
-    steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
-    if linear.has_history() or not (linear.second or steps_to_clean):
-        of_clean = run_of_other(with_settings(scheduler, prediction_type="sample"), linear.run.times)
-        return _clipped_alone(linear, Linear(of_clean, Trial.of(of_clean), ())), clip, threshold
-    return _clipped(linear, clipped, clip), clip, threshold
+
+    def __init__(self, run: Run, second: Sequence[str] | None, level: Array | None = None) -> None:
+        """level: Numbers'; None: found by a run without, which has another one after it where it is large."""
+        self.run, n = run, len(run.times)
+        self.level = np.ones(n) if level is None else level
+        self.short, self.steps = self._numbers(UNIT, UNIT)
+        self.noise: list[int | None] = [None] * n
+        self.history_draws: list[list[int]] = [[] for _ in range(n)]
+        self.clean, self.second = np.zeros((n, 2)), False
+        seconds = [x for x, step in zip(self.short.second, self.steps, strict=True)
+                   if x is not None and (second is None or step.result.name in second)]  # fmt: skip
+        if len(seconds) == n:
+            factors, errors = least_squares(
+                np.stack([self.short.unit(), self.short.m], 1), np.stack(seconds), self.short.negligible()
+            )
+            self.second = bool((errors <= LINEAR).all())
+            self.clean = factors if self.second else self.clean
+        if level is None:
+            scales, (a, b) = _scales(self.short), self.clean.T
+            natural = np.divide(np.abs(b), np.abs(a), out=np.ones(n), where=a != 0)
+            natural = np.maximum(natural, 1 if scales is None else 1 / np.abs(scales))
+            if natural.max() > LARGE:
+                self.__init__(run, second, natural)  # type: ignore[misc]
+
+    def _numbers(self, size: float, of_noise: float) -> tuple[Numbers, list[Step]]:
+        generator, shape = np.random.default_rng(0), (len(self.run.times), RANDOM)
+
+        def inputs(kind: int) -> Array:
+            return signed((size if kind < 2 else of_noise) * generator.standard_normal(shape), 1)
+
+        return numbers_of(self.run, (RANDOM, *[1] * (self.run.dims - 1)), inputs, self.level)
+
+    def long(self) -> Numbers:
+        """Another run, of numbers that are clipped here and there."""
+        return self._numbers(2 * max(1.0, self.run.clip or 0.0), 1.0)[0]
+
+    def rows(self) -> Columns:
+        """Those without a clip."""
+        return self._rows(self.short, factors_of(self.run, self.short))
+
+    def clipped_rows(self, clip: Pair, of_clean: Callable[[], _FirstRun] | None) -> Columns:
+        """Those of steps that clip the predicted clean sample to this range.
+
+        of_clean: makes the first run of the same scheduler for a model that returns the clean sample itself: its steps
+            are what follows on the clip. None: the scheduler knows no such models.
+        """
+        factors = factors_of(self.run, self.short)
+        if of_clean is not None and (factors.has_history() or not self.second):
+            other = of_clean()
+            rows, x, x0, none = other.rows(), other.factors.x, other.factors.m, np.zeros(len(factors.x))
+            if not x0.all():
+                raise ValueError("a step does not read the clean sample, which is clipped")
+            if not self.second:
+                self.clean = np.stack([(factors.x - x) / x0, factors.m / x0], 1)
+            a, b = self.clean.T
+            return rows | {"a": a / self.level, "b": b, "c0": rows["c2"], "c2": none, "k0": rows["k2"], "k2": none}
+        if not self.second:  # such as a consistency model's, whose steps lead to the clean sample
+            self.clean = np.stack([factors.x, factors.m], 1)
+        loop = self.long()
+        x0 = np.clip(self.clean[:, :1] * loop.unit() + self.clean[:, 1:] * loop.m, *clip)
+        return self._rows(loop, factors_of_clipped(self.run, loop, x0))
+
+    def _rows(self, loop: Numbers, factors: Factors) -> Columns:
+        self.factors = factors
+        for i in range(len(self.steps)):
+            used = np.flatnonzero(factors.z[i]).tolist()
+            drawn = [draw for draw in used if draw >= self.run.given]
+            if len(drawn) > 1:
+                raise ValueError(f"{at(self.run, i)}, adds {len(drawn)} draws of noise, expected at most 1")
+            self.noise[i] = next(iter(drawn or used), None)
+            self.history_draws[i] = [draw for draw in used if draw != self.noise[i]]
+        rows = rows_of(self.run, loop, factors, self.clean, self.noise)
+        for i, draws in enumerate(self.history_draws):
+            if len(draws) > HISTORY or (draws and any(rows[f"h{1 + k}"][i] for k in range(HISTORY))):
+                raise ValueError(f"step {i} reads {len(draws)} given tensors beside those of earlier steps")
+            for k, draw in enumerate(draws):
+                rows[f"h{1 + k}"][i] = factors.z[i, draw]
+        return rows
+
+    def _errors(self, rows: Columns, loop: Numbers, bound: Callable[[Array], Array] = lambda x0: x0) -> Array:
+        """By how much each step of a loop differs from its row, relatively. bound: clips clean samples."""
+        x0, parts, terms = terms_of(rows, loop, self.noise, self.history_draws, bound)
+        errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
+        if self.second:
+            second = np.stack([values for values in loop.second if values is not None])
+            errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
+        return errors
+
+    def are_rows(self, rows: Columns, loop: Numbers) -> bool:
+        return bool((self._errors(rows, loop) <= loop.bound()).all())
+
+    def proven(self, run: Run, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
+        """What tracing found, once rows have taken the steps of a second run. Raises ValueError where they differ."""
+        scales, worst = _scales(self.short), 0.0
+        proof = second_run(run, rows["a"], rows["b"], self.level)
+        for loop in proof:
+            errors = self._errors(rows, loop, lambda x0: _bounded(x0, clip, threshold))
+            for i in np.flatnonzero(~(errors <= loop.bound())):
+                raise ValueError(f"{at(run, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively")
+            worst = max(worst, float(errors.max()))
+        times = np.array([float(t) for t in run.times])
+        if run.unit == "timestep" and (times % 1 == 0).all():
+            times = times.astype(np.int64)
+        columns = {"timestep": times} | rows
+        if scales is not None and any(_scales(loop, scales) is None for loop in proof):
+            scales = None
+        of_last = columns.pop("of_last").tolist()
+        steps = [step._replace(prev=None, second=None, scaled=None) for step in self.steps]
+        return TraceResult(
+            columns,
+            clip,
+            worst,
+            steps,
+            self.noise,
+            self.history_draws,
+            self.second,
+            of_last,
+            None if scales is None else scales.tolist(),
+        )
 
 
-def _clipped(linear: Linear, loop: Numbers, clip: Pair) -> Columns:
-    """The rows of steps that clip the predicted clean sample, which they return or step to, and have no history.
+def second_run(run: Run, a: Array, b: Array, level: Array) -> list[Numbers]:
+    """One sample, and another one, or both together. Where a loop may clip, the second one's predicted clean sample
+    a x + b m is about as large as the clip's range, and not mostly beyond it, as it is at a high level of noise."""
+    shape = PROVING[: run.dims]
+    n, count, generator = len(run.times), int(np.prod(shape)), np.random.default_rng(1)
+    size = 2 * max(1.0, run.clip or 0.0)
 
-    linear: of numbers that are not clipped. loop: those that are clipped here and there. There the clipped clean sample
-    does not follow from sample and output, so that the factors of all three are found.
-    """
-    rows = {name: np.zeros(linear.n) for name in NAMES} | {"s": linear.noise_factors()}
-    linear.put_given(rows)
-    rows["a"], rows["b"] = (linear.clean if linear.second else linear.prev[:, 0, :2]).T
-    x0, _, others = terms_of(rows, linear, loop, partial(_bounded, clip=clip))
-    target = loop.prev - others.sum(0)
-    columns = {"c0": x0, "c1": loop.x, "c2": loop.m}
-    left, least = np.arange(linear.n), np.zeros(0)
-    for names in (("c0",), ("c0", "c1"), ("c0", "c2"), ("c0", "c1", "c2")):
-        factors, errors = least_squares(np.stack([columns[name][left] for name in names], 1), target[left])
-        fits = errors <= loop.bound()
-        for name, values in zip(names, factors.T, strict=True):
-            rows[name][left[fits]] = values[fits]
-        left, least = left[~fits], errors[~fits]
-        if not len(left):
-            return rows
-    raise ValueError(f"{at(linear, left[0])}, is not linear after the clip: {least[0]:.1e} of it is left")
+    def random(kind: int) -> Array:
+        made = generator.standard_normal((n, count))
+        made[:, ::TAIL] += FAR * np.sign(made[:, ::TAIL])
+        return signed(np.resize(SIZES, (n, 1)) * (size if kind < 2 else 1.0) * made, -1)
+
+    x, m, half = random(0), random(1), slice(count // 2, None)
+    if run.clip is not None:
+        x0, a, b = size * generator.standard_normal((n, count - half.start)), (a * level)[:, None], b[:, None]
+        by_sample = np.abs(a) > 1e-3 * np.abs(b)
+        x[:, half] = np.where(by_sample, (x0 - b * m[:, half]) / np.where(by_sample, a, 1), x[:, half])
+        m[:, half] = np.where(by_sample | (b == 0), m[:, half], (x0 - a * x[:, half]) / np.where(b == 0, 1, b))
+    loop, _ = numbers_of(run, shape, lambda kind: (x, m)[kind] if kind < 2 else random(kind), level)
+    return [loop] if run.clip is None else [loop.part(slice(half.start)), loop.part(half)]
 
 
-def _clipped_alone(linear: Linear, steps: Linear) -> Columns:
-    """The rows of steps that clip the predicted clean sample and do all else with that one alone.
-
-    linear: of numbers that are not clipped. steps: the same of a scheduler whose model returns the clean sample itself,
-    whose steps are what follows on the clip. The proof shows whether they are the same for other outputs.
-    """
-    rows, (x, m), (x_beside, x0) = steps.rows(), linear.prev[:, 0, :2].T, steps.prev[:, 0, :2].T
-    for at_step in np.flatnonzero(x0 == 0):
-        raise ValueError(f"{at(linear, at_step)}, does not read the clean sample, which is clipped")
-    a, b = linear.clean.T if linear.second else ((x - x_beside) / x0, m / x0)
-    none = np.zeros(linear.n)
-    return rows | {"a": a, "b": b, "c0": rows["c2"], "c2": none, "k0": rows["k2"], "k2": none}
+def signed(numbers: Array, sign: int) -> Array:
+    """Numbers (steps, count) times 1 or -1 in each step, so that their sum has this sign."""
+    made: Array = numbers * np.where(numbers.sum(1, keepdims=True) * sign < 0, -1, 1)
+    return made
 
 
-# ------------------------------------------------------------------------------------------------------------ proof
-
-
-def _proven(linear: Linear, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
-    """What tracing found, once the rows have taken every step of another run. Raises ValueError where one differs."""
-    proof, scales, worst = proof_of(linear.run, rows["a"], rows["b"]), linear.trial.scales, 0.0
-    # Whose part of a sample is unknown that is another one than the step before has made, `own`, has no such samples.
-    for loop in proof[: 1 if np.isnan(rows["own"]).any() else None]:
-        errors = _errors(rows, linear, loop, partial(_bounded, clip=clip, threshold=threshold))
-        for i in np.flatnonzero(~(errors <= loop.bound())):
-            raise ValueError(f"{at(linear, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively")
-        worst = max(worst, float(errors.max()))
-    if scales is not None and not all(is_scaled(loop, scales) for loop in proof):
-        scales = None
-    times = np.array([float(t) for t in linear.run.times])
-    if linear.run.unit == "timestep" and (times % 1 == 0).all():
-        times = times.astype(np.int64)
-    columns = {"timestep": times} | rows
-    own = columns.pop("own").tolist()
-    return TraceResult(columns, clip, worst, linear.trial.steps, linear.noise, linear.given, linear.second, own, scales)
-
-
-def _errors(rows: Columns, linear: Linear, loop: Numbers, bound: Callable[[Array], Array] = lambda x0: x0) -> Array:
-    """By how much each step of a loop differs from its row, relatively, (steps,). bound: clips clean samples."""
-    x0, parts, terms = terms_of(rows, linear, loop, bound)
-    errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
-    if linear.second:
-        second = np.stack([values for values in loop.second if values is not None])
-        errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
-    return errors
+def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
+    """What samples were multiplied by for the model; None where something else, or by something else than `factors`."""
+    if any(each is None for each in loop.scaled):
+        return None
+    scaled, largest = np.stack([each for each in loop.scaled if each is not None]), np.abs(loop.x).argmax(1)[:, None]
+    if factors is None:
+        factors = (np.take_along_axis(scaled, largest, 1) / np.take_along_axis(loop.x, largest, 1))[:, 0]
+    made = factors[:, None] * loop.x
+    return factors if (np.abs(scaled - made) <= EXACT * np.abs(made)).all() else None
 
 
 def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None = None) -> Array:

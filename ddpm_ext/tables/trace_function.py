@@ -9,14 +9,14 @@ before, which tracing takes as well; but then a step that reads several earlier 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step, Taken, on_cpu
+from ddpm_ext.tables.trace_run import Draw, Observed, Result, Run, Step, on_cpu
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
@@ -25,15 +25,17 @@ class Function(NamedTuple):
     """A function's loop.
 
     begins: the numbers of the steps before which it calls back; none where it doesn't.
+    leads: whether the first step comes before the model is called.
     asks: whether it reads attributes of the model.
     """
 
     run: Run
     begins: tuple[int, ...]
+    leads: bool
     asks: bool
 
 
-class _Model:
+class ModelLike:
     """A model that calls a function, with the attributes of another object."""
 
     def __init__(self, call: Callable[..., Tensor], like: object) -> None:
@@ -59,12 +61,12 @@ def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 
 def checked_sigmas(sigmas: Any) -> Tensor:
     """sigmas as float64 (levels,) on the CPU. Raises TypeError and ValueError."""
-    found = torch.as_tensor(sigmas, device="cpu").detach().to("cpu", torch.float64, copy=True)
-    if found.dim() != 1 or len(found) < 2:
-        raise ValueError(f"sigmas has shape {tuple(found.shape)}, expected (levels,) with at least 2 of them")
-    if not (found.isfinite() & (found >= 0)).all():
-        raise ValueError(f"sigmas reaches from {found.min()} to {found.max()}, expected finite numbers >= 0")
-    return found
+    levels = torch.as_tensor(sigmas, device="cpu").detach().to("cpu", torch.float64, copy=True)
+    if levels.dim() != 1 or len(levels) < 2:
+        raise ValueError(f"sigmas has shape {tuple(levels.shape)}, expected (levels,) with at least 2 of them")
+    if not (levels.isfinite() & (levels >= 0)).all():
+        raise ValueError(f"sigmas reaches from {levels.min()} to {levels.max()}, expected finite numbers >= 0")
+    return levels
 
 
 def observed_function(
@@ -87,7 +89,7 @@ def observed_function(
     call = partial(_call, sampler, parameters.keys(), levels, dict(options))
     generator = torch.Generator().manual_seed(0)
 
-    def normal() -> Tensor:
+    def normal(*_: int) -> Tensor:
         return torch.empty(2, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
 
     start, times, begins = normal(), [], []
@@ -102,8 +104,8 @@ def observed_function(
         times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
         return 0.5 * x
 
-    with on_cpu(), torch.no_grad(), Observed(start.shape, normal) as observed:
-        probe = _Model(model, like)
+    with on_cpu(), torch.no_grad(), torch.random.fork_rng([]), Observed(start.shape, normal) as observed:
+        probe = ModelLike(model, like)
         call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
         raise ValueError("the model is never called, expected a call in each step")
@@ -111,8 +113,8 @@ def observed_function(
     if leads:
         times.insert(0, float(levels[0]))
         begins = [i + 1 for i in begins]
-    run = Run(times, "sigma", partial(_observe, call, len(times), leads, like))
-    return Function(run, tuple(begins), probe.was_asked)
+    run = Run(times, "sigma", partial(_observe, call, len(times), leads, like), follows=True)
+    return Function(run, tuple(begins), leads, probe.was_asked)
 
 
 def _call(
@@ -126,7 +128,7 @@ def _call(
     callback: Callable[[Any], Any] | None = None,
 ) -> Any:
     def noise_sampler(*_: Any) -> Tensor:
-        return observed.draw(x.shape, dtype=x.dtype)
+        return observed.draw(x.shape, x.dtype)
 
     own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
     try:
@@ -136,20 +138,21 @@ def _call(
 
 
 def _observe(
-    call: Callable[..., Any], count: int, leads: bool, like: object, samples: Samples, outputs: Outputs, noise: Noise,
-    **_: bool,
-) -> list[Taken]:  # fmt: skip
+    call: Callable[..., Any],
+    count: int,
+    leads: bool,
+    like: object,
+    samples: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    noise: Draw,
+) -> list[Step]:
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
-    made: list[Taken] = []
-    drawn = 0
+    made: list[Step] = []
     second: Tensor | None = None
-    start = samples(0, None)
 
     def end(prev: Tensor) -> None:
-        nonlocal drawn
-        step = Step(Result(Tensor, None if second is None else CLEAN), observed.draws[drawn:], {})
-        made.append(Taken(step, prev.clone(), second))
-        drawn = len(observed.draws)
+        made.append(Step(Result(Tensor, None if second is None else CLEAN), prev.clone(), second, observed.draws))
+        observed.begin(len(made))
 
     def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
         nonlocal second
@@ -157,8 +160,8 @@ def _observe(
             if leads or second is not None:
                 end(x)
                 check(more=1)
-                x.copy_(samples(len(made), made[-1].prev))
-            second = outputs(len(made))
+                x.copy_(samples[len(made)])
+            second = outputs[len(made)]
             return second.clone()
 
     def check(more: int) -> None:
@@ -168,8 +171,8 @@ def _observe(
                 "which the steps depend: they are not linear"
             )
 
-    with on_cpu(), torch.no_grad(), Observed(start.shape, noise) as observed:
-        result = call(observed, _Model(model, like), start)
+    with on_cpu(), torch.no_grad(), torch.random.fork_rng([]), Observed(samples[0].shape, noise) as observed:
+        result = call(observed, ModelLike(model, like), samples[0])
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
     end(result)

@@ -458,7 +458,7 @@ from pathlib import Path
 host = calls.Host(Path(library.GIVEN))
 x = torch.zeros(2, 64)
 host.control.poison(x.data_ptr() + 496, 16)
-host.operators.forward_process(x, torch.ones(1, 2), None, 0, None, False, None, 0, None, 0, 0, -1, None, None)
+host.operators.forward_process(x, torch.ones(1, 2), None, 0, None, False, None, 0, None, 0, 0, -1, None)
 """
 
 

@@ -183,12 +183,7 @@ def test_an_error_of_the_peers_does_not_come_of_the_fallback():
 
 
 def test_subclasses():
-    """One that changes what is replaced, or what that relies on, is refused; another one is taken."""
-    for name in ("step", "helper"):
-        changed = type("Changed", (Peer,), {name: lambda self, *args: 0})
-        for cls in (changed, type("Further", (changed,), {})):
-            with pytest.raises(TypeError, match=f"{cls.__name__}, which has a {name} of its own, expected Peer's"):
-                make_class(Mixin, cls, Peer, restore)
+    """One with other methods and attributes is taken."""
     cls = type("Changed", (Peer,), {"other": lambda self: 3, "scale": 5.0})
     found = peer_of(cls)
     assert isinstance(found, cls)

@@ -1,14 +1,16 @@
 """No step that reads the whole tensor passes for the tutorial's, whichever steps of a loop do so."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from support.accelerated_tutorial import own_code, seeded
+from support.accelerated_tutorial import own_code, seeded, with_method
 from support.eager_tutorial import GaussianDiffusion
-from support.refused import refused
 
 from ddpm_ext.integrations import accelerate
 
-STEPS = 50
+STEPS, SHAPE = 50, (4, 4, 8, 8)
 
 
 def ramp(y, dim):
@@ -22,7 +24,7 @@ CHANGES = {  # of a tensor (batch, channels, height, width)
     "large std": lambda y: y / y.std().clamp(min=3),
     "branch on the mean": lambda y: y * 0.9 if y.mean() > 0 else y,
     "branch on a negative mean": lambda y: y * 0.9 if y.mean() < 0 else y,
-    "branch on the batch": lambda y: y * 0.9 if len(y) < 4 else y,
+    "branch on the batch": lambda y: y * 0.9 if len(y) < 5 else y,
     "mean of a sample": lambda y: y - y.mean((1, 2, 3), keepdim=True),
     "mean of a channel": lambda y: y - y.mean((2, 3), keepdim=True),
     "mean over channels": lambda y: y - y.mean(1, keepdim=True),
@@ -45,60 +47,110 @@ WHEN = {
 
 
 def odd(change, when):
-    """A class that changes the model's output."""
+    """The class as somebody pasted it, who changes the model's output."""
 
-    class Odd(GaussianDiffusion):
-        def p_mean_variance(self, model, x_t, t, clip_denoised=True):
-            changed = (lambda x, t: CHANGES[change](model(x, t))) if WHEN[when](t) else model
-            return super().p_mean_variance(changed, x_t, t, clip_denoised)
+    def p_mean_variance(self, model, x_t, t, clip_denoised=True):
+        changed = (lambda x, t: CHANGES[change](model(x, t))) if WHEN[when](t) else model
+        return GaussianDiffusion.p_mean_variance(self, changed, x_t, t, clip_denoised)
 
-    return Odd
+    return with_method(p_mean_variance)
+
+
+def loop(gd):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE)
+    for t in reversed(range(STEPS)):
+        x = gd.p_sample(lambda x, t: x.flip(-1) * 0.5 + 0.1, x, torch.full(SHAPE[:1], t))
+    return x
 
 
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_step_that_reads_the_whole_tensor_is_refused(change, when):
+@pytest.mark.filterwarnings("ignore:p_sample runs the own code")
+def test_a_step_that_is_no_row_runs_as_it_is(change, when):
     """Otherwise the rows would give other images than the class does."""
-    refused(TypeError, r"its p_(sample|mean_variance) gives", accelerate, odd(change, when)(STEPS))
+    made = odd(change, when)
+    fast = accelerate(made(STEPS))
+    assert torch.equal(loop(fast), loop(made(STEPS)))
+    assert "its p_sample gives" in fast.accelerated.fallbacks["p_sample"] and fast.accelerated.fused_calls == 0
+
+
+def stores(self, x):
+    self.last = x
+    return x
+
+
+def appends(self, x):
+    self.means.append(x.mean())
+    return x
+
+
+@pytest.mark.parametrize("stored", [stores, appends])
+@pytest.mark.filterwarnings("ignore:p_sample runs the own code")
+def test_a_step_that_stores_something_runs_as_it_is(stored):
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        return stored(self, GaussianDiffusion.p_sample(self, model, x_t, t, clip_denoised))
+
+    plain, fast = with_method(p_sample)(STEPS), with_method(p_sample)(STEPS)
+    plain.means, fast.means = [], []
+    fast = accelerate(fast)
+    assert torch.equal(loop(fast), loop(plain)) and fast.means == plain.means
+    assert stored is appends or torch.equal(fast.last, plain.last)
+    assert "its p_sample stores" in fast.accelerated.fallbacks["p_sample"]
+
+
+@pytest.mark.filterwarnings("ignore:p_sample runs the own code")
+def test_each_shape_is_tried():
+    """A factor on a channel that other samples do not have."""
+
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        x = GaussianDiffusion.p_sample(self, model, x_t, t, clip_denoised).clone()
+        x[:, 3:] *= 1.1
+        return x
+
+    made = with_method(p_sample)
+    plain, fast, model = made(STEPS), accelerate(made(STEPS)), lambda x, t: 0.5 * x
+    for channels, fused in ((3, True), (4, False), (3, True)):
+        x, t = torch.ones(2, channels, 8, 8), torch.tensor([3, 7])
+        before = fast.accelerated.fused_calls
+        ours, theirs = (seeded(1, lambda gd=gd, x=x, t=t: gd.p_sample(model, x, t))[0] for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+        assert (fast.accelerated.fused_calls > before) == fused
 
 
 @pytest.mark.parametrize("change", ["std", "flipped height"])
+@pytest.mark.filterwarnings("ignore:q_sample runs the own code")
 def test_a_changed_forward_process_is_the_classs_own(change):
     """Training would see other images."""
 
-    class Odd(GaussianDiffusion):
-        def q_sample(self, x_start, t, noise=None):
-            return super().q_sample(CHANGES[change](x_start), t, noise)
+    def q_sample(self, x_start, t, noise=None):
+        return GaussianDiffusion.q_sample(self, CHANGES[change](x_start), t, noise)
 
-    fast = accelerate(Odd(STEPS))
-    assert all("its q_sample gives" in fast._fused_methods().differs["q_sample"] for _ in range(2))
+    fast, x, t = accelerate(with_method(q_sample)(STEPS)), torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    for _ in range(2):
+        ours, theirs = (seeded(1, lambda gd=gd: gd.q_sample(x, t))[0] for gd in (fast, with_method(q_sample)(STEPS)))
+        assert torch.equal(ours, theirs) and "its q_sample gives" in fast.accelerated.fallbacks["q_sample"]
 
 
 @own_code
 def test_an_attribute_that_a_step_reads_counts():
-    """Set anew, it has the effect that the class gives it; what only the loop reads has none on the rows."""
+    """Set anew, it has the effect that the class gives it."""
 
-    class Tempered(GaussianDiffusion):
-        def __init__(self):
-            super().__init__(STEPS)
-            self.temperature, self.position = 1.0, 0
-
-        def p_sample(self, model, x_t, t, clip_denoised=True):
-            mean, _, log_variance = self.p_mean_variance(model, x_t, t, clip_denoised)
-            noise = torch.randn_like(x_t) * (t != 0).float().view(-1, 1, 1, 1)
-            return mean + self.temperature * (0.5 * log_variance).exp() * noise
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        mean, _, log_variance = self.p_mean_variance(model, x_t, t, clip_denoised)
+        noise = torch.randn_like(x_t) * (t != 0).float().view(-1, 1, 1, 1)
+        return mean + self.temperature * (0.5 * log_variance).exp() * noise
 
     model, x, t = (lambda x, t: x * 0.5), torch.ones(2, 3, 2, 2), torch.tensor([3, 7])
-    plain = Tempered()
+    plain = with_method(p_sample)(STEPS)
+    plain.temperature = 1.0
     fast = accelerate(plain)
     for temperature, fused in ((1.0, True), (0.5, False), (1.0, True)):
         fast.temperature = plain.temperature = temperature
-        fast.position += 1
         found, expected = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t))[0] for gd in (fast, plain))
         torch.testing.assert_close(found, expected)
         assert (fast.accelerated.fallbacks == {}) == fused
         fast.accelerated.fallbacks.clear()
-    assert len(fast._fused_cache) == 2  # the trials, of two temperatures
 
 
 @own_code
@@ -106,9 +158,7 @@ def test_an_attribute_that_a_step_reads_counts():
 def test_a_method_that_is_replaced_later_runs(of_class, monkeypatch):
     """The object is tried again, and says why its own code runs."""
 
-    class Mine(GaussianDiffusion):
-        pass
-
+    Mine = with_method(GaussianDiffusion.p_mean_variance)  # pasted
     plain = Mine(STEPS)
     fast, x, t = accelerate(plain), torch.ones(2, 3, 2, 2), torch.tensor([3, 7])
     model = lambda x, t: x * 0.5  # noqa: E731
@@ -125,4 +175,58 @@ def test_a_method_that_is_replaced_later_runs(of_class, monkeypatch):
         fast.p_mean_variance = lambda *args, **options: twice(fast, *args, **options)
     found, expected = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t))[0] for gd in (fast, other(STEPS)))
     assert torch.equal(found, expected)
-    assert "its p_mean_variance gives" in fast.accelerated.fallbacks["p_sample"]
+    assert "its p_" in fast.accelerated.fallbacks["p_sample"]
+
+
+SETTINGS = {
+    "a dict": (lambda: {"gain": 1.0}, lambda x: x["gain"], lambda x: x.update(gain=0.5)),
+    "a list": (lambda: [1.0], lambda x: x[0], lambda x: x.__setitem__(0, 0.5)),
+    "a namespace": (lambda: SimpleNamespace(gain=1.0), lambda x: x.gain, lambda x: setattr(x, "gain", 0.5)),
+    "an array": (lambda: np.ones(1), lambda x: float(x[0]), lambda x: x.fill(0.5)),
+    "a tensor": (lambda: torch.ones(()), lambda x: x, lambda x: x.fill_(0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.filterwarnings("ignore:p_sample runs the own code")
+def test_settings_in_containers_count(kind):
+    make, read, change = SETTINGS[kind]
+
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        return read(self.settings) * GaussianDiffusion.p_sample(self, model, x_t, t, clip_denoised)
+
+    plain, other = with_method(p_sample)(STEPS), with_method(p_sample)(STEPS)
+    plain.settings, other.settings = make(), make()
+    fast, model, x, t = accelerate(other), lambda x, t: 0.5 * x, torch.ones(SHAPE), torch.full(SHAPE[:1], 7)
+    for changed in (False, True):
+        if changed:
+            change(plain.settings), change(fast.settings)
+        ours, theirs = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t))[0] for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+    assert fast.accelerated.fused_calls == 1
+
+
+@pytest.mark.parametrize("steps", [range(37, 38), range(20, 28)])
+@pytest.mark.filterwarnings("ignore:p_sample runs the own code")
+def test_every_timestep_is_tried(steps):
+    """As of a guidance that acts in an interval alone."""
+
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        gain = 1.1 if int(t[0]) in steps else 1.0
+        return gain * GaussianDiffusion.p_sample(self, model, x_t, t, clip_denoised)
+
+    made = with_method(p_sample)
+    assert torch.equal(loop(accelerate(made(STEPS))), loop(made(STEPS)))
+
+
+def test_a_trial_writes_to_no_tensor_of_the_object():
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        self.average.mul_(0.9)
+        return GaussianDiffusion.p_sample(self, model, x_t, t, clip_denoised)
+
+    gd = with_method(p_sample)(STEPS)
+    gd.average = torch.ones(3)
+    fast = accelerate(gd)
+    with pytest.warns(UserWarning, match="its p_sample stores average"):
+        fast.p_sample(lambda x, t: x, torch.ones(SHAPE), torch.full(SHAPE[:1], 7))
+    assert torch.equal(fast.average, torch.full((3,), 0.9))

@@ -1,6 +1,7 @@
-"""Single steps of DDPM, DDIM and its inverse, accelerated: of any configuration, against diffusers in float64; and what
+"""Single steps of DDPM and DDIM, accelerated: of any configuration, against diffusers in float64; and what
 is peculiar to them, one by one. The loops of all other schedulers are in test_accelerated_diffusers_traced.py."""
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers.utils import torch_utils
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.accelerated_diffusers import compare, make, normal, prepared, seeded
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.integrations.diffusers import scheduler as sched
+from ddpm_ext.integrations.tensors import noise_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what runs diffusers' own code says so; tested by name elsewhere
 
@@ -47,7 +48,6 @@ ddpm_configs = st.fixed_dictionaries(common | clipped | threshold | {"variance_t
 ddpm_configs |= ddpm_configs.map(lambda config: {**config, "beta_schedule": "sigmoid"})
 ddim_configs = st.fixed_dictionaries(common | clipped | threshold | {"set_alpha_to_one": flag})
 spacings = {"timestep_spacing": st.sampled_from(["leading", "trailing"])}
-ddim_inverse_configs = st.fixed_dictionaries(common | spacings | clipped | {"set_alpha_to_one": flag})
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -187,29 +187,22 @@ def test_ddim(config, steps, part, anywhere, kind, eta, clipped_output, with_noi
     assert fused != own
 
 
-@many
-@given(ddim_inverse_configs, steps, parts, kinds, given_tensors())
-def test_ddim_inverse(config, steps, part, kind, tensors):
-    scheduler = in_schedule("DDIMInverse", config, steps)
-    assume(scheduler is not None)
-    t = int(scheduler.timesteps[at(part, len(scheduler.timesteps))])
-    before = t - scheduler.config.num_train_timesteps // steps
-    start = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.initial_alpha_cumprod
-    _, fused = compare("DDIMInverse", scheduler, tensors.m(), kind(t), tensors.x())
-    clean = start == 1 and scheduler.config.prediction_type == "sample"
-    assert fused != (mixes_halves(tensors) or clean)
-
-
 SHAPE = (2, 3, 4, 5)
 X, M = (normal(i, *SHAPE) for i in range(2))
 
 
 def test_the_next_sample_lies_where_its_noise_was_drawn(monkeypatch):
     """Unless somebody has replaced the function that draws, and may keep its results."""
-    scheduler, drawn, draw = accelerate(prepared("DDPM")), [], torch_utils.randn_tensor
-    monkeypatch.setattr(sched, "imported", lambda *_: lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    scheduler, drawn, draw = accelerate(prepared("DDPM")), [], torch.randn
+    kept = {"noise": None}
+    monkeypatch.setattr(sched, "noise_arguments", lambda z, x: kept.update(noise=z) or noise_arguments(z, x))
     t, z = scheduler.timesteps[3], normal(2, *SHAPE)
-    assert scheduler.step(M, t, X, return_dict=False)[0].data_ptr() == drawn[0].data_ptr()
+    assert scheduler.step(M, t, X, return_dict=False)[0].data_ptr() == kept["noise"].data_ptr()
+    module = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: drawn.append(draw(*X.shape)) or drawn[-1])
+    prev = scheduler.step(M, t, X, return_dict=False)[0]
+    assert len(drawn) == 1 and prev.data_ptr() != drawn[0].data_ptr()
+    monkeypatch.undo()
     monkeypatch.setattr(torch, "randn", lambda *_, **__: z)
     before = z.clone()
     assert scheduler.step(M, t, X, return_dict=False)[0].data_ptr() != z.data_ptr()

@@ -17,7 +17,7 @@ from support.launches import launches
 from support.noise_of_loops import unrelated
 
 from benchmarks.peers.pipelines import between_calls
-from ddpm_ext import Philox, accelerate, randn
+from ddpm_ext import Philox, StepTable, accelerate, randn
 from ddpm_ext.integrations.diffusers.start_noise import start_noise
 from ddpm_ext.integrations.shared import peer_class
 
@@ -65,6 +65,54 @@ def test_families(name, dtype):
             module.to(dtype)
     given = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     check(plain, given, steps, dtype, ulps=ULPS_OF_SVD if name == "stable_video_diffusion" else ULPS)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"])
+def test_a_flow_passes_inputs_through(name):
+    """BriaPipeline asks for them where the scheduler's type is not diffusers' own."""
+    x, ours = normal(0, 2, 3, 4, 5), accelerate(make(name))
+    assert ours.scale_model_input(x, ours.timesteps[0]) is x
+
+
+def test_a_table_in_a_pipeline_that_asks_for_the_class_of_its_scheduler():
+    """CogVideoXPipeline gives CogVideoXDPMScheduler other arguments than any other scheduler."""
+    make_pipeline, arguments, _ = FAMILIES["cogvideox_dpm"]
+    plain = quiet(make_pipeline())
+    of_ddim = diffusers.CogVideoXDDIMScheduler.from_config(plain.scheduler.config)
+    table = StepTable.trace(of_ddim, arguments["num_inference_steps"])
+    ours = accelerate(plain, table=table)
+    plain.scheduler = of_ddim
+    images, expected = (pipeline(**arguments, generator=seeded(3))[0] for pipeline in (ours, plain))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_table_is_refused_where_nobody_says_what_the_model_predicts():
+    """StableCascade's pipelines ask for DDPMWuerstchenScheduler, and take other timesteps of any other scheduler."""
+    with pytest.raises(ValueError, match="DDPMWuerstchenScheduler has the prediction_type None"):
+        accelerate(diffusers.DDPMWuerstchenScheduler(), table=StepTable(timestep=[9], a=[2], b=[-1], c0=[1], c1=[0]))
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistep", "EulerDiscrete", "DDIM", "DPMSolverMultistep"])
+def test_a_scheduler_that_a_callback_replaces_in_the_middle_of_a_loop(name):
+    """It goes on where diffusers' own goes on: at the timestep, with nothing of the steps before."""
+    make_pipeline, arguments, _ = FAMILIES["stable_diffusion"]
+    plain = quiet(make_pipeline())
+    plain.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(plain.scheduler.config)
+
+    def replaced(pipeline, i, t, values):
+        if i == 2:
+            other = type(plain.scheduler).from_config(plain.scheduler.config)
+            other.set_timesteps(6)
+            pipeline.scheduler = other
+        return values
+
+    given = arguments | {"num_inference_steps": 6, "callback_on_step_end": replaced}
+    schedulers = plain.scheduler
+    images = []
+    for pipeline in (accelerate(plain), plain):
+        pipeline.scheduler = schedulers
+        images.append(pipeline(**given, generator=seeded(3))[0])
+    torch.testing.assert_close(*images, rtol=0, atol=1e-4 * float(images[1].abs().max()))
 
 
 @pytest.mark.parametrize(

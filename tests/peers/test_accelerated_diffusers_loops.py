@@ -1,7 +1,6 @@
 """Whole loops with accelerated diffusers schedulers beside those with diffusers' own, from the same generators."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -50,20 +49,6 @@ def test_loop(name, steps, config, options, source):
     # a quantile of the predicted clean sample takes a launch of its own
     assert len(called) == len(ours.timesteps) * (2 if config.get("thresholding") else 1)
     assert not ours.accelerated.fallbacks
-
-
-def test_unipc_takes_timesteps_of_ones_own():
-    """diffusers' own takes none. With those of another spacing, the loop is that spacing's."""
-    plain = prepared("UniPCMultistep", 6, timestep_spacing="trailing")
-    ours, x = accelerate(make("UniPCMultistep")), normal(3, *SHAPE)
-    assert "timesteps" in inspect.signature(ours.set_timesteps).parameters  # as pipelines ask
-    ours.set_timesteps(timesteps=plain.timesteps.tolist())
-    assert torch.equal(ours.sigmas, plain.sigmas) and torch.equal(ours.timesteps, plain.timesteps)
-    close(loop(ours, x, SHAPE[1]), loop(plain, x, SHAPE[1]))
-    assert not ours.accelerated.fallbacks
-    for wrong in ({"timesteps": [20, 20]}, {"timesteps": [20], "num_inference_steps": 1}):
-        with pytest.raises(ValueError, match="timesteps are"):
-            ours.set_timesteps(**wrong)
 
 
 # ------------------------------------------------------------------------------------------- timesteps on a device

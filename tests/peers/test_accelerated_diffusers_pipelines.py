@@ -16,7 +16,7 @@ from support.diffusers_families import quiet, with_text
 from support.launches import launches
 
 from ddpm_ext import Philox
-from ddpm_ext.integrations import accelerate
+from ddpm_ext.integrations import accelerate, accelerated_class
 from ddpm_ext.models.folder import DIGITS
 
 pytestmark = [
@@ -54,11 +54,10 @@ def test_another_scheduler_by_the_line_of_every_guide(sd):
         assert len([name for name in called if name != "forward_process"]) == 3
     for each in (ours, copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(each) is type(ours)
-        of_class = type(each.scheduler).from_config(each.scheduler.config, return_unused_kwargs=True)[0]
-        each.scheduler = DDIMScheduler.from_config(each.scheduler.config)
-        for scheduler in (of_class, each.scheduler):
-            scheduler.set_timesteps(2)
-            assert scheduler.accelerated.rng.seed_and_ids() == (4, 4)
+        for cls in (DDIMScheduler, accelerated_class(DDIMScheduler)):
+            each.scheduler = cls.from_config(each.scheduler.config)
+            each.scheduler.set_timesteps(2)
+            assert each.scheduler.accelerated.rng.seed_and_ids() == (4, 4)
     assert isinstance(sd.scheduler, DDIMScheduler) and "_acceleration" not in vars(sd.scheduler)
     refused = DDIMScheduler()
     refused.step = DDIMScheduler().step

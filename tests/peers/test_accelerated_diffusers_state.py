@@ -89,7 +89,7 @@ def test_settings_that_change(name, t, change):
             scheduler._step_index = None
         scheduler.scale_model_input(X, at)
         found.append(scheduler.step(M, at, X, **options(name))[0])
-    assert ours.accelerated.fused_calls == 2
+    assert ours.accelerated.fused_calls == 2 or name in (*SIGMA, "DDIMInverse")  # a step that is no row
     close(found[1], found[0])
     assert not torch.allclose(found[1], before, atol=1e-3)
 
@@ -236,7 +236,7 @@ def test_copies(name, how, noise):
     x = loop(ours, X * ours.init_noise_sigma, timesteps=ours.timesteps[:4], **given)
     other, again = how(ours), copy.deepcopy(given)
     assert type(other) is type(ours) and other.accelerated.noise == noise
-    assert ("_fused_cache" in vars(ours)) == name.startswith("DD") and "_fused_cache" not in vars(other)
+    assert ("_latest_rows" in vars(ours)) == name.startswith("DD") and "_latest_rows" not in vars(other)
     found = loop(other, x, timesteps=ours.timesteps[4:], **again)
     assert torch.equal(found, loop(ours, x, timesteps=ours.timesteps[4:], **given))
 

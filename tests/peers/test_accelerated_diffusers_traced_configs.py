@@ -80,6 +80,11 @@ def configs(draw, name):
 MORE_HISTORY = ("HeunDiscreteScheduler", "SASolverScheduler", "DPMSolverSinglestepScheduler")
 
 
+def has_huge_levels(config):
+    """Of noise, beside which rounding is as large as what a step makes of an output."""
+    return config.get("use_flow_sigmas") or config.get("beta_schedule") == "squaredcos_cap_v2"
+
+
 def off(found, truth):
     return (found.double() - truth.double()).abs().max().item()
 
@@ -106,7 +111,8 @@ def test_any_configuration(name):
         with launches() as called:
             found = loop(ours, steps)
         if ours.accelerated.fallbacks:
-            assert ours.config.get("thresholding") or ours.config.get("clip_sample") or name in MORE_HISTORY
+            clips = ours.config.get("thresholding") or ours.config.get("clip_sample")
+            assert clips or name in MORE_HISTORY or has_huge_levels(config)
             check(found, theirs, 0)
             return
         assert len(called) in (len(theirs[0]), 2 * len(theirs[0]))

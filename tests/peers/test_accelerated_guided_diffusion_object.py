@@ -220,18 +220,8 @@ def test_an_attribute_that_is_set_anew_counts(name):
     assert not torch.equal(before, found[1])
 
 
-@libraries
-def test_a_subclass_with_a_method_of_its_own_is_refused(library):
-    base = module(library).GaussianDiffusion
-    for name in (*Guided.replaces, *Guided.relies_on):
-        if hasattr(base, name):
-            other = type("Other", (base,), {name: lambda self, *args, **kwargs: None})
-            refused(TypeError, f"has a {name} of its own", accelerated_class, other)
-    assert issubclass(accelerated_class(type("Kept", (base,), {"more": lambda self: 1})), base)
-
-
 def test_an_object_with_a_method_of_its_own_is_refused():
-    for name in ("p_sample", "p_mean_variance"):
+    for name in ("p_sample", "training_losses"):
         diffusion = make()
         setattr(diffusion, name, getattr(diffusion, name))
         refused(TypeError, f"obj has a {name} of its own", accelerate, diffusion)
@@ -271,7 +261,7 @@ def test_a_method_that_is_replaced_later_runs(name, of_class, monkeypatch):
         monkeypatch.setattr(each, name, twice(getattr(each, name)))
     found = results(accelerated)
     assert all(map(torch.equal, found, results(plain))) and not all(map(torch.equal, found, before))
-    assert accelerated.accelerated.fallbacks["p_sample_loop"] == f"its {name} is not {accelerated.library}'s own"
+    assert f"its {name} is not {accelerated.library}'s own" in accelerated.accelerated.fallbacks["p_sample_loop"]
     monkeypatch.undo()
     accelerated.accelerated.fallbacks.clear()
     assert all(map(torch.equal, results(accelerated), before))

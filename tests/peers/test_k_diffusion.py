@@ -63,13 +63,15 @@ def sampling():
     if CHECKOUT is None:
         pytest.skip(missing("k-diffusion"))
     pytest.importorskip("scipy")
-    names = ("k_diffusion_checkout", "torchdiffeq", "torchsde", "k_diffusion_checkout.utils")
-    stand_ins = {name: types.ModuleType(name) for name in names if name.startswith("k_") or name not in sys.modules}
+    package = "checkout.k_diffusion"  # as a copy in another program
+    names = ("checkout", package, "torchdiffeq", "torchsde", f"{package}.utils")
+    absent = [name for name in names if name.startswith("checkout") or name not in sys.modules]
+    stand_ins = {name: types.ModuleType(name) for name in absent}
     if "torchdiffeq" in stand_ins:
         stand_ins["torchdiffeq"].odeint = None
-    module = types.ModuleType("k_diffusion_checkout.sampling")
-    module.__package__ = "k_diffusion_checkout"
-    utils = stand_ins["k_diffusion_checkout"].utils = stand_ins["k_diffusion_checkout.utils"]
+    module = types.ModuleType(f"{package}.sampling")
+    module.__package__ = package
+    utils = stand_ins[package].utils = stand_ins[f"{package}.utils"]
     utils.append_dims = lambda x, dims: x[(..., *[None] * (dims - x.ndim))]
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():

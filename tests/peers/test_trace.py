@@ -28,7 +28,7 @@ SCHEDULERS = [
     ("DDPM", {"clip_sample": True, "prediction_type": "sample", "clip_sample_range": 20.0}, 0),
     ("DEISMultistep", {"solver_order": 3}, 2),
     ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, 1),
-    ("DPMSolverSinglestep", {"solver_order": 3}, 2),
+    ("DPMSolverSinglestep", {"solver_order": 3}, 1),
     ("EulerAncestralDiscrete", {}, 0),
     ("HeunDiscrete", {}, 1),
     ("IPNDM", {}, 3),
@@ -158,9 +158,9 @@ def test_what_a_quick_look_does_not_see():
     "change, message",
     [
         (lambda _, m, x: x * x, "step 0, at timestep 7, is not linear: random numbers differ by"),
-        (lambda _, m, x: x + 1, "step 0, at timestep 7, is not linear: it makes 1 of zeros"),
+        (lambda _, m, x: x + 1, "step 0, at timestep 7, is not linear: random numbers differ by"),
         (lambda _, m, x: x / 0, "step 0, at timestep 7, is not linear: its result is infinite"),
-        (lambda _, m, x: x.mean() + m, "step 0, at timestep 7, is not linear: it makes"),
+        (lambda _, m, x: x.mean() + m, "step 0, at timestep 7, is not linear: random numbers differ by"),
         (lambda _, m, x: x + torch.randn(1), r"noise of shape \(1,\) for samples of shape"),
         (lambda _, m, x: x + torch.randn_like(x) + torch.randn_like(x), "step 0, at timestep 7, adds 2 draws"),
     ],
@@ -188,18 +188,26 @@ def test_threads_that_trace_at_the_same_time_leave_the_filters_of_warnings(monke
     scheduler.set_timesteps(2)
     began, inside, ended = (threading.Event() for _ in range(3))
 
-    def first(_):
+    class Outputs:
+        """Those of a loop of one step, told when they are asked for."""
+
+        def __init__(self, tell):
+            self.tell = tell
+
+        def __iter__(self):
+            self.tell()
+            return iter([x.clone()])
+
+    def first():
         began.set()
         inside.wait(0.5)
-        return x.clone()
 
-    def second(_):
+    def second():
         inside.set()
         ended.wait()
-        return x.clone()
 
-    def run(outputs):
-        observe(scheduler, scheduler.timesteps[:1], lambda *_: x.clone(), outputs, lambda: x, {})
+    def run(tell):
+        observe(scheduler, scheduler.timesteps[:1], [x.clone()], Outputs(tell), lambda *_: x, {})
 
     monkeypatch.setattr(warnings, "filters", [])
     threads = [threading.Thread(target=run, args=(outputs,)) for outputs in (first, second)]

@@ -69,5 +69,6 @@ def check(ours, theirs, truth, name="", largest=0.0):
 
 
 def with_method(function, name=None):
-    """The class with another method in place of its own."""
-    return type("Other", (GaussianDiffusion,), {name or function.__name__: function})
+    """The class as somebody pasted it, with another method in place of its own."""
+    pasted = {key: each for key, each in vars(GaussianDiffusion).items() if key not in ("__dict__", "__weakref__")}
+    return type("Other", (), pasted | {name or function.__name__: function})

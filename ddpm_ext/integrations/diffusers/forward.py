@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_ext import ops
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors
 from ddpm_ext.integrations.fallback import Fallback, attempt
+from ddpm_ext.integrations.library_code import foreign_method
 from ddpm_ext.integrations.shared import new, peer_class
 from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
@@ -53,23 +54,23 @@ class Weights(NamedTuple):
             return timesteps
         if timesteps.dim() != 1:
             raise Fallback
-        own = self.tables.get("timesteps", timesteps.device, torch.float64)
-        found, rows = (own == timesteps[:, None]).byte().max(1)
-        if not self.is_total and found.is_cpu and not found.all():
+        listed = self.tables.get("timesteps", timesteps.device, torch.float64)
+        is_listed, rows = (listed == timesteps[:, None]).byte().max(1)
+        if not self.is_total and is_listed.is_cpu and not is_listed.all():
             raise Fallback
-        return torch.where(found.bool(), rows, len(own))
+        return torch.where(is_listed.bool(), rows, len(listed))
 
 
 def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
     """(timesteps, 2), k0 and k1, by diffusers' own method. Raises Fallback where it raises an error."""
     ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64, device="cpu")
     named = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
-    place = scheduler.__dict__.get("_step_index")
+    index = scheduler.__dict__.get("_step_index")
     try:
         columns = [getattr(scheduler, method)(x, noise=ones - x, **named).reshape(-1) for x in (ones, 0 * ones)]
     except Exception:
         raise Fallback from None
-    if scheduler.__dict__.get("_step_index") is not place:
+    if scheduler.__dict__.get("_step_index") is not index:
         raise Fallback  # it moves the scheduler's step
     return torch.stack(columns, 1)
 
@@ -92,9 +93,9 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
         if not (table == table[0]).all():  # else the timestep matters in a loop, too
             return Weights(DeviceTables(weights=table), STEP)
     if "alphas_cumprod" in state and not dtype.is_floating_point:
-        found = attempt(forward_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
-        if not isinstance(found, Fallback):
-            return Weights(DeviceTables(weights=found), TIMESTEP)
+        of_all = attempt(forward_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
+        if not isinstance(of_all, Fallback):
+            return Weights(DeviceTables(weights=of_all), TIMESTEP)
     own = own.to(torch.promote_types(own.dtype, dtype))
     weights = forward_trial(scheduler, method, own)
     other = attempt(forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
@@ -117,14 +118,18 @@ class Forward(Scheduler):
             raise Fallback("its tensors are of different dtypes")
         if timesteps.shape != x.shape[:1] and timesteps.numel() != 1:
             raise Fallback("its timesteps are not one a sample")
+        cls = peer_class(type(self))
+        foreign = foreign_method(cls, state)
+        if foreign is not None:
+            raise Fallback(f"its {foreign} is not diffusers' own code")
         of = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
-        key = (_weights, of), own, state.get("sigmas"), state.get("alphas_cumprod")  # what the numbers follow from
-        found = self._cached(key, _weights, (peer_class(type(self)), state, *of))
-        if found.of == STEP:
+        key = (_weights, cls, of), own, state.get("sigmas"), state.get("alphas_cumprod")  # what the numbers follow from
+        weights = self._cached(key, _weights, (cls, state, *of))
+        if weights.of == STEP:
             at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
             rows = torch.full(x.shape[:1], at, device=x.device)
         else:
-            rows = found.rows(timesteps)
+            rows = weights.rows(timesteps)
             if rows.dtype is not torch.int64 or rows.device != x.device:
                 rows = rows.to(x.device, torch.int64)
         if rows.shape != x.shape[:1]:
@@ -132,7 +137,7 @@ class Forward(Scheduler):
         if rows.is_inference() and not torch.is_inference_mode_enabled():
             rows = rows.clone()  # a backward pass keeps them
         try:
-            table = found.tables.get("weights", x.device, torch.float32)
+            table = weights.tables.get("weights", x.device, torch.float32)
             return ops.forward_process(x, table, rows, noise=noise)
         except ValueError:
             # All else was checked, so a row is out of range: diffusers counts it from the end, or rejects it.

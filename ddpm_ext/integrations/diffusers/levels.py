@@ -56,16 +56,16 @@ class OwnLevels:
 
 def levels_of(scheduler: Any, given: dict[str, Any]) -> OwnLevels:
     """The levels of the loop that a scheduler has begun. Raises ValueError where it does not tell them."""
-    for place in ("_begin_index", "_step_index"):  # where they are set, they are the place of all timesteps
-        if place in vars(scheduler):
-            setattr(scheduler, place, None)
+    for index in ("_begin_index", "_step_index"):  # where one is set, it counts in place of every timestep
+        if index in vars(scheduler):
+            setattr(scheduler, index, None)
     times = scheduler.timesteps.cpu().unique_consecutive()
     method = "add_noise" if hasattr(scheduler, "add_noise") else "scale_noise"
     try:
-        found = forward_trial(scheduler, method, times)
+        weights = forward_trial(scheduler, method, times)
     except (Fallback, AttributeError):
         raise ValueError(f"{type(scheduler).__name__} does not tell its levels by {method}") from None
-    signal, noise = found.double().unbind(1)
+    signal, noise = weights.double().unbind(1)
     for scale, one in SCALES.items():
         if ((one(signal, noise) - 1).abs() < NEAR).all():
             times = times.double() if times.is_floating_point() else times.long()

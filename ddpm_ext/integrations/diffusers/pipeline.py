@@ -53,7 +53,8 @@ class Pipeline(Accelerated):
         """
         reason, replaced = None, vars(self).get(name)
         self._note_end_of(replaced)
-        if is_scheduler(type(value)) and not isinstance(value, Accelerated):
+        is_new = "_acceleration" not in vars(value) if isinstance(value, Accelerated) else True  # made by its class
+        if is_scheduler(type(value)) and is_new:
             settings = self._settings_in_place_of(replaced)
             try:
                 value = type(self).accelerate_scheduler(value, settings)

@@ -39,12 +39,12 @@ class Recorder(TableScheduler):
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         ring = self._ring
-        found = super().step(model_output, timestep, sample, *args, **kwargs | {"return_dict": True})
-        self.samples.append(found.prev_sample.cpu())
+        result = super().step(model_output, timestep, sample, *args, **kwargs | {"return_dict": True})
+        self.samples.append(result.prev_sample.cpu())
         if self.step_index == self.last + 1:
-            self.terms = [x.cpu() for x in (found.pred_original_sample, sample, *ring)]
+            self.terms = [x.cpu() for x in (result.pred_original_sample, sample, *ring)]
             raise Left
-        return found if kwargs.get("return_dict", True) else tuple(found.values())
+        return result if kwargs.get("return_dict", True) else tuple(result.values())
 
 
 class Runs:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import numbers
 import sys
-import weakref
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,12 +15,18 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
-from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of, with_fallback
+from ddpm_ext.integrations.library_code import library_class
 from ddpm_ext.integrations.row_stepper import RowStepper
-from ddpm_ext.integrations.shared import Accelerated, peer_method
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient
-from ddpm_ext.ops.extension import C
+from ddpm_ext.integrations.shared import Accelerated, peer_class, peer_method
+from ddpm_ext.integrations.tensors import (
+    check_tensors,
+    dtype_name,
+    index_of,
+    noise_arguments,
+    version_of,
+    wants_gradient,
+)
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
@@ -29,7 +34,8 @@ from ddpm_ext.tables.step_table import StepTable
 Made = TypeVar("Made")
 OLDEST = (0, 32)
 UNFUSED = -1  # in place of a row
-CACHED = 8  # settings whose rows a scheduler keeps
+# Of all schedulers: by kinds of loops, and by settings of the mixins with rows of ours.
+ROWS: BoundedCache[Any] = BoundedCache(64)
 STEPS = ("step", "step_pred")
 NOT_COUNTED = ("set_timesteps", "scale_model_input")  # they take note of something, or return what a step has made
 HALVES = {torch.float16, torch.bfloat16}
@@ -37,8 +43,7 @@ HALVES = {torch.float16, torch.bfloat16}
 
 @functools.cache
 def imported(module: str, name: str) -> Any:
-    """diffusers.`module`.`name`"""
-    return getattr(importlib.import_module(f"diffusers.{module}"), name)
+    return getattr(importlib.import_module(module), name)
 
 
 class FusedRows(NamedTuple):
@@ -58,45 +63,12 @@ def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
     return torch.promote_types(model_output.dtype, sample.dtype)
 
 
-def is_diffusers(cls: type) -> bool:
-    """Whether diffusers has defined a scheduler's class, not somebody else."""
-    return cls.__module__.startswith("diffusers.schedulers.")
-
-
-def own_methods(cls: type, names: Sequence[str]) -> tuple[FunctionType | None, ...] | None:
-    """The methods of these names of one of diffusers' classes, or of a class derived from it, None for each that it
-    hasn't; None where somebody has replaced one in the class."""
-    found = tuple([getattr(cls, name, None) for name in names])
-    return found if _are_own(cls, found) else None
-
-
-@functools.lru_cache(64)
-def _are_own(cls: type, methods: tuple[FunctionType | None, ...]) -> bool:
-    file = sys.modules[next(filter(is_diffusers, cls.__mro__)).__module__].__file__
-    return all(x is None or (type(x) is FunctionType and x.__code__.co_filename == file) for x in methods)
-
-
-class Again(NamedTuple):
-    """A step whose arguments were looked at: one like it needs no other look.
-
-    Attributes:
-        call: a RepeatedCall of the compiled module. row_of(the scheduler's attributes, args, kwargs) is the place of
-            such a step among the timesteps from a first one on; None for a step with arguments of other kinds, or where
-            settings were edited. is_at(place, attributes, timestep) says whether that is the timestep of a place, and
-            nothing was edited. No tensor is read: it may be on a GPU.
-        of: what the scheduler's class knows of such steps.
-    """
-
-    call: Any
-    of: Any
-
-
 class Scheduler(Accelerated):
     """The base of the mixins for schedulers."""
 
     library = "diffusers"
+    config: Any
     timesteps: Tensor
-    _again: Again | None = None
 
     def __init_subclass__(cls) -> None:
         """The mixin's _step takes the place of the peer's step in an accelerated class, and so on; any Fallback that it
@@ -113,62 +85,32 @@ class Scheduler(Accelerated):
             raise TypeError(f"diffusers is {version}, expected {'.'.join(map(str, OLDEST))} or newer")
         for name in {*cls.replaces, "set_timesteps"}:
             own = getattr(cls._peer, name, None)
-            if own is not None and cls._can_replace(name, own):
+            if own is not None:
                 setattr(cls, name, _in_place_of(own, name, getattr(cls, f"_{name}")))
-
-    @classmethod
-    def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
-        """Whether the mixin's method of that name does what the peer's own one does."""
-        return True
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         self.accelerated.begin_loop()
         return peer_method(self, "set_timesteps")(*args, **kwargs)
 
-    @property
-    def config(self) -> Any:
-        """The peer's, which from_config of any accelerated class knows again."""
-        config: Any = self._internal_dict  # type: ignore[attr-defined]
-        settings, noted = self.__dict__.get("_acceleration"), _of_configs.get(id(config))
-        if settings is not None and (noted is None or noted[1] is not settings or noted[0]() is not config):
-            key = id(config)
-            _of_configs[key] = weakref.ref(config, lambda _: _of_configs.pop(key, None)), settings
-        return config
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As the peer's. Of an accelerated scheduler's config, the result has its noise, and goes on with its loops."""
-        found = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
-        noted = _of_configs.get(id(config))
-        if noted is not None and noted[0]() is config:
-            made = found[0] if return_unused_kwargs else found
-            made.__dict__["_acceleration"] = noted[1].continued()
-        return found
-
     # ----------------------------------------------------------------------------------------------------- settings
 
     def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
-        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises."""
+        """make(*settings), from the cache where an object had such settings before. Raises the Fallback that `make`
+        raises. The settings of the last call are known again without reading a tensor, which may be on a GPU."""
         return self._cached((make, *settings), make, settings)
 
     def _cached(self, key: tuple[Any, ...], make: Callable[..., Made], arguments: tuple[Any, ...]) -> Made:
-        """make(*arguments), from the cache where this key is there. Raises the Fallback that `make` raises.
-
-        set_timesteps makes new tensors each time. So a tensor is looked up by its identity first, which reads nothing,
-        and then by its contents.
-        """
-        cache = self.__dict__.get("_fused_cache")
-        if cache is None:
-            cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
-        by_identity, by_contents = cache
-        versions = tuple([_identity(x) if isinstance(x, Tensor) else x for x in key])
-        found = by_identity.get(versions)
-        if found is None:
+        """make(*arguments), for which `key` stands; see _rows."""
+        versions = tuple([(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in key])
+        latest = self.__dict__.setdefault("_latest_rows", {})
+        known = latest.get(make)
+        uncounted = any(isinstance(x, Tensor) and x.is_inference() and x.is_cpu for x in key)  # nobody tells of writes
+        if known is None or known[0] != versions or uncounted:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
-            made = result_of(by_contents.get_or_make(contents, lambda: made_outside_autograd(make, *arguments)))
-            # The tensors are kept, too, so that no other tensor gets their identity.
-            found = by_identity.get_or_make(versions, lambda: (made, key))
-        return found[0]
+            made = ROWS.get_or_make(contents, lambda: made_outside_autograd(make, *arguments))
+            # The tensors are held, too, so that no other tensor gets their identity.
+            known = latest[make] = versions, key, made
+        return result_of(known[2])
 
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
         """The timestep on the host, and its row. Raises Fallback where it has none."""
@@ -199,16 +141,15 @@ class Scheduler(Accelerated):
         if own.is_inference() and own.is_cpu:  # which do not tell whether they were written to
             return own.tolist()
         known = self.__dict__.get("_host_timesteps")
-        if known is None or known[0] is not own or known[1] != C.written(own):
-            known = self.__dict__["_host_timesteps"] = own, C.written(own), own.tolist()
+        if known is None or known[0] is not own or known[1] != version_of(own):
+            known = self.__dict__["_host_timesteps"] = own, version_of(own), own.tolist()
         values: list[Any] = known[2]
         return values
 
     def _index_of(self, timestep: Tensor) -> int | None:
         """The index of the element of self.timesteps that `timestep` is a view of, or None. Neither is read."""
         own: Any = self.timesteps
-        index: int | None = C.index_of(own, timestep) if isinstance(own, Tensor) else None
-        return index
+        return index_of(own, timestep) if isinstance(own, Tensor) else None
 
     # --------------------------------------------------------------------------------------------------------- noise
 
@@ -218,7 +159,7 @@ class Scheduler(Accelerated):
         like: Tensor,
         generator: Any,
         sample: Tensor,
-        place: int,
+        index: int,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of a step of `sample`.
@@ -227,29 +168,25 @@ class Scheduler(Accelerated):
         and in `dtype`, or else in like's.
 
         Args:
-            place: where the step lies in a loop, a number that rises along it.
+            index: where the step lies in a loop, a number that rises along it.
         """
         if not noisy:
             return {}
-        rng = self.accelerated.rng_of_step(sample.size(0), place)
+        rng = self.accelerated.rng_of_step(sample.size(0), index)
         if rng is not None:
             return {"rng": rng}
-        draw = imported("utils.torch_utils", "randn_tensor")
-        z = draw(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        z = self._draw(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
         return noise_arguments(z.to(sample.dtype), sample)
 
+    def _draw(self, *args: Any, **kwargs: Any) -> Tensor:
+        """diffusers' randn_tensor, by the name in the module of the scheduler's class, which somebody may have set."""
+        module = vars(sys.modules[library_class(type(self)).__module__])
+        own = imported("diffusers.utils.torch_utils", "randn_tensor")
+        draw = module.get("randn_tensor", own)
+        z: Tensor = draw(*args, **kwargs)
+        return z if draw is own else z.clone()  # whose function it is may keep what it drew
+
     # ---------------------------------------------------------------------------------------------------------- step
-
-    def _take_again(self, again: Again, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a step like the last one returns, at a place of the timesteps; None where it needs a look after all."""
-
-    def _note_step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], first: int, settings: tuple[Any, ...], of: Any
-    ) -> None:
-        """Knows the steps that are like this one. first: the place that counts as 0. settings: what `unchanged` of the
-        compiled module takes, of attributes that must be as they are. of: Again's."""
-        call = C.repeated_call(args, kwargs, self.timesteps, first, *settings)
-        self.__dict__["_again"] = None if call is None else Again(call, of)
 
     def _check_step(self, sample: Tensor, model_output: Tensor, *others: Tensor | None, timestep: Any = None) -> None:
         """Raises Fallback where the operators can't take a step of these tensors.
@@ -287,30 +224,15 @@ class Scheduler(Accelerated):
         return prev, x0
 
 
-# The settings of accelerated schedulers by the identity of their configs: a config's own attributes would be in its
-# copies and pickles, and be taken for settings of the scheduler.
-_of_configs: dict[int, tuple[weakref.ref[Any], Acceleration]] = {}
-
-
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's method, with the signature of the peer's own one, which pipelines read. A step that is like the last
-    one leaves out all that the method would do before its row. A compiler breaks its graph there: what is counted would
-    be constants of it."""
+    """The mixin's method, with the signature of the peer's own one, which pipelines read. A compiler breaks its graph
+    there: what is counted would be constants of it."""
     fused = method if name in NOT_COUNTED else with_fallback(name)(method)
     uncompiled = torch.compiler.disable(fused)  # diffusers has imported the compiler
-    is_step = name in STEPS
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return uncompiled(self, *args, **kwargs)
-        again = self.__dict__.get("_again") if is_step else None
-        place = None if again is None else again.call.row_of(self.__dict__, args, kwargs)
-        found = None if place is None else self._take_again(again, place, args, kwargs)
-        if found is None:
-            return fused(self, *args, **kwargs)
-        self.__dict__["_acceleration"].fused_calls += 1
-        return found
+        return (uncompiled if torch.compiler.is_compiling() else fused)(self, *args, **kwargs)
 
     return call
 
@@ -344,15 +266,15 @@ def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
     return (-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else None, None
 
 
+def reads_clip_sample(scheduler: Any) -> bool:
+    """Whether a scheduler's step clips where clip_sample is set: some classes have the setting and never read it."""
+    step = inspect.unwrap(peer_class(type(scheduler)).step)  # type: ignore[attr-defined]
+    return "clip_sample" in step.__code__.co_names
+
+
 def are_tensors(*values: object) -> bool:
     """Whether all values are tensors. diffusers rejects what isn't, or takes it in its own way."""
     return all(isinstance(x, Tensor) for x in values)
-
-
-def _identity(x: Tensor) -> tuple[object, ...]:
-    """A key of the tensor as it is. Inference tensors do not tell whether they were written to: those on a GPU are
-    taken for what they were."""
-    return tensor_contents(x) if x.is_inference() and x.is_cpu else (id(x), C.written(x))
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.diffusers.next_input import NextInput
 from ddpm_ext.integrations.diffusers.predictions import prediction_of, prediction_type_of
-from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of
-from ddpm_ext.integrations.diffusers.traced_loop import LastResult
+from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of, reads_clip_sample
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
-from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
@@ -106,7 +105,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     def _begin(self) -> None:
         self._step_index: int | None = None
         self._ring: tuple[Tensor, ...] = ()
-        self._made: LastResult | None = None
+        self._made: NextInput | None = None
         self.accelerated.begin_loop()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -181,7 +180,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             return sample
         row = self._row_of(timestep) if self._step_index is None else self._step_index
         made = self._made
-        if made is None or made.model_input is None or not made.is_of(sample):
+        if made is None or not made.is_of(sample):
             return sample * self._input_scales[row]
         self._made = None  # once: who has it may write to it
         return made.model_input
@@ -226,7 +225,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
         prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
         if model_input is not None:
-            self._made = LastResult(prev, C.written(prev), None, model_input)
+            self._made = NextInput.of(prev, model_input)
         if kept is not None:
             self._ring = (kept, *ring[:2])
         self._step_index = row + 1
@@ -238,15 +237,15 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         expected = self._begin_index if self._step_index is None else self._step_index
         if expected is not None and expected >= len(self.table):
             raise ValueError(f"the loop of {len(self.table)} rows is over, expected set_timesteps before another one")
-        found = self._index_of(timestep) if isinstance(timestep, Tensor) else None
-        if found is None:
+        row = self._index_of(timestep) if isinstance(timestep, Tensor) else None
+        if row is None:
             at = float(timestep)
             near = ((self._own_times.double() - at).abs() < OTHER).nonzero().flatten().tolist()
-            found = expected if expected in near else next(iter(near), None)
-        if found is None or (expected is not None and found != expected):
+            row = expected if expected in near else next(iter(near), None)
+        if row is None or (expected is not None and row != expected):
             wanted = self._own_times.tolist() if expected is None else self._own_times[expected].item()
             raise ValueError(f"timestep is {float(timestep):g}, expected {wanted}, in the order of the table")
-        return found
+        return row
 
     # ----------------------------------------------------------------------------------------- the forward process
 
@@ -259,8 +258,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if not bool((self.table.signal_now + self.table.noise_now > 0).all()):
             raise ValueError("the table does not have its rows' levels, so that no noise can be added")
         own, x = self._own_times.to(timesteps.device), original_samples
-        found, rows = (own == timesteps.to(own.dtype)[:, None]).byte().max(1)
-        if not bool(found.all()):
+        is_listed, rows = (own == timesteps.to(own.dtype)[:, None]).byte().max(1)
+        if not bool(is_listed.all()):
             raise ValueError(f"timesteps are {timesteps.tolist()}, expected some of {self._own_times.tolist()}")
         levels = self._levels.get("levels", x.device, torch.float32)
         return ops.forward_process(x, levels, rows.to(x.device).expand(len(x)).contiguous(), noise=noise.to(x.dtype))
@@ -321,6 +320,7 @@ def with_table(
         )
     known = inspect.signature(TableScheduler.__init__).parameters.keys() - {"table"}
     config = {name: value for name, value in scheduler.config.items() if name in known}
+    config["clip_sample"] = config.get("clip_sample", False) and reads_clip_sample(scheduler)
     made = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
     made.__dict__["_acceleration"] = settings
     return made

@@ -1,42 +1,99 @@
-"""Every scheduler of diffusers that has no mixin of its own: its rows are found by tracing, when a loop begins.
+"""Every scheduler of diffusers that has no mixin of its own: tracing tells its rows when a loop begins.
 
 Tracing runs diffusers' own steps on numbers of our choice; see tables/trace.py. It takes about as long as a few of
-diffusers' own loops, once for each setting. What is no row runs diffusers' own code. A step comes by one of two ways:
-`_take_again`, where it is like the one before it, or `_step`, which looks at all its arguments.
+diffusers' own loops, once for each setting. What is no row runs diffusers' own code.
+
+A step locates its row, takes it in one launch, and writes to the scheduler the numbers that diffusers' own step would
+have written, such as _step_index. It does not write the tensors that diffusers keeps: model_outputs, last_sample.
+A loop begins at the first step after set_timesteps. Each step must be the next row of the loop, called as the steps
+before, with the settings of the loop's beginning; where steps read nothing of those before, any step may be any row.
+Samples may be edited in between: a row reads the sample that it is given, and copies of what earlier steps returned.
+
+A step that somebody wrote himself runs as it is. With trace=True it runs in a first loop, beside its rows, which take
+the steps of later loops where both agree.
 """
 
 from __future__ import annotations
 
-import inspect
-import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.custom_timesteps import with_timesteps
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
-from ddpm_ext.integrations.diffusers.next_input import scales_of
-from ddpm_ext.integrations.diffusers.scheduler import STEPS, Again, are_tensors, imported, result_dtype
-from ddpm_ext.integrations.diffusers.step_options import Beside, Options, at_step, is_beside
-from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import LastResult, LoopPosition, Settings
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.diffusers.next_input import NextInput
+from ddpm_ext.integrations.diffusers.scheduler import ROWS, STEPS
+from ddpm_ext.integrations.diffusers.step_call import Call, Signature, call_of, options_at
+from ddpm_ext.integrations.diffusers.traced_classes import STORED, SUPPORT, is_scheduler
+from ddpm_ext.integrations.diffusers.traced_rows import (
+    CONFIG,
+    OURS,
+    SETTINGS,
+    Config,
+    LoopDtypes,
+    LoopKey,
+    LoopRows,
+    config_of,
+    content_of,
+    is_config,
+    rows_of_loop,
+)
 from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.library_code import foreign_method
+from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents
 from ddpm_ext.integrations.shared import peer_class, peer_method
-from ddpm_ext.integrations.tensors import dtype_name
-from ddpm_ext.ops.extension import C
-from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
-from ddpm_ext.tables.trace_watch import copied
+from ddpm_ext.integrations.tensors import DTYPES, noise_arguments, version_of
+from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.tables.trace_run import parts_of, step_name
 
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
-CACHED = 64  # loops whose rows are kept, of all schedulers together
-OTHERS = ("generator", "return_dict")
-EMPTY = inspect.Parameter.empty
+TURN = "a step is out of turn, or its options or settings are not those of the step before"
+Settings = tuple[list[tuple[str, Any, Any]], Config]  # attributes with their versions, and the config
 
-_rows = RowsCache(CACHED)
+
+class Position(NamedTuple):
+    """Where an object is in a loop.
+
+    Attributes:
+        rows: the loop's. at: the next one.
+        settings: what must be as it is until the loop ends; see _settings_of.
+        proof: of a step that somebody wrote himself.
+        ring: what the last three rows that kept a tensor kept, the newest first.
+        last: the last step's result in a tensor that nobody else has, if the next row reads that.
+        shape: that of the samples.
+    """
+
+    rows: LoopRows
+    at: int
+    settings: Settings
+    proof: Proof | None = None
+    ring: tuple[Tensor, ...] = ()
+    last: Tensor | None = None
+    shape: torch.Size | None = None
+
+    def is_over(self) -> bool:
+        return self.at == len(self.rows.times)
+
+    def scales_inputs(self) -> bool:
+        """Whether scale_model_input is a factor of the sample. Somebody's own is not compared, and runs as it is."""
+        return self.rows.trace.scales is not None and self.proof is None
+
+    def is_proven(self) -> bool:
+        """Whether the rows take the steps: those of the library's own code need no proof."""
+        return self.proof is None or len(self.proof.holds) == len(self.rows.times)
+
+
+class Launched(NamedTuple):
+    """What a row made: the next sample, the predicted clean one if the step returns it, the position after it, and the
+    model's next input if the launch has written that."""
+
+    prev: Tensor
+    x0: Tensor | None
+    position: Position
+    model_input: Tensor | None
 
 
 class TracedScheduler(Forward):
@@ -44,363 +101,252 @@ class TracedScheduler(Forward):
     set_timesteps."""
 
     replaces = (*STEPS, "set_timesteps", "scale_model_input", *FORWARD)
-    _parameters: dict[str, Any]  # step's, by name, with the defaults of its options
-    _inputs: tuple[str, ...]  # what step calls the model's output, the timestep and the sample
-    _are_known: bool  # whether these are such names, by which tracing calls it
-    _are_first: bool  # whether they come first, in this order
-    # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
-    _traced_loop: LoopPosition | bool | None = None
-    _scales_inputs = False  # whether steps write what scale_model_input is asked for after them
+    _signature: Signature  # of the class's step
+    # None before a loop's first step. A text says why diffusers' code takes all steps until set_timesteps is called.
+    _position: Position | str | None = None
+    _scales_inputs = False  # whether the caller uses scale_model_input, so that a step writes the next input, too
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         peer = vars(cls).get("_peer")
-        step = getattr(peer, step_name(peer), None)
-        if peer is not None and hasattr(peer, "set_timesteps"):
-            cls.set_timesteps = with_timesteps(peer, cls.set_timesteps)  # type: ignore[attr-defined]
-        if step is not None:
-            parameters = list(inspect.signature(step).parameters.values())[1:]
-            cls._inputs = input_names([parameter.name for parameter in parameters])
-            # Rows are the same whatever these are, unless a class returns objects only where it is asked for them.
-            always = (*cls._inputs, *OTHERS)
-            cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
-            defaults = {each.name: each.default for each in parameters}
-            cls._parameters = defaults | {name: EMPTY for name in always if defaults.get(name, False) is not False}
-            cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
-
-    @classmethod
-    def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
-        if name in STEPS:
-            return name == step_name(cls._peer)
-        return name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]
+        if peer is not None and hasattr(peer, step_name(peer)):
+            cls._signature = Signature.of(peer)
+        if peer is not None and not hasattr(peer, "scale_model_input"):
+            cls.scale_model_input = _same_input  # type: ignore[attr-defined]
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        loop, held = self._traced_loop, {}
-        if isinstance(loop, LoopPosition) and not loop.is_over():
-            step = loop.rows.trace.steps[loop.at - 1]
-            held = {name: self.__dict__.get(name) for name in step.tensors}
-            self._hold(loop.rows, step, None)
-        try:
-            found = super()._set_timesteps(*args, **kwargs)
-        except Exception:  # of what it is given; the loop may go on
-            self.__dict__.update(held)
-            raise
-        self._traced_loop = None  # not deleted: pipelines of views put each one's back by update
-        return found
+        result = super()._set_timesteps(*args, **kwargs)
+        self._position = None  # not deleted: pipelines of views put each one's back by update
+        return result
 
-    def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
-        """Puts x in the place of each tensor that the scheduler would store in a step, since its other methods look
-        whether there is one; None: a copy of what was there before the loop."""
-        for name in step.tensors:
-            self.__dict__[name] = copied(vars(rows.scheduler).get(name)) if x is None else x
-
-    # ------------------------------------------------------------------------------------------------------ steps
+    # ------------------------------------------------------------------------------------------------------- steps
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        loop: Any = self._traced_loop
-        if loop is False:
-            raise Fallback
+        if isinstance(self._position, str):
+            raise Fallback(self._position or None)
         try:
-            return self._traced_step(loop, args, kwargs)
+            call = call_of(self, self._signature, args, kwargs)
+            position = self._located(call)
+            dtypes = position.rows.dtypes_of(call.m.dtype, call.x.dtype)
         except Fallback as fallback:
-            self._leave(loop, fallback)
+            self._leave(fallback)
             raise
+        if not position.is_proven():
+            raise Fallback(instead=lambda: self._compared(position, dtypes, call, args, kwargs))
+        return self._written(position, dtypes, call, self._launched(position, dtypes, call))
 
     _step_pred = _step
 
-    def _take_again(self, again: Again, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        loop, (rows, of_loop) = self._traced_loop, again.of
-        if not isinstance(loop, LoopPosition) or loop.rows is not rows or place != loop.at or loop.is_over():
-            return None
-        if not loop.has_index_of(self) or (rows.counters and not loop.has_counters_of(self)):
-            return None
-        return self._take_row(loop, of_loop, args[0], args[2], (), kwargs)
-
-    def _leave(self, loop: LoopPosition | None, fallback: Fallback) -> None:
+    def _leave(self, fallback: Fallback) -> None:
         """Diffusers' own code takes all steps until set_timesteps is called; in the middle of a loop this one alone.
         Raises RuntimeError there where the scheduler is without the tensors that this code would have stored."""
-        if loop is not None and not loop.rows.stateless:
+        position: Any = self._position
+        if position is None or not position.is_proven():
+            self._position = fallback.reason or ""
+        elif position.rows.has_history:
             raise RuntimeError(
-                f"step {loop.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
+                f"step {position.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
                 "the steps before it left the scheduler without the tensors that its own code reads: call every "
                 "step of a loop with the same options and kinds of tensors, and set_timesteps before another loop"
             ) from None
-        self._traced_loop = False if loop is None else None
 
-    def _traced_step(self, loop: LoopPosition | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A step whose arguments are looked at."""
-        given = self._given(args, kwargs)
-        m, timestep, x = (given.pop(name) for name in self._inputs)
-        others = {name: given.pop(name) for name in OTHERS if name in given and self._parameters[name] is EMPTY}
-        if not are_tensors(x, m):
-            raise Fallback
-        if "noise_sampler" in vars(self):  # it takes a hundred times as long as all else in a step
-            raise Fallback("its noise is that of a Brownian path")
-        m = self._mean(m, x)
-        self._check_step(x, m)
-        options, tensors = self._options(given, x, m, timestep)
-        has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
-        if has_dim:
-            timestep = _of_all(timestep, len(x))
-        loop = self._located(loop, timestep, has_dim, x.dim(), options)
-        if loop.ring and loop.ring[0].shape != x.shape:
-            raise Fallback("its samples have another shape than those of the step before")
-        rows = loop.rows
-        of_loop = rows.dtypes_of(m.dtype, x.dtype)
-        found = self._take_row(loop, of_loop, m, x, tensors, others)
-        are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
-        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == rows.first + loop.at:
-            self._note_step(args, kwargs, rows.first, loop.settings, (rows, of_loop))
-        else:
-            self._again = None
-        return found
-
-    def _take_row(
-        self,
-        loop: LoopPosition,
-        of_loop: LoopDtypes,
-        m: Tensor,
-        x: Tensor,
-        tensors: Sequence[Tensor],
-        others: Mapping[str, Any],
-    ) -> Any:
-        """The loop's next step, and what it returns.
-
-        Args:
-            tensors: those of the step's options.
-            others: the generator and whether to return an object, if they are given.
-        """
-        rows, settings, i, ring, last = loop
-        trace, stepper, x0, own, model_input = rows.trace, rows.stepper, None, None, None
-        step, is_last = trace.steps[i], i + 1 == len(trace.steps)
-        edited = None if last is None or not last.may_differ(x) else last.copy
-        if x.dtype is not of_loop.computed:
-            x = x.to(of_loop.computed)
-        if tensors:
-            tensors = [tensor.to(of_loop.computed) for tensor in tensors]
-        inputs: dict[str, Any] = {}
-        if not of_loop.quiet[i]:
-            inputs = self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
-        if edited is not None:
-            stepper, m = stepper.for_edits(trace.own), m.to(x.dtype)
-            inputs["uncond_output"] = edited.to(x.dtype)
-        if trace.second and not step.is_one:
-            x0 = inputs["x0_out"] = C.empty_result_like(x)
-        if not is_last and trace.own[i + 1]:
-            own = inputs["model_input"] = C.empty_result_like(x)
-        elif self._scales_inputs and edited is None and not is_last:
-            scales = scales_of(rows)
-            if scales is not None:
-                stepper, is_usual = scales.stepper, x.dtype is of_loop.prev
-                model_input = C.empty_result_like(x) if is_usual else torch.empty_like(x, dtype=of_loop.prev)
-                inputs["model_input"] = model_input
-        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
-        prev, kept = stepper.take(i, x, m, history, inputs)
-        if prev.dtype is not of_loop.prev:
-            prev = prev.to(of_loop.prev)
-        if step.is_one:
-            x0 = prev
-        elif x0 is not None and x0.dtype is not of_loop.second:
-            x0 = x0.to(of_loop.second)
-        if kept is not None:
-            ring = (kept, *ring[:2])
-        if step.tensors:
-            self._hold(rows, step, None if is_last else x)
-        last = None
-        if own is not None or model_input is not None:
-            last = LastResult(prev, C.written(prev), own, model_input)
-        attributes, result = self.__dict__, step.result
-        attributes.update(step.state)
-        attributes["_traced_loop"] = LoopPosition(rows, settings, i + 1, ring, last)
-        if not others.get("return_dict", True) or result.cls is tuple:
-            return (prev,) if of_loop.second is None else (prev, x0)
-        second = {} if result.name is None else {result.name: x0}
-        return result.cls(prev_sample=prev, **second)
-
-    def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
-        """What the last step has written, where that is asked for. Of another tensor a product, with the same bits for
-        the same float32 numbers; the loop's later steps write none then."""
-        loop: Any = self._traced_loop
-        scales = scales_of(loop.rows) if isinstance(loop, LoopPosition) and not loop.is_over() else None
-        if scales is None or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
-            found = peer_method(self, "scale_model_input")(*args, **kwargs)
-            if loop is None:
-                self._scales_inputs = bool(args) and found is not args[0]
-            return found
-        self.__dict__.update(scales.changes[loop.at])
-        last, x = loop.last, args[0]
-        if last is not None and last.model_input is not None:
-            if last.is_of(x) and not (x.requires_grad and torch.is_grad_enabled()):
-                self._traced_loop = LoopPosition(*loop[:-1])  # once: who has it may write to it
-                return last.model_input
-            self._scales_inputs = False
-        return x * scales.factors[loop.at]
-
-    def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
-        """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
-        if not loop.has_index_of(self):
-            return False
-        again = self._again
-        if again is not None and again.of[0] is loop.rows and again.call.is_at(loop.at, self.__dict__, timestep):
-            return True
-        rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
-        index = self._index_of(timestep) if is_tensor else None
-        if index is None and is_tensor and not (timestep.is_cpu and timestep.numel() == 1):
-            return False
-        if not bool(rows.timesteps[loop.at] == timestep if index is None else rows.first + loop.at == index):
-            return False
-        return loop.settings.are_those_of(self) or loop.settings.renewed(self, vars(rows.scheduler)) is not None
-
-    # -------------------------------------------------------------------------------------------------- arguments
-
-    def _mean(self, m: Tensor, x: Tensor) -> Tensor:
-        """The model's output without its variance, which some schedulers leave out."""
-        config = self.config
-        if (
-            type(self).__name__ in OF_THREE_CHANNELS
-            and m.shape[1:2] > (3,)
-            and config.variance_type in ("learned", "learned_range")
-            and config.prediction_type == "epsilon"
-        ):
-            return m[:, :3]
-        return m
-
-    def _given(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of step that are not their defaults, by name. Raises Fallback where they are not a step's."""
-        if not self._are_known:
-            raise Fallback("its step has other arguments than output, timestep and sample")
-        known = self._parameters
-        given = dict(zip(known, args, strict=False)) | kwargs
-        if len(args) > len(known) or not {*self._inputs} <= given.keys() <= known.keys():
-            raise Fallback
-        return {
-            name: value
-            for name, value in given.items()
-            if known[name] is EMPTY or (value is not known[name] and value is not None)
-        }
-
-    def _options(self, given: dict[str, Any], x: Tensor, m: Tensor, timestep: Any) -> tuple[Options, list[Tensor]]:
-        """A step's options, and the tensors in place of those that are GIVEN, in their order."""
-        options = []
-        tensors = []
-        for name in sorted(given):
-            value = given[name]
-            if isinstance(value, Tensor) and value.dim():
-                if value.shape != x.shape:
-                    raise Fallback(f"it is called with {name} of shape {tuple(value.shape)}")
-                self._check_step(x, m, value)
-                if torch.promote_types(value.dtype, result_dtype(m, x)) not in (x.dtype, result_dtype(m, x)):
-                    raise Fallback(f"{name} is {dtype_name(value.dtype)}")
-                tensors.append(value)
-                value = GIVEN
-            elif isinstance(value, Tensor):
-                at, index = (self._index_of(t) if isinstance(t, Tensor) else None for t in (value, timestep))
-                if at is not None and index is not None:
-                    value = Beside(at - index)
-                else:
-                    value = value.item() if at is None else self._times()[at]
-            elif value is not None and not isinstance(value, numbers.Number | str):
-                raise Fallback(f"it is called with {name}")
-            options.append((name, value))
-        return tuple(options), tensors
-
-    # ------------------------------------------------------------------------------------------------------- loops
-
-    def _located(
-        self, loop: LoopPosition | None, timestep: Any, has_dim: bool, dims: int, options: Options
-    ) -> LoopPosition:
-        """The loop, at the row that this step takes. A timestep that is a view of the scheduler's own is not read."""
-        own, alone = self.timesteps, False
-        if not isinstance(own, Tensor) or own.dim() != 1:
-            raise Fallback("its timesteps are no vector")
-        is_tensor = isinstance(timestep, Tensor)
-        index = self._index_of(timestep) if is_tensor else None
-        value = timestep.item() if is_tensor and index is None else timestep
-        if loop is not None:
-            rows, over = loop.rows, loop.is_over()
-            settings: Settings | None = loop.settings
-            if not loop.settings.are_those_of(self):
-                settings = loop.settings.renewed(self, vars(rows.scheduler))
-            expected = at_step(rows.key.options, rows.first + loop.at, len(own))
-            # A timestep with a dimension may give results another dtype; not so where diffusers' own step can't go on.
-            of_kind = has_dim == rows.key.has_dim or not rows.stateless
-            if settings is not None and not over and options == expected and of_kind:
-                at = float(rows.timesteps[loop.at]) if index is None else rows.first + loop.at
-                if at == (float(value) if index is None else index) and self._is_in_place(loop):
-                    return loop._replace(settings=settings)
-            if over and not rows.stateless:
-                raise Fallback("the loop is over")
-            if not rows.stateless:
-                raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
-            alone = settings is not None and (not over or len(rows.timesteps) == 1)
-            if loop.at == 1 and is_beside(options) and not is_beside(rows.key.options):
-                alone = False  # the first step has no timestep before it, and all others will have one
-        else:
-            alone = any(value is None for _, value in options)
-        if index is not None:
-            value = timestep if own.is_cpu else self._times()[index]
-        elif value in self._times():
-            index = self._own_place(value)
-        # Where options change in another way from step to step, rows for more than one of them would be of no use.
-        kind = timestep.dtype if is_tensor else type(timestep)
-        key = RowsKey(options, index, float(value), kind, has_dim, alone, dims)
-        return LoopPosition(_rows.get_or_trace(peer_class(type(self)), vars(self), key), Settings.of(self))
-
-    def _own_place(self, timestep: float) -> int:
-        """At which place of a timestep of its own a loop begins: that of the scheduler's index, or of a pair within its
-        timesteps the second one, as in diffusers; else the first one, which a whole loop begins at."""
-        now = vars(self)
-        places = [i for i, t in enumerate(self._times()) if t == timestep]
-        own = now.get("_begin_index") if now.get("_step_index") is None else now["_step_index"]
-        if own in places:
-            return int(own)
-        is_pair = "_step_index" in now and own is None and len(places) == 2 and places[0] > 0
-        return places[1] if is_pair else places[0]
-
-    def _is_in_place(self, loop: LoopPosition) -> bool:
-        """Whether the scheduler's own step would be at the loop's next row, also where somebody has taken its index."""
-        if not loop.has_counters_of(self):
-            return False
-        if loop.has_index_of(self):
-            return True
-        now, times, place = vars(self), self._times(), loop.rows.first + loop.at
-        is_found_again = now["_step_index"] is None and now.get("_begin_index") is None
-        return is_found_again and times.count(times[place]) == 1 and place == loop.rows.indexes[loop.at]
-
-    # ------------------------------------------------------------------------------------------------------- noise
+    def _launched(self, position: Position, dtypes: LoopDtypes, call: Call) -> Launched:
+        """Takes the loop's next row."""
+        rows, i, ring, last = position.rows, position.at, position.ring, position.last
+        trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
+        tensors = [each.to(dtypes.computed) for each in call.tensors]
+        inputs = self._drawn(position, dtypes, call, x, tensors)
+        # Two tensors of the operator are free here: `model_input` takes a copy of a row's result where the next row
+        # reads that, and `uncond_output` brings it there.
+        if trace.of_last[i]:
+            m, inputs["uncond_output"] = m.to(dtypes.computed), last
+        x0: Tensor | None
+        copied: Tensor | None
+        x0 = inputs["x0_out"] = empty_like(x) if trace.second else None
+        goes_on = i + 1 < len(rows.times)
+        keeps_result = goes_on and trace.of_last[i + 1] != 0
+        scales = goes_on and self._scales_inputs and position.scales_inputs()
+        copied = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
+        history = [tensors[draw] for draw in trace.history_draws[i]] if trace.history_draws[i] else ring
+        prev, kept = rows.stepper.take(i, x, m, history, inputs)
+        ring = ring if kept is None else (kept, *ring[:2])
+        after = position._replace(at=i + 1, ring=ring, last=copied if keeps_result else None, shape=x.shape)
+        model_input = None if copied is None or keeps_result else copied.to(dtypes.prev)
+        x0 = None if x0 is None else x0.to(dtypes.second)
+        return Launched(prev.to(dtypes.prev), x0, after, model_input)
 
     def _drawn(
-        self,
-        rows: TracedRows,
-        of_loop: LoopDtypes,
-        i: int,
-        m: Tensor,
-        generator: Any,
-        x: Tensor,
-        tensors: Sequence[Tensor],
+        self, position: Position, dtypes: LoopDtypes, call: Call, x: Tensor, tensors: list[Tensor]
     ) -> dict[str, Any]:
-        """The arguments of RowStepper.take for the noise of row i, after all that diffusers draws there has been drawn.
+        """The arguments of RowStepper.take for the row's noise, after all that diffusers draws there has been drawn.
 
         tensors: which the step was given.
         """
-        used, place = rows.trace.noise[i], rows.first + i
-        found = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
-        if self.accelerated.noise == "philox":
-            return found or self._noise(used is not None, m, generator, x, place)
-        for draw, dtype in enumerate(of_loop.draws[i][len(tensors) :], len(tensors)):
-            if draw == used:
-                found = self._noise(True, m, generator, x, place, dtype)
-            else:
-                imported("utils.torch_utils", "randn_tensor")(
-                    m.shape, generator=generator, device=m.device, dtype=dtype
-                )
-        return found
+        rows, i = position.rows, position.at
+        used, index, generator = rows.trace.noise[i], rows.key.first + i, call.others.get("generator")
+        noise: dict[str, Any] = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
+        if self.accelerated.noise == "philox" and position.is_proven():
+            return noise or self._noise(used is not None, call.m, generator, x, index)
+        for draw, dtype in enumerate(dtypes.draws[i][len(tensors) :], len(tensors)):
+            z = self._draw(call.m.shape, generator=generator, device=call.m.device, dtype=dtype)
+            noise = noise_arguments(z.to(x.dtype), x) if draw == used else noise
+        return noise
+
+    def _written(self, position: Position, dtypes: LoopDtypes, call: Call, launched: Launched) -> Any:
+        """What the step returns. The scheduler then has the numbers of its own step, but not the tensors."""
+        step, state, (prev, x0, after, model_input) = position.rows.trace.steps[position.at], self.__dict__, launched
+        state.update(step.state)
+        state["_position"] = after
+        state["_next_input"] = None if model_input is None else NextInput.of(prev, model_input)
+        if not call.others.get("return_dict", True) or step.result.cls is tuple:
+            return (prev,) if dtypes.second is None else (prev, x0)
+        second = {} if step.result.name is None else {step.result.name: x0}
+        return step.result.cls(prev_sample=prev, **second)
+
+    def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
+        """What the last step has written, where its own result is to be scaled. Any other tensor is multiplied, and the
+        later steps of this loop no longer write the scaled input."""
+        position: Any = self._position
+        is_within = isinstance(position, Position) and not position.is_over() and position.scales_inputs()
+        is_usual = len(args) == 2 and not kwargs and type(args[0]) is Tensor and args[0].dtype in DTYPES
+        if not (is_within and is_usual and self._is_unchanged(position)):
+            scaled = peer_method(self, "scale_model_input")(*args, **kwargs)
+            if position is None:
+                self._scales_inputs = bool(args) and scaled is not args[0]
+            return scaled
+        written, x = self.__dict__.pop("_next_input", None), args[0]
+        if written is not None:
+            if written.is_of(x) and not (x.requires_grad and torch.is_grad_enabled()):
+                return written.model_input
+            self._scales_inputs = False
+        return x * position.rows.trace.scales[position.at]
+
+    # ------------------------------------------------------------------------------------- steps of somebody's own
+
+    def _compared(
+        self, position: Position, dtypes: LoopDtypes, call: Call, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the scheduler's own step returns. Notes whether the row makes the same of the same noise."""
+        proof, rows, at, settings = position.proof, position.rows, position.at, self.accelerated
+        assert proof is not None
+        generators = Generators(call.x.device, call.others.get("generator"))
+        others = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
+        size = rows.stepper.largest_term(at, call.x, call.m, others)
+        launched = self._launched(position, dtypes, call)
+        generators.rewind()
+        before = contents(self._library_state())
+        result = peer_method(self, step_name(self._peer))(*args, **kwargs)
+        stores = [name for name in changed(before, self._library_state()) if name not in STORED]
+        if stores:
+            proof.failed = f"its step stores {', '.join(stores)}, which no scheduler of diffusers has"
+        _, prev, second = parts_of(result)
+        proof.compare(at, (launched.prev, launched.x0), (prev, second), size)
+        self._position = launched.position
+        settings.own_calls += proof.failed is None and at > 0  # the others are counted where they are recorded
+        if proof.failed is not None:
+            self._position = proof.failed
+            settings.record_fallback(self.library, "step", proof.failed)
+        elif at == 0:
+            settings.record_proof(self.library, "step")
+        return result
+
+    def _library_state(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name not in OURS}
+
+    # ------------------------------------------------------------------------------------------------------- loops
+
+    def _located(self, call: Call) -> Position:
+        """The loop, at the row that this step takes. Raises Fallback where it takes none."""
+        position: Any = self._position
+        if not isinstance(self.timesteps, Tensor) or self.timesteps.dim() != 1:
+            raise Fallback("its timesteps are no vector")
+        if position is None:
+            return self._begun(call)
+        rows, index = position.rows, self._timestep_index(call.timestep)
+        options = options_at(rows.key.options, rows.key.first + position.at, len(self.timesteps))
+        if not rows.has_history:
+            if options != call.options or call.has_dim != rows.key.has_dim:
+                return self._begun(call)
+            if index is not None and rows.key.first <= index < rows.key.first + len(rows.times):
+                position = position._replace(at=index - rows.key.first)
+        elif options != call.options:
+            raise Fallback(TURN)
+        elif position.is_over():
+            raise Fallback("the loop is over")
+        elif position.shape not in (None, call.x.shape):
+            raise Fallback("its samples have another shape than those of the step before")
+        if position.is_over() or index != rows.key.first + position.at:
+            raise Fallback(TURN)
+        if position.is_proven() and not self._is_unchanged(position):  # else it is the step's own code that runs
+            raise Fallback(TURN)
+        return position
+
+    def _begun(self, call: Call) -> Position:
+        """A loop that begins with this step."""
+        cls, state = peer_class(type(self)), vars(self)
+        foreign = foreign_method(cls, state)
+        if foreign is not None and not self.accelerated.trace:
+            raise Fallback(f"its {foreign} is not diffusers' own code; {HOW}")
+        t, index = call.timestep, self._timestep_index(call.timestep)
+        if index is None:
+            raise Fallback("its timestep is none of the scheduler's")
+        kind = t.dtype if isinstance(t, Tensor) else type(t)
+        key = LoopKey(call.options, index, kind, call.has_dim, call.x.dim())
+        if foreign is None:
+            rows = rows_of_loop(cls, state, key, ROWS)
+            return Position(rows, 0, self._settings_of(rows.contents.keys() & state.keys()))
+        rows = rows_of_loop(cls, state, key, self.__dict__.setdefault("_own_rows", BoundedCache(SETTINGS)))
+        proof = rows.proofs.setdefault((call.x.shape, call.x.dtype, call.m.dtype, call.x.device), Proof())
+        if proof.failed is not None:
+            raise Fallback(proof.failed)
+        return Position(rows, 0, self._settings_of(rows.contents), proof)
+
+    def _timestep_index(self, timestep: Any) -> int | None:
+        """The index of a timestep among the scheduler's, None where it is none of them. A view of these is not read."""
+        index = self._index_of(timestep) if isinstance(timestep, Tensor) else None
+        if index is not None:
+            return index
+        position, state = self._position, vars(self)
+        indices = [i for i, t in enumerate(self._times()) if t == float(timestep)]
+        if len(indices) < 2:
+            return next(iter(indices), None)
+        # One that is there several times is the loop's next; where a loop begins, it is that of the scheduler's index,
+        # or of a pair the second one, as in diffusers.
+        if isinstance(position, Position):
+            here: int | None = position.rows.key.first + position.at
+        else:
+            here = state.get("_begin_index") if state.get("_step_index") is None else state["_step_index"]
+        is_pair = "_step_index" in state and here is None and len(indices) == 2 and indices[0] > 0
+        return here if here in indices else indices[1] if is_pair else indices[0]
+
+    def _settings_of(self, names: Iterable[str]) -> Settings:
+        """What is to be as it is until the loop ends: the attributes of these names, and the config."""
+        attributes = [(name, self._attribute(name)) for name in names]
+        return [(name, x, _version(x)) for name, x in attributes], config_of(vars(self))
+
+    def _attribute(self, name: str) -> Any:
+        """One of the scheduler's own or of its class's; None where there is none."""
+        state = self.__dict__
+        return state[name] if name in state else getattr(self._peer, name, None)
+
+    def _is_unchanged(self, position: Position) -> bool:
+        """Whether the loop's next row is what the scheduler's own step would be. No tensor is read, unless one was put
+        in the place of another."""
+        state, (attributes, config), rows = self.__dict__, position.settings, position.rows
+        if not rows.is_at(position.at, state) or not is_config((vars(state[CONFIG]), state[CONFIG]), config):
+            return False
+        for name, value, version in attributes:
+            if self._attribute(name) is not value or (version is not None and _version(value) != version):
+                # A copy is as good as the tensor; a list may have been emptied, of what rows do not put there.
+                cls, is_list = peer_class(type(self)), type(value) is list
+                return not is_list and all(content_of(cls, state, name) == x for name, x in rows.contents.items())
+        return True
 
 
-def _of_all(timestep: Tensor, batch: int) -> Tensor:
-    """The one timestep that all samples have. Raises Fallback where there are several."""
-    if timestep.dim() > 1 or len(timestep) not in (1, batch):
-        raise Fallback("its timestep is not one number")
-    if timestep.stride(0) and len(timestep) > 1 and not bool((timestep == timestep[0]).all()):
-        raise Fallback("its samples have different timesteps")
-    return timestep[0]
+def _same_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The sample itself. Pipelines that know the classes without scale_model_input ask `type(scheduler)`."""
+    return sample
+
+
+def _version(x: Any) -> Any:
+    return version_of(x) if isinstance(x, Tensor) else None

@@ -11,6 +11,12 @@ from ddpm_ext.integrations.shared import Support
 OF_THREE_CHANNELS = (
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
 )  # fmt: skip
+# The attributes that steps of diffusers' classes write. A step that writes others is not replaced.
+STORED = {
+    "_init_size", "_step_index", "counter", "cur_sample", "derivatives", "dt", "ets", "last_noise", "last_sample",
+    "lower_order_nums", "model_outputs", "prev_derivative", "sample", "sigma_data", "this_corrector_order",
+    "this_order", "this_predictor_order", "timestep_list",
+}  # fmt: skip
 OWN = {
     "a Brownian path's noise": ("CosineDPMSolverMultistep", "DPMSolverSDE"),
     "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),

@@ -1,13 +1,10 @@
-"""The rows of a traced scheduler's loop, from the state in which it begins."""
+"""The rows of a traced scheduler's loop, from the state in which it begins, and where they are kept for other loops."""
 
 from __future__ import annotations
 
 import functools
-import io
-import operator
-import pickle
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,307 +13,265 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
-from ddpm_ext.integrations.diffusers.step_options import Options, of_steps
+from ddpm_ext.integrations.diffusers.step_call import Options, options_of_steps
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
+from ddpm_ext.integrations.proof import Proof
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import CACHED, new
-from ddpm_ext.ops.extension import C
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import Step, counted_by, observe, parameters_of, setting, step_name
-from ddpm_ext.tables.trace_watch import CONFIG, CONSTANT, MISSING, Watch, can_watch, copied
+from ddpm_ext.tables.trace_run import CONFIG, CONSTANT, observe, setting
 
-EDITED = ("sigmas", "alphas_cumprod", "timesteps")  # levels and timesteps, which somebody may edit
-# The attributes that tell apart what was refused. What else steps read, such as a tensor that the loop before left, may
-# be another one in each loop.
-REFUSED_BY = ("sigmas", "timesteps", "_step_index")
-SETTINGS = 16  # of a class whose rows are kept
-OURS = {*CACHED, "_acceleration", "_traced_loop", "_scales_inputs"}  # attributes that no library has
+SETTINGS = 16  # how many settings of one kind of loop have their rows in a cache
+OURS = {*CACHED, "_acceleration", "_position", "_scales_inputs"}  # attributes that no library has
 FEW = 3  # steps by which the dtypes of a loop in float32 are known
+WRITTEN = ("_class_name", "_diffusers_version")
+HASHED = (bool, int, str, type(None), torch.dtype, torch.device)
+Config = tuple[dict[str, Any], dict[str, Any]]  # the attributes and the items of one, which may differ
 
 
-class RowsKey(NamedTuple):
-    """Which steps the rows are for.
+class ABSENT:
+    """In place of an attribute that is not there: a class, since pickles keep its identity."""
+
+
+class LoopKey(NamedTuple):
+    """Which steps a loop has, and what they are called with.
 
     Attributes:
         options: what step is called with beside the model's output, the timestep and the sample.
-        first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
-        timestep: the first one's.
+        first: the first one's index among the scheduler's timesteps.
         kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
         has_dim: whether they have a dimension, (1,) or (batch,).
-        alone: whether it is the only step.
         dims: how many dimensions samples have.
     """
 
     options: Options
-    first: int | None
-    timestep: float
+    first: int
     kind: torch.dtype | type
     has_dim: bool
-    alone: bool
     dims: int
-
-    def options_of(self, own: Tensor, count: int) -> Mapping[str, Any]:
-        """Those of `count` steps, as `follow` takes them. own: the scheduler's timesteps."""
-        return of_steps(self.options, own, self.first or 0, count)
 
 
 class LoopDtypes(NamedTuple):
-    """The dtypes of a loop, and what its rows need beside a launch.
-
-    Attributes:
-        computed: that of the operator's sample.
-        prev, second: those of a step's results; `second` is None where it has one alone.
-        draws: those of each step's draws.
-        quiet: whether a row draws nothing.
-    """
+    """The dtypes of a loop: what the operator computes in, those of a step's results (`second` is None where it has one
+    alone), and those of each step's draws."""
 
     computed: torch.dtype
     prev: torch.dtype
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
-    quiet: list[bool]
 
 
-class TracedRows(NamedTuple):
+class LoopRows(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        key: which they are.
-        trace: what tracing found.
-        stepper: takes them, in order.
-        timesteps: of each row.
-        stateless: whether diffusers' own code, or other rows, may take a step in the middle of the loop: the scheduler
-            holds nothing but numbers of the steps before.
+        key: of which loop.
+        times: the timestep of each row.
+        trace, stepper: what tracing told of the loop; takes the rows.
+        has_history: whether a step reads what those before it left, so that diffusers' own code can't take one of them.
+        states: before each row, the numbers of the scheduler that steps read and change, such as its _step_index.
+        contents: of its other attributes, and of its class's, that they read.
         scheduler: as it was when the loop began, on the CPU.
         dtypes: by the dtypes of output and sample.
-        indexes: the scheduler's `_step_index` before each row; None where it has none.
-        counters: its other numbers that steps read and change: the name of each, and its value before each row.
+        proofs: of a step that somebody wrote himself, by shape, dtypes and device.
     """
 
-    key: RowsKey
+    key: LoopKey
+    times: Sequence[Any]
     trace: TraceResult
     stepper: RowStepper
-    timesteps: Sequence[Any] | Tensor
-    stateless: bool
+    has_history: bool
+    states: list[dict[str, Any]]
+    contents: dict[str, object]
     scheduler: Any
     dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
-    indexes: list[int | None]
-    counters: list[tuple[str, list[Any]]]
+    proofs: dict[object, Proof]
 
-    def __deepcopy__(self, memo: object) -> TracedRows:
+    def __deepcopy__(self, memo: object) -> LoopRows:
         return self
 
-    @property
-    def first(self) -> int:
-        """The place of the first row among the scheduler's timesteps; 0 where it is none of them."""
-        return self.key.first or 0
-
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-        """Those of the loop's results and draws, found by running it on few numbers of these dtypes."""
-        found = self.dtypes.get((output, sample))
-        if found is None:
-            found = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
-        return result_of(found)
+        """Those of the loop's results and draws, told by a run of it on few numbers of these dtypes."""
+        dtypes = self.dtypes.get((output, sample))
+        if dtypes is None:
+            dtypes = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
+        return result_of(dtypes)
+
+    def is_at(self, row: int, state: Mapping[str, Any]) -> bool:
+        """Whether a scheduler's numbers are those before a row: by these, its own step would take that one. Without an
+        index it would look for one by the timestep."""
+        numbers, index = self.states[row], "_step_index"
+        return all([state.get(n) == x or (n == index and state.get(n, 0) is None) for n, x in numbers.items()])
 
 
-class _Pickler(pickle.Pickler):
-    """Tensors by their values, and functions by their identity: where a scheduler holds a lambda, so do its rows."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor):
-            return tuple, (tensor_contents(obj),)
-        return (int, (id(obj),)) if isinstance(obj, types.FunctionType) else NotImplemented
+# ------------------------------------------------------------------------------------------------------------ cache
 
 
-def state_contents(state: Mapping[str, Any]) -> bytes:
-    """A key of a scheduler's state. Raises Fallback where it cannot be compared."""
-    file = io.BytesIO()
-    try:
-        _Pickler(file).dump(state)
-    except Exception as error:
-        raise Fallback(f"its state cannot be compared: {error}") from None
-    return file.getvalue()
+class CachedRows(NamedTuple):
+    """The rows of a scheduler with this config, whose attributes have these contents; or why there are none."""
 
-
-class Known(NamedTuple):
-    """What is known of loops of one setting.
-
-    Attributes:
-        attributes, items: the config's.
-        contents: of the other attributes on which that hangs, by name.
-        found: the rows, or why there are none.
-    """
-
-    attributes: dict[str, Any]
-    items: dict[str, Any]
+    config: Config
     contents: dict[str, object]
-    found: TracedRows | Fallback
+    rows: LoopRows | Fallback
 
 
-class RowsCache:
-    """The rows of loops, by class, settings, timesteps and options: loops of other objects find them, too. A setting
-    that was refused once is not tried again.
+def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: BoundedCache[Any]) -> LoopRows:
+    """The rows of a loop, from the cache where an object had the same state; what was refused once is not tried again.
+    Raises Fallback where there are none.
 
-    size: of how many kinds of loops it keeps the latest settings.
+    state: the attributes of an accelerated object of the class.
     """
-
-    def __init__(self, size: int) -> None:
-        self._known: BoundedCache[list[Known]] = BoundedCache(size)
-
-    def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
-        """The rows of a loop. Raises Fallback where there are none, or the state cannot be compared.
-
-        state: the attributes of an accelerated object of diffusers' class.
-        """
-        read: dict[str, object] = {}  # once from a GPU
-
-        def contents(name: str) -> object:
-            if name not in read:
-                read[name] = contents_of(state.get(name, MISSING))
-            return read[name]
-
-        own = tuple([(name, state[name]) for name in sorted(replaced(cls, state))])
-        known = self._known.get_or_make((cls, outside(cls), own, key), list)
-        for each in list(known):
-            if _has_config(state, each) and all([contents(name) == value for name, value in each.contents.items()]):
-                return result_of(each.found)
-        state = {name: value for name, value in state.items() if name not in OURS}
-        made = made_outside_autograd(trace_rows, new(cls), state, key)
-        names = {*REFUSED_BY} if isinstance(made, Fallback) else {"timesteps", *(made.trace.read or state)} - {CONFIG}
-        config = state[CONFIG]
-        each = Known(dict(vars(config)), dict(config), {name: contents(name) for name in names}, made)
-        # Rows are looked at first: what is refused in any state may have been traced in one that a loop begins in.
-        latest = known[: SETTINGS - 1]
-        known[:] = [each, *latest] if isinstance(made, TracedRows) else [*latest, each]
-        return result_of(made)
+    cached: list[CachedRows] = cache.get_or_make((cls, torch.get_default_dtype(), key), list)
+    config, content = config_of(state), functools.cache(functools.partial(content_of, cls, state))  # once from a GPU
+    for entry in cached:
+        if is_config(config, entry.config) and all(content(name) == x for name, x in entry.contents.items()):
+            return result_of(entry.rows)
+    read: set[str] = set()
+    made = made_outside_autograd(trace_rows, cls, state, key, read)
+    entry = CachedRows(config, {name: content(name) for name in _relevant(cls, state, read)}, made)
+    # Rows are looked at first: what is refused in any state may have been traced in one that a loop begins in.
+    latest = cached[: SETTINGS - 1]
+    cached[:] = [entry, *latest] if isinstance(made, LoopRows) else [*latest, entry]
+    return result_of(made)
 
 
-def _has_config(state: Mapping[str, Any], known: Known) -> bool:
+def config_of(state: Mapping[str, Any]) -> Config:
+    return dict(vars(state[CONFIG])), dict(state[CONFIG])
+
+
+def is_config(one: Config, other: Config) -> bool:
     try:
-        return bool(C.unchanged(state, (), known.attributes, known.items))
+        return one == other or _without_written(one) == _without_written(other)
     except ValueError:  # of arrays, which do not tell in one word whether they are equal
         return False
 
 
-def outside(cls: type) -> tuple[Any, ...]:
-    """What the rows of an object of diffusers' class hang on beside its attributes, such as replaced methods."""
-    return _methods(cls)[1](cls), torch.get_default_dtype()
+def _without_written(config: Config) -> list[dict[str, Any]]:
+    """The config without what diffusers writes into it when it is printed or saved."""
+    return [{name: x for name, x in part.items() if name not in WRITTEN} for part in config]
 
 
-def replaced(cls: type, state: Mapping[str, Any]) -> set[str]:
-    """The methods of diffusers' class that an object with this state has in its own place."""
-    return state.keys() & _methods(cls)[0]
+def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
+    """Of the names that a scheduler read, those of attributes, of methods, and of what neither it nor its class has. A
+    property reads other attributes, which are noted themselves."""
+    names = {*read, "timesteps"} - {CONFIG} - {name for name in read if name.startswith("__")}
+    return {name for name in names if name in state or not hasattr(getattr(cls, name, ABSENT), "__set__")}
 
 
-@functools.lru_cache(maxsize=64)
-def _methods(cls: type) -> tuple[set[str], Callable[[type], tuple[Any, ...]]]:
-    """The names of a class's methods, and a function that finds these."""
-    names = {name for base in cls.__mro__ for name, x in vars(base).items() if isinstance(x, types.FunctionType)}
-    return names, operator.attrgetter(*sorted(names))
+def content_of(cls: Any, state: Mapping[str, Any], name: str) -> object:
+    """A key of an attribute, of the class where the object has none. Raises Fallback where it cannot be compared."""
+    return _content(state[name] if name in state else getattr(cls, name, ABSENT))
 
 
-def contents_of(value: object) -> object:
-    """A key of an attribute. Raises Fallback where it cannot be compared."""
+def _content(value: Any) -> object:
     if isinstance(value, Tensor):
         return tensor_contents(value)
-    if type(value) is float:
-        return float, value.hex()  # by which NaN is the same, and -0 another
-    if value is MISSING or type(value) in CONSTANT:  # most are, and need no pickle
-        return type(value), value
-    if type(value) is list and CONSTANT.issuperset(map(type, value)):
-        return list, *map(contents_of, value)
-    if type(value) is np.ndarray and not value.dtype.hasobject:
+    if isinstance(value, np.ndarray | np.generic):
         return value.dtype, value.shape, value.tobytes()
-    return state_contents({"": value})
+    if type(value) is float:
+        return value.hex()  # by which NaN is the same, and -0 another
+    if isinstance(value, list | tuple):
+        return type(value), *map(_content, value)
+    if isinstance(value, dict):
+        return tuple((key, _content(x)) for key, x in value.items())
+    if value is ABSENT or isinstance(value, FunctionType | MethodType):
+        return value
+    if isinstance(value, HASHED):
+        return type(value), value
+    raise Fallback(f"its state cannot be compared: it holds a {type(value).__name__}")
 
 
-def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
-    """The rows from a step on. Raises Fallback where they are none.
+# ------------------------------------------------------------------------------------------------------------ rows
 
-    scheduler: an object of diffusers' class without its state.
-    """
-    scheduler.__dict__.update({name: x if type(x) in CONSTANT else copied(x) for name, x in state.items()})
-    own, first = scheduler.timesteps, key.first
-    if first is None:
-        times = torch.as_tensor(key.timestep, device="cpu")[None]
+
+def _recording_reads(scheduler: Any, read: set[str]) -> Any:
+    """The scheduler, which adds the names of its attributes that are read before they are written to `read`. So do its
+    copies."""
+    cls, written = type(scheduler), set()
+
+    class Recording(cls):  # type: ignore[misc,valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            if name not in written:
+                read.add(name)
+            return super().__getattribute__(name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            written.add(name)
+            super().__setattr__(name, value)
+
+    Recording.__name__, Recording.__qualname__ = cls.__name__, cls.__qualname__
+    scheduler.__class__ = Recording
+    return scheduler
+
+
+def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str]) -> LoopRows:
+    """The rows from a step on. read: gets the names of what the scheduler reads. Raises Fallback where it has none."""
+    scheduler, recording, first = new(cls), _recording_reads(new(cls), read), key.first
+    attributes = {n: x.detach().cpu() if isinstance(x, Tensor) else x for n, x in state.items() if n not in OURS}
+    vars(scheduler).update(attributes), vars(recording).update(attributes)
+    times: Any = scheduler.timesteps[first:]
+    if isinstance(key.kind, torch.dtype):
+        times = (times[:, None] if key.has_dim else times).to(key.kind)
     else:
-        times = own[first : first + 1 if key.alone else None] if first or key.alone else own
-    timesteps: Any = times
-    if not isinstance(key.kind, torch.dtype):
-        timesteps = [key.kind(t) for t in times.tolist()]
-    elif key.has_dim or key.kind is not times.dtype:
-        timesteps = (times[:, None] if key.has_dim else times).to(key.kind)
+        times = [key.kind(t) for t in times.tolist()]
     try:
-        trace = follow(scheduler, list(timesteps), key.options_of(own, len(timesteps)), dims=key.dims)
-        n = len(trace.steps)
-        if n < len(timesteps):
-            timesteps = timesteps[:n]
-        draws = np.zeros(n, np.int64)
-        if trace.noise.count(None) < n:
-            # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-            every = numbers("timestep", trace.columns["timestep"] if first is None else own)
-            draws = default_draws(every)[first or 0 :][:n]
-        columns = trace.columns | {"draw": draws}
+        options = options_of_steps(key.options, scheduler.timesteps, first, len(times))
+        trace = follow(recording, list(times), options, dims=key.dims)
+        n, columns = len(trace.steps), trace.columns
+        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
+        every = numbers("timestep", scheduler.timesteps)
+        columns = columns | {
+            "draw": default_draws(every)[first:][:n],
+            "cu": np.array(trace.of_last),
+            "c1": columns["c1"] - trace.of_last,
+        }
         packed = packed_rows(columns)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    if np.isnan(trace.own).any():
-        raise Fallback("what its step makes of a sample that somebody has edited is no row")
-    table = functools.partial(table_of_checked, columns)  # which few loops need; its finite numbers were proven
-    dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback] = {}
-    threshold = None
-    if trace.clip is not None and setting(scheduler, "thresholding"):
-        threshold = clip_of(scheduler.config)[1]
-    held = [step.holds_output for step in trace.steps]
-    stepper = RowStepper(table, trace.clip, threshold, held, packed=packed)
-    stateless = not (any([needs.keeps for needs in stepper.needs]) or any([step.stores for step in trace.steps]))
-    counted = counted_by(trace.steps, trace.read)
-    if first is None and not stateless:  # nobody knows at which timestep the next step is
-        raise Fallback("its timestep is none of the scheduler's")
-    indexes, counters = _values_before("_step_index", state, trace.steps), []
-    for name in counted - {"_step_index"}:
-        values = _values_before(name, state, trace.steps)
-        if CONSTANT.issuperset(map(type, values)):
-            counters.append((name, values))
-    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, dtypes, indexes, counters)
+    threshold = clip_of(scheduler.config)[1] if trace.clip is not None and setting(scheduler, "thresholding") else None
+    table = functools.partial(table_of_checked, columns)
+    stepper = RowStepper(table, trace.clip, threshold, holds_outputs=False, packed=packed)
+    if trace.scales is not None and not any(trace.of_last) and not any(step.scale_counts for step in trace.steps[1:]):
+        stepper = stepper.for_inputs(torch.from_numpy(np.append(trace.scales[1:], 1.0)).float())
+    else:
+        trace = trace._replace(scales=None)
+    keeps = any(trace.of_last) or any([needs.keeps for needs in stepper.needs])
+    has_history = keeps or any([step.stores for step in trace.steps])
+    counted, relevant = {name for step in trace.steps for name in step.state}, _relevant(cls, attributes, read)
+    states = [{name: attributes.get(name) for name in counted & relevant}]
+    for step in trace.steps[:-1]:
+        states.append({name: step.state.get(name, value) for name, value in states[-1].items()})
+    tensors = {name for each in states for name, value in each.items() if type(value) not in CONSTANT}
+    states = [{name: value for name, value in each.items() if name not in tensors} for each in states]
+    contents = {name: content_of(cls, attributes, name) for name in relevant - counted - {"_begin_index"}}
+    times = times[:n] if isinstance(times, list) else times[:n].flatten().tolist()
+    return LoopRows(key, times, trace, stepper, has_history, states, contents, scheduler, {}, {})
 
 
-def _values_before(name: str, state: Mapping[str, Any], steps: Sequence[Step]) -> list[Any]:
-    """Those of an attribute before each step of a loop that begins in a state."""
-    values = [state.get(name)]
-    for step in steps[:-1]:
-        values.append(step.state.get(name, values[-1]))
-    return values
-
-
-def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
+def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
     """LoopDtypes, of a run of the scheduler's own steps on two small samples."""
-    trace = rows.trace
-    x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
-    step = getattr(type(rows.scheduler), step_name(rows.scheduler))
-    is_watched = trace.read is not None and can_watch(rows.scheduler)
-    n, watch = len(rows.timesteps), Watch() if is_watched else None
-    options = dict(rows.key.options_of(rows.scheduler.timesteps, n))
-    options |= {"return_dict": False} if "return_dict" in parameters_of(step) else {}
+    key, steps = rows.key, rows.trace.steps
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
-    few = min(n, 2 if rows.stateless else FEW) if {output, sample} == {torch.float32} else n
+    n = len(steps)
+    few = min(n, FEW) if {output, sample} == {torch.float32} else n
+    times: Any = (
+        torch.tensor(rows.times, dtype=key.kind, device="cpu") if isinstance(key.kind, torch.dtype) else rows.times
+    )
+    times = list(times[:, None] if key.has_dim else times)[:few]
+    x, m = (torch.full((2, *[1] * (key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     try:
-        taken = observe(
-            rows.scheduler, list(rows.timesteps[:few]), lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
-            options, wide=False, watch=watch, tuples=False,
-        )  # fmt: skip
+        samples, outputs = ([each.clone() for _ in times] for each in (x, m))
+        options = options_of_steps(key.options, rows.scheduler.timesteps, key.first, n)
+        taken = observe(rows.scheduler, times, samples, outputs, lambda *_: x.double(), options, wide=False)
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
     prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
     if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
-    drawn = [each.step.draws for each in taken]
-    drawn += [[torch.float32] * len(step.draws) for step in trace.steps[few:]]
+    draws = [each.draws for each in taken] + [[torch.float32] * len(step.draws) for step in steps[few:]]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
-    computed = torch.promote_types(computed, second or computed)
-    quiet = [used is None and not draws for used, draws in zip(trace.noise, drawn, strict=True)]
-    return LoopDtypes(computed, prev, second, drawn, quiet)
+    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, draws)

@@ -17,7 +17,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.optional import calls_bar
 from ddpm_ext.integrations.diffusers.levels import OwnLevels
 from ddpm_ext.integrations.diffusers.pipeline_runs import Runs
-from ddpm_ext.integrations.diffusers.scheduler import clip_of
+from ddpm_ext.integrations.diffusers.scheduler import clip_of, reads_clip_sample
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import SAMPLERS
@@ -94,8 +94,8 @@ def tune_pipeline(
         teacher = _made(runs, SAMPLER, levels.grid())
         nodes = {seed: runs.record(teacher, seed).samples for seed in (*fitted_to, *held_out)}
         teacher_error = _check_teacher(runs, levels, held_out[0], nodes[held_out[0]][-1])
-        found = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
-        table = min(found, key=lambda each: each[1])[0]
+        fits = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
+        table = min(fits, key=lambda fit: fit[1])[0]
         own = _errors(runs, table, nodes, held_out)
         fitting, names = runs.calls, []
         for (sampler, spacing), other in _named_tables(runs, levels, steps):
@@ -165,10 +165,10 @@ def _named_tables(runs: Runs, levels: OwnLevels, steps: int) -> Iterator[tuple[t
 
 def _spaced(levels: int, steps: int, power: float) -> list[int]:
     """The teacher's steps at which a student's begin: the shares that remain are powers of evenly spaced ones."""
-    found = [round(levels * (1 - (1 - step / steps) ** power)) for step in range(steps)]
+    steps_at = [round(levels * (1 - (1 - step / steps) ** power)) for step in range(steps)]
     for step in range(1, steps):
-        found[step] = max(found[step], found[step - 1] + 1)
-    return [min(at, levels - steps + step) for step, at in enumerate(found)]
+        steps_at[step] = max(steps_at[step], steps_at[step - 1] + 1)
+    return [min(at, levels - steps + step) for step, at in enumerate(steps_at)]
 
 
 # --------------------------------------------------------------------------------------------------------------- fit
@@ -208,7 +208,7 @@ def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) ->
 
 def _notes(runs: Runs, call: dict[str, Any]) -> dict[str, Any]:
     config = runs.scheduler.config
-    clip, threshold = clip_of(config) if "clip_sample" in config else (None, None)
+    clip, threshold = clip_of(config) if reads_clip_sample(runs.scheduler) else (None, None)
     return {
         "prediction": runs.prediction,
         "clip": clip if threshold is None else str(threshold),

@@ -164,7 +164,8 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
         found = attempt(self._check_methods)
         if isinstance(found, Fallback):
             assert found.reason is not None
-            self.accelerated.record_fallback(self.library, method, found.reason)
+            if not self.accelerated.trace:  # else its steps are proven one by one
+                self.accelerated.record_fallback(self.library, method, found.reason)
             return peer_method(self, method)(*args, **kwargs)
         steps = take_loop(self, of_step, given, with_x0=progressive)
         if progressive:

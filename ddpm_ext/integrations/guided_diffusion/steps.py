@@ -15,6 +15,7 @@ from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of, timesteps_for
 from ddpm_ext.integrations.peer_diffusion import start_noise
+from ddpm_ext.integrations.proof import kinds_of
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import peer_method
 from ddpm_ext.integrations.tensors import (
@@ -176,9 +177,25 @@ def _take_own_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *_:
     return peer_method(peer, method)(given.model, x, t, **options)
 
 
+def _take_any_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *of_loop: Any) -> dict[str, Tensor]:
+    """One step, by the rows or by a method of somebody's own. Raises Fallback."""
+    functions = given.denoised_fn, getattr(given, "cond_fn", None)
+    code = [getattr(function, "__code__", function) for function in functions]  # the same of a lambda in each call
+    options = (given.clip_denoised, *code, kinds_of(given.model_kwargs))
+    result: dict[str, Tensor] = peer._step(  # noqa: SLF001 (of this package)
+        method,
+        x,
+        lambda: t.tolist(),
+        (*options, getattr(given, "eta", None)),
+        functools.partial(_take_step, method, peer, given, x, t, *of_loop),
+        functools.partial(_take_own_step, method, peer, given, x, t),
+    )
+    return result
+
+
 # By the peer's method: (peer, given, x, t, ...) takes a step, fused or by the peer's own code.
 STEPS: dict[str, Function] = {
-    method: with_fallback(method, _take_own_step)(functools.partial(_take_step, method))
+    method: with_fallback(method, _take_own_step)(functools.partial(_take_any_step, method))
     for method in ("p_sample", "ddim_sample", "ddim_reverse_sample")
 }
 

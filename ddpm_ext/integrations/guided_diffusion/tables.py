@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.fallback import Fallback, kept
+from ddpm_ext.integrations.fallback import Fallback, cached_with
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.grid import make_grid
@@ -38,7 +38,6 @@ SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPAR
 ARRAYS = (*SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
 OPTIONS = ("num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
 SPACED_OPTIONS = ("timestep_map", "original_num_steps")
-CACHED = 8  # samplers' rows
 LEAST = 1e-30  # of alphas_cumprod: below it, float32 is at the end of its range
 
 
@@ -115,7 +114,7 @@ class FusedTables:
         inverse = method == "ddim_reverse_sample"
         keep_eps = inverse and self.prediction == "eps" and not x0_changes
         make = self._inverse if inverse else self._ddim
-        return kept(self, CACHED, (method, eta, keep_eps), lambda: make(eta, keep_eps))
+        return cached_with(self, (method, eta, keep_eps), lambda: make(eta, keep_eps))
 
     def _ddim(self, eta: float, keep_eps: bool) -> KernelTables:
         if not 0 <= eta < math.inf:

@@ -120,7 +120,7 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
             own = drawn(seed, first, stream=2)
         yield Call(f"affine {noise}", "affine", {"x": x, **rows_of(affine, t), **own}, {"out": expected})
         if noise == "drawn" and x.dtype == torch.float32:
-            made = C.forward_process_and_noise(x, affine, t, 0, *rng["rng"].arguments(2))
+            made = C.forward_process_and_noise(x, affine, t, 0, None, True, *rng["rng"].arguments(2))
             both = dict(zip(("out", "noise"), made, strict=True))
             yield Call("affine and its noise", "affine", {"x": x, **rows_of(affine, t), **own}, both)
     if x.dtype == m.dtype:

@@ -112,17 +112,23 @@ class Call:
     def arguments(self, results: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """As the compiled modules take them; randn's for torch.ops."""
         given = {**self.tensors, **results, "log_variance": self.log_variance}
-        x, second, noise, out = map(given.get, ("x_t", "model_output", "noise", "out"))
+        x, second, noise = map(given.get, ("x_t", "model_output", "noise"))
+        written = [given["out"]] if "out" in given else []
         rng = (None, self.seed, self.ids, self.first_id, self.stream, self.draw, None)
         row = (self.table, self.t, self.t_index)
         if self.op == "randn":
             return list(x.shape), *rng
         if self.op == "forward_process":
-            return x, *row, noise, self.drawn, *rng, out
+            return x, *row, noise, self.drawn, *rng, *written
         if self.op not in TAKE_OUT:
             return x, second, *row
         options = map(given.get, STEP_INPUTS) if self.op == STEP else ()
-        return x, second, *row, *self.clip, noise, self.drawn, *rng, out, *options
+        return x, second, *row, *self.clip, noise, self.drawn, *rng, *written, *options, None
+
+    def run_by(self, module: Any, results: Mapping[str, Tensor]) -> Any:
+        """Calls the operator of a compiled module."""
+        name = f"{self.op}_out" if self.op != STEP and self.op in TAKE_OUT and "out" in results else self.op
+        return getattr(module, name)(*self.arguments(results))
 
     def __str__(self) -> str:
         layouts = {name: (t.dtype, tuple(t.shape), t.stride()) for name, t in self.tensors.items()}
@@ -132,7 +138,7 @@ class Call:
         if self.op == "randn":
             return {"out": torch.ops.ddpm_ext.randn(*self.arguments({}), dtype=self.x.dtype, device="cpu")}
         results = {name: self.result_like(name, self.x) for name in self.results} if self.op == STEP else {}
-        found = getattr(C, self.op)(*self.arguments(results))
+        found = self.run_by(C, results)
         return results or {"out": found}
 
     def result_like(self, name: str, like: Tensor) -> Tensor:
@@ -199,7 +205,7 @@ class Host:
             if call.op == "randn":
                 self.control.randn(*call.arguments({}), call.x.dtype)
             else:
-                getattr(self.operators, call.op)(*call.arguments(results))
+                call.run_by(self.operators, results)
         finally:
             self.control.instead(None, None, None, None, None)
 

@@ -1,0 +1,162 @@
+"""The arguments of a traced scheduler's step: which of them are tensors, and which are options of the loop's rows."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors, result_dtype
+from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
+from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.tensors import dtype_name
+from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, parameters_of_step
+
+OTHERS = ("generator", "return_dict")  # rows do not depend on these
+EMPTY = inspect.Parameter.empty
+# By their names in order: numbers, strings, None, TimestepOffset, and GIVEN for a tensor like the samples.
+Options = tuple[tuple[str, Any], ...]
+
+
+class TimestepOffset(NamedTuple):
+    """An option that is one of the scheduler's timesteps: so many after that of the step."""
+
+    steps: int
+
+
+class Signature(NamedTuple):
+    """What the step of a class takes.
+
+    Attributes:
+        inputs: the names of the model's output, the timestep and the sample.
+        are_known: whether these are names by which tracing can call it.
+        defaults: of all parameters. EMPTY: it has none, or rows do not depend on the argument.
+    """
+
+    inputs: tuple[str, ...]
+    are_known: bool
+    defaults: dict[str, Any]
+
+    @classmethod
+    def of(cls, scheduler: type) -> Signature:
+        defaults = {name: each.default for name, each in parameters_of_step(scheduler).items()}
+        inputs = input_names([*defaults])
+        are_known = all(name in names for name, names in zip(inputs, INPUTS, strict=False))
+        # A class that returns an object only where it is asked for one has other results then: that is an option.
+        free = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
+        return cls(inputs, are_known, defaults | dict.fromkeys(free, EMPTY))
+
+
+class Call(NamedTuple):
+    """The arguments of a step.
+
+    Attributes:
+        m, timestep, x: the model's output, the timestep without a dimension, and the sample.
+        has_dim: whether the timestep had a dimension.
+        options: every other argument but generator and return_dict.
+        tensors: those among the options, in the order of the options that are GIVEN.
+        others: the generator and whether to return an object, if they are given.
+    """
+
+    m: Tensor
+    timestep: Any
+    x: Tensor
+    has_dim: bool
+    options: Options
+    tensors: list[Tensor]
+    others: dict[str, Any]
+
+
+def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """A step's arguments. Raises Fallback where no row can take them."""
+    if not signature.are_known:
+        raise Fallback("its step has other arguments than model_output, timestep and sample")
+    defaults = signature.defaults
+    values: dict[str, Any] = {**dict(zip(defaults, args, strict=False)), **kwargs}
+    is_whole = all([name in values for name in signature.inputs])
+    if len(args) > len(defaults) or not values.keys() <= defaults.keys() or not is_whole:
+        raise Fallback  # diffusers rejects them
+    m, timestep, x = [values.pop(name) for name in signature.inputs]
+    if not are_tensors(x, m) or not isinstance(timestep, Tensor | numbers.Number):
+        raise Fallback
+    if "noise_sampler" in vars(scheduler):  # it takes a hundred times as long as all else in a step
+        raise Fallback("its noise is that of a Brownian path")
+    m = _mean(scheduler, m)
+    scheduler._check_step(x, m)  # noqa: SLF001 (of this package)
+    others = {name: values.pop(name) for name in OTHERS if name in values and defaults[name] is EMPTY}
+    options: list[tuple[str, Any]] = []
+    tensors: list[Tensor] = []
+    for name, value in sorted(values.items()):
+        if defaults[name] is EMPTY or (value is not None and value is not defaults[name]):
+            option = _option(scheduler, name, value, x, m, timestep)
+            tensors += [value] if option is GIVEN else []
+            options.append((name, option))
+    has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
+    if isinstance(timestep, Tensor) and has_dim:
+        timestep = _of_all(timestep, len(x))
+    return Call(m, timestep, x, has_dim, tuple(options), tensors, others)
+
+
+def _mean(scheduler: Any, m: Tensor) -> Tensor:
+    """The model's output without its variance, which some schedulers leave out."""
+    if type(scheduler).__name__ in OF_THREE_CHANNELS and m.shape[1:2] > (3,):
+        config = scheduler.config
+        if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
+            return m[:, :3]
+    return m
+
+
+def _of_all(timestep: Tensor, batch: int) -> Tensor:
+    """The one timestep that all samples have. Raises Fallback where there are several."""
+    if timestep.dim() > 1 or len(timestep) not in (1, batch):
+        raise Fallback("its timestep is not one number")
+    if timestep.stride(0) and len(timestep) > 1 and not bool((timestep == timestep[0]).all()):
+        raise Fallback("its samples have different timesteps")
+    return timestep[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, timestep: Any) -> Any:
+    """What an option is in Options. A timestep among the options is told by its index, so that it is the same
+    option in each step."""
+    if isinstance(value, Tensor) and value.dim():
+        if value.shape != x.shape:
+            raise Fallback(f"it is called with {name} of shape {tuple(value.shape)}")
+        scheduler._check_step(x, m, value)  # noqa: SLF001 (of this package)
+        if torch.promote_types(value.dtype, result_dtype(m, x)) not in (x.dtype, result_dtype(m, x)):
+            raise Fallback(f"{name} is {dtype_name(value.dtype)}")
+        return GIVEN
+    if isinstance(value, Tensor):
+        at, index = (scheduler._index_of(t) if isinstance(t, Tensor) else None for t in (value, timestep))  # noqa: SLF001
+        if at is None:
+            return value.item()
+        return scheduler._times()[at] if index is None else TimestepOffset(at - index)  # noqa: SLF001 (of this package)
+    if value is not None and not isinstance(value, numbers.Number | str):
+        raise Fallback(f"it is called with {name}")
+    return value
+
+
+def options_of_steps(options: Options, timesteps: Tensor, first: int, count: int) -> Mapping[str, Any]:
+    """Those of `count` steps from an index on, as tracing takes them. Where a step has no such timestep before or after
+    it, that is None. timesteps: the scheduler's."""
+    of_steps = dict(options)
+    for name, value in options:
+        if isinstance(value, TimestepOffset):
+            indices = range(first + value.steps, first + value.steps + count)
+            of_steps[name] = [timesteps[i].item() if 0 <= i < len(timesteps) else None for i in indices]
+    return of_steps
+
+
+def options_at(options: Options, index: int, count: int) -> Options:
+    """Those of the step at an index, of `count`, without a timestep that is not there."""
+
+    def is_there(value: Any) -> bool:
+        return not isinstance(value, TimestepOffset) or 0 <= index + value.steps < count
+
+    return tuple([option for option in options if is_there(option[1])])

@@ -1,0 +1,82 @@
+"""Whose code an object's methods are. Steps are replaced without being asked for where they are the library's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+DIFFUSERS = "diffusers"
+# What a subclass of a scheduler may define: a step calls none of these, and reads what they leave in attributes.
+FREE = {"__init__", "set_timesteps"}
+STEPS = ("step", "step_pred", "scale_model_input")
+HOOKS = {"__getattribute__", "__getattr__", "__setattr__", "__delattr__"}  # these change what attributes are
+
+
+def is_code_of(function: Any, *packages: str) -> bool:
+    """Whether a function, and all functions that it decorates, are code of these packages or of torch."""
+    while function is not None:
+        module = getattr(function, "__globals__", {}).get("__name__", "")
+        if not any(module == name or module.startswith(f"{name}.") for name in (*packages, "torch")):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def is_sampler_of_k_diffusion(function: Callable[..., Any]) -> bool:
+    """Whether a function is one of k-diffusion's samplers, or of a copy of them, as ComfyUI and Forge have."""
+    home = "k_diffusion.sampling"
+    name = getattr(function, "__module__", None) or ""
+    return (name == home or name.endswith(f".{home}")) and is_code_of(function, name)
+
+
+def foreign_method(cls: type, state: Mapping[str, Any]) -> str | None:
+    """The name of a method by which a scheduler's step may run code that is not diffusers'; None where all is its own.
+
+    A subclass may have methods with new names, `__init__` and `set_timesteps`. Properties may stand for any attribute,
+    so they count as foreign.
+
+    Args:
+        cls: the object's own class. state: its attributes.
+    """
+    names = _methods(cls)
+    if not names.isdisjoint(state):
+        return min(names & state.keys())
+    return _foreign(cls, tuple([getattr(cls, name) for name in names]))
+
+
+def library_class(cls: type) -> type:
+    """The first class among a scheduler's ancestors that diffusers has defined."""
+    return next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == DIFFUSERS)
+
+
+@functools.cache
+def _methods(cls: type) -> frozenset[str]:
+    """The names of the methods of diffusers' class that a step may call."""
+    known = library_class(cls)
+    return frozenset(
+        name for name in dir(known) if callable(getattr(known, name)) and not name.startswith("__") and name not in FREE
+    )
+
+
+@functools.lru_cache(256)
+def _foreign(cls: type, methods: tuple[Any, ...]) -> str | None:
+    """foreign_method, for a class whose methods are these."""
+    known = library_class(cls)
+    for base in cls.__mro__[: cls.__mro__.index(known)]:
+        for name, value in vars(base).items():
+            if name in HOOKS or not (name.startswith("__") or name in FREE or _is_new(name, value, known)):
+                return name
+    own_steps = [getattr(cls, name, None) for name in STEPS]  # also where no class of diffusers has one
+    for method in (*methods, *[step for step in own_steps if step is not None]):
+        if not is_code_of(getattr(method, "__func__", method), DIFFUSERS, "huggingface_hub"):
+            return str(getattr(method, "__name__", method))
+    return None
+
+
+def _is_new(name: str, value: Any, known: type) -> bool:
+    """Whether an attribute of a subclass overrides nothing of diffusers' class."""
+    if isinstance(getattr(known, name, None), property) or isinstance(value, property):
+        return False
+    is_plain = not hasattr(value, "__get__")  # a number, a list
+    return (is_plain and not callable(getattr(known, name, None))) or not hasattr(known, name)

@@ -1,0 +1,236 @@
+"""A sampler that somebody wrote himself, with k-diffusion's signature.
+
+In the first loop of each kind the function runs on the loop's own samples and model, and its result is what the loop
+gets. Its rows are compared with it between two calls of the model. Where they agree, they take the loops after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.integrations.proof import Proof, kinds_of, setting_of
+from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows_untold
+from ddpm_ext.ops.noise import Philox, randn, rng_of_many
+from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tables.trace import TraceResult, follow_function
+from ddpm_ext.tables.trace_function import ModelLike
+from ddpm_ext.tables.trace_run import Observed
+
+CACHED = 32
+NoiseSampler = Callable[[Tensor, Tensor], Tensor]
+
+
+def rows_of_function(
+    function: Callable[..., Tensor], levels: Tensor, options: Mapping[str, Any], model: object
+) -> tuple[SigmaRows, TraceResult]:
+    """The rows of a function's steps, and what tracing knows of them. Raises ValueError where the steps are no rows."""
+    traced = follow_function(function, levels, options, model)
+    table = StepTable(**traced.columns)
+    return SigmaRows.of(table, list(traced.begins) or first_rows_untold(table, levels[:-1])), traced
+
+
+def _state(function: Callable[..., Any]) -> list[Any]:
+    """What a function reads besides its arguments and globals: the variables that it encloses, and its object's."""
+    cells = getattr(function, "__closure__", None) or ()
+    return [*[cell.cell_contents for cell in cells], *vars(getattr(function, "__self__", SimpleNamespace())).values()]
+
+
+class TracedLoop(NamedTuple):
+    """A function's loop over some sigmas.
+
+    Attributes:
+        rows, proofs: its rows, and their proofs by shape, dtype and device of the samples.
+        draws: of each row, the number of the draw that is its noise.
+        leads: whether the first row comes before the model is called.
+        why_not: why there are no rows.
+    """
+
+    rows: SigmaRows | None
+    proofs: dict[object, Proof]
+    draws: list[int | None]
+    leads: bool = False
+    why_not: str = ""
+
+
+class OwnSampler:
+    """A function of somebody's own. Its rows belong to this object."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self._parameters = inspect.signature(function).parameters
+        self._loops: BoundedCache[tuple[TracedLoop, Any]] = BoundedCache(CACHED)  # with what the keys are of
+        self._warned: set[str] = set()
+
+    def proven_rows(
+        self, levels: Tensor, options: Mapping[str, Any], model: object, x: Tensor, others: Mapping[str, Any]
+    ) -> SigmaRows | None:
+        """The rows that have been proven for such samples, or None."""
+        loop, proof = self._loop(levels, options, model, x, others)
+        return loop.rows if proof is not None and loop.rows and len(proof.holds) == len(loop.draws) else None
+
+    def _loop(
+        self, levels: Tensor, options: Mapping[str, Any], model: object, x: Tensor, others: Mapping[str, Any]
+    ) -> tuple[TracedLoop, Proof | None]:
+        """The loop of these settings, and the proof of its rows for such samples."""
+        values = [*options.values(), *_state(self.function)]
+        passed_on = kinds_of(others["extra_args"]), others["callback"] is None, others["disable"]
+        key = (tuple(levels.tolist()), *options, *map(setting_of, values), *passed_on)
+        loop, _ = self._loops.get_or_make(key, lambda: (self._traced(levels, options, model), values))
+        if loop.rows is None:
+            return loop, None
+        return loop, loop.proofs.setdefault((x.shape, x.dtype, x.device), Proof())
+
+    def _traced(self, levels: Tensor, options: Mapping[str, Any], model: object) -> TracedLoop:
+        try:
+            rows, traced = rows_of_function(self.function, levels, options, model)
+        except Exception as error:  # somebody's code, on samples that are not his
+            return TracedLoop(None, {}, [], why_not=str(error))
+        if traced.asks:
+            return TracedLoop(None, {}, [], why_not="it reads attributes of the model")
+        return TracedLoop(rows, {}, traced.noise, traced.leads)
+
+    def run(
+        self,
+        levels: Tensor,
+        options: Mapping[str, Any],
+        model: Callable[..., Tensor],
+        x: Tensor,
+        sigmas: Tensor,
+        noise_sampler: NoiseSampler | None,
+        rng: Philox | None,
+        **others: Any,
+    ) -> Tensor:
+        """What the function returns. others: extra_args, callback and disable."""
+        loop, proof = self._loop(levels, options, model, x, others)
+        why_not = loop.why_not if proof is None else proof.failed
+        if why_not is not None:
+            self._warn(why_not)
+            proof = None
+        if proof is not None and noise_sampler is None and any(draw is not None for draw in loop.draws):
+            rng = rng_of_many(rng, x.device)
+        run_of_both = _SideBySideRun(loop, proof, x, noise_sampler, rng)
+        others["noise_sampler"] = run_of_both.sampled
+        arguments = {name: value for name, value in others.items() if name in self._parameters}
+        if proof is None and rng is None and noise_sampler is None:
+            arguments.pop("noise_sampler", None)
+            return self.function(model, x, sigmas, **arguments, **options)
+        with run_of_both.observed:
+            result = self.function(run_of_both.model_for(model), x, sigmas, **arguments, **options)
+        run_of_both.finish_row(result)
+        if proof is not None and proof.failed is not None:
+            self._warn(proof.failed)
+        return result
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            name = getattr(self.function, "__name__", "the sampler")
+            warnings.warn(f"{name} runs as it is: {reason}", stacklevel=5)
+
+
+class _SideBySideRun:
+    """A run of the function, and of its rows run_of_both it. It hands out the noise, which both get.
+
+    Attributes:
+        observed: hands it out where the function draws it itself.
+    """
+
+    def __init__(
+        self, loop: TracedLoop, proof: Proof | None, x: Tensor, noise_sampler: NoiseSampler | None, rng: Philox | None
+    ) -> None:
+        self._loop, self._proof, self._like = loop, proof, x
+        self._noise_sampler, self._rng, self._drawn = noise_sampler, rng, 0
+        self.observed = Observed(x.shape, lambda _, count: self._noise(count, None), wide=False)
+        self._row = -1  # which is under way; -1 before the first
+        self._inputs: tuple[Tensor, Tensor] | None = None  # its sample and output
+        self._noises: dict[int, Tensor] = {}  # what was drawn in it
+        self._ring: tuple[Tensor, ...] = ()
+        if loop.leads:
+            self._begin_row(x, x)
+
+    def model_for(self, model: Callable[..., Any]) -> Any:
+        """The model, whose calls are seen. It has the model's class, which the function may ask for."""
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with self.observed.paused():
+                self.finish_row(x)
+                m = model(x, *args, **kwargs)
+                if isinstance(m, Tensor):
+                    self._begin_row(x, m)
+                elif self._proof is not None:
+                    self._proof.failed = f"the model returns a {type(m).__name__}"
+                return m
+
+        if inspect.isroutine(model):
+            return functools.wraps(model)(call)
+        cls = type(model)
+        try:
+            seen: Any = object.__new__(
+                type(cls.__name__, (cls,), {"__call__": lambda _, *args, **kwargs: call(*args, **kwargs)})
+            )
+            seen.__dict__ = model.__dict__
+        except (TypeError, AttributeError):  # a class that cannot be derived from, such as functools.partial
+            return ModelLike(call, model)
+        return seen
+
+    def sampled(self, *levels: Any) -> Tensor:
+        """The function's noise_sampler."""
+        with self.observed.paused():
+            count = len(self.observed.draws)
+            self.observed.draws.append(self._like.dtype)
+            return self._noise(count, levels)
+
+    def _noise(self, count: int, levels: tuple[Any, ...] | None) -> Tensor:
+        """The noise of the count-th draw in a row. levels: given where the function asks its noise_sampler."""
+        x, draws = self._like, self._loop.draws
+        is_used = self._proof is not None and 0 <= self._row < len(draws) and draws[self._row] == count
+        if self._noise_sampler is not None and (levels is not None or is_used):
+            z = self._noise_sampler(*(levels or self._levels_of(self._row)))
+        elif self._rng is not None and (is_used or self._proof is None):
+            number = self._row if is_used else self._drawn
+            z = randn(x.shape, self._rng, draw=number, device=x.device).to(x.dtype)
+        else:
+            z = torch.randn(x.shape, device=x.device, dtype=x.dtype)
+        self._drawn += 1
+        if is_used:
+            self._noises[self._row] = z.clone()
+        return z
+
+    def _levels_of(self, row: int) -> tuple[Tensor, Tensor]:
+        """The sigmas between which a row leads, as later loops give them to a noise_sampler."""
+        rows = self._loop.rows
+        assert rows is not None
+        first = next(step[0] for step in rows.steps if row in step)
+        sigmas = rows.sigma[first], rows.arrives[row]
+        return sigmas[0].to(self._like), sigmas[1].to(self._like)
+
+    def _begin_row(self, x: Tensor, m: Tensor) -> None:
+        self._row += 1
+        self.observed.begin(self._row)
+        self._inputs = None if self._proof is None else (x.clone(), m.clone())
+
+    def finish_row(self, x: Tensor) -> None:
+        """Compares the row that is under way with where the function has come to."""
+        rows, proof, i = self._loop.rows, self._proof, self._row
+        if rows is None or proof is None or proof.failed is not None or self._inputs is None:
+            return
+        if i >= len(self._loop.draws) or (self._loop.draws[i] is not None and i not in self._noises):
+            proof.failed = "it calls the model or draws noise at other steps than its rows"
+            return
+        sample, m = self._inputs
+        sample = sample.to(torch.promote_types(sample.dtype, m.dtype))
+        z = self._noises.get(i)
+        inputs = {} if z is None else {"noise": z.to(sample.dtype)}
+        prev, kept = rows.stepper.take(i, sample, m, self._ring, inputs)
+        size = rows.stepper.largest_term(i, sample, m, self._ring)
+        self._ring = self._ring if kept is None else (kept, *self._ring[:2])
+        proof.compare(i, (prev,), (x,), size)
