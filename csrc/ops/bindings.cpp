@@ -1,33 +1,21 @@
 // The Python module ddpm_ext._C: the operators for eager calls (ops/eager.h), and what Python asks of the build.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/Device.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "core/philox.h"
 #include "core/step.h"
 #include "cpu/operators.h"
-#include "ops/checks.h"
 #include "ops/direct_call.h"
 #include "ops/eager.h"
-#include "ops/fastcall.h"
-#include "ops/library.h"
-#include "ops/repeated_call.h"
 #include "ops/result_memory.h"
-#include "ops/table_step.h"
 
 namespace py = pybind11;
 using at::Tensor;
-using ddpm_ext::OptionalTensor;
 using namespace py::literals;
 
 namespace {
-
-// Python passes all inputs by position. The noise comes with the source.
-void step_with_options(DDPM_STEP_PARAMETERS) {
-  using namespace ddpm_ext;
-  eager::step_with_options(DDPM_GIVEN, DDPM_ROWS, clip_min, clip_max, DDPM_SOURCE);
-}
 
 // The kernels' own Philox, for the tests with the published vectors.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
@@ -72,30 +60,18 @@ py::dict result_memory() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  // For the exceptions that this module itself raises. torch translates all others.
-  py::register_local_exception_translator([](std::exception_ptr p) {
+  // Errors of torch and of its modes become those of Python that torch itself raises. pybind11 translates all others.
+  py::register_local_exception_translator([](std::exception_ptr error) {
     try {
-      if (p) std::rethrow_exception(p);
-    } catch (const c10::TypeError& e) {
-      PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
-    } catch (const c10::ValueError& e) {
-      PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+      if (error) std::rethrow_exception(error);
+    } catch (const c10::Error&) {
+      torch::translate_exception_to_python(error);
+    } catch (const python_error&) {
+      torch::translate_exception_to_python(error);
     }
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  using namespace ddpm_ext::fastcall;
-  namespace eager = ddpm_ext::eager;
-  ddpm_ext::define_repeated_call(m);
-  ddpm_ext::define_table_step(m);
-  Function<&eager::reverse_step>::define(m, "reverse_step");
-  Function<&step_with_options>::define(m, "step_with_options");
-  Function<&eager::x_start_scale>::define(m, "x_start_scale");
-  Function<&eager::output_scale>::define(m, "output_scale");
-  Function<&eager::forward_process>::define(m, "forward_process");
-  Function<&eager::forward_process_and_noise>::define(m, "forward_process_and_noise");
-  Function<&eager::diffusion_loss>::define(m, "diffusion_loss");
-  Function<&eager::predict_start>::define(m, "predict_start");
-  Function<&eager::posterior_mean>::define(m, "posterior_mean");
+  ddpm_ext::eager::define(m);
   m.def("draw_seed", &ddpm_ext::draw_seed);
   // Torch 2.7 does not have this in Python.
   m.def("has_saved_tensors_hooks", [] { return at::SavedTensorDefaultHooks::get_hooks().has_value(); });
@@ -103,7 +79,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("row_names",
         [] { return std::vector<std::string>(std::begin(ddpm_ext::kRowNames), std::end(ddpm_ext::kRowNames)); });
   m.def("build_info", &build_info);
-  Function<&empty_result_like>::define(m, "empty_result_like");
+  m.def("empty_result_like", &empty_result_like);
   m.def("result_memory", &result_memory);
   m.def("release_result_memory", &ddpm_ext::release_result_memory, Unlocked());
   m.def("limit_result_memory", &ddpm_ext::limit_result_memory, Unlocked());

@@ -12,10 +12,12 @@ namespace ddpm_ext {
 // An argument and its name, for the message.
 struct Named {
   const char* name;
-  const Tensor* tensor;  // null: it was not given
+  const Tensor* tensor;  // null: it was not given, or is a number
 
   Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
-  Named(const char* name, const OptionalTensor& t) : name(name), tensor(t.has_value() ? &*t : nullptr) {}
+  Named(const char* name, const OptionalTensor& t) : name(name), tensor(pointer(t)) {}
+  template <class Number>
+  Named(const char* name, const Number&) : name(name), tensor(nullptr) {}
 };
 
 // Whether no mode is active and every tensor is an ordinary one of the CPU or of CUDA, so that a kernel may be called
@@ -31,6 +33,6 @@ void check_agreement(const char* op, at::ArrayRef<Named> tensors);
 bool needs_dispatcher(const char* op, at::ArrayRef<Named> tensors);
 
 // Raises ValueError if a tensor requires a gradient that `recorder` would not record.
-void refuse_grad(const char* op, at::ArrayRef<Named> tensors, const char* recorder = "out=");
+void refuse_grad(const char* op, at::ArrayRef<Named> tensors, const char* recorder);
 
 }  // namespace ddpm_ext

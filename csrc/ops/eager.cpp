@@ -1,3 +1,6 @@
+// The operators of eager calls: without torch's dispatcher, which would cost more than the arithmetic of a small step,
+// unless it has something to do (ops/direct_call.h). Python passes the arguments of the schema by position, and behind
+// them those that only a direct call takes.
 #include "ops/eager.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -7,43 +10,83 @@
 #include "ops/direct_call.h"
 #include "ops/library.h"
 
-// An operator of the dispatcher, which is looked up once.
-#define DDPM_OPERATOR(name, overload, ...)                                                                \
-  [] {                                                                                                    \
-    static const auto op =                                                                                \
-        c10::Dispatcher::singleton().findSchemaOrThrow("ddpm_ext::" name, overload).typed<__VA_ARGS__>(); \
-    return op;                                                                                            \
-  }()
-#define DDPM_NAMED_RNG(rng) \
-  {"sample_ids", rng.sample_ids}, {"seed", rng.seed}, { "draw", rng.draw_data }
-#define DDPM_RECORD(name) RECORD_FUNCTION("ddpm_ext::" name, std::vector<c10::IValue>())
+namespace py = pybind11;
 
 namespace ddpm_ext::eager {
+namespace {
 
-Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& rows, double clip_min, double clip_max,
-                    const NoiseSource& source, const OptionalTensor& out) {
-  const std::initializer_list<Named> tensors = {
-      {"x_t", x_t},  {"model_output", model_output}, {"noise", source.noise}, {"out", out}, {"table", rows.table},
-      {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
-  if (out.has_value()) refuse_grad("reverse_step", tensors);
-  if (needs_dispatcher("reverse_step", tensors)) {
-    if (!out.has_value())
-      return DDPM_OPERATOR("reverse_step", "", decltype(library::reverse_step))
-          .call(x_t, model_output, DDPM_OF_ROWS, clip_min, clip_max, DDPM_OF_SOURCE);
-    Tensor result = *out;
-    DDPM_OPERATOR("reverse_step", "out", decltype(library::reverse_step_out))
-        .call(x_t, model_output, DDPM_OF_ROWS, clip_min, clip_max, DDPM_OF_SOURCE, result);
-    return result;
-  }
-  DDPM_RECORD("reverse_step");
-  return ddpm_ext::reverse_step(x_t, model_output, rows, clip_min, clip_max, source, out);
+// To let other Python threads run meanwhile takes longer than an operator on a CPU with at most as many elements.
+constexpr int64_t kBrief = 8192;
+
+bool is_brief(const Tensor& x) {
+  return x.is_cpu() && !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && x.numel() <= kBrief;
 }
 
-void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& source, const OptionalTensor& out) {
-  const std::initializer_list<Named> tensors = {{"x_t", x_t},  {"noise", source.noise},
-                                                {"out", out},  {"table", rows.table},
-                                                {"t", rows.t}, DDPM_NAMED_RNG(source.rng)};
-  if (plain(tensors)) return ddpm_ext::check_reverse_step(x_t, rows, source, out);
+const char* shown_name(const c10::Argument& argument) {
+  return argument.name() == "draw_data" ? "draw" : argument.name().c_str();  // Philox has one name for both
+}
+
+template <class Signature>
+struct Operator;
+
+template <class Result, class... Args>
+struct Operator<Result(Args...)> {
+  // Defines a function of Python that calls `direct`, or torch's operator where the dispatcher has something to do:
+  // that of the same name, or `of_schema`. `recorder` is what records no gradients, for the message; null if they are
+  // recorded.
+  template <class Direct, class... Extra>
+  static void define(py::module_& m, const char* name, Direct (*direct)(Args..., Extra...),
+                     const char* recorder = nullptr, const char* of_schema = nullptr, const char* overload = "") {
+    const std::string full = std::string("ddpm_ext::") + (of_schema == nullptr ? name : of_schema);
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), overload).typed<Result(Args...)>();
+    m.def(name, [=](Args... args, Extra... extra) -> Direct {
+      const c10::FunctionSchema& schema = op.schema();
+      const char* const name = schema.name().c_str() + sizeof("ddpm_ext::") - 1;
+      const c10::Argument* argument = schema.arguments().data();
+      const Named tensors[] = {Named(shown_name(*argument++), args)...};
+      std::optional<py::gil_scoped_release> unlocked;
+      if (!is_brief(*tensors[0].tensor)) unlocked.emplace();
+      if (recorder != nullptr) refuse_grad(name, tensors, recorder);
+      if (needs_dispatcher(name, tensors)) {
+        if constexpr (std::is_same_v<Direct, Result>)
+          return op.call(args...);
+        else
+          return {op.call(args...), Tensor()};
+      }
+      RECORD_FUNCTION(schema.name().c_str(), std::vector<c10::IValue>());
+      return direct(args..., extra...);
+    });
+  }
+};
+
+// `on_host` is the same table on the CPU.
+Rows with_host(Rows rows, const OptionalTensor& on_host) {
+  const Tensor& table = rows.table;
+  if (on_host.has_value())
+    TORCH_CHECK_VALUE(on_host->is_cpu() && on_host->scalar_type() == table.scalar_type() && on_host->is_contiguous() &&
+                          on_host->sizes() == table.sizes(),
+                      "TableStep: on_host is ", on_host->scalar_type(), " ", on_host->sizes(), " on ",
+                      on_host->device(), ", expected a contiguous ", table.scalar_type(), " ", table.sizes(),
+                      " on the CPU");
+  rows.on_host = pointer(on_host);
+  return rows;
+}
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_PARAMETERS, double clip_min,
+                    double clip_max, DDPM_SOURCE_PARAMETERS, const OptionalTensor& on_host) {
+  return ddpm_ext::reverse_step(x_t, model_output, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE, {});
+}
+
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_PARAMETERS, double clip_min,
+                      double clip_max, DDPM_SOURCE_PARAMETERS, Tensor& out, const OptionalTensor& on_host) {
+  ddpm_ext::reverse_step(x_t, model_output, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE, out);
+}
+
+// Checks these arguments of a step before a model is called.
+void check_reverse_step(const Tensor& x_t, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, const OptionalTensor& out) {
+  const Named tensors[] = {{"x_t", x_t},   {"table", table},           {"t", t},     {"noise", noise},
+                           {"seed", seed}, {"sample_ids", sample_ids}, {"out", out}, {"draw", draw_data}};
+  if (plain(tensors)) return ddpm_ext::check_reverse_step(x_t, DDPM_ROWS, DDPM_SOURCE, out);
   if (out.has_value()) {
     check_not_negated("reverse_step", "out", *out);
     dtype_of("reverse_step", "out", out->scalar_type());
@@ -51,115 +94,56 @@ void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& 
   check_agreement("reverse_step", tensors);
 }
 
-#define DDPM_INPUT_ARGUMENT(name) , optional(given[Role::name])
-#define DDPM_FACTOR_ARGUMENT(name) , optional(given[Factor::name])
-#define DDPM_FLAG_ARGUMENT(name, ...) , given.name
-#define DDPM_RESULT_ARGUMENT(name, ...) , optional(given[Result::name])
-
-void step_with_options(StepInputs given, const Rows& rows, double clip_min, double clip_max,
-                       const NoiseSource& source) {
-  constexpr const char* name = "step_with_options";
-  given[Role::noise] = pointer(source.noise);
-  c10::SmallVector<Named, 32> tensors = {{"x_t", *given[Role::x_t]}, {"table", rows.table}};
-  for (const Named& each : std::initializer_list<Named>{{"t", rows.t}, DDPM_NAMED_RNG(source.rng)})
-    if (each.tensor != nullptr) tensors.push_back(each);
-  const auto add = [&](const char* const* names, at::ArrayRef<const Tensor*> each) {
-    for (size_t i = 0; i < each.size(); ++i)
-      if (each[i] != nullptr) tensors.emplace_back(names[i], *each[i]);
-  };
-  add(kRoleNames, given.inputs), add(kFactorNames, given.factors), add(kResultNames, given.results);
-  refuse_grad(name, tensors, "it");
-  if (needs_dispatcher(name, tensors))
-    return DDPM_OPERATOR("step_with_options", "", decltype(library::step_with_options))
-        .call(*given[Role::x_t], optional(given[Role::model_output]), DDPM_OF_ROWS, clip_min, clip_max, DDPM_OF_SOURCE,
-              *given[Result::out] DDPM_STEP_INPUTS(DDPM_INPUT_ARGUMENT, DDPM_INPUT_ARGUMENT, DDPM_FACTOR_ARGUMENT,
-                                                   DDPM_FLAG_ARGUMENT, DDPM_RESULT_ARGUMENT));
-  DDPM_RECORD("step_with_options");
-  ddpm_ext::step_with_options(given, rows, clip_min, clip_max, source);
+void step_with_options(DDPM_STEP_PARAMETERS, const OptionalTensor& on_host) {
+  ddpm_ext::step_with_options(DDPM_GIVEN, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE);
 }
 
-Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
-                     const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
-                     const OptionalTensor& uncond_output, const OptionalTensor& output_scale) {
-  const std::initializer_list<Named> tensors = {
-      {"x_t", x_t}, {"model_output", model_output},   {"table", table},
-      {"t", t},     {"uncond_output", uncond_output}, {"output_scale", output_scale}};
-  refuse_grad("x_start_scale", tensors, "it");
-  if (needs_dispatcher("x_start_scale", tensors))
-    return DDPM_OPERATOR("x_start_scale", "", decltype(ddpm_ext::x_start_scale))
-        .call(x_t, model_output, table, t, t_index, quantile, maximum, uncond_output, output_scale);
-  DDPM_RECORD("x_start_scale");
-  return ddpm_ext::x_start_scale(x_t, model_output, table, t, t_index, quantile, maximum, uncond_output, output_scale);
+Tensor forward_process(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS) {
+  return ddpm_ext::forward_process(x_start, DDPM_ROWS, DDPM_SOURCE, {});
 }
 
-Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, double guidance, double rescale) {
-  const std::initializer_list<Named> tensors = {{"model_output", model_output}, {"uncond_output", uncond_output}};
-  refuse_grad("output_scale", tensors, "it");
-  if (needs_dispatcher("output_scale", tensors))
-    return DDPM_OPERATOR("output_scale", "", decltype(ddpm_ext::output_scale))
-        .call(model_output, uncond_output, guidance, rescale);
-  DDPM_RECORD("output_scale");
-  return ddpm_ext::output_scale(model_output, uncond_output, guidance, rescale);
+void forward_process_out(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, Tensor& out) {
+  ddpm_ext::forward_process(x_start, DDPM_ROWS, DDPM_SOURCE, out);
 }
 
-Tensor forward_process(const Tensor& x_start, const Rows& rows, const NoiseSource& source, const OptionalTensor& out) {
-  const std::initializer_list<Named> tensors = {{"x_start", x_start}, {"noise", source.noise},
-                                                {"out", out},         {"table", rows.table},
-                                                {"t", rows.t},        DDPM_NAMED_RNG(source.rng)};
-  if (out.has_value()) refuse_grad("forward_process", tensors);
-  if (needs_dispatcher("forward_process", tensors)) {
-    if (!out.has_value())
-      return DDPM_OPERATOR("forward_process", "", decltype(library::forward_process))
-          .call(x_start, DDPM_OF_ROWS, DDPM_OF_SOURCE);
-    Tensor result = *out;
-    DDPM_OPERATOR("forward_process", "out", decltype(library::forward_process_out))
-        .call(x_start, DDPM_OF_ROWS, DDPM_OF_SOURCE, result);
-    return result;
-  }
-  DDPM_RECORD("forward_process");
-  return ddpm_ext::forward_process(x_start, rows, source, out);
+std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, DDPM_ROWS_PARAMETERS,
+                                                     DDPM_SOURCE_PARAMETERS) {
+  return ddpm_ext::forward_process_and_noise(x_start, DDPM_ROWS, DDPM_RNG);
 }
 
-std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Rows& rows, const Rng& rng) {
-  if (needs_dispatcher("forward_process",
-                       {{"x_start", x_start}, {"table", rows.table}, {"t", rows.t}, DDPM_NAMED_RNG(rng)}))
-    return {eager::forward_process(x_start, rows, {{}, true, rng}, {}), Tensor()};
-  DDPM_RECORD("forward_process");
-  return ddpm_ext::forward_process_and_noise(x_start, rows, rng);
-}
-
-std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start, const Rows& rows,
-                                          int64_t kind, double delta, const OptionalTensor& noise, const Rng& rng,
-                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean,
-                                          bool overwrite_noise) {
-  if (needs_dispatcher("diffusion_loss", {{"model_output", model_output},
-                                          {"x_start", x_start},
-                                          {"noise", noise},
-                                          {"table", rows.table},
-                                          {"t", rows.t},
-                                          DDPM_NAMED_RNG(rng)}))
-    return DDPM_OPERATOR("diffusion_loss", "", decltype(library::diffusion_loss))
-        .call(model_output, x_start, DDPM_OF_ROWS, kind, delta, noise, DDPM_OF_RNG(rng), reduction, want_slope,
-              variational, detach_mean);
-  DDPM_RECORD("diffusion_loss");
-  return ddpm_ext::diffusion_loss(model_output, x_start, rows, kind, delta, noise, rng, reduction, want_slope,
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          DDPM_ROWS_PARAMETERS, int64_t kind, double delta, const OptionalTensor& noise,
+                                          DDPM_RNG_PARAMETERS, int64_t reduction, bool want_slope, bool variational,
+                                          bool detach_mean, bool overwrite_noise) {
+  return ddpm_ext::diffusion_loss(model_output, x_start, DDPM_ROWS, kind, delta, noise, DDPM_RNG, reduction, want_slope,
                                   variational, detach_mean, overwrite_noise);
 }
 
-using Affine = Tensor(const Tensor&, const Tensor&, DDPM_ROWS_PARAMETERS);
-
-Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Rows& rows) {
-  if (needs_dispatcher("predict_start", {{"x_t", x_t}, {"noise", noise}, {"table", rows.table}, {"t", rows.t}}))
-    return DDPM_OPERATOR("predict_start", "", Affine).call(x_t, noise, DDPM_OF_ROWS);
-  DDPM_RECORD("predict_start");
-  return ddpm_ext::predict_start(x_t, noise, rows);
+template <auto* kAffine>
+Tensor affine(const Tensor& x, const Tensor& y, DDPM_ROWS_PARAMETERS) {
+  return kAffine(x, y, DDPM_ROWS);
 }
 
-Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Rows& rows) {
-  if (needs_dispatcher("posterior_mean", {{"x_start", x_start}, {"x_t", x_t}, {"table", rows.table}, {"t", rows.t}}))
-    return DDPM_OPERATOR("posterior_mean", "", Affine).call(x_start, x_t, DDPM_OF_ROWS);
-  DDPM_RECORD("posterior_mean");
-  return ddpm_ext::posterior_mean(x_start, x_t, rows);
+}  // namespace
+
+void define(py::module_& m) {
+  using Step = Operator<decltype(library::reverse_step)>;
+  using Forward = Operator<decltype(library::forward_process)>;
+  using Affine = Operator<decltype(affine<predict_start>)>;
+  Step::define(m, "reverse_step", reverse_step);
+  Operator<decltype(library::reverse_step_out)>::define(m, "reverse_step_out", reverse_step_out, "out=", "reverse_step",
+                                                        "out");
+  m.def("check_reverse_step", &check_reverse_step);
+  Operator<decltype(library::step_with_options)>::define(m, "step_with_options", step_with_options, "it");
+  Operator<decltype(x_start_scale)>::define(m, "x_start_scale", x_start_scale, "it");
+  Operator<decltype(output_scale)>::define(m, "output_scale", output_scale, "it");
+  Forward::define(m, "forward_process", forward_process);
+  Forward::define(m, "forward_process_and_noise", forward_process_and_noise, nullptr, "forward_process");
+  Operator<decltype(library::forward_process_out)>::define(m, "forward_process_out", forward_process_out,
+                                                           "out=", "forward_process", "out");
+  Operator<decltype(library::diffusion_loss)>::define(m, "diffusion_loss", diffusion_loss);
+  Affine::define(m, "predict_start", affine<predict_start>);
+  Affine::define(m, "posterior_mean", affine<posterior_mean>);
 }
 
 }  // namespace ddpm_ext::eager

@@ -12,18 +12,13 @@
       int64_t draw, const OptionalTensor &draw_data
 #define DDPM_SOURCE_PARAMETERS const OptionalTensor &noise, bool draw_noise, DDPM_RNG_PARAMETERS
 
-// The structs that these parameters make,
+// The structs that these parameters make.
 #define DDPM_ROWS \
   ddpm_ext::Rows { table, t, t_index }
 #define DDPM_RNG \
   ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw, draw_data }
 #define DDPM_SOURCE \
   ddpm_ext::NoiseSource { noise, draw_noise, DDPM_RNG }
-
-// and the arguments that structs of these names make.
-#define DDPM_OF_ROWS rows.table, rows.t, rows.t_index
-#define DDPM_OF_RNG(rng) rng.seed, rng.seed_value, rng.sample_ids, rng.first_id, rng.stream, rng.draw, rng.draw_data
-#define DDPM_OF_SOURCE source.noise, source.draw_noise, DDPM_OF_RNG(source.rng)
 
 // The optional parameters of the step with options.
 #define DDPM_TENSOR_PARAMETER(name, ...) , const OptionalTensor& name

@@ -100,6 +100,13 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
 
 
+def tensors(**values: object) -> None:
+    """Raises TypeError for the first that is neither a tensor nor None."""
+    for name, value in values.items():
+        if value is not None:
+            tensor(name, value)
+
+
 def floating(name: str, value: Any) -> None:
     """Raises TypeError for what is no tensor of floating-point numbers."""
     tensor(name, value)

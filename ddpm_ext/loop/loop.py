@@ -120,19 +120,16 @@ class Loop:
                 copies.before_overwriting(call.out)
                 if "x0_out" in call.inputs:
                     copies.before_overwriting(call.inputs["x0_out"])
-            if call.run is not None and self._graphs is None:  # which records no gradients
-                call.run(step.run_model, call.x, row, call.out, self._timesteps_at[row], **call.run_inputs)
-            else:
-                # Not around the loop: what runs between two steps is the caller's.
-                recording = torch.is_grad_enabled()
-                try:
-                    torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
-                    if self._graphs is None:
-                        step.take(call, None, row, self._timesteps_at[row])
-                    else:
-                        self._take_captured(self._graphs, call)
-                finally:
-                    torch._C._set_grad_enabled(recording)
+            # Not around the loop: what runs between two steps is the caller's.
+            recording = torch.is_grad_enabled()
+            try:
+                torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
+                if self._graphs is None:
+                    step.take(call, None, row, self._timesteps_at[row])
+                else:
+                    self._take_captured(self._graphs, call)
+            finally:
+                torch._C._set_grad_enabled(recording)
             self._position = row + 1
             yield Record(row, timesteps[row], call.out, call.x0 if returns_x0 else None)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
-from ddpm_ext.process.model_output import OF_TABLE_STEP, split_batch, split_variance, unwrap
+from ddpm_ext.process.model_output import split_batch, split_variance, unwrap
 from ddpm_ext.tables.row_needs import RowNeeds
 
 HISTORY = ("history1", "history2", "history3")
@@ -36,8 +34,6 @@ class StepCall:
         out: the next samples.
         last_x0, x0: the predicted clean samples before and after the step, where the loop has them.
         inputs: further arguments of the TableStep.
-        run: takes the step in one call of the compiled module; None where Python has something to do in it.
-        run_inputs: its further arguments.
     """
 
     needs: RowNeeds
@@ -49,8 +45,6 @@ class StepCall:
     last_x0: Tensor | None
     x0: Tensor | None
     inputs: dict[str, Any]
-    run: Callable[..., Tensor] | None
-    run_inputs: dict[str, Any]
 
 
 class _Buffers(NamedTuple):
@@ -102,7 +96,6 @@ class LoopStep:
 
     Attributes:
         calls: of each row.
-        run_model: what a call's `run` is given as the model.
         kwargs: what the model gets besides, by name.
         doubled: whether it gets the batch twice, at a guided step.
     """
@@ -128,23 +121,16 @@ class LoopStep:
             for name, value in kwargs.items()
         }
         self._dtype, self.doubled = options.input_dtype or x.dtype, rows.doubles(options)
-        of_run = kwargs if self.doubled else self._kwargs
-        self.run_model = partial(model, **of_run) if of_run else model
         tables, dtype = rows.device, checks.compute_dtype(x.dtype)
         if options.denoised_fn is not None:
             self._to_x0 = ops.TableStep(tables.get("x0", x.device, dtype), clip=None, add_noise=False)
             self._x_start = empty_like(x)
         # A row without noise takes the kernels without: they have less to find out, and hold fewer registers. A known
         # part of the samples has noise of its own.
-        steps, how = tables.get("steps", x.device, dtype), {"timesteps": tables.timestep, "model_output": OF_TABLE_STEP}
-        how["on_host"] = tables.get("steps", torch.device("cpu"), dtype)
-        quiet = ops.TableStep(steps, clip=options.clip, add_noise=False, **how)
-        noisy = ops.TableStep(steps, clip=options.clip, rng=rng, **how)
+        steps, on_host = (tables.get("steps", device, dtype) for device in (x.device, torch.device("cpu")))
+        quiet = ops.TableStep(steps, on_host=on_host, clip=options.clip, add_noise=False)
+        noisy = ops.TableStep(steps, on_host=on_host, clip=options.clip, rng=rng)
         noisy.check(x, None, 0)
-        # Python has to do with the model's output, or with what the model is called with.
-        by_hand = (options.cond_fn, options.denoised_fn, options.autocast)
-        is_direct = self.doubled or self._dtype is x.dtype
-        self._direct = is_direct and not (any(each is not None for each in by_hand) or options.self_condition)
         self.calls = self._calls(rows, x, quiet, noisy)
 
     def _calls(self, rows: LoopRows, x: Tensor, quiet: Any, noisy: Any) -> list[StepCall]:
@@ -198,19 +184,11 @@ class LoopStep:
         guidance = self.options.guide
         if needs.guided and guidance is not None and guidance.rescale > 0:
             inputs |= {"guidance": float(guidance.scale), "rescale": float(guidance.rescale)}
-        run = step.run if self._direct and needs.calls_model and needs.guided == self.doubled else None
-        run_inputs = dict(inputs)
-        if self.doubled:
-            run_inputs["doubled"] = samples[0].twice
-        if self._learned:
-            run_inputs["learned"] = self._variance is not None
-            if self._variance is not None:
-                run_inputs["log_variance"] = self._variance == "log"
         x0 = clean[int(needs.calls_model)]
-        return StepCall(needs, step, *samples[0][:3], samples[1].x, clean[0], x0, inputs, run, run_inputs)
+        return StepCall(needs, step, *samples[0][:3], samples[1].x, clean[0], x0, inputs)
 
     def take(self, call: StepCall, row: Tensor | None, index: int, t: Tensor) -> None:
-        """One step, by Python.
+        """One step.
 
         Args:
             row, index: the row's number, as checks.split_t returns it.
@@ -220,8 +198,7 @@ class LoopStep:
         if not call.needs.calls_model:
             call.step.take(x, None, row, index, call.out, **inputs)
             return
-        once = t[: self._batch] if self.doubled else t
-        m, u = self._outputs(call, t, once)
+        m, u = self._outputs(call, t)
         inputs = dict(inputs)
         if self._learned:
             m, variance = split_variance(x, m)
@@ -241,15 +218,18 @@ class LoopStep:
                 for name in guided:
                     del inputs[name]
         if options.cond_fn is not None:
-            inputs["gradient"] = options.cond_fn(x, once, **self._kwargs)
+            inputs["gradient"] = options.cond_fn(x, self._once(t), **self._kwargs)
             checks.tensor("what cond_fn returns", inputs["gradient"])
         call.step.take(x, m, row, index, call.out, **inputs)
 
-    def _outputs(self, call: StepCall, t: Tensor, once: Tensor) -> tuple[Any, Any]:
+    def _once(self, t: Tensor) -> Tensor:
+        return t[: self._batch] if self.doubled else t
+
+    def _outputs(self, call: StepCall, t: Tensor) -> tuple[Any, Any]:
         """What the model returns with its condition and without; None where the row does not need the latter."""
         guidance = self.options.guide
         if not call.needs.guided or guidance is None:
-            return self._output(call, call.once, once, self.model, self._kwargs), None
+            return self._output(call, call.once, self._once(t), self.model, self._kwargs), None
         if guidance.unconditional is not None:
             m = self._output(call, call.once, t, self.model, self.kwargs)
             return m, self._output(call, call.once, t, guidance.unconditional, {})
@@ -263,6 +243,7 @@ class LoopStep:
         else:
             with torch.autocast(x.device.type, self.options.autocast, cache_enabled=False):
                 output = model(x, t, *last_x0, **kwargs)
+        torch._C._set_grad_enabled(False)  # a model may have switched them on
         return output if type(output) is Tensor else unwrap(output)
 
     def restart(self, x: Tensor) -> None:

@@ -6,7 +6,6 @@ tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +18,11 @@ from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss import LossStep as LossStep
 from ddpm_ext.ops.loss import diffusion_loss as diffusion_loss
-from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, seed_in_memory
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, fresh_arguments, noise_arguments
 from ddpm_ext.ops.noise import randn as randn
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.scales import output_scale, x_start_scale
+from ddpm_ext.ops.step_inputs import DEFAULTS
 from ddpm_ext.ops.step_options import refuse_grad, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep, operators_by_name
 
@@ -67,18 +68,24 @@ def reverse_step(
     """
     checks.tensor("x_t", x_t)
     checks.tensor("model_output", model_output)
-    if out is not None:
-        checks.tensor("out", out)
+    checks.tensors(out=out)
     checks.tensor("table", table)
     row, index = split_t(t)
     low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
     if not _registration.is_recorded():
-        return C.reverse_step(x_t, model_output, table, *arguments, out)
+        return _step(x_t, model_output, table, *arguments, out=out)
     if out is None:
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
     refuse_grad("reverse_step", x_t=x_t, model_output=model_output, noise=noise, out=out)
     torch.ops.ddpm_ext.reverse_step.out(x_t, model_output, table, *arguments, out=out)
+    return out
+
+
+def _step(*arguments: Any, out: Tensor | None, on_host: Tensor | None = None) -> Tensor:
+    if out is None:
+        return C.reverse_step(*arguments, on_host)
+    C.reverse_step_out(*arguments, out, on_host)
     return out
 
 
@@ -90,9 +97,6 @@ class TableStep(CalledTableStep):
         table, clip, noise, rng, add_noise: reverse_step's.
         on_host: the same table on the CPU, which nobody changes: the row of an int t is then a part of the launch, and
             a GPU waits for no load of it.
-        timesteps: (row, batch, device) -> what a model is called with where t is an int.
-        model_output: functions of what a model returned, by name: unwrap gives its tensor, and split_variance and
-            split_batch raise the errors for one that cannot be split. It and timesteps are for run.
 
     Attributes:
         check: (x_t, row, index, out=None) raises what take would raise for these arguments, before a model is called;
@@ -102,12 +106,6 @@ class TableStep(CalledTableStep):
             this call. `quantile` and `maximum` stand for the x_start_scale that they make, `guidance` and `rescale`
             for the output_scale, each computed in a launch before the step. With any input but noise no gradients are
             recorded.
-        run: (model, x_t, t, out, timesteps=None, **inputs) -> the next samples. It makes all checks, calls
-            model(x_t, timesteps), and takes the step, without recording gradients; timesteps None: those of t. Further
-            inputs: `doubled`, x_t twice, (2 batch, ...), which the model gets in place of x_t, and returns the
-            unconditional output before the other one; `learned`, where the output has twice the channels: whether
-            their second half is the model_variance, or is left out. run is None without the arguments timesteps and
-            model_output, and where torch.compile or torch.jit.trace records.
     """
 
     operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
@@ -121,20 +119,47 @@ class TableStep(CalledTableStep):
         noise: Tensor | None = None,
         rng: Philox | None = None,
         add_noise: bool = True,
-        timesteps: Callable[[int, int, torch.device], Tensor] | None = None,
-        model_output: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
-        ends = checks.clip_range(clip) or NO_CLIP
-        fresh = add_noise and noise is None and rng is None
-        source = Philox(0) if fresh else rng  # each call has a fresh seed in place of this one
-        arguments = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
-        if not _registration.is_recorded():
-            of_output = [(model_output or {}).get(name) for name in ("unwrap", "split_variance", "split_batch")]
-            step = C.TableStep(table, on_host, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, *of_output)
-            self.check, self.take = step.check, step.take  # type: ignore[method-assign]
-            if timesteps is not None and model_output is not None:
-                self.run = step.run
+        self._on_host = None if on_host is table else on_host  # a CPU's kernels read the row where it lies
+        self._ends = checks.clip_range(clip) or NO_CLIP
+        self._fresh = add_noise and noise is None and rng is None
+        source = Philox(0) if self._fresh else rng  # each call has a fresh seed in place of this one
+        self._source = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
+
+    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
+        if _registration.is_recorded():
+            return
+        checks.tensor("x_t", x_t)
+        checks.tensors(out=out)
+        C.check_reverse_step(x_t, self._table, row, index, *self._source, out)
+
+    def _launch(
+        self,
+        x_t: Tensor,
+        model_output: Tensor | None,
+        row: Tensor | None,
+        index: int,
+        out: Tensor | None,
+        noise: Tensor | None,
+        inputs: dict[str, Any],
+    ) -> Tensor:
+        if _registration.is_recorded():
+            return super()._launch(x_t, model_output, row, index, out, noise, inputs)
+        checks.tensor("x_t", x_t)
+        checks.tensors(model_output=model_output, t=row, out=out)
+        source = self._source
+        if noise is not None:
+            source = noise, source[1] and not self._fresh, *source[2:]
+        elif self._fresh:
+            source = None, True, *fresh_arguments(STREAM_REVERSE, x_t.device, recorded=False)
+        arguments = x_t, model_output, self._table, row, index, *self._ends, *source
+        if model_output is not None and not inputs:
+            return _step(*arguments, out=out, on_host=self._on_host)
+        if out is None:
+            out = empty_like(x_t)
+        C.step_with_options(*arguments, out, *(DEFAULTS | inputs).values(), self._on_host)
+        return out
 
 
 def forward_process(
@@ -169,13 +194,15 @@ def forward_process(
         >>> mixed = ops.forward_process(images, torch.tensor([[0.8, 0.6]]), 0, rng=Philox(seed=0))
     """
     checks.tensor("x_start", x_start)
-    if out is not None:
-        checks.tensor("out", out)
+    checks.tensors(out=out)
     checks.tensor("table", table)
     row, index = split_t(t)
     arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD, x_start.device))
     if not _registration.is_recorded():
-        return C.forward_process(x_start, table, *arguments, out)
+        if out is None:
+            return C.forward_process(x_start, table, *arguments)
+        C.forward_process_out(x_start, table, *arguments, out)
+        return out
     if out is None:
         return torch.ops.ddpm_ext.forward_process(x_start, table, *arguments)
     refuse_grad("forward_process", x_start=x_start, noise=noise, out=out)

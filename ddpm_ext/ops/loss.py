@@ -135,8 +135,8 @@ class LossStep:
                 x_start, table, *self._t, self.noise, self.noise is None, *self._rng
             )
         if not (keep_noise and self.noise is None):
-            return C.forward_process(x_start, table, *self._t, self.noise, self.noise is None, *self._rng, None)
-        x_t, kept = C.forward_process_and_noise(x_start, table, *self._t, *self._rng)
+            return C.forward_process(x_start, table, *self._t, self.noise, self.noise is None, *self._rng)
+        x_t, kept = C.forward_process_and_noise(x_start, table, *self._t, None, True, *self._rng)
         if kept is not None:
             self.noise, self._rng, self._overwrite_noise = kept, NO_RNG, True
         return x_t

@@ -56,9 +56,7 @@ def x_start_scale(
     """
     checks.tensor("x_t", x_t)
     options = {"uncond_output": uncond_output, "output_scale": output_scale}
-    for name, value in {"model_output": model_output, "table": table, **options}.items():
-        if value is not None:
-            checks.tensor(name, value)
+    checks.tensors(model_output=model_output, table=table, **options)
     if _need_grad(x_t, model_output, uncond_output, output_scale):
         return reference_scales.x_start_scale(
             x_t, model_output, table, t, quantile=quantile, maximum=maximum, **options

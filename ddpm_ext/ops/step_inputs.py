@@ -39,6 +39,8 @@ STEP_INPUTS: dict[str, InputKind] = {
     "history_out": InputKind.RESULT,
 }
 
+DEFAULTS = {name: True if kind is InputKind.FLAG else None for name, kind in STEP_INPUTS.items()}
+
 
 def names(*kinds: InputKind) -> tuple[str, ...]:
     """The inputs of these kinds, in the operator's order."""

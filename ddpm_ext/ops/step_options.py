@@ -122,9 +122,7 @@ def step_with_options(
     tensors = {name: value for name, value in inputs.items() if name != "log_variance"}
     tensors.update(model_output=model_output, out=out)  # not |=, which torch.compile of torch 2.7 does not take
     checks.tensor("x_t", x_t)
-    for name, value in tensors.items():
-        if value is not None:
-            checks.tensor(name, value)
+    checks.tensors(**tensors)
     checks.tensor("table", table)
     checks.flag("log_variance", log_variance)
     row, index = split_t(t)
@@ -133,7 +131,7 @@ def step_with_options(
     if out is None:
         out = empty_like(x_t)
     if not is_recorded():
-        C.step_with_options(x_t, model_output, table, *arguments, out, *inputs.values())
+        C.step_with_options(x_t, model_output, table, *arguments, out, *inputs.values(), None)
         return out
     refuse_grad("step_with_options", "it", x_t=x_t, noise=noise, **tensors)
     torch.ops.ddpm_ext.step_with_options(x_t, model_output, table, *arguments, out=out, **inputs)

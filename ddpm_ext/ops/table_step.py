@@ -1,7 +1,8 @@
-"""What a TableStep does, by calls of operators: in plain torch, and where torch.compile or torch.jit.trace records."""
+"""What a TableStep does, by calls of operators."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -10,9 +11,15 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind
 
-# What take computes beside the step, by the names of its arguments.
-BOUND, SPREAD = ("quantile", "maximum"), ("guidance", "rescale")
+# What take computes beside the step follows from these numbers: x_start_scale, and output_scale.
+NUMBERS = ("quantile", "maximum", "guidance", "rescale")
+CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "noise": checks.tensor,
+    **{name: checks.flag if kind is InputKind.FLAG else checks.tensor for name, kind in STEP_INPUTS.items()},
+    **dict.fromkeys(NUMBERS, checks.real),
+}
 
 
 def operators_by_name(*operators: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -23,7 +30,6 @@ class CalledTableStep:
     """A TableStep that calls `operators`, functions by their names. See ops.fused.TableStep."""
 
     operators: ClassVar[dict[str, Callable[..., Any]]]
-    run: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
@@ -34,8 +40,6 @@ class CalledTableStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
         add_noise: bool = True,
-        timesteps: object = None,
-        model_output: object = None,
     ) -> None:
         checks.tensor("table", table)
         self._table = table
@@ -54,25 +58,54 @@ class CalledTableStep:
         out: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
-        t, call = index if row is None else row, self.operators
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        given = {**self._given, "out": out}
-        if "noise" in inputs:
-            given["noise"] = inputs.pop("noise")
-        bound = {name: inputs.pop(name) for name in BOUND if name in inputs}
-        spread = {name: inputs.pop(name) for name in SPREAD if name in inputs}
-        if spread and (model_output is None or "uncond_output" not in inputs):
-            missing = "model_output" if model_output is None else "uncond_output"
-            raise ValueError(f"TableStep: rescale is given without {missing}, expected both")
-        if spread:
-            spread = {"guidance": 1.0, "rescale": 0.0} | spread
-            inputs["output_scale"] = call["output_scale"](model_output, inputs["uncond_output"], **spread)
-        if bound and "x_start" in inputs:
-            inputs["x_start_scale"] = call["x_start_scale"](inputs["x_start"], **bound)
-        elif bound:
-            # not |=, which torch.compile of torch 2.7 does not take
-            bound.update((name, inputs[name]) for name in ("uncond_output", "output_scale") if name in inputs)
-            inputs["x_start_scale"] = call["x_start_scale"](x_t, model_output, self._table, t, **bound)
+        if inputs:
+            inputs = self._with_scales(x_t, model_output, index if row is None else row, inputs)
+        return self._launch(x_t, model_output, row, index, out, inputs.pop("noise", None), inputs)
+
+    def _with_scales(
+        self, x_t: Tensor, model_output: Tensor | None, t: int | Tensor, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The inputs but None, with the scales in place of the numbers that they are computed from."""
+        tensors: dict[str, Any] = {}
+        numbers: dict[str, float] = {}
+        call = self.operators
+        for name, value in inputs.items():
+            if name not in CHECKS:
+                raise TypeError(f"TableStep: unknown input {name}, expected one of {', '.join(CHECKS)}")
+            if value is not None:
+                CHECKS[name](name, value)
+                (numbers if name in NUMBERS else tensors)[name] = value
+        uncond = tensors.get("uncond_output")
+        if "guidance" in numbers or "rescale" in numbers:
+            if model_output is None or uncond is None:
+                missing = "model_output" if model_output is None else "uncond_output"
+                raise ValueError(f"TableStep: rescale is given without {missing}, expected both")
+            spread = {"guidance": numbers.get("guidance", 1.0), "rescale": numbers.get("rescale", 0.0)}
+            tensors["output_scale"] = call["output_scale"](model_output, uncond, **spread)
+        if "quantile" in numbers or "maximum" in numbers:
+            # An operator refuses the quantile 0.
+            bound = {"quantile": numbers.get("quantile", 0.0), "maximum": numbers.get("maximum", math.inf)}
+            if "x_start" in tensors:
+                scale = call["x_start_scale"](tensors["x_start"], **bound)
+            else:
+                guidance = {"uncond_output": uncond, "output_scale": tensors.get("output_scale")}
+                scale = call["x_start_scale"](x_t, model_output, self._table, t, **bound, **guidance)
+            tensors["x_start_scale"] = scale
+        return tensors
+
+    def _launch(
+        self,
+        x_t: Tensor,
+        model_output: Tensor | None,
+        row: Tensor | None,
+        index: int,
+        out: Tensor | None,
+        noise: Tensor | None,
+        inputs: dict[str, Any],
+    ) -> Tensor:
+        t, how = index if row is None else row, {**self._given, "out": out}
+        if noise is not None:
+            how["noise"] = noise
         if model_output is not None and not inputs:
-            return call["reverse_step"](x_t, model_output, self._table, t, **given)
-        return call["step_with_options"](x_t, model_output, self._table, t, **given, **inputs)
+            return self.operators["reverse_step"](x_t, model_output, self._table, t, **how)
+        return self.operators["step_with_options"](x_t, model_output, self._table, t, **how, **inputs)

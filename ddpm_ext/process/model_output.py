@@ -31,20 +31,18 @@ def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
             f"model_output has shape {tuple(model_output.shape)}, expected {expected}, twice x_t's channels, where "
             "the variance is learned"
         )
-    return model_output[:, :channels], model_output[:, channels:]
+    prediction, variance = model_output.chunk(2, 1)  # one call of torch, which two slices would take twice
+    return prediction, variance
 
 
 def split_batch(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
     """The output with the condition and without, as views: the second half of a batch that the model got twice, and the
     first."""
-    batch = len(x_t)
-    if len(model_output) != 2 * batch:
+    batch, returned = x_t.shape[0], model_output.shape[0]
+    if returned != 2 * batch:
         raise ValueError(
-            f"the model's output has {len(model_output)} samples, expected {2 * batch}: guidance without a function "
+            f"the model's output has {returned} samples, expected {2 * batch}: guidance without a function "
             "for the unconditional output gives it the batch twice"
         )
-    return model_output[batch:], model_output[:batch]
-
-
-# What a TableStep that calls the model needs to know of its output.
-OF_TABLE_STEP = {"unwrap": unwrap, "split_variance": split_variance, "split_batch": split_batch}
+    without, conditional = model_output.chunk(2)
+    return conditional, without

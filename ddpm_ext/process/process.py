@@ -18,7 +18,7 @@ from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.ops import fused, reference
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.torch_library import is_recorded
-from ddpm_ext.process.model_output import OF_TABLE_STEP, unwrap
+from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import timesteps_by
 from ddpm_ext.tables.on_device import KernelTables
@@ -193,8 +193,8 @@ class Process:
         return self.tables.get(name, x.device, dtype)
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's TableStep by the rows of this process; kept for the next call where it is compiled and holds
-        no tensors of the caller's."""
+        """The backend's TableStep by the rows of this process; kept for the next call where the backend has one dtype
+        of tables and the step holds no tensors of the caller's."""
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
             numbers = rng.numbers() if type(rng) is Philox else None
@@ -213,11 +213,8 @@ class Process:
 
     def _make_reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         table = self.table("steps", "x_t", x_t)
-        calls: dict[str, Any] = {"on_host": self.tables.get("steps", torch.device("cpu"), table.dtype)}
-        if self.schedule.timestep is None:
-            # not |=, which torch.compile of torch 2.7 does not take
-            calls.update(timesteps=self.tables.timestep, model_output=OF_TABLE_STEP)
-        return self.ops.TableStep(table, clip=clip, noise=noise, rng=rng, **calls)
+        on_host = self.tables.get("steps", torch.device("cpu"), table.dtype)
+        return self.ops.TableStep(table, on_host=on_host, clip=clip, noise=noise, rng=rng)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""

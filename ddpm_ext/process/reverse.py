@@ -13,7 +13,6 @@ from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 
-_transforms = torch._C._functorch.peek_interpreter_stack
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 # As ops.step_with_options's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
@@ -93,10 +92,6 @@ class ReverseMethods(Process):
         """
         clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
         step = self.reverse_step(x_t, clip, noise, rng)
-        variance = self.variance_entry
-        if step.run is not None and _transforms() is None:
-            learned = {"learned": True, "log_variance": variance.logarithm} if variance.learned else {}
-            return step.run(model, x_t, t, out, None, **learned)
         differentiated = not is_recorded() and is_differentiated()
         if differentiated and self.backend == "fused":
             raise NotImplementedError("p_sample: torch.func takes a derivative, expected none, or backend='reference'")
@@ -107,10 +102,11 @@ class ReverseMethods(Process):
             row, index = checks.split_t(t)
             step.check(x_t, row, index, out)
             model_output = self.call_model(model, x_t, t)
-            if not variance.learned:
+            _set_grad_enabled(differentiated and recording)  # a model may have switched them on
+            if not self.variance_entry.learned:
                 return step.take(x_t, model_output, row, index, out)
             model_output, returned = split_variance(x_t, model_output)
-            options = {"model_variance": returned, "log_variance": variance.logarithm}
+            options = {"model_variance": returned, "log_variance": self.variance_entry.logarithm}
             return step.take(x_t, model_output, row, index, out, **options)
         finally:
             _set_grad_enabled(recording)

@@ -19,7 +19,7 @@ from ddpm_ext.loop.loop import Loop
 from ddpm_ext.loop.step import LoopStep
 
 GD = GaussianDiffusion(20, variance="learned_range", backend="reference")
-PLAIN = GaussianDiffusion(20)  # whose steps are one call of the compiled module
+PLAIN = GaussianDiffusion(20)
 
 
 def model(x, t):
@@ -69,7 +69,7 @@ class Interruption:
     [
         (lambda: GD.p_sample(model, torch.ones(1, 1, 2), 3, rng=Philox(0)), [GaussianDiffusion.p_sample]),
         (lambda: take_a_loop(GD, model), [Loop.run, LoopStep.take]),
-        (lambda: take_a_loop(PLAIN, lambda x, t: x), [Loop.run]),
+        (lambda: take_a_loop(PLAIN, lambda x, t: x), [Loop.run, LoopStep.take]),
     ],
 )
 def test_an_interrupt_at_any_instruction_restores_the_gradient_mode(take, functions):

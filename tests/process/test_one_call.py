@@ -1,4 +1,4 @@
-"""A whole step in one call of the compiled module: what Python would have done around the model's call."""
+"""A step around the model's call: gradients, arguments that change, timesteps of an int t, threads, references."""
 
 import gc
 import sys
@@ -16,19 +16,6 @@ GD = GaussianDiffusion(50)
 
 def half(x, t):
     return 0.5 * x
-
-
-def run_of(gd, x):
-    """The compiled call that p_sample makes."""
-    return gd.reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
-
-
-def test_steps_are_taken_by_it(normal):
-    """And not where the model is called with the schedule's own numbers."""
-    x = normal(2, 3, 4)
-    assert torch.equal(run_of(GD, x)(half, x, 7, None, None), GD.p_sample(half, x, 7, rng=Philox(1)))
-    for other in ({"beta_schedule": "flow", "prediction": "flow"}, {"backend": "reference"}):
-        assert run_of(GaussianDiffusion(50, **other), x) is None
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -51,6 +38,20 @@ def test_gradients_are_off_in_the_model_alone(normal, before):
         assert torch.is_grad_enabled() == before
     assert seen == [False, False]
     assert caught.value is error and caught.traceback[-1].name == "model"
+
+
+def test_a_loop_takes_no_gradients_from_its_model(normal):
+    """Whose output requires one where it leaves them on."""
+    weight = torch.full((), 0.5, requires_grad=True)
+
+    def model(x, t):
+        torch._C._set_grad_enabled(True)
+        return weight * x
+
+    with torch.enable_grad():
+        found = GD.p_sample_loop(model, (2, 3, 4), steps=3, rng=Philox(1), record="last", progress=False)
+    expected = GD.p_sample_loop(half, (2, 3, 4), steps=3, rng=Philox(1), record="last", progress=False)
+    assert not found.requires_grad and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
