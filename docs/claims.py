@@ -238,9 +238,6 @@ def claims() -> list[Sentence | Table]:
     speed, support, cpu, cuda = (
         f"docs/{name}.md" for name in ("speed", "support", "developers/cpu", "developers/cuda")
     )
-    first = {key[0]: row for key, row in rows("peers", "## The first loop", 1).items()}
-    flow, small = first.pop("FlowMatchEuler"), peer("FlowMatchEuler", "1x4x64x64")
-    ratios, even = ([float(row[column]) for row in first.values()] for column in ("first / plain", "breaks even at"))
     large = rows("overview", "## Whole loops")
     model = next(model for model, _ in large if "CIFAR-10" in model)
     loops = [large[model, f"{way}, ddpm"]["seconds"] for way in ("ddpm_ext", "eager PyTorch")]
@@ -307,19 +304,6 @@ def claims() -> list[Sentence | Table]:
         Sentence(speed, "8 images, took # s here and # s in eager", loops),
         Table(speed, "| option, 64x3x32x32 |", 1, with_options),
         Table(speed, "| loop | unchanged |", 1, other_library),
-        Sentence(
-            speed, "operators: # µs a step at 1x4x64x64, and # accelerated", [small["plain"], small['noise="torch"']]
-        ),
-        Sentence(
-            speed,
-            "as long as # to # of diffusers' own loops of 20 steps, and has paid after # to # loops",
-            spread(ratios) + spread(even, "{:.0f}"),
-        ),
-        Sentence(
-            speed,
-            "as long as # of its own, and has paid after #.",
-            [f"{float(flow['first / plain']):.0f}", flow["breaks even at"]],
-        ),
         Table(speed, "| training, loss |", 1, a_loss),
         Sentence(
             support, "more than half of a step's # µs", [f"{median('chained', f'p_sample {one}', 'ddpm_ext'):.1f}"]
