@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ DIFFUSERS = "diffusers"
 # What a subclass of a scheduler may define: a step calls none of these, and reads what they leave in attributes.
 FREE = {"__init__", "set_timesteps"}
 STEPS = ("step", "step_pred", "scale_model_input")
-HOOKS = {"__getattribute__", "__getattr__", "__setattr__", "__delattr__"}  # these change what attributes are
+HOOKS = ("__getattribute__", "__getattr__", "__setattr__", "__delattr__")  # these change what attributes are
 
 
 def is_code_of(function: Any, *packages: str) -> bool:
@@ -42,7 +43,8 @@ def foreign_method(cls: type, state: Mapping[str, Any]) -> str | None:
     names = _methods(cls)
     if not names.isdisjoint(state):
         return min(names & state.keys())
-    return _foreign(cls, tuple([getattr(cls, name) for name in names]))
+    hooks = tuple([getattr(cls, name, None) for name in HOOKS])
+    return _foreign(cls, tuple([getattr(cls, name) for name in names]), hooks)
 
 
 def library_class(cls: type) -> type:
@@ -60,12 +62,16 @@ def _methods(cls: type) -> frozenset[str]:
 
 
 @functools.lru_cache(256)
-def _foreign(cls: type, methods: tuple[Any, ...]) -> str | None:
+def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str | None:
     """foreign_method, for a class whose methods are these."""
+    for name, hook in zip(HOOKS, hooks, strict=True):
+        is_pythons = hook is None or isinstance(hook, types.WrapperDescriptorType)
+        if not is_pythons and not is_code_of(hook, DIFFUSERS, "huggingface_hub"):
+            return name
     known = library_class(cls)
     for base in cls.__mro__[: cls.__mro__.index(known)]:
         for name, value in vars(base).items():
-            if name in HOOKS or not (name.startswith("__") or name in FREE or _is_new(name, value, known)):
+            if not (name.startswith("__") or name in FREE or _is_new(name, value, known)):
                 return name
     own_steps = [getattr(cls, name, None) for name in STEPS]  # also where no class of diffusers has one
     for method in (*methods, *[step for step in own_steps if step is not None]):

@@ -355,3 +355,20 @@ def test_a_forward_process_of_somebodys_own_runs_as_it_is(trace):
     with pytest.warns(match="its add_noise is not diffusers' own code"):
         noisy = accelerate(Clamped(), trace=trace).add_noise(x, torch.ones_like(x), t)
     assert torch.equal(noisy, Clamped().add_noise(x, torch.ones_like(x), t)) and noisy.max() == 1
+
+
+def test_a_hook_of_a_mixin_behind_the_librarys_class_is_somebodys_own():
+    class Records:
+        def __setattr__(self, name, value):
+            self.__dict__.setdefault("names", []).append(name)
+            super().__setattr__(name, value)
+
+    class Recorded(EulerDiscreteScheduler, Records):
+        pass
+
+    scheduler = accelerate(Recorded())
+    scheduler.set_timesteps(STEPS)
+    x = torch.ones(SHAPE)
+    with pytest.warns(match="its __setattr__ is not diffusers' own code"):
+        scheduler.step(x, scheduler.timesteps[0], scheduler.scale_model_input(x, scheduler.timesteps[0]))
+    assert scheduler.accelerated.fused_calls == 0
