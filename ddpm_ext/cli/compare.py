@@ -18,7 +18,7 @@ from ddpm_ext.cli.arguments import (
     samples,
     whole_numbers,
 )
-from ddpm_ext.cli.loop_inputs import add_clip, clip_of
+from ddpm_ext.cli.loop_inputs import add_clip, clip_of, running_of
 from ddpm_ext.cli.sampling import Loaded, load
 from ddpm_ext.cli.sampling_options import add_class, add_model, add_null_class, add_running, add_seed
 from ddpm_ext.ops.noise import Philox
@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, 
     add("--seeds", type=samples, default=64, metavar="N", help=seeds)
     add_seed(group)
     add_clip(group)
-    add_running(parser, batches="samples at a time", loop=False, dtype=False)
+    add_running(parser, batches="samples at a time", capture=False, dtype=False)
     plot = f"draws the errors against the calls; {endings_help()}"
     output = parser.add_argument_group("output")
     output.add_argument("--plot", metavar="FILE", help=plot)
@@ -91,6 +91,7 @@ def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, li
         guidance=options.guidance,
         clip_denoised=clip_of(options),
         model_kwargs=loaded.model_kwargs(range(batch), guided=guided),
+        autocast=running_of(options)["autocast"],
         seeds=options.seeds,
         rng=Philox(options.seed),
         progress=not options.quiet and has_bars(),

@@ -53,15 +53,22 @@ def add_spacing(group: Any, default: str = "all timesteps of the model") -> None
 
 
 def add_running(
-    parser: Any, *, batches: str | None, by_ranks: bool = False, loop: bool = True, dtype: bool = True
+    parser: Any,
+    *,
+    batches: str | None,
+    by_ranks: bool = False,
+    loop: bool = True,
+    capture: bool = True,
+    dtype: bool = True,
 ) -> None:
     """Adds how to run: where, how the model is called, in which batches.
 
     Args:
         batches: what a batch is, for the help; None: the command draws all at once, and records what the model does,
-            which can be neither compiled nor captured then.
+            so that it can be neither compiled nor captured.
         by_ranks: whether several ranks can run the command.
         loop: whether it runs a sampling loop.
+        capture: whether the loop's model can be compiled, and its steps captured.
         dtype: whether other dtypes than float32 can be chosen.
     """
     parser.set_defaults(dtype="float32")
@@ -74,7 +81,7 @@ def add_running(
         add("--autocast", choices=("bfloat16", "float16"), help="lower precision of the model's arithmetic")
         weights = "keep the model's weights in channels_last, for convolutions on a GPU"
         add("--channels-last", action="store_true", help=weights)
-    if loop and batches is not None:
+    if loop and capture and batches is not None:
         modes = "compile the model by torch.compile, or by this mode of it"
         add("--compile", nargs="?", const=True, default=False, metavar="MODE", help=modes)
         graphs = "take each step, or all of them, by a CUDA graph"

@@ -117,7 +117,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = partial(_add_option, standard, parser.add_argument_group("data"))
     data = "scikit-learn's handwritten digits, coloured shapes, your images, or an .npz of latents"
     add("data", data, metavar="digits|shapes|FOLDER|FILE")
-    size = "crop images to a square and resize them to N by N, or draw shapes of that size"
+    size = (
+        "crop images to a square and resize them to N by N, or draw shapes of that size (default: that of all images)"
+    )
     add("image_size", size, type=arguments.whole_number(1), metavar="N")
     add("channels", "grey or colour (default: 1 for digits, else 3)", type=int, choices=(1, 3))
     labels = "train a class-conditional model: labels are the sub-folders of a folder, or come with digits and shapes"
@@ -154,11 +156,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("graph", "take each step by a CUDA graph; the weights are the same")
 
     add = partial(_add_option, standard, parser.add_argument_group("model (diffusers' UNet2DModel)"))
-    config = "its config.json, or that of a DiTTransformer2DModel, in place of the next four options"
+    config = "its config.json, or that of a DiTTransformer2DModel, in place of the next five options"
     add("model_config", config, metavar="FILE")
     add("widths", "channels, one number a level", type=arguments.whole_numbers, metavar="A,B,...")
     add("layers", "residual blocks a level")
     add("attention", "levels that have attention", type=arguments.whole_numbers, metavar="I,...")
+    add("head_channels", "channels of a head of attention; more are faster")
     add("groups", "of the group norm")
     add("dropout", "in residual blocks")
 

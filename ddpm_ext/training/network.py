@@ -23,8 +23,7 @@ from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.options import TrainOptions
 
-_HEAD = 8  # channels of a head of attention
-_WIDTHS = ("widths", "layers", "attention", "groups")
+_WIDTHS = ("widths", "layers", "attention", "head_channels", "groups")
 
 
 def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> nn.Module:
@@ -76,9 +75,10 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         )
     levels = range(len(options.widths))
     for level in {*options.attention, levels[-1]}:  # the middle of the network attends, too
-        if options.widths[level] < _HEAD:
+        if options.widths[level] < options.head_channels:
             raise ValueError(
-                f"widths: got {options.widths[level]} at level {level}, which has attention, expected at least {_HEAD}"
+                f"widths: got {options.widths[level]} at level {level}, which has attention, expected at least "
+                f"head_channels, {options.head_channels}"
             )
     return {
         "_class_name": "UNet2DModel",
@@ -88,7 +88,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         "down_block_types": ["AttnDownBlock2D" if i in options.attention else "DownBlock2D" for i in levels],
         "up_block_types": ["AttnUpBlock2D" if i in options.attention else "UpBlock2D" for i in reversed(levels)],
         "norm_num_groups": options.groups,
-        "attention_head_dim": _HEAD,
+        "attention_head_dim": options.head_channels,
         "dropout": options.dropout,
     }
 

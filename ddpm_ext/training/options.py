@@ -49,7 +49,7 @@ CHANGEABLE = (
 """The options that affect the weights and may all the same be changed at a resume, if that is said."""
 _AT_LEAST = (
     (0, ("warmup", "workers", "snapshot_every", "sample_every", "score_every")),
-    (1, ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps")),
+    (1, ("steps", "batch_size", "accumulate", "layers", "head_channels", "groups", "timesteps")),
     (1, ("checkpoint_every", "log_every", "keep", "sample_steps", "sample_count")),
     (2, ("score_count",)),
 )
@@ -147,6 +147,7 @@ class TrainOptions:
     widths: tuple[int, ...] = (32, 48, 64)
     layers: int = 1
     attention: tuple[int, ...] = (1,)
+    head_channels: int = 8
     groups: int = 8
     dropout: float = 0.1
     timesteps: int = 1000

@@ -90,7 +90,18 @@ def test_folder_bad_input(folder, tmp_path):
     refused(ValueError, "no images in", FolderImages, tmp_path / "empty", 8)
     refused(ValueError, "image size: got 0", FolderImages, folder, 0)
     refused(ValueError, "channels: got 4", FolderImages, folder, 8, 4)
-    refused(ValueError, "image size: a folder of images needs one", load_images, str(folder))
+
+
+def test_a_folder_whose_images_have_one_size_needs_no_other(tmp_path):
+    for name, size in (("a", (12, 12)), ("b", (12, 12))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    assert load_images(str(tmp_path)).shape == (3, 12, 12)
+    Image.new("RGB", (12, 9)).save(tmp_path / "d.png")
+    refused(ValueError, "image size: got none, and .*d.png is 12 by 9 pixels", load_images, str(tmp_path))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.png").write_bytes(b"no image")
+    refused(ValueError, "image size: got none, and no image can be read", load_images, str(tmp_path / "none"))
 
 
 def test_only_the_formats_of_the_endings_are_read(tmp_path):

@@ -29,7 +29,8 @@ def load_images(
     Args:
         source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; a folder of images;
             or an .npz of latents, as read_latents takes it.
-        size: height and width in pixels; a folder needs it, digits are 8 by 8, and shapes by default 16 by 16.
+        size: height and width in pixels; None: that of all images of a folder. Digits are 8 by 8, and shapes by default
+            16 by 16.
         channels: 1 (grey) or 3 (colour). None: 1 for digits, else 3.
         random_crop: as in FolderImages; only a folder has it.
 
@@ -54,8 +55,6 @@ def load_images(
     if source != "digits":
         if not os.path.isdir(source):
             raise ValueError(f"data: no such folder: {source}; expected one, an .npz of latents, 'digits' or 'shapes'")
-        if size is None:
-            raise ValueError("image size: a folder of images needs one")
         return FolderImages(source, size, 3 if channels is None else channels, random_crop)
     if size not in (None, 8):
         raise ValueError(f"image size: got {size}, but digits are 8 by 8 pixels")

@@ -32,18 +32,21 @@ class FolderImages:
 
     Args:
         folder: the folder.
-        size: height and width of the images in pixels.
+        size: height and width of the images in pixels. None: that of the files, which then are squares of one size.
         channels: 1 (grey) or 3 (colour).
         random_crop: 0 takes the square in the middle. Otherwise the square lies anywhere in the image, and its side is
             a random share of the image's shorter side, from this share to 1.
 
     Raises:
-        ValueError: the folder is missing or has no images, or `size`, `channels` or `random_crop` is out of range.
+        ValueError: the folder is missing or has no images, `size`, `channels` or `random_crop` is out of range, or
+            `size` is None and the files have several sizes.
         MissingExtra: pillow is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], size: int, channels: int = 3, random_crop: float = 0.0) -> None:
-        if size < 1:
+    def __init__(
+        self, folder: str | os.PathLike[str], size: int | None = None, channels: int = 3, random_crop: float = 0.0
+    ) -> None:
+        if size is not None and size < 1:
             raise ValueError(f"image size: got {size}, expected at least 1")
         if channels not in (1, 3):
             raise ValueError(f"channels: got {channels}, expected 1 (grey) or 3 (colour)")
@@ -54,7 +57,8 @@ class FolderImages:
         if not root.is_dir():
             raise ValueError(f"data: no such folder: {folder}")
         self.root, self.paths = root, image_paths(root)
-        self.shape: tuple[int, int, int] = (channels, size, size)
+        side = common_side(self.paths) if size is None else size
+        self.shape: tuple[int, int, int] = (channels, side, side)
         self.random_crop, self.seeded = random_crop, bool(random_crop)
         self._cache: dict[int, Tensor] = {}
         self._cache_left = _CACHE_BYTES
@@ -114,6 +118,32 @@ def image_paths(folder: Path, name: str = "data") -> list[Path]:
     if not paths:
         raise ValueError(f"{name}: no images in {folder}, expected files ending in {' '.join(sorted(SUFFIXES))}")
     return paths
+
+
+def common_side(paths: list[Path]) -> int:
+    """The side of images that all are squares of one size, by the headers of their files. Files that can't be read are
+    left out: reading them as images says so.
+
+    Raises:
+        ValueError: the images have several sizes, or are no squares, or no file can be read.
+    """
+    image = require("PIL.Image", "reading images")
+    side = None
+    for path in paths:
+        try:
+            with image.open(path, formats=_FORMATS) as opened:
+                width, height = opened.size
+        except (*PICTURE_ERRORS, image.DecompressionBombError):
+            continue
+        side = side or width
+        if not width == height == side:
+            raise ValueError(
+                f"image size: got none, and {path} is {width} by {height} pixels, expected a size, or images that all "
+                f"are {side} by {side}, as the first one is wide"
+            )
+    if side is None:
+        raise ValueError(f"image size: got none, and no image can be read, not even {paths[0]}; expected a size")
+    return side
 
 
 def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, smooth: bool = True) -> Tensor:
