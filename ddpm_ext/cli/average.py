@@ -24,7 +24,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `average` to the commands of ddpm-ext."""
     description = (
         "Makes a model whose weights are averaged over another length than those of the run, from the run's snapshots: "
         "post-hoc EMA."
@@ -39,13 +38,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the model, as a run writes its own.
-
-    Raises:
-        ValueError: an option is wrong, or the run has no snapshots.
-        OSError: a file can't be written.
-        MissingExtra: a package that the command needs is not installed.
-    """
+    """Writes the model, as a run writes its own."""
     folder = Path(options.run) / f"average-{options.length:g}" if options.out is None else Path(options.out)
     files.remove_leftovers(folder, of=folder / _ABOUT)
     if folder.exists() and not (folder / _ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):

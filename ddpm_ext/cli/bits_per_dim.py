@@ -30,7 +30,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `bits-per-dim` to the commands of ddpm-ext."""
     description = (
         "Prints the variational bound of the images' negative log-likelihood, in bits per dimension (Ho et al. 2020, "
         "eq. 5).\nThe model is called once for each of its timesteps. A class-conditional one gets each image's "
@@ -54,19 +53,15 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the bound, averaged over the images, and its parts.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or a file can't be read or written.
-        MissingExtra: a package that the command needs is not installed.
-    """
+    """Prints the bound, averaged over the images, and its parts."""
     if options.out is not None:
         check_out(options.out, (".npz",))
     if options.no_classes and options.classes is not None:
         raise ValueError(f"no-classes: got class {options.classes} beside it, expected one of the two")
     loaded = load(options)
     images, labels = _data(options, loaded.model.shape)
-    images = _as_levels(images[: options.num])
+    # Rounded to the 256 levels of 8-bit images, whose likelihood the bound is of.
+    images = ((images[: options.num] + 1) * 127.5).round_().clamp_(0, 255).div_(127.5).sub_(1)
     numbers, whose = _classes(loaded, options, labels, len(images))
     starts = range(0, len(images), options.batch_size)
     parts = [_measured(loaded, options, images, numbers, first) for first in starts]
@@ -125,11 +120,6 @@ def _classes(
             class_ = f"data: in {options.data}, {labels.names[number]} is none of the model's classes"
             raise ValueError(f"{class_}, {str(error).partition(', ')[2]}; or --class or --no-classes") from None
     return torch.tensor([of_model[number] for number in numbers.tolist()], device="cpu"), " with their classes"
-
-
-def _as_levels(images: Tensor) -> Tensor:
-    """Rounded to the 256 levels of 8-bit images, whose likelihood the bound is of."""
-    return ((images + 1) * 127.5).round_().clamp_(0, 255).div_(127.5).sub_(1)
 
 
 def _measured(

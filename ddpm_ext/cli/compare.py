@@ -33,7 +33,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `compare` to the commands of ddpm-ext."""
     description = "Shows how far each sampler with each spacing ends from the samples of a loop of many steps."
     parser = add_command(commands, "compare", description, epilog=_EXAMPLES)
     add_options(parser, "calls", "numbers of calls of the model", seeds="samples that are compared")
@@ -67,10 +66,6 @@ def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, li
     """Loads the model, and checks the options that both commands have. counts: as of add_options.
 
     Returns the numbers of calls, ascending, with the model and what tunes to it.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or the model's folder is wrong.
-        MissingExtra: a package that the command needs is not installed.
     """
     if options.plot is not None:
         check_out(options.plot, FIGURES, "plot")
@@ -100,12 +95,7 @@ def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, li
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the errors, and draws them where the options ask for that.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or a file can't be written.
-        MissingExtra: a package that the command needs is not installed.
-    """
+    """Prints the errors, and draws them where the options ask for that."""
     _, tuner, counts = prepare(options, "calls")
     print(f"at most {tuner.planned_calls(counts, fit=False):,} calls of the model", flush=True)
     names = {count: tuner.compare(count) for count in counts}

@@ -12,7 +12,6 @@ from ddpm_ext.version import build_info
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `info` to the commands of ddpm-ext."""
     description = "Shows how the extension was built and what it runs on."
     add_command(commands, "info", description)
 

@@ -21,7 +21,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `invert` to the commands of ddpm-ext."""
     description = (
         "Goes from images up to the noise from which the sampler ddim, with the same steps and spacing and without a "
         "clip,\ncomes back to them. The more steps, the closer."
@@ -40,12 +39,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the noise to the file `options.out`.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or a file can't be read or written.
-        MissingExtra: a package that the command needs is not installed.
-    """
+    """Writes the noise to the file `options.out`."""
     check_ending(options.out, (".npy",))
     loaded = load(options)
     table = inversion_table(loaded.diffusion, options.steps, options.spacing)

@@ -9,50 +9,25 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib import import_module
 from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
-from ddpm_ext.cli import (
-    average,
-    bits_per_dim,
-    compare,
-    info,
-    invert,
-    plot,
-    sample,
-    score,
-    table,
-    train,
-    trajectory,
-    tune,
-)
 from ddpm_ext.cli.arguments import WRONG_INPUT, Parser, shortened
-from ddpm_ext.cli.overview import begin_parser
+from ddpm_ext.cli.overview import COMMANDS, begin_parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
 _INTERRUPTED = 130
-_COMMANDS = {
-    "sample": sample,
-    "score": score,
-    "invert": invert,
-    "train": train,
-    "average": average,
-    "tune": tune,
-    "compare": compare,
-    "bits-per-dim": bits_per_dim,
-    "trajectory": trajectory,
-    "table": table,
-    "plot": plot,
-    "info": info,
-}
+_FILES = {name: import_module(f"ddpm_ext.cli.{name.replace('-', '_')}") for name in COMMANDS}
+"""The modules of the commands, by the commands' names."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ddpm-ext` with all its commands."""
     parser, commands = begin_parser(__version__, Parser)
-    for command in _COMMANDS.values():
-        command.add_parser(commands)
+    for file in _FILES.values():
+        file.add_parser(commands)
     return parser
 
 
@@ -178,7 +153,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     if "device" in options and options.device is None:
         options.device = default_device()
-    _COMMANDS[options.command].run(options)
+    _FILES[options.command].run(options)
 
 
 def _name(options: argparse.Namespace) -> str:

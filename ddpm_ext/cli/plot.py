@@ -49,7 +49,6 @@ _EXAMPLES = {
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
-    """Adds `plot`, with its kinds of pictures, to the commands of ddpm-ext."""
     plot = arguments.add_command(
         commands,
         "plot",
@@ -78,12 +77,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draws the picture that the options describe, and prints its path and what it shows.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or a file can't be read or written. MissingExtra: matplotlib,
-        pillow or what the model needs is not installed.
-    """
+    """Draws the picture that the options describe, and prints its path and what it shows."""
     arguments.check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else arguments.FIGURES)
     print(f"{options.out}: {options.draw_kind(options)}")
 

@@ -37,7 +37,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `sample` to the commands of ddpm-ext."""
     parser = add_command(commands, "sample", "Draws samples from a model.", epilog=_EXAMPLES)
     kinds = (
         "with --num .npz: arr_0, uint8, (num, height, width, channels), and arr_1, classes, as guided-diffusion's "

@@ -102,10 +102,6 @@ def load(options: argparse.Namespace, *, latents: bool = False) -> Loaded:
     Where the model's samples are not clipped and the options don't say how, options.no_clip becomes true.
 
     latents: whether the command can work with a model whose samples are latents.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or the model's folder is wrong.
-        MissingExtra: a package that the command needs is not installed.
     """
     device, dtype = check_device(options.device), DTYPES[options.dtype]
     model = _load_model(options, device, dtype)
@@ -144,10 +140,6 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     one is chosen, which tell_choice says.
 
     pictures: whether the command will write pictures, which need pillow. latents: as in load.
-
-    Raises:
-        TypeError, ValueError: an option is out of range or doesn't fit another, or the model's folder is wrong.
-        MissingExtra: a package that the command needs is not installed.
     """
     check_device(options.device)
     if pictures:

@@ -15,20 +15,17 @@ from ddpm_ext.training.options import DTYPES
 
 
 def add_model(group: Any, default: str = "digits") -> None:
-    """Adds --model and --network to a group of options."""
     models = "a model that comes with the package, a folder in diffusers' layout, or that of a training run"
     group.add_argument("--model", default=default, metavar="digits|shapes|FOLDER", help=models)
     add_network(group)
 
 
 def add_network(group: Any) -> None:
-    """Adds --network."""
     network = "for a run of a module that is no UNet2DModel: the class or function, without arguments, that makes one"
     group.add_argument("--network", metavar="MODULE:NAME", help=network)
 
 
 def add_seed(group: Any) -> None:
-    """Adds --seed."""
     determines = "determines the noise, together with the number of each sample"
     group.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help=determines)
 
@@ -40,7 +37,6 @@ def add_class(group: Any, default: str) -> None:
 
 
 def add_null_class(group: Any) -> None:
-    """Adds --null-class."""
     null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
     group.add_argument("--null-class", type=arguments.whole_number(0), metavar="N", help=null)
 

@@ -31,7 +31,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `score` to the commands of ddpm-ext."""
     description = (
         "Computes the Fréchet distance of samples to images (Heusel et al. 2017), which is the FID with Inception's "
         f"features,\nand precision and recall by the {_NEIGHBOURS} nearest neighbours (Kynkäänniemi et al. 2019), and "
@@ -58,15 +57,11 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints and writes the scores.
-
-    Raises:
-        ValueError: an option is out of range, or samples or images can't be read, or are fewer than four.
-        MissingExtra: the package of the features is not installed. UserCodeError: a function of features fails.
-    """
+    """Prints and writes the scores."""
     device = arguments.check_device(options.device)
     samples = Samples(options.samples, "samples")
-    out = options.out or str(_beside(Path(options.samples)))
+    path = Path(options.samples)
+    out = options.out or str(path / "score.json" if path.is_dir() else path.with_suffix(".score.json"))
     arguments.check_out(out, (".json",))
     images = _images(options.data, samples.shape)
     if ":" in options.features:
@@ -81,8 +76,8 @@ def run(options: argparse.Namespace) -> None:
         kinds = f"{of_samples.shape[1]} of samples and {of_images.shape[1]} of images"
         raise ValueError(f"features: got {kinds}, expected as many of both")
     precision, recall = precision_recall(of_images, of_samples, _NEIGHBOURS)
-    found = {"frechet_distance": frechet(moments(of_samples), moments(of_images)), "precision": precision}
-    found |= {"recall": recall}
+    distance = frechet(moments(of_samples), moments(of_images))
+    found = {"frechet_distance": distance, "precision": precision, "recall": recall}
     about: dict[str, Any] = {
         "neighbours": _NEIGHBOURS,
         "features": used,
@@ -98,11 +93,6 @@ def run(options: argparse.Namespace) -> None:
     print(f"features: {used}, {of_samples.shape[1]} of an image{no_fid}")
     print("Fréchet distance {:.4f}, precision {:.4f}, recall {:.4f}".format(*found.values()))
     print(out)
-
-
-def _beside(samples: Path) -> Path:
-    """The default file of numbers: in a folder, beside a file."""
-    return samples / "score.json" if samples.is_dir() else samples.with_suffix(".score.json")
 
 
 def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:

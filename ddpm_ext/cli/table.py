@@ -37,7 +37,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
-    """Adds `table` to the commands of ddpm-ext."""
     description = "Prints one row of numbers for each step, with which the next sample is made."
     parser = arguments.add_command(commands, "table", description, epilog=_EXAMPLES)
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
@@ -68,12 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the table or a difference, and writes what the options ask for.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, a file can't be read or written, or a scheduler is no table.
-        MissingExtra: diffusers or matplotlib is needed, but not installed.
-    """
+    """Prints the table or a difference, and writes what the options ask for."""
     for path, endings, name in ((options.save, (".json",), "save"), (options.plot, arguments.FIGURES, "plot")):
         if path is not None:
             arguments.check_out(path, endings, name)

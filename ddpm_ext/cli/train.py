@@ -27,7 +27,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: arguments.Subparsers) -> None:
-    """Adds `train` to the commands of ddpm-ext."""
     description = "Trains a denoiser. A run may be killed at any time and resumed."
     _add_options(arguments.add_command(commands, "train", description, epilog=_EXAMPLES))
 

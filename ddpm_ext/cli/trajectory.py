@@ -23,7 +23,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `trajectory` to the commands of ddpm-ext."""
     description = "Draws x_t and the predicted x_0 at the same steps of the loop, for the first samples of the seed."
     parser = add_command(commands, "trajectory", description, epilog=_EXAMPLES)
     kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving; both with the samples' classes"

@@ -23,7 +23,6 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    """Adds `tune` to the commands of ddpm-ext."""
     description = (
         "Fits step tables to a model: their few steps end near to where many steps would. The model is only called."
     )
@@ -35,12 +34,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the tables, and prints how near they come.
-
-    Raises:
-        TypeError, ValueError: an option is out of range, or a file can't be written.
-        MissingExtra: a package that the command needs is not installed.
-    """
+    """Writes the tables, and prints how near they come."""
     loaded, tuner, counts = compare.prepare(options, "steps")
     folder = loaded.model.folder / tuned.FOLDER if options.out is None else Path(options.out)
     paths = {count: folder / tuned.table_name(count, options.guidance) for count in counts}
