@@ -24,8 +24,6 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.base.ranks import KEPT, Ranks
 from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 
-__all__ = ["Result", "sample_many"]
-
 _log = logging.getLogger(__name__)
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder

@@ -19,8 +19,6 @@ import numpy.typing as npt
 
 from ddpm_ext.base import files
 
-__all__ = ["MANIFEST", "SHARD_SIZE", "Pixels", "Shards"]
-
 MANIFEST = "manifest.json"
 SHARD_SIZE = 512
 _NOT_FINITE = ".not_finite.json"

@@ -20,8 +20,6 @@ from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["StepLogProb"]
-
 CACHED = 8  # sizes of samples, with their rows
 REDUCTIONS = ("mean", "sum")
 

@@ -19,18 +19,6 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.noise import STREAM_TIMESTEPS
 from ddpm_ext.ops.philox import philox4x32
 
-__all__ = [
-    "TIMESTEP_SAMPLERS",
-    "Importance",
-    "LogitNormal",
-    "LossSecondMoment",
-    "LowDiscrepancy",
-    "Mode",
-    "TimestepSampler",
-    "Uniform",
-    "make_timestep_sampler",
-]
-
 _PLACES = 2**56
 
 

@@ -12,19 +12,6 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops import cards
 from ddpm_ext.ops.extension import C
 
-__all__ = [
-    "STREAMS_REVERSE_MORE",
-    "STREAM_FORWARD",
-    "STREAM_OFFSET",
-    "STREAM_PERTURBATION",
-    "STREAM_REVERSE",
-    "STREAM_START",
-    "STREAM_TIMESTEPS",
-    "Philox",
-    "randn",
-    "random_seed",
-]
-
 # What noise is for. 16 and up are the caller's.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5

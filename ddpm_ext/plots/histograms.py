@@ -15,8 +15,6 @@ from ddpm_ext.plots.style import Array, PathLike, Values, line_style, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["histogram_figure"]
-
 
 def histogram_figure(
     x_t: Sequence[Values],

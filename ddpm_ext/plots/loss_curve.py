@@ -9,8 +9,6 @@ import numpy as np
 
 from ddpm_ext.plots.style import COLOURS, PathLike, line_style, new_figure
 
-__all__ = ["save_loss_curve"]
-
 _QUARTERS = ("first quarter of the timesteps", "second quarter", "third quarter", "last quarter, the most noise")
 
 

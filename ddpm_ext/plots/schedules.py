@@ -12,8 +12,6 @@ from ddpm_ext.plots.style import PathLike, Values, line_style, new_figure, to_ar
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["schedule_figure"]
-
 
 def schedule_figure(schedules: Mapping[str, Values], path: PathLike | None = None) -> Figure:
     """Draws alphas_cumprod and the signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod), of schedules.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["step_table_figure"]
-
 _MOST_IN_LINE = 6  # terms of a legend
 _LINEAR_UP_TO = 10  # an axis with larger factors is logarithmic, but linear around 0
 

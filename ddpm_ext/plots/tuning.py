@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["errors_by_name", "names_figure", "tuning_figure"]
-
 _CURVES = 5  # names that have a line of their own in the legend
 _ROOM = 3.0  # the axis ends at so many times the worst of these
 

@@ -16,25 +16,6 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = [
-    "LEVELS",
-    "Scale",
-    "TimestepOf",
-    "betas_between",
-    "checked_pairs",
-    "edm",
-    "edm_timestep",
-    "flow",
-    "flow_timestep",
-    "level_columns",
-    "power_share",
-    "pure_noise",
-    "sigma_space",
-    "straight",
-    "timesteps_by",
-    "unit_levels",
-]
-
 # The columns of a StepTable that hold levels: where a row starts, and where it arrives.
 LEVELS = ("signal_now", "noise_now", "signal_after", "noise_after")
 

@@ -7,8 +7,6 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["check_options", "find_name", "nearest_names", "sampler_and_spacing"]
-
 # Other names than ours, by their letters and digits alone. Case, punctuation and AFFIXES need no entry.
 OTHER_NAMES = {
     "eulera": "euler_ancestral",

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from ddpm_ext.base import checks
 
-__all__ = ["check_eta", "eta_argument", "takes_eta"]
-
 
 def check_eta(eta: object) -> float:
     """`eta` as a float.
