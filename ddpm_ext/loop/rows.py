@@ -119,14 +119,6 @@ def _jumps(options: LoopOptions) -> Jumps | None:
     return None if inpaint is None or inpaint.jump_n_sample == 1 else (inpaint.jump_length, inpaint.jump_n_sample)
 
 
-def _check_beside_table(options: LoopOptions) -> None:
-    """A StepTable says all that these options would."""
-    for name in ("steps", "spacing", "timesteps", "eta"):
-        value = getattr(options, name)
-        if value is not None:
-            raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
-
-
 def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     """The rows that a loop's options choose.
 
@@ -135,7 +127,9 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     """
     guidance, jumps, learned = options.guide, _jumps(options), False
     if isinstance(options.sampler, StepTable):
-        _check_beside_table(options)
+        for name in ("steps", "spacing", "timesteps", "eta"):  # a table says all that these would
+            if (value := getattr(options, name)) is not None:
+                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
         check_schedule(process, options.sampler.to("cpu"))
         skipped = _skipped(len(options.sampler), options.strength)
         table = options.sampler[skipped:]

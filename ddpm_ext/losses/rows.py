@@ -17,11 +17,6 @@ from ddpm_ext.tables.weightings import check_given, names, weights
 CACHED = 8  # given weightings, with their factors of the bound, and scales of the perturbation
 
 
-def _target(process: Process) -> Tensor:
-    """(timesteps, 2): k0, k1; the target is k0 x_start + k1 noise."""
-    return torch.stack(process.prediction_entry.target(process.levels), 1)
-
-
 def _log_variance(process: Process) -> Tensor:
     """(timesteps, 2): l0, l1 of the log-variance l0 + l1 v of p(x_{t-1} | x_t), with the model's v."""
     cpu, dtype = process.betas.device, process.betas.dtype
@@ -55,13 +50,6 @@ def _rows(target: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([target, torch.stack([weight, torch.zeros_like(weight)], 1)], 1)
 
 
-def _with_bound(rows: Tensor, bound_rows: Tensor, error: bool, bound: float) -> Tensor:
-    """(timesteps, 8)"""
-    weight = rows[:, 2:3] if error else torch.zeros_like(rows[:, 2:3])
-    # The factor is multiplied, so that torch.compile makes one graph for all factors.
-    return torch.cat([rows[:, :2], weight, torch.ones_like(weight) * bound, bound_rows], 1)
-
-
 class LossRows:
     """The rows of one process's losses: of every weighting that has a name, and of the last few given weights for as
     long as nobody writes to these. They stay on the devices where they were used.
@@ -73,7 +61,7 @@ class LossRows:
     def __init__(self, process: Process) -> None:
         self._of = process.alphas_cumprod, process.prediction
         self.bounded = process.prediction_entry.without_signal or bool(process.alphas_cumprod[-1] > 0)
-        target, self._names = _target(process), names(*self._of)
+        target, self._names = torch.stack(process.prediction_entry.target(process.levels), 1), names(*self._of)
         self.needs_x_start, self.needs_noise = (target != 0).any(0).tolist()
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
         self._named = DeviceTables(**named, bound=_bound(process), noise=process.schedule.noise)
@@ -136,7 +124,10 @@ class LossRows:
             rows = _rows(target, weights(*self._of, weighting).to(device, dtype))
         if bound is None:
             return rows
-        return _with_bound(rows, self._named.get("bound", device, dtype), error, bound)
+        weight = rows[:, 2:3] if error else torch.zeros_like(rows[:, 2:3])
+        # The factor is multiplied, so that torch.compile makes one graph for all factors.
+        factor = torch.ones_like(weight) * bound
+        return torch.cat([rows[:, :2], weight, factor, self._named.get("bound", device, dtype)], 1)
 
     def perturbation(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(timesteps, 2): 1, and `scale` times the standard deviation of x_t's noise."""

@@ -222,7 +222,12 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
                 f"{made.max():.3g}: expected at least 20 timesteps, or another schedule"
             )
     if isinstance(made, NoiseSchedule):
-        return _of_levels(made, timesteps)
+        signal, noise, timestep = made.signal, made.noise, made.timestep
+        if len(signal) != timesteps:
+            raise ValueError(f"beta_schedule has {len(signal)} levels, expected {timesteps}, one a timestep")
+        assert timestep is None or isinstance(timestep, Tensor)
+        betas, share = levels.betas_between((signal, noise)), levels.power_share(signal, noise)
+        return ForwardLevels(betas, share, signal, noise, made.scale, timestep, made.timestep_of)
     if not isinstance(made, Tensor):
         kind = type(made).__name__
         raise TypeError(f"beta_schedule is a {kind}, expected a name, a tensor of betas or a NoiseSchedule")
@@ -244,17 +249,6 @@ def make_betas(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> T
         torch.Size([1000])
     """
     return forward_levels(beta_schedule, timesteps).betas
-
-
-def _of_levels(schedule: NoiseSchedule, timesteps: int) -> ForwardLevels:
-    signal, noise = schedule.signal, schedule.noise
-    if len(signal) != timesteps:
-        raise ValueError(f"beta_schedule has {len(signal)} levels, expected {timesteps}, one a timestep")
-    betas = levels.betas_between((signal, noise))
-    alphas_cumprod = levels.power_share(signal, noise)
-    timestep = schedule.timestep
-    assert timestep is None or isinstance(timestep, Tensor)
-    return ForwardLevels(betas, alphas_cumprod, signal, noise, schedule.scale, timestep, schedule.timestep_of)
 
 
 def _checked_betas(given: Tensor, timesteps: int) -> Tensor:

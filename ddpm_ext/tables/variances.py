@@ -97,10 +97,6 @@ def _fixed(variance: Tensor, weight: Tensor) -> NoiseColumns:
     return NoiseColumns(variance.sqrt(), torch.zeros_like(variance), torch.zeros_like(variance), weight)
 
 
-def _fixed_small(of: Posterior) -> NoiseColumns:
-    return _fixed(of.small.clamp(min=LEAST), of.small)
-
-
 def _fixed_large(of: Posterior) -> NoiseColumns:
     weight = of.large
     if of.ends:  # In guided-diffusion the last step's weight is the posterior variance of the step before.
@@ -112,20 +108,12 @@ def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
     return NoiseColumns(torch.ones_like(l0), l0, l1, torch.ones_like(l0))
 
 
-def _learned(of: Posterior) -> NoiseColumns:
-    return _learned_columns(torch.zeros_like(of.small), torch.full_like(of.small, 0.5))
-
-
 def _learned_range(of: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
     small, large = of.small.clamp(min=LEAST), of.large
     if of.ends and of.small[-1] == 0:  # Otherwise the range would begin at LEAST there.
         small = of.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
-
-
-def _learned_variance(of: Posterior) -> NoiseColumns:
-    return _learned_columns(torch.zeros_like(of.small), torch.zeros_like(of.small))
 
 
 def _same_name(name: str, *diffusers: str) -> dict[str, tuple[str, ...]]:
@@ -135,7 +123,7 @@ def _same_name(name: str, *diffusers: str) -> dict[str, tuple[str, ...]]:
 VARIANCES: dict[str, Variance] = {
     "fixed_small": Variance(
         meaning="the posterior's",
-        columns=_fixed_small,
+        columns=lambda of: _fixed(of.small.clamp(min=LEAST), of.small),
         peers=_same_name("fixed_small", "fixed_small", "fixed_small_log"),
     ),
     "fixed_large": Variance(
@@ -146,7 +134,7 @@ VARIANCES: dict[str, Variance] = {
     ),
     "learned": Variance(
         meaning="the model returns its logarithm",
-        columns=_learned,
+        columns=lambda of: _learned_columns(torch.zeros_like(of.small), torch.full_like(of.small, 0.5)),
         learned=True,
         logarithm=True,
         # diffusers has no such variance_type, and so refuses the model's channels in place of misreading them.
@@ -161,7 +149,7 @@ VARIANCES: dict[str, Variance] = {
     ),
     "learned_variance": Variance(
         meaning="the model returns it",
-        columns=_learned_variance,
+        columns=lambda of: _learned_columns(torch.zeros_like(of.small), torch.zeros_like(of.small)),
         learned=True,
         bound=False,
         peers={"diffusers": ("learned",)},

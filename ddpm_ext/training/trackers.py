@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +87,7 @@ def _id_of(folder: Path) -> str:
     """The id of the run, drawn when it is first started."""
     path = folder / _RUN
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        return str(files.read_json(path)["id"])
     except (OSError, ValueError, TypeError, KeyError):
         files.write_json(path, {"id": secrets.token_hex(4)})
         return str(files.read_json(path)["id"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -123,13 +123,11 @@ class DatasetImages:
 
     def _first_readable(self) -> tuple[int, Tensor]:
         """The first item that can be read, and its index; raises DamagedImage if there is none."""
-        for index in range(self._count):
-            try:
+        last = self._count - 1
+        for index in range(last):
+            with suppress(DamagedImage):
                 return index, self._item(index, 0)
-            except DamagedImage:
-                if index == self._count - 1:
-                    raise
-        raise AssertionError  # the dataset is not empty
+        return last, self._item(last, 0)
 
     def _item(self, index: int, seed: int) -> Tensor:
         try:
