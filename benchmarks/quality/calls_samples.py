@@ -1,31 +1,50 @@
-"""Draws shapes in few calls of the model by tuned tables, and above them 1,000 calls of DDPM, from the same noise.
+"""Draws samples of each class in few calls of the model, and above them 1,000 calls of DDPM, from the same noise.
 
 python benchmarks/quality/calls_samples.py --out benchmarks/results/shapes.png
+python benchmarks/quality/calls_samples.py --model my-run --guidance 2 --rows ddpm:1000 unipc:6 --out classes.png
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from drawn import draw
 
 from ddpm_ext import plots
-from ddpm_ext.models.folder import load_model
+from ddpm_ext.models.folder import LoadedModel, load_model
 
-GUIDANCE, SEED, CALLS = 2.5, 2, (10, 6, 4)
+
+def loop_of(row: str, model: LoadedModel, guidance: float) -> dict[str, Any]:
+    """The loop of "sampler:calls"; of "tuned:calls" that with the model's table for this guidance."""
+    sampler, calls = row.split(":")
+    return (
+        {"sampler": model.tuned(int(calls), guidance)}
+        if sampler == "tuned"
+        else {"sampler": sampler, "steps": int(calls)}
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shapes", help='"shapes" or a folder (default: shapes)')
+    parser.add_argument("--guidance", type=float, default=2.5, help="(default: 2.5)")
+    parser.add_argument(
+        "--rows", nargs="+", default=["ddpm:1000", "tuned:10", "tuned:6", "tuned:4"], metavar="SAMPLER:CALLS"
+    )
+    parser.add_argument("--seed", type=int, default=2, help="(default: 2)")
     parser.add_argument("--out", default="build/shapes.png", help="the picture (default: build/shapes.png)")
     options = parser.parse_args()
-    model = load_model("shapes")
-    loops = [{"sampler": "ddpm"}, *({"sampler": model.tuned(calls, GUIDANCE)} for calls in CALLS)]
-    rows = [draw(model, range(10), 10, SEED, GUIDANCE, **loop) for loop in loops]
-    title = f"1,000 calls of DDPM, and tuned tables in {', '.join(map(str, CALLS[:-1]))} and {CALLS[-1]} calls"
+    model = load_model(options.model)
     assert model.classes is not None
-    plots.save_strips(list(torch.stack(rows, 1)), model.classes.names, title, options.out)
+    names = model.classes.names
+    loops = [loop_of(row, model, options.guidance) for row in options.rows]
+    rows = [draw(model, range(len(names)), len(names), options.seed, options.guidance, **loop) for loop in loops]
+    title = "From the same noise: " + ", ".join(
+        f"{calls} calls of {name}" for name, calls in (row.split(":") for row in options.rows)
+    )
+    plots.save_strips(list(torch.stack(rows, 1)), names, title, options.out)
 
 
 if __name__ == "__main__":
