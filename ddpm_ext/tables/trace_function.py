@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Draw, Observed, Result, Run, Step, on_cpu
+from ddpm_ext.tables.trace_run import Draw, Observed, Result, Run, Step, fresh_numbers, on_cpu
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
@@ -104,7 +104,7 @@ def observed_function(
         times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
         return 0.5 * x
 
-    with on_cpu(), torch.no_grad(), torch.random.fork_rng([]), Observed(start.shape, normal) as observed:
+    with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(start.shape, normal) as observed:
         probe = ModelLike(model, like)
         call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
@@ -171,7 +171,7 @@ def _observe(
                 "which the steps depend: they are not linear"
             )
 
-    with on_cpu(), torch.no_grad(), torch.random.fork_rng([]), Observed(samples[0].shape, noise) as observed:
+    with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(samples[0].shape, noise) as observed:
         result = call(observed, ModelLike(model, like), samples[0])
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")

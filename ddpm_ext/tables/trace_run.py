@@ -218,7 +218,7 @@ def observe(
     if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
         own.noise_sampler = lambda *_: observed.draw(observed.shape, samples[0].dtype)
     made: list[Step] = []
-    with _filters, warnings.catch_warnings(), torch.no_grad(), on_cpu(), torch.random.fork_rng([]), observed:
+    with _filters, warnings.catch_warnings(), torch.no_grad(), on_cpu(), fresh_numbers(), observed:
         warnings.simplefilter("ignore")
         for i, (t, x, m) in enumerate(zip(times, samples, outputs, strict=False)):
             observed.begin(i)
@@ -253,6 +253,15 @@ def observe(
 def on_cpu() -> AbstractContextManager[Any]:
     """Where all numbers are, whatever the default device."""
     return nullcontext() if torch_default_device().type == "cpu" else torch.device("cpu")
+
+
+@contextmanager
+def fresh_numbers() -> Iterator[None]:
+    """Torch's generator draws other numbers in each run, so that a step that draws its own is not linear. Afterwards
+    the generator is as it was."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.seed()
+        yield
 
 
 @functools.lru_cache(maxsize=64)

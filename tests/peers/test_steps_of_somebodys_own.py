@@ -204,6 +204,24 @@ def test_noise_of_a_first_loop_and_of_those_after_it(noise):
 
 
 @bases
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_step_that_draws_numbers_of_its_own_is_refused(base):
+    """Two runs from one state of the generator would draw the same, and agree."""
+
+    class Random(base):
+        def step(self, model_output, *args, **kwargs):
+            return super().step(model_output * (1 + torch.rand(())), *args, **kwargs)
+
+    def drawn(scheduler):
+        torch.manual_seed(0)
+        return torch.stack([loop(scheduler) for _ in range(3)]), torch.rand(1)
+
+    ours = accelerate(Random(), trace=True)
+    assert all(map(torch.equal, drawn(ours), drawn(Random())))
+    assert ours.accelerated.fused_calls == 0 and "is not linear" in ours.accelerated.fallbacks["step"]
+
+
+@bases
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_what_a_subclass_may_define(base):
     """Its own set_timesteps, and methods and numbers with new names: the step is diffusers' all the same."""

@@ -139,6 +139,10 @@ def uniform(model, x, sigmas):
     return model(x, sigmas[:1]) + torch.rand_like(x)
 
 
+def of_random_size(model, x, sigmas):
+    return model(x, sigmas[:1]) * (1 + torch.rand(()))
+
+
 def test_what_is_no_table():
     for function, message in (
         (with_square, "step 2, at sigma 2.5, is not linear: .* differ by"),
@@ -148,6 +152,7 @@ def test_what_is_no_table():
         (lambda model, x, sigmas: (model(x, sigmas[:1]), 3), "the function returns a tuple, expected the samples"),
         (confides, "the model is called with report, expected no arguments but those of extra_args"),
         (uniform, "step 0, at sigma 14, is not linear: .* differ by"),
+        (of_random_size, "step 0, at sigma 14, is not linear: .* differ by"),
     ):
         refused(ValueError, message, StepTable.trace, function, [*SIGMAS[:-1], 0.2, 0.1, 0.0])
 
