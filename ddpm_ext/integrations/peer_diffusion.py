@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, cached_with
 from ddpm_ext.integrations.library_code import is_code_of
-from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, setting_of
+from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, setting_of, why_left_alone
 from ddpm_ext.integrations.shared import CACHED, Accelerated
 from ddpm_ext.integrations.tensors import DTYPES, TRANSFORMED
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
@@ -82,6 +82,8 @@ class PeerDiffusion(Accelerated):
             return by_rows()
         if not self.accelerated.trace:
             raise Fallback(self._refusal(foreign))
+        if "_left_alone" in self.__dict__:
+            raise Fallback(self.__dict__["_left_alone"])
         proof: Proof = self._of_state((method, x.shape, x.dtype, x.device, *options), Proof, self._state())
         if proof.failed is not None:
             raise Fallback(proof.failed)
@@ -108,6 +110,10 @@ class PeerDiffusion(Accelerated):
         stores = changed(before, vars(self))
         if stores:
             proof.failed = f"its {method} stores {', '.join(stores)}"
+            stored = self.__dict__.setdefault("_stored", set())
+            if again := stored.intersection(stores):  # the state of each later step would be another one
+                proof.failed = self.__dict__["_left_alone"] = why_left_alone(method, again)
+            stored.update(stores)
         recip = self.sqrt_recip_alphas_cumprod[max(steps)]  # type: ignore[attr-defined]
         size = max(1.0, *(float(each.abs().max()) for each in (x, *ours)))
         for step in steps:

@@ -27,10 +27,12 @@ class Proof:
     Attributes:
         holds: the steps in which rows agreed with the step's own code.
         failed: why rows must not be used; None: nothing speaks against them.
+        stores: the attributes that the step's own code has written.
     """
 
     def __init__(self) -> None:
         self.holds: set[int] = set()
+        self.stores: set[str] = set()
         self.failed: str | None = None
 
     def compare(self, step: int, of_rows: Iterable[Tensor | None], of_code: Iterable[Any], size: float) -> None:
@@ -102,6 +104,11 @@ def changed(before: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """The names of the attributes that a step has written to, or deleted, since `contents` was called."""
     names = [n for n, x in state.items() if n not in before or before[n][0] is not x or before[n][1] != _copied(x)]
     return [*names, *(before.keys() - state.keys())]
+
+
+def why_left_alone(method: str, names: Iterable[str]) -> str:
+    """Of an object whose step changes these attributes, on which its rows depend, again and again."""
+    return f"its {method} changes {', '.join(sorted(names))} in every loop, and runs as it is from now on"
 
 
 def _copied(x: Any) -> Any:

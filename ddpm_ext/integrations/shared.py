@@ -15,7 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 from ddpm_ext.integrations.acceleration import Acceleration
 
 # Attributes that no copy and no pickle has.
-CACHED = ("_fused_cache", "_host_timesteps", "_latest_rows", "_next_input", "_own_rows")
+CACHED = (
+    "_changing_loops", "_fused_cache", "_host_timesteps", "_latest_rows", "_left_alone", "_next_input", "_own_loop",
+    "_own_rows", "_stored",
+)  # fmt: skip
 
 
 class Support(NamedTuple):

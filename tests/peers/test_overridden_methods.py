@@ -143,6 +143,22 @@ def test_they_are_proven_in_a_first_loop(library, trap):
 
 
 @libraries
+def test_a_step_that_changes_its_state_is_left_alone(library, monkeypatch):
+    """Two steps are compared, for which the model is called twice; a warning names the attribute."""
+    monkeypatch.setitem(TRAPS, "counts", lambda self, x: setattr(self, "gain", self.gain + 1) or x)
+    plain, other, drawn = changed(library, "counts")
+    fast = accelerate(other, trace=True)
+    calls = []
+    monkeypatch.setattr(Model, "forward", lambda *args, forward=Model.forward: calls.append(args) or forward(*args))
+    with pytest.warns(UserWarning) as caught:
+        found = [drawn(fast)[0] for _ in range(2)]
+    why = "its p_sample changes gain in every loop, and runs as it is from now on"
+    assert len([each for each in caught if why in str(each.message)]) == 1
+    assert len(calls) == 2 * STEPS + 2
+    assert all(torch.equal(x, drawn(plain)[0]) for x in found) and fast.gain == 1 + 2 * STEPS
+
+
+@libraries
 @own_code
 def test_noise_of_loops_that_are_proven(library):
     """The first loop draws as the code does; the noise of a seed comes with the rows."""

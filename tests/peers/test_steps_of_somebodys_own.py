@@ -15,6 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from ddpm_ext import accelerate
+from ddpm_ext.integrations.diffusers import traced_rows
+from ddpm_ext.integrations.diffusers.traced_rows import trace_rows
 from ddpm_ext.integrations.shared import peer_class
 
 SHAPE, STEPS = (4, 8, 8, 8), 6
@@ -361,6 +363,47 @@ def test_what_a_step_stores_without_setting_an_attribute(base, store):
         same(loop(ours), loop(plain))
     assert ours.logs == plain.logs and (ours.accelerated.fused_calls == 0 or store is deletes)  # UniPC's second setting
     assert vars(ours).get("average") is vars(plain).get("average") or torch.equal(ours.average, plain.average)
+
+
+def counts(self):
+    self.count += 1
+
+
+def counts_by_a_name_of_diffusers(self):
+    self.counter += 1
+
+
+def averages(self):
+    self.average.mul_(0.9)
+
+
+@bases
+@pytest.mark.parametrize("name, change", [
+    ("count", counts), ("counter", counts_by_a_name_of_diffusers), ("average", averages)
+])  # fmt: skip
+def test_a_step_that_changes_its_state_in_every_loop_is_left_alone(base, name, change, monkeypatch):
+    """Each loop would be traced anew. A warning says so after two of them, which diffusers' classes do not get."""
+
+    class Changing(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.count = self.counter = 0
+            self.average = torch.ones(1)
+
+        def step(self, model_output, *args, **kwargs):
+            assert self.count >= 0 and self.average > 0
+            change(self)
+            return super().step(model_output, *args, **kwargs)
+
+    traces = []
+    monkeypatch.setattr(traced_rows, "trace_rows", lambda *args: traces.append(args) or trace_rows(*args))
+    plain, ours = Changing(), accelerate(Changing(), trace=True)
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(5):
+            assert torch.equal(loop(ours), loop(plain))
+    why = f"its step changes {name} in every loop, and runs as it is from now on"
+    assert len([each for each in caught if why in str(each.message)]) == 1
+    assert len(traces) == 2 and (ours.count, ours.average) == (plain.count, plain.average)
 
 
 @pytest.mark.parametrize("trace", [False, True])

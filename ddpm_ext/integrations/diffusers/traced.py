@@ -40,9 +40,9 @@ from ddpm_ext.integrations.diffusers.traced_rows import (
     is_config,
     rows_of_loop,
 )
-from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.library_code import foreign_method
-from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents
+from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, why_left_alone
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import DTYPES, noise_arguments, version_of
 from ddpm_ext.ops.result_memory import empty_like
@@ -236,7 +236,9 @@ class TracedScheduler(Forward):
         generators.rewind()
         before = contents(self._library_state())
         result = peer_method(self, step_name(self._peer))(*args, **kwargs)
-        stores = [name for name in changed(before, self._library_state()) if name not in STORED]
+        written = changed(before, self._library_state())
+        proof.stores.update(written)
+        stores = [name for name in written if name not in STORED]
         if stores:
             proof.failed = f"its step stores {', '.join(stores)}, which no scheduler of diffusers has"
         _, prev, second = parts_of(result)
@@ -293,13 +295,31 @@ class TracedScheduler(Forward):
         kind = t.dtype if isinstance(t, Tensor) else type(t)
         key = LoopKey(call.options, index, kind, call.has_dim, call.x.dim())
         if foreign is None:
-            rows = rows_of_loop(cls, state, key, ROWS)
+            rows = result_of(rows_of_loop(cls, state, key, ROWS).rows)
             return Position(rows, 0, self._settings_of(rows.contents.keys() & state.keys()))
-        rows = rows_of_loop(cls, state, key, self.__dict__.setdefault("_own_rows", BoundedCache(SETTINGS)))
+        if self._position is None:
+            self._check_changes()
+        traced = rows_of_loop(cls, state, key, self.__dict__.setdefault("_own_rows", BoundedCache(SETTINGS)))
+        rows = result_of(traced.rows)
         proof = rows.proofs.setdefault((call.x.shape, call.x.dtype, call.m.dtype, call.x.device), Proof())
+        if self._position is None:
+            self.__dict__["_own_loop"] = traced.contents, proof
         if proof.failed is not None:
             raise Fallback(proof.failed)
         return Position(rows, 0, self._settings_of(rows.contents), proof)
+
+    def _check_changes(self) -> None:
+        """Leaves the object alone, by a Fallback, where two loops in a row have changed what the rows depend on: each
+        loop would be traced anew."""
+        state = self.__dict__
+        contents, proof = state.get("_own_loop", ({}, Proof()))
+        cls, stored = peer_class(type(self)), proof.stores & contents.keys()
+        names = [name for name in stored if content_of(cls, state, name) != contents[name]]
+        state["_changing_loops"] = state.get("_changing_loops", 0) + 1 if names else 0
+        if state["_changing_loops"] == 2:
+            state["_left_alone"] = why_left_alone("step", names)
+        if "_left_alone" in state:
+            raise Fallback(state["_left_alone"])
 
     def _timestep_index(self, timestep: Any) -> int | None:
         """The index of a timestep among the scheduler's, None where it is none of them. A view of these is not read."""

@@ -117,9 +117,8 @@ class CachedRows(NamedTuple):
     rows: LoopRows | Fallback
 
 
-def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: BoundedCache[Any]) -> LoopRows:
+def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: BoundedCache[Any]) -> CachedRows:
     """The rows of a loop, from the cache where an object had the same state; what was refused once is not tried again.
-    Raises Fallback where there are none.
 
     state: the attributes of an accelerated object of the class.
     """
@@ -127,14 +126,14 @@ def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: Bounde
     config, content = config_of(state), functools.cache(functools.partial(content_of, cls, state))  # once from a GPU
     for entry in cached:
         if is_config(config, entry.config) and all(content(name) == x for name, x in entry.contents.items()):
-            return result_of(entry.rows)
+            return entry
     read: set[str] = set()
     made = made_outside_autograd(trace_rows, cls, state, key, read)
     entry = CachedRows(config, {name: content(name) for name in _relevant(cls, state, read)}, made)
     # Rows are looked at first: what is refused in any state may have been traced in one that a loop begins in.
     latest = cached[: SETTINGS - 1]
     cached[:] = [entry, *latest] if isinstance(made, LoopRows) else [*latest, entry]
-    return result_of(made)
+    return entry
 
 
 def config_of(state: Mapping[str, Any]) -> Config:
