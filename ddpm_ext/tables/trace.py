@@ -23,6 +23,7 @@ from ddpm_ext.tables.trace_fit import (
     HISTORY,
     LINEAR,
     Array,
+    Bound,
     Columns,
     Factors,
     Numbers,
@@ -123,27 +124,21 @@ def follow(
         ValueError: a step is not linear, or no row can say what it does.
     """
     options = options or {}
-
-    def first_run(
-        scheduler: Any, times: Sequence[Any], second: Sequence[str] | None = second, level: Array | None = None
-    ) -> _FirstRun:
-        return _FirstRun(run_of(scheduler, times, options, dims), second, level)
-
     try:
-        first = first_run(scheduler, times)
+        first = _FirstRun(run_of(scheduler, times, options, dims), second)
     except IndexError:
         if len(times) == 1:
             raise
-        first = first_run(scheduler, times[:-1])
+        first = _FirstRun(run_of(scheduler, times[:-1], options, dims), second)
     clip = threshold = of_clean = None
-    rows, times = first.rows(), first.run.times
+    rows = first.rows()
     if first.run.clip is not None and not first.are_rows(rows, first.long()):  # a clip that never acts leaves rows
         clip, threshold = clip_of(scheduler)
         if "prediction_type" in getattr(scheduler, "config", {}):
             other = with_settings(scheduler, prediction_type="sample")
-            of_clean = functools.partial(first_run, other, times, (), first.level)
+            of_clean = functools.partial(_FirstRun, run_of(other, first.run.times, options, dims), (), first.level)
         rows = first.clipped_rows(clip, of_clean)
-    return first.proven(run_of(scheduler, times, options, dims), rows, clip, threshold)
+    return first.proven(rows, clip, threshold)
 
 
 def follow_function(
@@ -158,17 +153,11 @@ def follow_function(
     """
     function = observed_function(sampler, sigmas, options, like)
     first = _FirstRun(function.run, CLEAN_FIELDS)
-    traced = first.proven(function.run, first.rows())
+    traced = first.proven(first.rows())
     sigma = traced.columns["timestep"]
-    ones = np.ones_like(sigma)
-    levels = {
-        "signal_now": ones,
-        "noise_now": sigma,
-        "signal_after": ones,
-        "noise_after": np.append(sigma[1:], float(sigmas[-1])),
-        "draw": np.arange(len(sigma)),
-    }
-    columns = traced.columns | levels
+    after, ones = np.append(sigma[1:], float(sigmas[-1])), np.ones_like(sigma)
+    levels = {"signal_now": ones, "noise_now": sigma, "signal_after": ones, "noise_after": after}
+    columns = traced.columns | levels | {"draw": np.arange(len(sigma))}
     return traced._replace(columns=columns, begins=function.begins, leads=function.leads, asks=function.asks)
 
 
@@ -190,9 +179,8 @@ class _FirstRun:
         seconds = [x for x, step in zip(self.short.second, self.steps, strict=True)
                    if x is not None and (second is None or step.result.name in second)]  # fmt: skip
         if len(seconds) == n:
-            factors, errors = least_squares(
-                np.stack([self.short.unit(), self.short.m], 1), np.stack(seconds), self.short.negligible()
-            )
+            columns = np.stack([self.short.unit(), self.short.m], 1)
+            factors, errors = least_squares(columns, np.stack(seconds), self.short.negligible())
             self.second = bool((errors <= LINEAR).all())
             self.clean = factors if self.second else self.clean
         if level is None:
@@ -257,8 +245,8 @@ class _FirstRun:
                 rows[f"h{1 + k}"][i] = factors.z[i, draw]
         return rows
 
-    def _errors(self, rows: Columns, loop: Numbers, bound: Callable[[Array], Array] = lambda x0: x0) -> Array:
-        """By how much each step of a loop differs from its row, relatively. bound: clips clean samples."""
+    def _errors(self, rows: Columns, loop: Numbers, bound: Bound) -> Array:
+        """By how much each step of a loop differs from its row, relatively."""
         x0, parts, terms = terms_of(rows, loop, self.noise, self.history_draws, bound)
         errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
         if self.second:
@@ -267,11 +255,11 @@ class _FirstRun:
         return errors
 
     def are_rows(self, rows: Columns, loop: Numbers) -> bool:
-        return bool((self._errors(rows, loop) <= loop.bound()).all())
+        return bool((self._errors(rows, loop, lambda x0: x0) <= loop.bound()).all())
 
-    def proven(self, run: Run, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
+    def proven(self, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
         """What tracing found, once rows have taken the steps of a second run. Raises ValueError where they differ."""
-        scales, worst = _scales(self.short), 0.0
+        run, scales, worst = self.run, _scales(self.short), 0.0
         proof = second_run(run, rows["a"], rows["b"], self.level)
         for loop in proof:
             errors = self._errors(rows, loop, lambda x0: _bounded(x0, clip, threshold))
@@ -282,21 +270,12 @@ class _FirstRun:
         if run.unit == "timestep" and (times % 1 == 0).all():
             times = times.astype(np.int64)
         columns = {"timestep": times} | rows
-        if scales is not None and any(_scales(loop, scales) is None for loop in proof):
-            scales = None
+        is_scaled = scales is not None and all(_scales(loop, scales) is not None for loop in proof)
+        factors = scales.tolist() if scales is not None and is_scaled else None
         of_last = columns.pop("of_last").tolist()
         steps = [step._replace(prev=None, second=None, scaled=None) for step in self.steps]
-        return TraceResult(
-            columns,
-            clip,
-            worst,
-            steps,
-            self.noise,
-            self.history_draws,
-            self.second,
-            of_last,
-            None if scales is None else scales.tolist(),
-        )
+        noise, draws = self.noise, self.history_draws
+        return TraceResult(columns, clip, worst, steps, noise, draws, self.second, of_last, factors)
 
 
 def second_run(run: Run, a: Array, b: Array, level: Array) -> list[Numbers]:
@@ -323,22 +302,22 @@ def second_run(run: Run, a: Array, b: Array, level: Array) -> list[Numbers]:
 
 def signed(numbers: Array, sign: int) -> Array:
     """Numbers (steps, count) times 1 or -1 in each step, so that their sum has this sign."""
-    made: Array = numbers * np.where(numbers.sum(1, keepdims=True) * sign < 0, -1, 1)
-    return made
+    return np.where(numbers.sum(1, keepdims=True) * sign < 0, -numbers, numbers)
 
 
 def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
     """What samples were multiplied by for the model; None where something else, or by something else than `factors`."""
-    if any(each is None for each in loop.scaled):
+    values = [x for x in loop.scaled if x is not None]
+    if len(values) < len(loop.scaled):
         return None
-    scaled, largest = np.stack([each for each in loop.scaled if each is not None]), np.abs(loop.x).argmax(1)[:, None]
+    scaled, largest = np.stack(values), np.abs(loop.x).argmax(1)[:, None]
     if factors is None:
         factors = (np.take_along_axis(scaled, largest, 1) / np.take_along_axis(loop.x, largest, 1))[:, 0]
     made = factors[:, None] * loop.x
     return factors if (np.abs(scaled - made) <= EXACT * np.abs(made)).all() else None
 
 
-def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None = None) -> Array:
+def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None) -> Array:
     """Clean samples after the clip, (steps, numel of a sample)."""
     if threshold is not None:  # eq. (7) of Saharia et al. 2022, in diffusers' form
         quantile, largest = threshold

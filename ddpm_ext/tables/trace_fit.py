@@ -20,6 +20,7 @@ from ddpm_ext.tables.trace_run import Run, Step
 
 Array = npt.NDArray[np.float64]
 Columns = dict[str, Array]
+Bound = Callable[[Array], Array]  # clips clean samples
 
 HISTORY = 3  # tensors that a row may read
 LAGS = 5  # how many steps back: a step may keep nothing, as PNDM's second one
@@ -84,13 +85,10 @@ def numbers_of(
 
     x, m = (torch.from_numpy(kinds[kind].copy()).view(-1, *shape).unbind() for kind in (0, 1))
     steps = run.observe(x, m, draw)
-    z = (
-        np.stack([kinds[kind] for kind in range(2, len(kinds))], 1)
-        if len(kinds) > 2
-        else np.zeros((len(steps), 0, x[0].numel()))
-    )
-    for k in range(z.shape[1]):
-        z[[i for i, step in enumerate(steps) if len(step.draws) <= k], k] = 0
+    z = np.zeros((len(steps), len(kinds) - 2, x[0].numel()))
+    for i, step in enumerate(steps):
+        for k in range(len(step.draws)):
+            z[i, k] = kinds[2 + k][i]
     prev = np.stack([flat(step.prev, shape) for step in steps])
     for i in np.flatnonzero(~np.isfinite(prev).all(1)):
         raise ValueError(f"{at(run, i)}, is not linear: its result is infinite or no number")
@@ -103,8 +101,7 @@ def numbers_of(
 def flat(x: Tensor, shape: tuple[int, ...]) -> Array:
     if x.shape != shape:
         raise ValueError(f"a step returns a tensor of shape {tuple(x.shape)} for samples of shape {shape}")
-    numbers: Array = x.double().numpy(force=True).reshape(-1)
-    return numbers
+    return np.asarray(x.double().numpy(force=True).reshape(-1))
 
 
 class Factors(NamedTuple):
@@ -175,9 +172,8 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
         past = np.zeros((LAGS, 2))
         for (lag, d), factor in zip(read, fitted[2 + k :], strict=False):
             past[lag - 1] += factor * d
-        if free and not all(
-            is_along(past[lag - 1], known[i - lag][0]) for lag in range(1, lags + 1) if i - lag in known
-        ):
+        known_lags = [lag for lag in range(1, lags + 1) if i - lag in known]
+        if free and not all(is_along(past[lag - 1], known[i - lag][0]) for lag in known_lags):
             return np.inf
         factors.x[i], factors.m[i], factors.z[i], factors.past[i] = fitted[0], fitted[1], fitted[2 : 2 + k], past
         factors.of_last[i] = fitted[-1] if with_last else 0
@@ -192,9 +188,8 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
             raise ValueError(refusal(run, i, error))
         after = lags, with_last
         for lag in np.flatnonzero(factors.past[i].any(1)) + 1:
-            known[i - lag] = max(
-                known.get(i - lag, np.zeros((1, 2))), factors.past[i, lag - 1][None], key=np.linalg.norm
-            )
+            before = known.get(i - lag, np.zeros((1, 2)))
+            known[i - lag] = max(before, factors.past[i, lag - 1][None], key=np.linalg.norm)
     return factors
 
 
@@ -302,23 +297,15 @@ def columns_of(x: Array, m: Array, clean: Array) -> Columns:
 
 
 def terms_of(
-    rows: Columns,
-    loop: Numbers,
-    noise: Sequence[int | None],
-    history_draws: Sequence[Sequence[int]],
-    bound: Callable[[Array], Array] = lambda x0: x0,
+    rows: Columns, loop: Numbers, noise: Sequence[int | None], history_draws: Sequence[Sequence[int]], bound: Bound
 ) -> tuple[Array, Array, Array]:
     """By the rows: each step's clean sample, (steps, count), its parts, (2, steps, count), and those of the step's
-    result, (8, steps, count). bound: clips clean samples."""
+    result, (8, steps, count)."""
     x, m, column = loop.x, loop.m, {name: values[:, None] for name, values in rows.items()}
     parts = np.array([column["a"] * x, column["b"] * m])
     x0, terms = bound(parts.sum(0)), np.zeros((5 + HISTORY, *x.shape))
-    terms[:4] = (
-        column["c0"] * x0,
-        (column["c1"] - column["of_last"]) * x,
-        column["c2"] * m,
-        column["of_last"] * loop.last(),
-    )
+    of_last, c1 = column["of_last"], column["c1"] - column["of_last"]
+    terms[:4] = column["c0"] * x0, c1 * x, column["c2"] * m, of_last * loop.last()
     kept = column["k0"] * x0 + column["k1"] * x + column["k2"] * m
     for k, ring in enumerate(rings_of((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0)).T):
         terms[5 + k] = np.where(ring[:, None] < 0, 0.0, column[f"h{1 + k}"] * kept[ring])

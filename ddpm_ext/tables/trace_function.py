@@ -54,8 +54,8 @@ def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Paramete
     """The function's parameters. Raises TypeError where sigmas are none of them."""
     parameters = inspect.signature(sampler).parameters
     if "sigmas" not in parameters:
-        given = ", ".join(list(parameters)[:3])
-        raise TypeError(f"the sampler is a function of {given} ..., expected one of model, x and sigmas")
+        first = ", ".join(list(parameters)[:3])
+        raise TypeError(f"the sampler is a function of {first} ..., expected one of model, x and sigmas")
     return parameters
 
 
@@ -84,9 +84,23 @@ def observed_function(
         TypeError: it has no argument sigmas. ValueError: other sigmas, random numbers that are not normal, or arguments
         of its own for the model.
     """
-    parameters = check_function(sampler)
-    levels = checked_sigmas(sigmas)
-    call = partial(_call, sampler, parameters.keys(), levels, dict(options))
+    parameters, levels = check_function(sampler), checked_sigmas(sigmas)
+
+    def call(
+        observed: Observed, model: Callable[..., Tensor], x: Tensor, callback: Callable[[Any], Any] | None = None
+    ) -> Any:
+        arguments: dict[str, Any] = {
+            "extra_args": {},
+            "callback": callback,
+            "disable": True,
+            "noise_sampler": lambda *_: observed.draw(x.shape, x.dtype),
+        }
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+        try:
+            return sampler(model, x, levels.clone(), **arguments | dict(options))
+        except RuntimeError as error:
+            raise ValueError(f"the function raises an error for samples in float64: {error}") from error
+
     generator = torch.Generator().manual_seed(0)
 
     def normal(*_: int) -> Tensor:
@@ -94,11 +108,11 @@ def observed_function(
 
     start, times, begins = normal(), [], []
     seen: list[Tensor] = []
-    own = dict(options.get("extra_args") or {})
+    expected = {*(options.get("extra_args") or {})}
 
     def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-        if more.keys() - own.keys():  # by these the model may tell the function more than its output
-            names = ", ".join(sorted(more.keys() - own.keys()))
+        if unknown := sorted(more.keys() - expected):  # by these the model may tell the function more than its output
+            names = ", ".join(unknown)
             raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
         seen.append(x.clone())
         times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
@@ -115,26 +129,6 @@ def observed_function(
         begins = [i + 1 for i in begins]
     run = Run(times, "sigma", partial(_observe, call, len(times), leads, like), follows=True)
     return Function(run, tuple(begins), leads, probe.was_asked)
-
-
-def _call(
-    sampler: Callable[..., Any],
-    names: Any,
-    sigmas: Tensor,
-    options: dict[str, Any],
-    observed: Observed,
-    model: Callable[..., Tensor],
-    x: Tensor,
-    callback: Callable[[Any], Any] | None = None,
-) -> Any:
-    def noise_sampler(*_: Any) -> Tensor:
-        return observed.draw(x.shape, x.dtype)
-
-    own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
-    try:
-        return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
-    except RuntimeError as error:
-        raise ValueError(f"the function raises an error for samples in float64: {error}") from error
 
 
 def _observe(

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -174,16 +173,11 @@ def input_names(parameters: Sequence[str]) -> tuple[str, ...]:
     return tuple(parameters[:3]) if None in known else tuple(name for name in known if name is not None)
 
 
-def run_of(
-    scheduler: Any,
-    times: Sequence[Any],
-    options: Mapping[str, Any],
-    dims: int = 4,
-) -> Run:
+def run_of(scheduler: Any, times: Sequence[Any], options: Mapping[str, Any], dims: int) -> Run:
     """A scheduler's loop; the arguments are those of `observe`, and how many dimensions samples have."""
-    own = partial(observe, scheduler, times, options=options)
+    steps = functools.partial(observe, scheduler, times, options=options)
     clip = clip_of(scheduler)[0][1] if any(setting(scheduler, name) for name in CLIPS) else None
-    return Run(times, "timestep", own, clip, dims, sum(value is GIVEN for value in options.values()))
+    return Run(times, "timestep", steps, clip, dims, sum(value is GIVEN for value in options.values()))
 
 
 def observe(
@@ -210,13 +204,12 @@ def observe(
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
             next sample and at most one more tensor.
     """
-    own, observed = copy.deepcopy(scheduler), Observed(samples[0].shape, noise, wide)
-    state = own.__dict__
-    step = getattr(own, step_name(own))
-    names, arguments = input_names([*parameters_of_step(own.__class__)]), dict(options)
-    scale = getattr(own, "scale_model_input", None)
-    if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
-        own.noise_sampler = lambda *_: observed.draw(observed.shape, samples[0].dtype)
+    scheduler, observed = copy.deepcopy(scheduler), Observed(samples[0].shape, noise, wide)
+    state, step = scheduler.__dict__, getattr(scheduler, step_name(scheduler))
+    names, arguments = input_names([*parameters_of_step(scheduler.__class__)]), dict(options)
+    scale = getattr(scheduler, "scale_model_input", None)
+    if hasattr(scheduler, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
+        scheduler.noise_sampler = lambda *_: observed.draw(observed.shape, samples[0].dtype)
     made: list[Step] = []
     with _filters, warnings.catch_warnings(), torch.no_grad(), on_cpu(), fresh_numbers(), observed:
         warnings.simplefilter("ignore")
@@ -237,16 +230,11 @@ def observe(
             arguments[names[0]], arguments[names[1]], arguments[names[2]] = m, t, x
             result, prev, second = parts_of(step(**arguments))
             changed = {name: value for name, value in state.items() if before.get(name, before) is not value}
-            lists = [value for value in state.values() if type(value) is list]
-            made.append(
-                Step(
-                    result, prev, second, observed.draws,
-                    {name: value for name, value in changed.items() if is_simple(value)},
-                    any(not is_simple(x) and not isinstance(x, torch.Size) for x in changed.values())
-                    or any(isinstance(x, Tensor) for each in lists for x in each),
-                    scaled, scale_counts,
-                )
-            )  # fmt: skip
+            simple = {name: value for name, value in changed.items() if is_simple(value)}
+            in_lists = [x for value in state.values() if type(value) is list for x in value]
+            stores = any(name not in simple and not isinstance(value, torch.Size) for name, value in changed.items())
+            stores = stores or any(isinstance(x, Tensor) for x in in_lists)
+            made.append(Step(result, prev, second, observed.draws, simple, stores, scaled, scale_counts))
     return made
 
 
@@ -272,7 +260,7 @@ def parameters_of_step(cls: type) -> Mapping[str, inspect.Parameter]:
     for base in cls.__mro__:
         if name in vars(base):
             parameters = dict(list(inspect.signature(vars(base)[name]).parameters.items())[1:])
-            if not any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in parameters.values()):
+            if not any(taken.kind in (taken.VAR_POSITIONAL, taken.VAR_KEYWORD) for taken in parameters.values()):
                 break
     return parameters
 
