@@ -8,7 +8,6 @@ that a model of DDPM's learns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,15 +15,8 @@ from torch import Tensor
 
 from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
-from ddpm_ext.integrations.diffusers.scheduler import (
-    FusedRows,
-    are_tensors,
-    clip_of,
-    imported,
-    make_rows,
-    result_dtype,
-)
-from ddpm_ext.integrations.fallback import Fallback, is_of_arguments
+from ddpm_ext.integrations.diffusers.scheduler import FusedRows, are_tensors, clip_of, imported, make_rows, result_dtype
+from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.library_code import foreign_method
 from ddpm_ext.integrations.proof import HOW
 from ddpm_ext.integrations.shared import Support
@@ -130,19 +122,6 @@ class Alphas(Forward):
     replaces: ClassVar[tuple[str, ...]] = ("step", "add_noise", "get_velocity")
     alphas_cumprod: Tensor
     num_inference_steps: int | None
-    _looked_at: Callable[..., Any]  # the peer's step, with its arguments
-
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self._looked_at(*args, **kwargs)
-        except TypeError as error:
-            if is_of_arguments(error):
-                raise Fallback from None
-            raise
-
-    def _returned(self, done: tuple[Tensor, Tensor], return_dict: bool) -> Any:
-        known = self._known
-        return imported(known.__module__, f"{known.__name__}Output")(*done) if return_dict else done
 
     def _located(self, timestep: Any, sample: Any, model_output: Any, *of: Any) -> tuple[FusedRows, int, int]:
         """The rows, the timestep on the host, and its row. of: _make's arguments from `to` on."""
@@ -155,11 +134,6 @@ class Alphas(Forward):
         rows = self._rows(_make, self.alphas_cumprod, config.prediction_type, *clip_of(config), *of)
         return rows, *self._row(rows, timestep)
 
-    def _stride(self) -> int:
-        if self.num_inference_steps is None:
-            raise Fallback
-        return int(self.config.num_train_timesteps // self.num_inference_steps)
-
     def _take_located(
         self,
         located: tuple[FusedRows, int, int],
@@ -168,25 +142,23 @@ class Alphas(Forward):
         sample: Tensor,
         generator: Any,
         return_dict: bool,
-        *,
         noisy: bool,
-        given: Tensor | None = None,
+        own: Tensor | None = None,
         **extras: Any,
     ) -> Any:
-        """The step's result. given: its noise, in located of what is drawn."""
+        """The step's result. own: its noise, in place of what is drawn."""
         rows, t, row = located
-        self._check_step(sample, model_output, given, timestep=timestep)
+        self._check_step(sample, model_output, own, timestep=timestep)
         if sample.dtype is not model_output.dtype:
             sample = sample.to(result_dtype(model_output, sample))
-        if given is None:
+        if own is None:
             noise = self._noise(noisy, model_output, generator, sample, -t)
         else:
-            real = given.is_floating_point()
-            if not real or torch.promote_types(given.dtype, sample.dtype) != sample.dtype:
-                raise Fallback(f"variance_noise is {dtype_name(given.dtype)}")
-            noise = {"noise": given.to(sample.dtype)}
-        done = self._take(rows, row, sample, model_output, noise, **extras)
-        return self._returned(done, return_dict)
+            if not own.is_floating_point() or torch.promote_types(own.dtype, sample.dtype) != sample.dtype:
+                raise Fallback(f"variance_noise is {dtype_name(own.dtype)}")
+            noise = {"noise": own.to(sample.dtype)}
+        result, known = self._take(rows, row, sample, model_output, noise, **extras), self._known
+        return imported(known.__module__, f"{known.__name__}Output")(*result) if return_dict else result
 
 
 class DDPM(Alphas):
@@ -195,7 +167,7 @@ class DDPM(Alphas):
     variance_type: str
     custom_timesteps: bool
 
-    def _looked_at(
+    def _step(
         self, model_output: Tensor, timestep: int, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> Any:
         kind = self.variance_type
@@ -211,9 +183,7 @@ class DDPM(Alphas):
             extras = {"model_variance": model_output[:, channels:], "log_variance": kind == "learned_range"}
             model_output = model_output[:, :channels]
         noisy = located[1] >= NOISY
-        return self._take_located(
-            located, model_output, timestep, sample, generator, return_dict, noisy=noisy, **extras
-        )
+        return self._take_located(located, model_output, timestep, sample, generator, return_dict, noisy, **extras)
 
 
 class DDIM(Alphas):
@@ -221,7 +191,7 @@ class DDIM(Alphas):
 
     final_alpha_cumprod: Tensor
 
-    def _looked_at(
+    def _step(
         self,
         model_output: Tensor,
         timestep: int,
@@ -235,9 +205,10 @@ class DDIM(Alphas):
         noisy = eta > 0
         if noisy and variance_noise is not None and generator is not None:
             raise Fallback
-        of = self._stride(), self.final_alpha_cumprod, float(eta), not use_clipped_model_output
+        if self.num_inference_steps is None:
+            raise Fallback
+        stride = int(self.config.num_train_timesteps // self.num_inference_steps)
+        of = stride, self.final_alpha_cumprod, float(eta), not use_clipped_model_output
         located = self._located(timestep, sample, model_output, *of)
-        given = variance_noise if noisy else None
-        return self._take_located(
-            located, model_output, timestep, sample, generator, return_dict, noisy=noisy, given=given
-        )
+        own = variance_noise if noisy else None
+        return self._take_located(located, model_output, timestep, sample, generator, return_dict, noisy, own)

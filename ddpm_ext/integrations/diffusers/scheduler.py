@@ -153,19 +153,10 @@ class Scheduler(Accelerated):
 
     # --------------------------------------------------------------------------------------------------------- noise
 
-    def _noise(
-        self,
-        noisy: bool,
-        like: Tensor,
-        generator: Any,
-        sample: Tensor,
-        index: int,
-        dtype: torch.dtype | None = None,
-    ) -> dict[str, Any]:
+    def _noise(self, noisy: bool, like: Tensor, generator: Any, sample: Tensor, index: int) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of a step of `sample`.
 
-        Unless it is made in the launch, it is drawn as diffusers draws it: of the shape of the model's output, `like`,
-        and in `dtype`, or else in like's.
+        Unless it is made in the launch, it is drawn as diffusers draws it: as the model's output, `like`.
 
         Args:
             index: where the step lies in a loop, a number that rises along it.
@@ -175,7 +166,7 @@ class Scheduler(Accelerated):
         rng = self.accelerated.rng_of_step(sample.size(0), index)
         if rng is not None:
             return {"rng": rng}
-        z = self._draw(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        z = self._draw(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         return noise_arguments(z.to(sample.dtype), sample)
 
     def _draw(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -207,13 +198,7 @@ class Scheduler(Accelerated):
             raise Fallback("its timestep has dimensions, and its samples 16 bits")
 
     def _take(
-        self,
-        rows: FusedRows,
-        row: int,
-        sample: Tensor,
-        model_output: Tensor,
-        noise: dict[str, Any],
-        **extras: Any,
+        self, rows: FusedRows, row: int, sample: Tensor, model_output: Tensor, noise: dict[str, Any], **extras: Any
     ) -> tuple[Tensor, Tensor]:
         """The next sample and the predicted clean one, both in one launch; a threshold takes two."""
         assert rows.rows is not None
