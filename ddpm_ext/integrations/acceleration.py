@@ -312,14 +312,18 @@ class Acceleration:
 
     # ---------------------------------------------------------------------------------------------------- fallbacks
 
-    def record_proof(self, library: str, method: str) -> None:
-        """Notes that a first loop runs the object's own code, beside the rows that it proves. Who asked for other noise
-        than that of the code is warned."""
-        if self.noise == "philox":
-            self.record_fallback(library, method, PROOF)
-        else:
+    def record_proof(self, library: str, method: str, failed: str | None, begins: bool) -> None:
+        """Notes a step of a first loop, which ran the object's own code beside its rows. Who asked for other noise than
+        that of the code is warned.
+
+        failed: why rows must not take it, if anything speaks against them. begins: whether it is the loop's first step.
+        """
+        if failed is not None or (begins and self.noise == "philox"):
+            self.record_fallback(library, method, failed or PROOF)
+            return
+        if begins:
             self.fallbacks[method] = PROOF
-            self.own_calls += 1
+        self.own_calls += 1
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
         """Keeps why the peer's own code runs, and warns of it and logs it, once for each reason."""

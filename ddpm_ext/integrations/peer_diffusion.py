@@ -101,7 +101,7 @@ class PeerDiffusion(Accelerated):
         by_rows: Callable[[], Any],
         by_code: Callable[[], Any],
     ) -> Any:
-        generators, settings = Generators(x.device), self.accelerated
+        generators = Generators(x.device)
         ours = _tensors(self._proving(by_rows, Acceleration()))  # which draws as the code does
         generators.rewind()
         before = contents(vars(self))
@@ -118,12 +118,7 @@ class PeerDiffusion(Accelerated):
         size = max(1.0, *(float(each.abs().max()) for each in (x, *ours)))
         for step in steps:
             proof.compare(step, ours, theirs, ROUNDED_TERMS * size * float(recip))
-        if proof.failed is not None:
-            settings.record_fallback(self.library, method, proof.failed)
-        elif len(proof.holds) == len(set(steps)):  # the loop's first step
-            settings.record_proof(self.library, method)
-        else:
-            settings.own_calls += 1
+        self.accelerated.record_proof(self.library, method, proof.failed, len(proof.holds) == len(set(steps)))
         return result
 
     def _proving(self, by_rows: Callable[[], Any], settings: Acceleration) -> Any:

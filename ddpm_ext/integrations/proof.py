@@ -57,12 +57,12 @@ class Proof:
 class Generators:
     """The states of the random generators that a step may draw from, to be drawn from twice."""
 
-    def __init__(self, device: torch.device, given: Any = None) -> None:
-        own = [torch.default_generator]
+    def __init__(self, device: torch.device, generator: Any = None) -> None:
+        """generator: that of a call, or several, beside torch's own."""
+        generators = [torch.default_generator, *(generator if isinstance(generator, list | tuple) else [generator])]
         if device.type == "cuda":
-            own.append(torch.cuda.default_generators[device.index or 0])
-        given = given if isinstance(given, list | tuple) else [given]
-        self._states = [(each, each.get_state()) for each in (*own, *given) if isinstance(each, torch.Generator)]
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        self._states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
 
     def rewind(self) -> None:
         for generator, state in self._states:
@@ -95,28 +95,16 @@ def kinds_of(arguments: Mapping[str, Any] | None) -> Hashable:
 
 
 def contents(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of an object, to be compared with by `changed`: containers are copied, and tensors told by how
-    often they were written to."""
-    return {name: (x, _copied(x)) for name, x in state.items()}
+    """The attributes of an object with their keys, to be compared with by `changed`."""
+    return {name: (x, setting_of(x)) for name, x in state.items()}
 
 
 def changed(before: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """The names of the attributes that a step has written to, or deleted, since `contents` was called."""
-    names = [n for n, x in state.items() if n not in before or before[n][0] is not x or before[n][1] != _copied(x)]
+    names = [n for n, x in state.items() if n not in before or before[n][0] is not x or before[n][1] != setting_of(x)]
     return [*names, *(before.keys() - state.keys())]
 
 
 def why_left_alone(method: str, names: Iterable[str]) -> str:
     """Of an object whose step changes these attributes, on which its rows depend, again and again."""
     return f"its {method} changes {', '.join(sorted(names))} in every loop, and runs as it is from now on"
-
-
-def _copied(x: Any) -> Any:
-    """What a container holds, down to objects that are told by their identity."""
-    if isinstance(x, dict):
-        return {key: _copied(value) for key, value in x.items()}
-    if type(x) in (list, tuple):
-        return [_copied(value) for value in x]
-    if isinstance(x, Tensor):
-        return id(x), version_of(x)
-    return (x.shape, x.tobytes()) if isinstance(x, np.ndarray) and x.nbytes <= LARGE else id(x)

@@ -160,14 +160,12 @@ class TracedScheduler(Forward):
         # reads that, and `uncond_output` brings it there.
         if trace.of_last[i]:
             m, inputs["uncond_output"] = m.to(dtypes.computed), last
-        x0: Tensor | None
-        copied: Tensor | None
         x0 = inputs["x0_out"] = empty_like(x) if trace.second else None
         goes_on = i + 1 < len(rows.times)
         keeps_result = goes_on and trace.of_last[i + 1] != 0
         scales = goes_on and self._scales_inputs and position.scales_inputs()
         copied = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
-        history = [tensors[draw] for draw in trace.history_draws[i]] if trace.history_draws[i] else ring
+        history = [tensors[draw] for draw in trace.history_draws[i]] or ring
         prev, kept = rows.stepper.take(i, x, m, history, inputs)
         ring = ring if kept is None else (kept, *ring[:2])
         after = position._replace(at=i + 1, ring=ring, last=copied if keeps_result else None, shape=x.shape)
@@ -179,9 +177,7 @@ class TracedScheduler(Forward):
         self, position: Position, dtypes: LoopDtypes, call: Call, x: Tensor, tensors: list[Tensor]
     ) -> dict[str, Any]:
         """The arguments of RowStepper.take for the row's noise, after all that diffusers draws there has been drawn.
-
-        tensors: which the step was given.
-        """
+        tensors: which the step was given."""
         rows, i = position.rows, position.at
         used, index, generator = rows.trace.noise[i], rows.key.first + i, call.others.get("generator")
         noise: dict[str, Any] = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
@@ -227,7 +223,7 @@ class TracedScheduler(Forward):
         self, position: Position, dtypes: LoopDtypes, call: Call, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """What the scheduler's own step returns. Notes whether the row makes the same of the same noise."""
-        proof, rows, at, settings = position.proof, position.rows, position.at, self.accelerated
+        proof, rows, at = position.proof, position.rows, position.at
         assert proof is not None
         generators = Generators(call.x.device, call.others.get("generator"))
         others = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
@@ -243,13 +239,8 @@ class TracedScheduler(Forward):
             proof.failed = f"its step stores {', '.join(stores)}, which no scheduler of diffusers has"
         _, prev, second = parts_of(result)
         proof.compare(at, (launched.prev, launched.x0), (prev, second), size)
-        self._position = launched.position
-        settings.own_calls += proof.failed is None and at > 0  # the others are counted where they are recorded
-        if proof.failed is not None:
-            self._position = proof.failed
-            settings.record_fallback(self.library, "step", proof.failed)
-        elif at == 0:
-            settings.record_proof(self.library, "step")
+        self._position = launched.position if proof.failed is None else proof.failed
+        self.accelerated.record_proof(self.library, "step", proof.failed, at == 0)
         return result
 
     def _library_state(self) -> dict[str, Any]:
