@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 from typing import Any, Protocol, TypeVar, overload
@@ -121,7 +122,9 @@ def accelerate(
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
     if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):  # a class of ours
-        return _table_scheduler().with_settings(obj, settings)
+        copied = copy.copy(obj)
+        vars(copied)["_acceleration"] = settings
+        return copied
     return accelerated_copy(obj, accelerated_class(type(obj)), settings)
 
 
@@ -135,8 +138,9 @@ def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
         raise TypeError(f"table is given with a {type(obj).__name__}, expected a pipeline with a scheduler, or one")
 
     def make(scheduler: Any, of_scheduler: Acceleration) -> Any:
-        if scheduler is own:
-            return _table_scheduler().with_table(scheduler, table, of_scheduler)
+        if scheduler is own:  # the module needs diffusers
+            module = importlib.import_module("ddpm_ext.integrations.diffusers.table_scheduler")
+            return module.with_table(scheduler, table, of_scheduler)
         return _accelerated(scheduler, of_scheduler)
 
     if own is obj:
@@ -144,8 +148,3 @@ def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
     made = accelerated_pipeline(obj, settings, make)
     made.register_modules(scheduler=made.scheduler)  # model_index.json names the class
     return made
-
-
-def _table_scheduler() -> Any:
-    """The module, which needs diffusers."""
-    return importlib.import_module("ddpm_ext.integrations.diffusers.table_scheduler")

@@ -36,7 +36,7 @@ from ddpm_ext.tables.trace_fit import (
     rows_of,
     terms_of,
 )
-from ddpm_ext.tables.trace_function import observed_function
+from ddpm_ext.tables.trace_function import ObservedFunction
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings
 
 Pair = tuple[float, float]  # the range of a clip; the quantile of a threshold and its largest divisor
@@ -151,7 +151,7 @@ def follow_function(
     A row begins with each call of the model. Where the function adds noise before the first one, a row that calls no
     model comes before it. The samples' levels are (1, sigma).
     """
-    function = observed_function(sampler, sigmas, options, like)
+    function = ObservedFunction(sampler, sigmas, options, like)
     first = _FirstRun(function.run, CLEAN_FIELDS)
     traced = first.proven(first.rows())
     sigma = traced.columns["timestep"]
@@ -176,11 +176,10 @@ class _FirstRun:
         self.noise: list[int | None] = [None] * n
         self.history_draws: list[list[int]] = [[] for _ in range(n)]
         self.clean, self.second = np.zeros((n, 2)), False
-        seconds = [x for x, step in zip(self.short.second, self.steps, strict=True)
-                   if x is not None and (second is None or step.result.name in second)]  # fmt: skip
-        if len(seconds) == n:
+        names = {step.result.name for step in self.steps}
+        if self.short.second is not None and (second is None or names <= {*second}):
             columns = np.stack([self.short.unit(), self.short.m], 1)
-            factors, errors = least_squares(columns, np.stack(seconds), self.short.negligible())
+            factors, errors = least_squares(columns, self.short.second, self.short.negligible())
             self.second = bool((errors <= LINEAR).all())
             self.clean = factors if self.second else self.clean
         if level is None:
@@ -250,7 +249,7 @@ class _FirstRun:
         x0, parts, terms = terms_of(rows, loop, self.noise, self.history_draws, bound)
         errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
         if self.second:
-            second = np.stack([values for values in loop.second if values is not None])
+            second = np.inf if loop.second is None else loop.second
             errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
         return errors
 
@@ -307,14 +306,13 @@ def signed(numbers: Array, sign: int) -> Array:
 
 def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
     """What samples were multiplied by for the model; None where something else, or by something else than `factors`."""
-    values = [x for x in loop.scaled if x is not None]
-    if len(values) < len(loop.scaled):
+    if loop.scaled is None:
         return None
-    scaled, largest = np.stack(values), np.abs(loop.x).argmax(1)[:, None]
     if factors is None:
-        factors = (np.take_along_axis(scaled, largest, 1) / np.take_along_axis(loop.x, largest, 1))[:, 0]
-    made = factors[:, None] * loop.x
-    return factors if (np.abs(scaled - made) <= EXACT * np.abs(made)).all() else None
+        largest = np.abs(loop.x).argmax(1)[:, None]
+        factors = (np.take_along_axis(loop.scaled, largest, 1) / np.take_along_axis(loop.x, largest, 1))[:, 0]
+    product = factors[:, None] * loop.x
+    return factors if (np.abs(loop.scaled - product) <= EXACT * np.abs(product)).all() else None
 
 
 def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None) -> Array:

@@ -33,8 +33,8 @@ NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "o
 
 
 class Numbers(NamedTuple):
-    """What a loop made of random numbers: x, m and prev are (steps, count), z (steps, draws, count); of steps without a
-    second tensor, `second` has None, and so `scaled`, what scale_model_input made of a sample.
+    """What a loop made of random numbers: x, m, prev, second and scaled are (steps, count), z (steps, draws, count).
+    second, scaled: None where a step has no second tensor, or where scale_model_input returned a sample itself.
 
     level: (steps,), what samples are multiplied by, beside outputs of size 1. Rows are found for samples without that.
     wide: whether results are float64.
@@ -44,8 +44,8 @@ class Numbers(NamedTuple):
     m: Array
     z: Array
     prev: Array
-    second: list[Array | None]
-    scaled: list[Array | None]
+    second: Array | None
+    scaled: Array | None
     level: Array
     wide: bool
 
@@ -61,9 +61,7 @@ class Numbers(NamedTuple):
         return NEGLIGIBLE if self.wide else ROUNDED / 10
 
     def part(self, part: slice) -> Numbers:
-        second, scaled = ([None if x is None else x[part] for x in each] for each in (self.second, self.scaled))
-        x, m, z, prev = (each[..., part] for each in self[:4])
-        return Numbers(x, m, z, prev, second, scaled, self.level, self.wide)
+        return Numbers(*[None if x is None else x[..., part] for x in self[:6]], self.level, self.wide)
 
     def last(self) -> Array:
         """The result of the step before each."""
@@ -92,8 +90,7 @@ def numbers_of(
     prev = np.stack([flat(step.prev, shape) for step in steps])
     for i in np.flatnonzero(~np.isfinite(prev).all(1)):
         raise ValueError(f"{at(run, i)}, is not linear: its result is infinite or no number")
-    second = [None if step.second is None else flat(step.second, shape) for step in steps]
-    scaled = [None if step.scaled is None else flat(step.scaled, shape) for step in steps]
+    second, scaled = (stacked(each, shape) for each in ([s.second for s in steps], [s.scaled for s in steps]))
     wide = all(step.prev.dtype == torch.float64 for step in steps)
     return Numbers(kinds[0], kinds[1], z, prev, second, scaled, level, wide), steps
 
@@ -102,6 +99,12 @@ def flat(x: Tensor, shape: tuple[int, ...]) -> Array:
     if x.shape != shape:
         raise ValueError(f"a step returns a tensor of shape {tuple(x.shape)} for samples of shape {shape}")
     return np.asarray(x.double().numpy(force=True).reshape(-1))
+
+
+def stacked(tensors: Sequence[Tensor | None], shape: tuple[int, ...]) -> Array | None:
+    """(steps, count), or None where a step has none."""
+    arrays = [flat(x, shape) for x in tensors if x is not None]
+    return np.stack(arrays) if len(arrays) == len(tensors) else None
 
 
 class Factors(NamedTuple):

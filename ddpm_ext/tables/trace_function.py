@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +18,6 @@ from torch import Tensor
 from ddpm_ext.tables.trace_run import Draw, Observed, Result, Run, Step, fresh_numbers, on_cpu
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
-
-
-class Function(NamedTuple):
-    """A function's loop.
-
-    begins: the numbers of the steps before which it calls back; none where it doesn't.
-    leads: whether the first step comes before the model is called.
-    asks: whether it reads attributes of the model.
-    """
-
-    run: Run
-    begins: tuple[int, ...]
-    leads: bool
-    asks: bool
 
 
 class ModelLike:
@@ -69,9 +54,7 @@ def checked_sigmas(sigmas: Any) -> Tensor:
     return levels
 
 
-def observed_function(
-    sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
-) -> Function:
+class ObservedFunction:
     """How a function runs its loop. A first run of it counts the calls of the model, and what they are called with.
 
     Args:
@@ -80,95 +63,94 @@ def observed_function(
         options: further arguments.
         like: the object whose attributes the model has.
 
+    Attributes:
+        run: its loop.
+        begins: the numbers of the steps before which it calls back; none where it doesn't.
+        leads: whether the first step comes before the model is called.
+        asks: whether it reads attributes of the model.
+
     Raises:
         TypeError: it has no argument sigmas. ValueError: other sigmas, random numbers that are not normal, or arguments
         of its own for the model.
     """
-    parameters, levels = check_function(sampler), checked_sigmas(sigmas)
 
-    def call(
-        observed: Observed, model: Callable[..., Tensor], x: Tensor, callback: Callable[[Any], Any] | None = None
+    def __init__(
+        self, sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
+    ) -> None:
+        self._parameters, self._sigmas = check_function(sampler), checked_sigmas(sigmas)
+        self._sampler, self._options, self._like = sampler, options, like
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*_: int) -> Tensor:
+            return torch.empty(2, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
+
+        start, times, begins = normal(), [], []
+        seen: list[Tensor] = []
+        expected = {*(options.get("extra_args") or {})}
+
+        def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+            if unknown := more.keys() - expected:  # by these the model may tell the function more than its output
+                names = ", ".join(sorted(unknown))
+                raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
+            seen.append(x.clone())
+            times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
+            return 0.5 * x
+
+        with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(start.shape, normal) as observed:
+            probe = ModelLike(model, like)
+            self._call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
+        if not times:
+            raise ValueError("the model is never called, expected a call in each step")
+        self.leads, self.asks = not torch.equal(seen[0], start), probe.was_asked
+        if self.leads:
+            times.insert(0, float(self._sigmas[0]))
+            begins = [i + 1 for i in begins]
+        self.begins = tuple(begins)
+        self.run = Run(times, "sigma", self._observe, follows=True)
+
+    def _call(
+        self, observed: Observed, model: Callable[..., Tensor], x: Tensor, callback: Callable[[Any], Any] | None = None
     ) -> Any:
-        arguments: dict[str, Any] = {
-            "extra_args": {},
-            "callback": callback,
-            "disable": True,
-            "noise_sampler": lambda *_: observed.draw(x.shape, x.dtype),
-        }
-        arguments = {name: value for name, value in arguments.items() if name in parameters}
+        arguments: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True}
+        arguments["noise_sampler"] = lambda *_: observed.draw(x.shape, x.dtype)
+        arguments = {name: value for name, value in arguments.items() if name in self._parameters}
         try:
-            return sampler(model, x, levels.clone(), **arguments | dict(options))
+            return self._sampler(model, x, self._sigmas.clone(), **arguments | dict(self._options))
         except RuntimeError as error:
             raise ValueError(f"the function raises an error for samples in float64: {error}") from error
 
-    generator = torch.Generator().manual_seed(0)
+    def _observe(self, samples: Sequence[Tensor], outputs: Sequence[Tensor], noise: Draw) -> list[Step]:
+        """The steps, as Run's observe gives them."""
+        steps: list[Step] = []
+        second: Tensor | None = None
+        count = len(self.run.times)
 
-    def normal(*_: int) -> Tensor:
-        return torch.empty(2, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
+        def end(prev: Tensor) -> None:
+            steps.append(Step(Result(Tensor, None if second is None else CLEAN), prev.clone(), second, observed.draws))
+            observed.begin(len(steps))
 
-    start, times, begins = normal(), [], []
-    seen: list[Tensor] = []
-    expected = {*(options.get("extra_args") or {})}
-
-    def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-        if unknown := sorted(more.keys() - expected):  # by these the model may tell the function more than its output
-            names = ", ".join(unknown)
-            raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
-        seen.append(x.clone())
-        times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
-        return 0.5 * x
-
-    with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(start.shape, normal) as observed:
-        probe = ModelLike(model, like)
-        call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
-    if not times:
-        raise ValueError("the model is never called, expected a call in each step")
-    leads = not torch.equal(seen[0], start)
-    if leads:
-        times.insert(0, float(levels[0]))
-        begins = [i + 1 for i in begins]
-    run = Run(times, "sigma", partial(_observe, call, len(times), leads, like), follows=True)
-    return Function(run, tuple(begins), leads, probe.was_asked)
-
-
-def _observe(
-    call: Callable[..., Any],
-    count: int,
-    leads: bool,
-    like: object,
-    samples: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    noise: Draw,
-) -> list[Step]:
-    """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
-    made: list[Step] = []
-    second: Tensor | None = None
-
-    def end(prev: Tensor) -> None:
-        made.append(Step(Result(Tensor, None if second is None else CLEAN), prev.clone(), second, observed.draws))
-        observed.begin(len(made))
-
-    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        nonlocal second
-        with observed.paused():
-            if leads or second is not None:
-                end(x)
-                check(more=1)
-                x.copy_(samples[len(made)])
-            second = outputs[len(made)]
-            return second.clone()
-
-    def check(more: int) -> None:
-        if (len(made) + more > count) if more else (len(made) < count):
-            raise ValueError(
-                f"the model is called {'more' if more else 'less'} than {count - leads} times for other samples, on "
-                "which the steps depend: they are not linear"
+        def refused(how: str) -> ValueError:
+            return ValueError(
+                f"the model is called {how} than {count - self.leads} times for other samples, on which the steps "
+                "depend: they are not linear"
             )
 
-    with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(samples[0].shape, noise) as observed:
-        result = call(observed, ModelLike(model, like), samples[0])
-    if not isinstance(result, Tensor):
-        raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
-    end(result)
-    check(more=0)
-    return made
+        def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            nonlocal second
+            with observed.paused():
+                if self.leads or second is not None:
+                    end(x)
+                    if len(steps) == count:
+                        raise refused("more")
+                    x.copy_(samples[len(steps)])
+                second = outputs[len(steps)]
+                return second.clone()
+
+        with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(samples[0].shape, noise) as observed:
+            result = self._call(observed, ModelLike(model, self._like), samples[0])
+        if not isinstance(result, Tensor):
+            raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
+        end(result)
+        if len(steps) < count:
+            raise refused("less")
+        return steps

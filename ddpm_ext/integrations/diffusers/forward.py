@@ -129,9 +129,7 @@ class Forward(Scheduler):
             at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
             rows = torch.full(x.shape[:1], at, device=x.device)
         else:
-            rows = weights.rows(timesteps)
-            if rows.dtype is not torch.int64 or rows.device != x.device:
-                rows = rows.to(x.device, torch.int64)
+            rows = weights.rows(timesteps).to(x.device, torch.int64)
         if rows.shape != x.shape[:1]:
             rows = rows.reshape(1).repeat(len(x))  # one for all samples, as inpainting gives it
         if rows.is_inference() and not torch.is_inference_mode_enabled():

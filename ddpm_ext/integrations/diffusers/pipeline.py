@@ -37,9 +37,16 @@ class Pipeline(Accelerated):
         """Replaces __call__, with the signature of the peer's own, where there is one."""
         super().__init_subclass__()
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
-        own = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
-        if own is not None:
-            cls.__call__ = _with_start_noise(own)  # type: ignore[method-assign]
+        own: Any = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
+        if own is None:
+            return
+
+        @functools.wraps(own)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
+                return own(self, *args, **kwargs)
+
+        cls.__call__ = call  # type: ignore[method-assign]
 
     @property
     def accelerated(self) -> Acceleration:
@@ -87,15 +94,6 @@ class Pipeline(Accelerated):
             return settings.continued()
         unused = [stream for stream in STREAMS if stream not in used]
         return settings.of_stream(unused[0] if unused and settings.noise == "philox" else STREAM_REVERSE)
-
-
-def _with_start_noise(own: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
-            return own(self, *args, **kwargs)
-
-    return call
 
 
 def _accelerated_schedulers(pipeline: Any) -> Iterator[Any]:

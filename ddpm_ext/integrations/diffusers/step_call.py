@@ -85,7 +85,10 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
         raise Fallback
     if "noise_sampler" in vars(scheduler):  # it takes a hundred times as long as all else in a step
         raise Fallback("its noise is that of a Brownian path")
-    m = _mean(scheduler, m)
+    if type(scheduler).__name__ in OF_THREE_CHANNELS and m.shape[1:2] > (3,):
+        config = scheduler.config
+        if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
+            m = m[:, :3]
     scheduler._check_step(x, m)  # noqa: SLF001 (of this package)
     others = {name: values.pop(name) for name in OTHERS if name in values and defaults[name] is EMPTY}
     options: list[tuple[str, Any]] = []
@@ -96,18 +99,9 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
             tensors += [value] if option is GIVEN else []
             options.append((name, option))
     has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
-    if isinstance(timestep, Tensor) and has_dim:
+    if has_dim:
         timestep = _of_all(timestep, len(x))
     return Call(m, timestep, x, has_dim, tuple(options), tensors, others)
-
-
-def _mean(scheduler: Any, m: Tensor) -> Tensor:
-    """The model's output without its variance, which some schedulers leave out."""
-    if type(scheduler).__name__ in OF_THREE_CHANNELS and m.shape[1:2] > (3,):
-        config = scheduler.config
-        if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
-            return m[:, :3]
-    return m
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

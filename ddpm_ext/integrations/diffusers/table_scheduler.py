@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping
@@ -82,7 +81,11 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     ) -> None:
         self.table = as_table(table)
         self.register_to_config(table=_as_config(self.table))
-        self._stepper = RowStepper(self.table, *self._clip())
+        try:
+            clip, threshold = clip_of(self.config)
+        except Fallback as refused:
+            raise ValueError(str(refused)) from None
+        self._stepper = RowStepper(self.table, clip_in_notes(self.table, clip, threshold), threshold)
         self._input_scales = None
         if scale_of(self.table) == SIGMA_SPACE:
             scales = (1 + self.table.noise_now**2).rsqrt()
@@ -94,13 +97,6 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self.timesteps = self._own_times.clone()
         self._begin_index: int | None = None
         self._begin()
-
-    def _clip(self) -> tuple[Any, Any]:
-        try:
-            clip, threshold = clip_of(self.config)
-        except Fallback as refused:
-            raise ValueError(str(refused)) from None
-        return clip_in_notes(self.table, clip, threshold), threshold
 
     def _begin(self) -> None:
         self._step_index: int | None = None
@@ -165,10 +161,9 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: another number of steps.
         """
-        count = len(self.table)
-        given = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
-        if given is not None and given != count:
-            raise ValueError(f"num_inference_steps is {given}, expected {count}, the rows of the table")
+        count = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
+        if count is not None and count != len(self.table):
+            raise ValueError(f"num_inference_steps is {count}, expected {len(self.table)}, the rows of the table")
         self.timesteps = self._own_times.to(device, copy=True)
         self._begin_index = None
         self._begin()
@@ -257,8 +252,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         """
         if not bool((self.table.signal_now + self.table.noise_now > 0).all()):
             raise ValueError("the table does not have its rows' levels, so that no noise can be added")
-        own, x = self._own_times.to(timesteps.device), original_samples
-        is_listed, rows = (own == timesteps.to(own.dtype)[:, None]).byte().max(1)
+        times, x = self._own_times.to(timesteps.device), original_samples
+        is_listed, rows = (times == timesteps.to(times.dtype)[:, None]).byte().max(1)
         if not bool(is_listed.all()):
             raise ValueError(f"timesteps are {timesteps.tolist()}, expected some of {self._own_times.tolist()}")
         levels = self._levels.get("levels", x.device, torch.float32)
@@ -295,17 +290,11 @@ def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> S
 def _as_config(table: StepTable) -> dict[str, Any]:
     """Lists that JSON has, without columns of zeros; `as_table` reads them."""
     columns = {name: getattr(table, name) for name in COLUMNS}
-    needed = ("timestep", "a", "b", "c0", "c1", "draw")
-    shown = {name: column.tolist() for name, column in columns.items() if name in needed or bool((column != 0).any())}
-    return {**shown, "notes": table.notes}
+    needed = {name for name, x in columns.items() if bool((x != 0).any())} | {"timestep", "a", "b", "c0", "c1", "draw"}
+    return {**{name: x.tolist() for name, x in columns.items() if name in needed}, "notes": table.notes}
 
 
-def with_table(
-    scheduler: Any,
-    table: Any,
-    settings: Acceleration,
-    kind: type[Kind] = TableScheduler,
-) -> Kind:
+def with_table(scheduler: Any, table: Any, settings: Acceleration, kind: type[Kind] = TableScheduler) -> Kind:
     """A TableScheduler, or a subclass's object, in the place of another scheduler.
 
     Raises:
@@ -324,10 +313,3 @@ def with_table(
     made = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
     made.__dict__["_acceleration"] = settings
     return made
-
-
-def with_settings(scheduler: TableScheduler, settings: Acceleration) -> TableScheduler:
-    """A copy whose noise has other settings."""
-    copied = copy.copy(scheduler)
-    copied.__dict__["_acceleration"] = settings
-    return copied

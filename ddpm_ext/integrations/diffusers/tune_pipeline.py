@@ -93,7 +93,9 @@ def tune_pipeline(
         levels = runs.levels(_trailing(runs.scheduler) or runs.scheduler, teacher_steps)
         teacher = _made(runs, SAMPLER, levels.grid())
         nodes = {seed: runs.record(teacher, seed).samples for seed in (*fitted_to, *held_out)}
-        teacher_error = _check_teacher(runs, levels, held_out[0], nodes[held_out[0]][-1])
+        fewer = runs.record(_made(runs, SAMPLER, levels.grid(slice(None, None, 2))), held_out[0]).samples[-1]
+        advice = "more teacher_steps may help, or less guidance"
+        teacher_error = converged(fewer, nodes[held_out[0]][-1], len(levels), advice)
         fits = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
         table = min(fits, key=lambda fit: fit[1])[0]
         own = _errors(runs, table, nodes, held_out)
@@ -197,13 +199,6 @@ def _fit(
 def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds: Sequence[int]) -> Tensor:
     """How far each sample ends from the teacher's."""
     return torch.cat([distance(runs.record(table, seed).samples[-1], nodes[seed][-1]) for seed in seeds])
-
-
-def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) -> float:
-    """How far half the teacher's steps end from all of them, relative to the samples' root mean square. Raises
-    ValueError where that is too far."""
-    fewer = runs.record(_made(runs, SAMPLER, levels.grid(slice(None, None, 2))), seed).samples[-1]
-    return converged(fewer, samples, len(levels), "more teacher_steps may help, or less guidance")
 
 
 def _notes(runs: Runs, call: dict[str, Any]) -> dict[str, Any]:
