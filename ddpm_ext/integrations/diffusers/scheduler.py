@@ -58,6 +58,27 @@ class FusedRows(NamedTuple):
     row: dict[int, int]
 
 
+class NextInput(NamedTuple):
+    """What scale_model_input returns for the sample that a step has returned: the step writes it as well.
+
+    Attributes:
+        sample, version: that tensor, and its version_of.
+        model_input: its product with the scheduler's factor. Who gets it may write to it, so it is given once.
+    """
+
+    sample: Tensor
+    version: tuple[int, ...] | None
+    model_input: Tensor
+
+    @classmethod
+    def of(cls, sample: Tensor, model_input: Tensor) -> NextInput:
+        return cls(sample, version_of(sample), model_input)
+
+    def is_of(self, sample: object) -> bool:
+        """Whether that is the very tensor that the step returned, as it was. Inference tensors do not tell."""
+        return sample is self.sample and self.version is not None and version_of(self.sample) == self.version
+
+
 def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
     """The dtype of diffusers' results."""
     return torch.promote_types(model_output.dtype, sample.dtype)
@@ -113,27 +134,20 @@ class Scheduler(Accelerated):
         return result_of(known[2])
 
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
-        """The timestep on the host, and its row. Raises Fallback where it has none."""
-        t = self._host_timestep(timestep)
-        row = None if t is None else rows.row.get(t)
-        if t is None or row is None:
-            raise Fallback
-        if row == UNFUSED:
-            raise Fallback("alphas_cumprod is 0 or 1 there, or does not rise")
-        return t, row
-
-    def _host_timestep(self, timestep: Any) -> int | None:
-        """The timestep as an int, or None where it is none.
+        """The timestep on the host, and its row. Raises Fallback where it has none.
 
         An element of self.timesteps is found by its address, and not read: on a GPU, only the first one after
         set_timesteps makes the host wait. A pipeline's loop goes over these.
         """
-        if not isinstance(timestep, Tensor):
-            return int(timestep) if isinstance(timestep, numbers.Integral) else None
-        if timestep.numel() != 1 or timestep.is_floating_point():
-            return None
-        index = self._index_of(timestep)
-        return int(timestep.item()) if index is None else int(self._times()[index])
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and not timestep.is_floating_point():
+            index = self._index_of(timestep)
+            timestep = int(timestep.item() if index is None else self._times()[index])
+        if not isinstance(timestep, numbers.Integral) or int(timestep) not in rows.row:
+            raise Fallback
+        t = int(timestep)
+        if rows.row[t] == UNFUSED:
+            raise Fallback("alphas_cumprod is 0 or 1 there, or does not rise")
+        return t, rows.row[t]
 
     def _times(self) -> list[Any]:
         """The scheduler's timesteps on the host, read once."""

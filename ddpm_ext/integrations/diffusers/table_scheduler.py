@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.acceleration import Acceleration
-from ddpm_ext.integrations.diffusers.next_input import NextInput
 from ddpm_ext.integrations.diffusers.predictions import prediction_of, prediction_type_of
-from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of, reads_clip_sample
+from ddpm_ext.integrations.diffusers.scheduler import NextInput, Scheduler, clip_of, reads_clip_sample
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
-from ddpm_ext.integrations.diffusers.next_input import NextInput
-from ddpm_ext.integrations.diffusers.scheduler import ROWS, STEPS
+from ddpm_ext.integrations.diffusers.scheduler import ROWS, STEPS, NextInput
 from ddpm_ext.integrations.diffusers.step_call import Call, Signature, call_of, options_at
 from ddpm_ext.integrations.diffusers.traced_classes import STORED, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_rows import (

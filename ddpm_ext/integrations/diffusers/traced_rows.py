@@ -52,6 +52,12 @@ class LoopKey(NamedTuple):
     has_dim: bool
     dims: int
 
+    def times(self, timesteps: Tensor) -> list[Any]:
+        """These, as the loop's steps are called with them."""
+        if not isinstance(self.kind, torch.dtype):
+            return [self.kind(t) for t in timesteps.tolist()]
+        return list((timesteps[:, None] if self.has_dim else timesteps).to(self.kind))
+
 
 class LoopDtypes(NamedTuple):
     """The dtypes of a loop: what the operator computes in, those of a step's results (`second` is None where it has one
@@ -68,7 +74,7 @@ class LoopRows(NamedTuple):
 
     Attributes:
         key: of which loop.
-        times: the timestep of each row.
+        times: what the step of each row is called with.
         trace, stepper: what tracing told of the loop; takes the rows.
         has_history: whether a step reads what those before it left, so that diffusers' own code can't take one of them.
         states: before each row, the numbers of the scheduler that steps read and change, such as its _step_index.
@@ -210,14 +216,10 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
     scheduler, recording, first = new(cls), _recording_reads(new(cls), read), key.first
     attributes = {n: x.detach().cpu() if isinstance(x, Tensor) else x for n, x in state.items() if n not in OURS}
     vars(scheduler).update(attributes), vars(recording).update(attributes)
-    times: Any = scheduler.timesteps[first:]
-    if isinstance(key.kind, torch.dtype):
-        times = (times[:, None] if key.has_dim else times).to(key.kind)
-    else:
-        times = [key.kind(t) for t in times.tolist()]
+    times = key.times(scheduler.timesteps[first:])
     try:
         options = options_of_steps(key.options, scheduler.timesteps, first, len(times))
-        trace = follow(recording, list(times), options, dims=key.dims)
+        trace = follow(recording, times, options, dims=key.dims)
         n, columns = len(trace.steps), trace.columns
         # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
         every = numbers("timestep", scheduler.timesteps)
@@ -238,8 +240,8 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
         stepper = stepper.for_inputs(torch.from_numpy(np.append(trace.scales[1:], 1.0)).float())
     else:
         trace = trace._replace(scales=None)
-    keeps = any(trace.of_last) or any([needs.keeps for needs in stepper.needs])
-    has_history = keeps or any([step.stores for step in trace.steps])
+    keeps = any(needs.keeps for needs in stepper.needs) or any(step.stores for step in trace.steps)
+    has_history = keeps or any(trace.of_last)
     counted, relevant = {name for step in trace.steps for name in step.state}, _relevant(cls, attributes, read)
     states = [{name: attributes.get(name) for name in counted & relevant}]
     for step in trace.steps[:-1]:
@@ -247,8 +249,7 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
     tensors = {name for each in states for name, value in each.items() if type(value) not in CONSTANT}
     states = [{name: value for name, value in each.items() if name not in tensors} for each in states]
     contents = {name: content_of(cls, attributes, name) for name in relevant - counted - {"_begin_index"}}
-    times = times[:n] if isinstance(times, list) else times[:n].flatten().tolist()
-    return LoopRows(key, times, trace, stepper, has_history, states, contents, scheduler, {}, {})
+    return LoopRows(key, times[:n], trace, stepper, has_history, states, contents, scheduler, {}, {})
 
 
 def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
@@ -257,15 +258,11 @@ def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> Lo
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
     n = len(steps)
     few = min(n, FEW) if {output, sample} == {torch.float32} else n
-    times: Any = (
-        torch.tensor(rows.times, dtype=key.kind, device="cpu") if isinstance(key.kind, torch.dtype) else rows.times
-    )
-    times = list(times[:, None] if key.has_dim else times)[:few]
     x, m = (torch.full((2, *[1] * (key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     try:
-        samples, outputs = ([each.clone() for _ in times] for each in (x, m))
+        samples, outputs = ([each.clone() for _ in range(few)] for each in (x, m))
         options = options_of_steps(key.options, rows.scheduler.timesteps, key.first, n)
-        taken = observe(rows.scheduler, times, samples, outputs, lambda *_: x.double(), options, wide=False)
+        taken = observe(rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, wide=False)
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
     prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
