@@ -37,7 +37,7 @@ from ddpm_ext.tables.trace_fit import (
     terms_of,
 )
 from ddpm_ext.tables.trace_function import ObservedFunction
-from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings
+from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting
 
 Pair = tuple[float, float]  # the range of a clip; the quantile of a threshold and its largest divisor
 
@@ -135,7 +135,8 @@ def follow(
     if first.run.clip is not None and not first.are_rows(rows, first.long()):  # a clip that never acts leaves rows
         clip, threshold = clip_of(scheduler)
         if "prediction_type" in getattr(scheduler, "config", {}):
-            other = with_settings(scheduler, prediction_type="sample")
+            other, settings = copy.deepcopy(scheduler), {name: setting(scheduler, name) for name in scheduler.config}
+            other.register_to_config(**settings | {"prediction_type": "sample"})
             of_clean = functools.partial(_FirstRun, run_of(other, first.run.times, options, dims), (), first.level)
         rows = first.clipped_rows(clip, of_clean)
     return first.proven(rows, clip, threshold)
@@ -212,7 +213,8 @@ class _FirstRun:
             are what follows on the clip. None: the scheduler knows no such models.
         """
         factors = factors_of(self.run, self.short)
-        if of_clean is not None and (factors.has_history() or not self.second):
+        has_history = bool(factors.past.any() or factors.of_last.any())
+        if of_clean is not None and (has_history or not self.second):
             other = of_clean()
             rows, x, x0, none = other.rows(), other.factors.x, other.factors.m, np.zeros(len(factors.x))
             if not x0.all():

@@ -61,7 +61,9 @@ class Numbers(NamedTuple):
         return NEGLIGIBLE if self.wide else ROUNDED / 10
 
     def part(self, part: slice) -> Numbers:
-        return Numbers(*[None if x is None else x[..., part] for x in self[:6]], self.level, self.wide)
+        x, m, z, prev = (each[..., part] for each in self[:4])
+        second, scaled = (None if each is None else each[:, part] for each in (self.second, self.scaled))
+        return Numbers(x, m, z, prev, second, scaled, self.level, self.wide)
 
     def last(self) -> Array:
         """The result of the step before each."""
@@ -84,9 +86,9 @@ def numbers_of(
     x, m = (torch.from_numpy(kinds[kind].copy()).view(-1, *shape).unbind() for kind in (0, 1))
     steps = run.observe(x, m, draw)
     z = np.zeros((len(steps), len(kinds) - 2, x[0].numel()))
-    for i, step in enumerate(steps):
+    for number, step in enumerate(steps):
         for k in range(len(step.draws)):
-            z[i, k] = kinds[2 + k][i]
+            z[number, k] = kinds[2 + k][number]
     prev = np.stack([flat(step.prev, shape) for step in steps])
     for i in np.flatnonzero(~np.isfinite(prev).all(1)):
         raise ValueError(f"{at(run, i)}, is not linear: its result is infinite or no number")
@@ -117,9 +119,6 @@ class Factors(NamedTuple):
     z: Array
     past: Array
     of_last: Array
-
-    def has_history(self) -> bool:
-        return bool(self.past.any() or self.of_last.any())
 
 
 def factors_of(run: Run, loop: Numbers) -> Factors:

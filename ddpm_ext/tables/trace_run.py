@@ -292,13 +292,6 @@ def setting(scheduler: Any, name: str, default: Any = None) -> Any:
     return getattr(config, name, config.get(name, default))
 
 
-def with_settings(scheduler: Any, **changes: Any) -> Any:
-    """A copy with some settings changed."""
-    other = copy.deepcopy(scheduler)
-    other.register_to_config(**{name: setting(scheduler, name) for name in scheduler.config} | changes)
-    return other
-
-
 def clip_of(scheduler: Any) -> tuple[tuple[float, float], tuple[float, float] | None]:
     """The range that a scheduler clips clean samples to, if it clips, and of a dynamic threshold the quantile of their
     magnitudes that they are divided by before, and the largest divisor."""

@@ -14,8 +14,7 @@ from torch import Tensor
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.levels import OwnLevels, levels_of
 from ddpm_ext.integrations.diffusers.pipeline import is_pipeline, pipeline_with
-from ddpm_ext.integrations.diffusers.predictions import prediction_of
-from ddpm_ext.integrations.diffusers.table_scheduler import TableScheduler, with_table
+from ddpm_ext.integrations.diffusers.table_scheduler import TableScheduler, prediction_of, with_table
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.shared import peer_class
 from ddpm_ext.tables.step_table import StepTable

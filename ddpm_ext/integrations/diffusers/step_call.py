@@ -99,18 +99,13 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
             tensors += [value] if option is GIVEN else []
             options.append((name, option))
     has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
-    if has_dim:
-        timestep = _of_all(timestep, len(x))
+    if isinstance(timestep, Tensor) and has_dim:
+        if timestep.dim() > 1 or len(timestep) not in (1, len(x)):
+            raise Fallback("its timestep is not one number")
+        if timestep.stride(0) and len(timestep) > 1 and not bool((timestep == timestep[0]).all()):
+            raise Fallback("its samples have different timesteps")
+        timestep = timestep[0]
     return Call(m, timestep, x, has_dim, tuple(options), tensors, others)
-
-
-def _of_all(timestep: Tensor, batch: int) -> Tensor:
-    """The one timestep that all samples have. Raises Fallback where there are several."""
-    if timestep.dim() > 1 or len(timestep) not in (1, batch):
-        raise Fallback("its timestep is not one number")
-    if timestep.stride(0) and len(timestep) > 1 and not bool((timestep == timestep[0]).all()):
-        raise Fallback("its samples have different timesteps")
-    return timestep[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ options

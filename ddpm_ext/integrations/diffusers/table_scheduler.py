@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.acceleration import Acceleration
-from ddpm_ext.integrations.diffusers.predictions import prediction_of, prediction_type_of
 from ddpm_ext.integrations.diffusers.scheduler import NextInput, Scheduler, clip_of, reads_clip_sample
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
@@ -23,6 +22,7 @@ from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigm
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
+from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["TableScheduler"]
@@ -263,9 +263,26 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         return self.add_noise(sample, noise, timestep)
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables and predictions
 
+PREDICTIONS = {**peer_predictions("diffusers"), "flow_prediction": "flow"}
 Kind = TypeVar("Kind", bound=TableScheduler)
+
+
+def prediction_of(scheduler: Any) -> str:
+    """Our name of what a scheduler's model predicts. Raises ValueError where the scheduler's config does not say."""
+    named = scheduler.config.get("prediction_type", None)
+    if named is None and "FlowMatch" in type(scheduler).__name__:
+        return "flow"
+    if named not in PREDICTIONS:
+        expected = f"{', '.join(map(repr, PREDICTIONS))}, or none in a scheduler of flow matching"
+        raise ValueError(f"{type(scheduler).__name__} has the prediction_type {named!r}, expected {expected}")
+    return PREDICTIONS[named]
+
+
+def prediction_type_of(prediction: str) -> str:
+    """diffusers' name of one of ours."""
+    return next(name for name, own in PREDICTIONS.items() if own == prediction)
 
 
 def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> StepTable:

@@ -50,6 +50,7 @@ from ddpm_ext.tables.trace_run import parts_of, step_name
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
 TURN = "a step is out of turn, or its options or settings are not those of the step before"
+Results = tuple[Tensor, Tensor | None]  # the next sample, and the predicted clean one if the step returns it
 Settings = tuple[list[tuple[str, Any, Any]], Config]  # attributes with their versions, and the config
 
 
@@ -83,16 +84,6 @@ class Position(NamedTuple):
     def is_proven(self) -> bool:
         """Whether the rows take the steps: those of the library's own code need no proof."""
         return self.proof is None or len(self.proof.holds) == len(self.rows.times)
-
-
-class Launched(NamedTuple):
-    """What a row made: the next sample, the predicted clean one if the step returns it, the position after it, and the
-    model's next input if the launch has written that."""
-
-    prev: Tensor
-    x0: Tensor | None
-    position: Position
-    model_input: Tensor | None
 
 
 class TracedScheduler(Forward):
@@ -132,7 +123,7 @@ class TracedScheduler(Forward):
             raise
         if not position.is_proven():
             raise Fallback(instead=lambda: self._compared(position, dtypes, call, args, kwargs))
-        return self._written(position, dtypes, call, self._launched(position, dtypes, call))
+        return self._written(position, dtypes, call, *self._launched(position, dtypes, call))
 
     _step_pred = _step
 
@@ -149,8 +140,9 @@ class TracedScheduler(Forward):
                 "step of a loop with the same options and kinds of tensors, and set_timesteps before another loop"
             ) from None
 
-    def _launched(self, position: Position, dtypes: LoopDtypes, call: Call) -> Launched:
-        """Takes the loop's next row."""
+    def _launched(self, position: Position, dtypes: LoopDtypes, call: Call) -> tuple[Results, Position, Tensor | None]:
+        """Takes the loop's next row. What it made, the position after it, and the model's next input if the launch has
+        written that."""
         rows, i, ring, last = position.rows, position.at, position.ring, position.last
         trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
         tensors = [each.to(dtypes.computed) for each in call.tensors]
@@ -170,7 +162,7 @@ class TracedScheduler(Forward):
         after = position._replace(at=i + 1, ring=ring, last=copied if keeps_result else None, shape=x.shape)
         model_input = None if copied is None or keeps_result else copied.to(dtypes.prev)
         x0 = None if x0 is None else x0.to(dtypes.second)
-        return Launched(prev.to(dtypes.prev), x0, after, model_input)
+        return (prev.to(dtypes.prev), x0), after, model_input
 
     def _drawn(
         self, position: Position, dtypes: LoopDtypes, call: Call, x: Tensor, tensors: list[Tensor]
@@ -187,12 +179,20 @@ class TracedScheduler(Forward):
             noise = noise_arguments(z.to(x.dtype), x) if draw == used else noise
         return noise
 
-    def _written(self, position: Position, dtypes: LoopDtypes, call: Call, launched: Launched) -> Any:
+    def _written(
+        self,
+        position: Position,
+        dtypes: LoopDtypes,
+        call: Call,
+        results: Results,
+        after: Position,
+        scaled: Tensor | None,
+    ) -> Any:
         """What the step returns. The scheduler then has the numbers of its own step, but not the tensors."""
-        step, state, (prev, x0, after, model_input) = position.rows.trace.steps[position.at], self.__dict__, launched
+        step, state, (prev, x0) = position.rows.trace.steps[position.at], self.__dict__, results
         state.update(step.state)
         state["_position"] = after
-        state["_next_input"] = None if model_input is None else NextInput.of(prev, model_input)
+        state["_next_input"] = None if scaled is None else NextInput.of(prev, scaled)
         if not call.others.get("return_dict", True) or step.result.cls is tuple:
             return (prev,) if dtypes.second is None else (prev, x0)
         second = {} if step.result.name is None else {step.result.name: x0}
@@ -227,7 +227,7 @@ class TracedScheduler(Forward):
         generators = Generators(call.x.device, call.others.get("generator"))
         others = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
         size = rows.stepper.largest_term(at, call.x, call.m, others)
-        launched = self._launched(position, dtypes, call)
+        results, after, _ = self._launched(position, dtypes, call)
         generators.rewind()
         before = contents(self._library_state())
         result = peer_method(self, step_name(self._peer))(*args, **kwargs)
@@ -237,8 +237,8 @@ class TracedScheduler(Forward):
         if stores:
             proof.failed = f"its step stores {', '.join(stores)}, which no scheduler of diffusers has"
         _, prev, second = parts_of(result)
-        proof.compare(at, (launched.prev, launched.x0), (prev, second), size)
-        self._position = launched.position if proof.failed is None else proof.failed
+        proof.compare(at, results, (prev, second), size)
+        self._position = after if proof.failed is None else proof.failed
         self.accelerated.record_proof(self.library, "step", proof.failed, at == 0)
         return result
 
