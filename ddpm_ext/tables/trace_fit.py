@@ -23,6 +23,7 @@ Columns = dict[str, Array]
 Bound = Callable[[Array], Array]  # clips clean samples
 
 HISTORY = 3  # tensors that a row may read
+READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that rows keep"
 LAGS = 5  # how many steps back: a step may keep nothing, as PNDM's second one
 DRAWS = 16  # of noise in a step
 LINEAR = 1e-9  # the largest relative residual of a step
@@ -225,10 +226,7 @@ def at(run: Run, i: Any) -> str:
 
 
 def refusal(run: Run, i: Any, error: float) -> str:
-    return (
-        f"{at(run, i)}, is not linear: random numbers differ by {error:.1e}, relatively; or it reads more of the steps "
-        f"before it than the {HISTORY} tensors that rows keep"
-    )
+    return f"{at(run, i)}, is not linear: random numbers differ by {error:.1e}, relatively; or it {READS_MORE}"
 
 
 def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.NDArray[np.int64]]:
@@ -248,9 +246,7 @@ def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.
             raise ValueError(f"{at(run, i)}, is read by later ones in several proportions of its sample and output")
         too_far = pair.any(1) & (rings[lag:] != np.arange(n - lag)[:, None]).all(1)
         for i in np.flatnonzero(too_far) + lag:
-            raise ValueError(
-                f"{at(run, i)}, reads more of the steps before it than the {HISTORY} tensors that rows keep"
-            )
+            raise ValueError(f"{at(run, i)}, {READS_MORE}")
     return direction, rings
 
 

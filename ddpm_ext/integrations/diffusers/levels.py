@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class OwnLevels:
     signal: Tensor
     noise: Tensor
     scale: Scale
-    given: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -39,12 +39,11 @@ def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[Non
     """
     philox = [each for each in settings if each.noise == "philox"]
     token = _drawn_by.set(philox[0] if philox else None)
-    modules = _modules_of(pipeline) if philox else []
     with contextlib.ExitStack() as stack:
         stack.callback(_drawn_by.reset, token)
         for each in philox:
             stack.enter_context(each.within_call())
-        for module in modules:
+        for module in _modules_of(pipeline) if philox else []:
             stack.enter_context(_replaced(module))
         yield
 

@@ -77,8 +77,7 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
         raise Fallback("its step has other arguments than model_output, timestep and sample")
     defaults = signature.defaults
     values: dict[str, Any] = {**dict(zip(defaults, args, strict=False)), **kwargs}
-    is_whole = all([name in values for name in signature.inputs])
-    if len(args) > len(defaults) or not values.keys() <= defaults.keys() or not is_whole:
+    if len(args) > len(defaults) or not {*signature.inputs} <= values.keys() <= defaults.keys():
         raise Fallback  # diffusers rejects them
     m, timestep, x = [values.pop(name) for name in signature.inputs]
     if not are_tensors(x, m) or not isinstance(timestep, Tensor | numbers.Number):
@@ -144,8 +143,4 @@ def options_of_steps(options: Options, timesteps: Tensor, first: int, count: int
 
 def options_at(options: Options, index: int, count: int) -> Options:
     """Those of the step at an index, of `count`, without a timestep that is not there."""
-
-    def is_there(value: Any) -> bool:
-        return not isinstance(value, TimestepOffset) or 0 <= index + value.steps < count
-
-    return tuple([option for option in options if is_there(option[1])])
+    return tuple([(n, x) for n, x in options if not isinstance(x, TimestepOffset) or 0 <= index + x.steps < count])

@@ -94,10 +94,10 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         times = self.table.timestep
         self._own_times = times.float() if times.is_floating_point() else times
         self.timesteps = self._own_times.clone()
-        self._begin_index: int | None = None
         self._begin()
 
     def _begin(self) -> None:
+        self._begin_index: int | None = None
         self._step_index: int | None = None
         self._ring: tuple[Tensor, ...] = ()
         self._made: NextInput | None = None
@@ -164,7 +164,6 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if count is not None and count != len(self.table):
             raise ValueError(f"num_inference_steps is {count}, expected {len(self.table)}, the rows of the table")
         self.timesteps = self._own_times.to(device, copy=True)
-        self._begin_index = None
         self._begin()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:

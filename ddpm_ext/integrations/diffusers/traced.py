@@ -123,7 +123,16 @@ class TracedScheduler(Forward):
             raise
         if not position.is_proven():
             raise Fallback(instead=lambda: self._compared(position, dtypes, call, args, kwargs))
-        return self._written(position, dtypes, call, *self._launched(position, dtypes, call))
+        (prev, x0), after, scaled = self._launched(position, dtypes, call)
+        # The scheduler gets the numbers that its own step would write, but not the tensors.
+        step, state = position.rows.trace.steps[position.at], self.__dict__
+        state.update(step.state)
+        state["_position"] = after
+        state["_next_input"] = None if scaled is None else NextInput.of(prev, scaled)
+        if not call.others.get("return_dict", True) or step.result.cls is tuple:
+            return (prev,) if dtypes.second is None else (prev, x0)
+        second = {} if step.result.name is None else {step.result.name: x0}
+        return step.result.cls(prev_sample=prev, **second)
 
     _step_pred = _step
 
@@ -178,25 +187,6 @@ class TracedScheduler(Forward):
             z = self._draw(call.m.shape, generator=generator, device=call.m.device, dtype=dtype)
             noise = noise_arguments(z.to(x.dtype), x) if draw == used else noise
         return noise
-
-    def _written(
-        self,
-        position: Position,
-        dtypes: LoopDtypes,
-        call: Call,
-        results: Results,
-        after: Position,
-        scaled: Tensor | None,
-    ) -> Any:
-        """What the step returns. The scheduler then has the numbers of its own step, but not the tensors."""
-        step, state, (prev, x0) = position.rows.trace.steps[position.at], self.__dict__, results
-        state.update(step.state)
-        state["_position"] = after
-        state["_next_input"] = None if scaled is None else NextInput.of(prev, scaled)
-        if not call.others.get("return_dict", True) or step.result.cls is tuple:
-            return (prev,) if dtypes.second is None else (prev, x0)
-        second = {} if step.result.name is None else {step.result.name: x0}
-        return step.result.cls(prev_sample=prev, **second)
 
     def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """What the last step has written, where its own result is to be scaled. Any other tensor is multiplied, and the
@@ -332,7 +322,8 @@ class TracedScheduler(Forward):
     def _settings_of(self, names: Iterable[str]) -> Settings:
         """What is to be as it is until the loop ends: the attributes of these names, and the config."""
         attributes = [(name, self._attribute(name)) for name in names]
-        return [(name, x, _version(x)) for name, x in attributes], config_of(vars(self))
+        versioned = [(name, x, version_of(x) if isinstance(x, Tensor) else None) for name, x in attributes]
+        return versioned, config_of(vars(self))
 
     def _attribute(self, name: str) -> Any:
         """One of the scheduler's own or of its class's; None where there is none."""
@@ -346,7 +337,7 @@ class TracedScheduler(Forward):
         if not rows.is_at(position.at, state) or not is_config((vars(state[CONFIG]), state[CONFIG]), config):
             return False
         for name, value, version in attributes:
-            if self._attribute(name) is not value or (version is not None and _version(value) != version):
+            if self._attribute(name) is not value or (version is not None and version_of(value) != version):
                 # A copy is as good as the tensor; a list may have been emptied, of what rows do not put there.
                 cls, is_list = peer_class(type(self)), type(value) is list
                 return not is_list and all(content_of(cls, state, name) == x for name, x in rows.contents.items())
@@ -356,7 +347,3 @@ class TracedScheduler(Forward):
 def _same_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The sample itself. Pipelines that know the classes without scale_model_input ask `type(scheduler)`."""
     return sample
-
-
-def _version(x: Any) -> Any:
-    return version_of(x) if isinstance(x, Tensor) else None
