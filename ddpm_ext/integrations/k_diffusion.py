@@ -26,11 +26,11 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
 from ddpm_ext.integrations.library_code import is_sampler_of_k_diffusion
-from ddpm_ext.integrations.own_sampler import OwnSampler, rows_of_function
+from ddpm_ext.integrations.own_sampler import OwnSampler, SamplerCall, rows_of_function
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows
 from ddpm_ext.integrations.table_levels import of_denoiser, table_sigmas
-from ddpm_ext.ops.noise import Philox, rng_of_many
+from ddpm_ext.ops.noise import rng_of_many
 from ddpm_ext.tables.grid import Grid, grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
@@ -166,7 +166,7 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         options = {each.name: loop.pop(each.name) for each in own}
         if isinstance(made, SigmaRows):
             loop["sigmas"] = _sigmas_of_table(made, loop["sigmas"], loop["x"])
-        return _sample(made, options, **loop)
+        return _sample(made, SamplerCall(options=options, **loop))
 
     sample.__name__ = sample.__qualname__ = name
     sample.__signature__ = signature  # type: ignore[attr-defined]
@@ -304,68 +304,40 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
-def _sample(
-    which: str | Sampler | OwnSampler | SigmaRows,
-    options: dict[str, Any],
-    model: Callable[..., Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None,
-    callback: Callable[[dict[str, Any]], Any] | None,
-    disable: bool | None,
-    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None,
-    rng: Philox | None,
-    unconditional: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    checks.samples("x", x)
-    checks.floating("sigmas", sigmas)
-    if noise_sampler is not None and rng is not None:
+def _sample(which: str | Sampler | OwnSampler | SigmaRows, call: SamplerCall) -> Tensor:
+    checks.samples("x", call.x)
+    checks.floating("sigmas", call.sigmas)
+    if call.noise_sampler is not None and call.rng is not None:
         raise ValueError("noise_sampler and rng are both given, expected one of them")
-    if sigmas.numel() < 2:  # no step
-        return x
+    if call.sigmas.numel() < 2:  # no step
+        return call.x
     if isinstance(which, OwnSampler):
-        levels = checked_sigmas(sigmas)
-        others = {"extra_args": dict(extra_args or {}), "callback": callback, "disable": disable}
-        proven = which.proven_rows(levels, options, model, x, others)
-        if proven is None:
-            return which.run(levels, options, model, x, sigmas, noise_sampler, rng, **others)
-        which = proven
+        which = which.rows_or_result(call)
+        if not isinstance(which, SigmaRows):
+            return which
     with torch.no_grad():  # a function of somebody's own ran as the caller has it
-        return _take_rows(
-            which, options, model, x, sigmas, extra_args, callback, disable, noise_sampler, rng, unconditional
-        )
+        return _take_rows(which, call)
 
 
-def _take_rows(
-    which: str | Sampler | SigmaRows,
-    options: dict[str, Any],
-    model: Callable[..., Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None,
-    callback: Callable[[dict[str, Any]], Any] | None,
-    disable: bool | None,
-    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None,
-    rng: Philox | None,
-    unconditional: Callable[[], Tensor] | None,
-) -> Tensor:
-    rows = which if isinstance(which, SigmaRows) else _rows_of(which, sigmas, options, model)
-    if unconditional is None and any(kind.guided for kind in rows.stepper.needs):
+def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
+    x, sigmas, rng, callback = call.x, call.sigmas, call.rng, call.callback
+    rows = which if isinstance(which, SigmaRows) else _rows_of(which, sigmas, call.options, call.model)
+    if call.unconditional is None and any(kind.guided for kind in rows.stepper.needs):
         raise ValueError(
             "the sampler reads the model's unconditional output, which a denoiser does not return, expected "
             "unconditional=, a function that returns it"
         )
-    if noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
+    if call.noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (rows.sigma, rows.arrives))
     batches = rows.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     ring: tuple[Tensor, ...] = ()
-    for i in counter(len(rows.steps), None, disable):
+    for i in counter(len(rows.steps), None, call.disable):
         told = callback is None
         for number in rows.steps[i]:
             kind, m = rows.stepper.needs[number], x
             if kind.calls_model:
-                m = model(x, batches[number], **(extra_args or {}))
+                m = call.model(x, batches[number], **(call.extra_args or {}))
                 checks.tensor("the model's output", m)
                 if callback is not None and not told:
                     hat = called_with[number]
@@ -375,10 +347,10 @@ def _take_rows(
             x = x.to(torch.promote_types(x.dtype, m.dtype))
             if kind.noisy:
                 more = {"rng": rng}
-                if noise_sampler is not None:
-                    more = {"noise": noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
-            if kind.guided and unconditional is not None:
-                more["uncond_output"] = unconditional().to(m.dtype)
+                if call.noise_sampler is not None:
+                    more = {"noise": call.noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
+            if kind.guided and call.unconditional is not None:
+                more["uncond_output"] = call.unconditional().to(m.dtype)
             x, kept = rows.stepper.take(number, x, m, ring, more)
             ring = ring if kept is None else (kept, *ring[:2])
     return x

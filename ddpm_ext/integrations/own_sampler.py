@@ -10,6 +10,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows_untold
 from ddpm_ext.ops.noise import Philox, randn, rng_of_many
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import TraceResult, follow_function
-from ddpm_ext.tables.trace_function import ModelLike
+from ddpm_ext.tables.trace_function import ModelLike, checked_sigmas
 from ddpm_ext.tables.trace_run import Observed
 
 CACHED = 32
@@ -42,6 +43,22 @@ def _state(function: Callable[..., Any]) -> list[Any]:
     """What a function reads besides its arguments and globals: the variables that it encloses, and its object's."""
     cells = getattr(function, "__closure__", None) or ()
     return [*[cell.cell_contents for cell in cells], *vars(getattr(function, "__self__", SimpleNamespace())).values()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerCall:
+    """What a sampler is called with: k_diffusion.sampler's arguments. options: those of the sampler itself."""
+
+    options: dict[str, Any]
+    model: Callable[..., Tensor]
+    x: Tensor
+    sigmas: Tensor
+    extra_args: Mapping[str, Any] | None
+    callback: Callable[[dict[str, Any]], Any] | None
+    disable: bool | None
+    noise_sampler: NoiseSampler | None
+    rng: Philox | None
+    unconditional: Callable[[], Tensor] | None = None
 
 
 class TracedLoop(NamedTuple):
@@ -70,61 +87,44 @@ class OwnSampler:
         self._loops: BoundedCache[tuple[TracedLoop, Any]] = BoundedCache(CACHED)  # with what the keys are of
         self._warned: set[str] = set()
 
-    def proven_rows(
-        self, levels: Tensor, options: Mapping[str, Any], model: object, x: Tensor, others: Mapping[str, Any]
-    ) -> SigmaRows | None:
-        """The rows that have been proven for such samples, or None."""
-        loop, proof = self._loop(levels, options, model, x, others)
-        return loop.rows if proof is not None and loop.rows and len(proof.holds) == len(loop.draws) else None
+    def _loop(self, call: SamplerCall) -> TracedLoop:
+        """The loop of a call's settings."""
+        levels, values = checked_sigmas(call.sigmas), [*call.options.values(), *_state(self.function)]
+        passed_on = kinds_of(call.extra_args), call.callback is None, call.disable
+        key = (tuple(levels.tolist()), *call.options, *map(setting_of, values), *passed_on)
+        return self._loops.get_or_make(key, lambda: (self._traced(levels, call), values))[0]
 
-    def _loop(
-        self, levels: Tensor, options: Mapping[str, Any], model: object, x: Tensor, others: Mapping[str, Any]
-    ) -> tuple[TracedLoop, Proof | None]:
-        """The loop of these settings, and the proof of its rows for such samples."""
-        values = [*options.values(), *_state(self.function)]
-        passed_on = kinds_of(others["extra_args"]), others["callback"] is None, others["disable"]
-        key = (tuple(levels.tolist()), *options, *map(setting_of, values), *passed_on)
-        loop, _ = self._loops.get_or_make(key, lambda: (self._traced(levels, options, model), values))
-        if loop.rows is None:
-            return loop, None
-        return loop, loop.proofs.setdefault((x.shape, x.dtype, x.device), Proof())
-
-    def _traced(self, levels: Tensor, options: Mapping[str, Any], model: object) -> TracedLoop:
+    def _traced(self, levels: Tensor, call: SamplerCall) -> TracedLoop:
         try:
-            rows, traced = rows_of_function(self.function, levels, options, model)
+            rows, traced = rows_of_function(self.function, levels, call.options, call.model)
         except Exception as error:  # somebody's code, on samples that are not his
             return TracedLoop(None, {}, [], why_not=str(error))
         if traced.asks:
             return TracedLoop(None, {}, [], why_not="it reads attributes of the model")
         return TracedLoop(rows, {}, traced.noise, traced.leads)
 
-    def run(
-        self,
-        levels: Tensor,
-        options: Mapping[str, Any],
-        model: Callable[..., Tensor],
-        x: Tensor,
-        sigmas: Tensor,
-        noise_sampler: NoiseSampler | None,
-        rng: Philox | None,
-        **others: Any,
-    ) -> Tensor:
-        """What the function returns. others: extra_args, callback and disable."""
-        loop, proof = self._loop(levels, options, model, x, others)
+    def rows_or_result(self, call: SamplerCall) -> Any:
+        """The rows that have been proven for such a call, or what the function returns."""
+        loop, x = self._loop(call), call.x
+        proof = None if loop.rows is None else loop.proofs.setdefault((x.shape, x.dtype, x.device), Proof())
+        if proof is not None and len(proof.holds) == len(loop.draws):
+            return loop.rows
         why_not = loop.why_not if proof is None else proof.failed
         if why_not is not None:
             self._warn(why_not)
             proof = None
-        if proof is not None and noise_sampler is None and any(draw is not None for draw in loop.draws):
-            rng = rng_of_many(rng, x.device)
-        run_of_both = _SideBySideRun(loop, proof, x, noise_sampler, rng)
-        others["noise_sampler"] = run_of_both.sampled
-        arguments = {name: value for name, value in others.items() if name in self._parameters}
-        if proof is None and rng is None and noise_sampler is None:
-            arguments.pop("noise_sampler", None)
-            return self.function(model, x, sigmas, **arguments, **options)
+        if proof is not None and call.noise_sampler is None and any(draw is not None for draw in loop.draws):
+            call = replace(call, rng=rng_of_many(call.rng, x.device))
+        options = {"extra_args": dict(call.extra_args or {}), "callback": call.callback, "disable": call.disable}
+        is_plain = proof is None and call.rng is None and call.noise_sampler is None
+        run_of_both = _SideBySideRun(loop, proof, call)
+        if not is_plain:
+            options["noise_sampler"] = run_of_both.sampled
+        options = {name: value for name, value in options.items() if name in self._parameters} | call.options
+        if is_plain:
+            return self.function(call.model, x, call.sigmas, **options)
         with run_of_both.observed:
-            result = self.function(run_of_both.model_for(model), x, sigmas, **arguments, **options)
+            result = self.function(run_of_both.model_for(call.model), x, call.sigmas, **options)
         run_of_both.finish_row(result)
         if proof is not None and proof.failed is not None:
             self._warn(proof.failed)
@@ -138,24 +138,21 @@ class OwnSampler:
 
 
 class _SideBySideRun:
-    """A run of the function, and of its rows run_of_both it. It hands out the noise, which both get.
+    """A run of the function, and of its rows beside it. It hands out the noise, which both get.
 
     Attributes:
         observed: hands it out where the function draws it itself.
     """
 
-    def __init__(
-        self, loop: TracedLoop, proof: Proof | None, x: Tensor, noise_sampler: NoiseSampler | None, rng: Philox | None
-    ) -> None:
-        self._loop, self._proof, self._like = loop, proof, x
-        self._noise_sampler, self._rng, self._drawn = noise_sampler, rng, 0
-        self.observed = Observed(x.shape, lambda _, count: self._noise(count, None), wide=False)
+    def __init__(self, loop: TracedLoop, proof: Proof | None, call: SamplerCall) -> None:
+        self._loop, self._proof, self._call, self._drawn = loop, proof, call, 0
+        self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), wide=False)
         self._row = -1  # which is under way; -1 before the first
         self._inputs: tuple[Tensor, Tensor] | None = None  # its sample and output
         self._noises: dict[int, Tensor] = {}  # what was drawn in it
         self._ring: tuple[Tensor, ...] = ()
         if loop.leads:
-            self._begin_row(x, x)
+            self._begin_row(call.x, call.x)
 
     def model_for(self, model: Callable[..., Any]) -> Any:
         """The model, whose calls are seen. It has the model's class, which the function may ask for."""
@@ -186,18 +183,18 @@ class _SideBySideRun:
         """The function's noise_sampler."""
         with self.observed.paused():
             count = len(self.observed.draws)
-            self.observed.draws.append(self._like.dtype)
+            self.observed.draws.append(self._call.x.dtype)
             return self._noise(count, levels)
 
     def _noise(self, count: int, levels: tuple[Any, ...] | None) -> Tensor:
         """The noise of the count-th draw in a row. levels: given where the function asks its noise_sampler."""
-        x, draws = self._like, self._loop.draws
+        x, draws, call = self._call.x, self._loop.draws, self._call
         is_used = self._proof is not None and 0 <= self._row < len(draws) and draws[self._row] == count
-        if self._noise_sampler is not None and (levels is not None or is_used):
-            z = self._noise_sampler(*(levels or self._levels_of(self._row)))
-        elif self._rng is not None and (is_used or self._proof is None):
+        if call.noise_sampler is not None and (levels is not None or is_used):
+            z = call.noise_sampler(*(levels or self._levels_of(self._row)))
+        elif call.rng is not None and (is_used or self._proof is None):
             number = self._row if is_used else self._drawn
-            z = randn(x.shape, self._rng, draw=number, device=x.device).to(x.dtype)
+            z = randn(x.shape, call.rng, draw=number, device=x.device).to(x.dtype)
         else:
             z = torch.randn(x.shape, device=x.device, dtype=x.dtype)
         self._drawn += 1
@@ -211,7 +208,7 @@ class _SideBySideRun:
         assert rows is not None
         first = next(step[0] for step in rows.steps if row in step)
         sigmas = rows.sigma[first], rows.arrives[row]
-        return sigmas[0].to(self._like), sigmas[1].to(self._like)
+        return sigmas[0].to(self._call.x), sigmas[1].to(self._call.x)
 
     def _begin_row(self, x: Tensor, m: Tensor) -> None:
         self._row += 1
