@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import operator
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -168,33 +169,24 @@ class Denoising(LoopOptionsTaker):
     # --------------------------------------------------------------------------------------------------------- loops
 
     def _descend(
-        self,
-        method: str,
-        steps: KernelTables,
-        img: Tensor,
-        rng: Philox | None,
-        count: int,
-        imgs: list[Tensor] | None = None,
-        **bar: Any,
-    ) -> Tensor:
-        """From row count - 1 to the end, with a progress bar."""
+        self, method: str, steps: KernelTables, img: Tensor, rng: Philox | None, count: int, **bar: Any
+    ) -> Iterator[Tensor]:
+        """The image, and what the rows from count - 1 to the end make of it one by one, with a progress bar."""
+        yield img
         x_start = None
         # Each step's timesteps are made at once: the model gets a row of them.
         times = steps.timesteps(img.device)[:count, None].repeat(1, len(img))
         for row in _library().tqdm(range(count)[::-1], **bar):
             self_cond = x_start if self.self_condition else None
             img, x_start = STEPS[method](self, steps, row, img, times[row], self_cond, rng, self.self_condition)
-            if imgs is not None:
-                imgs.append(img)
-        return img
+            yield img
 
     def _loop(self, method: str, steps: KernelTables, shape: Any, count: int, all_steps: bool, **bar: Any) -> Tensor:
         """The images of a loop that starts from noise."""
         rng = self.accelerated.whole_loop(shape[0])
-        img = start_noise(shape, rng, self.device)
-        imgs = [img] if all_steps else None
-        img = self._descend(method, steps, img, rng, count, imgs, desc="sampling loop time step", **bar)
-        return self.unnormalize(img if imgs is None else torch.stack(imgs, dim=1))
+        img, desc = start_noise(shape, rng, self.device), "sampling loop time step"
+        imgs = self._descend(method, steps, img, rng, count, desc=desc, **bar)
+        return self.unnormalize(torch.stack([*imgs], dim=1) if all_steps else deque(imgs, maxlen=1).pop())
 
     @torch.inference_mode()
     @takes_loop_options
@@ -229,7 +221,7 @@ class Denoising(LoopOptionsTaker):
             noised.append(self._noised(steps, x, times, source))
         img = (1 - lam) * noised[0] + lam * noised[1]
         desc = "interpolation sample time step"
-        return self._descend("p_sample", steps, img, rng, start, desc=desc, total=start)
+        return deque(self._descend("p_sample", steps, img, rng, start, desc=desc, total=start), maxlen=1).pop()
 
     # --------------------------------------------------------------------------------- loops with options of ddpm_ext's
 

@@ -80,7 +80,6 @@ ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arg
 OTHER = 1e-3  # how far sigmas are from a table's that are others, relatively
 CACHED = 32
 
-
 _kept: BoundedCache[SigmaRows] = BoundedCache(CACHED)
 
 
@@ -143,9 +142,9 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     elif not isinstance(made, str):
         function = made.function if isinstance(made, OwnSampler) else made
         name = getattr(function, "__name__", "sample")
-        others = list(inspect.signature(function).parameters.values())[3:]  # some call x otherwise
-        own = [each for each in others if each.name not in (*SIGNATURE, *NOISE)]
-        own = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        for each in list(inspect.signature(function).parameters.values())[3:]:  # some call x otherwise
+            if each.name not in (*SIGNATURE, *NOISE) and each.kind is not inspect.Parameter.VAR_KEYWORD:
+                own.append(each)
     else:
         name = f"sample_{made}"
         own = [_parameter(each, default) for each, default in {**_options(made), "flow": False}.items()]
@@ -160,7 +159,9 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{name.removeprefix('sample_')}: {error}, expected {_listed(signature)}") from None
+            *others, final = signature.parameters
+            expected = f"{', '.join(others)} or {final}"
+            raise TypeError(f"{name.removeprefix('sample_')}: {error}, expected {expected}") from None
         bound.apply_defaults()
         loop = dict(bound.arguments)
         options = {each.name: loop.pop(each.name) for each in own}
@@ -210,12 +211,6 @@ def _named(name: str) -> str | Sampler:
         raise ValueError(f"sampler is {name!r}, expected {ours!r} with sigmas that are spaced by {spacing!r}")
     made: Sampler = theirs[f"sample_{found}"]
     return made
-
-
-def _listed(signature: inspect.Signature) -> str:
-    """Its arguments, for an error's text."""
-    *first, last = signature.parameters
-    return f"{', '.join(first)} or {last}"
 
 
 def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -281,10 +276,8 @@ def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     checks.nonnegative("s_churn", churn)
     checks.finite("s_noise", added["s_noise"])
     if added["solver_type"] != MIDPOINT:
-        found = added["solver_type"]
-        raise ValueError(
-            f"solver_type is {found!r}, expected {MIDPOINT!r}, or k-diffusion's function in place of its name"
-        )
+        expected = f"{MIDPOINT!r}, or k-diffusion's function in place of its name"
+        raise ValueError(f"solver_type is {added['solver_type']!r}, expected {expected}")
     if flow and sigmas.max() > 1:
         raise ValueError(f"sigmas reaches up to {sigmas.max():g}, expected at most 1 for flow")
     if flow and churn > 0:
@@ -312,9 +305,10 @@ def _sample(which: str | Sampler | OwnSampler | SigmaRows, call: SamplerCall) ->
     if call.sigmas.numel() < 2:  # no step
         return call.x
     if isinstance(which, OwnSampler):
-        which = which.rows_or_result(call)
-        if not isinstance(which, SigmaRows):
-            return which
+        result: Any = which.rows_or_result(call)
+        if not isinstance(result, SigmaRows):
+            return result
+        which = result
     with torch.no_grad():  # a function of somebody's own ran as the caller has it
         return _take_rows(which, call)
 

@@ -37,10 +37,22 @@ class LoopOptionsTaker(PeerDiffusion):
         raise NotImplementedError
 
     def _diffusion(self) -> GaussianDiffusion:
-        """Ours with the object's levels. Raises Fallback where its tables make none."""
+        """Ours with the object's levels, and its variance where that is "fixed_large". Raises Fallback where its tables
+        are no levels of betas."""
         prediction, tables = self._prediction(), {name: getattr(self, name) for name in TABLES}
-        state = (GaussianDiffusion, prediction, *tables.values())
-        return self._of_state(state, lambda: _diffusion_of(tables, prediction))
+
+        def make() -> GaussianDiffusion:
+            names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
+            signal, noise, log_variance = (tables[name].detach().to("cpu", torch.float64) for name in names)
+            betas = betas_between((signal, noise))
+            is_large = torch.allclose(log_variance[1:].exp(), betas[1:], rtol=1e-2)
+            variance = "fixed_large" if is_large else "fixed_small"
+            try:
+                return GaussianDiffusion(len(betas), betas, prediction=prediction, variance=variance)
+            except ValueError as error:
+                raise Fallback(str(error)) from None
+
+        return self._of_state((GaussianDiffusion, prediction, *tables.values()), make)
 
     def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
         """The object's settings, as options that a call of the method need not give beside the given ones."""
@@ -56,37 +68,52 @@ class LoopOptionsTaker(PeerDiffusion):
         given, ours = _split(own, options)
         if not ours:
             return own(*args, **options)
-        taken = False
+        is_taken = False
 
-        def with_ours(name: str) -> Callable[..., Any]:
-            def loop(*args: Any, **options: Any) -> Any:
-                nonlocal taken
-                taken = True
-                return getattr(self, name)(*args, **(options | ours))
-
-            return loop
+        def loop(name: str, /, *args: Any, **options: Any) -> Any:
+            nonlocal is_taken
+            is_taken = True
+            return getattr(self, name)(*args, **(options | ours))
 
         view = new(type(self))
-        view.__dict__.update(self.__dict__, **{name: with_ours(name) for name in self.sample_calls})
-        found = peer_method(view, "sample")(*args, **given)
-        if not taken:
+        view.__dict__.update(self.__dict__, **{name: functools.partial(loop, name) for name in self.sample_calls})
+        images = peer_method(view, "sample")(*args, **given)
+        if not is_taken:
             loops = " or ".join(self.sample_calls)
             raise TypeError(f"sample of {self.library} has no {sorted(ours)[0]}: it does not call {loops}")
-        return found
+        return images
+
+    def _run_loop(self, own: Any, args: tuple[Any, ...], given: dict[str, Any], ours: dict[str, Any]) -> Any:
+        """p_sample_loop of ours for a call of the peer's own method with these arguments."""
+        signature = inspect.signature(own)
+        arguments = signature.bind(*args, **given).arguments
+        model, shape = arguments.pop("model", getattr(self, "model", None)), tuple(arguments.pop("shape"))
+        for name, value in arguments.items():
+            if name in LOOP_OPTIONS:
+                ours[name] = value
+            elif value is not signature.parameters[name].default:
+                raise TypeError(
+                    f"{name} is {value!r} beside {sorted(ours)[0]}, expected options of p_sample_loop alone"
+                )
+        try:
+            diffusion = self._diffusion()
+        except Fallback as fallback:
+            raise ValueError(f"{sorted(ours)[0]} is given, but no loop can be made: {fallback.reason}") from None
+        options = self._own_options(own.__name__, ours) | ours
+        if options.get("rng") is None:
+            options["rng"] = self.accelerated.whole_loop(shape[0])
+        return self._finish(diffusion.p_sample_loop(model, shape, **options))
 
 
 def takes_loop_options(method: Method) -> Method:
     """Decorates a LoopOptionsTaker's method of a whole loop, so that our loop runs where one of its options is given
     that the peer's own method doesn't have."""
-    name = method.__name__
 
     @functools.wraps(method)
     def call(self: LoopOptionsTaker, *args: Any, **options: Any) -> Any:
-        if not options.keys() & LOOP_OPTIONS:
-            return method(self, *args, **options)
-        own = peer_method(self, name)
+        own = peer_method(self, method.__name__)
         given, ours = _split(own, options)
-        return _run_loop(self, own, args, given, ours) if ours else method(self, *args, **options)
+        return self._run_loop(own, args, given, ours) if ours else method(self, *args, **options)
 
     return call  # type: ignore[return-value]
 
@@ -97,41 +124,3 @@ def _split(own: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[st
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     ours = {name: options[name] for name in options.keys() & LOOP_OPTIONS if name not in parameters and not takes_any}
     return {name: value for name, value in options.items() if name not in ours}, ours
-
-
-def _run_loop(
-    obj: LoopOptionsTaker, own: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any], ours: dict[str, Any]
-) -> Any:
-    """p_sample_loop of ours for a call of the peer's own method with these arguments."""
-    signature = inspect.signature(own)
-    arguments = signature.bind(*args, **given).arguments
-    model, shape = arguments.pop("model", getattr(obj, "model", None)), tuple(arguments.pop("shape"))
-    for name, value in arguments.items():
-        if name in LOOP_OPTIONS:
-            ours[name] = value
-        elif value is not signature.parameters[name].default:
-            raise TypeError(f"{name} is {value!r} beside {sorted(ours)[0]}, expected options of p_sample_loop alone")
-    try:
-        diffusion = obj._diffusion()  # noqa: SLF001 (of this module)
-    except Fallback as fallback:
-        raise ValueError(f"{sorted(ours)[0]} is given, but no loop can be made: {fallback.reason}") from None
-    options = obj._own_options(own.__name__, ours) | ours  # noqa: SLF001 (of this module)
-    if options.get("rng") is None:
-        options["rng"] = obj.accelerated.whole_loop(shape[0])
-    return obj._finish(diffusion.p_sample_loop(model, shape, **options))  # noqa: SLF001 (of this module)
-
-
-def _diffusion_of(tables: Mapping[str, Tensor], prediction: str) -> GaussianDiffusion:
-    """Ours with the levels of an object's TABLES, and the variance "fixed_large" where that is the object's.
-
-    Raises Fallback where they are no levels of betas.
-    """
-    names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
-    signal, noise, log_variance = (tables[name].detach().to("cpu", torch.float64) for name in names)
-    betas = betas_between((signal, noise))
-    large = torch.allclose(log_variance[1:].exp(), betas[1:], rtol=1e-2)
-    variance = "fixed_large" if large else "fixed_small"
-    try:
-        return GaussianDiffusion(len(betas), betas, prediction=prediction, variance=variance)
-    except ValueError as error:
-        raise Fallback(str(error)) from None

@@ -16,6 +16,7 @@ from ddpm_ext.integrations.shared import CACHED, Accelerated
 from ddpm_ext.integrations.tensors import DTYPES, TRANSFORMED
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
+Make = Callable[[], Any]
 NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that no library's object has
 ROUNDED_TERMS = 4.0  # how many times as large as a result the terms may be that a step adds up, at no noise
 
@@ -60,13 +61,7 @@ class PeerDiffusion(Accelerated):
     # ------------------------------------------------------------------------------------------------------- steps
 
     def _step(
-        self,
-        method: str,
-        x: Tensor,
-        timesteps: Callable[[], Sequence[int]],
-        options: tuple[Any, ...],
-        by_rows: Callable[[], Any],
-        by_code: Callable[[], Any],
+        self, method: str, x: Tensor, timesteps: Make, options: tuple[Any, ...], by_rows: Make, by_code: Make
     ) -> Any:
         """A step's result: by_rows(), where all methods are the library's own, or it has been proven.
 
@@ -93,13 +88,7 @@ class PeerDiffusion(Accelerated):
         raise Fallback(instead=lambda: self._compared(proof, method, x, steps, by_rows, by_code))
 
     def _compared(
-        self,
-        proof: Proof,
-        method: str,
-        x: Tensor,
-        steps: Sequence[int],
-        by_rows: Callable[[], Any],
-        by_code: Callable[[], Any],
+        self, proof: Proof, method: str, x: Tensor, steps: Sequence[int], by_rows: Make, by_code: Make
     ) -> Any:
         generators = Generators(x.device)
         ours = _tensors(self._proving(by_rows, Acceleration()))  # which draws as the code does
@@ -121,7 +110,7 @@ class PeerDiffusion(Accelerated):
         self.accelerated.record_proof(self.library, method, proof.failed, len(proof.holds) == len(set(steps)))
         return result
 
-    def _proving(self, by_rows: Callable[[], Any], settings: Acceleration) -> Any:
+    def _proving(self, by_rows: Make, settings: Acceleration) -> Any:
         """by_rows() with these settings, though a method is not the library's own."""
         state, own = self.__dict__, self.accelerated
         state.update(_acceleration=settings, _is_proving=True)
@@ -146,7 +135,7 @@ class PeerDiffusion(Accelerated):
         """Those of the object that are not the library's."""
         return self._peer.__mro__[: self._peer.__mro__.index(self._known)]
 
-    def _of_state(self, settings: Iterable[Any], make: Callable[[], Any], state: Sequence[Any] | None = None) -> Any:
+    def _of_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
         """make(), once for these settings and this state. Raises Fallback.
 
         Both are the same with equal numbers and texts, and with the same other objects, as long as nobody has written

@@ -25,20 +25,16 @@ def _diffusers(module: str, name: str, mixin_module: str, mixin: str) -> KnownCl
     return KnownClass(f"diffusers.schedulers.{module}", name, f"diffusers.{mixin_module}", mixin)
 
 
-def _guided(module: str, name: str, mixin: str) -> KnownClass:
-    return KnownClass(module, name, "guided_diffusion", mixin)
-
-
 _LUCIDRAINS = "denoising_diffusion_pytorch"
 KNOWN = (
     _diffusers("scheduling_ddpm", "DDPMScheduler", "alphas", "DDPM"),
     _diffusers("scheduling_ddpm_parallel", "DDPMParallelScheduler", "alphas", "DDPM"),
     _diffusers("scheduling_ddim", "DDIMScheduler", "alphas", "DDIM"),
     _diffusers("scheduling_ddim_parallel", "DDIMParallelScheduler", "alphas", "DDIM"),
-    _guided("guided_diffusion.gaussian_diffusion", "GaussianDiffusion", "Guided"),
-    _guided("guided_diffusion.respace", "SpacedDiffusion", "Spaced"),
-    _guided("improved_diffusion.gaussian_diffusion", "GaussianDiffusion", "Improved"),
-    _guided("improved_diffusion.respace", "SpacedDiffusion", "ImprovedSpaced"),
+    KnownClass("guided_diffusion.gaussian_diffusion", "GaussianDiffusion", "guided_diffusion", "Guided"),
+    KnownClass("guided_diffusion.respace", "SpacedDiffusion", "guided_diffusion", "Spaced"),
+    KnownClass("improved_diffusion.gaussian_diffusion", "GaussianDiffusion", "guided_diffusion", "Improved"),
+    KnownClass("improved_diffusion.respace", "SpacedDiffusion", "guided_diffusion", "ImprovedSpaced"),
     KnownClass(f"{_LUCIDRAINS}.{_LUCIDRAINS}", "GaussianDiffusion", _LUCIDRAINS, "Denoising"),
 )
 # Mixins for classes of any name: the module, the mixin, and the module's function that tests a class. A class that is

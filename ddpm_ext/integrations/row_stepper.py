@@ -21,22 +21,16 @@ from ddpm_ext.ops.row import ROW
 from ddpm_ext.ops.table_step import CalledTableStep
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import KernelTables
-from ddpm_ext.tables.row_needs import RowNeeds, row_needs
+from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
 FACTORS = ("cu", "h1", "h2", "h3")  # of these and of the last result
 LARGEST_NORMAL = 8.0
 CPU = torch.device("cpu")
+# Of a row: the indices of the history that it reads and which inputs they are, whether it keeps a tensor, and whether
+# that is the model's output itself.
 Reads = tuple[list[tuple[int, str]], bool, bool]
-
-
-def reads_of(needs: Sequence[RowNeeds], clip: Clip | None, holds_outputs: bool) -> list[Reads]:
-    """For each row, the places of the history that it reads and the inputs that they are, whether it keeps a tensor,
-    and whether that is the model's output itself. clip, holds_outputs: as RowStepper takes them."""
-    kinds = {each.history for each in needs}
-    reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
-    return [(reads[each.history], each.keeps, each.keeps_output and clip is None and holds_outputs) for each in needs]
 
 
 class RowStepper:
@@ -75,7 +69,10 @@ class RowStepper:
         # By dtype on a CPU, where to hash a device would take as long as a small launch.
         self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
-        self._reads = reads_of(self.needs, clip, holds_outputs)
+        kinds = {row.history for row in self.needs}
+        reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
+        holds = clip is None and holds_outputs
+        self._reads: list[Reads] = [(reads[row.history], row.keeps, row.keeps_output and holds) for row in self.needs]
 
     @functools.cached_property
     def table(self) -> StepTable:

@@ -31,6 +31,7 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 from ddpm_ext.tables.on_device import KernelTables
 
+Model = Callable[..., Tensor]
 METHODS = {  # their first parameters
     "q_sample": "x_start, t, noise=None",
     "p_mean_variance": "model, x_t, t, clip_denoised=True",
@@ -199,13 +200,7 @@ class Tutorial(LoopOptionsTaker):
     # --------------------------------------------------------------------------------------------------------- steps
 
     def p_sample(
-        self,
-        model: Callable[..., Tensor],
-        x_t: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        *args: Any,
-        **kwargs: Any,
+        self, model: Model, x_t: Tensor, t: Tensor, clip_denoised: bool = True, *args: Any, **kwargs: Any
     ) -> Tensor:
         start: _StartNoise | None = self.__dict__.pop("_start_noise", None)
         if start is not None:
@@ -215,9 +210,7 @@ class Tutorial(LoopOptionsTaker):
         return self._p_sample(model, x_t, t, clip_denoised, *args, **kwargs)
 
     @with_fallback("p_sample", compiles=False)
-    def _p_sample(
-        self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, clip_denoised: bool, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _p_sample(self, model: Model, x_t: Tensor, t: Tensor, clip_denoised: bool, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
             raise Fallback("it has arguments that the tutorial's hasn't")
         check_batch(x_t, t, None, (torch.float32,))
@@ -279,9 +272,7 @@ class Tutorial(LoopOptionsTaker):
         return ops.forward_process(x_start, table, t, **self._training_noise(x_start, noise))
 
     @with_fallback(compiles=False)
-    def train_losses(
-        self, model: Callable[..., Tensor], x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def train_losses(self, model: Model, x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self._rows_for_training("train_losses", x_start, t, bool(args or kwargs))
         if wants_gradient(x_start):
             raise Fallback("a gradient by images is asked for")

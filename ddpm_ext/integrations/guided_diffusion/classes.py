@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
+from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.guided_diffusion.steps import STEPS, check_inputs, split_output, take_loop
 from ddpm_ext.integrations.guided_diffusion.tables import tables_of, timesteps_for
 from ddpm_ext.integrations.peer_diffusion import PeerDiffusion
@@ -161,17 +161,16 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
             return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
         if not is_loop:
             return take_step(self, given, given.x, given.t)
-        found = attempt(self._check_methods)
-        if isinstance(found, Fallback):
-            assert found.reason is not None
+        foreign = self._foreign_method()
+        if foreign is not None:
             if not self.accelerated.trace:  # else its steps are proven one by one
-                self.accelerated.record_fallback(self.library, method, found.reason)
+                self.accelerated.record_fallback(self.library, method, self._refusal(foreign))
             return peer_method(self, method)(*args, **kwargs)
         steps = take_loop(self, of_step, given, with_x0=progressive)
         if progressive:
             return steps
-        for found in steps:
-            sample = found["sample"]
+        for step in steps:
+            sample = step["sample"]
         return sample
 
     return call
