@@ -269,9 +269,8 @@ class Acceleration:
             else:
                 self.begin_loop()
         self._place = first if last is None else last
-        self._used_here = end = used + batch
-        if end > self._count:
-            self._count = end
+        self._used_here = used + batch
+        self._count = max(self._count, self._used_here)
         rng = self._rng or self.rng
         if used and not isinstance(self._ids, Tensor):
             assert rng is not None

@@ -159,12 +159,8 @@ class Denoising(LoopOptionsTaker):
             rng = self.accelerated.rng_of_step(len(x), -row) if row > 0 else None
             return STEPS["p_sample"](self, steps, row, x, times, x_self_cond, rng, True)
 
-        def by_code() -> Step:
-            own: Step = peer_method(self, "p_sample")(x, t, x_self_cond)
-            return own
-
-        result: Step = self._step("p_sample", x, lambda: [_index(t)], (x_self_cond is None,), by_rows, by_code)
-        return result
+        by_code = functools.partial(peer_method(self, "p_sample"), x, t, x_self_cond)
+        return self._step("p_sample", x, lambda: [_index(t)], (x_self_cond is None,), by_rows, by_code)
 
     # --------------------------------------------------------------------------------------------------------- loops
 

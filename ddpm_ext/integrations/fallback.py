@@ -5,7 +5,6 @@ Options, dtypes or shapes that the operators don't take have no fused form.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -63,7 +62,9 @@ def with_fallback(
             except Fallback as fallback:
                 reason, instead = fallback.reason, fallback.instead
             except TypeError as error:
-                if not is_of_arguments(error):
+                # Where the function does not take such arguments, its code did not run: the peer rejects them, in its
+                # own method's name.
+                if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                     raise
                 reason = instead = None
             # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
@@ -82,12 +83,6 @@ def with_fallback(
         return call if compiles else call_unless_compiling
 
     return decorate
-
-
-def is_of_arguments(error: TypeError) -> bool:
-    """Whether a function that was called where this is caught does not take such arguments: its code did not run. The
-    peer rejects them, in its own method's name."""
-    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,8 +106,7 @@ def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
 
 def made_outside_autograd(make: Callable[..., Result], *args: Any) -> Result | Fallback:
     """As `attempt`, for what may be kept by a backward pass and used outside of inference mode."""
-    usual = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-    with usual, torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         return attempt(make, *args)
 
 

@@ -202,15 +202,14 @@ def _named(name: str) -> str | Sampler:
         theirs = vars(importlib.import_module("k_diffusion.sampling"))
     except ImportError:
         theirs = {}
-    found = find_name(name, [each.removeprefix("sample_") for each in theirs if each.startswith("sample_")])
-    if found is None:
+    theirs_name = find_name(name, [key.removeprefix("sample_") for key in theirs if key.startswith("sample_")])
+    if theirs_name is None:
         try:
             ours, spacing = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
         except ValueError as error:
             raise ValueError(f"{error}, or with k-diffusion installed one of its samplers") from None
         raise ValueError(f"sampler is {name!r}, expected {ours!r} with sigmas that are spaced by {spacing!r}")
-    made: Sampler = theirs[f"sample_{found}"]
-    return made
+    return theirs[f"sample_{theirs_name}"]
 
 
 def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Parameter:

@@ -204,11 +204,10 @@ class _SideBySideRun:
 
     def _levels_of(self, row: int) -> tuple[Tensor, Tensor]:
         """The sigmas between which a row leads, as later loops give them to a noise_sampler."""
-        rows = self._loop.rows
+        rows, x = self._loop.rows, self._call.x
         assert rows is not None
         first = next(step[0] for step in rows.steps if row in step)
-        sigmas = rows.sigma[first], rows.arrives[row]
-        return sigmas[0].to(self._call.x), sigmas[1].to(self._call.x)
+        return rows.sigma[first].to(x), rows.arrives[row].to(x)
 
     def _begin_row(self, x: Tensor, m: Tensor) -> None:
         self._row += 1

@@ -161,10 +161,10 @@ class Tutorial(LoopOptionsTaker):
 
     def _check(self) -> None:
         """Raises TypeError where the tables are not the tutorial's."""
-        found = attempt(self._rows)
-        if isinstance(found, Fallback):
+        rows = attempt(self._rows)
+        if isinstance(rows, Fallback):
             name = f"{self._peer.__module__}.{self._peer.__qualname__}"
-            raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {found.reason}")
+            raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {rows.reason}")
 
     def _rows(self) -> KernelTables:
         """The rows of the tables as they are. Raises Fallback."""
@@ -232,9 +232,7 @@ class Tutorial(LoopOptionsTaker):
                 table = tried.rows.get("steps", x_t.device, torch.float32)
                 return ops.reverse_step(x_t, output, table, t, clip=clip, **source)
 
-        def by_code() -> Tensor:
-            return own(model, x_t, t, clip_denoised)
-
+        by_code = functools.partial(own, model, x_t, t, clip_denoised)
         return self._step("p_sample", x_t, t.tolist, (clip_denoised,), by_rows, by_code)
 
     @takes_loop_options

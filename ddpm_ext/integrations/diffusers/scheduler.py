@@ -149,16 +149,15 @@ class Scheduler(Accelerated):
             raise Fallback("alphas_cumprod is 0 or 1 there, or does not rise")
         return t, rows.row[t]
 
-    def _times(self) -> list[Any]:
-        """The scheduler's timesteps on the host, read once."""
+    def _times(self) -> Any:
+        """A list of the scheduler's timesteps on the host, read once."""
         own = self.timesteps
         if own.is_inference() and own.is_cpu:  # which do not tell whether they were written to
             return own.tolist()
         known = self.__dict__.get("_host_timesteps")
         if known is None or known[0] is not own or known[1] != version_of(own):
             known = self.__dict__["_host_timesteps"] = own, version_of(own), own.tolist()
-        values: list[Any] = known[2]
-        return values
+        return known[2]
 
     def _index_of(self, timestep: Tensor) -> int | None:
         """The index of the element of self.timesteps that `timestep` is a view of, or None. Neither is read."""

@@ -182,7 +182,7 @@ def _take_any_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *of
     functions = given.denoised_fn, getattr(given, "cond_fn", None)
     code = [getattr(function, "__code__", function) for function in functions]  # the same of a lambda in each call
     options = (given.clip_denoised, *code, kinds_of(given.model_kwargs))
-    result: dict[str, Tensor] = peer._step(  # noqa: SLF001 (of this package)
+    return peer._step(  # noqa: SLF001 (of this package)
         method,
         x,
         lambda: t.tolist(),
@@ -190,7 +190,6 @@ def _take_any_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *of
         functools.partial(_take_step, method, peer, given, x, t, *of_loop),
         functools.partial(_take_own_step, method, peer, given, x, t),
     )
-    return result
 
 
 # By the peer's method: (peer, given, x, t, ...) takes a step, fused or by the peer's own code.
