@@ -44,10 +44,7 @@ class DenoisingTables:
         return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """The rows of samplers.ddim, whose noise is derived by sqrt_recipm1_alphas_cumprod; the last step ends at x_0.
-
-        Raises Fallback where there are none.
-        """
+        """The rows of samplers.ddim, with noise derived by sqrt_recipm1_alphas_cumprod; the last step ends at x_0."""
         try:
             eta = samplers.check_eta(eta)
         except (TypeError, ValueError) as error:

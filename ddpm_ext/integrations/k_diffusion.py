@@ -58,8 +58,9 @@ def _uni_pc(grid: Grid, *, prediction: str, solver: str) -> StepTable:
     return SAMPLERS["unipc"](grid, prediction=prediction, order=3, solver=solver)
 
 
-# By a name of k-diffusion's or ComfyUI's, with its default.
-RENAMED: dict[str, Callable[..., StepTable]] = {
+# The functions that make rows: ours, and those by a name of k-diffusion's or ComfyUI's, with its default.
+MAKERS: dict[str, Callable[..., StepTable]] = {
+    **SAMPLERS,
     "dpmpp_2s_ancestral": partial(SAMPLERS["dpmpp_2s"], eta=1.0),
     "lcm": _lcm,
     **{f"uni_pc_{solver}": partial(_uni_pc, solver=solver) for solver in ("bh1", "bh2")},
@@ -67,7 +68,7 @@ RENAMED: dict[str, Callable[..., StepTable]] = {
 GUIDED = ("euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp")  # they read an unconditional output
 # Those that are told their steps by timesteps, and that add steps of their own; "edm" is "heun" with churn.
 LEFT_OUT = ("tcd", "edm", "restart")
-NAMES = tuple(name for name in dict.fromkeys([*SAMPLERS, *RENAMED]) if name not in (*LEFT_OUT, *GUIDED))
+NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
 CHURNED = ("euler", "heun", "dpm_2")  # Karras et al. 2022, algorithm 2, adds noise before their steps
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # of all samplers that have these parameters
@@ -216,15 +217,10 @@ def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Par
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
 
 
-def _maker(name: str) -> Callable[..., StepTable]:
-    """The function that makes the rows."""
-    return RENAMED.get(name) or SAMPLERS[name]
-
-
 @cache
 def _options(name: str) -> dict[str, Any]:
     """The further arguments of a sampler of ours, with their defaults."""
-    parameters = inspect.signature(_maker(name)).parameters
+    parameters = inspect.signature(MAKERS[name]).parameters
     found = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)}
     added = [*CHURN] if name in CHURNED else []
     added += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in found else []
@@ -242,11 +238,11 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
         zero = torch.zeros_like(sigmas[:1])
         rows = _own_table(name, torch.cat([sigmas, zero]), flow, options)
         return rows[: len(rows) - len(_own_table(name, torch.cat([sigmas[-1:], zero]), flow, options))]
-    parameters = inspect.signature(_maker(name)).parameters
+    parameters = inspect.signature(MAKERS[name]).parameters
     fixed = {key: value for key, value in FIXED.items() if key in parameters}
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
     # What the model is called with is a level's sigma.
-    table = _maker(name)(grid_of_levels(lambda _, noise: noise, signal, sigmas, scale=scale), **fixed, **options)
+    table = MAKERS[name](grid_of_levels(lambda _, noise: noise, signal, sigmas, scale=scale), **fixed, **options)
     return replace(table, g0=None, g1=None, draw=torch.arange(len(table), device="cpu"))
 
 
@@ -267,8 +263,8 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
     return StepTable(**columns, draw=torch.arange(len(columns["a"]), device="cpu"))
 
 
-def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> SigmaRows:
-    parameters = inspect.signature(_maker(name)).parameters
+def _own_rows(name: str, sigmas: Tensor, options: Mapping[str, Any]) -> SigmaRows:
+    parameters, flow = inspect.signature(MAKERS[name]).parameters, options["flow"]
     own = {key: value for key, value in options.items() if key in parameters}
     added = ADDED | {key: value for key, value in options.items() if key not in parameters}
     churn, tmin, tmax = (added[key] for key in CHURN)
@@ -354,15 +350,14 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
     levels = checked_sigmas(sigmas)
     key: object = (which, tuple(levels.tolist()), tuple(sorted(options.items())))
     try:
-        found = _kept.get(key)
+        cached = _kept.get(key)
     except TypeError:  # an option that has no hash
-        key, found = None, None
-    if found is not None:
-        return found
+        key, cached = None, None
+    if cached is not None:
+        return cached
     with torch.inference_mode(False):
         if isinstance(which, str):
-            own = dict(options)
-            rows = _own_rows(which, levels, own.pop("flow"), own)
+            rows = _own_rows(which, levels, options)
         else:
             rows, traced = rows_of_function(which, levels, options, model)
             if traced.asks:  # the rows may be others for another model

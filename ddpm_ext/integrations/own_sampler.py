@@ -149,7 +149,7 @@ class _SideBySideRun:
         self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), wide=False)
         self._row = -1  # which is under way; -1 before the first
         self._inputs: tuple[Tensor, Tensor] | None = None  # its sample and output
-        self._noises: dict[int, Tensor] = {}  # what was drawn in it
+        self._z: Tensor | None = None  # its noise
         self._ring: tuple[Tensor, ...] = ()
         if loop.leads:
             self._begin_row(call.x, call.x)
@@ -171,9 +171,7 @@ class _SideBySideRun:
             return functools.wraps(model)(call)
         cls = type(model)
         try:
-            seen: Any = object.__new__(
-                type(cls.__name__, (cls,), {"__call__": lambda _, *args, **kwargs: call(*args, **kwargs)})
-            )
+            seen: Any = object.__new__(type(cls.__name__, (cls,), {"__call__": staticmethod(call)}))
             seen.__dict__ = model.__dict__
         except (TypeError, AttributeError):  # a class that cannot be derived from, such as functools.partial
             return ModelLike(call, model)
@@ -199,7 +197,7 @@ class _SideBySideRun:
             z = torch.randn(x.shape, device=x.device, dtype=x.dtype)
         self._drawn += 1
         if is_used:
-            self._noises[self._row] = z.clone()
+            self._z = z.clone()
         return z
 
     def _levels_of(self, row: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +208,7 @@ class _SideBySideRun:
         return rows.sigma[first].to(x), rows.arrives[row].to(x)
 
     def _begin_row(self, x: Tensor, m: Tensor) -> None:
-        self._row += 1
+        self._row, self._z = self._row + 1, None
         self.observed.begin(self._row)
         self._inputs = None if self._proof is None else (x.clone(), m.clone())
 
@@ -219,13 +217,12 @@ class _SideBySideRun:
         rows, proof, i = self._loop.rows, self._proof, self._row
         if rows is None or proof is None or proof.failed is not None or self._inputs is None:
             return
-        if i >= len(self._loop.draws) or (self._loop.draws[i] is not None and i not in self._noises):
+        if i >= len(self._loop.draws) or (self._loop.draws[i] is not None and self._z is None):
             proof.failed = "it calls the model or draws noise at other steps than its rows"
             return
         sample, m = self._inputs
         sample = sample.to(torch.promote_types(sample.dtype, m.dtype))
-        z = self._noises.get(i)
-        inputs = {} if z is None else {"noise": z.to(sample.dtype)}
+        inputs = {} if self._z is None else {"noise": self._z.to(sample.dtype)}
         prev, kept = rows.stepper.take(i, sample, m, self._ring, inputs)
         size = rows.stepper.largest_term(i, sample, m, self._ring)
         self._ring = self._ring if kept is None else (kept, *self._ring[:2])

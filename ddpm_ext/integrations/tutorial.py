@@ -26,7 +26,7 @@ from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_opti
 from ddpm_ext.integrations.own_tables import TABLES
 from ddpm_ext.integrations.shared import CACHED, Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_batch, check_output, noise_arguments, noise_itself, wants_gradient
-from ddpm_ext.integrations.tutorial_trial import GradMode, checked_rows, trial_object, try_step, try_training
+from ddpm_ext.integrations.tutorial_trial import GradMode, checked_rows, copied, try_step, try_training
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 from ddpm_ext.tables.on_device import KernelTables
@@ -155,9 +155,7 @@ class Tutorial(LoopOptionsTaker):
         """The name of a method that `of` may call and that a subclass overrides, or the object; None where none is."""
         classes = tuple(self._own_classes())
         methods, overridden = _methods(of, classes, tuple([len(vars(base)) for base in classes]))
-        if not methods.isdisjoint(self.__dict__):
-            return min(methods & self.__dict__.keys())
-        return overridden
+        return min(methods & self.__dict__.keys(), default=overridden)
 
     def _check(self) -> None:
         """Raises TypeError where the tables are not the tutorial's."""
@@ -177,7 +175,8 @@ class Tutorial(LoopOptionsTaker):
 
         def run() -> Tried:
             rows = self._rows()
-            plain = trial_object(new(self._peer), {n: x for n, x in self.__dict__.items() if n not in NOT_TRIED})
+            plain = new(self._peer)
+            vars(plain).update(copied({n: x for n, x in self.__dict__.items() if n not in NOT_TRIED}))
             if method in TRAINING:
                 return Tried(rows, try_training(plain, rows, method, shape, device))
             return Tried(rows, try_step(plain, rows, shape, device, *clip))

@@ -40,17 +40,12 @@ def checked_rows(tables: Mapping[str, Any]) -> KernelTables:
     return rows_of(own, "eps")
 
 
-def trial_object(made: Any, state: Mapping[str, Any]) -> Any:
-    """An object of the class `made` to run methods of. What they write to lists and tensors is not the caller's."""
-    vars(made).update({name: _copied(x) for name, x in state.items()})
-    return made
-
-
-def _copied(x: Any) -> Any:
+def copied(x: Any) -> Any:
+    """A copy, also of the containers and tensors in it: what methods of a trial write to these is not the caller's."""
     if isinstance(x, dict):
-        return type(x)({key: _copied(value) for key, value in x.items()})
+        return type(x)({key: copied(value) for key, value in x.items()})
     if isinstance(x, list):
-        return [_copied(value) for value in x]
+        return [copied(value) for value in x]
     return copy.copy(x) if isinstance(x, set | np.ndarray) else x.detach().clone() if isinstance(x, Tensor) else x
 
 

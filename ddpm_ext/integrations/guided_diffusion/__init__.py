@@ -8,11 +8,8 @@ from ddpm_ext.integrations.shared import Support
 
 __all__ = ["SUPPORT", "Guided", "Improved", "ImprovedSpaced", "Spaced"]
 
-# The GaussianDiffusion and the SpacedDiffusion of each.
-_LIBRARIES = "guided_diffusion, improved_diffusion"
-
 SUPPORT = tuple(
-    Support(_LIBRARIES, *row)
+    Support("guided_diffusion, improved_diffusion", *row)
     for row in (
         ("q_sample", "float32, with gradients", "other dtypes; torch.func"),
         (

@@ -44,9 +44,6 @@ LEAST = 1e-30  # of alphas_cumprod: below it, float32 is at the end of its range
 class FusedTables:
     """The tables of one state of a peer's object.
 
-    Args:
-        peer: a GaussianDiffusion of guided-diffusion or improved-diffusion.
-
     Attributes:
         prediction: the name of what the model predicts.
         learned: whether its output has twice the channels, for a variance.
