@@ -24,6 +24,7 @@ from ddpm_ext.cli.sampling_options import add_class, add_model, add_null_class, 
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.tuning import errors_by_name
 from ddpm_ext.tuning import Named, Tuner
+from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 from ddpm_ext.tuning.teacher import STEPS
 
 _SHOWN = 10
@@ -102,6 +103,8 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{tuner.calls:,} calls of the model; the many steps' own error is {tuner.teacher_error:.2%} of a sample's size"
     )
+    if tuner.whole_timesteps:
+        print(WHOLE_TIMESTEPS)
     print("\n".join([*_lines(names), *(f"{count} calls: {typed(named[0])}" for count, named in names.items())]))
     if options.plot is not None:
         plots.names_figure(names, options.plot)

@@ -14,6 +14,7 @@ from ddpm_ext.cli.arguments import Subparsers, add_command
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models import tuned
 from ddpm_ext.tuning import Report
+from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 
 _EXAMPLES = """examples:
   ddpm-ext tune --model my-run --steps 4,6,8,10
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{tuner.calls:,} calls of the model; the many steps' own error is {tuner.teacher_error:.2%} of a sample's size"
     )
+    if tuner.whole_timesteps:
+        print(WHOLE_TIMESTEPS)
     print("\n".join(_lines(reports)))
     if options.plot is not None:
         plots.tuning_figure(reports, options.plot)

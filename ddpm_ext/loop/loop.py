@@ -128,6 +128,9 @@ class Loop:
                     step.take(call, None, row, self._timesteps_at[row])
                 else:
                     self._take_captured(self._graphs, call)
+            except Exception as error:
+                _note_fraction(error, timesteps[row])
+                raise
             finally:
                 torch._C._set_grad_enabled(recording)
             self._position = row + 1
@@ -156,6 +159,15 @@ class Loop:
         """The step of the row whose number is in memory."""
         self._step.take(call, self._row[: len(call.x)], 0, self._timesteps.index_select(0, self._row))
         self._row.add_(1)
+
+
+def _note_fraction(error: Exception, timestep: int | float) -> None:
+    """Says with an error of a step, from Python 3.11 on, that its timestep lies between those of the schedule."""
+    if isinstance(timestep, float) and hasattr(error, "add_note"):
+        error.add_note(
+            f"The loop called the model at timestep {timestep:g}, in a float tensor. A model that looks timesteps up "
+            "in a table takes integers: loops with another spacing or sampler, or with timesteps=, call it with these."
+        )
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:

@@ -104,6 +104,14 @@ class Loops:
         assert isinstance(drawn, Tensor)  # with record="last"
         return drawn
 
+    def fails(self, table: StepTable, batch: Batch) -> bool:
+        """Whether a loop with this table ends in an error, as of a model that looks timesteps up, at those between."""
+        try:
+            self.samples(table, batch)
+        except Exception:  # the model's code may raise anything
+            return True
+        return False
+
     def unconditional(self) -> Tensor | None:
         """The model's unconditional output in the last step; None where there was no guidance by a doubled batch."""
         output = self.model.output

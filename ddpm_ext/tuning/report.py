@@ -10,6 +10,7 @@ from ddpm_ext.tuning.errors import Errors
 from ddpm_ext.tuning.names import Named
 
 SHOWN = 5
+WHOLE_TIMESTEPS = "names with timesteps between the schedule's are left out: the model fails there"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Report(Errors):
         seeds: how many samples it was fitted to; held_out: how many the errors are of.
         model_calls: how often the model was called in all, of which names_calls for the names; batch: the samples of
             each call.
+        whole_timesteps: whether names with timesteps between the schedule's are left out, since the model fails there.
 
     Examples:
         >>> from ddpm_ext.tuning import tune
@@ -54,6 +56,7 @@ class Report(Errors):
     model_calls: int
     names_calls: int
     batch: int
+    whole_timesteps: bool = False
 
     @property
     def best(self) -> Named:
@@ -99,6 +102,8 @@ class Report(Errors):
             lines.append(f"the best name's loop: {typed}")
         if self.fitted and self.as_near is not None:
             lines.append(f"as near as {self.as_near} in {self.as_near.calls} calls")
+        if self.whole_timesteps:
+            lines.append(WHOLE_TIMESTEPS)
         if self.bfloat16_error is not None:
             lines.append(f"with samples in bfloat16: {self.bfloat16_error:.4f}")
         return "\n".join(

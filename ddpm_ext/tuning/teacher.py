@@ -66,6 +66,7 @@ class Teacher:
     def __init__(self, diffusion: GaussianDiffusion) -> None:
         self._diffusion = diffusion
         self._table = self._rows(STEPS)
+        self.between = self._table.timestep.is_floating_point()  # whether it calls the model between timesteps
 
     def _rows(self, steps: int) -> StepTable:
         spacing = "trailing" if self._diffusion.schedule.scale is flow else "linspace"

@@ -77,7 +77,7 @@ class Tuner:
         diffusion, model, shape, seeds, rng, progress: those of `tune`, and so are all others.
 
     Attributes:
-        teacher_error: see Report.
+        teacher_error, whole_timesteps: see Report.
 
     Examples:
         >>> from ddpm_ext.tuning import Tuner
@@ -135,6 +135,8 @@ class Tuner:
         self._names: dict[int, list[Named]] = {}  # by the number of calls, as the next one
         self._tables: dict[int, dict[Name, StepTable]] = {}
         self.teacher_error = 0.0
+        self.whole_timesteps = False
+        self._tried_fractions = False
 
     @property
     def calls(self) -> int:
@@ -154,6 +156,7 @@ class Tuner:
             checks.integer("steps", count, timesteps + 1, "timesteps + 1", start=1)
             names = len(self._named_tables(count))
             first = first_round(held_out, self._shape[0])
+            planned += count  # to try timesteps between the schedule's
             planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
                 starts, rounds = timesteps_search.FOUND, timesteps_search.FOUND * STARTED + ROUNDS
@@ -168,11 +171,13 @@ class Tuner:
         """The named samplers at so many calls, the nearest to the teacher first. Raises: as `tune`."""
         checks.integer("steps", calls, self._diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
+            self._try_fractions(calls)
             planned = self.planned_calls([calls], fit=False)
             with calls_bar(planned, f"named samplers: {BAR}", self._progress) as self._loops.model.on_call:
                 self._prepare(fit=False)
                 before = self.calls
-                self._names[calls] = rank_names(self._held_out, self._named_tables(calls), calls)
+                tables = {name: table for name, table in self._named_tables(calls).items() if self._takes(table)}
+                self._names[calls] = rank_names(self._held_out, tables, calls)
                 self._names_calls[calls] = self.calls - before
         return self._names[calls]
 
@@ -211,6 +216,7 @@ class Tuner:
             model_calls=cost,
             names_calls=self._names_calls[steps],
             batch=self._shape[0],
+            whole_timesteps=self.whole_timesteps,
         )
         return tuned(table, self._notes, report)
 
@@ -237,6 +243,8 @@ class Tuner:
                 name = each.sampler, each.spacing, math.ceil(more * each.steps)
                 with contextlib.suppress(ValueError):  # more steps than the spacing has
                     table, calls = table_of(self._diffusion, *name)
+                    if not self._takes(table):
+                        continue
                     found = named_of(name, calls, self._errors(table))
                     if found.error <= error:
                         return found
@@ -261,6 +269,17 @@ class Tuner:
         if fit and not self._fitted:
             self._fitted, self._checked = made(count, 0), made(self._half, 2 * count)
         self._teacher_calls += self.calls - begun
+
+    def _try_fractions(self, calls: int) -> None:
+        """Finds out, before the teacher runs, whether the model takes timesteps between the schedule's."""
+        tables = self._named_tables(calls).values()
+        between = next((table for table in tables if table.timestep.is_floating_point()), None)
+        if between is None or self._tried_fractions or Teacher(self._diffusion).between:
+            return
+        self._tried_fractions, self.whole_timesteps = True, self._loops.fails(between, self._loops.batch(0))
+
+    def _takes(self, table: StepTable) -> bool:
+        return not (self.whole_timesteps and table.timestep.is_floating_point())
 
     def _named_tables(self, calls: int) -> dict[Name, StepTable]:
         if calls not in self._tables:

@@ -177,3 +177,17 @@ def test_graphs_of_the_whole_loop_show_nothing_in_between(backend, device):
             gd.capture(**arguments, graph=graph)
     assert model.calls == 0
     assert len([*gd.sample_progressive(**arguments, clip_denoised=DynamicThreshold())]) == 2
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="needs notes of exceptions, of Python 3.11")
+def test_a_model_that_looks_timesteps_up_is_told_of_those_between():
+    gd = GaussianDiffusion(50)
+    embedding = torch.nn.Embedding(50, 1)
+    with pytest.raises(RuntimeError) as raised:
+        gd.p_sample_loop(
+            lambda x, t: x + embedding(t)[:, :, None], (2, 3, 4), spacing="karras", sampler="euler", steps=5
+        )
+    assert "called the model at timestep 49, in a float tensor" in raised.value.__notes__[0]
+    with pytest.raises(ZeroDivisionError) as raised:
+        gd.p_sample_loop(lambda x, t: 1 / 0, (2, 3, 4), steps=5)
+    assert not hasattr(raised.value, "__notes__")

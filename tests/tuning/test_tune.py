@@ -137,6 +137,19 @@ def test_names_are_compared_on_the_same_samples():
     assert ranked[FINALISTS - 1].error > 4 > ranked[FINALISTS].error
 
 
+def test_a_model_that_looks_timesteps_up_has_names_of_whole_timesteps_alone():
+    levels = torch.arange(TIMESTEPS)
+
+    def model(x, t):
+        return mixture()(x, levels[t])
+
+    tuned = tune(GD, model, SHAPE, steps=2, seeds=16, progress=False)
+    spacings = {each.spacing for each in tuned.report.names}
+    assert tuned.report.whole_timesteps and "linspace" in spacings and "karras" not in spacings
+    assert "between the schedule's are left out" in str(tuned.report)
+    assert not tune(GD, mixture(), SHAPE, steps=2, seeds=16, progress=False).report.whole_timesteps
+
+
 def test_a_network_in_bfloat16():
     class Network(torch.nn.Module):
         def __init__(self):
