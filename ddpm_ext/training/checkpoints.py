@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
@@ -55,7 +56,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
     # safetensors refuses tensors that share memory, such as tied weights, so each is copied.
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-    content = to_bytes(tensors, metadata={"format": _FORMAT, "header": json.dumps(about)})
+    metadata = {"format": _FORMAT, "header": json.dumps(about)}
+    content = to_bytes(tensors, metadata={**metadata, "crc32": _checksum(tensors, metadata["header"])})
     before = newest(folder)
     left = "no checkpoint was written before" if before is None else f"the newest is still {before}"
     with files.errors_name("checkpoint", path, f"; {left}"):
@@ -66,38 +68,36 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     return path
 
 
-def header(path: Path) -> dict[str, Any]:
-    """Reads the header of a checkpoint; raises ValueError if the file is damaged or no checkpoint."""
-    with _opened(path) as (_, found):
-        return found
-
-
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the tensors and the header of a checkpoint; raises ValueError if the file is damaged or no checkpoint."""
-    with _opened(path) as (opened, found):
-        names = opened.keys()
-        return {name: opened.get_tensor(name) for name in names}, found
+    safetensors = require("safetensors", "reading checkpoints")
+    try:
+        with safetensors.safe_open(path, "pt") as opened:  # which checks the file's length
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+            header = json.loads(metadata["header"])
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is a {type(header).__name__}, expected an object")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            checksum = _checksum(tensors, metadata["header"])
+            if metadata.get("crc32", checksum) != checksum:  # files of earlier versions have none
+                raise ValueError(f"its content has the checksum {checksum}, expected {metadata['crc32']}")
+            return tensors, header
+    except Exception as error:  # safetensors' own error has no narrower base class
+        raise ValueError(f"resume: {path} is cut short or damaged ({error})") from error
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """The CRC-32 of a text and of the tensors, which are contiguous and on the CPU."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
 
 
 def discard(text: str) -> None:
     """A report that nobody reads."""
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open file and its header; safetensors checks the length of the file."""
-    safetensors = require("safetensors", "reading checkpoints")
-    try:
-        with safetensors.safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
-            found = json.loads(metadata["header"])
-            if not isinstance(found, dict):
-                raise ValueError(f"its header is a {type(found).__name__}, expected an object")
-            yield opened, found
-    except Exception as error:  # safetensors' own error has no narrower base class
-        raise ValueError(f"resume: {path} is cut short or damaged ({error})") from error
 
 
 def check_header(path: Path, found: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, d
     found = _all(folder)
     for path in reversed(found):
         try:
-            return path, header(path)
+            return path, load(path)[1]
         except ValueError as error:
             if path == found[0]:
                 raise

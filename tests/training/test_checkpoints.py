@@ -22,7 +22,7 @@ def save(folder, step, keep=2, **about):
 def test_what_is_saved_is_loaded(tmp_path):
     path = save(tmp_path, 12, note="a \U0001f600", list=[1, None])
     tensors, header = checkpoints.load(path)
-    assert header == checkpoints.header(path) == {"step": 12, "note": "a \U0001f600", "list": [1, None]}
+    assert header == {"step": 12, "note": "a \U0001f600", "list": [1, None]}
     assert tensors.keys() == {*STATE, "step"}
     assert_same({name: tensors[name] for name in STATE}, STATE)
     assert checkpoints.under(tensors, "a.").keys() == {"x", "y"}
@@ -83,6 +83,26 @@ def test_damaged_newest_falls_back(tmp_path, share):
     assert (path.name, header) == ("step-00000001.safetensors", {"step": 1}) and len(lines) == 1
     assert lines[0].startswith(f"resume: {newest} is cut short or damaged (")
     assert lines[0].endswith("); trying the one before") and newest.stat().st_size == int(len(whole) * share)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+def test_a_flipped_bit_is_damage(tmp_path, share):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    content = bytearray(newest.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")  # of the tensors, behind the header
+    content[begin + int((len(content) - begin) * share)] ^= 4
+    newest.write_bytes(content)
+    refused(ValueError, "is cut short or damaged .its content has the checksum", checkpoints.load, newest)
+    lines = []
+    assert checkpoints.latest(tmp_path, lines.append)[0].name == "step-00000001.safetensors" and len(lines) == 1
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksum(tmp_path):
+    path = save(tmp_path, 1)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"crc32"', b'"other"'))
+    assert checkpoints.load(path)[1] == {"step": 1}
 
 
 def test_all_damaged(tmp_path):

@@ -255,7 +255,7 @@ def test_gradient_that_is_not_finite(tmp_path):
         make(tmp_path / "plain", model=Rough(), batch_size=20).fit()
     with pytest.raises(ValueError, match=r"training: the gradient's norm is nan at step 14, .*step-00000010\.safeten"):
         make(tmp_path / "run", model=Rough(), autocast="float16").fit()
-    assert checkpoints.header(checkpoints.newest(tmp_path / "run"))["scaler"]["scale"] == 65536 / 2**10
+    assert checkpoints.load(checkpoints.newest(tmp_path / "run"))[1]["scaler"]["scale"] == 65536 / 2**10
 
 
 def test_run_that_was_stopped_before_a_checkpoint_is_not_continued(tmp_path):
