@@ -73,13 +73,19 @@ class Teacher:
         return make_loop_rows(self._diffusion, LoopOptions(sampler=SAMPLER, steps=steps, spacing=spacing)).table
 
     def trajectory(self, batch: Batch) -> Trajectory:
-        """The whole way of a batch; it takes the memory of a batch for each step."""
+        """The whole way of a batch; it takes the memory of a batch for each step. Raises ValueError where the model
+        returns values that are not finite."""
         loops, table = batch.loops, self._table
         nodes = [batch.noise * pure_noise(table.signal_now[0].item(), table.noise_now[0].item())]
         options = {name: value for name, value in loops.options.items() if name not in ("record", "progress")}
         for record in loops.diffusion.sample_progressive(
             loops.model, loops.shape, sampler=table, rng=batch.rng, device=loops.device, **options
         ):
+            output = loops.model.output
+            if output is None or not output.isfinite().all():
+                raise ValueError(
+                    f"model: at timestep {record.timestep:g} it returned values that are not finite, expected numbers"
+                )
             nodes.append(record.x_t.clone())
         angles = torch.cat([angles_of(table.signal_now, table.noise_now), table.a.new_zeros(1)])
         return Trajectory(batch, angles, torch.stack(nodes))

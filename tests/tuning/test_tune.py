@@ -261,6 +261,11 @@ def test_a_loop_that_the_table_was_not_made_for_warns(tuned):
 
 def test_bad_arguments():
     refused(ValueError, "has not converged", tune, GD, lambda x, t: (50 * x).sin(), SHAPE, steps=3, progress=False)
+    for bad in (math.inf, math.nan):
+        late = lambda x, t: torch.where(t.view(-1, 1, 1) < 10, bad, mixture()(x, t))  # noqa: B023, E731
+        refused(
+            ValueError, r"model: at timestep \d it returned values that", tune, GD, late, SHAPE, steps=3, progress=False
+        )
     refused(ValueError, "learned_range", tune, GaussianDiffusion(100, variance="learned_range"), mixture(), SHAPE)
     refused(
         ValueError, "has 50 timesteps, expected at least 100", tune, GaussianDiffusion(50), mixture(), SHAPE, steps=3
