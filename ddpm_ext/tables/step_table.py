@@ -27,6 +27,7 @@ thresholding, inpainting) is in the docstring of ops.step_with_options.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -312,6 +313,9 @@ class StepTable:
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
         """The table that `save` wrote to `path`, equal in every bit. Columns after draw may be missing: zeros.
 
+        It warns where a row does not start at the level of noise where the row before arrives, or the last one arrives
+        at noise.
+
         Raises:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
             that a StepTable refuses. OSError: it can't be read.
@@ -324,9 +328,12 @@ class StepTable:
         """
         columns, notes = step_table_files.read(path, PLAIN, ADDED)
         try:
-            return cls(**columns, notes=notes)
+            table = cls(**columns, notes=notes)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+        if (gap := step_table_files.gap_between(*(getattr(table, name) for name in LEVELS))) is not None:
+            warnings.warn(f"{path}: {gap}; was a row lost or changed?", stacklevel=2)
+        return table
 
     # ---------------------------------------------------------------------------------------- of other libraries
 

@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ddpm_ext.base.files import read_json, write_text
 
 FORMAT, VERSION = "ddpm_ext.StepTable", 4
@@ -59,6 +62,23 @@ def read(
         return _parse(found, needed, others), found.get("notes", {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def gap_between(signal_now: Tensor, noise_now: Tensor, signal_after: Tensor, noise_after: Tensor) -> str | None:
+    """The first place where rows, by their levels, (rows,) each, do not lead from noise to clean samples, in words;
+    None where they do, where they lead back to noise, or where the table has no levels."""
+    now, after = torch.stack([signal_now, noise_now], 1), torch.stack([signal_after, noise_after], 1)
+    if not (now.any() or after.any()):
+        return None
+    for i, fits in enumerate((now[1:] - after[:-1]).abs().le(1e-6 * after[:-1].abs().clamp(min=1)).all(1).tolist()):
+        if not fits:
+            (signal, noise), (own_signal, own_noise) = after[i].tolist(), now[i + 1].tolist()
+            arrives = f"row {i} arrives at signal {signal:g} and noise {noise:g}"
+            return f"{arrives}, and row {i + 1} starts at {own_signal:g} and {own_noise:g}"
+    first, last = noise_now[0].item(), noise_after[-1].item()
+    if 0 < last < first:
+        return f"the last row arrives at noise {last:g}, so that samples are not clean"
+    return "row 0 starts at noise 0, at clean samples" if first == last == 0 else None
 
 
 def _parse(found: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:

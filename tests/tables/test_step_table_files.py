@@ -1,7 +1,10 @@
 """Step tables in files: every bit is preserved, and a file that is no table is refused."""
 
+import contextlib
 import json
 import math
+import operator
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,8 +13,14 @@ from support.choices import for_many
 from support.refused import refused
 from support.rows import any_rows, bits, changed, of
 
-from ddpm_ext import StepTable
+from ddpm_ext import GaussianDiffusion, StepTable
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.samplers import SAMPLERS, ddim
 from ddpm_ext.tables.step_table import ADDED, COLUMNS
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*was a row lost or changed")  # of rows that are drawn
 
 
 @for_many(60)
@@ -102,3 +111,34 @@ def test_notes_stay_with_a_table(tmp_path):
     assert table == changed() and "\nguidance: 2.5\n" in repr(table)
     for wrong in ([1], {"guidance": torch.ones(1)}, {"clip": math.inf}):
         refused(TypeError, "notes are", changed, notes=wrong)
+
+
+def test_a_file_whose_rows_do_not_lead_on_warns(tmp_path):
+    path, whole = tmp_path / "a.json", ddim(make_grid(GaussianDiffusion(50).alphas_cumprod, [40, 20, 10, 0]))
+
+    def edited(change):
+        whole.save(path)
+        content = json.loads(path.read_text())
+        change(content["rows"], content["columns"].index("noise_now"))
+        path.write_text(json.dumps(content))
+        return path
+
+    for change, message in (
+        (lambda rows, noise: rows.pop(), "the last row arrives at noise"),
+        (lambda rows, noise: rows.insert(2, rows[1]), "row 1 arrives at .*, and row 2 starts at"),
+        (lambda rows, noise: operator.setitem(rows[2], noise, 0), "row 1 arrives at .*, and row 2 starts at"),
+        (lambda rows, noise: operator.setitem(rows[0], noise, 0), "row 0 starts at noise 0"),
+    ):
+        with pytest.warns(UserWarning, match=f"a.json: {message}"):
+            StepTable.load(edited(change))
+
+
+def test_no_named_sampler_warns(tmp_path):
+    for name in SAMPLERS:
+        for gd in (GaussianDiffusion(1000), GaussianDiffusion(1000, "flow", prediction="flow")):
+            with contextlib.suppress(TypeError, ValueError):  # of another kind of schedule
+                table = make_loop_rows(gd, LoopOptions(sampler=name, steps=6)).table
+                table.save(tmp_path / "a.json")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    assert StepTable.load(tmp_path / "a.json") == table
