@@ -240,7 +240,7 @@ def claims() -> list[Sentence | Table]:
     )
     large = rows("overview", "## Whole loops")
     model = next(model for model, _ in large if "CIFAR-10" in model)
-    loops = [large[model, f"{way}, ddpm"]["seconds"] for way in ("ddpm_ext", "eager PyTorch")]
+    loops = [large[model, f"{way}, ddpm"]["seconds"] for way in ("ddpm_ext", "eager PyTorch", "diffusers")]
     one = "1x3x32x32"
     drawn = lambda name: "drawn" in name  # noqa: E731
     step = lambda name: "half" not in name and name.startswith(("reverse_step", "guided", "forward"))  # noqa: E731
@@ -301,7 +301,7 @@ def claims() -> list[Sentence | Table]:
         Sentence(speed, "is drawn # and # times as fast", overview("noise", "{:.1f}")),
         Sentence(speed, "a step with it is # and # times as fast", overview("step", "{:.0f}")),
         Table(speed, "| samples | ddpm_ext | eager PyTorch", 1, a_step),
-        Sentence(speed, "8 images, took # s here and # s in eager", loops),
+        Sentence(speed, "anywhere: # s here, # s in eager PyTorch and # s in diffusers, by 20", loops),
         Table(speed, "| option, 64x3x32x32 |", 1, with_options),
         Table(speed, "| loop | unchanged |", 1, other_library),
         Table(speed, "| training, loss |", 1, a_loss),
