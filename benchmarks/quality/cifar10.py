@@ -107,8 +107,8 @@ def as_text(found: dict[float | None, Cells], floor: float, right: float, option
         "# CIFAR-10: quality against calls of the model",
         "",
         f"Fréchet distance of {options.num:,} samples to the test images, and in brackets to the training images, in",
-        f"the 128 units of a classifier that is right for {right:.1%} of the test images. Training images have a",
-        f"distance of {floor:.3f} to the test images. Seed {SEED}; named samplers have their default spacing; the",
+        f"the 128 units of a classifier that is right for {right:.1%} of the test images. As many training images have",
+        f"a distance of {floor:.3f} to the test images. Seed {SEED}. Named samplers have their default spacing; the",
         "best name is the nearest to 100 steps of all samplers by all spacings, as ddpm-ext tune finds it.",
     ]
     for guidance, cells in found.items():
@@ -116,7 +116,7 @@ def as_text(found: dict[float | None, Cells], floor: float, right: float, option
         lines += ["", f"## {title_of(guidance)}", "", f"| sampler | {' | '.join(f'{n} calls' for n in columns)} |"]
         lines.append("|---" + "|---:" * len(columns) + "|")
         for curve, row in cells.items():
-            shown = ("{:.2f} ({:.2f})".format(*row[calls]) if calls in row else "" for calls in columns)
+            shown = ("{:.3f} ({:.3f})".format(*row[calls]) if calls in row else "" for calls in columns)
             lines.append(f"| {curve} | {' | '.join(shown)} |")
     machine = f"torch {torch.__version__} on {platform.machine()}, {torch.get_num_threads()} threads, bfloat16"
     return "\n".join([*lines, "", f"`python benchmarks/quality/cifar10.py`, {machine}", ""])
@@ -157,8 +157,10 @@ def main() -> None:
     images = {part: FolderImages(options.data / part) for part in PARTS}
     network = train_classifier(images["train"], options.keep / "classifier.pt")
     right = accuracy(network, images["test"])
-    references = {part: moments(of_folder(network, images[part])) for part in PARTS}
-    floor = frechet(references["train"], references["test"])
+    features = {part: of_folder(network, images[part]) for part in PARTS}
+    references = {part: moments(features[part]) for part in PARTS}
+    as_many = torch.arange(options.num) * len(features["train"]) // options.num  # evenly, of all classes
+    floor = frechet(moments(features["train"][as_many]), references["test"])
     print(f"classifier: {right:.1%} right of the test images; training images to test images: {floor:.3f}", flush=True)
     model = load_model(options.model)
     found = {scale: measure(model, network, references, scale, options) for scale in (None, *options.guidance)}
