@@ -92,7 +92,7 @@ def _checksum(tensors: dict[str, Tensor], text: str) -> str:
     """The CRC-32 of a text and of the tensors, which are contiguous and on the CPU."""
     found = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
     return f"{found:08x}"
 
 
