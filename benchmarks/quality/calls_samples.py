@@ -41,10 +41,8 @@ def main() -> None:
     names = model.classes.names
     loops = [loop_of(row, model, options.guidance) for row in options.rows]
     rows = [draw(model, range(len(names)), len(names), options.seed, options.guidance, **loop) for loop in loops]
-    title = "From the same noise: " + ", ".join(
-        f"{calls} calls of {name}" for name, calls in (row.split(":") for row in options.rows)
-    )
-    plots.save_strips(list(torch.stack(rows, 1)), names, title, options.out)
+    labels = [f"{sampler}, {int(calls):,} calls" for sampler, calls in (row.split(":") for row in options.rows)]
+    plots.save_strips(list(torch.stack(rows, 1)), names, "from the same noise", options.out, names=labels)
 
 
 if __name__ == "__main__":
