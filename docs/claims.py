@@ -127,7 +127,8 @@ class Table:
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             above = [cell.replace("`", "") or old for cell, old in zip(cells, above, strict=False)]
             values = self.look_up(*above)
-            lines.append(f"| {' | '.join([*cells[: len(cells) - len(values)], *values])} |".replace("|  |", "| |"))
+            line = f"| {' | '.join([*cells[: len(cells) - len(values)], *values])} |"
+            lines.append(re.sub(r"\|  (?=\|)", "| ", line))
         end = start + len(page[start:].partition("\n\n")[0].rstrip("\n"))
         return page[:start] + "\n".join(lines) + page[end:]
 
@@ -182,6 +183,12 @@ def instruction_sets(row: str) -> list[str]:
 
 def distances(model: str, sampler: str) -> list[str]:
     return [calls(model, sampler, count) for count in ("4", "6", "8", "10", "20")]
+
+
+def cifar(sampler: str) -> list[str]:
+    """The distances to test images, in these numbers of calls."""
+    cells = rows("cifar10", "## without guidance", 1)[sampler,]
+    return [cells[f"{count} calls"].split(" ")[0] for count in ("4", "6", "8", "10", "20")]
 
 
 def exact(model: str, count: str) -> list[str]:
@@ -292,6 +299,13 @@ def claims() -> list[Sentence | Table]:
             "calls of `ddpm` have # on digits, and # on shapes",
             [calls(model, "ddpm", "1,000") for model in ("digits", "shapes")],
         ),
+        Sentence(
+            "README.md",
+            "has # in 4 calls, and `unipc` has # in 4 and # in 10",
+            [cifar("tuned")[0], cifar("unipc")[0], cifar("unipc")[3]],
+        ),
+        Sentence("docs/tuning.md", "test images, # by a table of 4 calls, # by one of 6", cifar("tuned")[:2]),
+        Table("docs/cifar10.md", "| sampler | 4 calls |", 1, cifar),
         Table("docs/tuning.md", "| model | calls | tuned |", 2, exact),
         Sentence(
             "docs/tuning.md",

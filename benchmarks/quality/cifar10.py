@@ -123,7 +123,7 @@ def as_text(found: dict[float | None, Cells], floor: float, right: float, option
 
 
 def plot(found: dict[float | None, Cells], floor: float, path: Path) -> None:
-    with new_figure(4.5 * len(found), 3.9, path, "drawing quality against calls") as figure:
+    with new_figure(max(6.5, 4.5 * len(found)), 3.9, path, "drawing quality against calls") as figure:
         ticker = require("matplotlib.ticker", "drawing quality against calls")
         every_axes = figure.subplots(1, len(found), squeeze=False, sharey=True)[0]
         for axes, (guidance, cells) in zip(every_axes, found.items(), strict=True):
@@ -140,7 +140,7 @@ def plot(found: dict[float | None, Cells], floor: float, path: Path) -> None:
                 axis.set_minor_formatter(ticker.NullFormatter())
         every_axes[0].set_ylabel("Fréchet distance to the test images")
         handles = every_axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), fontsize="small")
+        figure.legend(*handles, loc="outside upper center", ncols=4, fontsize="small")
 
 
 def main() -> None:

@@ -44,6 +44,9 @@ def test_what_is_not_run_is_right(commands, root):
     ]
     first, second, demo, test, ranks = others
     assert needed <= set(first) and first[-4:] == ["pip", "install", "-U", "setuptools"]
-    assert " ".join(second) in (root / "setup.py").read_text()
+    extras = re.fullmatch(r"\.\[([\w,]+)\]", second[-1])[1].split(",")
+    assert " ".join(second[:-1]) in (root / "setup.py").read_text() and project["project"][
+        "optional-dependencies"
+    ].keys() >= {*extras}
     assert all(f"\n{words[1]}: " in makefile for words in (demo, test)) and ranks[3:5] == ["-m", "ddpm_ext"]
     assert build_parser().parse_args(ranks[5:]).num_images == 50000
