@@ -305,6 +305,11 @@ def claims() -> list[Sentence | Table]:
             [cifar("tuned")[0], cifar("unipc")[0], cifar("unipc")[3]],
         ),
         Sentence("docs/tuning.md", "test images, # by a table of 4 calls, # by one of 6", cifar("tuned")[:2]),
+        Sentence(
+            "docs/training.md",
+            "it trains # and # times as fast as a plain loop",
+            [rows("training", "", 1)[case,]["ratio"] for case in ("digits", "images")],
+        ),
         Table("docs/cifar10.md", "| sampler | 4 calls |", 1, cifar),
         Table("docs/tuning.md", "| model | calls | tuned |", 2, exact),
         Sentence(
