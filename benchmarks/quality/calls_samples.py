@@ -19,11 +19,9 @@ from ddpm_ext.models.folder import LoadedModel, load_model
 def loop_of(row: str, model: LoadedModel, guidance: float) -> dict[str, Any]:
     """The loop of "sampler:calls"; of "tuned:calls" that with the model's table for this guidance."""
     sampler, calls = row.split(":")
-    return (
-        {"sampler": model.tuned(int(calls), guidance)}
-        if sampler == "tuned"
-        else {"sampler": sampler, "steps": int(calls)}
-    )
+    if sampler == "tuned":
+        return {"sampler": model.tuned(int(calls), guidance)}
+    return {"sampler": sampler, "steps": int(calls)}
 
 
 def main() -> None:

@@ -272,11 +272,14 @@ class Tuner:
 
     def _try_fractions(self, calls: int) -> None:
         """Finds out, before the teacher runs, whether the model takes timesteps between the schedule's."""
+        if self._tried_fractions:
+            return
         tables = self._named_tables(calls).values()
         between = next((table for table in tables if table.timestep.is_floating_point()), None)
-        if between is None or self._tried_fractions or Teacher(self._diffusion).between:
-            return
-        self._tried_fractions, self.whole_timesteps = True, self._loops.fails(between, self._loops.batch(0))
+        if between is not None:
+            self._tried_fractions = True
+            is_usual = Teacher(self._diffusion).between  # as of a flow, whose error is the model's own
+            self.whole_timesteps = not is_usual and self._loops.fails(between, self._loops.batch(0))
 
     def _takes(self, table: StepTable) -> bool:
         return not (self.whole_timesteps and table.timestep.is_floating_point())
