@@ -18,7 +18,7 @@ from ddpm_ext.tuning.teacher import Trajectory
 
 STEP = 1e-3  # by which a weight is changed to see what follows
 TIMESTEP = 0.01  # the same for a timestep, as a share of itself
-DAMPINGS, LENGTHS = (1e-1, 1e-2, 1e-3), (1.0, 0.5)
+DAMPINGS = ((1e-2, 1e-3), (1.0, 1e-1))  # the second ones where no step with the first ones comes nearer
 ROUNDS, GAIN = 6, 0.005  # at most so many rounds, while each gains so much
 
 
@@ -53,11 +53,14 @@ def polish(
         for each in (*trajectories, *checked):
             each.first_terms.clear()  # of rows that were left behind
         gram, right = _slopes(now, trajectories)
-        candidates = (
-            _finished(*_moved(now, gram, length * right, damping, moves=moves), trajectories)
-            for damping, length, moves in product(DAMPINGS, LENGTHS, (True, False))
-        )
-        now = min(now, *candidates, key=lambda each: each.error)
+        for dampings in DAMPINGS:
+            candidates = (
+                _finished(*_moved(now, gram, right, damping, moves=moves), trajectories)
+                for damping, moves in product(dampings, (True, False))
+            )
+            now = min(now, *candidates, key=lambda each: each.error)
+            if now.error < before:
+                break
         found = _finished(now.rows, now.weights, checked)
         best = min(best, found, key=lambda each: each.error)
         if not now.error < (1 - GAIN) * before:
@@ -69,7 +72,7 @@ def polish_calls(steps: int, rounds: int, *, guided: bool) -> int:
     """How often `polish` calls the model at most, for a batch that is fitted to, and as often for one that is not."""
     weights = [2 + min(row, HISTORY) + guided for row in range(steps)]
     slopes = steps + sum(count * (steps - 1 - row) + steps - row for row, count in enumerate(weights))
-    return steps + rounds * (slopes + 2 * len(DAMPINGS) * len(LENGTHS) * steps)
+    return steps + rounds * (slopes + 2 * sum(map(len, DAMPINGS)) * steps)
 
 
 def _finished(rows: Rows, weights: Weights, trajectories: Sequence[Trajectory]) -> Fit:

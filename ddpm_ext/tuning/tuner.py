@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 BAR = "calls of the model, at most"
-STARTED = 2  # rounds of each fit before the best goes on
+STARTED = 1  # rounds of each fit, on half of the samples, before the best goes on with all
 # How many names, of a spacing each, may come as near as a fit, and in how many times as many steps.
 REACHED, MORE = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
@@ -159,10 +159,11 @@ class Tuner:
             planned += count  # to try timesteps between the schedule's
             planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
-                starts, rounds = timesteps_search.FOUND, timesteps_search.FOUND * STARTED + ROUNDS
+                starts, halves = timesteps_search.FOUND, 2 * self._half  # to fit to, and to check with
                 planned += count * self._half * timesteps_search.EVALUATIONS * len(timesteps_search.STARTS)
-                planned += count * (starts + 1) * 2 * all_fitted + count * 3 * held_out
-                planned += all_fitted * polish_calls(count, rounds, guided=self._guided)
+                planned += count * starts * 2 * halves + count * 2 * all_fitted + count * 3 * held_out
+                planned += starts * halves * polish_calls(count, STARTED, guided=self._guided)
+                planned += all_fitted * polish_calls(count, ROUNDS, guided=self._guided)
                 # Steps are rounded up, and some call the model twice.
                 planned += math.ceil((count + 1) * sum(MORE) + 2 * len(MORE)) * REACHED * held_out
         return planned
@@ -197,7 +198,7 @@ class Tuner:
                 table = self._named_tables(steps)[nearest.sampler, nearest.spacing, nearest.steps]
                 own = self._errors(table)
             kept = [each.errors_of(table, torch.bfloat16) for each in self._held_out]
-            as_near = self._as_near(names, fitted_error) if fitted else None
+            as_near = self._as_near(names, own) if fitted else None
             cost = self._teacher_calls + self._names_calls[steps] + self.calls - begun
         report = Report(
             **vars(Errors.of(own)),
@@ -223,21 +224,25 @@ class Tuner:
     def _fit(self, steps: int) -> Fit:
         """The fit that ends nearest on the samples that check it, of several that begin at the best of the search."""
 
+        half = self._fitted[: self._half]
+
         def error(timesteps: tuple[int, ...]) -> float:
-            return typical(fit(Rows(self._diffusion, timesteps), self._fitted[: self._half])[1])
+            return typical(fit(Rows(self._diffusion, timesteps), half)[1])
 
         starts = []
         for timesteps in timesteps_search.search(error, self._diffusion.timesteps, steps):
             rows = Rows(self._diffusion, timesteps)
-            starts.append(polish(rows, fit(rows, self._fitted)[0], self._fitted, self._checked, STARTED))
+            starts.append(polish(rows, fit(rows, half)[0], half, self._checked, STARTED))
         best = min(starts, key=lambda each: each.error)
         return polish(best.rows, best.weights, self._fitted, self._checked)
 
-    def _as_near(self, names: Sequence[Named], error: float) -> Named | None:
-        """The first name, by more and more steps, that comes as near: of the nearest of each spacing, since some
-        spacings end at an error that no number of steps makes smaller."""
+    def _as_near(self, names: Sequence[Named], errors: Tensor) -> Named | None:
+        """The first name, by more and more steps, that comes as near as a table with these errors: of the nearest of
+        each spacing, since some spacings end at an error that no number of steps makes smaller. A name that is farther
+        on the first held-out batch is not tried on the others."""
         nearest = list({each.spacing: each for each in reversed(names)}.values())
         nearest = sorted(nearest, key=lambda each: each.error)[:REACHED]
+        first, *others = self._held_out
         for more in MORE:
             for each in nearest:
                 name = each.sampler, each.spacing, math.ceil(more * each.steps)
@@ -245,8 +250,11 @@ class Tuner:
                     table, calls = table_of(self._diffusion, *name)
                     if not self._takes(table):
                         continue
-                    found = named_of(name, calls, self._errors(table))
-                    if found.error <= error:
+                    parts = [first.errors_of(table)]
+                    if typical(parts[0]) > typical(errors[: len(parts[0])]):
+                        continue
+                    found = named_of(name, calls, torch.cat(parts + [own.errors_of(table) for own in others]))
+                    if found.error <= typical(errors):
                         return found
         return None
 
