@@ -35,7 +35,7 @@ from ddpm_ext.tables.grid import Grid, grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
 from ddpm_ext.tables.names import find_name, sampler_and_spacing
-from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.ddim import implicit
 from ddpm_ext.tables.spacing import SPACINGS
@@ -65,7 +65,7 @@ MAKERS: dict[str, Callable[..., StepTable]] = {
     "lcm": _lcm,
     **{f"uni_pc_{solver}": partial(_uni_pc, solver=solver) for solver in ("bh1", "bh2")},
 }
-GUIDED = ("euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp")  # they read an unconditional output
+GUIDED = CFG_PP  # they read an unconditional output
 # Those that are told their steps by timesteps, and that add steps of their own; "edm" is "heun" with churn.
 LEFT_OUT = ("tcd", "edm", "restart")
 NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))

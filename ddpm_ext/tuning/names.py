@@ -13,7 +13,7 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.tables.row_needs import row_needs
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning.errors import Errors
@@ -63,12 +63,12 @@ class Named(Errors):
 def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTable]:
     """The tables of all deterministic samplers with all spacings that call the model so many times, each once.
 
-    Samplers with an eta have one of 0. Those that read the unconditional output are left out: their scale of guidance
-    is not the usual one, so that they draw other samples.
+    Samplers with an eta have one of 0. Those of CFG++ are left out: their scale of guidance is not the usual one, and
+    without guidance they are other names for samplers that are here.
     """
     found: dict[Name, StepTable] = {}
     seen = set()
-    for sampler in SAMPLERS:
+    for sampler in (name for name in SAMPLERS if name not in CFG_PP):
         for spacing in SPACINGS:
             # A step calls the model once or twice, and the first or the last one may be an exception.
             for steps in dict.fromkeys((calls, (calls + 1) // 2, calls - 1)):
@@ -79,7 +79,7 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
                 if called != calls:
                     continue
                 numbers = table.packed("cpu", torch.float64).numpy().tobytes()
-                if numbers not in seen and not ((table.s != 0) | (table.cu != 0)).any():
+                if numbers not in seen and not (table.s != 0).any():
                     seen.add(numbers)
                     found[sampler, spacing, steps] = table
                 break

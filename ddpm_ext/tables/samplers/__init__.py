@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddpm_ext.tables.samplers import cfg_pp
 from ddpm_ext.tables.samplers.adams_bashforth import deis, ipndm, lms, plms
 from ddpm_ext.tables.samplers.cfg_pp import dpmpp_2m_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from ddpm_ext.tables.samplers.consistency import lcm, tcd
@@ -65,5 +66,6 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))
+CFG_PP = tuple(cfg_pp.__all__)  # the samplers that read the unconditional output
 
-__all__ = ["SAMPLERS", "WITH_ETA", "check_eta", "ddim_inverse", "eta_argument", "repaint", *SAMPLERS]
+__all__ = ["CFG_PP", "SAMPLERS", "WITH_ETA", "check_eta", "ddim_inverse", "eta_argument", "repaint", *SAMPLERS]
