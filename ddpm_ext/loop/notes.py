@@ -40,14 +40,19 @@ def check_notes(process: Process, options: LoopOptions) -> None:
     """Warns where the loop takes a table that was made for another guidance, clip or prediction."""
     if not isinstance(options.sampler, StepTable) or not options.sampler.notes:
         return
-    notes = options.sampler.notes
     for name, found in notes_of_loop(process, options).items():
-        if name in notes and notes[name] != found:
-            warnings.warn(
-                f"the table was made for {name} {notes[name]!r}, and the loop has {found!r}: named samplers may come "
-                f"nearer than it does{_OF_GUIDANCE if name == 'guidance' and notes[name] and found else ''}",
-                stacklevel=2,
-            )
+        check_note(options.sampler, name, found, "the loop has")
+
+
+def check_note(table: StepTable, name: str, found: Any, has: str) -> None:
+    """Warns where the table's notes have something else by this name. has: who has `found`, with the verb."""
+    made_for = table.notes.get(name, found)
+    if made_for != found:
+        warnings.warn(
+            f"the table was made for {name} {made_for!r}, and {has} {found!r}: named samplers may come "
+            f"nearer than it does{_OF_GUIDANCE if name == 'guidance' and made_for and found else ''}",
+            stacklevel=3,
+        )
 
 
 def check_schedule(process: Process, table: StepTable) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline, EulerDiscreteScheduler, S
 from support.accelerated_diffusers import make, normal, seeded
 from support.diffusers_families import FAMILIES, embeds, of_pixels, quiet
 from support.launches import Operators, launches
+from support.warned import user_warnings
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, accelerate, randn
 from ddpm_ext.integrations.diffusers.levels import levels_of
@@ -152,6 +154,34 @@ def test_a_pipeline_with_arguments_for_its_own_scheduler():
     assert type(plain) is DDIMPipeline
     assert samples(accelerate(plain, table=table_of())).std() > 0.01
     refused(ValueError, "expected none beside a table", samples, accelerate(plain, table=table_of()), eta=0.5)
+
+
+def test_a_table_of_another_guidance_or_shape_warns():
+    """A plain pipeline with a TableScheduler knows the shape alone."""
+    make_pipeline, arguments, _ = FAMILIES["stable_diffusion"]
+    plain, options = quiet(make_pipeline()), arguments | {"num_inference_steps": STEPS}
+    size = options["height"] // plain.vae_scale_factor
+    notes = {"prediction": "eps", "guidance": 5.0, "shape": [4, size, size]}
+    ours = accelerate(plain, table=dataclasses.replace(table_of(), notes=notes))
+    scheduler_alone = quiet(make_pipeline())
+    scheduler_alone.scheduler = ours.scheduler
+
+    def said(pipeline, **more):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipeline(**options | more, generator=seeded(0))
+        return [str(each.message).partition(":")[0] for each in user_warnings(caught)]
+
+    of_guidance = "the table was made for guidance 5.0, and the pipeline's call has {}"
+    of_shape = f"the table was made for shape [4, {size}, {size}], and the loop's samples have [4, {2 * size}, {size}]"
+    taller = {"height": 2 * options["height"]}
+    assert said(ours, guidance_scale=5) == said(scheduler_alone) == []
+    assert said(ours, guidance_scale=9) == [of_guidance.format("9.0")]
+    assert said(ours, guidance_scale=1) == [of_guidance.format("None")]
+    assert said(ours, **taller) == [of_guidance.format("7.5"), of_shape]  # the default
+    assert said(scheduler_alone, **taller) == [of_shape]
+    of_digits = accelerate(of_pixels(make("DDPM")), table=table_of())
+    refused(TypeError, "unexpected keyword argument 'guidance'", of_digits, guidance=3)
 
 
 def test_refused():

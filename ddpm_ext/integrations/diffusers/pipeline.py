@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -11,7 +12,9 @@ from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.start_noise import start_noise
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.shared import Accelerated, make_class, new, peer_class, peer_method, shown
+from ddpm_ext.loop.notes import check_note
 from ddpm_ext.ops.noise import STREAM_REVERSE, STREAMS_REVERSE_MORE
+from ddpm_ext.tables.step_table import StepTable
 
 Accelerate = Callable[[Any, Acceleration], Any]
 STREAMS = (STREAM_REVERSE, *STREAMS_REVERSE_MORE)
@@ -43,6 +46,10 @@ class Pipeline(Accelerated):
 
         @functools.wraps(own)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            table = getattr(vars(self).get("scheduler"), "table", None)
+            if isinstance(table, StepTable):
+                for name, found in guidance_of_call(own, self, *args, **kwargs).items():
+                    check_note(table, name, found, "the pipeline's call has")
             with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
                 return own(self, *args, **kwargs)
 
@@ -94,6 +101,23 @@ class Pipeline(Accelerated):
             return settings.continued()
         unused = [stream for stream in STREAMS if stream not in used]
         return settings.of_stream(unused[0] if unused and settings.noise == "philox" else STREAM_REVERSE)
+
+
+def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The note "guidance" of a call of a pipeline: its guidance_scale, or None for 1. Empty where no argument says it.
+
+    call: the pipeline's own method, also a bound one.
+    """
+    try:
+        given = inspect.signature(call).bind_partial(*args, **kwargs)
+    except TypeError:  # which the call itself will raise
+        return {}
+    given.apply_defaults()
+    scale = given.arguments.get("guidance_scale", None)
+    is_number = isinstance(scale, int | float)
+    if "guidance_scale" not in given.arguments or not (is_number or scale is None):
+        return {}
+    return {"guidance": None if scale in (None, 1) else float(scale)}
 
 
 def _accelerated_schedulers(pipeline: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.levels import OwnLevels, levels_of
-from ddpm_ext.integrations.diffusers.pipeline import is_pipeline, pipeline_with
+from ddpm_ext.integrations.diffusers.pipeline import guidance_of_call, is_pipeline, pipeline_with
 from ddpm_ext.integrations.diffusers.table_scheduler import TableScheduler, prediction_of, with_table
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.shared import peer_class
@@ -52,6 +52,7 @@ class Runs:
     Attributes:
         scheduler: as the pipeline's own, of diffusers' class. name: the pipeline's class.
         prediction: our name of what its model predicts.
+        guidance: the note of its calls' guidance; see guidance_of_call.
         calls: steps that were taken so far.
     """
 
@@ -66,6 +67,7 @@ class Runs:
         cls: Any = peer_class(type(own))
         self.scheduler = cls.from_config(own.config)
         self.name, self.prediction = type(pipe).__name__, prediction_of(own)
+        self.guidance = guidance_of_call(pipe.__call__, **call)
         self.calls = 0
         self.on_call: Callable[..., object] = lambda _: None
 

@@ -19,6 +19,7 @@ from ddpm_ext.integrations.diffusers.scheduler import NextInput, Scheduler, clip
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
+from ddpm_ext.loop.notes import check_note
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
@@ -207,6 +208,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if eta or use_clipped_model_output:
             raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none beside a table")
         row = self._row_of(timestep)
+        if self._step_index is None and "shape" in self.table.notes:
+            check_note(self.table, "shape", list(sample.shape[1:]), "the loop's samples have")
         kind, ring = self._stepper.needs[row], self._ring
         if any(kind.history[len(ring) :]):
             raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")

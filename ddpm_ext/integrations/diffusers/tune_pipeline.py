@@ -124,7 +124,7 @@ def tune_pipeline(
         names_calls=runs.calls - fitting,
         batch=len(own) // seeds,
     )
-    return tuned(table, _notes(runs, call), report)
+    return tuned(table, _notes(runs, fewer), report)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -201,12 +201,13 @@ def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds:
     return torch.cat([distance(runs.record(table, seed).samples[-1], nodes[seed][-1]) for seed in seeds])
 
 
-def _notes(runs: Runs, call: dict[str, Any]) -> dict[str, Any]:
+def _notes(runs: Runs, samples: Tensor) -> dict[str, Any]:
     config = runs.scheduler.config
     clip, threshold = clip_of(config) if reads_clip_sample(runs.scheduler) else (None, None)
     return {
         "prediction": runs.prediction,
         "clip": clip if threshold is None else str(threshold),
-        **({"guidance": call["guidance_scale"]} if "guidance_scale" in call else {}),
+        **runs.guidance,
+        "shape": list(samples.shape[1:]),
         "pipeline": f"{runs.name} with {type(runs.scheduler).__name__}",
     }
