@@ -90,7 +90,8 @@ docs: venv ## the documentation with the API's reference, as a site in site/, ha
 	$(PY) docs/claims.py --check
 	$(PY) -m mkdocs build --strict --quiet
 
-# With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.
+# With the Python at hand and all that it has: where the GPU is, there may be no network for .venv. Where that Python lacks
+# something and .venv has a CUDA build of torch, the script goes on there.
 gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes (OUT=FOLDER for the results)
 	env -u PYTHONNOUSERSITE $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 

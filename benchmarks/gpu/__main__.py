@@ -141,13 +141,31 @@ def missing() -> list[str]:
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
-def main() -> int:
+def is_cuda_build(torch: str | None) -> bool:
+    """Whether the torch whose __init__.py has this path is built with CUDA. It is not imported, which takes seconds."""
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"^cuda\b.*= *['\"]", Path(torch or "").with_name("version.py").read_text(), re.M) is not None
+    return False
+
+
+def take_venv() -> None:
+    """Goes on in .venv where that has a CUDA build of torch and this Python has not, or lacks something."""
     own = ROOT / ".venv" / "bin" / "python"
-    if missing() and own.exists() and Path(sys.prefix) != own.parent.parent:
+    if not own.exists() or Path(sys.prefix) == own.parent.parent:
+        return
+    here = importlib.util.find_spec("torch")
+    if not missing() and is_cuda_build(here and here.origin):
+        return
+    code = "from importlib.util import find_spec; print(getattr(find_spec('torch'), 'origin', ''))"
+    there = subprocess.run([own, "-c", code], capture_output=True, text=True).stdout.strip()
+    if is_cuda_build(there):
         os.execv(own, [str(own), "-m", "benchmarks.gpu", *sys.argv[1:]])
+
+
+def main() -> int:
     if lacks := missing():
-        need = "a CUDA build of PyTorch 2.7 or later and " if "torch" in lacks else ""
-        print(f"{lacks[0]} is not installed: this needs {need}pip install {' '.join(lacks)}", file=sys.stderr)
+        names = ", ".join(lacks).replace("torch", "torch (2.7 or later, built with CUDA)")
+        print(f"not installed: {names}; run: {sys.executable} -m pip install {' '.join(lacks)}", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(prog=COMMAND, description="Checks and measures the CUDA kernels.")
     parser.add_argument("--dry", action="store_true", help="run the same on the CPU with tiny sizes; needs --out")
@@ -179,4 +197,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    take_venv()
     sys.exit(main())

@@ -378,18 +378,45 @@ def test_what_a_log_says(read, log, status, verdict, found):
     assert result.verdict == verdict and found in result.found
 
 
-def test_a_bare_clone_says_what_it_needs(tmp_path):
-    """Before anything is built, and where there is no card, or no torch. No part's process ends in a traceback then."""
+def bare_clone(folder):
+    """What `make gpu` needs before anything is built, and a function that runs it there without a card."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in listed:
         if name.startswith(("benchmarks/gpu", "benchmarks/__init__", "ddpm_ext/")) and (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    without_torch = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; "
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
     script = "import runpy, sys; sys.argv = ['gpu']; runpy.run_module('benchmarks.gpu', run_name='__main__')"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
-    for code, told in ((script, "finds no GPU"), (without_torch + script, "torch is not installed")):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+    def run(before=""):
+        command = [sys.executable, "-c", before + script]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    return run
+
+
+WITHOUT_PACKAGES = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; "
+
+
+def test_a_bare_clone_says_what_it_needs(tmp_path):
+    """Before anything is built, and where there is no card, or no package. No part's process ends in a traceback."""
+    run = bare_clone(tmp_path)
+    found, lacks = run(), run(WITHOUT_PACKAGES)
+    assert found.returncode == lacks.returncode == 2 and "finds no GPU" in found.stderr
+    names = " ".join(script.NEEDED)  # all at once, for the Python that lacks them
+    assert f"run: {sys.executable} -m pip install {names}\n" in lacks.stderr
+
+
+@pytest.mark.parametrize("cuda, taken", [("'13.0'", True), ("None", False)])
+def test_the_torch_of_venv_is_taken_where_it_is_built_with_cuda(tmp_path, cuda, taken):
+    """That is what `make demo` leaves."""
+    run = bare_clone(tmp_path)
+    python, torch_there = tmp_path / ".venv" / "bin" / "python", tmp_path / "torch" / "__init__.py"
+    for path in (python, torch_there):
+        path.parent.mkdir(parents=True)
+    torch_there.with_name("version.py").write_text(f"cuda: Optional[str] = {cuda}\nhip = 'x'\n")
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {torch_there} || echo taken: "$@"\n')
+    python.chmod(0o755)
+    assert ("taken: -m benchmarks.gpu" in run(WITHOUT_PACKAGES).stdout) is taken
