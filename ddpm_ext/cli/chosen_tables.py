@@ -100,14 +100,24 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
 def _tuned(options: argparse.Namespace, model: LoadedModel, scale: float | None) -> StepTable:
     """The table in the model's folder."""
     if options.steps is None:
-        there = ", ".join(tuned.tables_in(model.folder)) or "none"
-        raise ValueError(f"steps: expected that of a tuned table beside --sampler tuned; {options.model} has {there}")
-    command = ["ddpm-ext", "tune", "--model", options.model, "--steps", str(options.steps)]
-    command += [] if scale in (None, 1) else ["--guidance", f"{scale:g}"]
+        there, fitting = tuned.tables_in(model.folder), tuned.calls_in(model.folder, scale)
+        makes = f"{tune_command(options, '4,6,8,10', scale)} makes some"
+        raise ValueError(
+            f"steps: expected that of a tuned table beside --sampler tuned; {options.model} has "
+            f"{', '.join(there) or 'none'}; {f'type --steps {max(fitting)}' if fitting else makes}"
+        )
     try:
         return model.tuned(options.steps, scale)
     except (ValueError, OSError) as error:
-        raise ValueError(f"sampler: {error}; {shlex.join(command)} makes it") from error
+        raise ValueError(f"sampler: {error}; {tune_command(options, options.steps, scale)} makes it") from error
+
+
+def tune_command(options: argparse.Namespace, steps: object, scale: float | None) -> str:
+    """What to type for tables of the options' model with so many steps, at this scale of guidance."""
+    command = ["ddpm-ext", "tune", "--model", options.model, "--steps", str(steps)]
+    command += [] if scale in (None, 1) else ["--guidance", f"{scale:g}"]
+    null = getattr(options, "null_class", None)
+    return shlex.join([*command, *([] if null is None else ["--null-class", str(null)])])
 
 
 def load_table(path: str) -> StepTable:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.cli import compare
 from ddpm_ext.cli.arguments import Subparsers, add_command
+from ddpm_ext.cli.chosen_tables import tune_command
 from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models import tuned
 from ddpm_ext.tuning import Report
 from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 
+EXAMPLE = 2.0  # a usual scale of guidance
+UNTIMED, TIMED = 3, 10  # the model's first calls, which are slow, and those after them
+LEAST = 0.5  # the share of the planned calls that tunings have made at least; no bound
 _EXAMPLES = """examples:
   ddpm-ext tune --model my-run --steps 4,6,8,10
   ddpm-ext sample --model my-run --sampler tuned --steps 6 --out samples.png
@@ -43,7 +52,12 @@ def run(options: argparse.Namespace) -> None:
         files.check_writable(path)
     sha256 = model_hash(loaded.model)
     chosen = {} if options.classes is None else {"classes": options.classes}
-    print(f"at most {tuner.planned_calls(counts):,} calls of the model", flush=True)
+    if loaded.classes is not None and options.guidance is None:
+        guided = tune_command(options, ",".join(map(str, counts)), EXAMPLE)
+        print(f"tuning without guidance; for loops with --guidance, which {options.model} can have, type: {guided}")
+    most = tuner.planned_calls(counts)
+    print(f"at most {most:,} calls of the model", flush=True)
+    _tell_time(loaded.model.unet, most)
     reports = []
     for count, path in paths.items():
         found = tuner.tune(count)
@@ -60,6 +74,22 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         plots.tuning_figure(reports, options.plot)
         print(options.plot)
+
+
+def _tell_time(model: torch.nn.Module, most: int) -> None:
+    """Prints how long at most so many calls of the model will take, once the first ones have been timed."""
+    begun: list[float] = []
+
+    def note(*_: object) -> None:
+        begun.append(time.monotonic())
+        if len(begun) > UNTIMED + TIMED:
+            counted.remove()
+            between = [after - before for before, after in pairwise(begun[UNTIMED:])]
+            seconds = most * statistics.median(between)
+            unit, size = ("minutes", 60) if seconds >= 100 else ("seconds", 1)
+            print(f"about {max(LEAST * seconds / size, 1):.0f} to {max(seconds / size, 1):.0f} {unit}", flush=True)
+
+    counted = model.register_forward_pre_hook(note)
 
 
 def _lines(reports: Sequence[Report]) -> list[str]:

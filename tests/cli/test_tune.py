@@ -17,7 +17,7 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.models.tuned import save_tuned, table_name
-from ddpm_ext.tuning import search
+from ddpm_ext.tuning import Tuner, search
 
 STEPS = 2
 
@@ -38,7 +38,8 @@ def model(tmp_path_factory):
 
 def test_tune_writes_tables_and_says_what_they_reach(model):
     lines = (model / "tune.txt").read_text().splitlines()
-    most, made = (int(re.search(r"([\d,]+) calls of the model", lines[i])[1].replace(",", "")) for i in (0, 2))
+    most, made = (int(re.search(r"([\d,]+) calls of the model", lines[i])[1].replace(",", "")) for i in (0, 3))
+    assert re.fullmatch(r"about \d+ to \d+ (seconds|minutes)", lines.pop(1))
     assert 100 < made <= most and lines[1] == str(model / "tuned" / "2.json")
     table = StepTable.load(model / "tuned" / "2.json")
     calls, error, best = lines[4].split()[:3]
@@ -104,12 +105,34 @@ def test_missing_tables_and_options_beside_them(model, tmp_path, capsys):
     makes = f"ddpm-ext tune --model {model} --steps 5 makes it"
     none = f"there is no tuned table for 5 calls; {there}; {makes}"
     check_refused(capsys, none, *sample, "--sampler", "tuned", "--steps", 5)
-    check_refused(capsys, "steps: expected that of a tuned table", *sample, "--sampler", "tuned")
+    expected = f"steps: expected that of a tuned table beside --sampler tuned; {model} has 2, 4 with guidance 2.5; "
+    check_refused(capsys, f"{expected}type --steps 2\n", *sample, "--sampler", "tuned")
     check_refused(capsys, "steps: got 2 beside --table", *sample, "--table", guided, "--steps", 2)
     check_refused(capsys, "eta: got 0.5", *sample, "--table", guided, "--eta", 0.5)
     check_refused(capsys, "not allowed with argument", *sample, "--table", guided, "--sampler", "ddim")
     check_refused(capsys, "table: cannot read", *sample, "--table", tmp_path / "none.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_who_tunes_a_model_of_classes_hears_of_guidance(pets, tmp_path, capsys, monkeypatch):
+    """And who samples with guidance and has no table for it, what makes one."""
+    model = shutil.copytree(pets, tmp_path / "pets")
+    loaded = models.load_model(model)
+    models.save_model(loaded.unet, DiffusionSettings(timesteps=100), model, classes=loaded.classes)
+    command = f"ddpm-ext tune --model {model} --steps {{}} --guidance 2"
+    sample = ("sample", "--model", model, "--guidance", 2, "--sampler", "tuned", "--out", tmp_path / "a.npz")
+    check_refused(capsys, f"has none; {command.format('4,6,8,10')} makes some", *sample)
+    check_refused(capsys, f"has none; {command.format(6)} makes it", *sample, "--steps", 6)
+    with_null = f"{command.format(6)} --null-class 3 makes it"
+    check_refused(capsys, with_null, *sample, "--steps", 6, "--null-class", 3)
+
+    def stop(*_):
+        raise ValueError("enough was seen")
+
+    monkeypatch.setattr(Tuner, "tune", stop)
+    for given, told in (((), True), (("--guidance", 1), False), (("--guidance", 2), False)):
+        assert call("tune", "--model", model, "--steps", "3,2", *given) == 2
+        assert (command.format("2,3") in capsys.readouterr().out) is told
 
 
 def test_another_model_warns_once(model, tmp_path):
