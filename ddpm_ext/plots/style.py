@@ -62,6 +62,15 @@ def new_figure(width: float, height: float, path: PathLike | None, purpose: str)
                 figure.savefig(beside, metadata=_WITHOUT_DATE.get(Path(path).suffix.lower()))
 
 
+def legend_below(figure: Figure, columns: int) -> None:
+    """A legend below the axes, in at most so many columns, and in fewer where these would be wider than the figure."""
+    for count in range(columns, 0, -1):
+        legend = figure.legend(loc="outside lower center", ncols=count)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
+
+
 def line_style(number: int, points: int) -> dict[str, Any]:
     """Arguments of Axes.plot for line `number` of an axis, which has so many points.
 

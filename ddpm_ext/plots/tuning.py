@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddpm_ext.base.optional import require
-from ddpm_ext.plots.style import PathLike, line_style, new_figure
+from ddpm_ext.plots.style import PathLike, legend_below, line_style, new_figure
 from ddpm_ext.tuning.names import Named
 from ddpm_ext.tuning.report import Report
 
@@ -63,7 +63,7 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
     with new_figure(9, 6, path, "drawing what samplers reach") as figure:
         axes = figure.subplots()
         _draw_names(axes, names, list(errors_by_name(names))[:_CURVES], first=0)
-        figure.legend(loc="outside lower center", ncols=2)
+        legend_below(figure, 2)
     return figure
 
 
@@ -106,7 +106,7 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
         _draw_names(left, names, list(curves | dict.fromkeys(errors_by_name(names)))[:_CURVES], first=2)
         lowest = min(*(report.error for report in reports), *bests)
         left.set_ylim(bottom=min(left.get_ylim()[0], lowest / 1.3))
-        figure.legend(loc="outside lower center", ncols=3)
+        legend_below(figure, 3)
         for place, report in enumerate(reports):
             right.plot(report.timesteps, [place] * len(report.timesteps), **line_style(0, 1) | {"markersize": 7})
         right.set_yticks(range(len(reports)), [str(report.calls) for report in reports])

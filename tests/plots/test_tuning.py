@@ -1,12 +1,15 @@
 """plots.tuning_figure and plots.names_figure: what their axes show."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from support.figure_contents import drawn
 
 from ddpm_ext.plots import names_figure, tuning_figure
 from ddpm_ext.plots.tuning import errors_by_name
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tuning import Named, Report
 
 pytest.importorskip("matplotlib")
@@ -23,6 +26,29 @@ NAMES = {
 }
 
 
+def report(calls):
+    names = sorted(NAMES[calls], key=lambda each: each.error)
+    found = {"error": 0.1 / calls, "fitted": True, "fitted_error": 0.1 / calls, "names": names}
+    by = {"teacher": "many", "teacher_error": 0.001, "seeds": 2, "held_out": 2}
+    by |= {"model_calls": 99, "names_calls": 9, "batch": 2}
+    return Report(calls=calls, timesteps=list(range(calls, 0, -1)), **found, **by, **OTHERS)
+
+
+def test_the_longest_names_fit_in_the_picture():
+    of_spacing = max(SPACINGS, key=len)
+    by_length = sorted(SAMPLERS, key=len)[-6:]
+    names = [
+        Named(sampler=name, spacing=of_spacing, steps=4, calls=4, error=1 + i, **OTHERS)
+        for i, name in enumerate(by_length)
+    ]
+    for figure in (names_figure({4: names}), tuning_figure([replace(report(4), names=names)])):
+        (legend,) = figure.legends
+        figure.draw_without_rendering()
+        seen = legend.get_window_extent()
+        assert seen.x0 >= 0 and seen.x1 <= figure.bbox.width and seen.y0 >= 0
+        assert all(axes.get_window_extent().y0 > seen.y1 for axes in figure.axes)
+
+
 def test_names_by_their_errors():
     """One that diverges, and one without a table for 4 calls, come last."""
     found = errors_by_name(NAMES)
@@ -36,13 +62,7 @@ def test_names_by_their_errors():
 
 @pytest.mark.parametrize("calls", [(6, 4), (6,)])
 def test_tuned_tables_and_their_timesteps(calls, tmp_path):
-    reports = []
-    for count in calls:
-        names = sorted(NAMES[count], key=lambda each: each.error)
-        found = {"error": 0.1 / count, "fitted": True, "fitted_error": 0.1 / count, "names": names}
-        by = {"teacher": "many", "teacher_error": 0.001, "seeds": 2, "held_out": 2}
-        by |= {"model_calls": 99, "names_calls": 9, "batch": 2}
-        reports.append(Report(calls=count, timesteps=list(range(count, 0, -1)), **found, **by, **OTHERS))
+    reports = [report(count) for count in calls]
     left, right = tuning_figure(reports, tmp_path / "tuned.png").axes
     assert drawn(left)["tuned"] == [[count, 0.1 / count] for count in sorted(calls)]
     assert drawn(left)["tuned, median"] == [[count, 0.01] for count in sorted(calls)]
