@@ -47,6 +47,18 @@ def build_info() -> dict[str, Any]:
     return {"version": __version__, **C.build_info(), "why_cpu": BUILT["why_cpu"]}
 
 
+def why_no_gpu() -> str:
+    """Why this build or torch can't use a GPU, in words; "" where they can."""
+    built = build_info()
+    if built["cuda"] is None:
+        return f"ddpm_ext is built without CUDA: {built['why_cpu']}"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"torch {torch.__version__} can use no GPU: {' '.join(str(error).split()).partition('. ')[0]}"
+    return lacks_code_for(torch.cuda.current_device())
+
+
 def default_device() -> str:
     """Where commands and training run if no device is named: "cuda" if this build and torch can use a GPU, or "cpu".
 

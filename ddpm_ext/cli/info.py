@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddpm_ext.cli.arguments import Subparsers, add_command
-from ddpm_ext.version import build_info
+from ddpm_ext.version import build_info, why_no_gpu
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -19,6 +19,9 @@ def add_parser(commands: Subparsers) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints how the extension was built and what it runs on."""
     rows = {str(name).replace("_", " "): value for name, value in _flat(build_info()).items()}
+    del rows["why cpu"]
+    if why := why_no_gpu():
+        rows["no gpu"] = why
     rows["threads"] = torch.get_num_threads()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     rows["devices"] = ", ".join(["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))])

@@ -49,6 +49,27 @@ def test_info(ended, monkeypatch):
     assert cli.main(["sample"]) == 143
 
 
+def test_info_says_why_there_is_no_gpu(monkeypatch, capsys):
+    def init(*refused):
+        if refused:
+            raise RuntimeError("No CUDA GPUs are available. Look\nfor one")
+
+    def told(cuda, init):
+        monkeypatch.setattr(version, "C", SimpleNamespace(build_info=lambda: {"cuda": cuda}))
+        monkeypatch.setattr(torch.cuda, "init", init)
+        assert call("info") == 0
+        return [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines() if line.startswith("no gpu")]
+
+    monkeypatch.setattr(version, "BUILT", {"why_cpu": "nvcc is not found"})
+    monkeypatch.setattr(torch.cuda, "current_device", int)
+    assert told(None, init) == ["ddpm_ext is built without CUDA: nvcc is not found"]
+    assert told("13.0", lambda: init(1)) == [f"torch {torch.__version__} can use no GPU: No CUDA GPUs are available"]
+    monkeypatch.setattr(version, "lacks_code_for", lambda index: f"card {index} is too new")
+    assert told("13.0", init) == ["card 0 is too new"]
+    monkeypatch.setattr(version, "lacks_code_for", lambda index: "")
+    assert told("13.0", init) == []
+
+
 @pytest.mark.parametrize("command", FULL)
 def test_stdout_on_a_full_disk(ended, command):
     """Printing fails, or the flush at the end; argparse says nothing of either."""
