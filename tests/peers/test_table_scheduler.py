@@ -156,6 +156,20 @@ def test_a_pipeline_with_arguments_for_its_own_scheduler():
     refused(ValueError, "expected none beside a table", samples, accelerate(plain, table=table_of()), eta=0.5)
 
 
+def test_a_pipeline_takes_as_many_steps_as_its_table_has():
+    """Where its call says none: its default, of 1000 or 50, is for other schedulers."""
+    plain, table = of_pixels(make("DDPM")), table_of()
+    ours = accelerate(plain, table=table)
+    named = {"batch_size": 2, "output_type": "np"}
+    found = torch.from_numpy(ours(**named, generator=seeded(0)).images)
+    assert torch.equal(2 * found.permute(0, 3, 1, 2) - 1, samples(ours))
+    for given in ({"num_inference_steps": 50}, {"args": (2, seeded(0), 50)}):
+        refused(ValueError, "num_inference_steps is 50, expected 5", ours, *given.pop("args", ()), **given)
+    scheduler_alone = of_pixels(make("DDPM"))
+    scheduler_alone.scheduler = ours.scheduler
+    refused(ValueError, "num_inference_steps is 1000, expected 5", scheduler_alone)
+
+
 def test_a_table_of_another_guidance_or_shape_warns():
     """A plain pipeline with a TableScheduler knows the shape alone."""
     make_pipeline, arguments, _ = FAMILIES["stable_diffusion"]

@@ -18,6 +18,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 Accelerate = Callable[[Any, Acceleration], Any]
 STREAMS = (STREAM_REVERSE, *STREAMS_REVERSE_MORE)
+STEPS = "num_inference_steps"
 BASES = {
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
     ("diffusers.modular_pipelines.modular_pipeline", "ModularPipeline"),
@@ -50,6 +51,7 @@ class Pipeline(Accelerated):
             if isinstance(table, StepTable):
                 for name, found in guidance_of_call(own, self, *args, **kwargs).items():
                     check_note(table, name, found, "the pipeline's call has")
+                kwargs = {**_steps_of(table, own, self, *args, **kwargs), **kwargs}
             with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
                 return own(self, *args, **kwargs)
 
@@ -108,9 +110,8 @@ def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dic
 
     call: the pipeline's own method, also a bound one.
     """
-    try:
-        given = inspect.signature(call).bind_partial(*args, **kwargs)
-    except TypeError:  # which the call itself will raise
+    given = _arguments(call, *args, **kwargs)
+    if given is None:
         return {}
     given.apply_defaults()
     scale = given.arguments.get("guidance_scale", None)
@@ -118,6 +119,21 @@ def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dic
     if "guidance_scale" not in given.arguments or not (is_number or scale is None):
         return {}
     return {"guidance": None if scale in (None, 1) else float(scale)}
+
+
+def _steps_of(table: StepTable, call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
+    """num_inference_steps of a call of a pipeline that takes this table: its rows, where the call says none."""
+    given = _arguments(call, *args, **kwargs)
+    is_left_out = given is not None and STEPS in given.signature.parameters and STEPS not in given.arguments
+    return {STEPS: len(table)} if is_left_out else {}
+
+
+def _arguments(call: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments | None:
+    """Those of a call by their names; None where it will raise a TypeError itself."""
+    try:
+        return inspect.signature(call).bind_partial(*args, **kwargs)
+    except TypeError:
+        return None
 
 
 def _accelerated_schedulers(pipeline: Any) -> Iterator[Any]:
