@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from torch import Tensor
 
@@ -19,7 +19,17 @@ from ddpm_ext.integrations.registry import accelerated_class, support_table
 from ddpm_ext.integrations.shared import Accelerated, Support, accelerated_copy, peer_class
 from ddpm_ext.tables.step_table import StepTable
 
+if TYPE_CHECKING:
+    from ddpm_ext.integrations.diffusers.tune_pipeline import tune_pipeline as tune_pipeline
+
 __all__ = ["AcceleratedObject", "Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
+
+
+def __getattr__(name: str) -> Any:
+    """tune_pipeline, whose module needs diffusers, when it is asked for."""
+    if name == "tune_pipeline":
+        return importlib.import_module("ddpm_ext.integrations.diffusers.tune_pipeline").tune_pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _OfDiffusers(Protocol):

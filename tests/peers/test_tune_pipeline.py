@@ -14,9 +14,9 @@ from support.accelerated_diffusers import make, seeded
 from support.diffusers_families import FAMILIES, of_pixels, quiet
 
 from ddpm_ext import accelerate
+from ddpm_ext.integrations import tune_pipeline
 from ddpm_ext.integrations.diffusers import tune_pipeline as module
 from ddpm_ext.integrations.diffusers.levels import levels_of
-from ddpm_ext.integrations.diffusers.tune_pipeline import tune_pipeline
 from ddpm_ext.tables.samplers import SAMPLERS
 
 pytestmark = [
