@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 from torch import Tensor
 
-from ddpm_ext.base.types import Model
+from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.loop.begin import check_model
 from ddpm_ext.loop.loop import Loop
 from ddpm_ext.loop.options import (
@@ -24,8 +24,10 @@ from ddpm_ext.loop.results import CapturedLoop, collect
 from ddpm_ext.loop.rows import CACHED, LoopRows, LoopRowsCache, checked_loop_rows
 from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
+from ddpm_ext.losses.step_log_prob import StepLogProb
 from ddpm_ext.losses.train_losses import LossMethods
 from ddpm_ext.tables.schedules import NoiseSchedule
+from ddpm_ext.tables.step_table import StepTable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # torch needs typing_extensions, too
@@ -231,6 +233,39 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             raise ValueError(f"graph is {graph!r}, expected True, 'step' or 'loop'")
         checked, rows = self._checked(model, {**options, "graph": graph})
         return CapturedLoop(Loop(self.ops, model, shape, rows, checked))
+
+    def step_log_prob(
+        self,
+        *,
+        sampler: str | StepTable = "ddpm",
+        steps: int | None = None,
+        spacing: str | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
+        clip_denoised: bool | Clip = True,
+        reduction: str = "mean",
+    ) -> StepLogProb:
+        """The log-probability of the steps of a loop, by the options of p_sample_loop that decide its rows.
+
+        Args:
+            sampler, steps, spacing, timesteps, eta, clip_denoised: the loop's.
+            reduction: as StepLogProb's.
+
+        Raises:
+            TypeError, ValueError: as p_sample_loop and StepLogProb.
+
+        Examples:
+            >>> options = {"sampler": "ddim", "steps": 4, "eta": 1.0}
+            >>> log_prob = gd.step_log_prob(**options)
+            >>> path = [x_t, *(r.x_t.clone() for r in gd.sample_progressive(model, x_t.shape, noise=x_t, **options))]
+            >>> log_prob(model(path[0], 999), path[0], path[1], row=0).shape
+            torch.Size([4])
+        """
+        options = LoopOptions(
+            sampler=sampler, steps=steps, spacing=spacing, timesteps=timesteps, eta=eta, clip_denoised=clip_denoised
+        )
+        table = checked_loop_rows(self._loop_rows, self, options).table
+        return StepLogProb(table, clip_denoised=clip_denoised, reduction=reduction, backend=self.backend)
 
     def _checked(self, model: Model, options: ProgressiveKeywords) -> tuple[LoopOptions, LoopRows]:
         """A loop's options, and the rows that they choose."""

@@ -99,6 +99,11 @@ class LoopOptions:
                 f"compile is {self.compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
             )
         self._check_strength()
+        if self.sampler == "tuned":
+            raise ValueError(
+                "sampler is 'tuned', which the command line alone knows, expected a StepTable: "
+                "load_model(FOLDER).tuned(STEPS, GUIDANCE) is that of a model's folder"
+            )
         if isinstance(self.sampler, str):
             sampler, spacing = sampler_and_spacing(self.sampler, self.spacing, SAMPLERS, SPACINGS)
             object.__setattr__(self, "sampler", sampler)

@@ -38,6 +38,8 @@ class StepLogProb:
         reduction: "mean" over a sample's elements, as in Flow-GRPO, or their "sum", the sample's log-probability.
         backend: "fused", or "reference", in plain torch.
 
+    `GaussianDiffusion.step_log_prob` makes one by the options of a loop.
+
     Without a clip, the values and the gradient are one launch; a clip takes another, for the mean. A sample's bits
     depend neither on the batch that it is in nor on the other samples' rows, so a replay of a rollout gives the bits of
     the rollout, if the model does. In 16 bits prev is a rounded draw: keep x and prev in float32.
@@ -66,7 +68,10 @@ class StepLogProb:
         backend: str = "fused",
     ) -> None:
         if not isinstance(table, StepTable):
-            raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")
+            raise TypeError(
+                f"table is a {type(table).__name__}, expected a StepTable; GaussianDiffusion.step_log_prob takes the "
+                "options of a loop, such as sampler='ddim', steps=20, eta=1.0"
+            )
         if not table.plain:
             raise ValueError("table has rows with l0, l1, cu or history, expected rows that read x and m alone")
         self.table = table.to("cpu")

@@ -24,6 +24,7 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
     "changes, error, words",
     [
         ({"sampler": "dpm"}, ValueError, ["sampler is 'dpm'", "'ddpm'", "'dpm_2'"]),
+        ({"sampler": "tuned"}, ValueError, ["expected a StepTable", r"load_model\(FOLDER\).tuned\(STEPS, GUIDANCE\)"]),
         ({"steps": 0}, ValueError, ["steps is 0"]),
         ({"steps": 51}, ValueError, ["steps is 51", "50"]),
         ({"steps": 2.0}, TypeError, ["steps is 2.0"]),

@@ -49,6 +49,26 @@ def truth(table, m, x, prev, row, clip, reduction):
     return logs.mean(1) if reduction == "mean" else logs.sum(1)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "ddim", "steps": 4, "eta": 0.7}, {"sampler": "Euler a Karras", "steps": 4}]
+)
+@pytest.mark.parametrize("clip", [True, (-0.2, 0.3)])
+def test_by_the_options_of_a_loop(options, clip):
+    """Its steps are draws: of their normal distributions, the mean logarithm is minus the entropy."""
+    gd, shape = GaussianDiffusion(1000 if options else 20, prediction="v"), (2, 1, 64, 64)
+    log_prob = gd.step_log_prob(clip_denoised=clip, **options)
+    path = [randn(shape, Philox(1))]
+    model = lambda x, t: 0.4 * x  # noqa: E731
+    for record in gd.sample_progressive(model, shape, noise=path[0], rng=Philox(2), clip_denoised=clip, **options):
+        path.append(record.x_t.clone())
+    s = log_prob.table.s
+    assert len(s) + 1 == len(path) and (s[:-1] > 0).all()
+    for row in range(len(s) - 1):
+        found = log_prob(model(path[row], 0), path[row], path[row + 1], row)
+        entropy = Normal(0.0, s[row]).entropy()
+        torch.testing.assert_close(found, -entropy.float().expand(2), rtol=0, atol=0.06)
+
+
 @tables
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("clip", [False, (-0.5, 0.75)])
