@@ -156,8 +156,8 @@ samples = whole_number(1, 10**9)
 
 DEVICES = "cpu, cuda, cuda:1, ... (default: cuda where a GPU can be used)"
 DEVICES_OF_RANKS = f"{DEVICES}; with several ranks, cuda means a GPU for each"
-SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
-SPACING = f"which timesteps: {SPACING_NAMES} (default: {DEFAULT_SPACING})"
+LISTED = "a name that ddpm-ext samplers lists"
+SPACING = f"which timesteps: {LISTED}; or ddim25, 10,15,20 and the like (default: {DEFAULT_SPACING})"
 
 
 class OfSampler(str):

@@ -21,6 +21,7 @@ COMMANDS = {
     "bits-per-dim": "measure how well a model explains images",
     "trajectory": "draw how samples come about",
     "table": "print, save, draw and compare step tables",
+    "samplers": "list the names of samplers and spacings",
     "plot": "draw schedules, step tables, losses and samples",
     "info": "show build, devices and instruction set",
 }

@@ -10,7 +10,7 @@ from ddpm_ext.cli import arguments
 from ddpm_ext.cli.chosen_tables import DEFAULT, TUNED
 from ddpm_ext.cli.loop_inputs import add_clip, add_images
 from ddpm_ext.process.process import BACKENDS
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.training.options import DTYPES
 
 
@@ -138,7 +138,7 @@ def add_sampling(
     add_null_class(group)
     ways = group.add_mutually_exclusive_group()
     samplers = (
-        f"the reverse step: {', '.join(SAMPLERS)}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune "
+        f"the reverse step: {arguments.LISTED}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune "
         f"(default: {DEFAULT})"
     )
     names: dict[str, Any] = {"action": arguments.SamplerName, "known": (*SAMPLERS, TUNED)}
@@ -146,7 +146,7 @@ def add_sampling(
     table = "the rows of a .json file that StepTable.save wrote, as ddpm-ext tune and ddpm-ext table --save do"
     ways.add_argument("--table", metavar="FILE", help=table)
     add_spacing(group, "with --sampler all timesteps of the model")
-    eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
+    eta = "scale of the noise, for samplers that ddpm-ext samplers marks with eta"
     add("--eta", type=arguments.nonnegative_number, metavar="X", help=eta)
     add_clip(group)
     add_images(parser)

@@ -17,19 +17,17 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.stored import one_line
-from ddpm_ext.tables.names import sampler_and_spacing
+from ddpm_ext.tables.names import nearest_names, sampler_and_spacing
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import StepTable
 
 CONFIG = "scheduler_config.json"
 FOLDER = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/"
-SOURCES = (
-    f"{', '.join(SAMPLERS)}; a folder of diffusers with a {CONFIG}, or that file; or a .json file that "
-    "StepTable.save wrote"
-)
+FILES = f"a folder of diffusers with a {CONFIG}, or that file; or a .json file that StepTable.save wrote"
+SOURCES = f"{arguments.LISTED}; {FILES}"
 _EXAMPLES = """examples:
   ddpm-ext table --sampler dpmpp_2m --spacing karras --steps 20
   ddpm-ext table --scheduler FOLDER --steps 20 --save mine.json --plot mine.png
@@ -41,7 +39,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
     parser = arguments.add_command(commands, "table", description, epilog=_EXAMPLES)
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
     sampler: dict[str, Any] = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
-    what.add_argument("--sampler", **sampler, metavar="NAME", help=", ".join(SAMPLERS))
+    what.add_argument("--sampler", **sampler, metavar="NAME", help=arguments.LISTED)
     what.add_argument("--scheduler", metavar="FOLDER", help=f"{FOLDER}; needs diffusers")
     add_options(parser)
     add = parser.add_argument_group("output").add_argument
@@ -60,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--mu", type=arguments.finite_number, metavar="X", help=shift)
     add = parser.add_argument_group("of samplers").add_argument
     add("--spacing", action=arguments.SpacingName, metavar="NAME", help=arguments.SPACING)
-    add("--eta", type=arguments.nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
+    add("--eta", type=arguments.nonnegative_number, metavar="X", help="of those that ddpm-ext samplers marks with eta")
     add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
     add("--timesteps", type=arguments.steps, default=1000, metavar="N", help="steps of the schedule")
@@ -138,7 +136,8 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
     if path.is_dir():
         raise ValueError(f"table: {source} has no {CONFIG}, nor has its scheduler/, expected one of them")
     if not _is_table(source):
-        raise ValueError(f"table: got {source}, expected {SOURCES}")
+        near = nearest_names(source, SAMPLERS)
+        raise ValueError(f"table: got {source}, expected a name such as {near} (ddpm-ext samplers lists them); {FILES}")
     return load_table(source)
 
 

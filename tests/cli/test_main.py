@@ -18,6 +18,8 @@ import ddpm_ext
 from ddpm_ext import GaussianDiffusion, cli, version
 from ddpm_ext.cli import sample
 from ddpm_ext.ops import cards
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.training import TrainOptions
 
 SAMPLE = ("sample", "--num", 3, "--batch-size", 1, "--steps", 2)
@@ -90,8 +92,31 @@ def test_work_goes_on_when_nobody_reads(ended, gone):
         assert len(opened["arr_0"]) == 3
 
 
+def test_samplers_are_listed_in_their_groups(capsys):
+    """Each once, in one line; help texts point there."""
+    assert call("samplers") == 0
+    *groups, _, spacings = capsys.readouterr().out.split("\n\n")
+    lines = {group.partition(":")[0]: group.splitlines()[1:] for group in groups}
+    names = {line.split()[0]: (group, line) for group, within in lines.items() for line in within}
+    assert sorted(names) == sorted(SAMPLERS) and sum(map(len, lines.values())) == len(SAMPLERS)
+    assert all(name in spacings for name in SPACINGS)
+    assert [names[name][0] for name in ("unipc", "plms", "heun", "sa_solver", "edm", "euler_cfg_pp")] == [
+        "without noise, one call of the model a step",
+        "without noise, one call of the model a step",
+        "without noise, two calls a step",
+        "with noise, one call of the model a step",
+        "with noise, two calls a step",
+        "for guidance",
+    ]
+    assert "  eta  DDIM: " in names["ddim"][1] and "eta" not in names["unipc"][1]
+    for command in ("sample", "table"):
+        assert call(command, "--help") == 0
+        page = " ".join(capsys.readouterr().out.split())
+        assert page.count("a name that ddpm-ext samplers lists") >= 2 and "euler_cfg_pp" not in page
+
+
 def test_help_shows_groups_and_defaults(capsys):
-    commands = ("sample", "invert", "train", "bits-per-dim", "trajectory", "table", "plot", "info")
+    commands = ("sample", "invert", "train", "bits-per-dim", "trajectory", "table", "samplers", "plot", "info")
     kinds = ("schedules", "table", "grid", "losses", "histogram", "guidance")
     pages = {}
     for name in ("", *commands, *(f"plot {kind}" for kind in kinds)):

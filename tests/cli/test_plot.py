@@ -133,7 +133,7 @@ BAD = [
     (("spiral",), "invalid choice: 'spiral'"),
     (("schedules", "square"), "NAME: got square, expected linear, "),
     (("schedules", "--out", "a.gif"), "out: got a.gif, expected a name that ends in .png or .svg or .pdf"),
-    (("table", "dpm"), "table: got dpm, expected ddpm, ddim"),
+    (("table", "dpm"), "table: got dpm, expected a name such as 'dpm_2', 'ddpm', "),
     (("table", "mine.json", "--steps", "5"), "steps: got 5, but there is no sampler that it is for"),
     (("grid", "nowhere.npz"), "file: cannot read nowhere.npz: No such file"),
     (("grid", "samples.json"), "file: samples.json is no .npz or .npy of samples"),

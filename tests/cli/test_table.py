@@ -71,7 +71,7 @@ BAD = [
     (("--steps", "3"), "one of the arguments --sampler --scheduler is required"),
     (("--sampler", "euler", "--save", "a.txt"), "save: got a.txt, expected a name that ends in .json"),
     (("--scheduler", "nowhere", "--steps", "20"), "scheduler: got nowhere, expected a folder of diffusers"),
-    (("--sampler", "euler", "--diff", "nowhere", "--steps", "20"), "table: got nowhere, expected ddpm"),
+    (("--sampler", "euler", "--diff", "nowhere", "--steps", "20"), "table: got nowhere, expected a name such as '"),
     (("--sampler", "dpmpp_4m"), "sampler is 'dpmpp_4m', expected a name such as 'dpmpp_3m', 'dpmpp_2m'"),
     (("--sampler", "Euler Karras", "--spacing", "beta"), "got beta, but the name of the sampler has karras"),
     (

@@ -1,0 +1,51 @@
+"""`ddpm-ext samplers`: the names that `--sampler` and `--spacing` take."""
+
+from __future__ import annotations
+
+import argparse
+
+from ddpm_ext.cli.arguments import Subparsers, add_command
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
+
+_TIMESTEPS = (999, 799, 599, 399, 199)  # of a loop that shows what a sampler does
+_GROUPS = (
+    "without noise, one call of the model a step",
+    "without noise, two calls a step",
+    "with noise, one call of the model a step",
+    "with noise, two calls a step",
+    "for guidance: CFG++",
+)
+
+
+def add_parser(commands: Subparsers) -> None:
+    description = "Lists the names that --sampler and --spacing take, also as other libraries write them."
+    add_command(commands, "samplers", description)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the samplers in groups, a line each, and the spacings."""
+    groups: dict[str, list[str]] = {}
+    width = max(map(len, SAMPLERS))
+    for name, sampler in SAMPLERS.items():
+        says = (sampler.__doc__ or "").partition("\n")[0]
+        groups.setdefault(_group_of(name), []).append(
+            f"  {name:<{width}}  {'eta' if name in WITH_ETA else '':<3}  {says}"
+        )
+    for group in sorted(groups, key=_GROUPS.index):
+        print("\n".join([f"{group}:", *groups[group], ""]))
+    print("eta: how much noise there is can be chosen by --eta\n")
+    spacings = (f"{name} (the default)" if name == DEFAULT_SPACING else name for name in SPACINGS)
+    print(f"spacings, by --spacing or after a sampler's name: {', '.join(spacings)}; or ddim25, 10,15,20 and the like")
+
+
+def _group_of(name: str) -> str:
+    """By what the rows of a sampler with its own options are."""
+    table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
+    if (table.cu != 0).any():
+        return _GROUPS[4]
+    calls = int(((table.b != 0) | (table.c2 != 0)).sum())
+    several = calls > len(_TIMESTEPS) + 1  # one that calls twice in its first step alone is none of these
+    return _GROUPS[2 * bool((table.s != 0).any()) + several]
