@@ -7,7 +7,7 @@ import argparse
 from ddpm_ext.cli.arguments import Subparsers, add_command
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
 _TIMESTEPS = (999, 799, 599, 399, 199)  # of a loop that shows what a sampler does
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
 def _group_of(name: str) -> str:
     """By what the rows of a sampler with its own options are."""
     table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
-    if (table.cu != 0).any():
+    if name in CFG_PP:
         return _GROUPS[4]
     calls = int(((table.b != 0) | (table.c2 != 0)).sum())
     several = calls > len(_TIMESTEPS) + 1  # one that calls twice in its first step alone is none of these
