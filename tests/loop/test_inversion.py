@@ -1,17 +1,18 @@
-"""The rows of the inversion, against the exact path of a Gaussian, and where they lead."""
+"""The rows of the inversion, against the path of a point, and where they lead."""
 
 import pytest
 import torch
+from support import any_loop
+from support.gaussian import known_point, variance_of, weights
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.loop.inversion import inversion_table
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.spacing import spaced_timesteps
 
-DEVIATION = 0.6  # of the data, a Gaussian of mean 0
 
-
-def process(schedule="linear", prediction="eps"):
-    return GaussianDiffusion(1000, schedule, prediction=prediction, backend="reference")
+def process(prediction="eps"):
+    return GaussianDiffusion(1000, prediction=prediction, backend="reference")
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading", "karras"])
@@ -27,29 +28,17 @@ def test_rows_go_up_through_the_levels_of_the_loop(spacing):
         assert table.signal_after[-1] == gd.alphas_cumprod[rising[-1]].sqrt()
 
 
-@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "eps"), ("cosine", "v"), ("flow", "flow")])
-def test_path_of_a_gaussian(schedule, prediction):
-    """On the exact path, x / x_0 is the ratio of the deviations at the two levels; short steps come close to it."""
-    gd = process(schedule, prediction)
-    signal, noise = gd.schedule.signal, gd.schedule.noise
-    deviation = (signal**2 * DEVIATION**2 + noise**2).sqrt()
-
-    def model(x, t):
-        i = t[0].long() if schedule != "flow" else (t[0] - 1).round().long()
-        x0 = x * signal[i] * DEVIATION**2 / deviation[i] ** 2
-        eps = (x - signal[i] * x0) / noise[i]
-        return {"eps": eps, "v": signal[i] * eps - noise[i] * x0, "flow": eps - x0}[prediction]
-
-    errors = []
-    for steps in (50, 500):
-        table = inversion_table(gd, steps)
-        top = spaced_timesteps(1000, steps)[0]
-        x = torch.full((1, 1, 2, 2), 0.3, dtype=torch.float64)
-        given = {"record": "last", "progress": False, "clip_denoised": False, "dtype": torch.float64}
-        end = gd.p_sample_loop(model, x.shape, sampler=table, noise=x, **given)
-        errors.append(abs(end / x - deviation[top] / deviation[0]).max().item())
-    assert errors[1] < 0.02
-    assert errors[1] < errors[0] / 5
+@pytest.mark.parametrize("prediction", SPACED_PREDICTIONS)
+@pytest.mark.parametrize("spacing", [None, "leading", "karras"])
+def test_where_a_point_goes(spacing, prediction):
+    """From clean data with the first level's noise, by a model that knows the point, every step is exact."""
+    for schedule in ("linear", "cosine", "edm", "levels"):
+        table = inversion_table(any_loop.process(schedule, prediction), 7, spacing)
+        model = any_loop.AnyLoop(schedule, prediction, "ddim", {}).model(known_point)
+        start = [levels[0] for levels in any_loop.nodes(schedule)]
+        for row, x in zip(table, weights(table, *start, model, sigma=0.0), strict=True):
+            assert x[0] == pytest.approx(row.signal_after, rel=1e-9)
+            assert variance_of(x) == pytest.approx(row.noise_after**2, rel=1e-9)
 
 
 def test_refusals():

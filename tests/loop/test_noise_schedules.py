@@ -108,25 +108,6 @@ def test_pure_noise_has_the_first_levels_deviation(device, schedule, deviation):
     assert torch.equal(seen[2], seen[0])  # the table knows
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpm_2", "dpm_2_ancestral", "dpmpp_2s", "edm", "restart"])
-@pytest.mark.parametrize(
-    ("schedule", "spacing", "timestep"),
-    [
-        ("flow", "linspace", lambda signal, noise: 1000 * noise),
-        (edm(SIGMAS), "karras", lambda signal, noise: (noise / signal).log() / 4),
-        (sigma_space(SIGMAS, lambda signal, noise: noise), "linspace", lambda signal, noise: noise),
-        (sigma_space(SIGMAS, lambda signal, noise: noise), "beta_sigmas", lambda signal, noise: noise),
-    ],
-)
-def test_models_are_called_with_the_timestep_of_the_level(schedule, spacing, timestep, sampler):
-    """Also between the schedule's own levels, and above the greatest, where churn leads."""
-    process = GaussianDiffusion(T, schedule, prediction="x0")
-    rows = make_loop_rows(process, LoopOptions(sampler=sampler, steps=6, spacing=spacing))
-    asked = torch.tensor([kind.calls_model for kind in rows.needs])
-    expected = timestep(rows.table.signal_now, rows.table.noise_now)
-    torch.testing.assert_close(rows.table.timestep[asked], expected[asked], rtol=1e-9, atol=1e-9)
-
-
 # ------------------------------------------------------------------------------- the spacing of a loop that names none
 
 MEAN, DEVIATION = 0.3, 0.5  # as of pixels; data are normal, so that a flow leads from each noise to a known sample

@@ -48,15 +48,26 @@ def exact_model(gd):
     return model
 
 
-def take(row, x, m, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
-    """x0 and the next sample by a StepRow without guidance, for floats or float64 arrays. `history`: H1, H2 and H3, as
-    many as there are."""
+def denoised(signal, noise, x, mean=MU, sigma=SIGMA):
+    """E[x0 | x] and E[eps | x] for x = signal x0 + noise eps, of any scale, and data of this mean."""
+    surprise = (x - signal * mean) / ((signal * sigma) ** 2 + noise**2)
+    return mean + signal * sigma**2 * surprise, noise * surprise
+
+
+def known_point(row, x, mean):
+    """x0 and eps where all data are their mean."""
+    return mean, (x - row.signal_now * mean) / row.noise_now
+
+
+def take(row, x, m, z=0.0, *, u=None, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
+    """x0 and the next sample by a StepRow, for floats or float64 arrays. m: the guided output; u: the unconditional
+    one, None where there is no guidance. `history`: H1, H2 and H3, as many as there are."""
     x0 = row.a * x + row.b * m
     if clip is not None:
         x0 = np.clip(x0, *clip)
     x0 = x0 + row.g0 * g
     root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
-    mean = row.c0 * x0 + row.c1 * x + (row.c2 + row.cu) * m
+    mean = row.c0 * x0 + row.c1 * x + row.c2 * m + row.cu * (m if u is None else u)
     mean = mean + sum(weight * kept for weight, kept in zip((row.h1, row.h2, row.h3), history, strict=False))
     return x0, mean + root**2 * row.g1 * g + row.s * root * z
 
@@ -73,45 +84,37 @@ def calls_model(row):
 
 
 def loop(table, x, model, noise=None, **options):
-    """Each row with its x0 and the next sample, by `take`. model(row, x) gives the output, of rows that call a model.
+    """Each row with its x0 and the next sample, by `take`. model(row, x) gives the output, of rows that call a model,
+    or the guided and the unconditional one.
 
     noise: an iterator of the z of rows that have one; None: zeros. options: take's, of every row.
     """
     history = []
     for row in table:
         m = model(row, x) if calls_model(row) else 0.0 * x
+        m, u = m if isinstance(m, tuple) else (m, None)
         z = next(noise) if noise is not None and row.s else 0.0
-        x0, after = take(row, x, m, z, history=history, **options)
+        x0, after = take(row, x, m, z, u=u, history=history, **options)
         history, x = push(row, history, x0, x, m), after
         yield row, x0, x
 
 
-def moments(table, levels, mean, variance, model=None):
-    """Mean and variance of x after each row of the table, in a loop that starts from N(mean, variance).
+def weights(table, signal, noise, model, mean=1.0, sigma=SIGMA):
+    """x after each row, in a loop from samples of that level, as its weights of the data's mean, of the start's
+    deviation and of each row's noise. These are independent: the squares of all but the first add up to the variance.
 
-    `levels` has alphas_cumprod by timestep; between these, the row's own level counts. model: as loop's, in place of
-    the best prediction, affine in x. A row that does not use the model's output gets none.
+    model(row, x, mean): the output for data of this mean, given as weights, linear in both; or a pair, as for `loop`.
+    mean: by what the data's mean is multiplied where the loop starts.
     """
+    one, deviation, *normals = np.eye(2 + len(table))
+    x = signal * mean * one + np.hypot(signal * sigma, noise) * deviation
+    for _, _, x in loop(table, x, lambda row, x: model(row, x, one), iter(normals)):
+        yield x
 
-    def best(row, x):
-        return best_prediction(levels.get(row.timestep, row.signal_now**2), x, "eps")
 
-    size = 4  # x, and three tensors of history
-    state, covariance = np.array([mean, 0.0, 0.0, 0.0]), np.diag([variance, 0.0, 0.0, 0.0])
-    for row in table:
-
-        def step(before, row=row):
-            x, *history = before
-            m = (model or best)(row, x) if calls_model(row) else 0.0
-            x0, after = take(row, x, m, history=history)
-            return np.array([after, *push(row, history, x0, x, m)])
-
-        constant = step(np.zeros(size))
-        slopes = np.stack([step(one) - constant for one in np.eye(size)], axis=1)
-        state = slopes @ state + constant
-        covariance = slopes @ covariance @ slopes.T
-        covariance[0, 0] += row.s**2
-        yield state[0], covariance[0, 0]
+def variance_of(x):
+    """Of a sample that is given as weights."""
+    return (x[1:] ** 2).sum()
 
 
 def flow(x, start, end):

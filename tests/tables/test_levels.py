@@ -1,19 +1,12 @@
-"""Levels of signal and noise: rows for samples of any scale, and the scales of flow, sigma space and EDM."""
+"""Levels of signal and noise: grids of them, and the scales of flow, sigma space and EDM."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
-from support.choices import for_many
-from support.gaussian import push, take
 
 from ddpm_ext.tables.grid import grid_of_levels
-from ddpm_ext.tables.levels import LEVELS, edm, flow, sigma_space, straight, unit_levels
-from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.levels import edm, flow, sigma_space, straight, unit_levels
 
 F64 = torch.float64
 FLOW = torch.tensor([1.0, 0.9, 0.55, 0.3, 0.02, 0.0], dtype=F64)
@@ -23,14 +16,6 @@ CURVED = 1.2 - FLOW**2, FLOW**0.5  # of no name
 
 def grid(signal, noise, **options):
     return grid_of_levels(torch.arange(len(signal) - 1, 0, -1), signal, noise, **options)
-
-
-GRIDS = {
-    "flow": grid(1 - FLOW, FLOW),
-    "flow, by its name": grid(1 - FLOW, FLOW, scale=flow),
-    "sigma": grid(torch.ones_like(SIGMAS), SIGMAS),
-    "curved": grid(CURVED[0], CURVED[1]),
-}
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1 - FLOW, FLOW), (torch.ones_like(SIGMAS), SIGMAS), CURVED])
@@ -77,49 +62,3 @@ def test_edm_is_the_scale_of_its_networks_input():
         torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
         torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
         assert (signal * r)[-1] == 1  # clean data is as the data set has it
-
-
-# ------------------------------------------------------------------------------------------------------------ rows
-
-
-def walk(table, x, outputs, gradients, noises, before, after):
-    """x after each row, for samples that are multiplied by `before` where a row starts; floats."""
-    history, reached = [], []
-    for i, row in enumerate(table):
-        scaled, m, g = x * before[i], outputs[i], gradients[i] / before[i]
-        x0, x_next = take(row, scaled, m, noises[i], g=g, clip=(-1, 1), history=history)
-        history = push(row, history, x0, scaled, m)
-        reached.append(x_next)
-        x = x_next / after[i]
-    return np.array(reached)
-
-
-@for_many(60)
-def test_every_sampler_at_any_scale(choose):
-    """With samples multiplied by r, and a classifier's gradient divided by it, a loop reaches the samples of the
-    variance-preserving loop, multiplied by r."""
-    name = choose.one_of(list(GRIDS), "levels")
-    levels = GRIDS[name]
-    levels = replace(levels, schedule=levels.alphas_cumprod.flip(0))
-    sampler = choose.one_of(list(SAMPLERS), "sampler")
-    prediction = choose.one_of(["eps", "x0", "v"], "prediction")
-    unit = SAMPLERS[sampler](levels.unscaled(), prediction=prediction)
-    table = SAMPLERS[sampler](levels, prediction=prediction)
-    rng = np.random.default_rng(choose.integer(0, 1000, "seed"))
-    values = rng.normal(size=(3, len(table)))
-    powers = [
-        [math.hypot(*pair) for pair in zip(*columns, strict=True)]
-        for columns in (
-            (table.signal_now.tolist(), table.noise_now.tolist()),
-            (table.signal_after.tolist(), table.noise_after.tolist()),
-        )
-    ]
-    ones = np.ones(len(table))
-    x = rng.normal()
-    expected = walk(unit, x, *values, ones, ones) * powers[1]
-    found = walk(table, x, *values, *powers)
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
-    for column in LEVELS:
-        own = getattr(unit, column).numpy() * powers[column.endswith("after")]
-        np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
-    assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)

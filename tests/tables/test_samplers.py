@@ -1,7 +1,6 @@
 """The samplers' rows against Bayes' rule and the papers' formulas, in float64."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,27 +11,13 @@ from support.grids import IDS, grids, schedule
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm, dpmpp_2m, dpmpp_2m_sde, euler_ancestral
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.sigma_grids import SIGMA_GRIDS
 from ddpm_ext.tables.spacing import spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
-# They call the model between the grid's timesteps: tests/tables/test_two_calls.py.
-BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
 
 
 def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-def bayes(alpha, level_before):
-    """Weights of x0 and x_t in the mean of q(x_prev | x_t, x0), and its variance, by completing the square.
-
-    x_prev | x0 ~ N(sqrt(level_before) x0, 1 - level_before) and x_t | x_prev ~ N(sqrt(alpha) x_prev, 1 - alpha).
-    """
-    if level_before == 1:
-        return 1.0, 0.0, 0.0
-    precision = 1 / (1 - level_before) + alpha / (1 - alpha)
-    return level_before**0.5 / (1 - level_before) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision
 
 
 def apply(table, x, m, z, clip=True, h=0.0):
@@ -325,52 +310,6 @@ def test_inversion_inverts(prediction, keep_eps):
     close(apply(down, noisier, eps, 0, clip=False), x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("grid", grids(), ids=IDS)
-def test_predictions_agree(name, grid):
-    """A model that knows x0 and the noise gives the same step by any prediction; EDM's by table 1, for x / root."""
-    predictions = (*PREDICTIONS, "flow", "edm", *(() if name in BETWEEN else ("x_prev",)))
-    tables = {p: SAMPLERS[name](grid, prediction=p) for p in predictions}
-    root, coroot = tables["eps"].signal_now, tables["eps"].noise_now
-    coroot = coroot.clamp(min=1e-3)  # rows from clean data call no model
-    x0, eps = torch.rand(2, len(root), dtype=torch.float64, generator=torch.Generator().manual_seed(6)) - 0.5
-    x, sigma = root * x0 + coroot * eps, coroot / root
-    outputs = {
-        "eps": eps,
-        "x0": x0,
-        "v": root * eps - coroot * x0,
-        "flow": eps - x0,
-        "edm": (x0 - 0.25 / (sigma**2 + 0.25) * x / root) / (0.5 * sigma / (sigma**2 + 0.25).sqrt()),
-    }
-    if "x_prev" in predictions:
-        at = torch.tensor([grid.timestep.tolist().index(t) for t in tables["eps"].timestep.tolist()])
-        weights = [bayes(1 - b, k)[:2] for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
-        of_x0, of_x = torch.tensor(weights, dtype=torch.float64)[at].T
-        outputs["x_prev"] = of_x0 * x0 + of_x * x
-    kept = tables["x0"].k0 * x0 + tables["x0"].k1 * x
-    results = [apply(tables[p], x, m, 0.25, h=0.125) for p, m in outputs.items()]
-    for (p, m), other in zip(outputs.items(), results, strict=True):
-        close(other, results[0], rtol=1e-9, atol=1e-9)
-        close(tables[p].k0 * x0 + tables[p].k1 * x + tables[p].k2 * m, kept, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in (*BETWEEN, "dpmpp_2m_cfg_pp")])
-@pytest.mark.parametrize("grid", grids(), ids=IDS)
-def test_rows_have_the_levels_where_they_start_and_end(name, grid):
-    """A row starts at its timestep's level and ends at the next one's. The last row ends at the grid's end."""
-    table = SAMPLERS[name](grid)
-    path = torch.stack([grid.alphas_cumprod.sqrt(), (1 - grid.alphas_cumprod).sqrt()], 1)
-    place = {t: i for i, t in enumerate(grid.timestep.tolist())}
-    now = path[[place[t] for t in table.timestep.tolist()]]
-    after = torch.cat([now[1:], path[-1:]])
-    assert table.timestep.dtype == grid.timestep.dtype
-    # torch's root of a vector can differ in its last bit by where in the vector a number stands.
-    assert_close = partial(torch.testing.assert_close, rtol=4e-16, atol=0)
-    assert_close(torch.stack([table.signal_now, table.noise_now], 1), now)
-    assert_close(torch.stack([table.signal_after, table.noise_after], 1), after)
-    assert len(set(table.draw.tolist())) == len(table)
-
-
 @pytest.mark.parametrize("scaling", [10.0, 0.01])
 def test_lcm_is_the_formula(scaling):
     """f(x, t) = c_skip x + c_out x0, noised to the next timestep; at timestep 0 it is x itself."""
@@ -402,15 +341,3 @@ def test_tcd_is_the_formula(eta):
     expected = up.sqrt() * (between.sqrt() * x0.clamp(-1, 1) + (1 - between).sqrt() * m) + (1 - up).sqrt() * z
     close(apply(table, x, m, z), expected, rtol=1e-9, atol=1e-9)
     assert table.s[-1] == 0
-
-
-@pytest.mark.parametrize("name", SIGMA_GRIDS)
-def test_each_sampler_takes_each_spacing_of_sigmas(name):
-    """No row but Euler's of an SDE adds more noise than there is where it arrives. That of a level lower than the first
-    of the schedule, perhaps by a rounding, is 0 and no NaN."""
-    for steps in (1, 4, 16):
-        grid = SIGMA_GRIDS[name](schedule("sigmoid", 200)[1], steps)
-        for sampler in SAMPLERS.values():
-            table = sampler(grid)
-            most = table.noise_after * (1.003 if sampler is SAMPLERS["edm"] else 1)  # by which it inflates its noise
-            assert len(table) >= steps and (sampler is SAMPLERS["flow_sde"] or (table.s <= most + 1e-12).all())

@@ -1,15 +1,22 @@
 """ddpm's variances and a classifier's gradient in the rows of the samplers; loop/test_options.py has both in ddpm's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from support.any_loop import of_a_model
 from support.gaussian import push, take
 from support.grids import IDS, grids, schedule
 
-from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.grid import grid_of_levels, make_grid
+from ddpm_ext.tables.levels import flow
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
 
 LEARNED = ("learned", "learned_range", "learned_variance")
-PREDICTIONS = ("eps", "x0", "v")
+LEVELS = torch.tensor([0.9, 0.55, 0.3, 0.02, 0.0], dtype=torch.float64)
+FLOW = grid_of_levels(torch.arange(4, 0, -1), 1 - LEVELS, LEVELS, scale=flow)
+FLOW = replace(FLOW, schedule=FLOW.alphas_cumprod.flip(0))
 
 
 def random(*shape, seed):
@@ -49,11 +56,11 @@ def score_tables(grid, prediction):
     yield ddim(grid, prediction=prediction, eta=1.0, keep_eps=False)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("grid", [*grids(), "up"], ids=[*IDS, "up"])
+@pytest.mark.parametrize("prediction", SPACED_PREDICTIONS)
+@pytest.mark.parametrize("grid", [*grids(), FLOW, "up"], ids=[*IDS, "flow", "up"])
 def test_gradient_is_another_eps(grid, prediction):
     """eps - sqrt(1 - a_t) g replaces eps, also for other predictions, and in what rows keep: Dhariwal & Nichol 2021,
-    algorithm 2."""
+    algorithm 2. Samples of another scale have the inverse scale's gradient."""
     if grid == "up":
         _, levels = schedule("scaled_linear")
         up = make_grid(levels, [0, 200, 400, 700], final=levels[999].item())
@@ -63,9 +70,8 @@ def test_gradient_is_another_eps(grid, prediction):
     for table in tables:
         x, m, h1, h2, h3, z, g = random(7, len(table), 3, seed=1)
         for i, row in enumerate(table):
-            of_eps, of_x0 = -row.noise_now, (1 - row.signal_now**2) / row.signal_now
-            of_v = row.signal_now * of_eps - row.noise_now * of_x0
-            shift = {"eps": of_eps, "x0": of_x0, "v": of_v}[prediction]
+            of_x0, of_eps = of_a_model("linear", prediction, row)
+            shift = of_x0 * row.noise_now**2 / row.signal_now - of_eps * row.noise_now
             history, other = [h1[i], h2[i], h3[i]], m[i] + shift * g[i]
             guided = take(row, x[i], m[i], z[i], g=g[i], history=history)
             expected = take(row, x[i], other, z[i], history=history)

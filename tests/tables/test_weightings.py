@@ -13,6 +13,7 @@ from support.launches import Operators
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.losses.rows import CACHED, LossRows
 from ddpm_ext.tables import weightings
+from ddpm_ext.tables.predictions import PREDICTIONS
 from ddpm_ext.tables.weightings import WEIGHTINGS, weights
 
 CPU = torch.device("cpu")
@@ -58,23 +59,16 @@ def test_papers_formulas(name, prediction, schedule):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
-def test_one_loss_whatever_is_predicted(name):
-    """A model's error has the same weight, whatever it is expressed in."""
-    gd = GaussianDiffusion(100)
-    a, s = gd.sqrt_alphas_cumprod, gd.sqrt_one_minus_alphas_cumprod
-    x_t, eps, off = torch.tensor([0.3, -1.2, 0.01], dtype=torch.float64)
-    errors = {
-        "eps": (off + eps) - eps,
-        "x0": (x_t - s * (eps + off)) / a - (x_t - s * eps) / a,
-        # v = a eps - s x_0
-        "v": a * off - s * ((x_t - s * (eps + off)) / a - (x_t - s * eps) / a),
-        "flow": off + s * off / a,  # eps - x_0
-        "edm": -s * off / a * ((s / a) ** 2 + 0.25).sqrt() / (0.5 * s / a),  # the error of x_0 over c_out
-    }
-    losses = {p: weights(gd.alphas_cumprod, p, name) * error**2 for p, error in errors.items()}
-    for loss in losses.values():
-        torch.testing.assert_close(loss, losses["eps"], rtol=1e-9, atol=0)
+@pytest.mark.parametrize("prediction", [name for name, entry in PREDICTIONS.items() if entry.error is not None])
+def test_one_loss_whatever_is_predicted(prediction):
+    """A model's error has the same weight, whatever it is expressed in: here by what the model is trained to return,
+    k0 x_0 + k1 eps, where eps follows from x_0."""
+    gd = GaussianDiffusion(100, prediction=prediction)
+    k0, k1 = gd.prediction_entry.target(gd.levels)
+    slope = k0 - k1 * gd.sqrt_alphas_cumprod / gd.sqrt_one_minus_alphas_cumprod
+    for name in WEIGHTINGS:
+        found, of_x0 = (weights(gd.alphas_cumprod, each, name) for each in (prediction, "x0"))
+        torch.testing.assert_close(found * slope**2, of_x0, rtol=1e-9, atol=0)
 
 
 def test_the_papers_parameters():
@@ -105,22 +99,15 @@ def rows(of, weighting, dtype=torch.float64):
     return (of if isinstance(of, LossRows) else LossRows(of)).get(weighting, CPU, dtype)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_rows(prediction):
     """A row has the target's coefficients, the weight and a zero. In float32 it is the float64 row, rounded."""
     gd = GaussianDiffusion(100, "cosine", prediction=prediction)
     own = torch.linspace(-1, 3, 100)
-    for weighting in ("simple", own) if prediction == "x_prev" else (*NAMES, own):
+    for weighting in ("simple", own) if gd.prediction_entry.error is None else (*NAMES, own):
         got = rows(gd, weighting)
-        x_start, noise = torch.tensor([0.7, -1.3], dtype=torch.float64)
-        x_t = gd.sqrt_alphas_cumprod * x_start + gd.sqrt_one_minus_alphas_cumprod * noise
-        target = {
-            "eps": noise.expand(100),
-            "x0": x_start.expand(100),
-            "v": gd.sqrt_alphas_cumprod * noise - gd.sqrt_one_minus_alphas_cumprod * x_start,
-            "x_prev": gd.posterior_mean_coef1 * x_start + gd.posterior_mean_coef2 * x_t,
-        }[prediction]
-        torch.testing.assert_close(got[:, 0] * x_start + got[:, 1] * noise, target, rtol=1e-12, atol=1e-14)
+        for column, expected in enumerate(gd.prediction_entry.target(gd.levels)):
+            torch.testing.assert_close(got[:, column], expected, rtol=1e-12, atol=1e-14)
         assert torch.equal(got[:, 2], weights(gd.alphas_cumprod, prediction, weighting))
         assert not got[:, 3].any()
         assert torch.equal(rows(gd, weighting, torch.float32), got.float())
