@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from drawn import draw, kept
 from sampler_quality import Features, frechet, pixels
@@ -44,6 +45,8 @@ BEST: dict[str, dict[int, dict[str, Any]]] = {
     },
     "shapes": {key: {"sampler": "unipc", "spacing": "beta"} for key in TUNED},
 }
+IMAGES = "as many images"  # as a curve's name, of 0 calls: how far images are that were drawn from the training set
+DRAWS = 3
 MANY_STEPS = {"sampler": "deis", "steps": 100, "spacing": "linspace"}
 GUIDANCE = {"digits": None, "shapes": 2.5}
 REFERENCES = {"digits": "images", "shapes": "100 steps"}
@@ -66,6 +69,13 @@ def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor
     return lambda samples: frechet(units(samples), reference)
 
 
+def of_images(count: int) -> float:
+    """The mean distance of so many training digits, drawn with replacement, to all: what a perfect model has."""
+    real = Features()(pixels(digits("train")[0]))
+    draws = (np.random.default_rng(seed).integers(len(real), size=count) for seed in range(DRAWS))
+    return sum(frechet(real[draw], real) for draw in draws) / DRAWS
+
+
 def measure(name: str, options: argparse.Namespace) -> Cells:
     model, batch = load_model(name), 500 if name == "digits" else 100
 
@@ -74,7 +84,7 @@ def measure(name: str, options: argparse.Namespace) -> Cells:
         return kept(path, lambda ids: draw(model, ids, batch, SEED, GUIDANCE[name], **loop), options.num, batch)
 
     distance = distance_of(name, lambda: samples_of("deis, 100", MANY_STEPS))
-    cells: Cells = {}
+    cells: Cells = {IMAGES: {0: of_images(options.num)}} if name == "digits" else {}
     loops = [(f"tuned, {calls}", "tuned", calls, {"sampler": model.tuned(calls, GUIDANCE[name])}) for calls in TUNED]
     loops += [(f"best name, {c}", "best name", c, {"steps": c, **loop}) for c, loop in BEST[name].items()]
     loops += [
@@ -97,7 +107,8 @@ def as_text(found: dict[str, Cells], options: argparse.Namespace) -> str:
         f"Fréchet distance of {options.num:,} samples in a classifier's hidden units: of digits to images, of shapes,",
         "with a guidance of 2.5, to samples of 100 steps of deis. Named samplers have their default spacing, x0 is",
         f"clipped to [-1, 1], and the seed is {SEED}. The best name is the nearest to 100 steps of all samplers by all",
-        "spacings, as ddpm-ext tune finds it.",
+        f"spacings, as ddpm-ext tune finds it. {IMAGES.capitalize()}: training digits drawn with replacement, as by a",
+        f"perfect model; the mean of {DRAWS} draws.",
     ]
     for name, cells in found.items():
         columns = sorted({calls for own in cells.values() for calls in own})
@@ -116,11 +127,13 @@ def plot(found: dict[str, Cells], path: Path) -> None:
         ticks = sorted({calls for _, every in NAMED for calls in every if calls < EVERY_STEP})
         every_axes = figure.subplots(1, len(found), squeeze=False)[0]
         for axes, (name, cells) in zip(every_axes, found.items(), strict=True):
-            for number, (curve, own) in enumerate(each for each in cells.items() if each[0] != "ddpm"):
+            for number, (curve, own) in enumerate(each for each in cells.items() if each[0] not in ("ddpm", IMAGES)):
                 style = line_style(number, len(own)) | ({"linewidth": 3} if curve == "tuned" else {})
                 axes.plot(list(own), list(own.values()), label=curve, **style)
             for calls, last in cells.get("ddpm", {}).items():
                 axes.axhline(last, color="grey", linestyle=":", label=f"ddpm, {calls:,} calls")
+            for floor in cells.get(IMAGES, {}).values():
+                axes.axhline(floor, color="black", linewidth=1, label=IMAGES)
             guidance = GUIDANCE[name]
             title = name if guidance is None else f"{name}, guidance {guidance:g}"
             axes.set(title=title, xlabel="calls of the model", ylabel=f"Fréchet distance to {REFERENCES[name]}")
@@ -130,7 +143,7 @@ def plot(found: dict[str, Cells], path: Path) -> None:
             axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         handles = every_axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=len(handles[0]), fontsize="small")
+        figure.legend(*handles, loc="outside upper center", ncols=4, fontsize="small")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Draws samples of each class in few calls of the model, and above them 1,000 calls of DDPM, from the same noise.
+"""Draws samples of each class, a row for each sampler and number of calls of the model, from the same noise.
 
 python benchmarks/quality/calls_samples.py --out benchmarks/results/shapes.png
 python benchmarks/quality/calls_samples.py --model my-run --guidance 2 --rows ddpm:1000 unipc:6 --out classes.png
@@ -28,10 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help='"shapes" or a folder (default: shapes)')
     parser.add_argument("--guidance", type=float, default=2.5, help="(default: 2.5)")
-    parser.add_argument(
-        "--rows", nargs="+", default=["ddpm:1000", "tuned:10", "tuned:6", "tuned:4"], metavar="SAMPLER:CALLS"
-    )
-    parser.add_argument("--seed", type=int, default=2, help="(default: 2)")
+    rows = ["ddpm:1000", "unipc:100", "tuned:4", "unipc:4", "dpmpp_2m:4"]
+    parser.add_argument("--rows", nargs="+", default=rows, metavar="SAMPLER:CALLS")
+    parser.add_argument("--seed", type=int, default=5, help="(default: 5)")
     parser.add_argument("--out", default="build/shapes.png", help="the picture (default: build/shapes.png)")
     options = parser.parse_args()
     model = load_model(options.model)
