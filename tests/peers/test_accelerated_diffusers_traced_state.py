@@ -54,6 +54,10 @@ TURN = "a step is out of turn, or its options or settings are not those of the s
 # What changes the scheduler or the options, or returns other tensors and another timestep; and the reason.
 CHANGES = {
     "float64": (lambda scheduler, m, x, t, options: (m.double(), x.double(), t), "its samples are float64"),
+    "float16": (
+        lambda scheduler, m, x, t, options: (m.half(), x.half(), t),
+        "it computes in float16, and the steps before it did not",
+    ),
     "a gradient": (lambda scheduler, m, x, t, options: (m.requires_grad_(), x, t), "a gradient is asked for"),
     "first alone": (
         lambda scheduler, m, x, t, options: (m[:1], x[:1], t),
@@ -90,7 +94,9 @@ def test_lms_order_is_one_of_a_loops_options(at):
         run(accelerate(make("LMSDiscreteScheduler")), at, lambda *given: given[-1].update(order=2))
 
 
-@pytest.mark.parametrize("change", [change for change in CHANGES if change not in ("first alone", "an unknown option")])
+@pytest.mark.parametrize(
+    "change", [change for change in CHANGES if change not in ("first alone", "float16", "an unknown option")]
+)
 @pytest.mark.filterwarnings("ignore:step runs the own code")
 def test_a_change_in_the_middle_of_a_loop_without_history(change):
     """The step is diffusers' own; so are those after it, where the change stays."""

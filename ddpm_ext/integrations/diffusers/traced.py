@@ -43,7 +43,7 @@ from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.library_code import foreign_method
 from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, why_left_alone
 from ddpm_ext.integrations.shared import peer_class, peer_method
-from ddpm_ext.integrations.tensors import DTYPES, noise_arguments, version_of
+from ddpm_ext.integrations.tensors import DTYPES, dtype_name, noise_arguments, version_of
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import parts_of, step_name
 
@@ -118,6 +118,8 @@ class TracedScheduler(Forward):
             call = call_of(self, self._signature, args, kwargs)
             position = self._located(call)
             dtypes = position.rows.dtypes_of(call.m.dtype, call.x.dtype)
+            if any(each is not None and each.dtype != dtypes.computed for each in (*position.ring, position.last)):
+                raise Fallback(f"it computes in {dtype_name(dtypes.computed)}, and the steps before it did not")
         except Fallback as fallback:
             self._leave(fallback)
             raise
