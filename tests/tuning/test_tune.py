@@ -11,6 +11,7 @@ from support.choices import for_many
 from support.refused import refused
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable
+from ddpm_ext.ops.noise import STREAM_START
 from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS
 from ddpm_ext.tuning import Tuner, tune
 from ddpm_ext.tuning.errors import Errors, distance, typical
@@ -110,6 +111,28 @@ def test_the_report_is_of_samples_that_nothing_was_fitted_to(tuned):
         assert found.mean == pytest.approx(own.mean().item(), rel=1e-6)
         assert found.error == pytest.approx(own[:15].mean().item(), rel=1e-6), loop  # 90 % of 16
     assert any("eta" in each.options for each in tuned.report.names)
+
+
+def test_samples_are_the_rngs_and_each_has_one_purpose():
+    """Fitting, checking and holding out: three disjoint sets of sample ids, which begin at the rng's own first one."""
+    tuner = Tuner(GD, mixture(), SHAPE, seeds=40, rng=Philox(3, sample_ids=1000), progress=False)
+    report = tuner.tune(2).report
+    sets = [
+        {first + i for each in trajectories for first in [each.batch.rng.seed_and_ids()[1]] for i in range(SHAPE[0])}
+        for trajectories in (tuner._fitted, tuner._checked, tuner._held_out)
+    ]
+    assert list(map(len, sets)) == [48, 32, 48] == [report.seeds, 32, report.held_out]
+    assert len(set.union(*sets)) == 128 and min(set.union(*sets)) == 1000
+    for each in tuner._fitted:
+        seed, first = each.batch.rng.seed_and_ids()
+        drawn = GD.ops.randn(SHAPE, Philox(3, sample_ids=first).of(STREAM_START, 0), device="cpu")
+        assert seed == 3 and torch.equal(each.batch.noise, drawn)
+
+
+def test_the_notes_name_the_nearest(tuned):
+    named, *others = sorted(tuned.report.names, key=lambda each: each.error)
+    assert tuned.table.notes["best name"].startswith(f"{named}: ") and others
+    assert tuned.report.best is named
 
 
 def test_a_few_samples_elsewhere_change_the_error_little():
