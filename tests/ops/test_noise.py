@@ -173,6 +173,35 @@ def test_draw_may_be_a_tensor(draw, device):
                 assert torch.equal(found, wanted)
 
 
+LAYOUTS = {
+    "every second": lambda each: each.repeat_interleave(2)[::2],
+    "a column": lambda each: torch.stack([each + 1, each, each - 1], 1)[:, 1],
+    "one for all": lambda each: each[:1].expand(len(each)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=[*LAYOUTS])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_ids_and_timesteps_of_any_strides(backend, layout, device):
+    """Each sample has the noise of its own id and the row of its own timestep, as when it is alone."""
+    gd = GaussianDiffusion(20, backend=backend)
+    x = torch.linspace(-1, 1, 48, device=device).reshape(4, 12)
+    ids, t = (layout(torch.tensor(each, device=device)) for each in ([3, 2**40, 1, 8], [19, 0, 7, 7]))
+    assert not ids.is_contiguous() and not t.is_contiguous()
+
+    def everything(x, t, rng):
+        return [
+            gd.ops.randn(x.shape, rng, device=device),
+            gd.q_sample(x, t, rng=rng),
+            gd.p_sample(lambda x, t: x * 0.5, x, t, rng=rng),
+        ]
+
+    found = everything(x, t, Philox(3, ids))
+    for i in range(4):
+        alone = everything(x[i : i + 1], t[i].item(), Philox(3, ids[i].item()))
+        assert all(torch.equal(each[i], one[0]) for each, one in zip(found, alone, strict=True))
+
+
 def test_randn_with_an_rng_leaves_torchs_generators_alone(device):
     generators = [torch.random.default_generator]
     if device.type == "cuda":
