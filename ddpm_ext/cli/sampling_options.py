@@ -37,7 +37,7 @@ def add_class(group: Any, default: str) -> None:
 
 
 def add_null_class(group: Any) -> None:
-    null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
+    null = "class for samples without a class, which guidance needs (default: that of a model trained here)"
     group.add_argument("--null-class", type=arguments.whole_number(0), metavar="N", help=null)
 
 

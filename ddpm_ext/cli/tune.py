@@ -33,9 +33,7 @@ _EXAMPLES = """examples:
 
 
 def add_parser(commands: Subparsers) -> None:
-    description = (
-        "Fits step tables to a model: their few steps end near to where many steps would. The model is only called."
-    )
+    description = "Fits step tables to a model: a few steps end near where many would. Only forward calls are needed."
     parser = add_command(commands, "tune", description, epilog=_EXAMPLES)
     counts = "steps of the tables, in each of which the model is called once"
     output = compare.add_options(parser, "steps", counts, seeds="samples to fit to; as many again are held out")

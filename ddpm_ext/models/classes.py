@@ -21,7 +21,7 @@ class Classes:
     """The classes that a model knows, by number.
 
     names: of the classes 0, 1, and so on.
-    null: the class that stands for none in particular, which classifier-free guidance needs; None if there is none.
+    null: the class for samples without a class, which classifier-free guidance needs; None if there is none.
 
     Examples:
         >>> from ddpm_ext.models import Classes

@@ -319,7 +319,7 @@ def tune(
 
     Timesteps are searched, and at each of them the row's numbers are a least-squares problem against the trajectories
     of a deterministic sampler in 100 steps, from the same noise; then all numbers and timesteps are fitted together.
-    The model is only called: no gradient is needed. The named samplers and the fitted table are then compared on other
+    Only forward calls of the model are needed. The named samplers and the fitted table are then compared on other
     samples, by the mean of the nearest 90 %.
 
     Args:
