@@ -109,6 +109,28 @@ def test_a_timestep_with_a_dimension(name, launches):
     assert launches
 
 
+@pytest.mark.parametrize("name", [name for name in TRACED if name not in VECTORS and "CogVideoX" not in name])
+@pytest.mark.parametrize("casts", ["none", "back to float32"])
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_samples_of_float32_and_outputs_of_16_bits(name, casts, launches):
+    """As under autocast. Some schedulers return 16 bits, and have them as samples from the second step on."""
+    results = []
+    for scheduler in (make(name), accelerate(make(name))):
+        generator, x = torch.Generator().manual_seed(0), torch.ones(shape_of(scheduler))
+        options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        dtypes = []
+        for t in set_timesteps(scheduler, 6):
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            m = (scaled / 4).clamp(-1, 1).half()
+            x = step_of(scheduler)(m, t, x, return_dict=False, **options)[0]
+            dtypes.append(x.dtype)
+            x = x if casts == "none" else x.float()
+        results.append((dtypes, x.float()))
+    (theirs, expected), (ours, samples) = results
+    assert ours == theirs and launches
+    torch.testing.assert_close(samples, expected, rtol=0, atol=0.01 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
 @pytest.mark.filterwarnings("ignore:step runs the own code")
 def test_a_timestep_gets_a_dimension_in_mid_loop(name):

@@ -43,7 +43,7 @@ from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.library_code import foreign_method
 from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, why_left_alone
 from ddpm_ext.integrations.shared import peer_class, peer_method
-from ddpm_ext.integrations.tensors import DTYPES, dtype_name, noise_arguments, version_of
+from ddpm_ext.integrations.tensors import DTYPES, noise_arguments, version_of
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import parts_of, step_name
 
@@ -64,6 +64,7 @@ class Position(NamedTuple):
         ring: what the last three rows that kept a tensor kept, the newest first.
         last: the last step's result in a tensor that nobody else has, if the next row reads that.
         shape: that of the samples.
+        dtypes: of the last step's output, sample and result.
     """
 
     rows: LoopRows
@@ -73,6 +74,11 @@ class Position(NamedTuple):
     ring: tuple[Tensor, ...] = ()
     last: Tensor | None = None
     shape: torch.Size | None = None
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] | None = None
+
+    def has_dtypes_of(self, call: Call) -> bool:
+        """Whether the step has an output like the last one's, and a sample like its sample or like its result."""
+        return self.dtypes is None or (call.m.dtype == self.dtypes[0] and call.x.dtype in self.dtypes[1:])
 
     def is_over(self) -> bool:
         return self.at == len(self.rows.times)
@@ -118,8 +124,6 @@ class TracedScheduler(Forward):
             call = call_of(self, self._signature, args, kwargs)
             position = self._located(call)
             dtypes = position.rows.dtypes_of(call.m.dtype, call.x.dtype)
-            if any(each is not None and each.dtype != dtypes.computed for each in (*position.ring, position.last)):
-                raise Fallback(f"it computes in {dtype_name(dtypes.computed)}, and the steps before it did not")
         except Fallback as fallback:
             self._leave(fallback)
             raise
@@ -170,7 +174,9 @@ class TracedScheduler(Forward):
         history = [tensors[draw] for draw in trace.history_draws[i]] or ring
         prev, kept = rows.stepper.take(i, x, m, history, inputs)
         ring = ring if kept is None else (kept, *ring[:2])
-        after = position._replace(at=i + 1, ring=ring, last=copied if keeps_result else None, shape=x.shape)
+        last = copied if keeps_result else None
+        of_step = call.m.dtype, call.x.dtype, dtypes.prev
+        after = position._replace(at=i + 1, ring=ring, last=last, shape=x.shape, dtypes=of_step)
         model_input = None if copied is None or keeps_result else copied.to(dtypes.prev)
         x0 = None if x0 is None else x0.to(dtypes.second)
         return (prev.to(dtypes.prev), x0), after, model_input
@@ -259,6 +265,8 @@ class TracedScheduler(Forward):
             raise Fallback("the loop is over")
         elif position.shape not in (None, call.x.shape):
             raise Fallback("its samples have another shape than those of the step before")
+        elif not position.has_dtypes_of(call):
+            raise Fallback("its tensors have other dtypes than those of the step before")
         if position.is_over() or index != rows.key.first + position.at:
             raise Fallback(TURN)
         if position.is_proven() and not self._is_unchanged(position):  # else it is the step's own code that runs
