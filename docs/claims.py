@@ -299,6 +299,7 @@ def claims() -> list[Sentence | Table]:
             "calls of `ddpm` have # on digits, and # on shapes",
             [calls(model, "ddpm", "1,000") for model in ("digits", "shapes")],
         ),
+        Sentence("docs/tuning.md", "images have a distance of #.", [calls("digits", "as many images", "0")]),
         Sentence(
             "README.md",
             "has # in 4 calls, and `unipc` has # in 4 and # in 10",

@@ -11,6 +11,7 @@ are kept in a folder, and a later run draws only those that are missing.
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -53,11 +54,17 @@ REFERENCES = {"digits": "images", "shapes": "100 steps"}
 SEED = 11  # none that tables were tuned with
 
 
+@functools.cache
+def of_digits() -> tuple[Features, Any]:
+    """The features, and those of the training digits."""
+    features = Features()
+    return features, features(pixels(digits("train")[0]))
+
+
 def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor], float]:
     """The Fréchet distance of a model's samples to the reference. many_steps: draws samples of 100 steps."""
     if name == "digits":
-        features = Features()
-        real = features(pixels(digits("train")[0]))
+        features, real = of_digits()
         return lambda samples: frechet(features(pixels(samples)), real)
     network = train_classifier()
 
@@ -71,7 +78,7 @@ def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor
 
 def of_images(count: int) -> float:
     """The mean distance of so many training digits, drawn with replacement, to all: what a perfect model has."""
-    real = Features()(pixels(digits("train")[0]))
+    _, real = of_digits()
     draws = (np.random.default_rng(seed).integers(len(real), size=count) for seed in range(DRAWS))
     return sum(frechet(real[draw], real) for draw in draws) / DRAWS
 

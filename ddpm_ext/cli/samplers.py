@@ -43,9 +43,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _group_of(name: str) -> str:
     """By what the rows of a sampler with its own options are."""
-    table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
     if name in CFG_PP:
         return _GROUPS[4]
+    table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
     calls = int(((table.b != 0) | (table.c2 != 0)).sum())
     several = calls > len(_TIMESTEPS) + 1  # one that calls twice in its first step alone is none of these
     return _GROUPS[2 * bool((table.s != 0).any()) + several]
