@@ -1,6 +1,6 @@
-// Box-Muller: turns two words of 32 random bits into two standard normals. It uses integer operations and correctly
-// rounded + - x fma sqrt alone, so that every device gives the same bits. The result is within 2e-6 of the formula in
-// float64, absolute.
+// Box-Muller: turns two words of 32 random bits into two standard normals. It uses only integer operations and
+// correctly rounded + - x fma sqrt, so that every device gives the same bits. The result is within 2e-6 (absolute) of
+// the formula in float64.
 #pragma once
 
 #include "core/scalar.h"
@@ -12,18 +12,18 @@ template <class U>
 DDPM_HD auto radius(U w) {
   using F = decltype(unsigned_to_float(w));
   const F u = fma(unsigned_to_float(w), F(0x1p-32f), F(0x1p-33f));
-  // u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1)
+  // u = 2^e (1 + f), with f in [sqrt(1/2) - 1, sqrt(2) - 1)
   const U bits = float_to_bits(u), exponent = (bits - U(0x3f3504f3u)) & U(0xff800000u);  // 2^23 e
   const F f = bits_to_float(bits - exponent) + F(-1.0f);
-  // -2 ln(1 + f) = f q(f). q is minimax for the error of the square root, which is 3.1e-7.
+  // -2 ln(1 + f) = f q(f). q is the minimax polynomial for the error of the square root, which is 3.1e-7.
   const F q = polynomial(f, -0x1.eba97ap-3f, 0x1.82798ep-2f, -0x1.a48406p-2f, 0x1.fd9c34p-2f, -0x1.55182cp-1f,
                          0x1.000292p+0f, -0x1.00001cp+1f);
-  // Adding 2^-100 changes the sum only where u is 1, where it keeps the square root away from 0.
+  // Adding 2^-100 keeps the square root away from 0 where u is 1. For any other u it does not change the sum.
   return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
 
-// Computes cos and sin of 2 pi w / 2^32, but both with the wrong sign if half_turns(w) has bit 31 set. What is left of
-// the angle after the nearest half turn is in the low 31 bits of w, read as a signed number.
+// Computes cos and sin of 2 pi w / 2^32, up to sign: where half_turns(w) has bit 31 set, both have the wrong sign. The
+// angle relative to the nearest half turn is the low 31 bits of w, read as a signed number.
 template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
   const F x = signed_to_fraction(w << 1);  // quarter turns, in [-1, 1]
@@ -34,14 +34,14 @@ DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
   sine = s;
 }
 
-// Bit 31 of the result says whether the nearest half turn is an odd one.
+// Bit 31 of the result is set if the half turn nearest to the angle is an odd one.
 template <class U>
 DDPM_HD U half_turns(U w) {
   return w + U(0x40000000u);
 }
 
-// Computes the normals of two words. Of the four words of a Philox block, w0 and w1 give the first two normals, w2 and
-// w3 the other two.
+// Computes two normals from two words. Of the four words of a Philox block, w0 and w1 give the first two normals, w2
+// and w3 the other two.
 template <class U, class F>
 DDPM_HD void box_muller(U w0, U w1, F& z0, F& z1) {
   F c, s;

@@ -1,13 +1,14 @@
-// The negative log-probability of one element of an 8-bit image under a Gaussian: -ln of the Gaussian's integral over
-// the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13), and its slopes. These functions take single numbers,
-// not vectors, since about one sample in a thousand is at the last step.
+// The negative log-probability of one element of an 8-bit image under a Gaussian, and its derivatives. It is -ln of the
+// Gaussian's integral over the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13).
+//
+// These functions take scalars, not vectors: only samples at the last step need them, about one in a thousand.
 #pragma once
 
 #include "core/exponential.h"
 
 namespace ddpm_ext {
 
-// A negative log-probability and its slopes.
+// A negative log-probability and its derivatives by the mean and by the log-variance.
 struct Unlikeliness {
   float value, by_mean, by_log_variance;
 };
@@ -21,10 +22,10 @@ DDPM_HD float reciprocal(float x) {
 
 // Computes ln x for a normal x > 0.
 DDPM_HD float logarithm(float x) {
-  // x = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1)
+  // x = 2^e (1 + f), with f in [sqrt(1/2) - 1, sqrt(2) - 1)
   const uint32_t bits = float_to_bits(x), exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // 2^23 e
   const float f = bits_to_float(bits - exponent) - 1.0f;
-  // ln(1 + f) = f q. q is minimax for the relative error, which is 3e-8.
+  // ln(1 + f) = f q. q is the minimax polynomial for the relative error, which is 3e-8.
   const float q = polynomial(f, 0x1.65f094p-4f, -0x1.25059cp-3f, 0x1.317caep-3f, -0x1.535c2cp-3f, 0x1.98d3a0p-3f,
                              -0x1.0004a8p-2f, 0x1.5556f0p-2f, -0x1.fffffap-2f, 1.0f);
   return fma(signed_to_float(exponent), 0x1.62e430p-24f, f * q);
@@ -39,7 +40,7 @@ DDPM_HD float unlikeliness_of_rest(float q) {
 // Mills' ratio: the probability beyond x >= 0 standard deviations, divided by the density at x.
 DDPM_HD float mills_ratio(float x) {
   const float t = reciprocal(fma(x, 0x1.333334p-2f, 1.0f));
-  // p is minimax for the relative error, which is 2.3e-8.
+  // p is the minimax polynomial for the relative error, which is 2.3e-8.
   const float p =
       polynomial(t, -0x1.c32702p-6f, 0x1.9a3afap-4f, -0x1.4fed3cp-4f, -0x1.32d780p-4f, 0x1.b52f3ep-5f, 0x1.545a00p-5f,
                  0x1.36360ap-3f, 0x1.bed9b8p-3f, 0x1.179a7cp-2f, 0x1.3332eep-2f, 0x1.333334p-2f);
@@ -52,7 +53,7 @@ DDPM_HD float density(float x) { return exponential(-0.5f * x * x) * 0x1.988454p
 constexpr float kHalfBin = 0x1.010102p-8f;  // 1 / 255
 constexpr float kHalfLnTwoPi = 0x1.d67f1cp-1f;
 
-// Computes -ln of the probability beyond w standard deviations, and its slope by w.
+// Computes -ln of the probability beyond w standard deviations, and its derivative by w.
 DDPM_HD float tail_unlikeliness(float w, float& slope) {
   if (w < 0.0f) {
     const float peak = density(w), q = peak * mills_ratio(-w);
@@ -65,8 +66,8 @@ DDPM_HD float tail_unlikeliness(float w, float& slope) {
 }
 
 // Computes -ln of the probability of the bin whose middle is `distance` >= 0 away from the mean. In standard deviations
-// the bin reaches from u - h to u + h. by_u is the slope by u; u_by_u and h_by_h are the slopes by u and h times u and
-// h.
+// the bin reaches from u - h to u + h. by_u is the derivative by u, u_by_u is u times the derivative by u, and h_by_h
+// is h times the derivative by h.
 DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_variance, float& by_u, float& u_by_u,
                                float& h_by_h) {
   const float u = distance * inverse, h = kHalfBin * inverse;
@@ -98,7 +99,8 @@ DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_var
   return unlikeliness_of_rest(q);
 }
 
-// `difference` is x_start minus the Gaussian's mean. log_variance is clamped to [-60, 60].
+// Computes the negative log-probability of the bin of x_start. `difference` is x_start minus the Gaussian's mean.
+// log_variance is clamped to [-60, 60].
 DDPM_HD Unlikeliness unlikeliness(float x_start, float difference, float log_variance) {
   const float half = clamp(0.5f * log_variance, -30.0f, 30.0f), inverse = exponential(-half);
   if (x_start > 0.999f || x_start < -0.999f) {  // the first and the last bin reach to infinity

@@ -1,4 +1,4 @@
-// The exponential, from integer operations and correctly rounded + x fma alone, so that every device gives the same
+// The exponential. It uses only integer operations and correctly rounded + x fma, so that every device gives the same
 // bits.
 #pragma once
 
@@ -6,19 +6,20 @@
 
 namespace ddpm_ext {
 
-// Finds e^y = scale (1 + r + r^2 p) for y in [-87, 88] or NaN.
+// Finds scale, r and p such that e^y = scale (1 + r + r^2 p), for y in [-87, 88] or NaN.
 template <class F>
 DDPM_HD void exponential_parts(F y, F& scale, F& r, F& p) {
-  // y = n ln 2 + r. Adding 1.5 x 2^23 leaves the nearest integer in the low bits.
+  // y = n ln 2 + r. Adding 1.5 x 2^23 rounds to the nearest integer n and leaves it in the low bits.
   const F shifted = fma(y, F(0x1.715476p+0f), F(0x1.8p+23f)), n = shifted + F(-0x1.8p+23f);
   r = fma(n, F(0x1.bd0106p-13f), fma(n, F(-0x1.63p-1f), y));  // ln 2 = 0x1.63p-1 - 0x1.bd0106p-13
-  // p is minimax for the relative error, which is 3.1e-9.
+  // p is the minimax polynomial for the relative error, which is 3.1e-9.
   p = polynomial(r, 0x1.6a2434p-10f, 0x1.1239e2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f);
   using U = decltype(float_to_bits(y));
   scale = bits_to_float((float_to_bits(shifted) << 23) + U(0x3f800000u));
 }
 
-// Computes e^y within 1.3 x 2^-24, relative. y is clamped to [-87, 88], where float32 ends; NaN stays NaN.
+// Computes e^y with a relative error of at most 1.3 x 2^-24. y is clamped to [-87, 88], the range of float32; NaN stays
+// NaN.
 template <class F>
 DDPM_HD F exponential(F y) {
   F scale, r, p;
@@ -26,13 +27,13 @@ DDPM_HD F exponential(F y) {
   return fma(fma(p, r, F(1.0f)), r, F(1.0f)) * scale;
 }
 
-// Computes e^y - 1 - y without cancellation near 0, and e^y, for y in [-87, 88].
+// Computes e^y - 1 - y without cancellation near 0, and also e^y, for y in [-87, 88].
 template <class F>
 DDPM_HD F exponential_excess(F y, F& exponential) {
   F scale, r, p;
   exponential_parts(y, scale, r, p);
   exponential = fma(fma(p, r, F(1.0f)), r, F(1.0f)) * scale;
-  // Near 0 the scale is 1 and r is y, so that only the first term is left.
+  // Near 0 the scale is 1 and r is y, so that only the first term remains.
   return fma(scale, r * r * p, fma(scale, r, F(-1.0f) * y) + (scale + F(-1.0f)));
 }
 

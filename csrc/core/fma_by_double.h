@@ -1,19 +1,19 @@
 // fma of floats on machines without the instruction, by arithmetic in double.
 //
 // The product p = a b is exact in double: 24 + 24 bits fit into 53, and exponents of -298 to 256 into the range of
-// double. What is left is to round x = p + c to float once. Rounding it to the nearest double and then to the nearest
-// float rounds twice, and is wrong where the double lies halfway between two floats and x beside it. So x is rounded to
-// odd first (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
-// odd"): if no double equals x, to that one of its two neighbours whose last bit is 1.
+// double. So only x = p + c has to be rounded to float, once. Rounding x to the nearest double and then to the nearest
+// float rounds twice. That is wrong where the double lies halfway between two floats and x lies close to the double. So
+// x is rounded to odd first (Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms
+// using rounding to odd"): if x is not a double itself, it becomes the neighbouring double whose last bit is 1.
 //
-//   Proof. Let G be the floats, the points halfway between neighbouring floats, and 2^128 - 2^103, from which on
-//   numbers round to infinity. All of G are 0 or doubles whose last bit is 0, since they have at most 25 significant
-//   bits, and none is below 2^-150. If x is a double, nothing was rounded. Otherwise x lies between two neighbouring
-//   doubles. Both lie in the interval of G in which x lies, its ends included, and the odd one is not an end. So it
-//   lies between the same points of G as x, and rounds to the same float. Doubles of this size neither overflow nor
-//   underflow. QED
+//   Proof. Let G be the set of all floats, all points halfway between neighbouring floats, and 2^128 - 2^103, the bound
+//   from which numbers round to infinity. Each element of G is 0 or a double whose last bit is 0, since it has at most
+//   25 significant bits and none is below 2^-150. If x is a double, nothing was rounded. Otherwise x lies between two
+//   neighbouring doubles. Both lie in the interval of G that contains x, its ends included, and the odd double is not
+//   an end. So the odd double lies between the same two points of G as x, and rounds to the same float. Doubles of this
+//   size neither overflow nor underflow. QED
 //
-// The sum's error, e = x - (the nearest double to x), is a double and known exactly (Knuth's TwoSum).
+// The sum's error e, which is x minus the nearest double to x, is a double and is computed exactly (Knuth's TwoSum).
 #pragma once
 
 namespace ddpm_ext {

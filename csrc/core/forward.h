@@ -1,6 +1,8 @@
 // One element of the forward process, x_t = k0 x_start + k1 z. The predicted clean sample and the posterior mean are
-// affine in two tensors as well and use the same function. Where k1 is -k0, the difference is taken first: x0 from eps
-// at a timestep whose alphas_cumprod is nearly 0 is far smaller than either product, and than the products' rounding.
+// also affine in two tensors and use the same function.
+//
+// If k1 is -k0, the function subtracts first and then multiplies. This matters for x0 predicted from eps where
+// alphas_cumprod is nearly 0: the two products are far larger than x0, and so are their rounding errors.
 #pragma once
 
 #include "core/scalar.h"

@@ -1,5 +1,5 @@
 // One element of a training loss: the difference between the model's output and its target k0 x_start + k1 z, the loss
-// of that difference, and the slope of the loss.
+// of that difference, and the derivative ("slope") of the loss.
 #pragma once
 
 #include "core/discretized.h"
@@ -7,7 +7,7 @@
 
 namespace ddpm_ext {
 
-// A row as it lies in memory: float32 (rows, 4). The last column is unused.
+// A row of the loss table in memory: float32 (rows, 4). The last column is unused.
 struct alignas(16) LossRow {
   float k0, k1, weight;
   uint32_t unused;
@@ -15,20 +15,20 @@ struct alignas(16) LossRow {
 
 enum class Loss : int { mse, l1, huber };
 
-// Without x_start the target is k1 z.
+// The model's output minus its target. Without x_start the target is k1 z.
 template <class Row, class F>
 DDPM_HD F loss_difference(const Row& row, F m, bool has_x_start, F x_start, F z) {
   const F target = has_x_start ? affine({row.k0, row.k1}, x_start, z) : F(row.k1) * z;
   return fma(F(-1.0f), target, m);
 }
 
-// The loss of a difference d is s (d - c s). For mse, s = d and c = 0; for l1, s is the sign of d and c = 0; for huber,
-// s is d clamped to [-delta, delta] and c = 1/2. This returns s.
+// Returns the part s of the loss s (d - c s) of a difference d. For mse, s = d and c = 0; for l1, s is the sign of d
+// and c = 0; for huber, s is d clamped to [-delta, delta] and c = 1/2.
 template <class F>
 DDPM_HD F loss_part(Loss kind, float delta, F d) {
   if (kind == Loss::mse) return d;
   if (kind == Loss::huber) return clamp(d, F(-delta), F(delta));
-  return clamp(d * F(0x1p126f) * F(0x1p126f), F(-1.0f), F(1.0f));  // the sign, also of subnormal numbers
+  return clamp(d * F(0x1p126f) * F(0x1p126f), F(-1.0f), F(1.0f));  // the sign, of subnormal numbers too
 }
 
 template <class F>
@@ -44,24 +44,26 @@ DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
 
 // ------------------------------------------------------------------------------------- with the variational bound
 
-// A row as it lies in memory: float32 (rows, 8). The loss is `weight` times the loss above plus `vlb_weight` times a
-// term of the variational bound. The model's log-variance is l0 + l1 v, with v the model's own output. In a row with
-// decoder = 0 the term is the divergence of the posterior from the model, where l0 is relative to the posterior's
-// log-variance:
+// A row of the table for a loss with the variational bound: float32 (rows, 8). The loss is `weight` times the loss
+// above plus `vlb_weight` times a term of the variational bound. The model's log-variance is l0 + l1 v, where v is the
+// model's output for the variance.
+//
+// In a row with decoder = 0 the term is the KL divergence of the posterior from the model. There l0 is relative to the
+// posterior's log-variance:
 //   KL(posterior | model) = (e^g (1 + scale d^2) - 1 - g) / 2        g = -(l0 + l1 v)
-// In a decoder's row the term is -ln of the probability of x_start's 8-bit level (core/discretized.h), under a Gaussian
-// whose mean is x_start + scale d.
+// In a row with another `decoder` the term is -ln of the probability of x_start's 8-bit level (core/discretized.h),
+// under a Gaussian whose mean is x_start + scale d.
 struct alignas(16) VariationalRow {
   float k0, k1, weight, vlb_weight, l0, l1, scale, decoder;
 };
 
-// A loss and its slopes by the model's output and by v.
+// A loss and its derivatives by the model's output and by v.
 template <class F>
 struct LossParts {
   F value, slope, variance_slope;
 };
 
-// If the mean is detached, the bound adds nothing to the slope by the model's output.
+// Adds the bound to the loss. If the mean is detached, the bound adds nothing to the derivative by the model's output.
 template <class F>
 DDPM_HD LossParts<F> with_bound(const VariationalRow& row, Loss kind, float delta, bool detached, F d,
                                 const LossParts<F>& bound) {
@@ -90,9 +92,11 @@ DDPM_HD bool reads_x_start(const VariationalRow& row) { return row.k0 != 0.0f ||
 DDPM_HD float slope_factor(float share, Loss, const VariationalRow&) { return share; }
 
 // Every device adds up a sample's losses in the same order. A sample is cut into chunks of kLossChunk elements. In a
-// chunk, element j is added to lane j mod kLossLanes in float32, and the lanes are added by halves in float64. Then
-// chunk i is added to strand i mod kLossStrands, and the strands are added by halves. The losses of a batch are added
-// by strands as well. This is the factor of a sample's sum besides 1 / numel:
+// chunk, element j is added to lane j mod kLossLanes in float32. The lanes are then added by halves (lane l + lane l +
+// n/2, and so on) in float64. Chunk i is added to strand i mod kLossStrands, and the strands are added by halves. The
+// losses of a batch are added by strands as well.
+//
+// A sample's sum is multiplied by weight_of_sum and by 1 / numel.
 DDPM_HD float weight_of_sum(const LossRow& row) { return row.weight; }
 DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
 constexpr int kLossChunk = 512, kLossLanes = 64, kLossStrands = 128;

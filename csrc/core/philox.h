@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the noise contract's counter:
-// (block, draw, low half of the sample id, high half of the sample id with the stream in its upper 8 bits).
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the counter of the noise
+// contract. The counter's four words are the block, the draw, the low half of the sample id, and the high half of the
+// sample id with the stream in its upper 8 bits.
 #pragma once
 
 #include "core/scalar.h"
@@ -10,7 +11,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// The keys of all rounds. They are computed once for each launch and are constants to every element.
+// The keys of all rounds, computed once for each launch: they are the same for every element.
 struct PhiloxKeys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 };
@@ -28,15 +29,15 @@ struct SampleCounter {
   uint32_t draw, id_low, id_high;
 };
 
-constexpr uint64_t kIdMask = (uint64_t{1} << 56) - 1;  // so that no id can reach into another stream
+constexpr uint64_t kIdMask = (uint64_t{1} << 56) - 1;  // the upper 8 bits are for the stream
 
 DDPM_HD SampleCounter sample_counter(uint64_t id, uint32_t stream, uint32_t draw) {
   id &= kIdMask;
   return {draw, static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32) + (stream << 24)};
 }
 
-// The part of rounds 0 and 1 that does not depend on the block, half of each round's multiplications. It is computed
-// once for each sample.
+// The part of rounds 0 and 1 that does not depend on the block: one of the two multiplications of each round. It is
+// computed once for each sample.
 struct PhiloxSample {
   uint32_t c3_key, c0_high, c1_key, c3;
 };
@@ -47,8 +48,8 @@ DDPM_HD PhiloxSample philox_sample(const PhiloxKeys& keys, const SampleCounter& 
   return {counter.id_high ^ keys.k1[0], high(q0) ^ keys.k1[1], low(p1) ^ keys.k0[1], low(q0)};
 }
 
-// Computes the four words w[0..3] of the counter (block, draw, id_low, id_high) from p0, the product of block and
-// kPhiloxM0. A vector's words are joined in the last round, where that takes the fewest instructions.
+// Computes the four words w[0..3] of the counter (block, draw, id_low, id_high). p0 is the product of block and
+// kPhiloxM0. A vector's words are joined in the last round, where joining takes the fewest instructions.
 template <class Product, class U>
 DDPM_HD void philox_words(const PhiloxKeys& keys, const PhiloxSample& sample, Product p0, U (&w)[4]) {
   auto p1 = multiply_wide(high(p0) ^ sample.c3_key, kPhiloxM1);

@@ -1,5 +1,5 @@
-// Dynamic thresholding (Saharia et al. 2022, section 2.3): the quantile of a sample's magnitudes |x0|, and the factor
-// of x0 that follows from it. A magnitude stands for itself as the bits of its float32, which have the same order.
+// Dynamic thresholding (Saharia et al. 2022, section 2.3): the quantile of a sample's magnitudes |x0|, and the scale of
+// x0 that follows from it. A magnitude is represented by the bits of its float32: as integers they have the same order.
 #pragma once
 
 #include "core/scalar.h"
@@ -7,19 +7,20 @@
 namespace ddpm_ext {
 
 constexpr uint32_t kMagnitude = 0x7fffffff;          // all bits but the sign
-constexpr uint32_t kInfiniteMagnitude = 0x7f800000;  // NaN is above
+constexpr uint32_t kInfiniteMagnitude = 0x7f800000;  // the bits of a NaN are larger
 
-// The quantile lies between the magnitude that is `from_top`-th when the largest is first, and the next larger one.
+// The quantile is interpolated between two magnitudes: the `from_top`-th largest (1 is the largest), and the next
+// larger one.
 struct QuantileRank {
   int64_t from_top = 1;
-  float weight = 0;  // of the larger one
+  float weight = 0;  // of the larger magnitude
 
-  // For a quantile q in [0, 1] of n magnitudes: its position is q (n - 1) when the smallest has position 0.
+  // The rank of the quantile q in [0, 1] of n magnitudes. Its position is q (n - 1), where the smallest has position 0.
   static DDPM_HD QuantileRank of(double q, int64_t n) {
     const double position = q * static_cast<double>(n - 1), below = ::floor(position);
     return {n - static_cast<int64_t>(below), static_cast<float>(position - below)};
   }
-  // Whether the larger magnitude counts.
+  // Whether the larger magnitude has a weight.
   DDPM_HD bool between() const { return weight != 0.0f && from_top > 1; }
 };
 
@@ -29,7 +30,7 @@ DDPM_HD float interpolate(float below, float above, float weight) {
   return weight < 0.5f ? fma(weight, difference, below) : fma(weight - 1.0f, difference, above);
 }
 
-// 1 / bound, where the bound is the quantile, but at least 1 and at most `maximum`. NaN stays NaN.
+// Returns 1 / bound. The bound is the quantile, but at least 1 and at most `maximum`. NaN stays NaN.
 DDPM_HD float threshold_scale(uint32_t below, uint32_t above, float weight, float maximum) {
   return 1.0f / clamp(interpolate(bits_to_float(below), bits_to_float(above), weight), 1.0f, maximum);
 }

@@ -1,5 +1,5 @@
-// The arithmetic of one element, for g++ and nvcc alike. The templates in core/ are written once over the types below
-// and mean the same operations in the same order for each of them.
+// The arithmetic of one element, for g++ and nvcc alike. The templates in core/ are written once, for all types below,
+// and perform the same operations in the same order for each type.
 //
 // A vector type that stands in for float and uint32_t (cpu/simd/, cuda/pair.cuh) must provide, for its float type F
 // and its integer type U:
@@ -9,12 +9,12 @@
 //   bits_to_float, float_to_bits, signed_to_float, unsigned_to_float, flip_sign
 // The CPU's also provide, for the kernels (cpu/kernels/):
 //   F::kLanes                        the number of elements
-//   Words, Products                  Philox's words and their 64-bit products, in the order that suits the machine
+//   Words, Products                  Philox's words and their 64-bit products, in any order of lanes
 //   multiply_wide, high, low, xor3, Words ^ uint32_t, Products + uint64_t
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
-//   words_in_order(U)                the words of numbers, which join() leaves in their order
-//   join(Words), join_high(Products) the words, or the products' high words, as a U, whose xor3 is there, too
-//   transpose(F (&z)[4])             brings the elements of kLanes blocks, z[k] with element k of each, to memory order
+//   words_in_order(U)                U as Words, such that join() returns the same U
+//   join(Words), join_high(Products) the words, or the products' high words, as a U; xor3 takes a U, too
+//   transpose(F (&z)[4])             brings the elements of kLanes blocks to memory order; z[k] has each block's k-th
 //   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even
 #pragma once
 
@@ -30,7 +30,7 @@
 #define DDPM_UNROLL
 #endif
 
-#ifdef DDPM_WITHOUT_FMA  // the instruction set has none, and the C library's takes hundreds of cycles
+#ifdef DDPM_WITHOUT_FMA  // no such instruction, and the C library's fma takes hundreds of cycles
 #include "core/fma_by_double.h"
 #endif
 
@@ -73,7 +73,7 @@ DDPM_HD float clamp(float x, float lo, float hi) {
   return x > hi ? hi : x;
 }
 
-// Computes a polynomial from its coefficients, that of the highest power first.
+// Evaluates a polynomial. The coefficient of the highest power comes first.
 template <class F, class... Floats>
 DDPM_HD F polynomial(F x, float highest, Floats... others) {
   F sum = F(highest);
@@ -81,7 +81,7 @@ DDPM_HD F polynomial(F x, float highest, Floats... others) {
   return sum;
 }
 
-// Multiplies 32 by 32 bits to 64. The vector types, too, hold such a product in one lane of 64 bits.
+// Multiplies 32 by 32 bits to 64. Vector types hold this product in one lane of 64 bits, too.
 DDPM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 DDPM_HD uint32_t high(uint64_t p) { return static_cast<uint32_t>(p >> 32); }
 DDPM_HD uint32_t low(uint64_t p) { return static_cast<uint32_t>(p); }

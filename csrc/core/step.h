@@ -1,5 +1,5 @@
-// A row of a step table, and one element of the reverse step: x0 and then the next sample. The equation stands in the
-// docstring of ddpm_ext's StepTable; names here are its letters.
+// A row of a step table, and one element of the reverse step: first x0, then the next sample. The docstring of
+// ddpm_ext's StepTable has the equation; names here are its letters.
 #pragma once
 
 #include "core/forward.h"
@@ -12,7 +12,7 @@ namespace ddpm_ext {
 #define DDPM_ROW_BITS(name) uint32_t name;
 #define DDPM_QUOTED(name) #name,
 
-// A row as it lies in memory: float32 (rows, kRowWidth). The plain step reads its first seven numbers.
+// A row in memory: float32 (rows, kRowWidth). The plain step reads its first seven numbers.
 struct alignas(16) StepRow {
   DDPM_STEP_ROW(DDPM_ROW_NUMBER, DDPM_ROW_BITS)
   float unused[2];
@@ -36,8 +36,8 @@ DDPM_HD F predict_x_start(const StepRow& row, F x, F m, float clip_min, float cl
   return clamp(unclipped_x_start(row.a, row.b, x, m), F(clip_min), F(clip_max));
 }
 
-// The step without its noise. Only samplers that keep the model's own eps have a c2 other than 0. For the others m must
-// not be read a second time: 0 times an infinite m would be NaN, although the clip has made x0 finite.
+// The step without its noise. c2 is other than 0 only for samplers that use the model's output directly, besides x0.
+// For a c2 of 0 the product c2 m is skipped: if m is infinite, the clip has made x0 finite, but 0 times m would be NaN.
 template <class F>
 DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max) {
   F rest = F(row.c1) * x;

@@ -1,10 +1,10 @@
-// The arguments of the step with options, as enums made of the list in core/step_inputs.def.
+// The arguments of the step with options, as enums generated from the list in core/step_inputs.def.
 #pragma once
 
 #include "core/scalar.h"
 #include "core/step_inputs.def"
 
-// The entries of the list that are of one kind, or of a few.
+// Each macro expands X for the entries of one kind.
 #define DDPM_NONE(...)
 #define DDPM_LIKE_X(X) DDPM_STEP_INPUTS(X, DDPM_NONE, DDPM_NONE, DDPM_NONE, DDPM_NONE)
 #define DDPM_OF_MODEL(X) DDPM_STEP_INPUTS(DDPM_NONE, X, DDPM_NONE, DDPM_NONE, DDPM_NONE)
@@ -12,7 +12,7 @@
 #define DDPM_FLAGS(X) DDPM_STEP_INPUTS(DDPM_NONE, DDPM_NONE, DDPM_NONE, X, DDPM_NONE)
 #define DDPM_RESULTS(X) DDPM_STEP_INPUTS(DDPM_NONE, DDPM_NONE, DDPM_NONE, DDPM_NONE, X)
 
-// What to do with an entry.
+// What X may be.
 #define DDPM_NAME(name, ...) name,
 #define DDPM_QUOTED_NAME(name, ...) #name,
 #define DDPM_BOOL(name, value) bool name = k##value;
@@ -21,12 +21,11 @@ namespace ddpm_ext {
 
 constexpr bool kTrue = true, kFalse = false;  // the defaults of flags, as a schema writes them
 
-// The tensors that a step reads. Those with the dtype of x_t come first, then those with the dtype of the model's
-// output.
+// The tensors that a step reads: first those with the dtype of x_t, then those with the dtype of the model's output.
 enum class Role : int { x_t, noise, DDPM_LIKE_X(DDPM_NAME) model_output, DDPM_OF_MODEL(DDPM_NAME) count };
-// The tensors that it writes. `out` is the next sample.
+// The tensors that a step writes. `out` is the next sample.
 enum class Result : int { out, DDPM_RESULTS(DDPM_NAME) count };
-// The numbers that each sample has.
+// The per-sample factors.
 enum class Factor : int { DDPM_PER_SAMPLE(DDPM_NAME) count };
 
 constexpr const char* kRoleNames[] = {"x_t", "noise", DDPM_LIKE_X(DDPM_QUOTED_NAME) "model_output",
@@ -37,11 +36,12 @@ constexpr const char* kFactorNames[] = {DDPM_PER_SAMPLE(DDPM_QUOTED_NAME)};
 constexpr int kRoles = static_cast<int>(Role::count);
 constexpr int kResults = static_cast<int>(Result::count);
 constexpr int kFactors = static_cast<int>(Factor::count);
-constexpr int kLikeX = static_cast<int>(Role::model_output);  // how many of the roles have the dtype of x_t
+constexpr int kLikeX = static_cast<int>(Role::model_output);  // the number of roles with the dtype of x_t
 
 DDPM_HD constexpr bool of_model(Role role) { return role >= Role::model_output; }
 
-// Where the standard deviation comes from: from the row alone, or from model_variance as a logarithm or as it is.
+// Where the standard deviation comes from: only from the row, or from model_variance as a logarithm's v or as the
+// variance itself.
 enum class Variance : int { of_row, log, direct };
 
 // The values, besides the row, that all elements of a sample share.

@@ -1,13 +1,13 @@
-// One element of the step with options: the reverse step (core/step.h) with guidance, a variance of the model's own, a
-// classifier's gradient, up to three tensors that earlier steps kept, and a known part of the sample.
+// One element of the step with options: the reverse step (core/step.h) with guidance, a learned variance, a
+// classifier's gradient, up to three history tensors, and inpainting.
 //
-// The equation stands in the docstring of ddpm_ext's StepTable, with the same letters: u is `uncond_output`, g is
+// The docstring of ddpm_ext's StepTable has the equation. The letters here are the same: u is `uncond_output`, g is
 // `gradient`, v is `model_variance` and H1 is `history1`. The step also takes these arguments (core/step_inputs.def):
 // - `output_scale` multiplies the guided output m.
-// - `x_start` is used in place of a x + b m, and `x_start_scale` multiplies either before the clip.
+// - `x_start` replaces a x + b m. `x_start_scale` multiplies whichever of the two is used, before the clip.
 // - `known` and `mask`: prev becomes mask (signal_after known + noise_after z) + (1 - mask) prev.
 // - `model_input` becomes c_in prev.
-// The term of a tensor that the call does not have is left out.
+// A term is left out if the call does not have its tensor.
 #pragma once
 
 #include "core/exponential.h"
@@ -17,36 +17,36 @@
 
 namespace ddpm_ext {
 
-// Whether a step of this row needs noise that the kernel draws.
+// Whether a step with this row needs noise drawn by the kernel.
 DDPM_HD bool draws_noise(const StepRow& row, bool masked) {
   return row.s != 0.0f || (masked && row.noise_after != 0.0f);
 }
 
-// The standard deviation divided by the row's s. The clamp keeps zero away from sqrt, which does not take it.
+// The standard deviation divided by the row's s. The clamp keeps v positive: sqrt does not accept zero.
 template <class F>
 DDPM_HD F learned_deviation(const StepRow& row, Variance variance, F v) {
   if (variance == Variance::log) return exponential(fma(F(row.l1), v, F(row.l0)));
   return sqrt(clamp(v, F(0x1p-100f), F(0x1p100f)));
 }
 
-// Adds a term to each sum. A factor of 0 leaves the values out, since 0 times infinity would be NaN.
+// Adds factor * values[i] to each sum. A factor of 0 skips the product, since 0 times infinity would be NaN.
 template <int N, class F>
 DDPM_HD void add_values(float factor, const F (&values)[N], F (&sums)[N]) {
   if (factor == 0.0f) return;
   DDPM_UNROLL for (int i = 0; i < N; ++i) sums[i] = fma(F(factor), values[i], sums[i]);
 }
 
-// The same with the values of a tensor, if the call has it.
+// Does the same with a tensor's values, if the call has the tensor.
 template <Role kRole, int N, class F, class Io>
 DDPM_HD void add_tensor(float factor, const Io& io, F (&sums)[N]) {
   if (!io.has(kRole) || factor == 0.0f) return;
   DDPM_UNROLL for (int i = 0; i < N; ++i) sums[i] = fma(F(factor), io.template load<kRole>(i), sums[i]);
 }
 
-// Takes the step for N neighbouring elements at once, so that each question about the call is answered once for all of
-// them. Io reads and writes memory: has(role) and has(result) say whether the call has a tensor, load<role>(i) reads
-// element i, and store<result>(i, value) writes it. Tensors that the call does not have are neither read nor written.
-// z holds the elements' noise if `drawn`.
+// Takes the step for N neighbouring elements at once, so that each condition on the call is evaluated once for all of
+// them. Io accesses memory: has(role) and has(result) say whether the call has a tensor, load<role>(i) reads element i,
+// and store<result>(i, value) writes it. Tensors that the call does not have are neither read nor written. If `drawn`,
+// z holds the elements' noise.
 template <int N, class F, class Io>
 DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, bool drawn, F (&z)[N]) {
   const bool noisy = drawn || io.has(Role::noise);
@@ -94,7 +94,7 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
   if (io.has(Role::noise)) {
     DDPM_EACH z[i] = io.template load<Role::noise>(i);
   }
-  // As in the plain step, given noise is added in every row, also where s is 0.
+  // As in the plain step, noise from the caller is added in every row, even where s is 0.
   if (io.has(Role::noise) || (drawn && row.s != 0.0f)) {
     DDPM_EACH prev[i] = fma(deviation[i] * F(row.s), z[i], prev[i]);
   }
@@ -107,13 +107,13 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
     }
   }
 
-  // Stores come last, so that a result may overwrite the tensors that it is computed from.
+  // Stores come last, so that a result may overwrite a tensor that it is computed from.
   if (io.has(Result::x0_out)) {
     DDPM_EACH io.template store<Result::x0_out>(i, x0[i]);
   }
   if (io.has(Result::history_out)) {
     F kept[N];
-    // -0 is the sum of nothing: adding a number to it gives that number, also 0 and -0.
+    // -0 is the neutral element: adding a number to it gives that number, for 0 and -0 too.
     DDPM_EACH kept[i] = row.k1 != 0.0f ? F(row.k1) * x[i] : F(-0.0f);
     add_values(row.k2, m, kept);
     add_values(row.k0, x0, kept);
