@@ -1,4 +1,4 @@
-// The data of one call of an operator, as a kernel on either device receives it. Nothing here depends on torch.
+// The data of one operator call, as a kernel on either device receives it. Nothing in this file depends on torch.
 #pragma once
 
 #include <stdint.h>
@@ -14,11 +14,10 @@ namespace ddpm_ext {
 enum class DType : int { float32, float16, bfloat16 };
 enum class Noise : int { none, given, drawn };
 
-constexpr int kMaxDims = 8;  // of a sample, after neighbouring dimensions have been merged
+constexpr int kMaxDims = 8;  // of a sample, after merging neighbouring dimensions
 
-// A tensor of shape (batch, sizes...). Strides count elements. The sizes are those of a sample's dimensions in the
-// order in which a kernel goes over them (Order in ops/fill_call.h). `data` is null if the call does not have the
-// tensor.
+// A tensor of shape (batch, sizes...). Strides count elements. The sizes are a sample's dimensions in the order in
+// which a kernel iterates over them (Order in ops/fill_call.h). `data` is null if the call does not have the tensor.
 struct TensorArg {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -26,13 +25,13 @@ struct TensorArg {
   int64_t strides[kMaxDims] = {};
 };
 
-// The part that the calls of all operators have in common.
+// The fields that the calls of all operators share.
 struct Call {
   int64_t batch = 0;
   int64_t numel = 0;  // of one sample
   int dims = 0;
-  int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};  // 1 where there is no dimension: a GPU may divide by it
-  bool contiguous = false;                             // whether every tensor has a sample in one piece, in that order
+  int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};  // 1 beyond `dims`: a GPU may divide by it
+  bool contiguous = false;                             // whether samples are contiguous in every tensor, in this order
 
   // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
   const void* table = nullptr;
@@ -42,7 +41,7 @@ struct Call {
   int64_t t_index = 0;
   float clip_min = 0, clip_max = 0;
 
-  // The noise. If seed_data or sample_ids is null, seed or first_id is used in its place.
+  // The noise. seed_data and sample_ids, unless null, replace seed and first_id.
   Noise noise_kind = Noise::none;
   const int64_t* seed_data = nullptr;
   uint64_t seed = 0;
@@ -50,21 +49,21 @@ struct Call {
   int64_t ids_stride = 0;
   int64_t first_id = 0;
   uint32_t stream = 0;
-  int64_t draw = 0;                    // negative: the draw of the sample's row
-  const int64_t* draw_data = nullptr;  // unless null, its low 32 bits are used in place of both
-  // Noise is drawn in the order of logical indices. If that is (channels, pixels), but the sizes are (pixels,
-  // channels), which the devices' launches make of a call, this is the number of channels; that of the pixels is a
+  int64_t draw = 0;                    // negative: use the draw of the sample's row
+  const int64_t* draw_data = nullptr;  // unless null, its low 32 bits replace `draw`
+  // Noise is drawn in the order of logical indices. If that is (channels, pixels), a launch on either device may change
+  // the sizes to (pixels, channels). Then channels_last is the number of channels, and the number of pixels is a
   // multiple of four.
   int64_t channels_last = 0;
 };
 
-// A call of an affine operator (rows are AffineRow; its second tensor is `noise`) or of randn (no rows). An affine
-// operator on a CPU writes the noise that it draws to `noise`, unless its data is null.
+// A call of an affine operator or of randn. An affine operator's rows are AffineRow and its second tensor is `noise`;
+// randn has no rows. On the CPU an affine operator writes the noise that it draws to `noise`, unless its data is null.
 struct ElementwiseCall : Call {
   TensorArg x, model_output, noise, out;
 };
 
-// The row of all samples of a step by value, where the host knows it: a GPU then waits for no load of it.
+// The one row of all samples of a step, by value, if the host knows it. Then a GPU need not wait to load it.
 struct HostRow {
   bool has_row = false;
   StepRow row;
@@ -73,7 +72,7 @@ struct HostRow {
 // A call of the reverse step. Rows are StepRow.
 struct ReverseStepCall : ElementwiseCall, HostRow {};
 
-// A float32 factor for each sample. It is 1 for all samples if data is null.
+// A float32 factor for each sample. If data is null, the factor is 1 for all samples.
 struct PerSample {
   const float* data = nullptr;
   int64_t stride = 0;
@@ -92,14 +91,14 @@ struct StepCall : Call, HostRow {
   TensorArg& operator[](Result result) { return results[static_cast<int>(result)]; }
 };
 
-// A call of a training loss. Rows are LossRow, or VariationalRow with the variational bound.
+// A call of a training loss. Rows are LossRow, or VariationalRow for a loss with the variational bound.
 struct LossCall : Call {
   TensorArg model_output, variance, x_start, noise;
   TensorArg slope, variance_slope;  // float32, written unless data is null
   Loss kind = Loss::mse;
   float delta = 1;
   bool variational = false, detached = false;
-  float slope_share = 0;     // the factor of a slope, besides its row's weight
+  float slope_share = 0;     // the factor of a slope, besides the row's weight
   double per_element = 0;    // 1 / numel
   double* chunks = nullptr;  // (batch, loss_chunks(numel)): scratch for the chunks' sums
   float* loss = nullptr;     // (batch,), written
@@ -107,14 +106,14 @@ struct LossCall : Call {
   double total_factor = 1;
 };
 
-// A call of x_start_scale. Rows are StepRow; without a table the magnitudes are those of x.
+// A call of x_start_scale. Rows are StepRow. Without a table, the magnitudes are those of x.
 struct XStartScaleCall : Call {
   TensorArg x, model_output, uncond_output;
   PerSample output_scale;
   QuantileRank rank;
   float maximum = 0;
   float* scale = nullptr;    // (batch,), written
-  float* scratch = nullptr;  // as much as the device asks for
+  float* scratch = nullptr;  // its size depends on the device
 };
 
 // A call of output_scale.
@@ -122,11 +121,11 @@ struct OutputScaleCall : Call {
   TensorArg model_output, uncond_output;
   float guidance = 1;  // the scale of classifier-free guidance
   double rescale = 0;
-  ChunkMoments* chunks = nullptr;  // (batch, loss_chunks(numel), 2): scratch, of the model's output and the guided one
+  ChunkMoments* chunks = nullptr;  // scratch (batch, loss_chunks(numel), 2): model's output, guided output
   float* scale = nullptr;          // (batch,), written
 };
 
-// How many chunks a sample of the loss has.
+// The number of chunks of a sample.
 DDPM_HD constexpr int64_t loss_chunks(int64_t numel) { return (numel + kLossChunk - 1) / kLossChunk; }
 
 }  // namespace ddpm_ext

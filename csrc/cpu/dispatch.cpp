@@ -1,4 +1,4 @@
-// Chooses the instruction set once in a process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
+// Chooses the instruction set once per process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
 #include <c10/util/Exception.h>
 #include <stdlib.h>
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -14,7 +14,7 @@ namespace ddpm_ext::cpu {
 namespace {
 
 std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> found;
+  std::vector<const Kernels*> tables;
 #if defined(__x86_64__) && defined(__GNUC__)
   unsigned a, b, c = 0, d;
   const bool f16c =
@@ -22,22 +22,22 @@ std::vector<const Kernels*> available() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
-    found.push_back(&avx512::kernels);
-  if (has_avx2) found.push_back(&avx2::kernels);
-  found.push_back(&sse2::kernels);
+    tables.push_back(&avx512::kernels);
+  if (has_avx2) tables.push_back(&avx2::kernels);
+  tables.push_back(&sse2::kernels);
 #elif defined(__aarch64__)
-  found.push_back(&neon::kernels);
+  tables.push_back(&neon::kernels);
 #endif
-  found.push_back(&portable::kernels);
-  return found;
+  tables.push_back(&portable::kernels);
+  return tables;
 }
 
 const Kernels& choose() {
-  const auto found = available();
+  const auto tables = available();
   const char* forced = getenv("DDPM_EXT_CPU");
-  if (forced == nullptr || *forced == '\0') return *found.front();
+  if (forced == nullptr || *forced == '\0') return *tables.front();
   std::string names;
-  for (const Kernels* k : found) {
+  for (const Kernels* k : tables) {
     if (std::string(k->name) == forced) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }

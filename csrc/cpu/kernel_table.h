@@ -1,5 +1,5 @@
-// The table of the CPU kernels of one instruction set, and the arguments of a kernel. A kernel processes a run:
-// elements of one sample, contiguous in memory, whose number is a multiple of kRunMultiple.
+// The table of one instruction set's CPU kernels, and the kernels' arguments. A kernel processes a run: elements of one
+// sample that are contiguous in memory. Their number is a multiple of kRunMultiple.
 #pragma once
 
 #include "call.h"
@@ -18,38 +18,39 @@ struct BFloat16 {
 };
 
 constexpr int64_t kRunMultiple = 64;
-constexpr int64_t kMostInGroup = 960;                  // elements (kernels/noise_by_pixels.h), of 15 vectors of AVX-512
-constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;  // of them for one pixel of four, and what is read behind them
+constexpr int64_t kMostInGroup = 960;  // elements of a group (kernels/noise_by_pixels.h): 15 AVX-512 vectors of blocks
+constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;  // a group's k-th pixels of fours, and padding that is read
 
-// What the runs of all kernels that may draw noise have.
+// The fields that the runs of all noise-drawing kernels share.
 struct NoisyRun {
   int64_t count;
   const void* row;
   const PhiloxKeys* keys;
   PhiloxSample counter;
-  uint32_t block;  // Philox's block of the first element
+  uint32_t block;  // the Philox block of the first element
 };
 
 constexpr size_t kPage = 4096;
 
-// A thread's memory for the noise of runs in the order (pixels, channels). Copies go from page to page: one across the
-// border of two takes so long that a run of many is up to a tenth slower.
+// A thread's buffers for noise in the order (pixels, channels): see kernels/noise_by_pixels.h. Each buffer fits into
+// one page, because a copy that crosses a page boundary is slow: a run of many such copies takes up to a tenth longer.
 struct PixelsMemory {
-  alignas(kPage) float drawn[4 * kMostDrawn];            // of a group, by pixels of four
-  alignas(kPage) float ordered[kMostInGroup + 16];       // of a group, and what is copied behind the last stretch
-  alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // of the first vector, and what is added to them
-  int64_t channels = 0, fours_in_sample = 0;             // those that the products are for
+  alignas(kPage) float drawn[4 * kMostDrawn];       // a group as drawn: all first pixels of fours, all second ones, ...
+  alignas(kPage) float ordered[kMostInGroup + 16];  // a group in memory order, and padding for the last copy
+  alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // products of the first vector, then increments
+  int64_t channels = 0, fours_in_sample = 0;             // the run layout that `products` is for
   static_assert(sizeof(drawn) <= kPage && sizeof(ordered) <= kPage);
 };
 
-// A run whose order is that of logical indices, or (pixels, channels). Then it has whole groups.
+// A run whose elements are in logical order, or in the order (pixels, channels). In the latter case it has whole
+// groups.
 struct PixelsRun : NoisyRun {
   int64_t channels;         // 1 for logical order
-  int64_t fours_in_sample;  // of the pixels of a channel
+  int64_t fours_in_sample;  // a channel's pixels / 4
   PixelsMemory* memory;
 };
 
-// Its row is StepRow or AffineRow.
+// A run of the reverse step, of an affine operator or of randn. Its row is StepRow, AffineRow or null.
 struct Run : PixelsRun {
   void *x, *model_output, *noise, *out;
   float clip_min, clip_max;
@@ -64,26 +65,26 @@ struct StepRun : PixelsRun {
   StepSample sample;
 };
 
-// A run of the loss begins at the first element of a chunk. Its row is LossRow or VariationalRow.
+// A run of the loss. It begins at the first element of a chunk. Its row is LossRow or VariationalRow.
 struct LossRun : NoisyRun {
   void *model_output, *variance, *x_start, *noise, *slope, *variance_slope;  // null: the call does not have it
   int64_t valid;  // only the first `valid` of `count` elements belong to the sample
   Loss kind;
   bool detached;
   float delta, slope_share;
-  double *sample_chunks, *chunks;  // the sums of the sample's chunks, and the first of the run's
+  double *sample_chunks, *chunks;  // the chunks' sums: of the sample's first chunk, of the run's first chunk
 };
 
-// The magnitudes of the predicted clean sample, or without a row of x.
+// A run that computes the magnitudes of the predicted clean sample or, if row is null, of x.
 struct MagnitudesRun {
   void *x, *model_output, *uncond_output;  // null: the call does not have it
   int64_t count;
   const StepRow* row;
   float output_scale;
-  float *sample_magnitudes, *magnitudes;  // where those of the sample begin, and those of the run
+  float *sample_magnitudes, *magnitudes;  // the first magnitude of the sample, and of the run
 };
 
-// Magnitudes come in tiles of kGroup rows. A group is one column of a tile.
+// Magnitudes are grouped in tiles of kGroup rows and kTileColumns columns. A group is one column of a tile.
 constexpr int64_t kGroup = 16, kTileColumns = 64, kTile = kGroup * kTileColumns;
 
 // Two magnitudes between which a quantile lies.
@@ -91,36 +92,36 @@ struct Neighbours {
   uint32_t below, above;
 };
 
-// The moments of a run's chunks. A run begins at the first element of a chunk.
+// A run that computes the moments of its chunks. It begins at the first element of a chunk.
 struct MomentsRun {
   void *model_output, *uncond_output;
   int64_t count, valid;  // only the first `valid` of `count` elements belong to the sample
   float guidance;
-  ChunkMoments *sample_chunks, *chunks;  // two for each chunk: of the model's output and of the guided one
+  ChunkMoments *sample_chunks, *chunks;  // two for each chunk: of the model's output and of the guided output
 };
 
 using LossRunKernel = void (*)(const LossRun&);
 
 struct Kernels {
   const char* name;
-  // By Noise, by the dtype of x and out, and by the dtype of the second tensor, which is the model's output or, for
-  // affine, the noise. Null where no operator takes that pair.
+  // Indices: Noise, the dtype of x and out, the dtype of the second tensor. The second tensor is the model's output or,
+  // for affine, the noise. Null where no operator takes that pair of dtypes.
   RunKernel reverse_step[3][3][3];
   RunKernel affine[3][3][3];
-  RunKernel randn[3];  // by the dtype of out
-  // By whether noise is drawn, then by the dtypes as for reverse_step.
+  RunKernel randn[3];  // index: the dtype of out
+  // Indices: whether noise is drawn, then the dtypes as for reverse_step.
   void (*step_with_options[2][3][3])(const StepRun&);
-  // By Noise (none if the noise has no weight), by the dtype of x_start and noise, by the dtype of the model's output.
+  // Indices: Noise (none if the noise has no weight), the dtype of x_start and noise, the dtype of the model's output.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
-  // By the dtype of x, by the dtype of the model's output.
+  // Indices: the dtype of x, the dtype of the model's output.
   void (*magnitudes[3][3])(const MagnitudesRun&);
-  // Writes the greatest magnitude of each group of `count` ones, whole tiles.
+  // Writes the greatest magnitude of each group. The `count` magnitudes fill whole tiles.
   void (*group_maxima)(const float* magnitudes, int64_t count, int32_t* maxima);
-  // Finds the from_top-th largest of `count` magnitudes, whole tiles, and the next larger one. `scratch` has a quarter
-  // of their number.
+  // Finds the from_top-th largest magnitude and the next larger one. The `count` magnitudes fill whole tiles. `scratch`
+  // has count / 4 elements.
   Neighbours (*select)(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top,
                        int32_t* scratch);
-  void (*moments[3])(const MomentsRun&);  // by the dtype of the model's output
+  void (*moments[3])(const MomentsRun&);  // index: the dtype of the model's output
 };
 
 #define DDPM_DECLARE_KERNELS(isa) \

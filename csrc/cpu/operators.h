@@ -14,7 +14,7 @@ void x_start_scale(const XStartScaleCall& call);
 int64_t x_start_scale_scratch(int64_t batch, int64_t numel);  // floats
 void randn(const ElementwiseCall& call);
 
-const Kernels& kernels();       // those of the instruction set in use
-const char* instruction_set();  // as in DDPM_EXT_CPU
+const Kernels& kernels();       // of the instruction set in use
+const char* instruction_set();  // its name, as in DDPM_EXT_CPU
 
 }  // namespace ddpm_ext::cpu

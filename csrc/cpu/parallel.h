@@ -1,10 +1,10 @@
-// Spreads a loop over the threads of torch's own operators.
+// Spreads a loop over the threads that torch's own operators use.
 //
-// at::parallel_for does that too where torch has a thread pool of its own. Torch's wheels have OpenMP instead, and then
-// its template is a serial loop unless the compiler brings OpenMP along: clang's calls another library than the one
-// that torch has loaded on Linux, and Apple's has none. But both libraries, GNU's and LLVM's, have the function by
-// which g++ begins a parallel region. Here it is called by its name, so that every compiler uses the threads that are
-// there.
+// at::parallel_for does the same where torch has its own thread pool. But torch's wheels use OpenMP. There
+// at::parallel_for is a template that becomes a serial loop unless it is compiled with OpenMP. On Linux, clang's OpenMP
+// calls a different library than the one that torch has loaded; Apple's clang has no OpenMP. Both libraries, GNU's and
+// LLVM's, have the function GOMP_parallel, by which g++ starts a parallel region. This file calls it by name, so that
+// every compiler uses the threads of the library already loaded.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
-// Weak, so that the module loads where torch came with neither library.
+// Weak symbols, so that the module loads even if torch has neither library.
 extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*region)(void*), void* data, unsigned threads, unsigned flags);
 __attribute__((weak)) int omp_get_num_threads();
@@ -23,8 +23,8 @@ __attribute__((weak)) int omp_get_thread_num();
 
 namespace ddpm_ext::cpu {
 
-// Calls f(begin, end) for equal parts of [0, count): as many as there are threads, but no more than one for each
-// `grain`. f must not throw.
+// Calls f(begin, end) for equal parts of [0, count). There are as many parts as threads, but at most one for each
+// `grain` indices. f must not throw.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
@@ -43,10 +43,10 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
     const int64_t parts = std::min<int64_t>(omp_get_num_threads(), (loop.count + loop.grain - 1) / loop.grain);
     const int64_t part = (loop.count + parts - 1) / parts, begin = omp_get_thread_num() * part;
     if (begin >= loop.count) return;
-    const at::internal::ThreadIdGuard number(omp_get_thread_num());  // what at::get_thread_num() returns in f
+    const at::internal::ThreadIdGuard number(omp_get_thread_num());  // so that f gets it from at::get_thread_num()
     loop.f(begin, std::min(loop.count, begin + part));
   };
-  GOMP_parallel(region, &loop, 0, 0);  // 0: as many threads as torch has set; another number would start the pool anew
+  GOMP_parallel(region, &loop, 0, 0);  // 0: torch's number of threads; another number would recreate the pool
 #else
   at::parallel_for(0, count, grain, f);
 #endif

@@ -1,6 +1,6 @@
-// Cuts a batch into runs for the kernels: spreads the samples over threads, finds each sample's row and Philox counter,
-// and copies the ends of samples and strided memory through a buffer, so that the kernels only see whole vectors in
-// the order of the call's sizes.
+// Cuts a batch into runs for the kernels: it spreads the samples over threads and finds each sample's row and Philox
+// counter. The ends of samples and strided memory are copied through a buffer, so that the kernels only see whole
+// vectors in the order of the call's sizes.
 #pragma once
 
 #include <algorithm>
@@ -17,11 +17,11 @@
 namespace ddpm_ext::cpu {
 
 constexpr int64_t kRow = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
-// A run through a buffer is one chunk at most, so a chunk that is not whole stands alone (kernels/spread.h).
+// A run through a buffer is at most one chunk, so an incomplete chunk is always a run of its own (kernels/spread.h).
 static_assert(kRow == kLossChunk);
-constexpr int64_t kBuffer = 32 * kRow;  // elements of all rows
+constexpr int64_t kBuffer = 32 * kRow;  // elements of all rows of a tile
 
-// A tensor of a call, and the field of a run that points into it.
+// A tensor of a call, the field of a run that points to the tensor's elements, and whether the kernel writes them.
 struct Part {
   const TensorArg* tensor;
   void** place;
@@ -62,7 +62,8 @@ inline std::array<Part, 2> parts_of(const OutputScaleCall& call, MomentsRun& run
   return {{{&call.model_output, &run.model_output, false}, {&call.uncond_output, &run.uncond_output, false}}};
 }
 
-// Sets the fields of a run, besides its tensors, that depend on its place: it has n elements from element j on.
+// Sets the fields of a run that depend on its position, besides its tensors. The run has n elements, from element j of
+// the sample on.
 template <class Run>
 void begin_run(Run& run, int64_t j, int64_t) {
   run.block = static_cast<uint32_t>(j / 4);
@@ -78,20 +79,22 @@ inline void begin_run(MomentsRun& run, int64_t j, int64_t n) {
   run.chunks = run.sample_chunks + 2 * (j / kLossChunk);
 }
 
-// A run that reads its tensors without a buffer has a multiple of this many elements.
+// A run that reads its tensors directly, without a buffer, has a multiple of this many elements.
 template <class Run>
 constexpr int64_t kMultiple =
     std::is_same_v<Run, LossRun> || std::is_same_v<Run, MomentsRun> ? kLossChunk : kRunMultiple;
 
-// How many rows of a sample, and how many columns of them, are copied through a buffer at once. A kernel runs over one
+// The rows of a sample, and the columns of these rows, that are copied through a buffer at once. A kernel processes one
 // row after the other.
 struct Tile {
   int64_t rows, columns;
 };
 
-// Where a sample is (channels, pixels), some of its tensors have their channels last. A tile with all channels has what
-// is near each other in both orders. Where it is (pixels, channels), the one row has whole pixels. In a sum, and in
-// other samples, the one row is a chunk.
+// Chooses the tile of a call:
+// - (channels, pixels) with some tensors channels_last: the tile has all channels, so that it covers neighbouring
+//   memory in both orders.
+// - (pixels, channels): the tile is one row of whole pixels.
+// - All other samples, and sums over (pixels, channels): the tile is one row, a chunk.
 template <class Run>
 Tile tile_of(const Call& call) {
   constexpr int64_t kUnit = kMultiple<Run>;
@@ -107,8 +110,9 @@ Tile tile_of(const Call& call) {
   return {rows, std::min(kRow, kBuffer / rows / kUnit * kUnit)};
 }
 
-// A thread's memory for as many buffers of a tile, `apart` bytes from each other. It stays for the thread's next call:
-// those of 16 channels are too large for a stack.
+// A thread's memory for `count` buffers, one for each tensor of a tile. `apart` is the distance between buffers in
+// bytes. The thread keeps the memory for its next call. It is not on the stack, where buffers for 16 channels would not
+// fit.
 struct Buffers {
   char* first;
   size_t apart;
@@ -123,7 +127,7 @@ inline Buffers buffers_of(Tile tile, size_t count) {
   return {memory.data()->bytes, lines * sizeof(Line)};
 }
 
-// The same call in the order (pixels, channels).
+// Returns the same call with its dimensions in the order (pixels, channels).
 template <class Run, class AnyCall>
 AnyCall by_pixels(AnyCall call) {
   call.channels_last = call.sizes[0];
@@ -139,7 +143,7 @@ AnyCall by_pixels(AnyCall call) {
   return call;
 }
 
-// Whether the memory of a sample is in the order of the call's sizes.
+// Whether a sample lies in memory in the order of the call's sizes.
 inline bool in_order(const Call& call, const TensorArg& tensor) {
   int64_t stride = 1;
   for (int d = call.dims - 1; d >= 0; stride *= call.sizes[d--])
@@ -147,21 +151,21 @@ inline bool in_order(const Call& call, const TensorArg& tensor) {
   return true;
 }
 
-// Runs a kernel over elements `first` to `last` of each row of sample b: directly where the tensors are contiguous, and
-// through a buffer for memory in another order and for the elements that do not fill a whole run.
+// Runs a kernel over elements `first` to `last` of each row of sample b. Contiguous tensors are passed directly. A
+// buffer is used for memory in another order, and for elements that do not fill a whole run.
 template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
                 Tile tile = {1, kRow}) {
   const auto parts = parts_of(call, run);
-  // Those that the call has.
+  // The parts whose tensor the call has.
   struct Present {
     const TensorArg* tensor;
     void** place;
     bool written, ordered;
     char *sample, *buffer;
-    int64_t size;  // of an element
-    char* row;     // of the tile, in the sample or in the buffer
-    int64_t apart;
+    int64_t size;        // of an element, in bytes
+    char* row;           // of the tile: in the sample or in the buffer
+    int64_t row_stride;  // in bytes
   } present[std::tuple_size_v<decltype(parts_of(call, run))>], *end = present;
   for (const Part& part : parts) {
     const TensorArg& tensor = *part.tensor;
@@ -187,62 +191,65 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
   for (int64_t j = direct; j < last; j += tile.columns) {
     const int64_t n = std::min(tile.columns, last - j), padded = (n + fill - 1) / fill * fill;
     const Stretch stretch = {tile.rows, j, n, padded};
-    const auto copied = [&](const Present* part) { return n < padded || !part->ordered; };
+    const auto is_copied = [&](const Present* part) { return n < padded || !part->ordered; };
     for (Present* part = present; part < end; ++part) {
-      if (copied(part)) {
+      if (is_copied(part)) {
         if (!part->written) copy_stretch<false>(call, *part->tensor, part->sample, stretch, part->buffer);
         part->row = part->buffer;
-        part->apart = padded * part->size;
+        part->row_stride = padded * part->size;
       } else {
         part->row = part->sample + j * part->size;
-        part->apart = in_row * part->size;
+        part->row_stride = in_row * part->size;
       }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
-      for (Present* part = present; part < end; part->row += part->apart, ++part) *part->place = part->row;
+      for (Present* part = present; part < end; part->row += part->row_stride, ++part) *part->place = part->row;
       run.count = padded;
       begin_run(run, r * in_row + j, n);
       kernel(run);
     }
     for (Present* part = present; part < end; ++part)
-      if (copied(part) && part->written) copy_stretch<true>(call, *part->tensor, part->sample, stretch, part->buffer);
+      if (is_copied(part) && part->written)
+        copy_stretch<true>(call, *part->tensor, part->sample, stretch, part->buffer);
   }
 }
 
-// The row of sample b. t has been checked; the clamp protects against another thread that writes to it meanwhile.
+// The table row of sample b. t was checked before; the clamp guards against another thread writing to t in the
+// meantime.
 inline int64_t timestep(const Call& call, int64_t b) {
   const int64_t t = call.t != nullptr ? call.t[b * call.t_stride] : call.t_index;
   return std::clamp<int64_t>(t, 0, call.rows - 1);
 }
 
 // Calls range(b, first, last) for elements `first` to `last` of each row of sample b, until all elements of all samples
-// have had their turn. Threads divide the whole batch as one sequence of tiles, so that one large sample is spread as
-// well as many small ones are.
+// are covered. Threads divide the whole batch as one sequence of tiles, so that one large sample is spread as well as
+// many small ones.
 template <class Range>
 void for_each_range(const Call& call, Tile tile, Range range) {
   const int64_t columns = call.numel / tile.rows, per_sample = (columns + tile.columns - 1) / tile.columns;
-  // Elements for which a thread is worth its start: some microseconds of work. On a busy machine it may start late.
+  // The fewest elements that are worth another thread: some microseconds of work. On a busy machine a thread may start
+  // late.
   const int64_t least = call.noise_kind == Noise::drawn ? 16384 : 32768;
   const int64_t grain = std::max<int64_t>(1, least / (std::min(tile.columns, columns) * tile.rows));
   parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end;) {
-      const int64_t b = chunk / per_sample, from = chunk % per_sample;
-      const int64_t to = std::min(per_sample, from + (end - chunk));
+    for (int64_t tile_index = begin; tile_index < end;) {
+      const int64_t b = tile_index / per_sample, from = tile_index % per_sample;
+      const int64_t to = std::min(per_sample, from + (end - tile_index));
       range(b, from * tile.columns, std::min(to * tile.columns, columns));
-      chunk += to - from;
+      tile_index += to - from;
     }
   });
 }
 
-// The draw to use for row t if the caller gave none.
+// The draw for row t if the caller gave none.
 template <class Row>
 uint32_t draw_of(const Row*, int64_t t) {
   return static_cast<uint32_t>(t);
 }
 inline uint32_t draw_of(const StepRow* row, int64_t) { return row->draw; }
 
-// Runs kernels over all samples of a call. has_weight(row) says whether noise that is drawn has a weight in a sample,
-// choose(noise) returns the kernel, and fill(run, b) sets the remaining fields of a sample's run.
+// Runs kernels over all samples of a call. has_weight(row) says whether drawn noise has a weight in a sample with this
+// row. choose(noise) returns the kernel. fill(run, b) sets the remaining fields of a run of sample b.
 template <class Row, class Run, class AnyCall, class HasWeight, class Choose, class Fill>
 void for_each_sample(const AnyCall& call, HasWeight has_weight, Choose choose, Fill fill) {
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;

@@ -1,4 +1,4 @@
-// The operators that compute a factor of each sample from the statistics of its elements.
+// The operators that compute a per-sample factor from the statistics of the sample's elements.
 #include "cpu/operators.h"
 
 #include <vector>
@@ -12,17 +12,19 @@ namespace {
 
 int64_t whole_tiles(int64_t numel) { return (numel + kTile - 1) / kTile * kTile; }
 
-// Magnitudes, the maxima of their groups, and a quarter of their number, of one sample.
+// The scratch of one sample, in floats: its magnitudes, the maxima of their groups, and the selection's scratch, a
+// quarter of the magnitudes' number.
 int64_t scratch_of_one(int64_t numel) {
   const int64_t tiles = whole_tiles(numel);
   return tiles + tiles / kGroup + tiles / 4;
 }
 
-// Large samples that are fewer than the threads are done one after the other, by all threads.
+// Whether all threads work on one sample after the other: if samples are large and there are fewer of them than
+// threads.
 bool one_by_one(int64_t batch, int64_t numel) { return batch < at::get_num_threads() && numel >= 4 * 8192; }
 
 // Writes elements `first` to `last` of a sample's magnitudes, and the maxima of their groups. `first` is a multiple of
-// a tile, and so is `last` or it is the sample's end.
+// kTile; `last` is one, too, or the end of the sample.
 void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int64_t last, float* magnitudes,
                      int32_t* maxima) {
   const auto kernel = kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];
@@ -30,7 +32,7 @@ void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int6
   if (call.table != nullptr) run.row = static_cast<const StepRow*>(call.table) + timestep(call, b);
   run.output_scale = call.output_scale.data == nullptr ? 1.0f : call.output_scale.data[b * call.output_scale.stride];
   run.sample_magnitudes = magnitudes;
-  constexpr int64_t kStretch = 4 * kTile;  // what a core's first cache holds until its maxima are found
+  constexpr int64_t kStretch = 4 * kTile;  // fits the L1 cache until its maxima are computed
   for (int64_t from = first; from < last; from += kStretch) {
     const int64_t to = std::min(last, from + kStretch), end = whole_tiles(to);
     run_sample(kernel, call, run, b, from, to);
@@ -41,9 +43,9 @@ void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int6
 
 void finish_sample(const XStartScaleCall& call, int64_t b, const float* magnitudes, const int32_t* maxima,
                    int32_t* scratch) {
-  Neighbours found = kernels().select(magnitudes, maxima, whole_tiles(call.numel), call.rank.from_top, scratch);
-  if (!call.rank.between()) found.above = found.below;
-  call.scale[b] = threshold_scale(found.below, found.above, call.rank.weight, call.maximum);
+  Neighbours neighbours = kernels().select(magnitudes, maxima, whole_tiles(call.numel), call.rank.from_top, scratch);
+  if (!call.rank.between()) neighbours.above = neighbours.below;
+  call.scale[b] = threshold_scale(neighbours.below, neighbours.above, call.rank.weight, call.maximum);
 }
 
 }  // namespace
@@ -54,10 +56,10 @@ int64_t x_start_scale_scratch(int64_t batch, int64_t numel) {
 
 void x_start_scale(const XStartScaleCall& call) {
   const int64_t tiles = whole_tiles(call.numel);
-  const auto in_scratch = [&](int64_t slot, auto take) {
+  const auto in_scratch = [&](int64_t slot, auto use) {
     float* magnitudes = call.scratch + slot * scratch_of_one(call.numel);
     int32_t* maxima = reinterpret_cast<int32_t*>(magnitudes + tiles);
-    take(magnitudes, maxima, maxima + tiles / kGroup);
+    use(magnitudes, maxima, maxima + tiles / kGroup);
   };
   if (call.batch > 1 && !one_by_one(call.batch, call.numel)) {
     const int64_t grain = std::max<int64_t>(1, 8192 / call.numel);
@@ -82,25 +84,26 @@ void x_start_scale(const XStartScaleCall& call) {
 
 namespace {
 
-// A number for the model's output, and one for the guided output.
-struct Both {
+// One number for the model's output and one for the guided output.
+struct OutputPair {
   double of_model = 0, of_guided = 0;
-  void operator+=(const Both& other) { of_model += other.of_model, of_guided += other.of_guided; }
+  void operator+=(const OutputPair& other) { of_model += other.of_model, of_guided += other.of_guided; }
 };
 
-// Combines the chunks of sample b.
+// Combines the chunks' moments of sample b into its scale.
 void finish_sample(const OutputScaleCall& call, int64_t b) {
   const int64_t chunks = loss_chunks(call.numel);
   const ChunkMoments* const moments = call.chunks + 2 * chunks * b;
-  const Both sums = sum_by_strands(chunks, [&](int64_t i) {
+  const OutputPair sums = sum_by_strands(chunks, [&](int64_t i) {
     const int64_t n = chunk_length(call.numel, i);
-    return Both{sum_term(moments[2 * i], n), sum_term(moments[2 * i + 1], n)};
+    return OutputPair{sum_term(moments[2 * i], n), sum_term(moments[2 * i + 1], n)};
   });
   const double length = static_cast<double>(call.numel);
-  const Both means = {sums.of_model / length, sums.of_guided / length};
-  const Both squares = sum_by_strands(chunks, [&](int64_t i) {
+  const OutputPair means = {sums.of_model / length, sums.of_guided / length};
+  const OutputPair squares = sum_by_strands(chunks, [&](int64_t i) {
     const int64_t n = chunk_length(call.numel, i);
-    return Both{squares_term(moments[2 * i], n, means.of_model), squares_term(moments[2 * i + 1], n, means.of_guided)};
+    return OutputPair{squares_term(moments[2 * i], n, means.of_model),
+                      squares_term(moments[2 * i + 1], n, means.of_guided)};
   });
   call.scale[b] = spread_scale(squares.of_model, squares.of_guided, call.rescale);
 }
@@ -117,7 +120,7 @@ void output_scale(const OutputScaleCall& call) {
     run.sample_chunks = call.chunks + 2 * loss_chunks(call.numel) * b;
     run_sample(kernel, call, run, b, first, last, tile);
     if (first > 0 || last < call.numel / tile.rows) return;
-    finish_sample(call, b);  // no other thread comes to this sample
+    finish_sample(call, b);  // this thread has the whole sample
     finished[b] = true;
   });
   for (int64_t b = 0; b < call.batch; ++b)

@@ -1,4 +1,4 @@
-// The sum of a sample's chunks.
+// Sums over a sample's chunks, or over a batch.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace ddpm_ext::cpu {
 
-// Adds up value(0) to value(count - 1) in the order of kLossStrands in core/loss.h. Strands that no value has come to
-// are zero, and are left out.
+// Adds up value(0) to value(count - 1) in the order of kLossStrands in core/loss.h. Strands without a value would be
+// zero and are skipped.
 template <class Value>
 auto sum_by_strands(int64_t count, Value value) {
   decltype(value(count)) strands[kLossStrands];

@@ -1,4 +1,4 @@
-// Copies between strided memory and a buffer, whose elements are in the order of the call's sizes.
+// Copies between strided memory and a buffer. The buffer's elements are in the order of the call's sizes.
 #pragma once
 
 #include <stdint.h>
@@ -12,37 +12,38 @@
 
 namespace ddpm_ext::cpu {
 
-// In bytes.
+// Returns the size of an element in bytes.
 inline int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// The distances in memory, in elements, between neighbouring rows of a matrix and between its columns.
-struct Apart {
+// The strides of a matrix, in elements: between neighbouring rows, and between neighbouring columns.
+struct Strides {
   int64_t rows, columns;
 };
 
-// Copies rows that have their elements side by side. Of short ones, some bytes more are copied at a time, which the
-// next row replaces: a call of memcpy for each would take longer.
+// Copies rows whose elements are contiguous. Short rows are copied with a fixed number of bytes, a few more than the
+// row has; the next row overwrites the excess. Calling memcpy for each row would take longer.
 template <class T>
 void copy_rows(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   if (in == columns && out == columns) columns *= rows, rows = 1;
-  const auto copy_most = [&](auto bytes) {
+  const auto copy_fixed = [&](auto bytes) {
     constexpr int64_t kBytes = decltype(bytes)::value;
     for (; rows > 1; --rows, from += in, to += out) memcpy(to, from, kBytes);
   };
-  // Of rows that overlap, as those of an expanded tensor, memory may end before what is copied at a time.
+  // Rows may overlap, as in an expanded tensor (in < columns). Then memory may end before the fixed number of bytes
+  // does.
   const int64_t size = columns * sizeof(T);
   if (out == columns && in >= columns && size > 4 && size <= 32) {
     if (size <= 8)
-      copy_most(std::integral_constant<int64_t, 8>());
+      copy_fixed(std::integral_constant<int64_t, 8>());
     else if (size <= 16)
-      copy_most(std::integral_constant<int64_t, 16>());
+      copy_fixed(std::integral_constant<int64_t, 16>());
     else
-      copy_most(std::integral_constant<int64_t, 32>());
+      copy_fixed(std::integral_constant<int64_t, 32>());
   }
   for (; rows > 0; --rows, from += in, to += out) std::copy(from, from + columns, to);
 }
 
-// The lower or the upper halves of two vectors, an element of each in turn.
+// Interleaves the lower or the upper halves of two vectors: an element of a, an element of b, and so on.
 template <bool kUpper, class Vector, size_t... i>
 DDPM_HD Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
   constexpr size_t n = sizeof...(i);
@@ -53,8 +54,9 @@ DDPM_HD Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
 #endif
 }
 
-// to[r * out + c] = from[c * in + r] for a square of n rows and columns. Where there are fewer, the first ones are
-// written or read, all of n elements, so that what lies behind the matrix is read or written, too.
+// to[r * out + c] = from[c * in + r] for a square of n rows and columns. If `rows` or `columns` is less than n, only
+// the first rows are written or the first columns are read. Each of them still has n elements, so this reads or writes
+// beyond the matrix.
 template <int64_t n, class T>
 DDPM_HD void transpose_square(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr auto lanes = std::make_index_sequence<n>();
@@ -71,22 +73,22 @@ DDPM_HD void transpose_square(const T* from, int64_t in, T* to, int64_t out, int
   for (int64_t r = 0; r < rows; ++r) memcpy(to + r * out, &v[r], sizeof(Vector));
 }
 
-// to[r * out + c] = from[c * in + r], by squares of n rows and columns.
+// to[r * out + c] = from[c * in + r], computed by squares of n rows and columns.
 template <int64_t n, class T>
 void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
-  constexpr int64_t kBlock = 16;  // so many rows and columns are done at a time: they share lines
+  constexpr int64_t kBlock = 16;  // rows and columns done together, because they share cache lines
   if (rows >= n && columns >= n) {
     for (int64_t first_row = 0; first_row < rows; first_row += kBlock)
       for (int64_t first_column = 0; first_column < columns; first_column += kBlock)
         for (int64_t i = first_row; i < std::min(rows, first_row + kBlock); i += n)
           for (int64_t k = first_column; k < std::min(columns, first_column + kBlock); k += n) {
-            const int64_t r = std::min(i, rows - n), c = std::min(k, columns - n);  // the last ones overlap others
+            const int64_t r = std::min(i, rows - n), c = std::min(k, columns - n);  // the last squares overlap others
             transpose_square<n>(from + c * in + r, in, to + r * out + c, out, n, n);
           }
     return;
   }
-  // Of pixels with fewer channels, squares go on into the next pixels: what they read of those is not used, and what
-  // they write is replaced by the next square. So they end before memory does.
+  // Where pixels have fewer than n channels, a square extends into the next pixels. What it reads there is not used,
+  // and what it writes there is overwritten by the next square. So the squares must end before the memory does.
   int64_t done_rows = 0, done_columns = 0;
   if (rows < n)
     for (; (done_columns + n - 1) * in + n <= (columns - 1) * in + rows; done_columns += n)
@@ -98,8 +100,8 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
     for (int64_t c = done_columns; c < columns; ++c) to[r * out + c] = from[c * in + r];
 }
 
-// By squares of 16 bytes a row, which every instruction set has vectors for, or of four elements where those are too
-// many.
+// Transposes by squares with rows of 16 bytes, for which every instruction set has vectors, or by squares of four
+// elements if the matrix is smaller.
 template <class T>
 void transpose(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr int64_t kSide = 16 / sizeof(T);
@@ -107,9 +109,9 @@ void transpose(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int6
   transpose_by<4>(from, in, to, out, rows, columns);
 }
 
-// Copies a matrix of elements of type T.
+// Copies a matrix.
 template <class T>
-void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_t columns) {
+void copy_matrix(const T* from, Strides in, T* to, Strides out, int64_t rows, int64_t columns) {
   if (in.rows == 1 && out.columns == 1) return transpose(from, in.columns, to, out.rows, rows, columns);
   if (in.columns == 1 && out.rows == 1) return transpose(from, in.rows, to, out.columns, columns, rows);
   if (in.columns == 1 && out.columns == 1) return copy_rows(from, in.rows, to, out.rows, rows, columns);
@@ -117,8 +119,8 @@ void copy_matrix(const T* from, Apart in, T* to, Apart out, int64_t rows, int64_
     for (int64_t c = 0; c < columns; ++c) to[r * out.rows + c * out.columns] = from[r * in.rows + c * in.columns];
 }
 
-// Calls copy(offset, rows, count) for pieces of n elements of a sample, from `start` on: `rows` rows that have `count`
-// elements each along the last dimension. The offset is that in the tensor.
+// Calls copy(offset, rows, count) for pieces of n elements of a sample, from element `start` on. A piece has `rows`
+// rows of `count` elements along the last dimension. `offset` is the piece's offset in the tensor's sample.
 template <class Copy>
 void for_each_piece(const Call& call, const TensorArg& tensor, int64_t start, int64_t n, Copy copy) {
   int64_t index[kMaxDims], offset = 0;
@@ -148,8 +150,8 @@ void for_each_piece(const Call& call, const TensorArg& tensor, int64_t start, in
   }
 }
 
-// Elements j to j + n of each of a sample's `rows` rows. In a buffer a row has room for `padded` elements. If there is
-// one row, it is the sample; else a row is an index of the first of two dimensions.
+// Elements j to j + n of each of a sample's `rows` rows. In a buffer a row takes up `padded` elements. If rows is 1,
+// the row is the whole sample; otherwise the rows are the first of the sample's two dimensions.
 struct Stretch {
   int64_t rows, j, n, padded;
 };
@@ -158,15 +160,15 @@ template <bool kStore, class T>
 void copy_elements(const Call& call, const TensorArg& tensor, T* sample, const Stretch& stretch, T* buffer) {
   const auto [rows, j, n, padded] = stretch;
   const int last = call.dims - 1;
-  const Apart apart = {last > 0 ? tensor.strides[last - 1] : 0, tensor.strides[last]};
+  const Strides strides = {last > 0 ? tensor.strides[last - 1] : 0, tensor.strides[last]};
   const auto copy = [&](T* in_sample, T* in_buffer, int64_t height, int64_t width, int64_t row) {
     if constexpr (kStore)
-      copy_matrix(in_buffer, {row, 1}, in_sample, apart, height, width);
+      copy_matrix(in_buffer, {row, 1}, in_sample, strides, height, width);
     else
-      copy_matrix(in_sample, apart, in_buffer, {row, 1}, height, width);
+      copy_matrix(in_sample, strides, in_buffer, {row, 1}, height, width);
   };
   if (rows > 1)
-    copy(sample + j * apart.columns, buffer, rows, n, padded);
+    copy(sample + j * strides.columns, buffer, rows, n, padded);
   else
     for_each_piece(call, tensor, j, n, [&, at = buffer](int64_t offset, int64_t height, int64_t width) mutable {
       copy(sample + offset, at, height, width, width);
@@ -176,7 +178,8 @@ void copy_elements(const Call& call, const TensorArg& tensor, T* sample, const S
     for (int64_t r = 0; r < rows; ++r) std::fill(buffer + r * padded + n, buffer + (r + 1) * padded, 0);
 }
 
-// Copies a stretch of a sample from the buffer, or into it, with zeros up to `padded` elements.
+// Copies a stretch of a sample from the buffer (kStore) or into it, filling each row with zeros up to `padded`
+// elements.
 template <bool kStore>
 void copy_stretch(const Call& call, const TensorArg& tensor, char* sample, const Stretch& stretch, char* buffer) {
   if (element_size(tensor.dtype) == 4)

@@ -1,6 +1,6 @@
 // The kernels in plain C++.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// Nothing but tests runs them where there is SSE2, and they took longer to compile than most files.
+// Only tests run these kernels on machines with SSE2, and they took longer to compile than most files.
 #pragma GCC optimize("O1", "no-schedule-insns")
 #endif
 

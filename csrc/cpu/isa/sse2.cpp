@@ -1,8 +1,8 @@
 // The kernels compiled for SSE2, which every x86-64 has.
 #if defined(__x86_64__) && defined(__GNUC__)
 #if !defined(__clang__)
-// Hardly any machine is left without AVX2, and with -O3 these kernels took longer to compile than any other file: every
-// fma has a branch to a call. With these passes alone, steps lose less than a tenth of their speed.
+// Few machines lack AVX2, and with -O3 these kernels took longer to compile than any other file, because every fma
+// contains a branch to a call. With only these passes, a step loses less than a tenth of its speed.
 #pragma GCC optimize("O1", "no-schedule-insns", "inline-small-functions", "tree-vectorize", "gcse", "caller-saves")
 #endif
 #define DDPM_WITHOUT_FMA

@@ -1,7 +1,7 @@
-// DDPM_BEGIN_TARGET("names") has all functions up to DDPM_END_TARGET compiled for an instruction set. Standard headers
-// must come before it: otherwise one of their inline functions would be compiled for this instruction set, and the
-// linker could give that copy to the other files, which then fail on machines without it. The functions of this project
-// are always inlined.
+// All functions between DDPM_BEGIN_TARGET("names") and DDPM_END_TARGET are compiled for an instruction set. Standard
+// headers must be included before. Otherwise one of their inline functions would be compiled for this instruction set,
+// and the linker could use that copy for the other files, which would then fail on machines without it. The functions
+// of this project are always inlined.
 #pragma once
 
 #include <math.h>

@@ -1,5 +1,5 @@
-// The kernels of one instruction set. A file in cpu/isa/ includes the vector type from cpu/simd/, which defines
-// DDPM_ISA as their namespace, and then this file.
+// The kernels of one instruction set. A file in cpu/isa/ first includes a vector type from cpu/simd/, which defines
+// DDPM_ISA as the kernels' namespace, and then this file.
 #pragma once
 
 #include "cpu/kernels/loss.h"
@@ -10,8 +10,8 @@
 
 namespace ddpm_ext::DDPM_ISA {
 
-// The kernels of a template by the dtype of x and then by that of the second tensor, which may be lower if x is
-// float32. What follows the template's name are its first arguments.
+// The instances of a kernel template, by the dtype of x and the dtype of the second tensor. The second dtype may be
+// lower if x is float32. The arguments after `kernel` are the template's first arguments.
 #define DDPM_BY_DTYPE(kernel, ...)                                                                                    \
   {                                                                                                                   \
       {kernel<__VA_ARGS__, float, float>, kernel<__VA_ARGS__, float, Float16>, kernel<__VA_ARGS__, float, BFloat16>}, \

@@ -7,7 +7,7 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// The decoder's term, lane by lane.
+// The decoder's term, computed lane by lane.
 DDPM_HD LossParts<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F32 x_start) {
   float ds[F32::kLanes], vs[F32::kLanes], xs[F32::kLanes], values[F32::kLanes], slopes[F32::kLanes];
   float variance_slopes[F32::kLanes];

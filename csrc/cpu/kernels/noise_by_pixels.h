@@ -1,11 +1,17 @@
-// Draws noise in the order (pixels, channels), where that of logical indices, which the noise follows, is
-// (channels, pixels).
+// Draws noise for samples that lie as (pixels, channels) in memory. The noise is defined by logical indices, whose
+// order is (channels, pixels).
 //
-// A block of Philox is the noise of one channel of four pixels. The lanes of vectors of blocks are all channels of one
-// four of pixels, then those of the next. So the vectors of normals of the fours' first pixels have all channels of one
-// such pixel, a stretch of memory, then those of the next, and so on for the second pixels. Where a vector has whole
-// stretches, it is put in order in registers. Otherwise the vectors up to one that ends with a stretch, a group, are
-// stored: where they belong if a stretch has whole vectors, else stretch after stretch is then copied to there.
+// A Philox block is the noise of one channel of four neighbouring pixels (a "four"). Blocks are drawn in the order
+// (fours, channels): the lanes of a vector of blocks are all channels of one four, then all channels of the next four.
+// Such a vector gives four vectors of normals, of which z[k] belongs to the k-th pixels of the fours. So z[k] has all
+// channels of one pixel, which are contiguous in memory (a "stretch"), then all channels of the k-th pixel of the next
+// four.
+//
+// How the normals get into memory order depends on the number of channels:
+// - Whole stretches fit into a vector: the lanes are permuted in registers.
+// - Otherwise the vectors are stored. The vectors up to the first one that ends at the end of a stretch are a group. If
+//   a stretch has whole vectors, each vector is stored at its final position. Otherwise the group is stored first, and
+//   then copied stretch by stretch to the final positions.
 #pragma once
 
 #include <numeric>
@@ -16,7 +22,7 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Puts vectors of whole stretches, z[k] with those of the k-th pixels, into the order of memory.
+// Permutes four vectors of whole stretches into memory order. Before, z[k] has the stretches of the k-th pixels.
 template <size_t kChannels, size_t... i>
 DDPM_HD void order_vectors(F32 (&z)[4], std::index_sequence<i...>) {
   constexpr size_t n = F32::kLanes, kHalf = n / 2;
@@ -24,8 +30,8 @@ DDPM_HD void order_vectors(F32 (&z)[4], std::index_sequence<i...>) {
   const auto upper = [](F32 a, F32 b) { return choose<(i < kHalf ? i + kHalf : i + n)...>(a, b); };
   const F32 halves[] = {lower(z[0], z[1]), lower(z[2], z[3]), upper(z[0], z[1]), upper(z[2], z[3])};
   for (int j = 0; j < 4; j += 2) {
-    const F32 a = halves[j], b = halves[j + 1];  // each with halves of two pixels
-    // The lane of a and b from which lane l comes, in the first or the second half of what they make.
+    const F32 a = halves[j], b = halves[j + 1];  // each has half of the fours of two pixels
+    // The lane of a and b that goes to lane l of the first or the second half of the result.
     constexpr auto lane = [](size_t l, size_t half) {
       const size_t pixel = l / kChannels % 4, four = l / (4 * kChannels) + half * n / (4 * kChannels);
       return pixel / 2 * n + pixel % 2 * kHalf + four * kChannels + l % kChannels;
@@ -35,15 +41,15 @@ DDPM_HD void order_vectors(F32 (&z)[4], std::index_sequence<i...>) {
   }
 }
 
-// Computes the products of the first vector's numbers of blocks with kPhiloxM0, and what is added to them from each
-// vector of a group to the next. They stay for the runs of this thread that follow.
+// Computes the products with kPhiloxM0 of the first vector's block numbers, and the increments of the products from
+// each vector of a group to the next. They stay in `memory` for this thread's later runs.
 __attribute__((noinline)) void number_blocks(PixelsMemory& memory, int64_t group, const PixelsRun& run) {
   constexpr int64_t n = F32::kLanes;
   memory.channels = run.channels, memory.fours_in_sample = run.fours_in_sample;
   for (int64_t first = 0; first <= group; first += n) {
     uint32_t numbers[n];
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t number = first + i;  // in the order (fours of pixels, channels)
+      const int64_t number = first + i;  // in the order (fours, channels)
       numbers[i] = static_cast<uint32_t>(number % run.channels * run.fours_in_sample + number / run.channels);
     }
     U32 blocks;
@@ -56,8 +62,8 @@ __attribute__((noinline)) void number_blocks(PixelsMemory& memory, int64_t group
   for (int64_t i = group + n; --i >= n;) memory.products[i] -= memory.products[i - n];
 }
 
-// Copies the stretches of a group of so many blocks. What is behind a stretch, up to kFloats, is overwritten by the
-// next one.
+// Copies the stretches of a group of `group` blocks into memory order, kFloats elements at a time. A copy may extend
+// beyond its stretch; the next copy overwrites the excess. With kLonger, a stretch takes several copies.
 template <int64_t kFloats, bool kLonger = false>
 DDPM_HD void copy_stretches(PixelsMemory& memory, int64_t group) {
   const int64_t channels = memory.channels;
@@ -69,7 +75,7 @@ DDPM_HD void copy_stretches(PixelsMemory& memory, int64_t group) {
         memcpy(into + i, from + k * kMostDrawn + i, kFloats * sizeof(float));
 }
 
-// Moves the noise of the k-th pixels of fours, of three channels, to the lanes of joined vectors where it belongs.
+// For three channels: rotates the lanes of the k-th pixels' noise to the lanes that they have in the joined vectors.
 template <size_t k, size_t... i>
 DDPM_HD F32 rotate_pixels(F32 w, std::index_sequence<i...>) {
   constexpr size_t n = F32::kLanes;
@@ -81,18 +87,19 @@ DDPM_HD F32 rotate_pixels(F32 w, std::index_sequence<i...>) {
   return choose<lane(i)...>(w, w);
 }
 
-// The v-th one of three vectors of the noise of as many pixels as a vector has lanes, of three channels.
+// For three channels: makes vector v of the three vectors of noise of F32::kLanes pixels, in memory order.
 template <size_t v, size_t... i>
 DDPM_HD F32 join_pixels(const F32 (&w)[4], std::index_sequence<i...>) {
   constexpr size_t n = F32::kLanes;
-  // The lane of w[0] and w[1], or of w[2] and w[3], from which an element comes. Eight lanes are rotated before.
+  // The lane of w[0] and w[1], or of w[2] and w[3], from which element e comes. With 8 lanes, rotate_pixels has moved
+  // it before.
   constexpr auto lane = [](size_t e) { return e / 3 % 2 * n + (n == 8 ? e % n : e / 12 * 3 + e % 3); };
   const F32 a = choose<lane(v * n + i)...>(w[0], w[1]), b = choose<lane(v * n + i)...>(w[2], w[3]);
   return choose<((v * n + i) / 6 % 2 * n + i)...>(a, b);
 }
 
-// Does the same as copies of stretches of three floats. Those are so many that they take twice the instructions with 16
-// lanes. With 8 they take as many, but a step is up to a twentieth longer.
+// Does the same as copy_stretches for three channels. With 16 lanes, that many short copies take twice the
+// instructions. With 8 lanes they take as many instructions, but a step takes up to a twentieth longer.
 template <size_t... i>
 DDPM_HD void join_stretches(PixelsMemory& memory, int64_t group, std::index_sequence<i...> lanes) {
   constexpr int64_t n = F32::kLanes;
@@ -110,8 +117,8 @@ DDPM_HD void join_stretches(PixelsMemory& memory, int64_t group, std::index_sequ
   }
 }
 
-// Puts a whole group into the order of memory. With an early return for three channels, g++ orders the code of AVX2 so
-// that forward_process takes a twentieth longer.
+// Copies a whole group into memory order. With an early return for three channels, g++ orders the AVX2 code such that
+// forward_process takes a twentieth longer.
 DDPM_HD void order_stretches(PixelsMemory& memory, int64_t group) {
   if (memory.channels == 3 && F32::kLanes >= 8) {
     if constexpr (F32::kLanes >= 8) join_stretches(memory, group, std::make_index_sequence<F32::kLanes>());
@@ -128,8 +135,8 @@ DDPM_HD void order_stretches(PixelsMemory& memory, int64_t group) {
   }
 }
 
-// Does the same as copy_stretches() for channels that the compiler knows, without a loop, and returns whether there are
-// so many.
+// Does the same as copy_stretches() for a number of channels known at compile time, without a loop. Returns whether
+// memory.channels is that number.
 template <int64_t kChannels, size_t... i>
 DDPM_HD bool copy_known(PixelsMemory& memory, std::index_sequence<i...>) {
   if (memory.channels != kChannels) return false;
@@ -142,15 +149,16 @@ DDPM_HD bool order_known(PixelsMemory& memory) {
   return copy_known<kChannels>(memory, std::make_index_sequence<4 * std::lcm(kChannels, F32::kLanes) / kChannels>());
 }
 
-// Since all kernels call this one, it can have code of its own for the numbers of channels that cost most.
+// Not inlined: all kernels share this function, so it can afford specialised code for the numbers of channels that cost
+// most.
 __attribute__((noinline)) void call_order_stretches(PixelsMemory& memory, int64_t group) {
-  const bool known =
+  const bool done =
       order_known<5>(memory) || order_known<6>(memory) || order_known<7>(memory) || order_known<12>(memory);
-  if (!known) order_stretches(memory, group);
+  if (!done) order_stretches(memory, group);
 }
 
-// The noise of a run, four vectors at a time, which is drawn some vectors before a kernel uses it. In logical order
-// there is one channel.
+// The noise of a run, four vectors at a time. It is drawn some vectors before the kernel uses it. In logical order
+// `channels` is 1.
 class NoiseByPixels {
  public:
   explicit NoiseByPixels(const PixelsRun& run)
@@ -160,29 +168,32 @@ class NoiseByPixels {
     products_ = load_products(memory_.products) + uint64_t{kPhiloxM0} * static_cast<uint32_t>(run.block / channels_);
   }
 
-  // The elements by which drawing is ahead of use.
+  // The number of elements by which drawing is ahead of use.
   DDPM_HD int64_t ahead() const { return in_registers() ? kFour : 4 * group_ + 2 * kFour; }
 
-  // The products with kPhiloxM0 of the numbers of the next vector's blocks.
+  // Returns the products of the next vector's block numbers with kPhiloxM0.
   DDPM_HD Products next() {
     const Products products = products_;
     products_ = products_ + load_products(step_);
     step_ += F32::kLanes;
-    step_ = step_ == end_ ? first_ : step_;  // a branch would keep apart what is drawn in parallel
+    step_ = step_ == end_ ? first_ : step_;  // no branch, which would stop instructions from overlapping
     return products;
   }
 
-  // Takes the normals of the next vector of blocks, z[k] with element k of each, and gets the noise that is used next.
-  // A group is put in order a vector after its last one was stored, and used a vector later: what is loaded while it is
-  // still being stored is waited for. At the end of a run, where nothing is drawn any more, z is stored in vain.
+  // Takes the normals of the next vector of blocks in z, where z[k] has element k of each block, and replaces them by
+  // the noise that the kernel uses next.
+  //
+  // A group is ordered one vector after its last vector was stored, and used another vector later, because loading
+  // memory that is still being stored has to wait. At the end of a run nothing is drawn any more, and z is stored
+  // without being used.
   DDPM_HD void exchange(F32 (&z)[4]) {
     if (in_registers()) return order(z, std::make_index_sequence<F32::kLanes>());
     F32 noise[4];
     for (int k = 0; k < 4; ++k) noise[k] = load(used_ + k * F32::kLanes);
     used_ += kFour;
     if (drawn_ == end_of_drawn_) {
-      // Around a call, g++ keeps values of every turn in memory. With the 32 registers of AVX-512 that costs less than
-      // this code in the loop.
+      // Around a call, g++ keeps the values of every iteration in memory. With the 32 registers of AVX-512 the call
+      // still costs less than having this code in the loop.
       if (has_whole_vectors())
         std::swap(drawn_group_, used_group_);
       else
@@ -190,7 +201,7 @@ class NoiseByPixels {
       drawn_ = drawn_group_, end_of_drawn_ = drawn_ + group_, used_ = used_group_;
     }
     for (int k = 0; k < 4; ++k) {
-      store(drawn_ + k * apart_, z[k]);
+      store(drawn_ + k * pixel_stride_, z[k]);
       z[k] = noise[k];
     }
     drawn_ += F32::kLanes;
@@ -202,7 +213,7 @@ class NoiseByPixels {
   static int64_t blocks_of_group(int64_t channels) { return std::lcm(channels, F32::kLanes); }
 
   DDPM_HD bool in_registers() const { return group_ == F32::kLanes; }
-  // Whether a stretch has whole vectors, which are stored where they belong.
+  // Whether a stretch consists of whole vectors, which are stored at their final positions.
   DDPM_HD bool has_whole_vectors() const { return group_ == channels_; }
 
   template <size_t... i>
@@ -216,15 +227,15 @@ class NoiseByPixels {
   }
 
   DDPM_HD static Products load_products(const uint64_t* from) {
-    return *reinterpret_cast<const Products*>(from);  // with memcpy, g++ takes a detour through the stack
+    return *reinterpret_cast<const Products*>(from);  // with memcpy, g++ copies through the stack
   }
 
   PixelsMemory& memory_;
   const int64_t channels_, group_;
-  const int64_t apart_ = has_whole_vectors() ? channels_ : kMostDrawn;  // the normals of two pixels of a block
+  const int64_t pixel_stride_ = has_whole_vectors() ? channels_ : kMostDrawn;  // between a block's pixels
   float *drawn_group_ = memory_.drawn, *used_group_ = memory_.ordered;
-  float *end_of_drawn_ = drawn_group_ + group_, *drawn_ = end_of_drawn_;  // where the next vector is stored
-  const float* used_ = used_group_;                                       // what is used next
+  float *end_of_drawn_ = drawn_group_ + group_, *drawn_ = end_of_drawn_;  // drawn_: where the next vector is stored
+  const float* used_ = used_group_;                                       // the noise to use next
   const uint64_t *const first_ = memory_.products + F32::kLanes, *const end_ = first_ + group_;
   const uint64_t* step_ = first_;
   Products products_;

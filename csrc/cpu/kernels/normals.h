@@ -1,4 +1,4 @@
-// The seam between kernels and noise on the CPU: the normals of a run, and the loop over its vectors. On a GPU this is
+// The interface between kernels and noise on the CPU: the normals of a run, and the loop over its vectors. The GPU's is
 // cuda/normals.cuh.
 #pragma once
 
@@ -7,9 +7,9 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Draws the normals of a vector of blocks, z[k] with element k of each, from the words that the call before drew, and
-// the next words. Both are long chains of dependent instructions, which run in parallel. next() returns the products of
-// the next blocks' numbers with kPhiloxM0.
+// Computes the normals of a vector of blocks from the words that the previous call drew, and then draws the next words.
+// z[k] has element k of each block. Both computations are long chains of dependent instructions; separated like this,
+// they run in parallel. next() returns the products of the next blocks' numbers with kPhiloxM0.
 template <class Next>
 DDPM_HD void draw(const PhiloxKeys& keys, const PhiloxSample& counter, Next next, U32 (&w)[4], F32 (&z)[4]) {
   box_muller(w[0], w[1], z[0], z[1]);
@@ -17,17 +17,18 @@ DDPM_HD void draw(const PhiloxKeys& keys, const PhiloxSample& counter, Next next
   philox_words(keys, counter, next(), w);
 }
 
-// Calls body(offset, z) for every four vectors of the run. z is their noise if it is drawn.
+// Calls body(offset, z) for every four vectors of the run. If noise is drawn, z is the vectors' noise.
 template <Noise kNoise, class Run, class Body>
 DDPM_HD void for_each_four(const Run& run, Body body) {
   constexpr int64_t kFour = 4 * F32::kLanes;
   static_assert(kRunMultiple % kFour == 0);
-  // Copies, since the compiler cannot know that the body's stores leave them as they are.
+  // Local copies, since the compiler cannot know that the body's stores do not change them.
   const PhiloxSample counter = run.counter;
   const PhiloxKeys keys = *run.keys;
   const int64_t count = run.count;
   if constexpr (kNoise == Noise::drawn && std::is_base_of_v<PixelsRun, Run>) {
-    // A large body is faster if it comes before the next draw, in logical order, too.
+    // A large body is faster if it comes before the next draw. So the step with options takes this path in logical
+    // order, too.
     if (std::is_same_v<Run, StepRun> || run.channels > 1) {
       NoiseByPixels noise(run);
       const auto next = [&]() __attribute__((always_inline)) { return noise.next(); };
@@ -36,7 +37,8 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
       F32 z[4] = {F32(0.0f), F32(0.0f), F32(0.0f), F32(0.0f)};
       philox_words(keys, counter, next(), w);
       for (int64_t i = -ahead; i < count; i += kFour) {
-        // Most turns need no condition. Within one, the compiler loads the same constants each time.
+        // Most iterations need no condition. With conditions in the loop, the compiler would load the same constants in
+        // each iteration.
         for (; i >= 0 && i < count - ahead; i += kFour) {
           body(i, z);
           draw(keys, counter, next, w, z);
@@ -50,7 +52,8 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
     }
   }
   if constexpr (kNoise == Noise::drawn) {
-    // As many blocks as a vector has lanes. Their products with kPhiloxM0 grow by the same number from one to the next.
+    // The products with kPhiloxM0 of as many blocks as a vector has lanes. From one vector to the next they grow by a
+    // constant.
     Products first = multiply_wide(block_words(run.block), kPhiloxM0);
     const auto next = [&]() __attribute__((always_inline)) {
       const Products products = first;

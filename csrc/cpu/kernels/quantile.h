@@ -1,4 +1,4 @@
-// The magnitudes of the predicted clean sample, and the selection of two of them. Magnitudes are compared as integers,
+// Computes the magnitudes of the predicted clean sample, and selects two of them. Magnitudes are compared as integers,
 // in plain loops that the compiler vectorises.
 #pragma once
 
@@ -24,12 +24,12 @@ void magnitudes(const MagnitudesRun& run) {
       [&](int64_t i) { return unclipped_x_start(a, b, load(x + i), guide(w, load(m + i), load(u + i)) * F32(scale)); });
 }
 
-// The bits of a magnitude, which as a signed number have the order of magnitudes.
+// The bits of a magnitude. As signed integers they have the order of the magnitudes.
 DDPM_HD int32_t order(int32_t bits) { return bits; }
 DDPM_HD int32_t order(float magnitude) { return static_cast<int32_t>(ddpm_ext::float_to_bits(magnitude)); }
 
 void group_maxima(const float* magnitudes, int64_t count, int32_t* maxima) {
-  constexpr int kColumns = 4 * F32::kLanes;  // at once, in registers
+  constexpr int kColumns = 4 * F32::kLanes;  // done at once, in registers
   static_assert(kTileColumns % kColumns == 0);
   for (int64_t tile = 0; tile < count; tile += kTile, maxima += kTileColumns) {
     for (int64_t first = 0; first < kTileColumns; first += kColumns) {
@@ -43,20 +43,22 @@ void group_maxima(const float* magnitudes, int64_t count, int32_t* maxima) {
   }
 }
 
+// The number of values that are at least `least`.
 template <class T>
 DDPM_HD int64_t count_from(const T* values, int64_t count, int32_t least) {
-  constexpr int64_t kPiece = 1 << 20;  // short enough for a vector's counts
-  int64_t found = 0;
+  constexpr int64_t kPiece = 1 << 20;  // short enough for 32-bit counts
+  int64_t total = 0;
   for (int64_t first = 0; first < count; first += kPiece) {
     const int length = static_cast<int>(count - first < kPiece ? count - first : kPiece);
-    int here = 0;
-    for (int i = 0; i < length; ++i) here += order(values[first + i]) >= least;
-    found += here;
+    int in_piece = 0;
+    for (int i = 0; i < length; ++i) in_piece += order(values[first + i]) >= least;
+    total += in_piece;
   }
-  return found;
+  return total;
 }
 
-// The smallest of the values that are at least `least`; there must be one. Those below it wrap around to large ones.
+// The smallest value that is at least `least`; there must be one. Smaller values wrap around to large unsigned
+// differences.
 template <class T>
 DDPM_HD int32_t smallest_from(const T* values, int64_t count, int32_t least) {
   uint32_t smallest = UINT32_MAX;
@@ -69,23 +71,24 @@ DDPM_HD int32_t smallest_from(const T* values, int64_t count, int32_t least) {
 
 template <class T>
 DDPM_HD int32_t largest(const T* values, int64_t count) {
-  int32_t found = 0;
-  for (int64_t i = 0; i < count; ++i) found = order(values[i]) > found ? order(values[i]) : found;
-  return found;
+  int32_t greatest = 0;
+  for (int64_t i = 0; i < count; ++i) greatest = order(values[i]) > greatest ? order(values[i]) : greatest;
+  return greatest;
 }
 
-// The from_top-th largest value: a bisection of its bits, which ends as soon as exactly so many values lie above.
+// The from_top-th largest value, by bisection of its bits. The bisection ends early if exactly from_top values are at
+// least the middle.
 template <class T>
 DDPM_HD int32_t select_one(const T* values, int64_t count, int64_t from_top) {
   int32_t low = smallest_from(values, count, 0), high = largest(values, count);
-  while (low < high) {  // at least from_top values are at least `low`, and fewer are above `high`
+  while (low < high) {  // invariant: at least from_top values are >= low, and fewer than from_top are > high
     const int32_t middle = low + (high - low) / 2 + 1;
-    const int64_t found = count_from(values, count, middle);
-    if (found >= from_top)
+    const int64_t at_least_middle = count_from(values, count, middle);
+    if (at_least_middle >= from_top)
       low = middle;
     else
       high = middle - 1;
-    if (found == from_top) break;
+    if (at_least_middle == from_top) break;
   }
   return smallest_from(values, count, low);
 }
@@ -98,15 +101,16 @@ DDPM_HD Neighbours select_two(const T* values, int64_t count, int64_t from_top) 
   return {static_cast<uint32_t>(below), static_cast<uint32_t>(above)};
 }
 
-// Only groups whose greatest magnitude is large enough can hold one of the from_top largest. There are few of them
-// where from_top is small, as for the quantile 0.995.
+// Finds the from_top-th largest magnitude and the next larger one. Only groups whose maximum is large enough can
+// contain one of the from_top largest magnitudes. There are few such groups if from_top is small, as for the quantile
+// 0.995.
 Neighbours select(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top, int32_t* scratch) {
   const int64_t groups = count / kGroup;
   const int32_t greatest = largest(maxima, groups);
   if (greatest > static_cast<int32_t>(kInfiniteMagnitude))
     return {static_cast<uint32_t>(greatest), static_cast<uint32_t>(greatest)};  // NaN
   if (from_top > groups / 4) return select_two(magnitudes, count, from_top);
-  // At least from_top magnitudes are not below the pivot. Those above it lie in fewer than from_top groups.
+  // At least from_top magnitudes are at least the pivot. Those above the pivot lie in fewer than from_top groups.
   const int32_t pivot = select_one(maxima, groups, from_top);
   int64_t above = 0;
   for (int64_t group = 0; group < groups; ++group) {

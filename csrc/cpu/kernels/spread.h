@@ -1,4 +1,4 @@
-// The moments of the model's output and of the guided one, chunk by chunk (core/spread.h).
+// The chunks' moments of the model's output and of the guided output (core/spread.h).
 #pragma once
 
 #include "cpu/kernels/sums.h"
@@ -7,15 +7,15 @@ namespace ddpm_ext::DDPM_ISA {
 namespace {
 
 constexpr int kSpreadVectors = kSpreadLanes / F32::kLanes;
-// So many vectors of lanes are added up at once, since their sums should stay in registers.
+// The number of lane vectors that are added up at once: few enough for their sums to stay in registers.
 constexpr int kPassVectors = F32::kLanes < 8 ? 4 : 2;
 
-// The lanes of a chunk of one of the two outputs.
+// The lanes of one chunk, for one of the two outputs.
 struct Spread {
   LaneMoments<F32> lanes[kSpreadVectors];
 };
 
-// Adds up the vectors of lanes value(k), k from 0 to kSpreadVectors - 1.
+// Adds up all lanes. value(k) returns the k-th vector of lanes, for k from 0 to kSpreadVectors - 1.
 template <class Value>
 DDPM_HD double sum_of_lanes(Value value) {
   constexpr int kHalf = kSpreadLanes / 2;
@@ -29,11 +29,12 @@ DDPM_HD double sum_of_lanes(Value value) {
   return sums[0];
 }
 
-// The lanes of a chunk of `length` elements. Memory has whole rows of kSpreadLanes.
+// Computes the lanes of a chunk of `length` elements, for both outputs. Memory is padded to whole rows of kSpreadLanes.
 template <bool kWhole, class M>
 DDPM_HD void add_up_chunk(const M* m, const M* u, float guidance, int64_t length, Spread& of_model, Spread& of_guided) {
   for (int first = 0; first < kSpreadVectors; first += kPassVectors) {
-    // Calls take(values, valid) with those of both outputs from element i on, of which `valid` belong to the sample.
+    // Calls take(values, valid) with both outputs' values from element i on. The first `valid` values belong to the
+    // sample.
     const auto each = [=](int64_t i, auto take) __attribute__((always_inline)) {
       F32 values[2][kPassVectors];
       for (int k = 0; k < kPassVectors; ++k) {
@@ -65,33 +66,34 @@ DDPM_HD void add_up_chunk(const M* m, const M* u, float guidance, int64_t length
 
 template <class M>
 void moments(const MomentsRun& run) {
-  constexpr int64_t kChunks = 4;  // at once, so that their sums are finished side by side
+  constexpr int64_t kChunks = 4;  // at once, so that their final sums run in parallel
   const M* const m = static_cast<const M*>(run.model_output);
   const M* const u = static_cast<const M*>(run.uncond_output);
   const int64_t chunks = (run.valid + kLossChunk - 1) / kLossChunk;
   for (int64_t begin = 0; begin < chunks; begin += kChunks) {
     const int64_t count = chunks - begin < kChunks ? chunks - begin : kChunks;
-    Spread kept[2 * kChunks];  // of the model's output and the guided one in turn
-    F32 n[kSpreadVectors];     // the elements of each lane
+    Spread outputs[2 * kChunks];  // the model's output and the guided output in turn
+    F32 n[kSpreadVectors];        // the number of elements in each lane
     for (F32& lanes : n) lanes = F32(static_cast<float>(kLossChunk / kSpreadLanes));
     for (int64_t c = 0; c < count; ++c) {
       const int64_t first = (begin + c) * kLossChunk, length = chunk_length(run.valid, begin + c);
       if (length == kLossChunk) {
-        add_up_chunk<true>(m + first, u + first, run.guidance, length, kept[2 * c], kept[2 * c + 1]);
+        add_up_chunk<true>(m + first, u + first, run.guidance, length, outputs[2 * c], outputs[2 * c + 1]);
         continue;
       }
-      // Only a run of this chunk alone has one that is not whole.
-      add_up_chunk<false>(m + first, u + first, run.guidance, length, kept[2 * c], kept[2 * c + 1]);
+      // An incomplete chunk is always the only chunk of its run.
+      add_up_chunk<false>(m + first, u + first, run.guidance, length, outputs[2 * c], outputs[2 * c + 1]);
       float lengths[kSpreadLanes];
       for (int l = 0; l < kSpreadLanes; ++l) lengths[l] = static_cast<float>(lane_length(length, l));
       for (int k = 0; k < kSpreadVectors; ++k) n[k] = load(lengths + k * F32::kLanes);
     }
     double sums[2 * kChunks], squares[2 * kChunks];
     float means[2 * kChunks];
-    for (int64_t i = 0; i < 2 * count; ++i) sums[i] = sum_of_lanes([&](int k) { return kept[i].lanes[k].total(n[k]); });
+    for (int64_t i = 0; i < 2 * count; ++i)
+      sums[i] = sum_of_lanes([&](int k) { return outputs[i].lanes[k].total(n[k]); });
     for (int64_t i = 0; i < 2 * count; ++i) means[i] = chunk_mean(sums[i], chunk_length(run.valid, begin + i / 2));
     for (int64_t i = 0; i < 2 * count; ++i)
-      squares[i] = sum_of_lanes([&](int k) { return kept[i].lanes[k].squares_from(F32(means[i]), n[k]); });
+      squares[i] = sum_of_lanes([&](int k) { return outputs[i].lanes[k].squares_from(F32(means[i]), n[k]); });
     for (int64_t i = 0; i < 2 * count; ++i) run.chunks[2 * begin + i] = {means[i], squares[i]};
   }
 }

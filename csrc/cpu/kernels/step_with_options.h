@@ -7,7 +7,7 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// The tensors of a run, as take_step in core/ reads and writes them.
+// Io of take_step (core/step_with_options.h) for a run.
 template <class X, class M>
 struct RunTensors {
   const StepRun& run;
@@ -35,19 +35,20 @@ struct RunTensors {
     }
   }
   DDPM_HD void store_input(void* data, int i, F32 value) const {
-    const int64_t place = at + i * F32::kLanes;
+    const int64_t offset = at + i * F32::kLanes;
     switch (run.input_dtype) {
       case DType::float32:
-        return ddpm_ext::DDPM_ISA::store(static_cast<float*>(data) + place, value);
+        return ddpm_ext::DDPM_ISA::store(static_cast<float*>(data) + offset, value);
       case DType::float16:
-        return ddpm_ext::DDPM_ISA::store(static_cast<Float16*>(data) + place, value);
+        return ddpm_ext::DDPM_ISA::store(static_cast<Float16*>(data) + offset, value);
       case DType::bfloat16:
-        return ddpm_ext::DDPM_ISA::store(static_cast<BFloat16*>(data) + place, value);
+        return ddpm_ext::DDPM_ISA::store(static_cast<BFloat16*>(data) + offset, value);
     }
   }
 };
 
-// The noise is drawn here, or is none but what the call may have.
+// kNoise is `drawn` if the run draws noise. Otherwise it is `none`, also if the caller gives a noise tensor: take_step
+// reads that.
 template <Noise kNoise, class X, class M>
 void step_with_options(const StepRun& run) {
   const StepRow row = *static_cast<const StepRow*>(run.row);

@@ -19,12 +19,12 @@ class ChunkSums {
     for (int k = 0; k < 4; ++k) lanes[k] = lanes[k] + values[k];
     if ((i + 4 * F32::kLanes) % kLossChunk == 0) finish();
   }
-  // Writes the sum of everything since the last whole chunk.
+  // Writes the sum of all values since the last whole chunk.
   DDPM_HD void finish() {
     float lanes[kLossLanes];
     for (int g = 0; g < kGroups; ++g)
       for (int k = 0; k < 4; ++k) store(lanes + (4 * g + k) * F32::kLanes, lanes_[g][k]);
-    // By halves. They are kept in memory, or else the compiler takes its vectors apart.
+    // Adds by halves. The sums go through memory, because otherwise the compiler takes its vectors apart.
     double sums[kLossLanes / 2];
     for (int l = 0; l < kLossLanes / 2; ++l)
       sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kLossLanes / 2]);
@@ -49,7 +49,7 @@ class ChunkSums {
   F32 lanes_[kGroups][4];
 };
 
-// Sets the elements of some vectors from `valid` on to 0: they lie beyond the sample's end.
+// Sets the elements from index `valid` on to 0: they lie beyond the sample's end.
 template <int N>
 DDPM_HD void zero_beyond(int64_t valid, F32 (&values)[N]) {
   if (valid >= N * F32::kLanes) return;

@@ -1,5 +1,5 @@
-// The arithmetic of core/scalar.h over 4 elements at once, for any machine. What the compiler's own vectors do not have
-// are loops over core/scalar.h itself.
+// The arithmetic of core/scalar.h over 4 elements at once, for any machine. What the compiler's built-in vectors lack
+// are loops over the functions of core/scalar.h.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -42,7 +42,7 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) {
 }
 
 using Words = U32;
-struct __attribute__((may_alias)) Products {  // which PixelsMemory holds as integers
+struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
   uint64_t v[F32::kLanes];
 };
 

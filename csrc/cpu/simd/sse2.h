@@ -1,5 +1,5 @@
-// The arithmetic of core/scalar.h over 4 elements at once, with SSE2, which every x86-64 has. There is no fma: it is
-// done in double.
+// The arithmetic of core/scalar.h over 4 elements at once, with SSE2, which every x86-64 has. SSE2 has no fma; it is
+// computed in double.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -17,7 +17,7 @@ using Integers = __m128i;
 DDPM_HD Floats broadcast(float x) { return _mm_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm_mul_epu32(a, b); }
-DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }  // a is what is known last
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }  // a is computed last
 template <int kWords>
 DDPM_HD Floats shuffle(Floats a, Floats b) {
   return _mm_shuffle_ps(a, b, kWords);
@@ -45,14 +45,14 @@ DDPM_HD __m128d fma_to_odd(F32 a, F32 b, F32 c_) {
   return _mm_castsi128_pd(_mm_or_si128(_mm_sub_epi64(_mm_castpd_si128(sum), away), one));
 }
 
-// Not inlined, since it is seldom needed and an fma is everywhere.
+// Not inlined: it is seldom called, and fma is used everywhere.
 __attribute__((noinline, cold)) inline F32 rare_fma(F32 a, F32 b, F32 c) {
   const __m128d lower = fma_to_odd(a, b, c), upper = fma_to_odd(upper_half(a), upper_half(b), upper_half(c));
   return _mm_movelh_ps(_mm_cvtpd_ps(lower), _mm_cvtpd_ps(upper));
 }
 
-// Rounds twice, to double and to float. That can only be wrong where the double lies halfway between two floats: then
-// its last 29 bits are 0x10000000, or the result is below 2^-126.
+// Rounds twice, to double and then to float. That can only be wrong where the double lies halfway between two floats:
+// then its last 29 bits are 0x10000000, or the result is below 2^-126.
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
   const auto sum = [](F32 x, F32 y, F32 z) {
     return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x.v), _mm_cvtps_pd(y.v)), _mm_cvtps_pd(z.v));
@@ -88,7 +88,7 @@ DDPM_HD F32 load(const BFloat16* p) {
   return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), raw));
 }
 DDPM_HD void store(BFloat16* p, F32 x) {
-  const __m128i upper = _mm_srai_epi32(to_bfloat16(x).v, 16);  // signed, so that packing leaves their bits as they are
+  const __m128i upper = _mm_srai_epi32(to_bfloat16(x).v, 16);  // signed, so that packing does not change the bits
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(upper, upper));
 }
 

@@ -1,6 +1,7 @@
-// What the vector types of all instruction sets share. The operators are those that g++ and clang have for vectors, and
-// mean the same on every machine. A file that includes this defines DDPM_ISA as its namespace before, and there Floats
-// and Integers, the vectors that its instructions take, and broadcast, which puts a number into every lane of them.
+// What the vector types of all instruction sets share. The operators are the built-in vector operators of g++ and
+// clang, which mean the same on every machine. Before including this, a file defines DDPM_ISA as its namespace. In that
+// namespace it defines Floats and Integers, the vectors that its instructions take, and broadcast, which copies a
+// number to every lane.
 #pragma once
 
 namespace ddpm_ext::DDPM_ISA {
@@ -30,7 +31,7 @@ DDPM_HD U32 operator-(U32 a, U32 b) { return Integers(Unsigned(a.v) - Unsigned(b
 DDPM_HD U32 operator&(U32 a, U32 b) { return a.v & b.v; }
 DDPM_HD U32 operator<<(U32 a, int n) { return Integers(Unsigned(a.v) << n); }
 
-// The lanes of two vectors with these numbers, which go on in the second one.
+// Picks lanes of two vectors by number. b's lanes are numbered after a's.
 template <size_t... lanes>
 DDPM_HD F32 choose(F32 a, F32 b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -46,7 +47,7 @@ DDPM_HD F32 signed_to_float(U32 u) { return __builtin_convertvector(Signed(u.v),
 DDPM_HD F32 unsigned_to_float(U32 u) { return __builtin_convertvector(Unsigned(u.v), Floats); }
 DDPM_HD F32 flip_sign(F32 f, U32 u) { return Floats(Integers(f.v) ^ (u.v & broadcast(0x80000000u))); }
 
-// The nearest BFloat16s in the upper halves, to even; any NaN becomes the quiet one.
+// The nearest BFloat16 of each lane, in the lane's upper half, rounded to even. Any NaN becomes the quiet NaN.
 DDPM_HD U32 to_bfloat16(F32 x) {
   const Unsigned bits = Unsigned(x.v), rounded = bits + 0x7fff + (bits >> 16 & 1);
   return Integers(x.v == x.v ? rounded : Unsigned(broadcast(0x7fc00000u)));

@@ -1,6 +1,6 @@
-// Philox's words for all vector types of x86, which have an instruction for the products of every other word.
-// multiply_even is that instruction, xor3 combines three vectors, and shuffle takes two words of each of two vectors in
-// every 128 bits.
+// Philox's words for all vector types of x86, which have an instruction that multiplies every other word to 64 bits.
+// Before including this, a file defines multiply_even, which is that instruction; xor3, for three vectors; and shuffle,
+// which takes two words of each of two vectors in every 128 bits.
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -21,7 +21,7 @@ struct Words {
   explicit Words(uint32_t x) : Words(broadcast(x), broadcast(x)) {}
   explicit Words(U32 u) : Words(u.v, upper_words(u.v)) {}
 };
-struct __attribute__((may_alias)) Products {  // which PixelsMemory holds as integers
+struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
   Integers even, odd;
 };
 
@@ -40,15 +40,15 @@ DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
 }
 DDPM_HD U32 xor3(U32 a, U32 b, uint32_t c) { return xor3(a.v, b.v, broadcast(c)); }
 
-// The words of numbers that join() leaves in their order.
+// Numbers as Words, such that join() returns them in the same order.
 DDPM_HD Words words_in_order(U32 u) { return Words(U32(Integers(shuffle<0xD8>(Floats(u.v), Floats(u.v))))); }
 
 // Every 128 bits of the result have two even words before two odd ones.
 DDPM_HD U32 join(Words w) { return Integers(shuffle<0x88>(Floats(w.even), Floats(w.odd))); }
 DDPM_HD U32 join_high(Products p) { return Integers(shuffle<0xDD>(Floats(p.even), Floats(p.odd))); }
 
-// Before, z[k] holds element k of every block. Afterwards the four hold the elements in memory order: block_words()
-// numbers the blocks of a vector's lanes so that it is enough to transpose every 128 bits.
+// Before, z[k] holds element k of every block. Afterwards the four vectors hold the elements in memory order.
+// Transposing every 128 bits is enough, because block_words() numbers the blocks of a vector's lanes accordingly.
 DDPM_HD void transpose(F32 (&z)[4]) {
   const Floats a = shuffle<0x44>(z[0].v, z[1].v), b = shuffle<0x44>(z[2].v, z[3].v);
   const Floats c = shuffle<0xEE>(z[0].v, z[1].v), d = shuffle<0xEE>(z[2].v, z[3].v);
