@@ -1,4 +1,4 @@
-// The ways in which a kernel reaches memory, and which of them a call allows.
+// The ways in which a kernel accesses memory, and which of them a call allows.
 #pragma once
 
 #include <initializer_list>
@@ -9,15 +9,16 @@
 
 namespace ddpm_ext::cuda {
 
-// How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
-// moves one element at a time, by any strides, and counts with 64 bits, unless by_pixels finds that words will do.
+// How a kernel accesses memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits.
+// `strided` moves one element at a time, with any strides, and counts with 64 bits; where by_pixels allows it, it moves
+// words instead.
 enum class Access { vector, strided };
 
-// How a kernel that goes over vectors or strides counts a sample's elements, and samples.
+// The type in which a kernel counts samples and a sample's elements.
 template <Access kAccess>
 using IndexOf = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
 
-// Calls visit(tensor) with each tensor of a call, also those that it does not have.
+// Calls visit(tensor) for each tensor of a call, including those with null data.
 template <class Visit>
 void for_each_tensor(const ElementwiseCall& call, Visit visit) {
   for (const TensorArg* tensor : {&call.x, &call.model_output, &call.noise, &call.out}) visit(*tensor);
@@ -69,37 +70,38 @@ inline Access choose_access(const StepCall& call) {
 
 constexpr int kLanes = 32;  // of a warp
 
-// The call in the order (pixels, channels), if Access::strided can take it by words then (cuda/pixels.cuh): it draws
-// noise for samples that are channels_last in all tensors, and would be in vectors if they were contiguous. Else the
-// call as it is. Strides stay, since nothing reads those of a contiguous call.
+// Returns the call with its dimensions in the order (pixels, channels), if Access::strided can process it by words in
+// that order (cuda/pixels.cuh). This requires that the call draws noise for samples that are channels_last in all
+// tensors, and that it could use Access::vector if they were contiguous. Otherwise returns the call unchanged. The
+// strides are not swapped, since nothing reads the strides of a contiguous call.
 template <class AnyCall>
 AnyCall by_pixels(const AnyCall& call) {
-  AnyCall turned = call;
-  std::swap(turned.sizes[0], turned.sizes[1]);
-  turned.channels_last = call.sizes[0];
-  turned.contiguous = true;
-  bool can = call.noise_kind == Noise::drawn && call.dims == 2 && call.sizes[0] <= kLanes && call.sizes[1] % 4 == 0 &&
-             choose_access(turned) == Access::vector;
+  AnyCall swapped = call;
+  std::swap(swapped.sizes[0], swapped.sizes[1]);
+  swapped.channels_last = call.sizes[0];
+  swapped.contiguous = true;
+  bool allowed = call.noise_kind == Noise::drawn && call.dims == 2 && call.sizes[0] <= kLanes &&
+                 call.sizes[1] % 4 == 0 && choose_access(swapped) == Access::vector;
   for_each_tensor(call, [&](const TensorArg& tensor) {
-    can = can && (tensor.data == nullptr || (tensor.strides[0] == 1 && tensor.strides[1] == call.sizes[0]));
+    allowed = allowed && (tensor.data == nullptr || (tensor.strides[0] == 1 && tensor.strides[1] == call.sizes[0]));
   });
-  return can ? turned : call;
+  return allowed ? swapped : call;
 }
 
 constexpr int64_t kMaxChannelsInTurn = 16;
 
-// How many channels a thread of Access::strided takes for its pixels, one after the other. Where a sample is (channels,
-// pixels), some of its tensors have their channels last. Then a warp comes to all that it fetches of them within a few
-// turns, while the L1 cache still holds it. Otherwise there is one channel that is the whole sample. In a small sample
-// more threads are worth more.
+// The number of channels that a thread of Access::strided processes for its pixels, one after the other. If a sample is
+// (channels, pixels), some of its tensors have their channels last. With all channels in one thread, a warp uses
+// everything that it fetches from those tensors within a few turns, while the L1 cache still holds it. In a small
+// sample, more threads are worth more than that. Returns 1 if the whole sample is processed as one channel.
 DDPM_HD int64_t channels_in_turn(const Call& call) {
   constexpr int64_t kManyPixels = 1 << 14;
-  const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] >= kManyPixels;
-  return apart && call.sizes[1] % 4 == 0 ? call.sizes[0] : 1;
+  const bool worthwhile = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] >= kManyPixels;
+  return worthwhile && call.sizes[1] % 4 == 0 ? call.sizes[0] : 1;
 }
 
-// For how many elements of a sample Access::strided has a thread, each for four of them. By pixels they are for whole
-// warps, in which the lanes that are too few for another four pixels have nothing to do.
+// The number of a sample's elements for which Access::strided has threads, one thread for four elements. By pixels,
+// this number fills whole warps, in which the lanes left over after the last whole quad are idle.
 inline int64_t elements_of_threads(const Call& call) {
   if (call.channels_last == 0) return call.numel / channels_in_turn(call);
   const int64_t at_once = 4 * (kLanes / call.channels_last * call.channels_last);

@@ -27,7 +27,7 @@ struct Affine {
 
 void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    // Only given noise may have a lower precision than x.
+    // Only noise from the caller may have a lower precision than x.
     by_dtypes(call.x.dtype, call.noise_kind == Noise::given ? call.noise.dtype : call.x.dtype, [&](auto x, auto z) {
       using X = decltype(x);
       using Z = decltype(z);

@@ -1,6 +1,7 @@
-// One kernel template for the reverse step, the affine operators and randn. In a turn a thread takes kParts runs of
-// kRun neighbouring elements, and thus whole blocks of Philox, whatever the launch's shape. The runs of a block's
-// threads are neighbours, so that an access of a warp is one stretch of memory. Grid and block are (elements, samples).
+// One kernel template for the reverse step, the affine operators and randn. In a turn (one loop iteration) a thread
+// processes kParts runs of kRun neighbouring elements. So it has whole Philox blocks, whatever the launch's shape. The
+// runs of a block's threads are neighbours, so that a warp accesses contiguous memory. Grid and block are (elements,
+// samples).
 #pragma once
 
 #include "cuda/access.cuh"
@@ -12,14 +13,14 @@
 
 namespace ddpm_ext::cuda {
 
-// What a thread does for one sample. Op is an operator with these members:
-//   Call                      its calls, an ElementwiseCall or derived from it
+// The work of a thread for one sample. Op is an operator with these members:
+//   Call                      the type of its calls: ElementwiseCall or derived from it
 //   Row                       the row of its table; kRowless says that it has none
 //   kX, kSecond               whether it reads x, and a second tensor besides the noise
-//   kDraws                    whether every row needs the noise that is drawn; if not, draws(row) says whether one does
+//   kDraws                    whether every row needs the drawn noise; if not, draws(row) says whether a row does
 //   draw(row, t)              the draw to use if the caller gave none
-//   mean(row, call, x, m)     its result without noise
-//   noisy(row, mean, x, z)    its result with noise
+//   mean(row, call, x, m)     the result without noise
+//   noisy(row, mean, x, z)    the result with noise
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
@@ -29,14 +30,15 @@ class Elementwise {
       sizeof(X) == 4 || (Op::kSecond && sizeof(M) == 4) || (kNoise == Noise::given && sizeof(Z) == 4);
   static constexpr bool kNarrow =
       sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) || (kNoise == Noise::given && sizeof(Z) == 2);
-  // An access has 128 bits. Beside a float32 tensor those to a narrower one have 64, and two runs share a turn's costs.
+  // An access has 128 bits. If a narrower tensor is read together with a float32 tensor, its accesses have 64 bits. Two
+  // runs then share a turn's costs.
   static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
   static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
   static constexpr int kItems = kParts * kRun;
-  // Whether its calls may be by pixels. What randn returns is contiguous.
+  // Whether calls may be processed by pixels. randn never needs it, since its result is contiguous.
   static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && Op::kX;
-  // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys or with places in
-  // registers as well.
+  // The number of blocks per multiprocessor: it limits a thread to 64 registers, or to 80 if the ten keys or strided
+  // offsets take registers as well.
   static constexpr int kBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
 
   __device__ __forceinline__ Elementwise(const Call& call, const Dividers& dividers, const PhiloxKeys& keys, Index b)
@@ -57,9 +59,9 @@ class Elementwise {
       x_ = in_register(x_), m_ = in_register(m_), noise_ = in_register(noise_), out_ = in_register(out_);
       const Index whole = static_cast<Index>(call_.numel) / kRun * kRun;
       Inputs inputs;
-      // before the row, which takes two loads one after the other
+      // The inputs' loads start before the row's, which are two loads one after the other.
       DDPM_UNROLL
-      for (int p = 0; p < kParts; ++p) load(inputs, p, first + p * apart(), whole);
+      for (int p = 0; p < kParts; ++p) load(inputs, p, first + p * run_stride(), whole);
       read_row();
       vectors(inputs, first, step, whole);
     } else {
@@ -79,27 +81,27 @@ class Elementwise {
     Vector<Z, kRun> noise[kParts];
   };
 
-  // Finds everything that the sample's elements share.
+  // Reads everything that the sample's elements share.
   __device__ __forceinline__ void read_row() {
     const int64_t t = sample_row(call_, b_);
     if constexpr (!Op::kRowless) row_ = cuda::read_row<Row>(call_, t);
     if constexpr (kNoise == Noise::drawn) {
       counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
-      // or the compiler would compute them behind the branch around the noise, in every turn
+      // Otherwise the compiler would compute these in every turn, inside the branch around the noise.
       make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
       make_opaque(counter_.c1_key), make_opaque(counter_.c3);
     }
   }
 
-  // Whether the row's elements get noise. As on the CPU, nothing is added in a row without: adding zero would turn -0
-  // into 0.
+  // Whether the row's elements get noise. As on the CPU, nothing is added in a row without noise: adding zero would
+  // turn -0 into 0.
   __device__ __forceinline__ bool noisy() const {
     if constexpr (kNoise == Noise::drawn && !Op::kDraws) return Op::draws(row_);
     return kNoise != Noise::none;
   }
 
-  // How far apart a thread's runs are.
-  static __device__ __forceinline__ Index apart() { return blockDim.x * kRun; }
+  // The distance between a thread's runs within a turn, in elements.
+  static __device__ __forceinline__ Index run_stride() { return blockDim.x * kRun; }
 
   __device__ __forceinline__ void load(Inputs& inputs, int p, Index j, Index whole) const {
     const bool inside = j < whole;
@@ -108,12 +110,13 @@ class Elementwise {
     if constexpr (kNoise == Noise::given) inputs.noise[p].load_if(inside, noise_ + j);
   }
 
-  // Processes the runs at j and so on in steps of `step`, of which `inputs` has the first. A turn draws its noise
-  // before it uses its inputs, and then loads those of the next turn. So loads are always under way while noise is
-  // drawn, also in a launch of a single turn.
+  // Processes the runs at j, j + step, and so on. `inputs` has the loaded inputs of the first turn. A turn draws its
+  // noise before it uses its inputs, and then loads the next turn's inputs. So loads are always in flight while noise
+  // is drawn, even in a launch of a single turn.
   __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
-    // The compiler does not know that it holds, and keeps the next turn's loads behind the branch around the noise.
+    // If every row needs noise, this condition always holds, but the compiler does not know that. So it keeps the next
+    // turn's loads behind the branch around the noise.
     const bool draws = Op::kX && Op::kDraws ? call_.noise_kind == Noise::drawn : noisy;
     if (j < whole) {
 #pragma unroll 1
@@ -123,7 +126,7 @@ class Elementwise {
           DDPM_UNROLL
           for (int p = 0; p < kParts; ++p) {
             DDPM_UNROLL
-            for (int i = 0; i < kRun / 2; i += 2) draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
+            for (int i = 0; i < kRun / 2; i += 2) draw_normals(keys_, counter_, j + p * run_stride() + 2 * i, z[p] + i);
           }
           if constexpr (Op::kX) keep_uses_behind(z[kParts - 1][kRun / 2 - 1].v.y);
         }
@@ -140,14 +143,14 @@ class Elementwise {
             if (noisy) out = Op::noisy(row_, out, x, z[p][i]);
             narrow(out, stored.pairs[i]);
           }
-          if (p == 0 || j + p * apart() < whole) stored.store(out_ + j + p * apart());
-          load(inputs, p, j + step + p * apart(), whole);
+          if (p == 0 || j + p * run_stride() < whole) stored.store(out_ + j + p * run_stride());
+          load(inputs, p, j + step + p * run_stride(), whole);
         }
         j += step;
       } while (j < whole);
     }
-    // The rest of a sample beyond its whole runs, for the thread whose next run it would be.
-    const Index last = j - step + apart();  // the second run of the last turn
+    // The elements beyond a sample's last whole run, for the thread whose next run they would be.
+    const Index last = j - step + run_stride();  // the second run of the last turn
     if (j != whole && (kParts == 1 || last != whole)) return;
 #pragma unroll 1
     for (Index e = whole; e < static_cast<Index>(call_.numel); ++e) {
@@ -157,14 +160,14 @@ class Elementwise {
     }
   }
 
-  // The noise of the element that is number i of four.
+  // The noise of element i of four.
   template <class Number>
   static __device__ __forceinline__ float one_of_four(const F2* z, Number i) {
     const F2 half = i & 2 ? z[1] : z[0];
     return i & 1 ? half.v.y : half.v.x;
   }
 
-  // Processes a sample that is channels_last in all of its tensors, by words.
+  // Processes a sample that is channels_last in all of its tensors, by words (cuda/pixels.cuh).
   __device__ __forceinline__ void pixels() const {
     const bool noisy = this->noisy();
     const PixelWords words(call_, dividers_);
@@ -180,7 +183,8 @@ class Elementwise {
     }
   }
 
-  // Processes four elements at `first` and so on in steps of `step`, by any strides, and those of other channels.
+  // Processes the four elements at `first`, first + step, and so on, with any strides. For each of these pixels, it
+  // processes all channels of the turn (channels_in_turn).
   __device__ __forceinline__ void elements(Index first, Index step) const {
     const bool noisy = this->noisy();
     const Index channels = channels_in_turn(call_), pixels = channels == 1 ? call_.numel : call_.sizes[1];
@@ -201,8 +205,8 @@ class Elementwise {
     }
   }
 
-  // Processes four elements that are neighbours in the last dimension. All of them are loaded before the first is
-  // stored: the compiler can't do that by itself, since it must assume that a store changes what is loaded after it.
+  // Processes four elements that are neighbours along the last dimension. It loads all of them before it stores the
+  // first. The compiler cannot reorder this itself, since it must assume that a store changes what is loaded after it.
   __device__ __forceinline__ void row_of_four(const Offsets& o, bool noisy, F2* z) const {
     const int d = call_.dims - 1;
     Inputs inputs;
@@ -212,7 +216,7 @@ class Elementwise {
     four(inputs, noisy, z).scatter(out_ + o.out, call_.out.strides[d]);
   }
 
-  // The results for four elements from their inputs. z is their noise if it is drawn.
+  // Computes the results for four elements from their inputs. If noise is drawn, z is their noise.
   __device__ __forceinline__ Vector<X, 4> four(const Inputs& inputs, bool noisy, F2* z) const {
     Vector<X, 4> results;
     DDPM_UNROLL
@@ -279,7 +283,7 @@ void launch_typed(const typename Op::Call& call, cudaStream_t stream) {
     launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(by_pixels(call), stream);
 }
 
-// X is the type of x and out, M that of the second tensor, Z that of given noise.
+// X is the type of x and out, M the type of the second tensor, Z the type of the caller's noise.
 template <class Op, class X, class M, class Z>
 void launch_noise(const typename Op::Call& call, cudaStream_t stream) {
   switch (call.noise_kind) {

@@ -18,10 +18,10 @@ constexpr int64_t kLeast = 4096;
 
 size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint32_t); }
 
-// Allocates on the current device. If there is not enough memory, torch's allocator frees the blocks that it holds for
-// later, and the allocation is tried again.
+// Allocates on the current device. If there is not enough memory, torch's allocator frees its cached blocks, and the
+// allocation is tried again.
 void* allocate(int64_t count) {
-  // In any other mode cudaMalloc fails while another thread captures a graph.
+  // In any other mode, cudaMalloc fails while another thread captures a graph.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   void* data = nullptr;
   if (cudaMalloc(&data, bytes_of(count)) == cudaSuccess) return data;
@@ -36,7 +36,7 @@ uint32_t* cleared(void* data, int64_t count, cudaStream_t stream) {
   return static_cast<uint32_t*>(data);
 }
 
-// Whether a stream is one of torch's. The id of any other is its handle.
+// Whether a stream is one of torch's. The id of any other stream is its handle.
 bool made_by_torch(const c10::cuda::CUDAStream& stream) {
   return stream.stream() == nullptr || stream.id() != reinterpret_cast<int64_t>(stream.stream());
 }
@@ -45,9 +45,9 @@ bool made_by_torch(const c10::cuda::CUDAStream& stream) {
 
 void check(cudaError_t error) { C10_CUDA_CHECK(error); }
 
-void on_device(int device, void (*launch)(void* of, cudaStream_t stream), void* of) {
+void on_device(int device, void (*launch)(void* closure, cudaStream_t stream), void* closure) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-  launch(of, c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream());
+  launch(closure, c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream());
 }
 
 Counts::Counts(int64_t count, int device, cudaStream_t stream) {
@@ -62,7 +62,7 @@ Counts::Counts(int64_t count, int device, cudaStream_t stream) {
     int64_t count = 0;
   };
   static std::mutex mutex;
-  // Never destroyed: at the end of the process CUDA may be gone before static objects are.
+  // Never destroyed: at process exit, CUDA may be shut down before static objects are destroyed.
   static auto& buffers = *new std::map<std::pair<int, cudaStream_t>, Buffer>;
   const std::lock_guard<std::mutex> lock(mutex);
   Buffer& buffer = buffers[{device, stream}];

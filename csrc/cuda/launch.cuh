@@ -1,4 +1,4 @@
-// What every launch needs: the shape of its grid, the types of its tensors, the device and its stream.
+// What every launch needs: a grid shape, the tensors' types, the device and its stream.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,34 +12,34 @@
 
 namespace ddpm_ext::cuda {
 
-constexpr int kThreads = 256;  // of a block, at most
+constexpr int kThreads = 256;  // the most threads of a block
 
 constexpr int64_t kMaxGridY = 65535;
 
-// The numbers of blocks and of threads in a block.
+// The number of blocks, and the number of threads in a block.
 struct Shape {
   dim3 grid, block;
 };
 
-// Of the current device: its multiprocessors, and how many blocks of a kernel it runs at once.
+// The current device's number of multiprocessors, and the number of blocks of a kernel that it runs at once.
 struct Room {
   int multiprocessors, blocks;
 };
 
-// The device is asked once for each kernel.
+// Queries the device once for each kernel.
 template <auto kKernel>
 Room room_for(int threads) {
   constexpr int kDevices = 64;
-  static std::atomic<Room> known[kDevices];
+  static std::atomic<Room> cached[kDevices];
   int device = 0;
   check(cudaGetDevice(&device));
-  Room room = device < kDevices ? known[device].load(std::memory_order_relaxed) : Room{};
+  Room room = device < kDevices ? cached[device].load(std::memory_order_relaxed) : Room{};
   if (room.blocks == 0) {
-    int each = 0;
+    int per_multiprocessor = 0;
     check(cudaDeviceGetAttribute(&room.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0));
-    room.blocks = std::max(room.multiprocessors * each, 1);
-    if (device < kDevices) known[device].store(room, std::memory_order_relaxed);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kKernel, threads, 0));
+    room.blocks = std::max(room.multiprocessors * per_multiprocessor, 1);
+    if (device < kDevices) cached[device].store(room, std::memory_order_relaxed);
   }
   return room;
 }
@@ -48,11 +48,11 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline unsigned unsigned_int(int64_t n) { return static_cast<unsigned>(n); }
 
 // Lays out blocks along a sample, or over several samples if they are small. Blocks have kThreads threads, or fewer if
-// some multiprocessors would have no block. If there are more than twice as many blocks as the device runs `at_once`,
-// each thread takes several turns, so that the work before its first turn is shared.
+// some multiprocessors would otherwise have no block. If there are more than twice as many blocks as the device runs at
+// once (`at_once`), each thread takes several turns (loop iterations). The turns share the work before the first one.
 inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multiprocessors, int64_t at_once) {
   constexpr int64_t kMaxTurns = 8, kLeastThreads = 64;
-  const int64_t threads = divide_up(numel, items);  // for a sample
+  const int64_t threads = divide_up(numel, items);  // for one sample
   int64_t block = kThreads, along, samples, rows, columns;
   for (;; block /= 2) {
     for (along = 1; along < block && along < threads;) along *= 2;
@@ -65,8 +65,8 @@ inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multi
           dim3(unsigned_int(along), unsigned_int(samples))};
 }
 
-// Lays out blocks that belong to one sample each: up to `most` for a sample, but in all hardly more than twice as many
-// as the device runs `at_once`.
+// Lays out blocks of which each belongs to one sample. A sample has at most `most` blocks. In all there are hardly more
+// than twice as many blocks as the device runs at once (`at_once`).
 inline Shape shape_of_samples(int64_t batch, int64_t most, int threads, int64_t at_once) {
   const int64_t blocks = std::min(divide_up(2 * at_once, batch), most), rows = std::min(batch, kMaxGridY);
   return {dim3(unsigned_int(blocks), unsigned_int(rows), unsigned_int(divide_up(batch, rows))),
@@ -83,7 +83,7 @@ void launch_on(const Shape& shape, cudaStream_t stream, const Arguments&... argu
   check(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 
-// Calls launch(x, m) with a value of each tensor's type. The model's output m may have a lower precision if x is
+// Calls launch(x, m) with a value of each tensor's C++ type. The model's output m may have a lower precision if x is
 // float32.
 template <class Launch>
 void by_dtypes(DType x, DType m, Launch launch) {
@@ -107,7 +107,7 @@ void by_dtypes(DType x, DType m, Launch launch) {
 // Makes the device current and calls launch(stream) with its current stream.
 template <class Launch>
 void on_device(int device, Launch launch) {
-  on_device(device, [](void* of, cudaStream_t stream) { (*static_cast<Launch*>(of))(stream); }, &launch);
+  on_device(device, [](void* closure, cudaStream_t stream) { (*static_cast<Launch*>(closure))(stream); }, &launch);
 }
 
 }  // namespace ddpm_ext::cuda

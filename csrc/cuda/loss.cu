@@ -16,11 +16,11 @@ namespace ddpm_ext::cuda {
 namespace {
 
 // The offsets of an element in each of its tensors.
-struct Place {
+struct ElementOffsets {
   int64_t model_output, variance, x_start, noise, slope, variance_slope;
 };
 
-// Up to four neighbouring elements of sample b from j on: fewer at the sample's end, and none beyond.
+// Up to four neighbouring elements of sample b, from element j on: fewer at the sample's end, and none beyond it.
 template <Access kAccess>
 class Four {
  public:
@@ -32,7 +32,7 @@ class Four {
     if constexpr (kAccess == Access::strided) {
       DDPM_UNROLL
       for (int i = 0; i < 4; ++i) {
-        Place& p = places_[i];
+        ElementOffsets& p = offsets_[i];
         p = {};
         const auto add = [&](int64_t n, auto stride) {
           p.model_output += n * stride(call.model_output);
@@ -52,54 +52,55 @@ class Four {
 
   __device__ __forceinline__ bool has(int i) const { return i < count_; }
 
-  // Reads the elements, with zeros beyond the sample's end, if the tensor is `given`.
+  // Loads the elements, with zeros beyond the sample's end, or zeros everywhere if the tensor is not `given`.
   template <class T>
-  __device__ __forceinline__ void load(bool given, const TensorArg& tensor, int64_t Place::* place,
+  __device__ __forceinline__ void load(bool given, const TensorArg& tensor, int64_t ElementOffsets::* member,
                                        Vector<T, 4>& to) const {
     const T* const data = static_cast<const T*>(tensor.data);
     const bool whole = kAccess == Access::vector && count_ == 4;
     if (!whole) {
       T values[4];
       DDPM_UNROLL
-      for (int i = 0; i < 4; ++i) values[i] = given && has(i) ? data[offset(tensor, place, i)] : from_float<T>(0.0f);
+      for (int i = 0; i < 4; ++i) values[i] = given && has(i) ? data[offset(tensor, member, i)] : from_float<T>(0.0f);
       memcpy(to.pairs, values, sizeof values);
     }
-    if constexpr (kAccess == Access::vector) to.load_if(whole && given, data + offset(tensor, place, 0));
+    if constexpr (kAccess == Access::vector) to.load_if(whole && given, data + offset(tensor, member, 0));
   }
 
-  __device__ __forceinline__ void store(const TensorArg& tensor, int64_t Place::* place, const F2 (&from)[2]) const {
+  __device__ __forceinline__ void store(const TensorArg& tensor, int64_t ElementOffsets::* member,
+                                        const F2 (&from)[2]) const {
     float* const data = static_cast<float*>(tensor.data);
     if (kAccess == Access::vector && count_ == 4) {
       Vector<float, 4> vector;
       narrow(from[0], vector.pairs[0]);
       narrow(from[1], vector.pairs[1]);
-      return vector.store(in_register(data + offset(tensor, place, 0)));
+      return vector.store(in_register(data + offset(tensor, member, 0)));
     }
     const float values[4] = {from[0].v.x, from[0].v.y, from[1].v.x, from[1].v.y};
     DDPM_UNROLL
     for (int i = 0; i < 4; ++i)
-      if (has(i)) data[offset(tensor, place, i)] = values[i];
+      if (has(i)) data[offset(tensor, member, i)] = values[i];
   }
 
  private:
-  __device__ __forceinline__ int64_t offset(const TensorArg& tensor, int64_t Place::* place, int i) const {
+  __device__ __forceinline__ int64_t offset(const TensorArg& tensor, int64_t ElementOffsets::* member, int i) const {
     if constexpr (kAccess == Access::vector) return sample_start(tensor.batch_stride, b_) + j_ + i;
-    return places_[i].*place;
+    return offsets_[i].*member;
   }
 
   const Index b_, j_;
   int count_;
-  Place places_[kAccess == Access::strided ? 4 : 1];
+  ElementOffsets offsets_[kAccess == Access::strided ? 4 : 1];
 };
 
-// The decoder's term, one element after the other.
+// The decoder's term, computed one element after the other.
 __device__ __forceinline__ LossParts<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
   const LossParts<float> a = ddpm_ext::decoder_bound(row, d.v.x, v.v.x, x_start.v.x);
   const LossParts<float> b = ddpm_ext::decoder_bound(row, d.v.y, v.v.y, x_start.v.y);
   return {F2(a.value, b.value), F2(a.slope, b.slope), F2(a.variance_slope, b.variance_slope)};
 }
 
-// Calls take(kind) with a constant, so that its code is made for each kind of loss.
+// Calls take(kind) with a compile-time constant, so that there is code for each kind of loss.
 template <class Take>
 __device__ __forceinline__ void by_kind(Loss kind, Take take) {
   if (kind == Loss::mse) return take(std::integral_constant<Loss, Loss::mse>());
@@ -107,19 +108,20 @@ __device__ __forceinline__ void by_kind(Loss kind, Take take) {
   take(std::integral_constant<Loss, Loss::huber>());
 }
 
-constexpr int kMostChannels = 8;  // of a sample that is taken by pixels: as many chunks are in shared memory
+constexpr int kMostChannels = 8;  // by pixels: shared memory has a chunk for each channel
 
-// What a thread does for one sample, in turns of kParts chunks of which it takes four elements each. kHostKeys says
-// that the seed is not in memory, so that the keys are constants.
+// The work of a thread for one sample. In a turn (one loop iteration) a block processes kParts chunks, and a thread
+// four elements of each. kHostKeys says that the seed is known on the host, so that the Philox keys are constants.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 class LossOfSample {
  public:
   using Index = IndexOf<kAccess>;
   static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
-  // Whether its calls may be by pixels. With the bound, the model's output has other channels between its own.
+  // Whether calls may be processed by pixels. With the variational bound they may not: the variance's channels lie
+  // between those of the model's output.
   static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && !kVariational;
-  // The blocks that a multiprocessor should hold, by their registers.
+  // The number of blocks per multiprocessor, which limits the registers of a thread.
   static constexpr int kBlocks = kAccess == Access::strided ? 1 : kVariational ? 6 : 8;
 
   __device__ __forceinline__ LossOfSample(const LossCall& call, const Dividers& dividers, const PhiloxKeys& keys,
@@ -137,7 +139,7 @@ class LossOfSample {
     for (int p = 0; p < kParts; ++p) load(four_of(turn, p), p);
   }
 
-  // Computes the losses and stores the slopes of the elements that have been loaded.
+  // Computes the losses of the loaded elements, and stores their slopes.
   __device__ __forceinline__ void take(Index turn, float (&losses)[kParts][kLossChunk]) {
     F2 z[kParts][2] = {};
     if (kNoise == Noise::drawn && row_.k1 != 0.0f) {
@@ -150,14 +152,15 @@ class LossOfSample {
       const Four<kAccess> four = four_of(turn, p);
       F2 values[2];
       take(four, p, z[p], values);
-      float* const place = losses[p] + 4 * threadIdx.x;
-      place[0] = four.has(0) ? values[0].v.x : 0.0f, place[1] = four.has(1) ? values[0].v.y : 0.0f;
-      place[2] = four.has(2) ? values[1].v.x : 0.0f, place[3] = four.has(3) ? values[1].v.y : 0.0f;
+      float* const slots = losses[p] + 4 * threadIdx.x;
+      slots[0] = four.has(0) ? values[0].v.x : 0.0f, slots[1] = four.has(1) ? values[0].v.y : 0.0f;
+      slots[2] = four.has(2) ? values[1].v.x : 0.0f, slots[3] = four.has(3) ? values[1].v.y : 0.0f;
     }
   }
 
-  // Loads the words of a stretch, which is as many pixels as a chunk has elements, of a sample that is channels_last in
-  // all of its tensors. Computes their losses, of each channel's chunk in the chunk's order, and stores the slopes.
+  // Processes a stretch of a sample that is channels_last in all of its tensors. A stretch has as many pixels as a
+  // chunk has elements. Loads the stretch's words, computes their losses, sorted into each channel's chunk in the
+  // chunk's order, and stores the slopes.
   __device__ __forceinline__ void pixels(uint32_t stretch, float (&losses)[kMostChannels][kParts][kLossChunk]) {
     constexpr uint32_t kQuads = kLossChunk / 4, kWarps = kLossThreads / kLanes;
     const PixelWords<kLossThreads> words(call_, dividers_, threadIdx.x / kLanes, kWarps, stretch * kQuads,
@@ -184,13 +187,14 @@ class LossOfSample {
  private:
   template <class Elements>
   __device__ __forceinline__ void load(const Elements& four, int p) {
-    four.load(true, call_.model_output, &Place::model_output, m_[p]);
-    four.load(reads_x_start_, call_.x_start, &Place::x_start, x_start_[p]);
-    if constexpr (kNoise == Noise::given) four.load(true, call_.noise, &Place::noise, z_[p]);
-    if constexpr (kVariational) four.load(call_.variance.data != nullptr, call_.variance, &Place::variance, v_[p]);
+    four.load(true, call_.model_output, &ElementOffsets::model_output, m_[p]);
+    four.load(reads_x_start_, call_.x_start, &ElementOffsets::x_start, x_start_[p]);
+    if constexpr (kNoise == Noise::given) four.load(true, call_.noise, &ElementOffsets::noise, z_[p]);
+    if constexpr (kVariational)
+      four.load(call_.variance.data != nullptr, call_.variance, &ElementOffsets::variance, v_[p]);
   }
 
-  // Computes the losses of four elements that have been loaded, whose noise is z if it is drawn, and stores the slopes.
+  // Computes the losses of four loaded elements and stores their slopes. If noise is drawn, z is their noise.
   template <class Elements>
   __device__ __forceinline__ void take(const Elements& four, int p, F2 (&z)[2], F2 (&values)[2]) {
     m_[p].unpack_from_here(), x_start_[p].unpack_from_here(), v_[p].unpack_from_here();
@@ -221,10 +225,10 @@ class LossOfSample {
         }
       });
     }
-    if (call_.slope.data != nullptr) four.store(call_.slope, &Place::slope, slopes);
+    if (call_.slope.data != nullptr) four.store(call_.slope, &ElementOffsets::slope, slopes);
     if constexpr (kVariational) {
       if (call_.variance_slope.data != nullptr)
-        four.store(call_.variance_slope, &Place::variance_slope, variance_slopes);
+        four.store(call_.variance_slope, &ElementOffsets::variance_slope, variance_slopes);
     }
   }
 
@@ -247,13 +251,14 @@ class LossOfSample {
   Vector<X, 4> x_start_[kParts], z_[kParts];
 };
 
-// `counts` are batch + 1 zeros, of the blocks that have finished their part of a sample and of the samples that are
-// finished. The launch leaves them as zeros.
+// `counts` has batch + 1 zeros: for each sample the number of blocks that have finished their part, and then the number
+// of finished samples. The launch leaves the counts at zero.
 //
-// By strides, a sample's turns are taken in stretches of `apart`, one for each channel where channels_in_turn says so,
-// else one for all. A block begins with turn blockIdx.x of the first stretch, takes that of the other stretches, and
-// then goes on in the first one by the number of blocks. So where channels are last, it takes all channels of a few
-// pixels before the next pixels, while the L1 cache still holds them. By pixels, `apart` is the number of stretches.
+// With Access::strided, a sample's turns are divided into stretches of `apart` turns: one stretch for each channel if
+// channels_in_turn says so, otherwise one for the whole sample. A block begins with turn blockIdx.x of the first
+// stretch, takes the same turn of the other stretches, and then advances in the first stretch by the number of blocks.
+// So if channels are last, the block processes all channels of a few pixels before the next pixels, while the L1 cache
+// still holds them. By pixels, `apart` is the number of stretches.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
@@ -261,7 +266,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;
   using Index = typename Body::Index;
   constexpr int kParts = Body::kParts;
-  // Of this turn and of the one before; by pixels, of each channel.
+  // The losses of this turn and of the previous turn or, by pixels, of each channel.
   __shared__ float losses[Body::kPixels ? kMostChannels : 2][kParts][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
@@ -277,7 +282,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   if constexpr (Body::kPixels) {
     const uint32_t channels = static_cast<uint32_t>(call.channels_last), stretches = static_cast<uint32_t>(apart);
     for (uint32_t stretch = blockIdx.x; channels > 0 && stretch < stretches; stretch += gridDim.x) {
-      __syncthreads();  // until nobody reads the losses before these
+      __syncthreads();  // until no thread reads the previous losses
       body.pixels(stretch, losses);
       __syncthreads();
       for (uint32_t c = threadIdx.x / kLanes; c < channels; c += kLossThreads / kLanes) {
@@ -286,7 +291,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
       }
     }
   }
-  Index first = call.channels_last > 0 ? turns : blockIdx.x;  // of the turns that are `apart`
+  Index first = call.channels_last > 0 ? turns : blockIdx.x;  // the block's turn in the first stretch
   const auto next = [&](Index turn) {
     if constexpr (kAccess == Access::vector) return turn + gridDim.x;
     turn += apart;
@@ -300,10 +305,10 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   for (Index turn = first, after; turn < turns; turn = after, odd ^= 1) {
     after = next(turn);
     body.take(turn, losses[odd]);
-    body.load(after);  // before the sums, so that the loads are under way
+    body.load(after);  // before the sums, so that the loads overlap with them
     __syncthreads();
-    // A warp adds up a chunk, and other warps the next turn's. The turn after that writes to the same place behind
-    // another barrier.
+    // One warp adds up a chunk; other warps add up the next turn's chunks. The turn after the next one writes to the
+    // same buffer, but only after another barrier.
     const unsigned part = (threadIdx.x / 32 + 2 * odd) % (kLossThreads / 32);
     const Index chunk = turn * kParts + part;
     if (part < kParts && chunk < chunks) {
@@ -320,12 +325,12 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 
-// As channels_in_turn(call), of a block and its chunks: by pixels, and where the pixels are whole chunks and one
-// channel alone has enough blocks for the device.
+// Like channels_in_turn(call), but for a block and its chunks. Returns more than 1 by pixels, or if a channel's pixels
+// are whole chunks and one channel alone has enough blocks for the device.
 int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
   if (call.channels_last > 0) return call.channels_last;
-  const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
-  return apart && call.batch * (call.sizes[1] / kLossChunk) >= at_once ? call.sizes[0] : 1;
+  const bool separate = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
+  return separate && call.batch * (call.sizes[1] / kLossChunk) >= at_once ? call.sizes[0] : 1;
 }
 
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
@@ -344,10 +349,10 @@ void launch_noise_kind(const LossCall& call, int device, cudaStream_t stream) {
   if (choose_access(call) == Access::strided) {
     const bool pixels = std::is_same_v<Row, LossRow> && call.dims == 2 && call.sizes[0] <= kMostChannels &&
                         call.sizes[1] % kLossChunk == 0;
-    const LossCall& turned = pixels ? by_pixels(call) : call;
-    return launch_access<Row, kNoise, Access::strided, false, X, M>(turned, device, stream);
+    const LossCall& reordered = pixels ? by_pixels(call) : call;
+    return launch_access<Row, kNoise, Access::strided, false, X, M>(reordered, device, stream);
   }
-  // Of the variants with drawn noise only the most frequent one has keys that are constants.
+  // Among the variants with drawn noise, only the most frequent one has constant keys.
   if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
     if (call.seed_data == nullptr) return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);
   }

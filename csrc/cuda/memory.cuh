@@ -1,5 +1,5 @@
-// Loads and stores: 128 bits at a time where the alignment allows it, else one element at a time by any strides. Values
-// are converted to and from float32, in which all arithmetic is done.
+// Loads and stores: 128 bits at a time where the alignment allows it, otherwise one element at a time with any strides.
+// Values are converted to and from float32, in which all arithmetic is done.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,7 +54,7 @@ struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-// kItems neighbouring elements as they lie in memory, in a word of 128 bits, of 64 or of 32.
+// kItems elements that are contiguous in memory, loaded and stored as a word of 128, 64 or 32 bits.
 template <class T, int kItems>
 struct Vector {
   using Pair = typename PairOf<T>::Type;
@@ -73,7 +73,8 @@ struct Vector {
     load_word_if(condition, reinterpret_cast<const Word*>(p), word);
     memcpy(pairs, &word, sizeof word);
   }
-  // Keeps the elements in their words up to here. The compiler would unpack 16 bits where a loop's turn begins.
+  // Keeps the elements packed in their words up to this point. Otherwise the compiler would unpack 16-bit elements at
+  // the start of a loop iteration.
   __device__ __forceinline__ void unpack_from_here() {
     uint32_t words[kBytes / 4];
     memcpy(words, pairs, sizeof words);
@@ -86,7 +87,7 @@ struct Vector {
     memcpy(&word, pairs, sizeof word);
     store_word(reinterpret_cast<Word*>(p), word);
   }
-  // The same one by one, where the elements are `stride` apart.
+  // Loads or stores the elements one by one, `stride` elements apart.
   __device__ __forceinline__ void gather(const T* p, int64_t stride) {
     T values[kItems];
     DDPM_UNROLL
@@ -102,7 +103,7 @@ struct Vector {
   }
 };
 
-// The offsets of an element of a sample in each of its tensors.
+// An element's offset within its sample, in each of the sample's tensors.
 struct Offsets {
   int64_t x = 0, model_output = 0, noise = 0, out = 0;
 
@@ -114,9 +115,9 @@ struct Offsets {
   }
 };
 
-// Divides j < 2^34 by a size of 2 or more with a multiplication and a shift, since a GPU has only a long routine for
-// division. With 2^(s-1) < size <= 2^s, magic exceeds 2^(63+s) / size by at most 1. So the quotient's error is below
-// j 2^-(63+s), which is less than the 1/size that could change it.
+// Divides j < 2^34 by a size of 2 or more with a multiplication and a shift, since a GPU has no division instruction,
+// only a long routine. With 2^(s-1) < size <= 2^s, magic exceeds 2^(63+s) / size by at most 1. So the quotient's error
+// is below j 2^-(63+s), which is less than 1/size, the least error that could change the result.
 struct Divider {
   uint64_t magic = 0;
   int shift = 0;
@@ -139,7 +140,7 @@ struct Dividers {
   }
 };
 
-// Calls add(d, index) with the index of a sample's element j in each dimension, so that the division is done once for
+// Calls add(d, index) with the index of a sample's element j in each dimension d. So the divisions are done once for
 // all tensors.
 template <class Add>
 __device__ __forceinline__ void for_each_index(const Call& call, const Dividers& dividers, int64_t j, Add add) {
@@ -151,14 +152,14 @@ __device__ __forceinline__ void for_each_index(const Call& call, const Dividers&
   }
 }
 
-// The offsets of element j of a sample.
+// Returns the offsets of element j of a sample.
 __device__ __forceinline__ Offsets offsets(const ElementwiseCall& call, const Dividers& dividers, int64_t j) {
   Offsets o;
   for_each_index(call, dividers, j, [&](int d, int64_t index) { o.add(call, d, index); });
   return o;
 }
 
-// Whether `count` elements of a sample, from j on, are neighbours in the last dimension.
+// Whether the `count` elements of a sample from j on are neighbours along the last dimension.
 __device__ __forceinline__ bool in_row(const Call& call, const Dividers& dividers, int64_t j, int count) {
   const int d = call.dims - 1;
   if (d < 0) return false;

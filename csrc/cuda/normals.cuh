@@ -1,4 +1,5 @@
-// The noise of a GPU's kernels: the normals of a Philox block, two at a time. On the CPU this is cpu/kernels/normals.h.
+// The noise of the GPU kernels: the normals of a Philox block, two at a time. The CPU's counterpart is
+// cpu/kernels/normals.h.
 #pragma once
 
 #include "core/box_muller.h"
@@ -7,7 +8,7 @@
 
 namespace ddpm_ext::cuda {
 
-// Draws the normals of the block of four elements that contains element j, as two pairs.
+// Draws the normals of the block of four elements that contains element j, as two pairs in z.
 template <class Index>
 __device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, F2* z) {
   uint32_t w[4];

@@ -1,5 +1,5 @@
 // Rescaled guidance: the moments of core/spread.h for every chunk, and each sample's factor, in one launch. Two warps
-// of a block take a chunk's moments, one those of the model's output and one those of the guided one.
+// of a block compute a chunk's moments: one for the model's output, one for the guided output.
 #include "core/spread.h"
 
 #include "core/step.h"
@@ -11,7 +11,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// The sum of a warp's lanes, which each of them gets.
+// The sum over a warp's lanes. Every lane gets it.
 __device__ __forceinline__ double sum_of_warp(float lane) {
   double sum = static_cast<double>(lane + __shfl_xor_sync(0xffffffffu, lane, kSpreadLanes / 2));
   DDPM_UNROLL
@@ -33,13 +33,14 @@ __device__ __forceinline__ ChunkMoments moments_of(const float* values, int leng
   return {mean, sum_of_warp(lane.squares_from(mean, n))};
 }
 
-// `counts` are zeros for the samples, of the blocks that have finished their part. The launch leaves them as zeros.
+// `counts` has a zero for each sample: the number of blocks that have finished their part. The launch leaves the counts
+// at zero.
 template <Access kAccess, class M>
 __global__ void __launch_bounds__(kLossThreads)
     spread_of_samples(const __grid_constant__ OutputScaleCall call, const __grid_constant__ Dividers dividers,
                       uint32_t* counts) {
   using Index = IndexOf<kAccess>;
-  alignas(16) __shared__ float places[2][kLossChunk];
+  alignas(16) __shared__ float values[2][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
   const Index b = sample_of_block<Index>();
@@ -49,21 +50,21 @@ __global__ void __launch_bounds__(kLossThreads)
   ChunkMoments* const moments = call.chunks + 2 * static_cast<int64_t>(b) * chunks;
   for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const Index j = chunk * kLossChunk + 4 * threadIdx.x;
-    F2 outputs[2][2];  // the model's, and the unconditional one, which becomes the guided one
+    F2 outputs[2][2];  // the model's output; the unconditional output, then the guided one
     load_four<kAccess, M>(call, dividers, call.model_output, b, j, outputs[0]);
     load_four<kAccess, M>(call, dividers, call.uncond_output, b, j, outputs[1]);
-    __syncthreads();  // until nobody reads the values before these
+    __syncthreads();  // until no thread reads the previous chunk's values
     DDPM_UNROLL
     for (int i = 0; i < 2; ++i) outputs[1][i] = guide(call.guidance, outputs[0][i], outputs[1][i]);
     DDPM_UNROLL
     for (int k = 0; k < 2; ++k)
-      *reinterpret_cast<float4*>(places[k] + 4 * threadIdx.x) =
+      *reinterpret_cast<float4*>(values[k] + 4 * threadIdx.x) =
           float4{outputs[k][0].v.x, outputs[k][0].v.y, outputs[k][1].v.x, outputs[k][1].v.y};
     __syncthreads();
     const unsigned k = threadIdx.x / kSpreadLanes;
     if (k < 2) {
-      const ChunkMoments found = moments_of(places[k], static_cast<int>(chunk_length(call.numel, chunk)));
-      if (threadIdx.x % kSpreadLanes == 0) moments[2 * chunk + k] = found;
+      const ChunkMoments chunk_moments = moments_of(values[k], static_cast<int>(chunk_length(call.numel, chunk)));
+      if (threadIdx.x % kSpreadLanes == 0) moments[2 * chunk + k] = chunk_moments;
     }
   }
 

@@ -31,13 +31,14 @@ __device__ __forceinline__ F2 operator*(F2 a, F2 b) { return {a.v.x * b.v.x, a.v
 __device__ __forceinline__ F2 fma(F2 a, F2 b, F2 c) { return {fmaf(a.v.x, b.v.x, c.v.x), fmaf(a.v.y, b.v.y, c.v.y)}; }
 #endif
 
-// Computes sqrt(x) from y, which is 1/sqrt(x) within 2^-23.3, by one step of Newton's method. It is rounded to nearest.
+// Computes sqrt(x), rounded to nearest, by one step of Newton's method from y, which is 1/sqrt(x) within 2^-23.3.
 __device__ __forceinline__ F2 newton_root(F2 x, F2 y) {
   const F2 root = x * y, half = y * F2(0.5f);
   return fma(fma(root * F2(-1.0f), root, x), half, root);
 }
 
-// The instructions that sqrt.rn has for numbers that are neither 0 nor subnormal, without its call for those that are.
+// The instruction sequence of sqrt.rn for numbers that are neither 0 nor subnormal, without sqrt.rn's call for those
+// that are.
 __device__ __forceinline__ F2 sqrt(F2 x) { return newton_root(x, {rsqrt_approx(x.v.x), rsqrt_approx(x.v.y)}); }
 
 __device__ __forceinline__ F2 clamp(F2 x, F2 lo, F2 hi) {

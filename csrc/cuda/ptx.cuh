@@ -1,11 +1,11 @@
-// Single instructions: those that CUDA C++ cannot express, and the accesses to memory whose number counts.
+// Single instructions: those that CUDA C++ cannot express, and memory accesses of a fixed width.
 #pragma once
 
 #include <cstdint>
 
 namespace ddpm_ext::cuda {
 
-// Approximates 1/sqrt(x) within 2^-22.9 for a normal x. For such numbers .ftz changes nothing but saves a check.
+// Approximates 1/sqrt(x) within 2^-22.9 for a normal x. For such x, .ftz does not change the result but saves a check.
 __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -13,7 +13,7 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
 }
 
 // The larger and the smaller number. NaN stays NaN, and -0 is below 0. Before sm_80 there is no such instruction, and
-// only a NaN of the first argument stays.
+// only a NaN in the first argument stays NaN.
 __device__ __forceinline__ float max_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float c;
@@ -33,7 +33,7 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 #endif
 }
 
-// Keeps a pointer to global memory in a register. Otherwise the compiler computes the address anew at every use.
+// Keeps a pointer to global memory in a register. Otherwise the compiler recomputes the address at every use.
 template <class T>
 __device__ __forceinline__ T* in_register(T* p) {
   asm("" : "+l"(p));
@@ -65,13 +65,14 @@ __device__ __forceinline__ void load_word_if(bool condition, const uint2* p, uin
                : "memory");
 }
 
-// Ends the thread if its noise is NaN. No noise is, but the compiler does not know that. So it leaves all uses of
-// loaded values that come behind this behind the noise, during which the loads are under way.
+// Ends the thread if its noise is NaN. The noise never is, but the compiler does not know that. So all uses of loaded
+// values after this call stay behind the computation of the noise, which overlaps with the loads.
 __device__ __forceinline__ void keep_uses_behind(float noise) {
   asm volatile("{ .reg .pred c; setp.nan.f32 c, %0, %0; @c exit; }" : : "f"(noise));
 }
 
-// Changes nothing, which the compiler does not know. So the value is computed before, and its uses come after.
+// Changes nothing, but the compiler does not know that. So the value is computed before this call, and uses after it
+// cannot move up.
 __device__ __forceinline__ void make_opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 __device__ __forceinline__ void make_opaque(int64_t& word) { asm volatile("" : "+l"(word)); }
 

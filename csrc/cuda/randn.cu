@@ -1,4 +1,4 @@
-// The noise contract's normals alone.
+// Draws the noise contract's normals.
 #include "cuda/elementwise.cuh"
 #include "cuda/operators.h"
 

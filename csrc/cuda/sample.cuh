@@ -1,5 +1,4 @@
-// The values that all elements of a sample share: where it begins, its row, its factors, and its part of Philox's
-// counter.
+// The values that all elements of a sample share: its start, its row, its factors, and its part of the Philox counter.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +8,7 @@
 
 namespace ddpm_ext::cuda {
 
-// The sample of a block, where each has one, in a grid of (blocks of a sample, samples, more samples).
+// The sample of this block, if each block has one sample. The grid is (blocks of a sample, samples, more samples).
 template <class Index>
 __device__ __forceinline__ Index sample_of_block() {
   return static_cast<Index>(blockIdx.z) * gridDim.y + blockIdx.y;
@@ -22,15 +21,15 @@ __device__ __forceinline__ int64_t sample_start(int64_t batch_stride, Index b) {
   return b * batch_stride;
 }
 
-// The row of sample b.
+// The row number of sample b.
 template <class Index>
 __device__ __forceinline__ int64_t sample_row(const Call& call, Index b) {
   int64_t t = call.t_index;
   if (call.t != nullptr) t = call.t[sample_start(call.t_stride, b)];
-  return t < 0 ? 0 : t >= call.rows ? call.rows - 1 : t;  // a t on the GPU is not read back to be checked
+  return t < 0 ? 0 : t >= call.rows ? call.rows - 1 : t;  // a t on the GPU is not checked before
 }
 
-// The row with that number.
+// The row with number t.
 template <class Row, class AnyCall>
 __device__ __forceinline__ Row read_row(const AnyCall& call, int64_t t) {
   if constexpr (std::is_same_v<Row, StepRow>)
@@ -38,22 +37,22 @@ __device__ __forceinline__ Row read_row(const AnyCall& call, int64_t t) {
   return static_cast<const Row*>(call.table)[t];
 }
 
-// The factor of sample b.
+// The factor of sample b, or 1 if the call has no such factors.
 template <class Index>
 __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
   return values.data == nullptr ? 1.0f : values.data[sample_start(values.stride, b)];
 }
 
-// The noise of sample b. row_draw is the draw to use if the caller gave none.
+// The Philox state of sample b. row_draw is the draw to use if the caller gave none.
 template <class Index>
 __device__ __forceinline__ PhiloxSample sample_noise(const Call& call, const PhiloxKeys& keys, Index b,
                                                      uint32_t row_draw) {
   uint64_t id = static_cast<uint64_t>(call.first_id) + b;
   if (call.sample_ids != nullptr) id = call.sample_ids[sample_start(call.ids_stride, b)];
-  uint32_t draw = static_cast<uint32_t>(call.draw);  // chosen in the order that takes the fewest registers
-  const bool own = call.draw_data != nullptr;
-  if (own) draw = static_cast<uint32_t>(*call.draw_data);
-  draw = own || call.draw >= 0 ? draw : row_draw;
+  uint32_t draw = static_cast<uint32_t>(call.draw);  // this order of choices takes the fewest registers
+  const bool from_memory = call.draw_data != nullptr;
+  if (from_memory) draw = static_cast<uint32_t>(*call.draw_data);
+  draw = from_memory || call.draw >= 0 ? draw : row_draw;
   return philox_sample(keys, sample_counter(id, call.stream, draw));
 }
 

@@ -1,6 +1,6 @@
-// The step with options: take_step of core/ for every element. Which tensors a call has is known only when it runs, so
-// the kernels branch on null pointers, which are the same for all threads. The usual sets of options have kernels of
-// their own (option_sets.cuh).
+// The step with options: take_step of core/step_with_options.h for every element. Only at run time is it known which
+// tensors a call has, so the kernels branch on null pointers, which are the same for all threads. Frequent sets of
+// options have specialised kernels (option_sets.cuh).
 #include "core/step_with_options.h"
 
 #include <type_traits>
@@ -18,11 +18,12 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// How many elements of a sample a thread takes at once.
+// The number of a sample's elements that a thread processes at once.
 template <Access kAccess, class Options, class X>
 constexpr int kStepItems = kAccess == Access::vector && Options::kEight && sizeof(X) == 2 ? 8 : 4;
 
-// Calls store(value) with a value of the dtype of model_input, which may be another than the samples' and the output's.
+// Calls store(value) with a value of model_input's C++ type, which may differ from the samples' and from the model
+// output's.
 template <class Store>
 __device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store) {
   switch (call[Result::model_input].dtype) {
@@ -35,16 +36,16 @@ __device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store
   }
 }
 
-// Where a thread's elements lie in every tensor of dense samples: from element j of sample b on. Nothing is loaded if
-// not `inside`.
+// The positions of a thread's elements in every tensor of dense samples, from element j of sample b on. Loads do
+// nothing unless `inside`.
 template <class Index>
-class DensePlaces {
+class DensePositions {
  public:
-  __device__ __forceinline__ DensePlaces(Index b, Index j, bool inside = true) : b_(b), j_(j), inside_(inside) {
-    make_opaque(b_);  // or the compiler would keep where each tensor's sample begins in registers
+  __device__ __forceinline__ DensePositions(Index b, Index j, bool inside = true) : b_(b), j_(j), inside_(inside) {
+    make_opaque(b_);  // or the compiler would keep each tensor's sample start in registers
   }
 
-  // Of the first element in a tensor.
+  // The offset of the first element in a tensor.
   template <class Which>
   __device__ __forceinline__ int64_t offset(const StepCall& call, Which which) const {
     return sample_start(call[which].batch_stride, b_) + j_;
@@ -64,12 +65,13 @@ class DensePlaces {
   const bool inside_;
 };
 
-// The same of samples by any strides: of one element, or of two that are neighbours in the last dimension. The inputs'
-// offsets are computed together, and each result's when it is stored, since all of them would not fit in registers.
-class StridedPlaces {
+// The same for samples with any strides: the positions of one element, or of two that are neighbours along the last
+// dimension. The inputs' offsets are computed together. Each result's offset is computed when it is stored, since all
+// of them would not fit in registers.
+class StridedPositions {
  public:
-  __device__ __forceinline__ StridedPlaces(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j,
-                                           int count)
+  __device__ __forceinline__ StridedPositions(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j,
+                                              int count)
       : dividers_(dividers), b_(b), j_(j), count_(count) {
     make_opaque(b_);
     DDPM_UNROLL
@@ -100,7 +102,7 @@ class StridedPlaces {
   }
 
  private:
-  // From the first element to the second. A single one is loaded twice.
+  // The stride from the first element to the second. A single element is loaded twice.
   __device__ __forceinline__ int64_t stride(const StepCall& call, const TensorArg& tensor) const {
     return count_ == 2 ? tensor.strides[call.dims - 1] : 0;
   }
@@ -111,12 +113,13 @@ class StridedPlaces {
   int64_t inputs_[kRoles];
 };
 
-// kItems elements of a step's tensors. take_step takes four of them, or two if there are no more. All loads are issued
-// before the first value is used.
-template <class Options, class X, class M, int kItems, class Places>
+// kItems elements of a step's tensors: Io of take_step, which takes four of them at a time, or two if kItems is 2. All
+// loads are issued before the first value is used.
+template <class Options, class X, class M, int kItems, class Positions>
 class Tensors {
  public:
-  __device__ __forceinline__ Tensors(const StepCall& call, const Places& places) : call_(call), places_(places) {
+  __device__ __forceinline__ Tensors(const StepCall& call, const Positions& positions)
+      : call_(call), positions_(positions) {
     fetch(std::make_integer_sequence<int, kRoles>());
   }
 
@@ -129,7 +132,7 @@ class Tensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
-  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then.
+  // Writes a result to memory once its last elements have been computed. All inputs have been loaded by then.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
     if constexpr (kResult == Result::model_input && Options::kAnyInput) {
@@ -140,14 +143,14 @@ class Tensors {
       narrow(value, result.pairs[first + i]);
       if (first + i + 1 < kItems / 2) return;
       const TensorArg& to = call_[kResult];
-      places_.store(call_, static_cast<X*>(to.data) + places_.offset(call_, kResult), to, result);
+      positions_.store(call_, static_cast<X*>(to.data) + positions_.offset(call_, kResult), to, result);
     }
   }
 
-  int first = 0;  // the first pair of the elements that load and store mean
+  int first = 0;  // load and store count pairs from this one
 
  private:
-  static constexpr int kPairs = kItems == 2 ? 1 : 2;  // that take_step takes
+  static constexpr int kPairs = kItems == 2 ? 1 : 2;  // the number of pairs that take_step takes
 
   template <Role kRole>
   __device__ __forceinline__ auto& get() const {
@@ -158,16 +161,16 @@ class Tensors {
     }
   }
 
-  // As many elements at a time as take_step takes, since their dtype is known only here.
+  // Stores only the elements of one take_step at a time, since their dtype is known only at run time.
   template <class T>
   __device__ __forceinline__ void store_input() const {
-    Vector<T, 2 * kPairs> taken;
+    Vector<T, 2 * kPairs> values;
     DDPM_UNROLL
-    for (int i = 0; i < kPairs; ++i) narrow(input_[i], taken.pairs[i]);
+    for (int i = 0; i < kPairs; ++i) narrow(input_[i], values.pairs[i]);
     const TensorArg &to = call_[Result::model_input], &again = call_.input_again;
-    const int64_t place = places_.offset(call_, Result::model_input) + 2 * first;
-    places_.store(call_, static_cast<T*>(to.data) + place, to, taken);
-    if (again.data != nullptr) places_.store(call_, static_cast<T*>(again.data) + place, again, taken);
+    const int64_t offset = positions_.offset(call_, Result::model_input) + 2 * first;
+    positions_.store(call_, static_cast<T*>(to.data) + offset, to, values);
+    if (again.data != nullptr) positions_.store(call_, static_cast<T*>(again.data) + offset, again, values);
   }
 
   template <int... kEach>
@@ -178,20 +181,21 @@ class Tensors {
   __device__ __forceinline__ void fetch_one() {
     if constexpr ((Options::kMay & bit(kRole)) == 0) return;
     using T = std::conditional_t<of_model(kRole), M, X>;
-    places_.load(call_, kRole, has(kRole), const_cast<Vector<T, kItems>&>(get<kRole>()));
+    positions_.load(call_, kRole, has(kRole), const_cast<Vector<T, kItems>&>(get<kRole>()));
   }
 
   const StepCall& call_;
-  const Places places_;
+  const Positions positions_;
   Vector<X, kItems> like_x_[kLikeX];
   Vector<M, kItems> of_model_[kRoles - kLikeX];
-  // Set, or ptxas would keep the registers that a branch writes to through the whole loop.
+  // Initialised, because otherwise ptxas would keep the registers that a branch writes to allocated through the whole
+  // loop.
   Vector<X, kItems> results_[kResults] = {};
   F2 input_[kPairs] = {};
 };
 
-// One element of a step's tensors, in the rest of a dense sample beyond its whole vectors. It is the first of a pair
-// whose second is not used.
+// One element of a step's tensors, beyond the last whole vector of a dense sample. It is the first element of a pair
+// whose second element is not used.
 template <class Options, class X, class M>
 class ElementTensors {
  public:
@@ -215,16 +219,16 @@ class ElementTensors {
   }
   template <Result kResult>
   __device__ __forceinline__ void store(int, F2 value) const {
-    const int64_t place = results_[static_cast<int>(kResult)];
+    const int64_t offset = results_[static_cast<int>(kResult)];
     if constexpr (kResult == Result::model_input && Options::kAnyInput) {
       by_input_dtype(call_, [&](auto of) {
         using T = decltype(of);
-        static_cast<T*>(call_[kResult].data)[place] = from_float<T>(value.v.x);
+        static_cast<T*>(call_[kResult].data)[offset] = from_float<T>(value.v.x);
         if (call_.input_again.data != nullptr)
-          static_cast<T*>(call_.input_again.data)[place] = from_float<T>(value.v.x);
+          static_cast<T*>(call_.input_again.data)[offset] = from_float<T>(value.v.x);
       });
     } else {
-      static_cast<X*>(call_[kResult].data)[place] = from_float<X>(value.v.x);
+      static_cast<X*>(call_[kResult].data)[offset] = from_float<X>(value.v.x);
     }
   }
 
@@ -233,20 +237,21 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// A thread goes on by `apart` elements to its next turn. By strides, it takes four of a sample's first `pixels`
-// elements, and its next turn may be the same pixels of the next channel (channels_in_turn).
+// A thread advances by `apart` elements from one turn (loop iteration) to the next. With Access::strided, it begins
+// with four of a sample's first `pixels` elements, and its next turn may be the same pixels of the next channel
+// (channels_in_turn).
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
                  const int64_t apart) {
   using Index = IndexOf<kAccess>;
   constexpr int kItems = kStepItems<kAccess, Options, X>;
-  using Vectors = Tensors<Options, X, M, kItems, DensePlaces<Index>>;
+  using Vectors = Tensors<Options, X, M, kItems, DensePositions<Index>>;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
   if (b >= static_cast<Index>(call.batch)) return;
 
   const StepRow row = read_row<StepRow>(call, sample_row(call, b));
-  // A call that can't have the tensor has its variance from the row.
+  // If the options exclude model_variance, the variance comes from the row.
   const bool learned = (Options::kMay & bit(Role::model_variance)) != 0;
   StepSample sample = {call.clip_min, call.clip_max, {}, learned ? call.variance : Variance::of_row};
   DDPM_UNROLL
@@ -257,9 +262,10 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const PhiloxSample counter = sample_noise(call, keys, b, row.draw);
-  // Asked behind the seed and the id, whose loads the compiler would otherwise put behind the wait for the row.
+  // Evaluated after the seed and the id are loaded. Otherwise the compiler would put their loads behind the wait for
+  // the row.
   const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
-  // Takes up to four elements, from j on. z is the noise of the four.
+  // Processes the up to four elements from j to `end`, one by one. z is the noise of the four.
   const auto by_element = [&](Index j, Index end, const F2* z) {
 #pragma unroll 1
     for (Index i = j; i < end; ++i) {
@@ -289,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
         take_step(row, sample, tensors, drawn, z);
       }
     }
-    // The rest of a sample beyond its whole vectors, which one thread takes.
+    // The elements beyond a sample's last whole vector, which one thread processes.
     for (; j < numel; j += 4) {
       F2 z[2] = {F2(0.0f), F2(0.0f)};
       if (drawn) draw_normals(keys, counter, j, z);
@@ -298,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
   } else {
     const auto own_keys = [&] {
       int64_t own_seed = static_cast<int64_t>(seed);
-      make_opaque(own_seed);  // or the compiler would keep the keys in registers, of which there are too few
+      make_opaque(own_seed);  // or the compiler would keep the keys in registers, which are too few
       return philox_keys(static_cast<uint64_t>(own_seed));
     };
     if (call.channels_last > 0) {
@@ -306,8 +312,8 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
 #pragma unroll 1
       for (uint32_t quad = words.first; quad < words.end; quad += words.step) {
         const bool has = words.has(quad);
-        const DensePlaces<uint32_t> places(static_cast<uint32_t>(b), words.element(quad), has);
-        Tensors<Options, X, M, 4, DensePlaces<uint32_t>> tensors(call, places);
+        const DensePositions<uint32_t> positions(static_cast<uint32_t>(b), words.element(quad), has);
+        Tensors<Options, X, M, 4, DensePositions<uint32_t>> tensors(call, positions);
         F2 z[2] = {F2(0.0f), F2(0.0f)};
         if (drawn) words.draw_normals(own_keys(), counter, quad, z);
         if (has) take_step(row, sample, tensors, drawn, z);
@@ -324,9 +330,9 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
       for (int i = 0; i < left;) {
         const int count = i % 2 == 0 && in_row(call, dividers, j + i, 2) ? 2 : 1;
         const F2 half = i & 2 ? z[1] : z[0];
-        F2 taken[1] = {F2(i & 1 ? half.v.y : half.v.x, half.v.y)};
-        Tensors<Options, X, M, 2, StridedPlaces> tensors(call, {call, dividers, b, j + i, count});
-        take_step(row, sample, tensors, drawn, taken);
+        F2 noise[1] = {F2(i & 1 ? half.v.y : half.v.x, half.v.y)};
+        Tensors<Options, X, M, 2, StridedPositions> tensors(call, {call, dividers, b, j + i, count});
+        take_step(row, sample, tensors, drawn, noise);
         i += count;
       }
     }
@@ -337,7 +343,7 @@ template <Access kAccess, class Options, class X, class M>
 void launch(const StepCall& call, cudaStream_t stream) {
   constexpr auto kKernel = with_options<kAccess, Options, X, M>;
   const int64_t pixels = elements_of_threads(call);
-  // A thread that takes the elements of several channels takes no other turns.
+  // A thread that processes several channels' elements takes no other turns.
   const Room room = room_for<kKernel>(kThreads);
   const int64_t at_once = pixels < call.numel ? call.batch * call.numel : room.blocks;
   constexpr int kItems = kStepItems<kAccess, Options, X>;
@@ -346,7 +352,7 @@ void launch(const StepCall& call, cudaStream_t stream) {
   launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }
 
-// Launches the kernel of a usual set of options, if the call fits that.
+// Launches the kernel of a frequent set of options, if the call fits it.
 template <class Usual, class X, class M>
 bool launch_usual(const StepCall& call, cudaStream_t stream) {
   if (!fits<Usual>(call)) return false;
@@ -354,7 +360,7 @@ bool launch_usual(const StepCall& call, cudaStream_t stream) {
   return true;
 }
 
-// Launches the kernel of the first of these sets of options that the call fits, or that for any.
+// Launches the kernel of the first of these sets of options that the call fits, or else the kernel for any options.
 template <class... Usual>
 void launch_first(const StepCall& call, cudaStream_t stream) {
   by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {

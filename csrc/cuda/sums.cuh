@@ -1,5 +1,5 @@
-// The sums of a sample's chunks, in the order that core/loss.h describes, by blocks of which the last one finishes the
-// sample.
+// The sums of a sample's chunks, in the order that core/loss.h describes. Several blocks add up a sample's chunks, and
+// the last of them finishes the sample.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace ddpm_ext::cuda {
 
-constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one or two chunks of a sample after another
+constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one or two chunks at a time
 static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
 
-// Adds up a chunk's values by a warp. Its first lane has the sum.
+// Adds up a chunk's values, by a warp. The warp's first lane has the sum.
 __device__ __forceinline__ double sum_of_lanes(const float* values) {
   float lanes[2] = {0.0f, 0.0f};
   DDPM_UNROLL
@@ -25,14 +25,16 @@ __device__ __forceinline__ double sum_of_lanes(const float* values) {
   return sum;
 }
 
-// Reads a number that another block wrote, after comes_last. It is volatile, or the compiler might read it before.
+// Reads a number that another block wrote, after comes_last. The read is volatile, since the compiler might otherwise
+// move it before comes_last.
 template <class T>
 __device__ __forceinline__ T of_others(const T* p) {
   return *static_cast<const volatile T*>(p);
 }
 
-// Adds up value(0) to value(count - 1) by all threads of a block. All of them return the sum, behind a barrier: if only
-// the first one did, the compiler might let the others read strands[0] too, at a time when nobody waits for them.
+// Adds up value(0) to value(count - 1), by all threads of a block. All of them return the sum, after a barrier. If only
+// the first thread returned it, the compiler might let the other threads read strands[0] as well, at a time when no
+// barrier protects it.
 template <class Value>
 __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, double* strands) {
   double strand = 0;
@@ -47,13 +49,13 @@ __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, dou
   return strands[0];
 }
 
-// Whether this block is the last of `of` blocks to come here. If so, it sees everything that the others wrote. The
-// count is back at zero then, for the next launch.
-__device__ __forceinline__ bool comes_last(uint32_t* count, uint32_t of, bool& last) {
+// Whether this block is the last of `blocks` blocks to call this. If so, it sees everything that the other blocks
+// wrote, and the count is back at zero for the next launch.
+__device__ __forceinline__ bool comes_last(uint32_t* count, uint32_t blocks, bool& last) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicInc(count, of - 1) == of - 1;
+    last = atomicInc(count, blocks - 1) == blocks - 1;
     if (last) __threadfence();
   }
   __syncthreads();

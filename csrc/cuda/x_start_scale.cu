@@ -1,7 +1,8 @@
-// Dynamic thresholding: the magnitudes of core/quantile.h, and the selection of two of them in each sample. The
-// magnitudes' first 11 bits are counted while they are computed. Then the next 10 bits are counted of those that share
-// the first bits with the magnitude to be found, and then the last 10. In small samples the block that comes last does
-// both, so that there is one launch. For large ones each is a launch of as many blocks as the first.
+// Dynamic thresholding: computes the magnitudes of core/quantile.h, and selects two of them in each sample, by radix
+// selection. While the magnitudes are computed, their first 11 bits are counted. Among the magnitudes that share their
+// first bits with the wanted one, the next 10 bits are counted, and then the last 10. In small samples, the last block
+// to finish does these two counts, so that there is one launch. For large samples, each count is a launch with as many
+// blocks as the first launch.
 #include "core/quantile.h"
 
 #include "core/step.h"
@@ -13,29 +14,31 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-constexpr int kBins = 2048, kBinBits = 10;  // a count by the first bits, which are 11, takes all bins
+constexpr int kBins = 2048, kBinBits = 10;  // only the count of the first 11 bits uses all bins
 constexpr uint32_t kNan = kMagnitude;       // the only NaN among magnitudes, alone in the last bin
 
-// Where the magnitude to be found is: its first bits, and its rank among the magnitudes that begin with them.
-struct Place {
+// What is known of the wanted magnitude: its first bits, and its rank (from the largest) among the magnitudes that
+// begin with them.
+struct Prefix {
   uint32_t first_bits, from_top;
 };
 
-// What the threads of a block share: the counts by the next bits of the magnitudes that begin with the first bits, and
-// the smallest magnitude whose first bits are larger. The rest is for narrow_down and comes_last.
+// The shared memory of a block: the counts of the next bits among the magnitudes that begin with the first bits, and
+// the smallest magnitude whose first bits are larger. The other members are for narrow_down and comes_last.
 struct Shared {
   uint32_t bins[kBins], larger, sums[kThreads];
-  Place found;
+  Prefix found;
   bool last;
 };
 
-// What a launch leaves to the next one, and the blocks of the last one to each other.
+// What one launch passes to the next one, and what the blocks of the last launch pass to each other.
 struct Search {
-  Place place;
+  Prefix prefix;
   uint32_t larger;
 };
 
-// How far apart the samples are in the scratch memory: each has its magnitudes, and behind them its Search.
+// The distance between samples in the scratch memory, in 32-bit words. Each sample has its magnitudes, followed by its
+// Search.
 DDPM_HD constexpr int64_t scratch_stride(int64_t numel) { return (numel + 3) / 4 * 4 + 4; }
 
 __device__ __forceinline__ uint32_t* magnitudes_of(const XStartScaleCall& call, int64_t b) {
@@ -52,34 +55,34 @@ __device__ __forceinline__ void clear(Shared& shared) {
   __syncthreads();
 }
 
-// Finds the next bits of a magnitude by the counts of all, by all threads of a block.
-__device__ __forceinline__ Place narrow_down(const Place& place, Shared& shared) {
+// Finds the next bits of the wanted magnitude from the counts, by all threads of a block.
+__device__ __forceinline__ Prefix narrow_down(const Prefix& prefix, Shared& shared) {
   constexpr int kEach = kBins / kThreads;
   uint32_t (&sums)[kThreads] = shared.sums;
   const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
-  uint32_t own = 0;
+  uint32_t own_count = 0;
   DDPM_UNROLL
-  for (int i = 0; i < kEach; ++i) own += shared.bins[top - i];
-  sums[threadIdx.x] = own;
+  for (int i = 0; i < kEach; ++i) own_count += shared.bins[top - i];
+  sums[threadIdx.x] = own_count;
   __syncthreads();
   for (unsigned h = 1; h < kThreads; h *= 2) {
-    const uint32_t others = threadIdx.x >= h ? sums[threadIdx.x - h] : 0;
+    const uint32_t previous = threadIdx.x >= h ? sums[threadIdx.x - h] : 0;
     __syncthreads();
-    sums[threadIdx.x] += others;
+    sums[threadIdx.x] += previous;
     __syncthreads();
   }
-  uint32_t above = sums[threadIdx.x] - own;
-  if (above < place.from_top && place.from_top <= sums[threadIdx.x]) {
+  uint32_t above = sums[threadIdx.x] - own_count;
+  if (above < prefix.from_top && prefix.from_top <= sums[threadIdx.x]) {
     int bin = top;
-    while (place.from_top - above > shared.bins[bin]) above += shared.bins[bin--];
-    shared.found = {place.first_bits << kBinBits | bin, place.from_top - above};
+    while (prefix.from_top - above > shared.bins[bin]) above += shared.bins[bin--];
+    shared.found = {prefix.first_bits << kBinBits | bin, prefix.from_top - above};
   }
   __syncthreads();
   return shared.found;
 }
 
-// Calls take(value) for a sample's magnitudes, or a block's part of them. A thread has several loads under way before
-// it uses the first, since a block may be alone. A sample has fewer than 2^31 magnitudes.
+// Calls take(value) for the magnitudes of a sample, or of a block's part of it. A thread has several loads in flight
+// before it uses the first, since its block may be the only one running. A sample has fewer than 2^31 magnitudes.
 template <class Take>
 __device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, uint32_t numel, uint32_t block,
                                                uint32_t blocks, Take take) {
@@ -103,16 +106,16 @@ __device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, uint3
   }
 }
 
-// Counts the next bits, from `shift` on, of the magnitudes that begin with the first bits: of a sample, or of a block's
-// part of it.
+// Counts the next bits (those from bit `shift` on) of the magnitudes that begin with the first bits. Covers a whole
+// sample, or a block's part of it.
 __device__ __forceinline__ void count_bits(const XStartScaleCall& call, int64_t b, uint32_t block, uint32_t blocks,
-                                           const Place& place, int shift, Shared& shared) {
+                                           const Prefix& prefix, int shift, Shared& shared) {
   clear(shared);
   uint32_t larger = kMagnitude;
   each_magnitude(magnitudes_of(call, b), static_cast<uint32_t>(call.numel), block, blocks, [&](uint32_t value) {
     const uint32_t first = value >> (shift + kBinBits);
-    if (first == place.first_bits) atomicAdd(shared.bins + (value >> shift & ((1u << kBinBits) - 1)), 1u);
-    if (first > place.first_bits && value < larger) larger = value;
+    if (first == prefix.first_bits) atomicAdd(shared.bins + (value >> shift & ((1u << kBinBits) - 1)), 1u);
+    if (first > prefix.first_bits && value < larger) larger = value;
   });
   DDPM_UNROLL
   for (int h = 16; h > 0; h /= 2) {
@@ -123,37 +126,38 @@ __device__ __forceinline__ void count_bits(const XStartScaleCall& call, int64_t 
   __syncthreads();
 }
 
-// Adds the block's counts to the sample's, which are zeros before a launch and after it. Returns whether the block is
-// the last to do so, which has the sample's counts then.
+// Adds the block's counts to the sample's counts, which are zero before and after a launch. Returns whether the block
+// is the last to do so. In that block, `shared` has the sample's counts then.
 __device__ __forceinline__ bool has_counts_of_all(Shared& shared, uint32_t* counts, int64_t batch, int64_t b) {
   if (gridDim.x == 1) return true;
-  uint32_t* const all = counts + batch + b * kBins;
+  uint32_t* const sample_counts = counts + batch + b * kBins;
   for (int i = threadIdx.x; i < kBins; i += kThreads)
-    if (shared.bins[i] != 0) atomicAdd(all + i, shared.bins[i]);
+    if (shared.bins[i] != 0) atomicAdd(sample_counts + i, shared.bins[i]);
   if (!comes_last(counts + b, gridDim.x, shared.last)) return false;
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = of_others(all + i), all[i] = 0;
+  for (int i = threadIdx.x; i < kBins; i += kThreads)
+    shared.bins[i] = of_others(sample_counts + i), sample_counts[i] = 0;
   __syncthreads();
   return true;
 }
 
-// Stores a sample's factor, by all threads of a block that has counted the last bits.
-__device__ __forceinline__ void finish(const XStartScaleCall& call, int64_t b, const Place& place, Shared& shared) {
-  const auto [below, from_top] = narrow_down(place, shared);
+// Stores a sample's factor, by all threads of a block that has the counts of the last bits.
+__device__ __forceinline__ void finish(const XStartScaleCall& call, int64_t b, const Prefix& prefix, Shared& shared) {
+  const auto [below, from_top] = narrow_down(prefix, shared);
   constexpr uint32_t kAll = (1u << kBinBits) - 1;
   for (uint32_t i = (below & kAll) + 1 + threadIdx.x; i <= kAll; i += kThreads)
-    if (shared.bins[i] != 0) atomicMin(&shared.larger, place.first_bits << kBinBits | i);
+    if (shared.bins[i] != 0) atomicMin(&shared.larger, prefix.first_bits << kBinBits | i);
   __syncthreads();
   if (threadIdx.x != 0) return;
   const uint32_t above = call.rank.between() && from_top == 1 ? shared.larger : below;
   call.scale[b] = threshold_scale(below, above, call.rank.weight, call.maximum);
 }
 
-// With how many blocks at most a sample is finished by one of them, whose passes over all magnitudes then take no more
-// time than two launches.
+// The most blocks of a sample for which one block finishes the sample in the same launch. Up to this number, its passes
+// over all magnitudes take no more time than two launches.
 constexpr unsigned kBlocksOfOneLaunch = 4;
 
-// `counts` are zeros for the samples, of the blocks that have finished their part, and then, if a sample has several
-// blocks, kBins for each sample. The launch leaves them as zeros.
+// `counts` has a zero for each sample: the number of blocks that have finished their part. If a sample has several
+// blocks, kBins zeros for each sample follow. The launch leaves the counts at zero.
 template <Access kAccess, class X, class M>
 __global__ void __launch_bounds__(kThreads)
     threshold_samples(const __grid_constant__ XStartScaleCall call, const __grid_constant__ Dividers dividers,
@@ -196,40 +200,42 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   if (!has_counts_of_all(shared, counts, call.batch, b)) return;
-  const bool nan = shared.bins[kBins - 1] != 0;  // the quantile is NaN, too, which is the largest magnitude
-  Place place = narrow_down({0, nan ? 1 : static_cast<uint32_t>(call.rank.from_top)}, shared);
+  const bool nan = shared.bins[kBins - 1] != 0;  // then the quantile is NaN, the largest magnitude
+  Prefix prefix = narrow_down({0, nan ? 1 : static_cast<uint32_t>(call.rank.from_top)}, shared);
   if (gridDim.x > kBlocksOfOneLaunch) {
-    if (threadIdx.x == 0) *search_of(call, b) = {place, kMagnitude};
+    if (threadIdx.x == 0) *search_of(call, b) = {prefix, kMagnitude};
     return;
   }
-#pragma unroll 1  // or it would take more registers
+#pragma unroll 1  // unrolled, it would take more registers
   for (int shift = kBinBits;; shift = 0) {
-    count_bits(call, b, 0, 1, place, shift, shared);
-    if (shift == 0) return finish(call, b, place, shared);
-    place = narrow_down(place, shared);
+    count_bits(call, b, 0, 1, prefix, shift, shared);
+    if (shift == 0) return finish(call, b, prefix, shared);
+    prefix = narrow_down(prefix, shared);
   }
 }
 
-// Goes on where threshold_samples has ended, or this kernel before: with kBinBits for `shift`, and then with 0.
+// Continues after threshold_samples, or after this kernel's previous launch. The first launch has kBinBits for `shift`,
+// the second has 0.
 __global__ void __launch_bounds__(kThreads)
     search_samples(const __grid_constant__ XStartScaleCall call, uint32_t* counts, int shift) {
   __shared__ Shared shared;
   const int64_t b = sample_of_block<int64_t>();
   if (b >= call.batch) return;
   Search* const search = search_of(call, b);
-  const Place place = search->place;
-  count_bits(call, b, blockIdx.x, gridDim.x, place, shift, shared);
+  const Prefix prefix = search->prefix;
+  count_bits(call, b, blockIdx.x, gridDim.x, prefix, shift, shared);
   if (shift == 0 && threadIdx.x == 0) atomicMin(&search->larger, shared.larger);
   if (!has_counts_of_all(shared, counts, call.batch, b)) return;
   if (shift == 0) {
     if (threadIdx.x == 0) shared.larger = of_others(&search->larger);
-    return finish(call, b, place, shared);
+    return finish(call, b, prefix, shared);
   }
-  const Place next = narrow_down(place, shared);
-  if (threadIdx.x == 0) search->place = next;
+  const Prefix next = narrow_down(prefix, shared);
+  if (threadIdx.x == 0) search->prefix = next;
 }
 
-// How many elements of a sample a block should have, since each block's counts are added to the sample's.
+// The number of elements for which another block is worthwhile, since each block's counts have to be added to the
+// sample's.
 constexpr int64_t kWorthABlock = 8192;
 
 template <Access kAccess, class X, class M>

@@ -9,14 +9,14 @@
 namespace ddpm_ext {
 namespace {
 
-// Checks and sets what concerns x, which an operator's error messages call x_name.
+// Checks x, and sets the call's fields for x and the table. Error messages call the tensor x_name.
 void begin(const char* op, ElementwiseCall& call, const char* x_name, const Tensor& x, const Rows& rows) {
   call.x.dtype = call.out.dtype = check_sample(op, x_name, x);
   call.batch = x.size(0);
   set_table(op, call, rows, sizeof(AffineRow) / sizeof(float), x.device());
 }
 
-// k0 x + k1 y.
+// Computes k0 x + k1 y.
 Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const char* y_name, const Tensor& y,
                   const Rows& rows) {
   ElementwiseCall call;
@@ -29,20 +29,20 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   return result;
 }
 
-// `drawn` is where drawn noise is written, or null.
+// `drawn`, unless null, receives the noise that is drawn.
 Tensor run_forward(const Tensor& x_start, const Rows& rows, const NoiseSource& source, const OptionalTensor& out,
                    const Tensor* drawn) {
   constexpr const char* op = "forward_process";
-  const Tensor* given = pointer(source.noise);
+  const Tensor* noise = pointer(source.noise);
   ElementwiseCall call;
   begin(op, call, "x_start", x_start, rows);
   set_noise(op, call, call.noise, x_start, "x_start", source);
   if (out.has_value())
     check_out(op, *out, "x_start", x_start,
-              {&x_start, given, &rows.table, pointer(rows.t), pointer(source.rng.sample_ids), pointer(source.rng.seed),
+              {&x_start, noise, &rows.table, pointer(rows.t), pointer(source.rng.sample_ids), pointer(source.rng.seed),
                pointer(source.rng.draw_data)});
   const Tensor result = out.has_value() ? *out : empty_result_like(x_start, x_start.scalar_type());
-  bind(op, call, order_of(call), {{&x_start, &call.x}, {drawn != nullptr ? drawn : given, &call.noise}}, result,
+  bind(op, call, order_of(call), {{&x_start, &call.x}, {drawn != nullptr ? drawn : noise, &call.noise}}, result,
        call.out);
   DDPM_RUN(affine, call, x_start.device());
   return finish(result, out);

@@ -1,4 +1,4 @@
-// The Python module ddpm_ext._C: the operators for eager calls (ops/eager.h), and what Python asks of the build.
+// The Python module ddpm_ext._C: the operators for eager calls (ops/eager.h), and information about the build.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/Exceptions.h>
@@ -17,7 +17,7 @@ using namespace py::literals;
 
 namespace {
 
-// The kernels' own Philox, for the tests with the published vectors.
+// The kernels' Philox, for tests against the published vectors.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(key[0] | (uint64_t{key[1]} << 32));
   uint32_t w[4];
@@ -46,7 +46,7 @@ py::dict build_info() {
   return info;
 }
 
-// What torch's modes and subclasses make is theirs.
+// Under torch's modes, and for tensor subclasses, torch itself must create the tensor.
 Tensor empty_result_like(const Tensor& like) {
   if (!ddpm_ext::plain({{"like", like}})) return at::empty_like(like);
   return ddpm_ext::empty_result_like(like, like.scalar_type());
@@ -60,7 +60,8 @@ py::dict result_memory() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  // Errors of torch and of its modes become those of Python that torch itself raises. pybind11 translates all others.
+  // Turns errors of torch and of its modes into the Python errors that torch itself raises. pybind11 translates all
+  // others.
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -73,7 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   ddpm_ext::eager::define(m);
   m.def("draw_seed", &ddpm_ext::draw_seed);
-  // Torch 2.7 does not have this in Python.
+  // Torch 2.7 does not expose this in Python.
   m.def("has_saved_tensors_hooks", [] { return at::SavedTensorDefaultHooks::get_hooks().has_value(); });
   m.def("philox4x32", &philox4x32);
   m.def("row_names",

@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   constexpr int64_t kMean = 0, kNone = 1;
   const at::Device device = model_output.device();
   LossCall call;
-  // The samples' dtype is that of x_start, else that of a given noise, else that of the model's output.
+  // The samples' dtype is that of x_start; without x_start, that of `noise`; without either, that of the model's
+  // output.
   const Tensor& x = x_start.has_value() ? *x_start : noise.has_value() ? *noise : model_output;
   const char* x_name = x_start.has_value() ? "x_start" : noise.has_value() ? "noise" : "model_output";
   call.x_start.dtype = call.noise.dtype = check_sample(op, x_name, x);
@@ -43,23 +44,23 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({call.batch}, like.dtype(at::kFloat));
   const auto slopes = model_output.options().dtype(at::kFloat);
-  const bool in_noise =
+  const bool reuses_noise =
       overwrite_noise && noise->sizes() == model_output.sizes() && noise->strides() == model_output.strides();
-  const Tensor slope = !want_slope ? at::empty({0}, slopes)
-                       : in_noise  ? *noise
-                                   : empty_result_like(model_output, at::kFloat);
+  const Tensor slope = !want_slope    ? at::empty({0}, slopes)
+                       : reuses_noise ? *noise
+                                      : empty_result_like(model_output, at::kFloat);
   Tensor variance, mean_slope = slope, variance_slope;
   if (doubled) variance = half(model_output, 1);
   if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);
-  const auto given = [](const Tensor& tensor, bool is) { return is ? &tensor : nullptr; };
+  const auto tensor_if = [](const Tensor& tensor, bool condition) { return condition ? &tensor : nullptr; };
   bind(op, call, Order::logical,
        {{pointer(x_start), &call.x_start},
         {pointer(noise), &call.noise},
-        {given(mean_slope, want_slope), &call.slope},
-        {given(variance, doubled), &call.variance},
-        {given(variance_slope, doubled && want_slope), &call.variance_slope}},
+        {tensor_if(mean_slope, want_slope), &call.slope},
+        {tensor_if(variance, doubled), &call.variance},
+        {tensor_if(variance_slope, doubled && want_slope), &call.variance_slope}},
        mean, call.model_output);
-  if (call.numel == 0) losses.fill_(std::numeric_limits<float>::quiet_NaN());  // the mean of nothing, as in torch
+  if (call.numel == 0) losses.fill_(std::numeric_limits<float>::quiet_NaN());  // the mean of no elements, as in torch
   call.per_element = 1.0 / static_cast<double>(call.numel);
   const double share = reduction == kMean ? call.per_element / static_cast<double>(call.batch) : call.per_element;
   call.slope_share = static_cast<float>(share);

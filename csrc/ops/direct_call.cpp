@@ -13,7 +13,7 @@ bool records_grad(at::ArrayRef<Named> tensors) {
   return false;
 }
 
-// The dispatcher would silently ignore a tangent.
+// Without this check, the dispatcher would silently ignore a tangent.
 void refuse_forward_mode(const char* op, at::ArrayRef<Named> tensors) {
   for (const Named& t : tensors) {
     if (t.tensor == nullptr || t.tensor->unsafeGetTensorImpl()->autograd_meta() == nullptr) continue;
@@ -30,12 +30,12 @@ bool plain(at::ArrayRef<Named> tensors) {
   constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
                                   DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch,
                                   DispatchKey::Tracer});
-  constexpr DispatchKeySet own({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
-                                DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU,
-                                DispatchKey::AutocastCUDA});
+  constexpr DispatchKeySet ordinary({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                                     DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU,
+                                     DispatchKey::AutocastCUDA});
   if (c10::impl::tls_local_dispatch_key_set().included_.has_any(modes)) return false;
   for (const Named& t : tensors)
-    if (t.tensor != nullptr && (t.tensor->key_set() | own) != own) return false;
+    if (t.tensor != nullptr && (t.tensor->key_set() | ordinary) != ordinary) return false;
   return true;
 }
 
@@ -47,9 +47,10 @@ void check_agreement(const char* op, at::ArrayRef<Named> tensors) {
                       ", expected strided");
     const char* kind = t.tensor->is_nested() ? "nested" : t.tensor->is_quantized() ? "quantized" : nullptr;
     TORCH_CHECK_VALUE(kind == nullptr, op, ": ", t.name, " is a ", kind, " tensor, expected a plain one");
-    const bool number = t.tensor->is_cpu() && t.tensor->dim() == 0;  // such as a seed, by which it does not choose
-    TORCH_CHECK_VALUE(number || t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
-                      ", expected the samples' device, ", first.device());
+    // For instance a seed. The dispatcher ignores it when it chooses a kernel.
+    const bool is_number = t.tensor->is_cpu() && t.tensor->dim() == 0;
+    TORCH_CHECK_VALUE(is_number || t.tensor->device() == first.device(), op, ": ", t.name, " is on ",
+                      t.tensor->device(), ", expected the samples' device, ", first.device());
   }
 }
 

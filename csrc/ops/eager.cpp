@@ -1,6 +1,6 @@
-// The operators of eager calls: without torch's dispatcher, which would cost more than the arithmetic of a small step,
-// unless it has something to do (ops/direct_call.h). Python passes the arguments of the schema by position, and behind
-// them those that only a direct call takes.
+// The operators for eager calls. They skip torch's dispatcher, which would cost more than the arithmetic of a small
+// step, unless the dispatcher is needed (ops/direct_call.h). Python passes the schema's arguments by position, followed
+// by arguments that only a direct call takes.
 #include "ops/eager.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace ddpm_ext::eager {
 namespace {
 
-// To let other Python threads run meanwhile takes longer than an operator on a CPU with at most as many elements.
+// For at most this many elements on a CPU, releasing the GIL takes longer than the operator itself.
 constexpr int64_t kBrief = 8192;
 
 bool is_brief(const Tensor& x) {
@@ -23,7 +23,7 @@ bool is_brief(const Tensor& x) {
 }
 
 const char* shown_name(const c10::Argument& argument) {
-  return argument.name() == "draw_data" ? "draw" : argument.name().c_str();  // Philox has one name for both
+  return argument.name() == "draw_data" ? "draw" : argument.name().c_str();  // in Python, Philox has one name for both
 }
 
 template <class Signature>
@@ -31,9 +31,9 @@ struct Operator;
 
 template <class Result, class... Args>
 struct Operator<Result(Args...)> {
-  // Defines a function of Python that calls `direct`, or torch's operator where the dispatcher has something to do:
-  // that of the same name, or `of_schema`. `recorder` is what records no gradients, for the message; null if they are
-  // recorded.
+  // Defines a Python function that calls `direct`, or torch's operator if the dispatcher is needed. Torch's operator is
+  // `of_schema`, by default the one called `name`. If the operator records no gradients, `recorder` names it in the
+  // error message; null means that gradients are recorded.
   template <class Direct, class... Extra>
   static void define(py::module_& m, const char* name, Direct (*direct)(Args..., Extra...),
                      const char* recorder = nullptr, const char* of_schema = nullptr, const char* overload = "") {
@@ -59,7 +59,7 @@ struct Operator<Result(Args...)> {
   }
 };
 
-// `on_host` is the same table on the CPU.
+// Returns the rows with `on_host`, which must be the same table on the CPU.
 Rows with_host(Rows rows, const OptionalTensor& on_host) {
   const Tensor& table = rows.table;
   if (on_host.has_value())
@@ -82,7 +82,7 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_P
   ddpm_ext::reverse_step(x_t, model_output, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE, out);
 }
 
-// Checks these arguments of a step before a model is called.
+// Checks these arguments of a step, so that errors come before the model is called.
 void check_reverse_step(const Tensor& x_t, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, const OptionalTensor& out) {
   const Named tensors[] = {{"x_t", x_t},   {"table", table},           {"t", t},     {"noise", noise},
                            {"seed", seed}, {"sample_ids", sample_ids}, {"out", out}, {"draw", draw_data}};
@@ -95,7 +95,7 @@ void check_reverse_step(const Tensor& x_t, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PAR
 }
 
 void step_with_options(DDPM_STEP_PARAMETERS, const OptionalTensor& on_host) {
-  ddpm_ext::step_with_options(DDPM_GIVEN, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE);
+  ddpm_ext::step_with_options(DDPM_STEP_ARGUMENTS, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE);
 }
 
 Tensor forward_process(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS) {

@@ -10,35 +10,35 @@ namespace {
 
 constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;
 constexpr int64_t kDraws = int64_t{1} << 32;
-constexpr int64_t kMaxNumel = int64_t{1} << 34;  // blocks of four elements have 32-bit numbers
+constexpr int64_t kMaxNumel = int64_t{1} << 34;  // a block of four elements has a 32-bit number
 
-// Where a GPU's kernel reads a number that is given as a tensor; null if it is on the CPU, and then read into `value`,
-// or if it is not given.
-const int64_t* number_in_memory(const char* op, const char* name, const OptionalTensor& given, at::Device device,
+// Returns the address of a number on the GPU, from which the kernel reads it. Returns null if the number is missing, or
+// is on the CPU; then `value` is set to it.
+const int64_t* number_in_memory(const char* op, const char* name, const OptionalTensor& number, at::Device device,
                                 int64_t& value) {
-  if (!given.has_value()) return nullptr;
-  CHECK_TYPE(given->scalar_type() == at::kLong, name, " has dtype ", given->scalar_type(), ", expected int64");
-  CHECK_VALUE(given->dim() == 0, name, " has shape ", given->sizes(), ", expected a 0-dimensional tensor");
-  CHECK_VALUE(given->is_cpu() || given->device() == device, name, " is on ", given->device(), ", expected cpu or ",
+  if (!number.has_value()) return nullptr;
+  CHECK_TYPE(number->scalar_type() == at::kLong, name, " has dtype ", number->scalar_type(), ", expected int64");
+  CHECK_VALUE(number->dim() == 0, name, " has shape ", number->sizes(), ", expected a 0-dimensional tensor");
+  CHECK_VALUE(number->is_cpu() || number->device() == device, name, " is on ", number->device(), ", expected cpu or ",
               device);
-  const int64_t* data = given->const_data_ptr<int64_t>();
-  if (!given->is_cpu()) return data;
+  const int64_t* data = number->const_data_ptr<int64_t>();
+  if (!number->is_cpu()) return data;
   value = *data;
   return nullptr;
 }
 
-// The dimensions of a sample, but for those of one element, in the order in which a kernel goes over them: as they lie
-// in memory if any order will do and a sample of x is dense.
+// The dimensions of a sample in the order in which a kernel iterates over them, without dimensions of size 1. They are
+// sorted as they lie in memory if any order is allowed and a sample of x is dense.
 using Dims = c10::SmallVector<int64_t, 8>;
 Dims dims_of_sample(const Tensor& x, Order order) {
   Dims logical;
   for (int64_t d = 1; d < x.dim(); ++d)
     if (x.size(d) != 1) logical.push_back(d);
   if (order == Order::logical) return logical;
-  const auto outside = [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); };
-  if (std::is_sorted(logical.begin(), logical.end(), outside)) return logical;
+  const auto is_outer = [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); };
+  if (std::is_sorted(logical.begin(), logical.end(), is_outer)) return logical;
   Dims sorted = logical;
-  std::sort(sorted.begin(), sorted.end(), outside);
+  std::sort(sorted.begin(), sorted.end(), is_outer);
   int64_t stride = 1;
   for (auto d = sorted.rbegin(); d != sorted.rend(); stride *= x.size(*d++))
     if (x.stride(*d) != stride) return logical;
@@ -74,7 +74,7 @@ void set_host_row(HostRow& call, const Rows& rows) {
   call.has_row = rows.on_host != nullptr && !rows.t.has_value();
   if (!call.has_row) return;
   const float* const row = rows.on_host->const_data_ptr<float>() + rows.t_index * kRowWidth;
-  memcpy(&call.row, row, sizeof call.row);  // they may begin at any address
+  memcpy(&call.row, row, sizeof call.row);  // the row may be unaligned
 }
 
 void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {
@@ -114,16 +114,16 @@ void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, cons
 
 void set_clip(const char* op, Call& call, double clip_min, double clip_max) {
   CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
-  // The bounds' zeros get those signs that leave a zero of x as it is, also where -0 is less than 0.
+  // A bound of zero gets the sign that leaves a zero of x unchanged, even where -0 counts as less than 0.
   call.clip_min = static_cast<float>(clip_min) == 0 ? -0.0f : static_cast<float>(clip_min);
   call.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
 }
 
-void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* given, const Call& call,
+void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* values, const Call& call,
                     at::Device device) {
-  if (given == nullptr) return;
-  factor.stride = check_per_sample(op, name, *given, at::kFloat, call.batch, device);
-  factor.data = given->const_data_ptr<float>();
+  if (values == nullptr) return;
+  factor.stride = check_per_sample(op, name, *values, at::kFloat, call.batch, device);
+  factor.data = values->const_data_ptr<float>();
 }
 
 void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, const Tensor& x_t,

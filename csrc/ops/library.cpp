@@ -18,7 +18,7 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_P
 }
 
 void step_with_options(DDPM_STEP_PARAMETERS) {
-  ddpm_ext::step_with_options(DDPM_GIVEN, DDPM_ROWS, clip_min, clip_max, DDPM_SOURCE);
+  ddpm_ext::step_with_options(DDPM_STEP_ARGUMENTS, DDPM_ROWS, clip_min, clip_max, DDPM_SOURCE);
 }
 
 Tensor forward_process(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS) {
@@ -89,7 +89,7 @@ TORCH_LIBRARY(ddpm_ext, m) {
   m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 
-// Each operator is one function for all devices, which looks at its arguments' device itself.
+// Each operator is one function for all devices. It checks its arguments' device itself.
 static void register_kernels(torch::Library& m) {
   m.impl("reverse_step", ddpm_ext::library::reverse_step);
   m.impl("reverse_step.out", ddpm_ext::library::reverse_step_out);
@@ -103,8 +103,8 @@ static void register_kernels(torch::Library& m) {
   m.impl("posterior_mean", ddpm_ext::library::affine<ddpm_ext::posterior_mean>);
 }
 
-// For operators that write to arguments and return nothing: what torch does itself for views that are negated on
-// reading takes it for granted that what is written is returned.
+// Clones negated inputs of operators that write to their arguments and return nothing. Torch's own handling of views
+// that are negated on reading assumes that an operator returns what it writes.
 static void resolve_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const std::string name = op.schema().name().substr(sizeof("ddpm_ext::") - 1);

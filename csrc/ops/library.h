@@ -1,5 +1,5 @@
-// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so Rows, NoiseSource and
-// StepInputs are spread over parameters.
+// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so the fields of Rows,
+// NoiseSource and StepInputs are separate parameters.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
       int64_t draw, const OptionalTensor &draw_data
 #define DDPM_SOURCE_PARAMETERS const OptionalTensor &noise, bool draw_noise, DDPM_RNG_PARAMETERS
 
-// The structs that these parameters make.
+// Build the structs from these parameters.
 #define DDPM_ROWS \
   ddpm_ext::Rows { table, t, t_index }
 #define DDPM_RNG \
@@ -28,18 +28,18 @@
       DDPM_SOURCE_PARAMETERS,                                                                                    \
       const Tensor &out DDPM_STEP_INPUTS(DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER,    \
                                          DDPM_FLAG_PARAMETER, DDPM_TENSOR_PARAMETER)
-#define DDPM_GIVE_INPUT(name) given[Role::name] = pointer(name);
-#define DDPM_GIVE_FACTOR(name) given[Factor::name] = pointer(name);
-#define DDPM_GIVE_FLAG(name, ...) given.name = name;
-#define DDPM_GIVE_RESULT(name, ...) given[Result::name] = pointer(name);
-#define DDPM_GIVEN                                                                                         \
-  [&] {                                                                                                    \
-    StepInputs given;                                                                                      \
-    given[Role::x_t] = &x_t;                                                                               \
-    given[Result::out] = &out;                                                                             \
-    DDPM_GIVE_INPUT(model_output)                                                                          \
-    DDPM_STEP_INPUTS(DDPM_GIVE_INPUT, DDPM_GIVE_INPUT, DDPM_GIVE_FACTOR, DDPM_GIVE_FLAG, DDPM_GIVE_RESULT) \
-    return given;                                                                                          \
+#define DDPM_SET_INPUT(name) arguments[Role::name] = pointer(name);
+#define DDPM_SET_FACTOR(name) arguments[Factor::name] = pointer(name);
+#define DDPM_SET_FLAG(name, ...) arguments.name = name;
+#define DDPM_SET_RESULT(name, ...) arguments[Result::name] = pointer(name);
+#define DDPM_STEP_ARGUMENTS                                                                           \
+  [&] {                                                                                               \
+    StepInputs arguments;                                                                             \
+    arguments[Role::x_t] = &x_t;                                                                      \
+    arguments[Result::out] = &out;                                                                    \
+    DDPM_SET_INPUT(model_output)                                                                      \
+    DDPM_STEP_INPUTS(DDPM_SET_INPUT, DDPM_SET_INPUT, DDPM_SET_FACTOR, DDPM_SET_FLAG, DDPM_SET_RESULT) \
+    return arguments;                                                                                 \
   }()
 
 namespace ddpm_ext::library {

@@ -25,8 +25,8 @@ int64_t reach(const Term* begin, const Term* end) {
   return sum;
 }
 
-// Whether the terms, sorted by stride with the largest first, can add up to target. When the budget is spent, it gives
-// up and says yes.
+// Whether the terms can add up to target. The terms must be sorted by stride, largest first. If the budget is used up,
+// the search gives up and answers yes.
 bool can_sum_to(const Term* begin, const Term* end, int64_t target, int& budget) {
   if (target < 0 || target > reach(begin, end)) return false;
   if (target == 0) return true;
@@ -60,8 +60,8 @@ bool may_overlap_itself(const at::Tensor& t) {
 
 bool may_overlap(const at::Tensor& a, const at::Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0 || !a.is_alias_of(b)) return false;
-  // They share a byte if address_a + offset_a = address_b + offset_b. With offset_b counted down from its last byte,
-  // this is a question about a sum of positive terms.
+  // They share a byte if address_a + offset_a = address_b + offset_b. Counting offset_b down from b's last byte turns
+  // this into a sum of positive terms.
   Terms of_b;
   add_terms(of_b, b);
   const int64_t last_b = reach(of_b.begin(), of_b.end());

@@ -20,7 +20,7 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   call.batch = size[0];
   call.noise_kind = Noise::drawn;
   const Tensor result = empty_result(size, at::TensorOptions().dtype(dtype).device(device));
-  set_rng(op, call, rng, result.device());  // the result's device, since a plain "cuda" has no index
+  set_rng(op, call, rng, result.device());  // result.device(): a plain "cuda" has no index
   call.draw = std::max<int64_t>(call.draw, 0);
   bind(op, call, Order::logical, {}, result, call.out);
   DDPM_RUN(randn, call, result.device());

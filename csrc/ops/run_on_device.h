@@ -1,4 +1,4 @@
-// Runs a call by the kernels of the device that its tensors are on.
+// Runs a call with the kernels of its tensors' device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 
 namespace ddpm_ext {
 
-// Runs a call on its device; there is nothing to run for an empty tensor.
+// Runs a call on its device. Nothing runs for an empty tensor.
 template <class AnyCall, class Cpu, class Cuda>
 void run_on_device(const AnyCall& call, at::Device device, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   if (call.batch == 0 || call.numel == 0) return;
@@ -28,7 +28,7 @@ void run_on_device(const AnyCall& call, at::Device device, Cpu cpu, [[maybe_unus
 #define DDPM_RUN(function, call, device) run_on_device(call, device, cpu::function, nullptr)
 #endif
 
-// Returns the result. If it is a given output, autograd learns that it has changed.
+// Returns the result. If the caller passed `out`, its version is bumped, so that autograd notices the change.
 inline Tensor finish(const Tensor& result, const OptionalTensor& out) {
   if (out.has_value() && !result.is_inference()) result.unsafeGetTensorImpl()->bump_version();
   return result;

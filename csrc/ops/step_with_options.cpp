@@ -9,75 +9,76 @@ namespace {
 
 constexpr const char* op = "step_with_options";
 
-// Sets the dtype of the model's tensors. The first one that is given decides, and the others must have the same.
-void set_model_dtypes(StepCall& call, const StepInputs& given) {
-  const Tensor& x_t = *given[Role::x_t];
+// Sets the dtype of the model's tensors. The first one that the caller passed decides, and the others must have the
+// same dtype.
+void set_model_dtypes(StepCall& call, const StepInputs& arguments) {
+  const Tensor& x_t = *arguments[Role::x_t];
   DType dtype = call[Role::x_t].dtype;
   const char* first_name = nullptr;
   const Tensor* first = nullptr;
   for (int i = kLikeX; i < kRoles; ++i) {
     const char* name = kRoleNames[i];
-    const Tensor* tensor = given.inputs[i];
+    const Tensor* tensor = arguments.inputs[i];
     if (tensor == nullptr) continue;
-    const DType own = check_same_or_lower(op, name, *tensor, "x_t", x_t);
-    if (first == nullptr) first = tensor, first_name = name, dtype = own;
+    const DType tensor_dtype = check_same_or_lower(op, name, *tensor, "x_t", x_t);
+    if (first == nullptr) first = tensor, first_name = name, dtype = tensor_dtype;
     CHECK_TYPE(tensor->scalar_type() == first->scalar_type(), name, " has dtype ", tensor->scalar_type(),
                ", expected that of ", first_name, ", ", first->scalar_type());
   }
   for (int i = kLikeX; i < kRoles; ++i) call.inputs[i].dtype = dtype;
 }
 
-void check_pair(const StepInputs& given, Role one, Role other) {
-  CHECK_VALUE(given[one] == nullptr || given[other] != nullptr, kRoleNames[static_cast<int>(one)], " is given without ",
-              kRoleNames[static_cast<int>(other)], ", expected both");
+void check_pair(const StepInputs& arguments, Role role, Role partner) {
+  CHECK_VALUE(arguments[role] == nullptr || arguments[partner] != nullptr, kRoleNames[static_cast<int>(role)],
+              " is given without ", kRoleNames[static_cast<int>(partner)], ", expected both");
 }
 
 // A model_input has the sample's shape or twice its batch, and any dtype.
-void check_model_input(StepCall& call, const Tensor* given, const Tensor& x_t) {
-  if (given == nullptr) return;
+void check_model_input(StepCall& call, const Tensor* tensor, const Tensor& x_t) {
+  if (tensor == nullptr) return;
   const char* name = "model_input";
   const int64_t batch = x_t.size(0);
-  call[Result::model_input].dtype = dtype_of(op, name, given->scalar_type());
-  CHECK_VALUE(given->dim() == x_t.dim() && given->sizes().slice(1) == x_t.sizes().slice(1) &&
-                  (given->size(0) == batch || given->size(0) == 2 * batch),
-              name, " has shape ", given->sizes(), ", expected that of x_t, ", x_t.sizes(), ", or twice the batch");
-  CHECK_VALUE(given->device() == x_t.device(), name, " is on ", given->device(), ", expected x_t's device, ",
+  call[Result::model_input].dtype = dtype_of(op, name, tensor->scalar_type());
+  CHECK_VALUE(tensor->dim() == x_t.dim() && tensor->sizes().slice(1) == x_t.sizes().slice(1) &&
+                  (tensor->size(0) == batch || tensor->size(0) == 2 * batch),
+              name, " has shape ", tensor->sizes(), ", expected that of x_t, ", x_t.sizes(), ", or twice the batch");
+  CHECK_VALUE(tensor->device() == x_t.device(), name, " is on ", tensor->device(), ", expected x_t's device, ",
               x_t.device());
 }
 
-// Checks that each result has memory of its own. It may share memory only with a tensor that it is computed from
-// element by element, and then at the same places.
-void check_results(const StepInputs& given, const Rows& rows, const Rng& rng) {
-  const Tensor* const others[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed),
-                                  pointer(rng.draw_data)};
+// Checks that each result has its own memory. A result may share memory only with a tensor that it is computed from
+// elementwise, and then every element must have the same address in both.
+void check_results(const StepInputs& arguments, const Rows& rows, const Rng& rng) {
+  const Tensor* const not_elementwise[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed),
+                                           pointer(rng.draw_data)};
   for (int i = 0; i < kResults; ++i) {
     const char* name = kResultNames[i];
-    const Tensor* result = given.results[i];
+    const Tensor* result = arguments.results[i];
     if (result == nullptr) continue;
     CHECK_VALUE(!may_overlap_itself(*result), name, " has elements that share memory, expected one place an element");
-    for (const Tensor* input : given.inputs)
+    for (const Tensor* input : arguments.inputs)
       if (input != nullptr) check_overlap(op, name, *result, *input);
-    const auto check_apart = [&](const Tensor* input) {
+    const auto check_disjoint = [&](const Tensor* input) {
       CHECK_VALUE(input == nullptr || !may_overlap(*result, *input), name,
                   " shares memory with an input, expected memory of its own");
     };
-    for (const Tensor* input : others) check_apart(input);
-    for (const Tensor* factor : given.factors) check_apart(factor);
+    for (const Tensor* input : not_elementwise) check_disjoint(input);
+    for (const Tensor* factor : arguments.factors) check_disjoint(factor);
     for (int j = i + 1; j < kResults; ++j) {
-      const Tensor* other = given.results[j];
+      const Tensor* other = arguments.results[j];
       CHECK_VALUE(other == nullptr || !may_overlap(*result, *other), name, " shares memory with ", kResultNames[j],
                   ", expected memory of its own");
     }
-    if (i != 0) result->mutable_data_ptr();  // gives it memory of its own if it was lazily shared
+    if (i != 0) result->mutable_data_ptr();  // gives it its own memory if that was lazily shared
   }
 }
 
-// Whether the call has nothing but what the plain step takes.
+// Whether the call has only tensors of the plain step.
 bool is_plain(const StepCall& call) {
   for (int i = 0; i < kRoles; ++i) {
     const auto role = static_cast<Role>(i);
-    const bool of_plain = role == Role::x_t || role == Role::noise || role == Role::model_output;
-    if ((call.inputs[i].data != nullptr) > of_plain) return false;
+    const bool is_of_plain_step = role == Role::x_t || role == Role::noise || role == Role::model_output;
+    if ((call.inputs[i].data != nullptr) > is_of_plain_step) return false;
   }
   for (int i = 1; i < kResults; ++i)
     if (call.results[i].data != nullptr) return false;
@@ -88,37 +89,38 @@ bool is_plain(const StepCall& call) {
 
 }  // namespace
 
-void step_with_options(StepInputs given, const Rows& rows, double clip_min, double clip_max,
+void step_with_options(StepInputs arguments, const Rows& rows, double clip_min, double clip_max,
                        const NoiseSource& source) {
-  given[Role::noise] = pointer(source.noise);
-  const Tensor& x_t = *given[Role::x_t];
-  const Tensor& out = *given[Result::out];
+  arguments[Role::noise] = pointer(source.noise);
+  const Tensor& x_t = *arguments[Role::x_t];
+  const Tensor& out = *arguments[Result::out];
   StepCall call;
   set_step(op, call, call[Role::x_t], call[Role::noise], call[Result::out], x_t, rows, source);
   set_host_row(call, rows);
   set_clip(op, call, clip_min, clip_max);
-  set_model_dtypes(call, given);
-  check_pair(given, Role::uncond_output, Role::model_output);
-  check_pair(given, Role::mask, Role::known);
-  check_pair(given, Role::known, Role::mask);
+  set_model_dtypes(call, arguments);
+  check_pair(arguments, Role::uncond_output, Role::model_output);
+  check_pair(arguments, Role::mask, Role::known);
+  check_pair(arguments, Role::known, Role::mask);
 
   check_same(op, "out", out, "x_t", x_t);
   for (int i = static_cast<int>(Role::noise) + 1; i < kLikeX; ++i)
-    if (given.inputs[i] != nullptr) call.inputs[i].dtype = check_same(op, kRoleNames[i], *given.inputs[i], "x_t", x_t);
+    if (arguments.inputs[i] != nullptr)
+      call.inputs[i].dtype = check_same(op, kRoleNames[i], *arguments.inputs[i], "x_t", x_t);
   for (int i = 1; i < kResults; ++i)
-    if (given.results[i] != nullptr && static_cast<Result>(i) != Result::model_input)
-      call.results[i].dtype = check_same(op, kResultNames[i], *given.results[i], "x_t", x_t);
-  check_model_input(call, given[Result::model_input], x_t);
+    if (arguments.results[i] != nullptr && static_cast<Result>(i) != Result::model_input)
+      call.results[i].dtype = check_same(op, kResultNames[i], *arguments.results[i], "x_t", x_t);
+  check_model_input(call, arguments[Result::model_input], x_t);
   for (int i = 0; i < kFactors; ++i)
-    set_per_sample(op, kFactorNames[i], call.factors[i], given.factors[i], call, x_t.device());
-  check_results(given, rows, source.rng);
+    set_per_sample(op, kFactorNames[i], call.factors[i], arguments.factors[i], call, x_t.device());
+  check_results(arguments, rows, source.rng);
 
   Bound bound[kRoles + kResults - 1];
   int count = 0;
-  for (int i = 0; i < kRoles; ++i) bound[count++] = {given.inputs[i], &call.inputs[i]};
-  for (int i = 1; i < kResults; ++i) bound[count++] = {given.results[i], &call.results[i]};
+  for (int i = 0; i < kRoles; ++i) bound[count++] = {arguments.inputs[i], &call.inputs[i]};
+  for (int i = 1; i < kResults; ++i) bound[count++] = {arguments.results[i], &call.results[i]};
   bind(op, call, order_of(call), bound, out, call[Result::out]);
-  const Tensor* const input = given[Result::model_input];
+  const Tensor* const input = arguments[Result::model_input];
   if (input != nullptr && input->size(0) > call.batch) {
     call.input_again = call[Result::model_input];
     call.input_again.data =
@@ -132,10 +134,11 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
     plain.noise = call[Role::noise], plain.out = call[Result::out];
     DDPM_RUN(reverse_step, plain, x_t.device());
   } else {
-    if (given[Role::model_variance] != nullptr) call.variance = given.log_variance ? Variance::log : Variance::direct;
+    if (arguments[Role::model_variance] != nullptr)
+      call.variance = arguments.log_variance ? Variance::log : Variance::direct;
     DDPM_RUN(step_with_options, call, x_t.device());
   }
-  for (const Tensor* result : given.results)
+  for (const Tensor* result : arguments.results)
     if (result != nullptr && !result->is_inference()) result->unsafeGetTensorImpl()->bump_version();
 }
 

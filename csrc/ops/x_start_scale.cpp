@@ -23,8 +23,8 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
     call.model_output.dtype = check_same_or_lower(op, "model_output", *model_output, "x_t", x_t);
     set_table(op, call, {*table, t, t_index}, kRowWidth, x_t.device());
   }
-  const auto with_output = [&](const char* name, const OptionalTensor& given) {
-    CHECK_VALUE(!given.has_value() || model_output.has_value(), name, " is given without model_output, expected both");
+  const auto with_output = [&](const char* name, const OptionalTensor& tensor) {
+    CHECK_VALUE(!tensor.has_value() || model_output.has_value(), name, " is given without model_output, expected both");
   };
   with_output("uncond_output", uncond_output);
   with_output("output_scale", output_scale);
@@ -33,7 +33,8 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
   set_per_sample(op, "output_scale", call.output_scale, pointer(output_scale), call, x_t.device());
   CHECK_VALUE(0 < quantile && quantile <= 1, "quantile", " is ", quantile, ", expected 0 < quantile <= 1");
   CHECK_VALUE(maximum >= 1, "maximum", " is ", maximum, ", expected at least 1");
-  // A quantile has no order. Of two, that with neighbouring channels makes the shorter copies.
+  // A quantile does not depend on the order of the elements. If x_t is contiguous, the order is that of model_output,
+  // whose channels may be neighbours in memory: then the copies are shorter.
   if (model_output.has_value() && x_t.is_contiguous())
     bind(op, call, Order::any, {{&x_t, &call.x}, {pointer(uncond_output), &call.uncond_output}}, *model_output,
          call.model_output);
