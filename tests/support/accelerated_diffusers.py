@@ -1,7 +1,7 @@
-"""A step of an accelerated scheduler beside diffusers' own: both in float32 against diffusers' in float64.
+"""Compares a step of an accelerated scheduler with diffusers' own: both in float32 against diffusers in float64.
 
-Ours may be at most FACTOR times as far from float64 as diffusers is in the same step, or in many of its kind, or
-a few ulps; with 16-bit samples no farther than diffusers, or an ulp.
+Our error may be at most FACTOR times diffusers' error in the same step or in many similar steps, or a few ulps. With
+16-bit samples, it may be at most diffusers' error, or an ulp.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ddpm_ext.integrations import accelerate
 FACTOR, ULPS = 4, 4
 MANY = 100
 NAMES = ("DDPM", "DDIM", "DDIMInverse", "EulerDiscrete", "EulerAncestralDiscrete")
-SIGMA = NAMES[3:]  # those that have sigmas and count their steps
+SIGMA = NAMES[3:]  # the schedulers that have sigmas and count their steps
 MODULES = {name: getattr(diffusers, f"{name}Scheduler").__module__ for name in (*NAMES, "DPMSolverMultistep")}
 BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # Stable Diffusion's
 
 
 def make(name: str, **config: Any) -> Any:
-    """One of diffusers' schedulers."""
+    """A scheduler of diffusers, by its name without "Scheduler"."""
     schedule = BY_SCHEDULE.get(config.get("beta_schedule", ""), {})
     return getattr(diffusers, f"{name}Scheduler")(**{**schedule, **config})
 
 
 def prepared(name: str, steps: int | list[int] = 10, **config: Any) -> Any:
-    """One with the timesteps of a loop: so many, or these."""
+    """A scheduler with the timesteps of a loop: their number, or a list of them."""
     scheduler = make(name, **config)
     scheduler.set_timesteps(**{"num_inference_steps" if isinstance(steps, int) else "timesteps": steps})
     return scheduler
 
 
 def given(name: str, seed: int = 1) -> dict[str, Any]:
-    """A generator for a step, where it takes one."""
+    """The keyword argument for a seeded generator, if the scheduler's step takes one."""
     return {} if name == "DDIMInverse" else {"generator": seeded(seed)}
 
 
@@ -63,31 +63,31 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 class Alphas(Tensor):
-    """float64 alphas_cumprod whose ratio, and 1 minus that, are rounded to float32: the rounding of diffusers' beta
-    is part of the step's definition here, not an error."""
+    """float64 alphas_cumprod. Their ratio, and 1 minus the ratio, are rounded to float32: here the rounding of
+    diffusers' beta is part of the step's definition, not an error."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
-            found = function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         if name == "__get__":
-            return found
+            return result
         if name == "__getitem__":
-            return found.as_subclass(Alphas)
+            return result.as_subclass(Alphas)
         if name in ("__truediv__", "div") and all(isinstance(x, Alphas) for x in args):
-            return found.float().double().as_subclass(Ratio)
-        return found.as_subclass(Tensor) if isinstance(found, Tensor) else found
+            return result.float().double().as_subclass(Ratio)
+        return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
 
 
 class Ratio(Alphas):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
-            found = function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
         if getattr(function, "__name__", "") in ("__rsub__", "rsub"):
-            found = found.float().double()
-        return found.as_subclass(Tensor) if isinstance(found, Tensor) else found
+            result = result.float().double()
+        return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
 
 
 class Doubled:
@@ -100,38 +100,38 @@ class Doubled:
 
 
 def exact(scheduler: Any) -> Any:
-    """The same scheduler with its float32 numbers in float64."""
-    found = copy.deepcopy(scheduler)
+    """A copy of the scheduler with its float32 tensors in float64."""
+    in_double = copy.deepcopy(scheduler)
     for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"):
-        if name in vars(found):
-            setattr(found, name, vars(found)[name].double().as_subclass(Alphas))
-    if "sigmas" in vars(found):
-        found.sigmas = found.sigmas.double()
-    return found
+        if name in vars(in_double):
+            setattr(in_double, name, vars(in_double)[name].double().as_subclass(Alphas))
+    if "sigmas" in vars(in_double):
+        in_double.sigmas = in_double.sigmas.double()
+    return in_double
 
 
 @contextlib.contextmanager
 def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
     """Runs the code of the scheduler's module with float64 for float32, and draws its noise in the dtype `drawn`."""
-    where = module(name)
+    scheduler_module = module(name)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(where, "torch", Doubled()))
-        draw = getattr(where, "randn_tensor", None)
+        stack.enter_context(mock.patch.object(scheduler_module, "torch", Doubled()))
+        draw = getattr(scheduler_module, "randn_tensor", None)
         if draw is not None:
 
             def rounded(shape, generator=None, device=None, dtype=None, layout=None):
                 return draw(shape, generator=generator, device=device, dtype=drawn).double()
 
-            stack.enter_context(mock.patch.object(where, "randn_tensor", rounded))
+            stack.enter_context(mock.patch.object(scheduler_module, "randn_tensor", rounded))
         yield
 
 
 @contextlib.contextmanager
 def draws(name: str) -> Iterator[list[torch.dtype]]:
-    """The dtypes of the noise that the code of the scheduler's module draws."""
-    where = module(name)
+    """Yields a list to which the scheduler's module adds the dtype of each noise that it draws."""
+    scheduler_module = module(name)
     dtypes: list[torch.dtype] = []
-    draw = getattr(where, "randn_tensor", None)
+    draw = getattr(scheduler_module, "randn_tensor", None)
 
     def recorded(*args, **kwargs):
         noise = draw(*args, **kwargs)
@@ -140,7 +140,7 @@ def draws(name: str) -> Iterator[list[torch.dtype]]:
 
     with contextlib.ExitStack() as stack:
         if draw is not None:
-            stack.enter_context(mock.patch.object(where, "randn_tensor", recorded))
+            stack.enter_context(mock.patch.object(scheduler_module, "randn_tensor", recorded))
         yield dtypes
 
 
@@ -148,7 +148,7 @@ def draws(name: str) -> Iterator[list[torch.dtype]]:
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """The largest difference; infinite where only one of the two is a number."""
+    """The largest difference; infinite if, for some element, exactly one of the two is NaN."""
     found = found.double()
     apart = (found - truth).abs()
     apart[(found == truth) | (found.isnan() & truth.isnan())] = 0
@@ -166,8 +166,12 @@ def check(
     truth: tuple[Tensor, ...],
     usual: Callable[[], tuple[list[float], list[float]]],
 ) -> None:
-    """usual: gives diffusers' errors in many such steps, needed where diffusers may have been lucky in this one, and
-    how large the results would be without a clip, whose rounding a clip doesn't remove."""
+    """Checks our results against the module's bounds.
+
+    usual: returns diffusers' errors in many such steps, and the sizes of the results without a clip. It is called only
+        if the first check fails: diffusers may have been lucky in this step, and a clip hides the size of the values
+        that were rounded.
+    """
     assert len(ours) == len(theirs) == len(truth)
     for i, (mine, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
         assert mine.dtype == other.dtype
@@ -185,7 +189,8 @@ def check(
 
 
 def shuffled(x: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """MANY times as many samples of the same numbers; those in the first `channels` stay there."""
+    """MANY times as many samples, of the same numbers in random orders. Numbers in the first `channels` channels stay
+    in them."""
     parts = []
     for part in (x[:, :channels], x[:, channels:]):
         orders = [torch.randperm(part.numel(), generator=generator) for _ in range(MANY)]
@@ -200,14 +205,17 @@ def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    """Checks that the results of two loops are at most 1e-4 apart, relative to the largest: with sigmas, samples start
-    as large as those."""
+    """Checks that two loops' results differ by at most 1e-4, relative to the largest value: with sigmas, samples start
+    as large as the largest sigma."""
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
 
 
 def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):
-    """A step by each from the state of `plain`, which isn't changed. Returns the accelerated scheduler and whether
-    it launched a fused operator; where it didn't, its results must be equal to diffusers' own bit for bit."""
+    """Compares one step of diffusers and of its accelerated copy, both from the state of `plain`, which isn't changed.
+
+    Returns the accelerated scheduler and whether it launched a fused operator. If it did not, its results must be equal
+    to diffusers' bit for bit.
+    """
     accelerated = accelerate(copy.deepcopy(plain))
     theirs = copy.deepcopy(plain)
 
@@ -233,7 +241,7 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
     if called:
 
         def pair(plain, m, x, noise):
-            """The outcomes of diffusers and of the same in float64."""
+            """The results of diffusers in float32 and in float64."""
             other, truth = copy.deepcopy(plain), exact(plain)
             result, _ = step(other, m, x, noise)
             with in_float64(name, drawn):
@@ -257,14 +265,14 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
 
 
 def model(x: Tensor, t: Any, channels: int | None = None) -> Tensor:
-    """A model that is nonlinear in x and t; where it has more channels than x, these are for a variance."""
+    """A model that is nonlinear in x and t. If it has more channels than x, the additional ones are for a variance."""
     m = torch.tanh(0.8 * x.float() + 0.1 * torch.sin(torch.as_tensor(t).float()) - 0.05)
     more = (channels or x.shape[1]) - x.shape[1]
     return torch.cat([m, 0.5 * m[:, :more].abs() + 0.1], 1).to(x.dtype) if more else m.to(x.dtype)
 
 
 def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any = None, **options: Any) -> Tensor:
-    """A loop as pipelines have it."""
+    """A sampling loop as diffusers' pipelines write it."""
     for t in scheduler.timesteps if timesteps is None else timesteps:
         m = model(scheduler.scale_model_input(x, t), t, channels)
         x = scheduler.step(m, t, x, **options, return_dict=False)[0]
@@ -281,8 +289,8 @@ class Elsewhere(Tensor):
         if function == Tensor.is_cpu.__get__:
             return False
         name = getattr(function, "__name__", "")
-        found = super().__torch_function__(function, types, args, kwargs)
+        result = super().__torch_function__(function, types, args, kwargs)
         if name in ("item", "tolist", "__int__", "__index__", "__bool__", "__float__", "nonzero", "cpu", "numpy"):
             Elsewhere.reads += 1
-            return found.as_subclass(Tensor) if isinstance(found, Tensor) else found
-        return found
+            return result.as_subclass(Tensor) if isinstance(result, Tensor) else result
+        return result

@@ -1,11 +1,11 @@
 """torch.cuda's graphs, streams and events on the CPU, as far as ddpm_ext uses them, with a log of the calls.
 
-A capture runs the calls and then undoes what they wrote. Like a GPU, it refuses to read a value back and to begin
-another capture. A replay repeats the recorded calls on the same memory with the same numbers: only what is read from
-memory can differ, and what torch's own generator draws.
+A capture runs the calls and then undoes their writes. Like a GPU, it refuses to read a value back and to begin another
+capture. A replay repeats the recorded calls on the same memory with the same arguments. Its results differ from the
+capture's only through values in memory and through the draws of torch's own generator.
 
-A capture that fails leaves all as torch up to 2.11 does: its stream is current, the allocator still takes from its
-pool, and the generator refuses to draw.
+After a failed capture, the state is the same as with torch up to 2.11: the capture's stream is still current, the
+allocator still allocates from the graph's pool, and the generator refuses to draw.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def end_wait(what):
 
 
 class Stream:
-    busy: ClassVar[set] = set()  # those that wait for a number of cycles, until the host waits for them
+    busy: ClassVar[set] = set()  # the streams with a running _sleep, until the host waits
 
     def __init__(self, device=None):
         self.device = device
@@ -78,12 +78,12 @@ class Current:
     stream = DEFAULT
     captures = False
     captured = None  # the stream of the capture
-    slept = 0.0  # seconds that kernels which only wait have taken, by a clock that does not wait
+    slept = 0.0  # seconds of all _sleep calls, which do not really wait
     allocates: ClassVar[set] = set()  # devices and pools that a capture allocates from
 
 
 class Generator:
-    """A GPU's default generator: `broken` by a capture that did not end, as its clone is not."""
+    """A GPU's default generator. A failed capture leaves it `broken`; its clones are not."""
 
     broken = False
 
@@ -133,10 +133,10 @@ class CUDAGraph:
         LOG.append(("replay", self))
         self.replays += 1
         for function, args, kwargs, results in self.calls:
-            found = function(*args, **kwargs)
+            out = function(*args, **kwargs)
             if results is not None:
-                for result, new in zip(results, found if isinstance(found, tuple | list) else (found,), strict=True):
-                    if result is not None:  # as of a gradient that is not asked for
+                for result, new in zip(results, out if isinstance(out, tuple | list) else (out,), strict=True):
+                    if result is not None:  # None: for instance a gradient that was not requested
                         result.copy_(new)
 
 
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if str(function).startswith(FORBIDDEN):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        if str(function).startswith("profiler."):  # what an optimizer calls is no launch
+        if str(function).startswith("profiler."):  # an optimizer's profiler calls are no launches
             return function(*args, **kwargs)
         arguments = function._schema.arguments
         written, viewed = [], False
@@ -164,12 +164,12 @@ class Recorder(TorchDispatchMode):
                 viewed = True
         for tensor in written:
             self.before.setdefault(self.key(tensor), (tensor, tensor.clone()))
-        found = function(*args, **kwargs)
+        outputs = function(*args, **kwargs)
         if viewed and not written:
-            return found  # a view shares its base's memory
-        results = None if written else (found if isinstance(found, tuple | list) else (found,))
+            return outputs  # a view shares its base's memory
+        results = None if written else (outputs if isinstance(outputs, tuple | list) else (outputs,))
         self.graph.calls.append((function, args, kwargs, results))
-        return found
+        return outputs
 
     @staticmethod
     def key(tensor):
@@ -187,7 +187,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         with recorder:
             yield
         end_allocate_to_pool(0, pool)
-    except (KeyError, KeyboardInterrupt):  # Python's own, which no CUDA call has seen
+    except (KeyError, KeyboardInterrupt):  # raised by Python, not by a CUDA call
         end_allocate_to_pool(0, pool)
         raise
     except BaseException:
@@ -199,7 +199,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         torch.set_rng_state(random)
         with torch.no_grad():
             for tensor, before in reversed(recorder.before.values()):
-                tensor.copy_(before)  # nothing was executed
+                tensor.copy_(before)  # a capture executes nothing
 
 
 FAKES = {
@@ -218,7 +218,7 @@ FAKES = {
 
 
 def install(monkeypatch):
-    """Replaces everything in torch.cuda that ddpm_ext's graphs and copies use. Returns the log, emptied."""
+    """Replaces everything in torch.cuda that ddpm_ext's graphs and copies use. Returns the emptied log."""
     from ddpm_ext.loop import cuda_graphs  # not before the module is built: pretended_card imports this file
     from ddpm_ext.ops import cards
 

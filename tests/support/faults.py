@@ -1,18 +1,21 @@
-"""The power of the tests: plants the faults of faults.txt one by one, and notes which test sees each of them first.
+"""Measures what the tests detect: plants the faults of faults.txt one by one, and records which test fails first.
 
     python tests/support/faults.py check
     python tests/support/faults.py build FOLDER
     python tests/support/faults.py run FOLDER RECORD [--only NAME ...]
 
-`check` says whether each fault's old text still occurs once. `build` copies the tree to FOLDER and compiles the copy, a
-few minutes. All faults in C++ are in that one module: each old text becomes a choice by the environment variable
-DDPM_FAULT, and without it the module is the usual one, but for its optimisation. `run` chooses these, and plants those
-in Python and in CUDA sources, which tests compile, in the copy. It runs each fault's tests until one fails: the narrow
-ones, then the fast ones of the others. It writes RECORD, which is JSON, after each fault, so that a run that is killed
-goes on where it was. A test counts only if it passes without the fault, which is tried last. The tree itself is never
-changed.
+`check` checks that each fault's old text still occurs exactly once.
 
-After a change of code, edit faults.txt until `check` is content, and compare the two records fault by fault.
+`build` copies the tree to FOLDER and compiles the copy, which takes a few minutes. All faults in C++ are compiled into
+one module: each old text becomes an expression or statement that the environment variable DDPM_FAULT switches to the
+new text. Without the variable, the module is the usual one except for its optimisation.
+
+`run` selects the C++ faults by DDPM_FAULT. It plants the faults in Python and in CUDA sources, which tests compile, in
+the copy. For each fault it runs the narrow tests, then the fast tests of the wide ones, until one fails. After each
+fault it writes RECORD (JSON), so that an interrupted run can continue. Last, it runs those
+tests again without any fault: a test counts only if it passes then. The tree itself is never changed.
+
+After a change of code, edit faults.txt until `check` passes, and compare the two records fault by fault.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 LIST = "tests/support/faults.txt"
 CHOICES = "tests/support/choices.py"
-# Of the narrow and of the wide tests: seconds, and options of pytest.
+# For the narrow and the wide tests: the time limit in seconds, and options of pytest.
 STAGES = ((90,), (300, "-m", "not subprocess and not slow"))
 COMPILING = 900  # seconds for tests that compile CUDA sources
-CONTROL = 1800  # seconds
+CONTROL = 1800  # seconds for the tests without a fault
 HEADER = re.compile(r"(\w+), (\S+)\n([\w/. ]+)(?:\| ([\w/. ]+))?")
 FIRST_RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
@@ -49,8 +52,8 @@ inline const int ddpm_fault = getenv("DDPM_FAULT") == nullptr ? 0 : atoi(getenv(
 
 
 class Fault(NamedTuple):
-    """number: from 1 on. tests: the narrow and the wide ones, paths below tests/. seen: the test that the list says saw
-    it, or an empty string."""
+    """number: from 1 on. tests: the narrow and the wide tests, as paths below tests/. seen: the test that detected the
+    fault according to the list, or an empty string."""
 
     number: int
     name: str
@@ -81,8 +84,8 @@ class Outcome(NamedTuple):
 
 
 def read_faults(root: Path) -> list[Fault]:
-    """The faults of a tree's list. Raises ValueError for a part of it that is none."""
-    found: list[Fault] = []
+    """The faults in a tree's list. Raises ValueError for an entry that cannot be read."""
+    faults: list[Fault] = []
     for part in (root / LIST).read_text().split("\n@ ")[1:]:
         first, tests, *rest = part.splitlines()
         header = HEADER.fullmatch(f"{first}\n{tests}")
@@ -90,39 +93,39 @@ def read_faults(root: Path) -> list[Fault]:
         if header is None or not old:
             raise ValueError(f"{LIST}: cannot read {first!r}")
         name, file, *stages = header.groups()
-        found.append(Fault(len(found) + 1, name, file, [stage.split() for stage in stages if stage], old, new, seen))
-    return found
+        faults.append(Fault(len(faults) + 1, name, file, [stage.split() for stage in stages if stage], old, new, seen))
+    return faults
 
 
 def check(root: Path, faults: list[Fault]) -> list[str]:
-    """What is wrong with the list: names that come twice, and texts and tests that are not where it says."""
-    wrong = [fault.name for fault in faults if [each.name for each in faults].count(fault.name) > 1]
-    found = [f"{name}: this name comes twice" for name in dict.fromkeys(wrong)]
+    """The errors in the list: names that occur twice, old texts that do not occur once, tests that do not exist."""
+    repeated = [fault.name for fault in faults if [each.name for each in faults].count(fault.name) > 1]
+    errors = [f"{name}: this name comes twice" for name in dict.fromkeys(repeated)]
     for fault in faults:
         path = root / fault.file
         count = path.read_text().count(fault.old) if path.is_file() else 0
         if count != 1:
-            found.append(f"{fault.name}: its old text occurs {count} times in {fault.file}, expected once")
+            errors.append(f"{fault.name}: its old text occurs {count} times in {fault.file}, expected once")
         missing = [test for stage in fault.tests for test in stage if not (root / "tests" / test).exists()]
-        found += [f"{fault.name}: there is no tests/{test}" for test in missing]
+        errors += [f"{fault.name}: there is no tests/{test}" for test in missing]
         path, _, test = fault.seen.removesuffix(", fast").partition("::")
         if fault.seen and f"\ndef {test}(" not in (root / "tests" / path).read_text():
-            found.append(f"{fault.name}: there is no {test} in tests/{path}")
-    return found
+            errors.append(f"{fault.name}: there is no {test} in tests/{path}")
+    return errors
 
 
 # ------------------------------------------------------------------------------------------------------------ the copy
 
 
 def choice(fault: Fault) -> str:
-    """C++ that is the old text or the new one, as DDPM_FAULT says."""
+    """C++ that is the old text or the new one, depending on DDPM_FAULT."""
     if fault.old.endswith(";"):
         return f"if (ddpm_fault == {fault.number}) {{ {fault.new} }} else {{ {fault.old} }}"
     return f"(ddpm_fault == {fault.number} ? ({fault.new}) : ({fault.old}))"
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file unless it has that text: what is compiled already stays so."""
+    """Writes a file unless it already has that text, so that it is not compiled again."""
     if not path.is_file() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -146,7 +149,7 @@ def build(folder: Path) -> None:
                 text = text.replace(fault.old, choice(fault))
         write(folder / name, '#include "faults.h"\n' + text)
     write(folder / "csrc/faults.h", CHOICE)
-    # Hypothesis takes minutes to simplify an example that fails, which nobody reads here.
+    # Hypothesis takes minutes to simplify a failing example, which nobody reads here.
     phases = "database=None, phases=[hypothesis.Phase.generate]"
     write(folder / CHOICES, (ROOT / CHOICES).read_text().replace("database=None", phases))
     # Most of a compiler's time goes into optimisation. The bits don't depend on it.
@@ -157,31 +160,31 @@ def build(folder: Path) -> None:
 
 @contextmanager
 def planted(folder: Path, fault: Fault) -> Iterator[dict[str, str]]:
-    """The environment for tests of a copy that has the fault."""
+    """Plants the fault in the copy, and yields environment variables for its tests."""
     if fault.compiled:
         yield {"DDPM_FAULT": str(fault.number)}
         return
-    path, kept = folder / fault.file, folder / f"{fault.file}.kept"
-    shutil.copy2(path, kept)
+    path, backup = folder / fault.file, folder / f"{fault.file}.kept"
+    shutil.copy2(path, backup)
     path.write_text(path.read_text().replace(fault.old, fault.new))
     try:
         yield {}
     finally:
-        os.replace(kept, path)  # with its time, by which Python knows whether what it compiled is up to date
+        os.replace(backup, path)  # with its time, by which Python checks its compiled files
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
 
 
 def pytest(folder: Path, tests: list[str], env: dict[str, str], limit: float, *options: str) -> tuple[Outcome, str]:
-    """Runs tests of the copy; how it ended, and what pytest wrote."""
-    here = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    """Runs tests of the copy. Returns the outcome and pytest's output."""
+    variables = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *options, *tests]
     begin = time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=os.environ | here | env,
+        env=os.environ | variables | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -203,7 +206,7 @@ def pytest(folder: Path, tests: list[str], env: dict[str, str], limit: float, *o
 
 
 def try_fault(folder: Path, fault: Fault) -> Outcome:
-    """Runs the fault's tests, the narrow ones first, until some see it."""
+    """Runs the fault's tests, the narrow ones first, until one fails."""
     seconds, ending = 0.0, "green"
     with planted(folder, fault) as env:
         for tests, (limit, *options) in zip(fault.tests, STAGES, strict=False):
@@ -218,7 +221,7 @@ def try_fault(folder: Path, fault: Fault) -> Outcome:
 
 
 def red_without_fault(folder: Path, tests: list[str]) -> set[str]:
-    """Those of the tests that fail in the copy as it is."""
+    """The tests that fail in the copy without a fault."""
     if not tests:
         return set()
     outcome, text = pytest(folder, tests, {}, CONTROL)
@@ -228,27 +231,27 @@ def red_without_fault(folder: Path, tests: list[str]) -> set[str]:
 
 
 def run(folder: Path, record: Path, only: list[str]) -> None:
-    for kept in folder.rglob("*.kept"):  # of a run that was killed
-        os.replace(kept, kept.with_suffix(""))
+    for backup in folder.rglob("*.kept"):  # left by a run that was killed
+        os.replace(backup, backup.with_suffix(""))
     faults = read_faults(folder)
-    found: dict[str, dict[str, object]] = json.loads(record.read_text()) if record.is_file() else {}
+    tried: dict[str, dict[str, object]] = json.loads(record.read_text()) if record.is_file() else {}
     for name in only:
-        found.pop(name, None)
+        tried.pop(name, None)
     for fault in faults:
-        if fault.name in found or (only and fault.name not in only):
+        if fault.name in tried or (only and fault.name not in only):
             continue
         outcome = try_fault(folder, fault)
-        found[fault.name] = {"file": fault.file, **outcome._asdict()}
-        record.write_text(json.dumps(found, indent=1) + "\n")
+        tried[fault.name] = {"file": fault.file, **outcome._asdict()}
+        record.write_text(json.dumps(tried, indent=1) + "\n")
         print(f"{fault.number:3} {fault.name}: {outcome.ending} {outcome.test} ({outcome.seconds} s)", flush=True)
-    unchecked = {name: str(entry["test"]) for name, entry in found.items() if entry["test"] and "checked" not in entry}
+    unchecked = {name: str(entry["test"]) for name, entry in tried.items() if entry["test"] and "checked" not in entry}
     also_red = red_without_fault(folder, list(dict.fromkeys(unchecked.values())))
     for name, test in unchecked.items():
-        found[name]["checked"] = True
+        tried[name]["checked"] = True
         if test in also_red:
-            found[name]["ending"] = "red without it"
+            tried[name]["ending"] = "red without it"
             print(f"{name}: {test} fails without the fault, too")
-    record.write_text(json.dumps(found, indent=1) + "\n")
+    record.write_text(json.dumps(tried, indent=1) + "\n")
 
 
 def main() -> None:
@@ -260,13 +263,13 @@ def main() -> None:
     runs.add_argument("folder", type=Path)
     runs.add_argument("record", type=Path)
     runs.add_argument("--only", nargs="+", default=[], metavar="NAME")
-    given = parser.parse_args()
-    if given.command == "check":
+    options = parser.parse_args()
+    if options.command == "check":
         sys.exit("\n".join(check(ROOT, read_faults(ROOT))) or 0)
-    if given.command == "build":
-        build(given.folder.resolve())
+    if options.command == "build":
+        build(options.folder.resolve())
     else:
-        run(given.folder.resolve(), given.record.resolve(), given.only)
+        run(options.folder.resolve(), options.record.resolve(), options.only)
 
 
 if __name__ == "__main__":

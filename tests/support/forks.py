@@ -1,4 +1,4 @@
-"""Runs of several ranks as forks of one process, which has imported what they need: imports are slow."""
+"""Runs several ranks as forks of one process that has already imported their modules: imports are slow."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ Runs = dict[str, list[dict[str, Any]]]
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free port of 127.0.0.1. In the block no other process gets it, unless it asks for this number, as rank 0 does.
+    """A free port of 127.0.0.1. In the block, other processes get it only if they ask for its number, as rank 0 does.
 
-    A port that was free a moment ago may be another program's by the time that rank 0 listens on it.
+    Without a reservation, another program could take the port before rank 0 listens on it.
     """
     with socket.socket() as holder:
-        # It is bound but does not listen, so a listener that shares addresses, too, as torch's store does, may have it.
+        # Bound, but not listening: a listener that also sets SO_REUSEADDR, as torch's store does, can still use it.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
 
 
 class Leave(SystemExit):
-    """Ends a fork as a process of its own would end, with all that Python does at the end."""
+    """Ends a fork like an ordinary process, with everything that Python does at exit."""
 
 
 def in_forks(script: str, folder: Path, runs: Runs) -> dict[str, list[int]]:
-    """Runs one after the other, each given by a name and the options of its ranks.
+    """Executes the runs one after the other. `runs` has the options of each rank, by the run's name.
 
     The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err. A rank whose
     options have "stuck" is killed when the ranks before it have ended.
 
     Returns:
-        The exit codes of the ranks by name, or minus the signals that killed them.
+        The exit codes of the ranks by the run's name. A rank killed by a signal has minus the signal's number.
     """
     command = [sys.executable, script, FORKS, str(folder), json.dumps(runs, default=str)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
@@ -55,12 +55,12 @@ def in_forks(script: str, folder: Path, runs: Runs) -> dict[str, list[int]]:
 
 
 def said(folder: Path, rank: int, where: str = "err") -> str:
-    """What a rank of a run has written."""
+    """The output of a rank of a run."""
     return (folder / f"{rank}.{where}").read_text()
 
 
 def serve(act: Callable[..., None], *modules: str) -> None:
-    """What a script does that in_forks starts: act(folder, **options) in forks that have the modules."""
+    """The main part of a script that in_forks starts: imports the modules, calls act(folder, **options) in forks."""
     torch.set_num_threads(1)
     for module in ("torch.distributed", *modules):
         importlib.import_module(module)
@@ -82,7 +82,7 @@ def _codes(folder: Path, by_rank: list[dict], act: Callable[..., None]) -> list[
 
 
 def _fork(folder: Path, rank: int, size: int, port: int, act: Callable[..., None], options: dict) -> int:
-    """Starts a process that runs in `folder`/run and writes its output beside it; returns its id."""
+    """Starts a process that runs in `folder`/run and writes its output to `folder`; returns its id."""
     child = os.fork()
     if child:
         return child

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_ext import Philox
 
-UNRELATED = 0.12  # about 5 deviations of the correlation between the fewest numbers that are compared, 2000
+UNRELATED = 0.12  # about 5 standard deviations of the correlation of 2000 numbers, the fewest compared
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -19,16 +19,17 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def unrelated(images: Sequence[Tensor]) -> None:
-    """Checks that no two of these share noise; each has 2000 numbers or more."""
+    """Checks that no two images share noise. Each must have 2000 numbers or more."""
     for x, y in combinations(images, 2):
         assert min(x.numel(), y.numel()) >= 2000
         assert abs(correlation(x, y)) < UNRELATED
 
 
 def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
-    """Checks three loops of an object that `make(seed=...)` makes, without a seed and with one.
+    """Checks that three loops of one object differ, and repeat for the same seed: with and without a seed of its own.
 
-    loop: gives a loop's samples, whose only randomness is the object's noise.
+    make: creates the object from `seed`; None: torch's seed decides. loop: runs a loop of an object and returns its
+        samples, whose only randomness is the object's noise.
     """
     for seed in (None, 7):
         runs = []
@@ -40,7 +41,7 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1], strict=True))
         if seed is None:
             unrelated([*runs[0], *runs[2]])
-            torch.manual_seed(1)  # of the same object
+            torch.manual_seed(1)  # repeats with the same object, too
             assert torch.equal(loop(obj), runs[0][0])
         else:
             assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[2], strict=True))
@@ -49,10 +50,13 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
 
 
 def parts(make: Callable[..., Any], loop: Callable[..., Tensor], batch: int = 10) -> None:
-    """Checks that two loops of an object with a seed, of 4 and of the rest of a batch, are one of the whole batch; and
-    so are loops of objects that begin with later ids, or have the ids of a tensor, in any order.
+    """Checks that a batch may be divided: the parts have the same samples as one loop of the whole batch.
 
-    make: an object with a seed, and perhaps `sample_ids`. loop: of an object and a number of samples.
+    The parts are two loops of one object, a loop with ids that start later, and a loop with the ids of a tensor
+    in any order.
+
+    make: creates an object with a seed, and with `sample_ids` if given. loop: runs a loop of an object for a number of
+        samples.
     """
     obj, state = make(), torch.get_rng_state()
     whole = loop(make(), batch)

@@ -1,13 +1,16 @@
 """Two pretended GPUs, with values: tensors on "cuda" live in the CPU's memory, and its kernels compute them.
 
-`install` replaces torch.cuda for the whole process, before anything has used it. Then `torch.zeros(3, device="cuda")`
-is a tensor of the CPU to torch's C++, whose storage is marked, and of a GPU to Python. What a GPU refuses is refused:
-operators of tensors of different devices; in a capture (fake_cuda.graph) all that the host waits for, copies of memory
-of the host that is not pinned, pinning memory, and memory for another stream than the one that is captured; while
-torch.cuda.set_sync_debug_mode is "error", all that the host waits for; and in a forked process the card, if its parent
-has used it, and backward passes, if its parent ran one.
+`install` replaces torch.cuda for the whole process, before anything has used it. Then torch's C++ sees the result of
+`torch.zeros(3, device="cuda")` as a CPU tensor with a marked storage, and Python sees it as a GPU tensor. The pretended
+GPU refuses what a GPU refuses:
 
-An operator has ended when it returns. Times are of the host's clock, and say nothing of a card.
+- operators on tensors of different devices;
+- in a capture (fake_cuda.graph): everything that makes the host wait, copies of host memory that is not pinned, pinning
+  memory, and allocations for another stream than the captured one;
+- while torch.cuda.set_sync_debug_mode is "error": everything that makes the host wait;
+- in a forked process: the card, if the parent has used it, and backward passes, if the parent ran one.
+
+An operator has ended when it returns. Times come from the host's clock and say nothing about a real card.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 NAME, CARDS, CAPABILITY = "pretended card", 2, (9, 0)
-MEMORY = 2**30  # of each card; what it does not have is not refused
+MEMORY = 2**30  # of each card; allocations beyond it are not refused
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
 PLAIN = {name: getattr(Tensor, name) for name in ("device", "is_cpu", "is_cuda", "to", "tolist", "numpy")}
 
@@ -36,13 +39,13 @@ GROUPED = torch._C._group_tensors_by_device_and_dtype
 
 
 class Host:
-    """What this process has done with the cards."""
+    """The state of the cards in this process."""
 
-    index = 0  # of the current card
-    passing: int | None = None  # the card of a backward pass, whose C++ makes tensors where it believes them to be
+    index = 0  # the current card's number
+    passing: int | None = None  # the card of a running backward pass: C++ creates its tensors on the CPU
     sync_debug = "default"
     used = ran_backward = forked_after_use = forked_after_backward = False
-    blocks = size = in_use = 0  # allocated so far, their bytes, and the bytes that are not free again
+    blocks = size = in_use = 0  # allocations so far, their bytes, bytes not yet freed
 
     @classmethod
     def fork(cls) -> None:
@@ -76,11 +79,10 @@ class Host:
 
 
 def mark(x: Any, name: str) -> Any:
-    """What is noted of a tensor's storage: `card`, its number, and for memory of the host `pinned`; None where nothing
-    is."""
+    """A mark of a tensor's storage, or None: `card` is the card's number, `pinned` is for host memory."""
     try:
         return getattr(x.untyped_storage(), name, None)
-    except (AttributeError, NotImplementedError, RuntimeError):  # it is none, or has no storage
+    except (AttributeError, NotImplementedError, RuntimeError):  # x is no tensor, or has no storage
         return None
 
 
@@ -89,9 +91,9 @@ def card_of(x: Any) -> int | None:
 
 
 def index_of(device: Any) -> int | None:
-    """The number of a card, or None of another device."""
-    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cpu")
-    return None if found.type != "cuda" else Host.index if found.index is None else found.index
+    """The number of a card, or None for another device."""
+    as_device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cpu")
+    return None if as_device.type != "cuda" else Host.index if as_device.index is None else as_device.index
 
 
 # ------------------------------------------------------------------------------- what a tensor says in Python
@@ -106,10 +108,10 @@ def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout = layout or torch.preserve_format
     if device is None or (device.type in ("cpu", "cuda") and index_of(device) == card_of(self)):
         return PLAIN["to"](self, dtype or self.dtype, copy=copy, memory_format=layout)
-    # The CPU by its number: without one it is what autograd in C++ takes a tensor's own device for.
+    # "cpu:0", not "cpu": plain "cpu" is what C++ autograd passes for the device of a card's tensor.
     device = torch.device(device.type, index_of(device) or 0) if device.type in ("cpu", "cuda") else device
-    how = {"dtype": dtype, "non_blocking": non_blocking, "memory_format": layout}
-    return torch.ops.aten._to_copy(self, device=device, **how)
+    copy_options = {"dtype": dtype, "non_blocking": non_blocking, "memory_format": layout}
+    return torch.ops.aten._to_copy(self, device=device, **copy_options)
 
 
 def numpy(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -133,17 +135,17 @@ TENSOR = {
     "cuda": lambda self, device=None, non_blocking=False: to(self, device or "cuda", non_blocking=non_blocking),
     "tolist": lambda self: PLAIN["tolist"](self.cpu()),
     "numpy": numpy,
-    "record_stream": lambda self, stream: None,  # memory is given back at once, as all work has ended
+    "record_stream": lambda self, stream: None,  # memory is freed at once, since all work has ended
 }
 
 
 def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.tensor and torch.as_tensor, which hide from modes how what they make on the host gets to a card."""
+    """Wraps torch.tensor or torch.as_tensor: both create on the host and hide the copy to a card from modes."""
 
     def make(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> Tensor:
-        found = function(data, **options)
-        found = found if device is None else found.to(device)
-        return found.requires_grad_() if requires_grad else found
+        result = function(data, **options)
+        result = result if device is None else result.to(device)
+        return result.requires_grad_() if requires_grad else result
 
     return make
 
@@ -152,47 +154,47 @@ def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Operators(TorchDispatchMode):
-    """Is on for the whole process, and sees each operator."""
+    """A dispatch mode that is active for the whole process and sees each operator."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function._schema.name.partition("::")[2]
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        cards = {index for x in given if (index := card_of(x)) is not None}
-        asked, pinned = kwargs.get("device"), kwargs.get("pin_memory")
-        on = next(iter(cards), None) if asked is None else index_of(asked)
-        if asked == torch.device("cpu") and (name == "_to_copy" or Host.passing is not None):  # see `to`
-            on = next(iter(cards), None if given else Host.passing)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        cards = {index for x in inputs if (index := card_of(x)) is not None}
+        device, pinned = kwargs.get("device"), kwargs.get("pin_memory")
+        card = next(iter(cards), None) if device is None else index_of(device)
+        if device == torch.device("cpu") and (name == "_to_copy" or Host.passing is not None):  # see `to`
+            card = next(iter(cards), None if inputs else Host.passing)
         if name == "is_pinned":
             return bool(mark(args[0], "pinned"))
-        if not cards and on is None:
+        if not cards and card is None:
             if name == "_pin_memory":
                 function, kwargs, pinned = torch.ops.aten.clone.default, {}, True
             if pinned:
                 refuse_in_a_capture("cudaHostAlloc")
                 kwargs.pop("pin_memory", None)
-            found = function(*args, **kwargs)
+            result = function(*args, **kwargs)
             if pinned:
-                found.untyped_storage().pinned = True
-            return found
+                result.untyped_storage().pinned = True
+            return result
         Host.use()
-        self.check(name, args, kwargs, given, cards, on)
-        if asked is not None and on is not None:
+        self.check(name, args, kwargs, inputs, cards, card)
+        if device is not None and card is not None:
             kwargs["device"] = torch.device("cpu")
-        found = function(*args, **kwargs)
-        before = {x.untyped_storage()._cdata for x in given}
-        for x in tree_leaves(found):
-            if isinstance(x, Tensor) and on is not None and x.untyped_storage()._cdata not in before:
-                x.untyped_storage().card = on
+        result = function(*args, **kwargs)
+        input_storages = {x.untyped_storage()._cdata for x in inputs}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and card is not None and x.untyped_storage()._cdata not in input_storages:
+                x.untyped_storage().card = card
                 Host.allocate(x.untyped_storage())
-        return found
+        return result
 
-    def check(self, name: str, args: Any, kwargs: Any, given: list[Tensor], cards: set[int], on: int | None) -> None:
-        """Raises what a card would."""
-        of_host = [x for x in given if card_of(x) is None]
+    def check(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor], cards: set[int], card: int | None) -> None:
+        """Raises the errors that a card would raise."""
+        of_host = [x for x in inputs if card_of(x) is None]
         if name in WAITS:
             Host.wait(name)
         if name in ("_to_copy", "copy_"):
-            source, result = (args[0], on) if name == "_to_copy" else (args[1], card_of(args[0]))
+            source, result = (args[0], card) if name == "_to_copy" else (args[1], card_of(args[0]))
             if (card_of(source) is None) == (result is None):
                 return
             if not kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False):
@@ -203,7 +205,7 @@ class Operators(TorchDispatchMode):
         elif name.startswith(("index", "_index_put")) and of_host:
             Host.wait(f"{name} by indices of the host")
         elif len(cards) > 1 or (cards and any(x.dim() for x in of_host)):
-            devices = ", ".join(sorted({str(x.device) for x in given}))
+            devices = ", ".join(sorted({str(x.device) for x in inputs}))
             raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {devices}")
 
 
@@ -260,15 +262,16 @@ CUDA: dict[str, Any] = fake_cuda.FAKES | {
 
 
 def grouped(lists: Any, *options: Any) -> dict[Any, Any]:
-    """Of an optimizer's tensors, which C++ all takes for those of the CPU; the first list has no None."""
-    found = GROUPED(lists, *options)
-    return {(group[0][0][0].device, dtype): group for (_, dtype), group in found.items()}
+    """Groups an optimizer's tensors by device and dtype: C++ takes all of them for CPU tensors. The first list has no
+    None."""
+    groups = GROUPED(lists, *options)
+    return {(group[0][0][0].device, dtype): group for (_, dtype), group in groups.items()}
 
 
 def install() -> None:
     engine = torch.autograd._engine_run_backward
 
-    def backward(*args: Any, **kwargs: Any) -> Any:  # args[0] are the tensors that it begins with
+    def backward(*args: Any, **kwargs: Any) -> Any:  # args[0]: the tensors that the pass starts from
         if Host.forked_after_backward:
             raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
         Host.ran_backward, Host.passing = True, card_of(args[0][0])
@@ -286,7 +289,7 @@ def install() -> None:
         (torch.accelerator, {"current_stream": lambda device=None: Current.stream}),
         (torch._C, {"_cuda_getCurrentRawStream": lambda index: id(Current.stream), GROUPED.__name__: grouped}),
     )
-    for place, names in fakes:
+    for owner, names in fakes:
         for name, fake in names.items():
-            setattr(place, name, fake)
+            setattr(owner, name, fake)
     Operators().__enter__()

@@ -1,7 +1,8 @@
-"""CUDA sources compiled to PTX, and kernels of it run thread by thread on numpy arrays.
+"""Compiles CUDA sources to PTX, and runs kernels in PTX thread by thread on numpy arrays.
 
-The interpreter knows the instructions that the kernels of ptx_trial.cu consist of, with the semantics of NVIDIA's PTX
-ISA. It refuses every other one by its name, and every access to memory that is not aligned or not within one array.
+The interpreter knows the instructions of the kernels of ptx_trial.cu, with the semantics of NVIDIA's PTX ISA. It raises
+PtxError, with the instruction's name, for all others, and for memory accesses that are unaligned or not within one
+array.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from benchmarks.static.compiler import CSRC, Missing, find_tools, load_setup, ou
 ROOT = Path(__file__).resolve().parents[2]
 TRIAL = ROOT / "tests/support/ptx_trial.cu"
 NAN = 0x7FFFFFFF  # the only NaN that arithmetic on float32 returns
-FIRST_ADDRESS, BETWEEN = 2**33, 2**20  # of arrays
+FIRST_ADDRESS, BETWEEN = 2**33, 2**20  # of the first array; between arrays
 
 
 class PtxError(Exception):
-    """What the interpreter refuses."""
+    """The interpreter does not accept an instruction, an operand or an access."""
 
 
 # --------------------------------------------------------------------------------------------------------- the compiler
@@ -53,12 +54,12 @@ def kernels_of(source: str) -> str:
 
 
 def ptx_archs() -> list[str]:
-    """Those for which the build makes PTX, between which the sources differ."""
+    """The architectures for which the build makes PTX: the sources differ between them."""
     return [str(arch) for arch in load_setup().PTX_ARCHS]
 
 
 def bodies(ptx: str) -> dict[str, str]:
-    """By the kernels' names: their parameters and instructions."""
+    """The kernels' parameters and instructions, by the kernels' names."""
     parts = re.split(r"^\s*(?:\.visible\s+|\.weak\s+)?\.entry\s+(\w+)", ptx, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -67,7 +68,7 @@ def bodies(ptx: str) -> dict[str, str]:
 
 
 class Instruction(NamedTuple):
-    """guard: the predicate without which it does nothing, with "!" if it must be false; or empty."""
+    """guard: the predicate on which the instruction executes, with "!" in front if it must be false; or empty."""
 
     guard: str
     opcode: str
@@ -76,16 +77,16 @@ class Instruction(NamedTuple):
 
 class Kernel(NamedTuple):
     parameters: list[str]
-    registers: dict[str, str]  # their types; with a trailing "%" those that differ in their number
+    registers: dict[str, str]  # types by name; a name ending in "%" stands for numbered registers
     instructions: list[Instruction]
-    labels: dict[str, int]  # the instructions that follow them
+    labels: dict[str, int]  # the index of the instruction after each label
 
 
 def parse(body: str) -> Kernel:
     head, _, body = re.sub(r"//.*", "", body).partition("{")
     kernel = Kernel(re.findall(r"\.param\s+\.u64\s[^,)]*?(\w+)\s*[,)]", head), {}, [], {})
     for statement in body.split(";"):
-        text = statement.lstrip("{} \t\n").rstrip()  # braces in front of a statement begin or end a scope
+        text = statement.lstrip("{} \t\n").rstrip()  # braces before a statement open or close a scope
         while found := re.match(r"(\$?\w+):\s*", text):
             kernel.labels[found[1]] = len(kernel.instructions)
             text = text[found.end() :]
@@ -103,7 +104,7 @@ def parse(body: str) -> Kernel:
 
 
 class Memory:
-    """Arrays, far apart from one another."""
+    """The arrays of a run, with addresses far apart from one another."""
 
     def __init__(self, arrays: tuple[np.ndarray, ...]) -> None:
         self.bytes = [memoryview(array.reshape(-1)).cast("B") for array in arrays]
@@ -118,18 +119,22 @@ class Memory:
 
 
 class Thread:
-    """Registers hold their bits as whole numbers."""
+    """A thread's registers, whose bits are stored as integers."""
 
     def __init__(self, kernel: Kernel, number: int) -> None:
         self.kernel, self.number = kernel, number
         self.values: dict[str, int] = {}
 
     def check(self, register: str, kind: str) -> None:
-        """That the register may be an operand of that type: it has the size, and no other type."""
+        """Raises PtxError unless the register's type has the same size as `kind` and is compatible with it."""
         types = self.kernel.registers
-        own = types.get(register) or types.get(re.sub(r"\d+$", "%", register))
-        if own is None or own[1:] != kind[1:] or (own != kind and {own[0], kind[0]} in ({"f", "u"}, {"f", "s"})):
-            raise PtxError(f"{register}, of type {own}, is an operand of type {kind}")
+        declared = types.get(register) or types.get(re.sub(r"\d+$", "%", register))
+        if (
+            declared is None
+            or declared[1:] != kind[1:]
+            or (declared != kind and {declared[0], kind[0]} in ({"f", "u"}, {"f", "s"}))
+        ):
+            raise PtxError(f"{register}, of type {declared}, is an operand of type {kind}")
 
     def read(self, operand: str, kind: str) -> int:
         if re.fullmatch(r"-?\d+", operand):
@@ -164,7 +169,7 @@ def to_bits(value: np.float32) -> int:
 
 
 def rsqrt(x: np.float32, flushes: bool) -> np.float32:
-    """Rounded to nearest, which is within the error that the ISA allows."""
+    """1/sqrt(x) rounded to nearest, which is within the error that the ISA allows."""
     if flushes and abs(x) < np.finfo(np.float32).smallest_normal:
         x = np.copysign(np.float32(0), x)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -172,7 +177,7 @@ def rsqrt(x: np.float32, flushes: bool) -> np.float32:
 
 
 def larger(a: np.float32, b: np.float32, keeps_nan: bool) -> np.float32:
-    """The larger number, 0 and not -0. With a NaN the other one, unless that is kept."""
+    """The larger number; 0 is larger than -0. If one is NaN, returns the other number or, with keeps_nan, NaN."""
     if np.isnan(a) or np.isnan(b):
         return np.float32(np.nan) if keeps_nan else b if np.isnan(a) else a
     return max((a, b), key=lambda x: (x, not np.signbit(x)))
@@ -190,7 +195,7 @@ def compare(comparison: str, kind: str, a: int, b: int) -> bool:
 
 
 def execute(thread: Thread, memory: Memory, opcode: str, operands: list[str]) -> None:
-    """Any instruction that is no branch."""
+    """Executes an instruction that is not a branch."""
     to, *of = operands
     match opcode.split("."):
         case ["ld", "param", kind]:
@@ -210,7 +215,7 @@ def execute(thread: Thread, memory: Memory, opcode: str, operands: list[str]) ->
                     part[:] = thread.read(name, kind).to_bytes(size, "little")
         case ["mov", kind]:
             thread.write(to, kind, thread.read(of[0], kind))
-        case ["cvta", "to", "global", kind]:  # the same address
+        case ["cvta", "to", "global", kind]:  # global addresses are generic addresses here
             thread.write(to, kind, thread.read(of[0], kind))
         case ["cvt", "u64", "u32"]:
             thread.write(to, "u64", thread.read(of[0], "u32"))
@@ -235,7 +240,7 @@ def execute(thread: Thread, memory: Memory, opcode: str, operands: list[str]) ->
 
 
 def run(ptx: str, name: str, threads: int, *arrays: np.ndarray) -> Counter[str]:
-    """Runs a kernel of one block, whose parameters are the arrays. Returns how often each instruction was executed."""
+    """Runs a kernel with one block. Its parameters are the arrays. Returns how often each instruction was executed."""
     kernel, memory, executed = parse(bodies(ptx)[name]), Memory(arrays), Counter()
     if len(kernel.parameters) != len(arrays):
         raise PtxError(f"{len(arrays)} arrays for {len(kernel.parameters)} parameters")

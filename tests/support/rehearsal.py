@@ -2,11 +2,12 @@
 
     make rehearse           # or: PYTHONPATH=tests python -m support.rehearsal FOLDER
 
-All that is run is what a card would run: the parts' processes and their forks, the reading of their logs, their time
-limits and the report. `PRETENDED` says what is not. The clone's setup.py is another, which puts a ready module in its
-place; before that there is none. Each process gets the pretended card by a sitecustomize.py.
+The rehearsal runs what a card would run: the parts' processes and their forks, the parsing of their logs, their time
+limits and the report. `PRETENDED` lists what is not real. The clone's setup.py is replaced by one that copies a built
+module into the clone, which has no module before. A sitecustomize.py installs the pretended card in each process.
 
-The pretended machine has one core, on which a build takes longer than all the measurements: its time is none of theirs.
+The pretended machine has one core. There a build takes longer than all the measurements, and its time must not count as
+theirs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PRETENDED = {
 CLOCK = """
 import os, time
 monotonic = time.monotonic
-time.monotonic = lambda: monotonic() + os.stat({clock!r}).st_size  # a build has taken a second for each byte
+time.monotonic = lambda: monotonic() + os.stat({clock!r}).st_size  # a build takes a second for each byte of the file
 os.cpu_count = lambda: 1
 """
 
@@ -75,7 +76,7 @@ else:
 
 
 def clone(folder: Path) -> None:
-    """The sources as they are, without anything that was built."""
+    """Copies the sources of the working tree, without build outputs."""
     command = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
     for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
@@ -84,18 +85,20 @@ def clone(folder: Path) -> None:
 
 
 def wrong(parts: dict[str, Any]) -> list[str]:
-    """What a card would have lost by."""
-    found = [f"{name}: {part['verdict']}, {part['found']}" for name, part in parts.items() if part["verdict"] != "pass"]
+    """The failures in the parts' results."""
+    failures = [
+        f"{name}: {part['verdict']}, {part['found']}" for name, part in parts.items() if part["verdict"] != "pass"
+    ]
     rows = [(name, row) for name, part in parts.items() for row in part["rows"]]
-    return found + [f"{name}: {row['error']}" for name, row in rows if "error" in row]
+    return failures + [f"{name}: {row['error']}" for name, row in rows if "error" in row]
 
 
 def rehearse(out: Path, tests: str) -> tuple[dict[str, Any], list[str]]:
-    """The results by part, and what went wrong. `tests` says which ones run: see pretended.SIGN."""
+    """Returns the results by part, and the failures. `tests` says which tests run: see pretended.SIGN."""
     for old in out.glob("*.json"):
         old.unlink()
-    with tempfile.TemporaryDirectory() as place:
-        bare, folder = Path(place, "clone"), Path(place, "pretended")
+    with tempfile.TemporaryDirectory() as temporary:
+        bare, folder = Path(temporary, "clone"), Path(temporary, "pretended")
         clock, module = str(folder / "clock"), [str(path) for path in (ROOT / "ddpm_ext").glob("_C.*")]
         clone(bare)
         (bare / "setup.py").write_text(SETUP.format(clock=clock, module=module))
