@@ -1,5 +1,7 @@
-"""Any loop: schedules, predictions, samplers and timesteps by the names of all registries, levels by the papers'
-definitions, and what a model returns that knows x0 and eps."""
+"""Random loops with schedules, predictions, samplers and timesteps from all registries.
+
+The levels come from the papers' definitions. The model's output is the exact one of a model that knows x0 and eps.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ BY_TIMESTEP = {
     "edm": lambda t: (1 / np.hypot(np.exp(4 * t), 0.5), np.exp(4 * t) / np.hypot(np.exp(4 * t), 0.5)),
     "sigma space": lambda t: (1.0, t),
 }
-SPACED_BY = ("timesteps", "sections", None, *SPACINGS)  # what chooses the timesteps
+SPACED_BY = ("timesteps", "sections", None, *SPACINGS)  # the ways to choose the timesteps
 
 
 @functools.cache
@@ -48,12 +50,12 @@ def process(schedule, prediction="x0"):
 
 @functools.cache
 def nodes(schedule):
-    """Signal and noise at each timestep, from betas by their product."""
-    made = OWN[schedule] if schedule in OWN else SCHEDULES[schedule](T)
-    if isinstance(made, NoiseSchedule):
-        return made.signal.numpy(), made.noise.numpy()
-    kept = np.cumprod(1 - made.numpy())
-    return np.sqrt(kept), np.sqrt(1 - kept)
+    """Signal and noise at each timestep. For betas they come from the product of 1 - beta."""
+    schedule_or_betas = OWN[schedule] if schedule in OWN else SCHEDULES[schedule](T)
+    if isinstance(schedule_or_betas, NoiseSchedule):
+        return schedule_or_betas.signal.numpy(), schedule_or_betas.noise.numpy()
+    alphas_cumprod = np.cumprod(1 - schedule_or_betas.numpy())
+    return np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
 
 
 def ends(schedule):
@@ -63,8 +65,8 @@ def ends(schedule):
 
 
 def true_level(schedule, t):
-    """Signal and noise where the model is called with t. Between timesteps log(noise / signal) is linear in the
-    timestep. Levels of betas are on a circle, others on the line through the levels beside them."""
+    """Signal and noise where the model is called with t. Between timesteps, log(noise / signal) is linear in t. For
+    betas, signal^2 + noise^2 = 1. Otherwise the level lies on the line through the two neighbouring levels."""
     if schedule in BY_TIMESTEP:
         return BY_TIMESTEP[schedule](t)
     signal, noise = nodes(schedule)
@@ -108,7 +110,7 @@ DEFINED = {
 
 
 def of_a_model(schedule, prediction, row):
-    """The weights of x0 and eps in what a model returns where a row starts. They are what it is trained to return."""
+    """The weights of x0 and eps in a model's output where a row starts, as in its training target."""
     power = np.hypot(row.signal_now, row.noise_now)
     signal, noise = row.signal_now / power, row.noise_now / power
     step, expected = (0.0, 0.0), None
@@ -126,7 +128,7 @@ def of_a_model(schedule, prediction, row):
 
 
 class AnyLoop(NamedTuple):
-    """A loop. The unconditional output is for data whose mean is `other` times that of the model's."""
+    """A loop. The unconditional output is exact for data whose mean is `other` times the conditional data's mean."""
 
     schedule: str
     prediction: str
@@ -142,7 +144,7 @@ class AnyLoop(NamedTuple):
         return make_loop_rows(process(self.schedule, self.prediction), options).table
 
     def begins_blind(self, table):
-        """Whether the first output says nothing of x0."""
+        """Whether the first output does not depend on x0."""
         return table.signal_now[0] == 0 and not PREDICTIONS[self.prediction].without_signal
 
     def model(self, knows):
@@ -158,7 +160,7 @@ class AnyLoop(NamedTuple):
 
 
 def fits(schedule, how):
-    """Whether the levels of a spacing are between those of a schedule."""
+    """Whether a spacing's levels lie between the schedule's lowest and highest level."""
     if how not in SIGMA_GRIDS:
         return True
     if schedule == "flow":
@@ -170,7 +172,7 @@ def fits(schedule, how):
 
 @functools.cache
 def between(sampler):
-    """Whether it calls the model between the timesteps of its grid."""
+    """Whether a sampler calls the model between the timesteps of its grid."""
     levels = process("linear").alphas_cumprod
     return SAMPLERS[sampler](make_grid(levels, list(range(380, 0, -20)))).timestep.is_floating_point()
 

@@ -1,8 +1,8 @@
-"""Property tests: tests of many inputs, each made by the choices of a `Choose`.
+"""Property tests: each test runs for many inputs, which it builds from the choices of a `Choose`.
 
-hypothesis makes the choices, the same in every run, and reduces an input that fails to a small one. With
-DDPM_EXT_FUZZ=EXAMPLES in the environment it makes others by pytest's --hypothesis-seed, so many, or twenty times the
-usual number where that is less: fuzz.py.
+hypothesis makes the choices. They are the same in every run, and a failing input is reduced to a small one. With
+DDPM_EXT_FUZZ=EXAMPLES in the environment, hypothesis makes other choices, by pytest's --hypothesis-seed: EXAMPLES
+inputs for each test, but at most twenty times the usual number. fuzz.py uses this.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Choose:
 
 
 def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs the test `examples` times, each time with another `choose`. Every run has the same ones."""
+    """Runs the test `examples` times with different `choose`. They are the same in every run."""
     settings = hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    if FUZZ:  # what a case is reduced to takes minutes to find
+    if FUZZ:  # without reduction, which takes minutes
         settings = hypothesis.settings(
             settings, max_examples=min(FUZZ, 20 * examples), derandomize=False, phases=[hypothesis.Phase.generate]
         )

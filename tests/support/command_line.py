@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 
 
 def _on_cpu(arguments):
-    """The arguments as text, with --device cpu where there is no other: with a GPU, that would be the default."""
+    """The arguments as text. Adds --device cpu unless they have a device: with a GPU, that is the default."""
     commands = ("sample", "trajectory", "train", "invert", "bits-per-dim", "tune", "compare")
     takes_device = arguments[:1] in {(name,) for name in commands} or arguments[:2] == ("plot", "histogram")
     more = ("--device", "cpu") if takes_device and "--device" not in arguments else ()
@@ -51,7 +51,7 @@ def save_tiny(folder):
 
 
 def save_pets(folder):
-    """Saves a model like it with three classes and the null class, whose embeddings make a difference."""
+    """Saves a model like save_tiny's with three classes and a null class, whose embeddings change the output."""
     torch.manual_seed(1)
     unet = models.build_unet(TINY | {"num_class_embeds": 4})
     with torch.no_grad():
@@ -75,10 +75,10 @@ def not_finite(model, folder):
 
 
 def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False):
-    """A command of its own as a fork: see forks.in_forks.
+    """Runs a command in a fork, as if in its own process: see forks.in_forks.
 
-    full, gone: the streams, 1 or 2, that lead to a full disk or to a pipe that nobody reads. unbuffered: as by
-    PYTHONUNBUFFERED.
+    full: the streams (1 or 2) that write to a full disk. gone: the streams that write to a pipe without a reader.
+    unbuffered: as with PYTHONUNBUFFERED.
     """
     from support import forks
 
@@ -94,7 +94,7 @@ def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False):
 
 
 def in_forks(folder, runs):
-    """The exit codes of commands, each given by its name and the options of as_process for each of its ranks."""
+    """The exit codes of commands by name. `runs` has the options of as_process for each rank, by the command's name."""
     from support import forks
 
     return forks.in_forks(__file__, folder, runs)

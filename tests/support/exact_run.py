@@ -1,8 +1,8 @@
 """ddpm_ext.bulk with a model whose arithmetic is exact: a sample has the same bits in every batch.
 
-As a process this is one rank of a run, `exact_run.py FOLDER '{"batch_size": 3, ...}'`, or the parent of ranks for
-forks.in_forks. The options are those of `run` and of `as_rank`. die_at, two numbers: the process is killed when it has
-written so many shards, and so many are in the folder. die_after: it is killed after so many seconds.
+As a script this is one rank of a run, `exact_run.py FOLDER '{"batch_size": 3, ...}'`, or the parent of the ranks for
+forks.in_forks. The options are those of `run` and of `as_rank`. die_at = (own, all): the process is killed when it has
+written `own` shards and the folder has `all` shards. die_after: the process is killed after this number of seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make_draw(seed: int = 0, pause: float = 0.0, seen: list | None = None):
 
 
 def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=3, pause=0.0, seen=None, settings=None):
-    """The shards and what sample_many returns."""
+    """Returns the shards and the result of sample_many."""
     shards = Shards(Path(folder), count, size, SHAPE)
     draw = make_draw(seed, pause, seen)
     result = bulk_run.sample_many(shards, settings or {"seed": seed}, draw, batch_size=batch_size, ranks=ranks)
@@ -55,9 +55,9 @@ def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=
 
 def contents(folder):
     """The bytes of every file in a folder, by its path; without the manifest."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    del found["manifest.json"]
-    return found
+    by_path = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    del by_path["manifest.json"]
+    return by_path
 
 
 def joined(shards):

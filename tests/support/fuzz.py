@@ -19,17 +19,17 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-# Kernels that are compiled first, and the fuzzer's own tests, which hold others as text.
+# Left out: tests that compile kernels first, and the fuzzer's own tests, which contain property tests as text.
 LEFT_OUT = ("cuda", "test_fuzz.py")
-EXAMPLES, PATIENCE = 200, 600.0  # of a process, and the seconds that it may take
-# The property itself, or a test that has it as a function of its own.
+EXAMPLES, PATIENCE = 200, 600.0  # of a process; its time limit in seconds
+# A test decorated with @for_many, or a test with a nested function decorated with it.
 PROPERTY = re.compile(
     r"^@for_many\(.*\)\n(?:@.*\n)*def (test_\w+)|^def (test_\w+)(?=.*\n(?:(?:[ )].*)?\n)*? +@for_many\()", re.MULTILINE
 )
 
 
 def property_tests(files: list[Path]) -> list[str]:
-    """The property tests of the files, or of all, as pytest names them."""
+    """The pytest ids of the property tests in the files, by default in all test files."""
     found = files or [
         path for path in sorted(TESTS.rglob("test_*.py")) if not {path.name, path.parent.name} & {*LEFT_OUT}
     ]
@@ -37,7 +37,7 @@ def property_tests(files: list[Path]) -> list[str]:
 
 
 def run(test: str, seed: int, examples: int) -> tuple[str, str]:
-    """A test, in each of its parametrized forms, with so many examples: how it failed, or "", and what it wrote."""
+    """Runs a test with all its parameters, for a number of examples. Returns how it failed, or "", and its output."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "DDPM_EXT_FUZZ": str(examples), "PYTHONPATH": paths}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", f"--hypothesis-seed={seed}"]

@@ -33,7 +33,7 @@ def best_prediction(kept, x, prediction, sigma=SIGMA):
 
 
 def exact_model(gd):
-    """Between the timesteps, log sigma is linear in the timestep."""
+    """The model with the best prediction. Between timesteps, log sigma is linear in the timestep."""
     log_sigma = np.log(1 / gd.alphas_cumprod.numpy() - 1) / 2
 
     def model(x, t):
@@ -55,13 +55,15 @@ def denoised(signal, noise, x, mean=MU, sigma=SIGMA):
 
 
 def known_point(row, x, mean):
-    """x0 and eps where all data are their mean."""
+    """x0 and eps if all data are equal to their mean."""
     return mean, (x - row.signal_now * mean) / row.noise_now
 
 
 def take(row, x, m, z=0.0, *, u=None, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
-    """x0 and the next sample by a StepRow, for floats or float64 arrays. m: the guided output; u: the unconditional
-    one, None where there is no guidance. `history`: H1, H2 and H3, as many as there are."""
+    """x0 and the next sample by a StepRow, for floats or float64 arrays.
+
+    m: the guided output. u: the unconditional output; None: no guidance. history: H1, H2 and H3, as many as exist.
+    """
     x0 = row.a * x + row.b * m
     if clip is not None:
         x0 = np.clip(x0, *clip)
@@ -84,10 +86,10 @@ def calls_model(row):
 
 
 def loop(table, x, model, noise=None, **options):
-    """Each row with its x0 and the next sample, by `take`. model(row, x) gives the output, of rows that call a model,
-    or the guided and the unconditional one.
+    """Yields each row with its x0 and the next sample, computed by `take`.
 
-    noise: an iterator of the z of rows that have one; None: zeros. options: take's, of every row.
+    model(row, x): the output, or the guided and the unconditional output; called only for rows that call a model.
+    noise: an iterator over the z of the rows that have noise; None: zeros. options: of `take`, for every row.
     """
     history = []
     for row in table:
@@ -100,11 +102,13 @@ def loop(table, x, model, noise=None, **options):
 
 
 def weights(table, signal, noise, model, mean=1.0, sigma=SIGMA):
-    """x after each row, in a loop from samples of that level, as its weights of the data's mean, of the start's
-    deviation and of each row's noise. These are independent: the squares of all but the first add up to the variance.
+    """Yields x after each row, as a vector of weights: of the data's mean, of the start's deviation and of each row's
+    noise. The loop starts at the level (signal, noise).
 
-    model(row, x, mean): the output for data of this mean, given as weights, linear in both; or a pair, as for `loop`.
-    mean: by what the data's mean is multiplied where the loop starts.
+    The deviation and the noises are independent, so their squared weights add up to x's variance.
+
+    model(row, x, mean): the output for data of this mean, linear in x and mean, which are weights; or a pair, as for
+        `loop`. mean: a factor of the data's mean at the loop's start.
     """
     one, deviation, *normals = np.eye(2 + len(table))
     x = signal * mean * one + np.hypot(signal * sigma, noise) * deviation
@@ -113,11 +117,11 @@ def weights(table, signal, noise, model, mean=1.0, sigma=SIGMA):
 
 
 def variance_of(x):
-    """Of a sample that is given as weights."""
+    """The variance of a sample given as weights (see `weights`)."""
     return (x[1:] ** 2).sum()
 
 
 def flow(x, start, end):
-    """Where the probability flow takes x from alphas_cumprod `start` to `end`. x stays at the same quantile."""
+    """The result of the probability flow from alphas_cumprod `start` to `end`: x stays at the same quantile."""
     (mean, variance), (other, narrower) = marginal(start), marginal(end)
     return other + (x - mean) * (narrower / variance) ** 0.5

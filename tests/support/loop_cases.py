@@ -168,7 +168,7 @@ CASES = {
 
 
 def sampler_options(gd, sampler):
-    """The sampler by its name. A ddim with the eps of the clipped x0 has no name, and is given as a table."""
+    """The options for a sampler. A ddim with the eps of the clipped x0 ("rederived") has no name, so it is a table."""
     if sampler == "rederived":
         grid = make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas)
         return {"sampler": ddim(grid, prediction=gd.prediction, eta=0.5, keep_eps=False)}

@@ -1,4 +1,4 @@
-"""Runs the code on a page of the documentation as one who pastes it: all blocks, top to bottom, in one namespace."""
+"""Runs all code blocks of a page of the documentation, top to bottom, in one namespace, as a reader pastes them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def paste(page: Path) -> dict[str, Any]:
-    """The names that the page's code leaves behind. Where a library is missing, the rest of its section is left out.
+    """Runs a page's code and returns its namespace. If a library is missing, the rest of the section is skipped.
 
-    A line in a traceback is that of the page.
+    Line numbers in tracebacks are the page's.
     """
     text, names, without = page.read_text(), {"__name__": "__main__"}, ""
     for block in BLOCK.finditer(text):

@@ -1,6 +1,6 @@
 """A sampling loop with every option, in float64 and plain torch, written from the papers' formulas.
 
-The tests take its results for the truth. It runs on the CPU, and uses nothing of ddpm_ext but the reference's noise.
+The tests compare with its results. It runs on the CPU, and uses only the reference's noise from ddpm_ext.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ class Posterior:
 
 
 def predicted(prediction, levels, row, x, m):
-    """x0 and eps that follow from the model's output."""
+    """x0 and eps computed from the model's output."""
     root, coroot = row.now**0.5, (1 - row.now) ** 0.5
     if prediction == "eps":
         return (x - coroot * m) / root, m
     if prediction == "v":
         return root * x - coroot * m, coroot * x + root * m
     if prediction == "x_prev":  # the mean of a single step of the schedule
-        own = Posterior(row.now, float(levels[row.timestep - 1]) if row.timestep else 1.0)
-        m = (m - own.of_x * x) / own.of_x0
+        single_step = Posterior(row.now, float(levels[row.timestep - 1]) if row.timestep else 1.0)
+        m = (m - single_step.of_x * x) / single_step.of_x0
     return m, (x - root * m) / coroot
 
 
@@ -135,12 +135,14 @@ def plain_loop(
             gradient = torch.zeros_like(x) if cond_fn is None else cond_fn(x, t)
             last = i == len(rows) - 1
             if sampler == "ddpm":
-                # the posterior has no variance at the last step: guided-diffusion takes that of the step before
-                above = Posterior(rows[i - 1].now, rows[i - 1].after).variance if last else posterior.variance
-                spread = learned_variance(variance, posterior, above, v)
+                # the last step's posterior has no variance: guided-diffusion uses the previous step's variance
+                earlier_variance = (
+                    Posterior(rows[i - 1].now, rows[i - 1].after).variance if last else posterior.variance
+                )
+                spread = learned_variance(variance, posterior, earlier_variance, v)
                 if spread is None:
                     spread = posterior.beta if variance == "fixed_large" else posterior.variance
-                of_gradient = above if last and variance == "fixed_large" else spread
+                of_gradient = earlier_variance if last and variance == "fixed_large" else spread
                 after = posterior.of_x0 * x0 + posterior.of_x * x + of_gradient * gradient
                 after = after + (0.0 if last else spread**0.5 * z)
             else:

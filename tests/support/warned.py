@@ -7,5 +7,5 @@ from collections.abc import Iterable
 
 
 def user_warnings(caught: Iterable[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
-    """Without others: what earlier tests left open may be collected, with a ResourceWarning, at any moment."""
+    """Only UserWarnings: objects left open by earlier tests may cause a ResourceWarning at any moment."""
     return [warning for warning in caught if warning.category is UserWarning]

@@ -1,4 +1,4 @@
-"""A call of an operator, made of the CPU's kernels and of the CUDA kernels on the CPU."""
+"""Calls of an operator, for the CPU's kernels and for the CUDA kernels run on the CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECIAL = [0.0, -0.0, 1e-40, -3e38, 6e4, math.inf, -math.inf, math.nan]
 STEP = "step_with_options"
 OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
 
-# The kinds of noise that each operator has kernels for. A seed may be read from memory by a GPU.
+# The kinds of noise for which each operator has kernels. A GPU may read the seed from memory.
 SEED_IN_MEMORY = "drawn by a seed in memory"
 NOISES = {
     "reverse_step": ("none", "given", "drawn", SEED_IN_MEMORY),
@@ -42,7 +42,7 @@ STREAMS = ("null", "of torch", "external")  # as standin::Streams has them
 TAKE_OUT = ("reverse_step", "forward_process", STEP)  # the operators that write to a tensor of the caller's
 
 Variant = tuple[str, str, Pair]
-# (operator, where its noise is from, dtypes): every variant of the kernels, and the step with all of its options.
+# (operator, kind of noise, dtypes): every variant of the kernels. The step has all of its options.
 VARIANTS: list[Variant] = [
     (op, noise, pair)
     for op, noises in NOISES.items()
@@ -53,7 +53,7 @@ VARIANTS: list[Variant] = [
 
 
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = WIDE, special: bool = True) -> Tensor:
-    """Normal numbers, and here and there a zero, an infinity, a NaN or what is near the ends of the range."""
+    """Normal numbers with some zeros, infinities, NaNs and numbers near the ends of the range."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2
     if special:
         flat = x.view(-1)[seed % 3 :: 11]
@@ -61,7 +61,7 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = WIDE, special: bool 
     return x.to(dtype)
 
 
-ROWS = make_table(8)  # with and without what the model's output, noise, guidance and history add
+ROWS = make_table(8)  # with and without the terms of the model's output, noise, guidance and history
 AFFINE = torch.tensor([[0.75, -1.5], [-2.0, 0.5], [1 / 3, 0.0], [0.0, 1.0]])
 
 
@@ -88,12 +88,12 @@ class Call:
     t_index: int = 0
     clip: tuple[float, float] = (-1.0, 1.0)
     seed: int = 0
-    seed_in_memory: bool = False  # a GPU reads it there, and the seed by value is another
+    seed_in_memory: bool = False  # the GPU reads the seed from memory; the seed by value is then different
     ids: Tensor | None = None
     first_id: int = 0
     stream: int = 0
     draw: int = -1
-    input_kind: tuple[torch.dtype | None, int] = (None, 1)  # of model_input: its dtype, and how often x_t's batch
+    input_kind: tuple[torch.dtype | None, int] = (None, 1)  # of model_input: dtype, batch / x_t's batch
 
     @property
     def x(self) -> Tensor:
@@ -101,19 +101,19 @@ class Call:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """The tensors like x_t that its kernel reads."""
+        """The names of the tensors like x_t that the kernel reads."""
         return () if self.op == "randn" else tuple(name for name in self.tensors if name not in PER_SAMPLE)
 
     @property
     def moved(self) -> tuple[int, int]:
-        """The bytes of the samples' tensors that it reads, and of those that it writes."""
+        """The bytes of the samples' tensors that the kernel reads, and the bytes that it writes."""
         return sum(self.tensors[name].nbytes for name in self.read), len(self.results) * self.x.nbytes
 
     def arguments(self, results: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """As the compiled modules take them; randn's for torch.ops."""
-        given = {**self.tensors, **results, "log_variance": self.log_variance}
-        x, second, noise = map(given.get, ("x_t", "model_output", "noise"))
-        written = [given["out"]] if "out" in given else []
+        """The arguments in the order of the compiled modules; for randn, in the order of torch.ops."""
+        by_name = {**self.tensors, **results, "log_variance": self.log_variance}
+        x, second, noise = map(by_name.get, ("x_t", "model_output", "noise"))
+        written = [by_name["out"]] if "out" in by_name else []
         rng = (None, self.seed, self.ids, self.first_id, self.stream, self.draw, None)
         row = (self.table, self.t, self.t_index)
         if self.op == "randn":
@@ -122,7 +122,7 @@ class Call:
             return x, *row, noise, self.drawn, *rng, *written
         if self.op not in TAKE_OUT:
             return x, second, *row
-        options = map(given.get, STEP_INPUTS) if self.op == STEP else ()
+        options = map(by_name.get, STEP_INPUTS) if self.op == STEP else ()
         return x, second, *row, *self.clip, noise, self.drawn, *rng, *written, *options, None
 
     def run_by(self, module: Any, results: Mapping[str, Tensor]) -> Any:
@@ -138,8 +138,8 @@ class Call:
         if self.op == "randn":
             return {"out": torch.ops.ddpm_ext.randn(*self.arguments({}), dtype=self.x.dtype, device="cpu")}
         results = {name: self.result_like(name, self.x) for name in self.results} if self.op == STEP else {}
-        found = self.run_by(C, results)
-        return results or {"out": found}
+        result = self.run_by(C, results)
+        return results or {"out": result}
 
     def result_like(self, name: str, like: Tensor) -> Tensor:
         dtype, times = self.input_kind if name == "model_input" else (None, 1)
@@ -147,7 +147,7 @@ class Call:
         return torch.empty_strided(like.shape, like.stride(), dtype=dtype or like.dtype)
 
     def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Call:
-        """change(name, tensor) in place of each that is like x_t."""
+        """A copy in which change(name, tensor) replaces each tensor like x_t."""
         return replace(self, tensors={n: t if n in PER_SAMPLE else change(n, t) for n, t in self.tensors.items()})
 
 
@@ -159,7 +159,7 @@ def make_call(
     special: bool = True,
     **changes: Any,
 ) -> Call:
-    """A call of a variant; of the step, with these options and all results, but for those that are given."""
+    """A call of a variant. The step has these options and all results. `changes` replace fields of the call."""
     op, noise, pair = variant
     names = ["x_t", *["model_output"] * (op not in ("forward_process", "randn")), *["noise"] * (noise == "given")]
     tensors = {}
@@ -171,10 +171,10 @@ def make_call(
         elif name == "mask":
             tensors[name] = values(*shape, seed=60, special=False).sigmoid().to(dtype)
     table = ROWS if op in ("reverse_step", STEP) else AFFINE
-    how = {"drawn": noise.startswith("drawn"), "seed_in_memory": noise == SEED_IN_MEMORY, "seed": -3}
-    how |= {"first_id": 2**32 - 2, "t": None if op == "randn" else torch.arange(shape[0]) % len(table)}
-    how |= {"results": RESULTS} if op == STEP else {}
-    return Call(op, tensors, **{"table": table, **how, **changes})
+    fields = {"drawn": noise.startswith("drawn"), "seed_in_memory": noise == SEED_IN_MEMORY, "seed": -3}
+    fields |= {"first_id": 2**32 - 2, "t": None if op == "randn" else torch.arange(shape[0]) % len(table)}
+    fields |= {"results": RESULTS} if op == STEP else {}
+    return Call(op, tensors, **{"table": table, **fields, **changes})
 
 
 def unwritten(like: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class Host:
         self.control = library.load(self.path, "control")
 
     def launch(self, call: Call, results: Mapping[str, Tensor], gpu: Mapping[str, Tensor] | None = None) -> None:
-        """Runs the kernels. gpu: "t", "sample_ids", "seed" or "draw" that only a GPU's kernel reads, unchecked."""
+        """Runs the kernels. gpu: tensors "t", "sample_ids", "seed" or "draw" that only the kernel reads, unchecked."""
         gpu = dict(gpu or {})
         if call.seed_in_memory:
             gpu["seed"], call = torch.tensor(call.seed), replace(call, seed=~call.seed)
@@ -218,13 +218,15 @@ class Host:
         instead: Mapping[str, str] | None = None,
         gpu: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The results by name, all tensors put into guarded memory, their strides kept; not those too far apart.
+        """Runs the kernels with all tensors in guarded memory, and returns the results by name.
+
+        Tensors keep their strides. A tensor whose elements are too far apart is not moved.
 
         Args:
-            places: where each tensor lies, by name, or all.
-            like: whose strides the results have; None: x_t's.
-            instead: results that go where an argument is.
-            gpu: as launch's.
+            places: the place of each tensor in guarded memory (Placed), by name, or one place for all.
+            like: a tensor whose strides the results have; None: x_t.
+            instead: for results that overwrite an argument, the argument's name.
+            gpu: as in launch.
         """
         placed: dict[str, Placed] = {}
 
@@ -243,16 +245,21 @@ class Host:
             call = replace(call, table=place("table", call.table))
         call = replace(call, t=place("t", call.t), ids=place("ids", call.ids))
         where = {name: (instead or {}).get(name, name) for name in call.results}
-        own = {name: place(name, unwritten(call.result_like(name, like))) for name, at in where.items() if at == name}
-        results = {name: own[name] if at == name else call.tensors[at] for name, at in where.items()}
+        new_results = {
+            name: place(name, unwritten(call.result_like(name, like))) for name, at in where.items() if at == name
+        }
+        results = {name: new_results[name] if at == name else call.tensors[at] for name, at in where.items()}
         self.launch(call, results, {name: place(f"gpu {name}", tensor) for name, tensor in (gpu or {}).items()})
-        found = {name: p.done(name in where.values()) for name, p in placed.items()}
-        return {name: found[at] for name, at in where.items()}
+        after = {name: p.done(name in where.values()) for name, p in placed.items()}
+        return {name: after[at] for name, at in where.items()}
 
     @contextmanager
     def elsewhere(self, device: int, streams: str) -> Iterator[None]:
-        """Calls have their tensors on a device that is not current, with a current stream of that kind. Checks that all
-        is put on this stream while the device is current, and that the other one is current again afterwards."""
+        """In the block, calls have their tensors on a device that is not current, with a current stream of this kind.
+
+        Checks that everything is put on this stream while its device is current, and that the other device is current
+        again afterwards.
+        """
         control = self.control
         control.set_device(device)
         control.set_current_device(1 - device)
@@ -268,7 +275,7 @@ class Host:
             control.set_streams(0)
 
     def check(self, call: Call, *args: Any, expected: Mapping[str, Tensor] | None = None, **options: Any) -> None:
-        """That both give the same bits."""
+        """Checks that the CPU's kernels and the CUDA kernels give the same bits."""
         expected = call.on_cpu() if expected is None else expected
         got = self.run(call, *args, **options)
         assert got.keys() == expected.keys()
@@ -281,17 +288,20 @@ def variant_name(variant: tuple[Any, ...]) -> str:
 
 
 def moves_by_words(host: Host, call: Call) -> None:
-    """Checks that a call of samples that are not taken by vectors moves them by words: in a few more sectors than their
-    bytes, since a warp's words may straddle one. The device is one on which threads take several turns."""
+    """Checks that a call whose samples do not allow Access::vector moves them by words.
+
+    The sectors have slightly more bytes than the samples, since a warp's words may straddle a sector. The device is the
+    small one, on which threads take several turns.
+    """
     host.control.set_device(1)
     expected = call.on_cpu()
-    found = host.control.sectors_of(lambda: host.check(call, expected=expected))
-    for sectors, size in zip(found, call.moved, strict=True):
+    loaded_and_stored = host.control.sectors_of(lambda: host.check(call, expected=expected))
+    for sectors, size in zip(loaded_and_stored, call.moved, strict=True):
         assert 0.99 * size <= 32 * sectors <= 1.14 * size, (call, sectors, size)
     assert not host.control.took_vectors()
 
 
 @functools.cache
 def open_host(folder: Path) -> Host:
-    """With the library of the session whose folder this is."""
+    """The CUDA kernels on the CPU, from the library of the session with this folder."""
     return Host(library.for_session(folder))

@@ -11,7 +11,7 @@ namespace standin {
 namespace {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr std::array kSignals = {SIGVTALRM};  // for the other signals AddressSanitizer's own report says more
+constexpr std::array kSignals = {SIGVTALRM};  // AddressSanitizer reports the other signals in more detail
 #else
 constexpr std::array kSignals = {SIGVTALRM, SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
 #endif
@@ -27,11 +27,11 @@ void restore() {
 
 void on_fault(int signal, siginfo_t* info, void*) {
   const bool ours = pthread_equal(owner, pthread_self());
-  if (signal == SIGVTALRM && (!ours || !in_kernel)) {  // the timer fires again, perhaps at a better time
+  if (signal == SIGVTALRM && (!ours || !in_kernel)) {  // ignored: the timer fires again soon
     if (!ours) pthread_kill(owner, signal);
     return;
   }
-  if (!ours) return restore();  // the fault happens again, for the previous handler
+  if (!ours) return restore();  // returning repeats the fault, for the previous handler
   fault = {signal, info->si_addr};
   caught = true;
   leave_fiber();
@@ -59,7 +59,7 @@ CatchFaults::CatchFaults(int seconds) {
   owner = pthread_self();
   struct sigaction action = {};
   action.sa_sigaction = on_fault;
-  action.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler does not return, so nothing would unblock the signal
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;  // NODEFER: the handler never returns to unblock the signal
   for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &action, &before[i]);
   const itimerval timer = {{0, 10000}, {seconds, 0}};  // fires again every hundredth of a second
   setitimer(ITIMER_VIRTUAL, &timer, nullptr);

@@ -1,5 +1,5 @@
-// Faults. A kernel that touches a guard page, or that exceeds its time, ends the launch with an error, as on a GPU, and
-// not the process.
+// Faults of kernels. A kernel that touches a guard page, or that exceeds its time, ends its launch with an error, as on
+// a GPU. It does not end the process.
 #pragma once
 
 #include <string>
@@ -15,7 +15,7 @@ struct Fault {
   std::string text() const;
 };
 
-// Whether a kernel's code is running and not the scheduler's. A fiber may only be left while it is.
+// Whether a kernel's code is running, as opposed to the scheduler's. A fiber may only be left while it is.
 extern volatile bool in_kernel;
 
 // During its lifetime, catches faults of the thread that created it, and stops work that takes more than `seconds`.

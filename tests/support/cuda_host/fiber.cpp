@@ -102,7 +102,7 @@ void Fiber::enter(unsigned high, unsigned low) {
 
 void Fiber::leave() {
   prepared_ = false;
-  before_switch(nullptr, host_stack, host_size);  // null: the fiber's own stack is never needed again
+  before_switch(nullptr, host_stack, host_size);  // null: this stack's contents are not needed again
   go(host_);
 }
 

@@ -1,4 +1,4 @@
-// Threads of execution that take turns on one thread of the host. Each has its own stack.
+// Fibers: threads of execution that take turns on one thread of the host. Each fiber has its own stack.
 #pragma once
 
 #include <stddef.h>
@@ -19,7 +19,7 @@ class Fiber {
   void run();      // from outside: continues the body until it pauses, or restarts it after its end
   void pause();    // from inside
   void abandon();  // from outside: drops the body's state, so that the next run restarts it
-  // From inside, also from a signal handler: like pause, but drops the body's state.
+  // From inside, even from a signal handler: like pause, but drops the body's state.
   [[noreturn]] void leave();
 
   bool ended() const { return ended_; }

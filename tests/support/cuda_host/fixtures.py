@@ -1,4 +1,4 @@
-"""What the tests on the stand-in for CUDA's runtime share."""
+"""Fixtures of the tests on the stand-in for CUDA's runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def windows():
 
 @pytest.fixture
 def host(one_host, request):
-    """With an order of threads of the test's own."""
+    """The CUDA kernels on the CPU. The seed of the threads' order depends on the test's name."""
     control = one_host.control
     control.set_seed(zlib.crc32(request.node.name.encode()))
     control.take_launches()

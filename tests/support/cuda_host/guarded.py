@@ -1,4 +1,4 @@
-"""Tensors in memory where every access beyond them is seen: between pages that nobody may touch, and among canaries."""
+"""Tensors in guarded memory, where accesses out of bounds are detected: between protected pages, and among canaries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# NaN as float16, as bfloat16 and, twice, as float32: what is read in error spoils the result.
+# NaN as float16, as bfloat16 and, twice, as float32: a read out of bounds makes the result NaN.
 CANARY = torch.tensor([0xFFC1 - 0x10000], dtype=torch.int16)
 PLACES = ("front", "odd", "middle", "back")
 
@@ -23,7 +23,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def reserve(size: int, protection: str) -> int:
-    """The address of new pages; they take memory when they are touched."""
+    """The address of new pages. They take memory only when they are touched."""
     flags = _PRIVATE | _ANONYMOUS | _NORESERVE
     address = _libc.mmap(None, size, _PROTECTION[protection], flags, -1, 0)
     if address in (None, ctypes.c_void_p(-1).value):
@@ -32,12 +32,12 @@ def reserve(size: int, protection: str) -> int:
 
 
 def tensor_at(address: int, size: int) -> Tensor:
-    """Bytes that stay where they are for good."""
+    """A tensor of the bytes at an address that is never freed."""
     return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 class Sparse:
-    """Room for more elements than there is memory for: what is not touched takes none."""
+    """Address space for more elements than fit into memory. Elements that are not touched take no memory."""
 
     def __init__(self, numel: int) -> None:
         self.bytes = tensor_at(reserve(4 * numel, "read_write"), 4 * numel)
@@ -47,14 +47,14 @@ class Sparse:
 
 
 def extent(tensor: Tensor) -> int:
-    """Elements from the first to the last in memory."""
+    """The number of elements in memory from a tensor's first to its last, both included."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class Pages:
-    """Whole pages, one more before and one behind that nobody may touch."""
+    """Whole pages between two protected pages."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -66,10 +66,10 @@ class Pages:
 
 
 class Placed:
-    """A tensor's values, by the same strides, in memory of its own.
+    """A copy of a tensor in guarded memory, with the same strides.
 
-    Where it lies: "front", from the first byte on, so aligned; "odd", one element behind that; "middle", half of 128
-    bits behind; "back", up to the last byte.
+    place: "front", from the first byte of a page on, so aligned; "odd", one element later; "middle", 64 bits later;
+        "back", up to the last byte.
     """
 
     _free: dict[int, list[Pages]] = {}  # noqa: RUF012
@@ -100,7 +100,7 @@ class Placed:
         call(self.pages.address + self.end, self.pages.size - self.end)
 
     def done(self, written: bool) -> Tensor:
-        """What is in the tensor now; nothing around it may have changed, nor, unless it was written, itself."""
+        """Returns the tensor's values. Asserts that the memory around it is unchanged and, unless `written`, the tensor."""
         self.poison(False)
         result = self.tensor.clone()
         if written and result.numel() > 0:

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 CSRC = ROOT / "csrc"
 
-GIVEN_BY = "DDPM_EXT_TEST_CUDA_HOST"  # names a library to be tested in place of one built for the session
+GIVEN_BY = "DDPM_EXT_TEST_CUDA_HOST"  # names a built library to test instead of building one
 GIVEN = os.environ.get(GIVEN_BY, "")
 SANITIZED = Path(GIVEN).parent.name == "sanitized"
 
@@ -33,15 +33,15 @@ RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp"
 # Without library.cpp, since a process can register its operators only once and ddpm_ext's own module has done so.
 TORCH = [*sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"), FOLDER / "module.cpp"]
 
-# Of undefined behaviour, all that g++ can look for; the instruction of a trap is a fault, which the stand-in catches.
+# All undefined behaviour that g++ can detect. A trap's instruction is a fault, which the stand-in catches.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-COMPILER = [*filter(None, [shutil.which("ccache")]), "g++"]  # with ccache, unchanged sources are compiled once for all
-# Of memory alone. Undefined behaviour, which the traps find, would make compiling take two thirds longer.
+COMPILER = [*filter(None, [shutil.which("ccache")]), "g++"]  # ccache: unchanged sources are compiled only once
+# Only memory errors: checking undefined behaviour too, which the traps find, would compile two thirds longer.
 SANITIZERS = ["-fsanitize=address", "-O0", "-g1"]
 
 
 def why_not() -> str | None:
-    """Why it can't be built here."""
+    """The reason why the library can't be built on this machine, or None."""
     if not sys.platform.startswith("linux"):
         return f"the stand-in for CUDA's runtime is for Linux, this is {sys.platform}"
     return None if shutil.which("g++") else "there is no g++ on PATH"
@@ -63,9 +63,9 @@ def compile_all(sources: Iterable[Path], folder: Path, sanitizers: list[str]) ->
     flags += [f"-isystem{sysconfig.get_paths()['include']}", "-DTORCH_EXTENSION_NAME=operators"]
     flags += [f'-DDDPM_EXT_TORCH_VERSION="{torch.__version__}"']
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    # As nvcc compiles for a GPU. Vectors of float are loaded as what they are not, which nvcc lets pass.
+    # Like nvcc for a GPU. The kernels load floats as other types, which breaks strict aliasing; nvcc allows that.
     cuda = ["-x", "c++", "-include", "cuda_runtime.h", "-D__CUDACC__", "-fno-strict-aliasing"]
-    # Each is run: from 1000 on two elements share an instruction.
+    # Both values are tested: from 1000 on, two elements share an instruction.
     cuda.append(f"-D__CUDA_ARCH__={1000 if sanitizers else 900}")
 
     def compile_one(source: Path) -> Path:
@@ -86,12 +86,12 @@ def link(objects: Iterable[Path], target: Path, sanitizers: list[str]) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """The library, in which undefined behaviour traps."""
+    """Builds the library, in which undefined behaviour traps."""
     return link(compile_all([*KERNELS, *RUNTIME, *TORCH], folder, []), folder / "host.so", [])
 
 
 def build_sanitized(plain: Path) -> Path:
-    """The same under AddressSanitizer; what of torch's is in it comes from the plain one's folder."""
+    """Builds the library with AddressSanitizer. Objects that use torch come from the plain library's folder."""
     folder = plain.parent / "sanitized"
     folder.mkdir()
     objects = compile_all([*KERNELS, *RUNTIME], folder, SANITIZERS)
@@ -100,15 +100,15 @@ def build_sanitized(plain: Path) -> Path:
 
 
 def sanitizer_libraries() -> list[str]:
-    """What a Python must load before anything else, to load the sanitized library; nothing where g++ lacks them."""
+    """The libraries that Python must preload to load the sanitized library. Empty if g++ lacks them."""
     commands = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     found = [subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in commands]
     return found if all(os.path.isabs(path) for path in found) else []
 
 
 def sanitized_environment(sanitized: Path) -> dict[str, str]:
-    """For a Python that tests the sanitized library."""
-    options = "detect_leaks=0:protect_shadow_gap=0"  # Python's leaks; CUDA's driver, where there is one, wants the gap
+    """Environment variables for a Python process that tests the sanitized library."""
+    options = "detect_leaks=0:protect_shadow_gap=0"  # Python leaks; a CUDA driver needs the shadow gap
     sanitizer = {"LD_PRELOAD": " ".join(sanitizer_libraries()), "ASAN_OPTIONS": options}
     return {**os.environ, **sanitizer, "CUDA_VISIBLE_DEVICES": "", GIVEN_BY: str(sanitized)}
 
@@ -125,7 +125,7 @@ def for_session(folder: Path) -> Path:
 
 
 def load(library: Path, name: str) -> ModuleType:
-    """One of the library's two modules, "operators" and "control"."""
+    """Loads one of the library's two modules, "operators" and "control"."""
     loader = ExtensionFileLoader(name, str(library))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None

@@ -1,6 +1,5 @@
-// Two Python modules in one library. `operators` is csrc/ops/bindings.cpp as it is, with the CUDA kernels in place of
-// the CPU's, so its functions take the arguments of those of ddpm_ext._C. `control`, in this file, is for everything
-// else.
+// Two Python modules in one library. `operators` is csrc/ops/bindings.cpp with the CUDA kernels in place of the CPU's,
+// so its functions take the same arguments as those of ddpm_ext._C. `control`, in this file, has everything else.
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -27,8 +26,8 @@ using ddpm_ext::OptionalTensor;
 
 namespace {
 
-// Tensors to use in place of arguments that the operators read themselves if they are on the CPU but pass to the kernel
-// if they are on a GPU, and in place of results that they allocate.
+// Replacements for arguments and results. On the CPU the operators read these arguments themselves; for a GPU they pass
+// them to the kernel. `out` replaces a result that an operator allocates.
 struct Instead {
   OptionalTensor t, sample_ids, seed, out, draw;
 } instead;
@@ -45,7 +44,7 @@ void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
   if (instead.seed) call.seed_data = instead.seed->const_data_ptr<int64_t>();
   if (instead.draw) call.draw_data = instead.draw->const_data_ptr<int64_t>();
   if constexpr (std::is_same_v<AnyCall, ddpm_ext::ElementwiseCall>) {
-    if (instead.out) {  // its samples have the layout of the allocated one's
+    if (instead.out) {  // its samples have the same layout as the allocated result's
       call.out.data = instead.out->mutable_data_ptr();
       call.out.batch_stride = instead.out->stride(0);
     }
@@ -69,7 +68,7 @@ py::list take_launches() {
   return result;
 }
 
-// The streams, as numbers, and the devices that something was put on.
+// The stream, as a number, and the device of each recorded launch, allocation or memset.
 std::vector<std::tuple<intptr_t, int>> take_works() {
   std::vector<std::tuple<intptr_t, int>> result;
   for (const standin::Work& work : std::exchange(standin::control.works, {}))
@@ -77,7 +76,7 @@ std::vector<std::tuple<intptr_t, int>> take_works() {
   return result;
 }
 
-// Calls run(), and returns how many sectors were loaded and stored.
+// Calls run(), and returns the numbers of sectors that were loaded and stored.
 std::tuple<int64_t, int64_t> sectors_of(const py::function& run) {
   standin::control.sectors = {};
   standin::control.counts_sectors = true;
@@ -86,7 +85,8 @@ std::tuple<int64_t, int64_t> sectors_of(const py::function& run) {
   return {standin::control.sectors.loaded, standin::control.sectors.stored};
 }
 
-// Counts the words, of `count` words first, first + step ..., for which the CUDA kernels' code computes another radius.
+// Of the `count` words first, first + step, ..., counts those for which the CUDA kernels compute a different radius
+// than the scalar code.
 int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
   int64_t mismatches = 0;
   for (int64_t i = 0; i < count; ++i) {

@@ -8,14 +8,14 @@
 
 namespace probe {
 
-float radius(uint32_t w);  // that of core/box_muller.h with the kernels' square root
+float radius(uint32_t w);  // core/box_muller.h's radius, with the kernels' square root
 
-// Takes the kernels' square root of every mantissa and both parities of the exponent, from every start within 2^-22.9,
-// the error that the manual of rsqrt.approx allows. Returns how many starts there were and how many roots were not
-// correctly rounded, and both again for the starts within 2^-23.3.
+// Computes the kernels' square root of every mantissa and both parities of the exponent, from every start value within
+// 2^-22.9, the error that the manual of rsqrt.approx allows. Returns the number of start values and the number of
+// results that were not correctly rounded, and then the same two numbers for the start values within 2^-23.3.
 std::vector<int64_t> roots_from_every_start();
 
-// The order of a block's threads: the number that each of them takes from a counter.
+// The order in which a block's threads run: the number that each thread takes from a shared counter.
 std::vector<int> order_of_threads(unsigned threads);
 
 // Launches one of the small kernels of probe.cu. Errors become exceptions.

@@ -1,6 +1,5 @@
-// Runs a launch: the blocks one after the other and the threads of a block in turns, both in an order that the seed
-// decides. A thread's turn lasts until it reaches a barrier or ends. Barriers open when no thread can continue
-// otherwise.
+// Runs a launch: the blocks one after the other, and the threads of a block in turns. The seed decides both orders. A
+// thread's turn lasts until it reaches a barrier or ends. Barriers open only when no thread can continue otherwise.
 #include <stdlib.h>
 #include <string.h>
 
@@ -36,13 +35,13 @@ struct Thread {
   State state;
   Site site;
   unsigned mask;
-  uint64_t bits;  // which the other threads of the warp read
+  uint64_t bits;  // read by the other threads of the warp
 
   Thread();
 };
 
 std::vector<std::unique_ptr<Thread>> threads;  // reused by later launches
-unsigned live;                                 // how many of them the current block has
+unsigned live;                                 // the number of threads of the current block
 Thread* running;
 void (*kernel_call)(void*);
 void* kernel;
@@ -92,7 +91,7 @@ void wait(State state, unsigned mask, Site site) {
   in_kernel = true;
 }
 
-// The threads of a warp that are in `mask`, or none if they do not all wait for each other.
+// The threads of the warp that are in the mask of `first`; none if they do not all wait at the same barrier.
 std::vector<Thread*> met_in_warp(const Thread& first) {
   std::vector<Thread*> met;
   for (unsigned i = 0; i < warpSize; ++i) {
@@ -106,8 +105,8 @@ std::vector<Thread*> met_in_warp(const Thread& first) {
   return met;
 }
 
-// Releases the threads whose barrier has been reached by all that take part. A thread that has ended no longer takes
-// part in the block's barriers.
+// Releases the threads at every barrier that all of its participants have reached. A thread that has ended no longer
+// takes part in the block's barriers.
 bool open_barriers() {
   bool all = true, opened = false;
   const Thread* first = nullptr;
@@ -237,7 +236,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, int source, Site site) {
     leave_fiber();
   }
   const uint64_t result = threads[running->number / warpSize * warpSize + source]->bits;
-  wait_for_warp(mask, site);  // waits until all have read the bits
+  wait_for_warp(mask, site);  // until all threads have read the bits
   return result;
 }
 

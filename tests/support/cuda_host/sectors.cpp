@@ -11,7 +11,8 @@ namespace {
 
 constexpr uintptr_t kSector = 32;
 
-// Of the running block: the sectors of each load, or each store, of a warp, and how many of them a thread has noted.
+// For the running block: the sectors of each load and of each store of a warp, and the number of accesses that each
+// thread has noted.
 std::map<std::pair<unsigned, bool>, std::vector<std::set<uintptr_t>>> by_warp;
 std::map<std::pair<std::pair<unsigned, bool>, int>, size_t> noted;
 

@@ -1,4 +1,4 @@
-"""Some elements of tensors that are too large for memory."""
+"""Checks some elements of results whose tensors are too large for memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.cuda_host.calls import Call, Host, Variant, assert_same_bits, make_
 from support.cuda_host.guarded import Sparse
 from torch import Tensor
 
-ITEMS = (4, 8)  # how many consecutive elements a thread may take
+ITEMS = (4, 8)  # the numbers of consecutive elements that a thread may take
 
 
 def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:
-    """Of elements of sample b, numbered in C order."""
+    """The indices of elements of sample b. `elements` are their numbers in C order."""
     where = []
     for size in reversed(shape[1:]):
         where.append(elements % size)
@@ -24,7 +24,7 @@ def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:
 
 
 def around(samples: Iterable[int], numbers: Iterable[int], numel: int) -> list[tuple[int, int, int]]:
-    """(sample, begin, end) of the elements around these numbers, none of them twice."""
+    """Ranges (sample, begin, end) of elements around these numbers, without overlaps."""
     places = []
     for b in sorted(set(samples)):
         last = 0
@@ -49,10 +49,10 @@ class Windows:
         offsets: Mapping[str, int],
         places: Sequence[tuple[int, int, int]],
     ) -> None:
-        """That elements begin to end of sample b are right, for (b, begin, end) in places.
+        """Checks elements begin to end of sample b, for each (b, begin, end) in places.
 
-        Only the blocks that these elements can be in are run. Strides are by the tensors' names, "out" for those that
-        are not named; offsets, where a tensor begins, too.
+        Runs only the blocks that may have these elements. strides: by the tensors' names; "out" is for tensors that are
+        not named. offsets: where a tensor begins, by its name, by default 0.
         """
         changes = {"t": None, "t_index": 1, "draw": 2**32 - 9, "first_id": 2**55}
         call = make_call(variant, 1, 1, **changes)
@@ -86,7 +86,7 @@ class Windows:
 
     @staticmethod
     def small(host: Host, call: Call, b: int, begin: int) -> Call:
-        """The same of these elements alone, in float32 where noise is drawn: that is what it is drawn in."""
+        """A call with only these elements. If noise is drawn, it is in float32, the dtype in which noise is drawn."""
         n = call.x.shape[1]
         call = call.with_tensors(lambda name, x: values(1, n, seed=begin % 97 + len(name), dtype=x.dtype))
         if not call.drawn:
@@ -97,7 +97,7 @@ class Windows:
 
     @staticmethod
     def blocks(launch: tuple[Sequence[int], Sequence[int]], places: Sequence[tuple[int, int, int]]) -> list[int]:
-        """Blocks take elements along x and samples along y, then z; where a grid ends, they go on at its start."""
+        """The blocks that may have these elements: x counts elements, y and then z samples, each modulo the grid."""
         (gx, gy, gz), (bx, by, _) = launch
         numbers = set()
         for b, begin, end in places:

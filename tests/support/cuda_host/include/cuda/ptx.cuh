@@ -1,4 +1,4 @@
-// In place of csrc/cuda/ptx.cuh, whose functions are instructions of a GPU.
+// Replaces csrc/cuda/ptx.cuh, whose functions are GPU instructions.
 #pragma once
 
 #include <math.h>
@@ -9,7 +9,8 @@
 
 namespace standin {
 
-// Which of the allowed numbers: the nearest to the truth, the least, the greatest, or one that the argument picks.
+// Which of the results that PTX allows rsqrt_approx returns: the nearest to the exact one, the least, the greatest, or
+// one that depends on the argument.
 enum class Rsqrt : int { nearest, least, greatest, any };
 inline Rsqrt rsqrt_choice = Rsqrt::any;
 
@@ -60,7 +61,7 @@ inline float max_nan(float a, float b) {
 }
 inline float min_nan(float a, float b) { return -max_nan(-a, -b); }
 
-// The accesses of 128 and 64 bits are told to whoever counts sectors (control.h).
+// Accesses of 128 and 64 bits are noted, so that their sectors can be counted (control.h).
 template <class Word>
 Word load_word(const Word* p) {
   standin::note_access(true, false, p, sizeof(Word));

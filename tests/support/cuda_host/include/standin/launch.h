@@ -25,7 +25,7 @@ struct cudaLaunchAttribute {
   struct {
     int programmaticStreamSerializationAllowed;
   } val;
-};  // which changes nothing here
+};  // has no effect here
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -40,13 +40,13 @@ namespace standin {
 
 inline int current_device = 0;
 
-// Tells that something is put on a stream, while some device is current.
+// Records that something is put on a stream, together with the current device.
 void note_stream(cudaStream_t stream);
 
 }  // namespace standin
 
 cudaError_t cudaGetLastError();
-const char* cudaGetErrorString(cudaError_t error);  // describes what happened if it was the last error
+const char* cudaGetErrorString(cudaError_t error);  // describes the last error
 
 cudaError_t cudaMalloc(void** p, size_t bytes);
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
@@ -57,7 +57,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// On every device a multiprocessor runs as many blocks at once as it has room for threads, 1,024.
+// On every device, a multiprocessor has room for 1,024 threads. It runs as many blocks at once as fit.
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t) {
   *blocks = 1024 / threads;

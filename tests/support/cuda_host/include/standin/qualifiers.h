@@ -7,6 +7,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block runs at a time, so all blocks can use the same copy. It starts with whatever the previous block left there,
+// One block runs at a time, so all blocks can share one copy. A block finds whatever the previous block left there,
 // which is as good as uninitialised.
 #define __shared__ static

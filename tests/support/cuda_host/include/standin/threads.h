@@ -1,5 +1,5 @@
-// The indices of a kernel's thread, and how it synchronises with others. All threads of a launch are fibers of one
-// thread of the host, so the variables of the running thread are plain globals and every operation is atomic.
+// The indices of a kernel's thread, and its synchronisation with other threads. All threads of a launch are fibers of
+// one host thread. So the variables of the running thread are plain globals, and every operation is atomic.
 #pragma once
 
 #include <stddef.h>
@@ -17,7 +17,7 @@ constexpr int warpSize = 32;
 
 namespace standin {
 
-// A place in the source.
+// A position in the source.
 struct Site {
   const char* file;
   int line;
@@ -25,11 +25,11 @@ struct Site {
 
 void wait_for_block(Site site);
 void wait_for_warp(unsigned mask, Site site);
-// The bits that the thread `lane` of the warp passes at the same site.
+// Returns the bits that the thread `lane` of the warp passes at the same site.
 uint64_t exchange(unsigned mask, uint64_t bits, int lane, Site site);
 int lane();
-unsigned warp();  // of the block
-// Tells that the thread comes to an access to global memory; it `happens` if its condition holds.
+unsigned warp();  // the warp's number in its block
+// Records that the thread reaches an access to global memory. `happens` says whether the access's condition holds.
 void note_access(bool happens, bool store, const void* p, size_t bytes);
 
 template <class T>
@@ -52,7 +52,7 @@ inline int within(int source, int width) { return source <= (lane() | (width - 1
 inline void __syncthreads(STANDIN_SITE) { standin::wait_for_block({file, line}); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, STANDIN_SITE) { standin::wait_for_warp(mask, {file, line}); }
 
-// One thread runs at a time and sees everything that the others wrote.
+// Only one thread runs at a time, and it sees everything that the others wrote.
 inline void __threadfence() {}
 
 template <class T>
@@ -69,7 +69,7 @@ inline int atomicAdd(int* p, int value) { return std::exchange(*p, *p + value); 
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
 inline unsigned atomicMin(unsigned* p, unsigned value) { return std::exchange(*p, std::min(*p, value)); }
 
-// Counts up to `last`, and then begins at 0.
+// Counts up to `last`, then starts again at 0.
 inline unsigned atomicInc(unsigned* p, unsigned last) {
   const unsigned before = *p;
   *p = before >= last ? 0 : before + 1;

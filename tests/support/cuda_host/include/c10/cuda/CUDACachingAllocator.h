@@ -10,8 +10,8 @@
 
 namespace standin {
 
-// What torch's allocator has handed out and not got back. torch may give it to others all the same, as it does with the
-// memory of a CUDA graph's pool.
+// The blocks that torch's allocator has handed out and not got back. Even so, torch may give their memory to other
+// tensors, as it does with the pool of a CUDA graph.
 inline std::map<void*, size_t> of_allocator;
 inline int allocations = 0, caches_emptied = 0;
 

@@ -4,7 +4,7 @@
 
 namespace standin {
 
-inline bool capturing = false;  // whether a launch is to be captured; it runs all the same
+inline bool capturing = false;  // whether launches are captured; they run nevertheless
 
 }  // namespace standin
 
