@@ -100,7 +100,7 @@ class Placed:
         call(self.pages.address + self.end, self.pages.size - self.end)
 
     def done(self, written: bool) -> Tensor:
-        """Returns the tensor's values. Asserts that memory around it and, unless `written`, the tensor are unchanged."""
+        """The tensor's values. Asserts that memory around it and, unless `written`, the tensor are unchanged."""
         self.poison(False)
         result = self.tensor.clone()
         if written and result.numel() > 0:
