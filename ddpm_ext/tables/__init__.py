@@ -1,6 +1,6 @@
 """A diffusion as numbers: schedules, spacings and the rows of step tables. No model and no samples.
 
-Here are the choices by name, for command lines and messages; what they mean is in the modules.
+This module exports the names that options accept; the modules say what each name means.
 """
 
 from ddpm_ext.tables.predictions import PREDICTIONS, SPACED_PREDICTIONS

@@ -7,19 +7,19 @@ import math
 import torch
 from torch import Tensor
 
-LARGEST = 10.0  # beyond it the series' terms cancel
-TERMS, HALVINGS = 64, 80  # enough for float64, at an argument of at most 1/2
+LARGEST = 10.0  # with larger parameters, the terms of the series cancel
+TERMS, HALVINGS = 64, 80  # enough for float64 where x is at most 1/2
 
 
 def beta_quantile(p: Tensor, alpha: float, beta: float) -> Tensor:
-    """x such that a beta distribution of these parameters has the probability p below x.
+    """The quantiles of a beta distribution: each x below which the distribution has the probability p.
 
     Args:
         p: of any shape, in [0, 1].
         alpha, beta: above 0, at most 10.
 
     Returns:
-        float64, as p, on the CPU; to about 1e-12.
+        float64 of p's shape on the CPU, exact to about 1e-12.
 
     Raises:
         ValueError: a parameter out of range.
@@ -33,18 +33,18 @@ def beta_quantile(p: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def _lower(p: Tensor, alpha: float, beta: float) -> Tensor:
-    """The quantile where it is at most 1/2, by bisection of x^alpha, in which the probability is nearly linear."""
+    """The quantiles that are at most 1/2, by bisection of x^alpha: the probability is nearly linear in x^alpha."""
     low, high = torch.zeros_like(p), torch.full_like(p, 0.5**alpha)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         too_low = _below(middle ** (1 / alpha), alpha, beta) < p
         low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-    return low ** (1 / alpha)  # 0 has the quantile 0
+    return low ** (1 / alpha)  # `low` stays exactly 0 where p is 0
 
 
 def _below(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """The probability below x, which is at most 1/2: a power series (NIST's Digital Library of Mathematical Functions,
-    8.17.7 and 15.2.1)."""
+    """The probability below x, for x of at most 1/2, by a power series (NIST's Digital Library of Mathematical
+    Functions, 8.17.7 and 15.2.1)."""
     n = torch.arange(TERMS, dtype=torch.float64, device="cpu")
     factors = torch.cat([n.new_ones(1), ((n[1:] - beta) / n[1:]).cumprod(0)]) / (alpha + n)
     scale = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))

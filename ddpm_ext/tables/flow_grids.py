@@ -1,8 +1,8 @@
 """Grids for flows, whose samples are (1 - sigma) x_0 + sigma noise, with sigma from 1 down to 0.
 
-A flow's sigmas are shifted towards noise, the more the larger its images are, and the last one may be stretched to a
-given value: flow_sigmas does both in the order of diffusers' FlowMatchEulerDiscreteScheduler. `linear_quadratic` of
-ddpm_ext.tables.sigma_grids gives sigmas for flow_grid, too.
+A flow's sigmas are shifted towards noise. Larger images need a larger shift. The sigmas may also be stretched so that
+the last one gets a chosen value. flow_sigmas does both, in the order of diffusers' FlowMatchEulerDiscreteScheduler.
+`linear_quadratic` of ddpm_ext.tables.sigma_grids also returns sigmas for flow_grid.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ __all__ = [
     "stretched",
 ]
 
-# By the names of diffusers' options use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
+# The keys are named after diffusers' options use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
 SIGMA_CURVES: dict[str, Callable[[float, float, int], Tensor]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
     "beta": beta_sigmas,
 }
 
-# By the names that `spacing=` takes for a flow, beside those of spaced_timesteps.
+# The keys are the names that `spacing=` takes for a flow, in addition to the names of spaced_timesteps.
 FLOW_SPACINGS: dict[str, Callable[[float, float, int], Tensor]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
@@ -54,12 +54,13 @@ def _even(greatest: float, least: float, steps: int) -> Tensor:
 
 
 def flow_shift(sigma: Tensor, shift: float) -> Tensor:
-    """shift sigma / (1 + (shift - 1) sigma), which multiplies sigma / (1 - sigma) by `shift`: Esser et al.
-    2024, eq. (23).
+    """shift sigma / (1 + (shift - 1) sigma): Esser et al. 2024, eq. (23).
+
+    This multiplies sigma / (1 - sigma) by `shift`.
 
     Args:
         sigma: of any shape, floating, in [0, 1].
-        shift: above 0; above 1 for more noise. Flux gives its logarithm, mu.
+        shift: above 0; above 1 for more noise. Flux states mu, the logarithm of the shift.
 
     Examples:
         >>> flow_shift(torch.tensor([0.75, 0.5, 0.25]), 3.0)
@@ -73,11 +74,12 @@ def flow_shift(sigma: Tensor, shift: float) -> Tensor:
 def resolution_mu(
     tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_mu: float = 0.5, max_mu: float = 1.15
 ) -> float:
-    """Flux's logarithm of the shift for an image of so many tokens, on the line through two points.
+    """Flux's mu, the logarithm of the shift, for an image of `tokens` tokens: linear in the number of tokens.
 
     Args:
-        tokens: how many the transformer gets, at least 1; of latents with patches of 2, height times width over 4.
-        base_tokens, base_mu, max_tokens, max_mu: the two points.
+        tokens: how many tokens the transformer gets, at least 1. With patches of 2 by 2 this is the latents' height
+            times their width, over 4.
+        base_tokens, base_mu, max_tokens, max_mu: the two points (tokens, mu) through which the line goes.
 
     Examples:
         >>> resolution_mu(4096)  # 64 by 64 patches: an image of 1024 by 1024
@@ -88,7 +90,7 @@ def resolution_mu(
 
 
 def stretched(sigma: Tensor, terminal: float) -> Tensor:
-    """1 - sigma, multiplied so that the last sigma is `terminal`: LTX-Video's stretch.
+    """The sigmas with 1 - sigma scaled by one factor, so that the last sigma becomes `terminal`: LTX-Video's stretch.
 
     Args:
         sigma: (steps,), falling, in (0, 1], the last below 1.
@@ -118,14 +120,14 @@ def flow_sigmas(
 
     Args:
         steps: how many, at least 1.
-        least: the last of the evenly spaced sigmas from 1 down that the others are applied to, in (0, 1]; None:
-            1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler has flow_shift(1 / timesteps,
-            shift) unless it is given sigmas.
-        shift: of flow_shift.
-        mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it; beside shift 1. Where its
-            time_shift_type is "linear", mu is the shift itself.
-        terminal: of `stretched`; None: not stretched.
-        curve: a name of SIGMA_CURVES: the sigmas along this curve between the first and the last; None: as they are.
+        least: the sigmas start evenly spaced from 1 down to `least`, in (0, 1]; the other options then change them.
+            None: 1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler uses
+            flow_shift(1 / timesteps, shift) unless the caller passes sigmas.
+        shift: the shift of flow_shift.
+        mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it; `shift` must then be 1. With
+            diffusers' time_shift_type "linear", mu is the shift itself: pass it as `shift`.
+        terminal: the last sigma, by `stretched`; None: no stretch.
+        curve: a name of SIGMA_CURVES: the sigmas follow this curve from the first to the last; None: no curve.
 
     Returns:
         float64 (steps,) on the CPU, falling, the first 1.
@@ -153,11 +155,11 @@ def flow_sigmas(
 
 
 def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Grid:
-    """The grid of a flow's sigmas. The model is called with timesteps * sigma, between these sigmas too.
+    """The grid of a flow's sigmas. The model is called with timesteps * sigma, also between the grid's sigmas.
 
     Args:
         sigma: (steps,), where each step starts: falling, in (0, 1].
-        timesteps: by what sigma is multiplied for the model, at least 1.
+        timesteps: the factor of sigma in the model's timestep, at least 1.
         final: sigma where the last step arrives, at least 0.
 
     Raises:
@@ -168,26 +170,27 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
         >>> flow_grid(flow_sigmas(4, shift=3.0)).timestep.tolist()
         [1000.0, 900.0, 750.0, 500.0]
     """
-    own = checks.floats("sigma", sigma, "(steps,)")
+    levels = checks.floats("sigma", sigma, "(steps,)")
     checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
-    path = torch.cat([own, own.new_tensor([final])])
+    path = torch.cat([levels, levels.new_tensor([final])])
     if not (path[0] <= 1 and (path[1:] < path[:-1]).all() and final >= 0):
         raise ValueError(f"sigma and final are {path.tolist()}, expected falling numbers from 1 to 0")
     return grid_of_levels(partial(flow_timestep, timesteps=timesteps), 1 - path, path, scale=flow)
 
 
 def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
-    """The grid of a flow's schedule whose sigmas are spaced as karras_grid and the like space theirs.
+    """The grid of a spacing that places a flow's sigmas, from the schedule's largest sigma to its smallest.
 
     Args:
-        alphas_cumprod: (timesteps,), falling: the schedule's, of x / r.
+        alphas_cumprod: (timesteps,), falling: that of the schedule's variance-preserving samples x / r
+            (ddpm_ext.tables.levels).
         steps: how many, at least 1.
         spacing: a name of FLOW_SPACINGS. "karras", "exponential" and "beta_sigmas" are use_karras_sigmas,
             use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler; "sgm_uniform" and
             "linear_quadratic" are ComfyUI's.
 
     Returns:
-        A Grid whose timesteps are float64, between the schedule's own.
+        A Grid with float64 timesteps, which lie between the timesteps of the schedule.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
@@ -198,7 +201,7 @@ def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
         names = ", ".join(repr(name) for name in FLOW_SPACINGS)
         raise ValueError(f"spacing is {spacing!r}, expected for a flow {names}, or timesteps of its schedule")
     signal, noise = unit_levels(schedule)
-    known = noise / (signal + noise)
-    sigma = FLOW_SPACINGS[spacing](known[-1].item(), known[0].item(), steps)
-    between = np.interp(sigma.numpy(), known.numpy(), np.arange(len(known)))
-    return replace(flow_grid(sigma), timestep=torch.from_numpy(between), schedule=schedule, timestep_of=None)
+    schedule_sigma = noise / (signal + noise)
+    sigma = FLOW_SPACINGS[spacing](schedule_sigma[-1].item(), schedule_sigma[0].item(), steps)
+    timestep = np.interp(sigma.numpy(), schedule_sigma.numpy(), np.arange(len(schedule_sigma)))
+    return replace(flow_grid(sigma), timestep=torch.from_numpy(timestep), schedule=schedule, timestep_of=None)

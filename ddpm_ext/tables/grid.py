@@ -1,7 +1,7 @@
 """The steps of a loop as numbers: its timesteps, and the levels of signal and noise at each.
 
 At a timestep t of a schedule, alphas_cumprod[t] is the signal's share of the sample's power. Where the power is not 1,
-a scale says what it is: see ddpm_ext.tables.levels.
+a Scale returns its square root: see ddpm_ext.tables.levels.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class Grid:
     """The timesteps of a loop, in its order.
 
     Attributes:
-        timestep: int64 (rows,), or float64 where they lie between the schedule's own.
-        alphas_cumprod: float64 (rows + 1,), at each timestep, and last where the last step arrives.
-        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]; between neighbouring timesteps the
-            schedule's own beta, of which that difference would lose digits.
-        schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None where there is none.
-        scale: of the samples, by which a level's signal and noise follow from its alphas_cumprod; None: 1 everywhere.
-        timestep_of: what the model is called with at a level between; None: interpolated in the schedule.
+        timestep: int64 (rows,), or float64 where timesteps lie between those of the schedule.
+        alphas_cumprod: float64 (rows + 1,), at each timestep; the last entry is where the last step arrives.
+        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]. Between neighbouring timesteps it is the
+            schedule's beta, since the difference would lose digits.
+        schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None: there is no schedule.
+        scale: the samples' scale, from which a level's signal and noise follow; None: 1 at all levels.
+        timestep_of: the function that returns the model's timestep at a level between those of the grid; None: the
+            timestep is interpolated in the schedule.
 
     Examples:
         >>> grid.timestep.tolist()  # in the order of a loop; grid.alphas_cumprod has one level more
@@ -62,7 +63,7 @@ class Grid:
         return len(self.timestep)
 
     def __getitem__(self, steps: slice) -> Grid:
-        """The grid of the steps from the slice's start to its stop. Raises ValueError where the slice has a step."""
+        """The grid of the steps from the slice's start to its stop. Raises ValueError for a slice with a stride."""
         start, stop, stride = steps.indices(len(self))
         if stride != 1:
             raise ValueError(f"grid is sliced with a step of {stride}, expected none: each level leads to the next one")
@@ -79,7 +80,7 @@ class Grid:
         return replace(self, scale=None, timestep_of=timestep_of)
 
     def timesteps_between(self, signal: Tensor, noise: Tensor) -> Tensor:
-        """timestep_of at levels that are given as signal and noise, (n,) each, with signal^2 + noise^2 = 1."""
+        """The model's timesteps at levels of variance-preserving samples: signal^2 + noise^2 = 1, (n,) each."""
         assert self.timestep_of is not None
         return timesteps_by(self.timestep_of, *self._of_scale(signal, noise))
 
@@ -118,9 +119,9 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Jumps:
-    """Steps that need not follow one on another, none of which is the last step of a process.
+    """Steps that need not be consecutive. None of them is the last step of a process.
 
-    A sampler of first order takes them instead of a Grid; the attributes have the same meaning.
+    A sampler of first order takes Jumps in place of a Grid; the attributes have the same meaning.
 
     Attributes:
         timestep: int64 (rows,).
@@ -159,18 +160,19 @@ def checked_levels(alphas_cumprod: Tensor) -> Tensor:
 def make_grid(
     alphas_cumprod: Tensor, timestep: Tensor | Sequence[int], *, betas: Tensor | None = None, final: float = 1.0
 ) -> Grid:
-    """A grid of some of a schedule's own timesteps.
+    """The grid of some timesteps of a schedule.
 
     Args:
         alphas_cumprod: (timesteps,), in [0, 1].
         timestep: int64 (rows,), in the loop's order: descending, unless the loop goes up.
-        betas: the schedule's, (timesteps,); None: from alphas_cumprod.
+        betas: the schedule's betas, (timesteps,); None: computed from alphas_cumprod.
         final: alphas_cumprod where the last step arrives: 1 for clean data; diffusers ends at alphas_cumprod[0] where
             set_alpha_to_one is off.
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: a timestep out of range or twice in a row, numbers out of [0, 1], or betas of another length.
+        ValueError: a timestep out of range, the same timestep twice in a row, a number outside of [0, 1], or betas of
+            another length.
 
     Examples:
         >>> from ddpm_ext.tables.grid import make_grid
@@ -204,17 +206,20 @@ def make_grid(
 
 
 def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor, *, scale: Scale | None = None) -> Grid:
-    """A grid of levels that are given as they are.
+    """The grid of these levels, without a schedule.
 
-    For example, k-diffusion's sigmas are grid_of_levels(timestep, torch.ones_like(sigmas), sigmas), and those of
-    diffusers' flow matching grid_of_levels(timestep, 1 - sigmas, sigmas).
+    For example, the grid of k-diffusion's sigmas is grid_of_levels(timestep, torch.ones_like(sigmas), sigmas), and the
+    grid of diffusers' flow matching is grid_of_levels(timestep, 1 - sigmas, sigmas).
 
     Args:
-        timestep: (rows,), what the model is called with in each step: int64, or floating; or a function of signal and
-            noise, float64 (n,) each, that returns it for any levels, floating (n,). Samplers that call the model
-            between the grid's levels need the function: for flow matching, lambda signal, noise: 1000 * noise.
-        signal, noise: (rows + 1,), where each step starts, and last where the last one arrives; finite, at least 0.
-        scale: of samples at levels in between; None: on the straight line through the levels beside them.
+        timestep: (rows,), the timestep that the model is called with in each step, int64 or floating. Or a function of
+            signal and noise, float64 (n,) each, that returns the timesteps of any levels, floating (n,). Samplers that
+            call the model between the grid's levels need the function: for flow matching, lambda signal, noise:
+            1000 * noise.
+        signal, noise: (rows + 1,), the level where each step starts; the last entry is where the last step arrives.
+            Finite, at least 0.
+        scale: the samples' scale at levels between those of the grid; None: levels lie on the straight line through
+            the two nearest levels of the grid.
 
     Raises:
         TypeError: an argument of another type or dtype.

@@ -1,4 +1,4 @@
-"""Names of samplers and spacings that people type and other libraries use."""
+"""Finds samplers and spacings by the names that people type and other libraries use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-# Other names than ours, by their letters and digits alone. Case, punctuation and AFFIXES need no entry.
+# Our names by other libraries' names, reduced to letters and digits. Variants by case, punctuation or AFFIXES need no
+# entry.
 OTHER_NAMES = {
     "eulera": "euler_ancestral",
     "dpm2a": "dpm_2_ancestral",
@@ -17,31 +18,32 @@ OTHER_NAMES = {
     "pndm": "plms",
     "ays": "align_your_steps",
 }
-# What k-diffusion, diffusers and ComfyUI put around a name: k_euler, sample_heun, LMSDiscreteScheduler.
+# Patterns of the prefixes and suffixes that k-diffusion, diffusers and ComfyUI add to a name: k_euler, sample_heun,
+# LMSDiscreteScheduler.
 AFFIXES = ("^$", "^(k|sample)|(scheduler|gpu)$", "^(k|sample)|(discrete|multistep)?(scheduler)?$")
 SHOWN = 3
 
 
 def find_name(given: str, known: Collection[str]) -> str | None:
-    """The one of the known names that is meant; None where none is. A known name is itself."""
+    """The known name that `given` means, or None."""
     if given in known:
         return given
-    own = {_key(name): name for name in known}
-    own |= {key: name for key, name in OTHER_NAMES.items() if name in known}
-    return next((own[key] for affix in AFFIXES if (key := re.sub(affix, "", _key(given))) in own), None)
+    names = {_key(name): name for name in known}
+    names |= {key: name for key, name in OTHER_NAMES.items() if name in known}
+    return next((names[key] for affix in AFFIXES if (key := re.sub(affix, "", _key(given))) in names), None)
 
 
 def nearest_names(given: str, known: Collection[str]) -> str:
-    """Those that look most like it, for an error's text."""
-    own = {_key(name): name for name in known}
-    near = difflib.get_close_matches(_key(given), own, SHOWN, cutoff=0.0)
-    return ", ".join(repr(own[key]) for key in near)
+    """The known names that look most like `given`, as text for an error message."""
+    names = {_key(name): name for name in known}
+    near = difflib.get_close_matches(_key(given), names, SHOWN, cutoff=0.0)
+    return ", ".join(repr(names[key]) for key in near)
 
 
 def check_options(given: Collection[str], known: Collection[str], what: str) -> None:
-    """Raises TypeError, with the names that look most like it, for an option that is not known.
+    """Raises TypeError for an unknown option; the message has the known names that look most like it.
 
-    what: what takes the options, for the message.
+    what: the function or object that takes the options, for the message.
     """
     for name in given:
         if name not in known:
@@ -51,13 +53,14 @@ def check_options(given: Collection[str], known: Collection[str], what: str) -> 
 def sampler_and_spacing(
     given: str, spacing: Any, samplers: Collection[str], spacings: Collection[str]
 ) -> tuple[str, str | None]:
-    """The known names of a sampler, which may have a spacing after it as in "DPM++ 2M Karras", and of the spacing.
+    """The known names of a sampler and its spacing, from names as people type them.
 
     Args:
-        spacing: the one that is given beside it. One that is not known stays as it is.
+        given: the sampler's name. It may end with the name of a spacing, as in "DPM++ 2M Karras".
+        spacing: the caller's spacing or None. An unknown spacing is returned unchanged.
 
     Raises:
-        ValueError: an unknown sampler, or one with another spacing in its name.
+        ValueError: an unknown sampler, or a sampler's name that ends with a spacing other than `spacing`.
     """
     if isinstance(spacing, str):
         spacing = find_name(spacing, spacings) or spacing

@@ -11,11 +11,11 @@ from ddpm_ext.ops.cards import check_card, in_use
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.tables.step_table import StepTable
 
-VIEWED = 4  # batches of which the timesteps' views are kept
+VIEWED = 4  # the number of pairs (batch size, device) whose timestep tensors are cached
 
 
 class DeviceTables:
-    """Tables by name, in float32 and float64: made once on the CPU, and copied once to each other device."""
+    """Tables by name, in float32 and float64: made once on the CPU, and copied to another device at first use."""
 
     def __init__(self, **tables: Tensor) -> None:
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -25,17 +25,17 @@ class DeviceTables:
                     self._tables[name, torch.device("cpu"), dtype] = table.to(dtype, copy=True).contiguous()
 
     def find(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """As get, but None where no table has that name."""
+        """Like get, but returns None where no table has that name."""
         return self.get(name, device, dtype) if (name, torch.device("cpu"), dtype) in self._tables else None
 
     def get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The table of that name. Raises KeyError where there is none."""
+        """The table with that name. Raises KeyError where no table has it."""
         table = self._tables.get((name, device, dtype))
         if table is None:
             check_card(device)
             with torch.inference_mode(False):
                 table = self._tables[name, torch.device("cpu"), dtype].to(device)
-            # A tensor that was made within a function transform or a fake mode is of no use after it.
+            # A tensor made within a function transform or a fake mode can't be used after the transform or mode ends.
             if is_plain(table):
                 self._tables[name, device, dtype] = table
         if not table.is_cpu:
@@ -43,19 +43,20 @@ class DeviceTables:
         return table
 
     def __getstate__(self) -> dict[str, object]:
-        """Only the tables on the CPU: the other devices may not be there when they are unpickled."""
+        """Only the CPU tables are pickled, since the machine that unpickles them may not have the other devices."""
         return {**self.__dict__, "_tables": {key: table for key, table in self._tables.items() if key[1].type == "cpu"}}
 
 
 class KernelTables(DeviceTables):
-    """A step table's rows, packed, beside other tables.
+    """The packed rows of a step table, and further tables.
 
-    "steps" are the rows, and "x0" rows whose next sample is the predicted clean sample.
+    The table "steps" has the packed rows. The table "x0" has rows that return the predicted clean sample in place of
+    the next sample.
 
     Args:
         steps: the step table.
         guidance: (rows,), scales of classifier-free guidance; None: ones.
-        tables: the other tables, by name.
+        tables: further tables, by name.
     """
 
     def __init__(self, steps: StepTable, guidance: Tensor | None = None, **tables: Tensor) -> None:
@@ -66,7 +67,7 @@ class KernelTables(DeviceTables):
             for dtype in (torch.float32, torch.float64):
                 rows = self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
                 self._tables["x0", cpu, dtype] = _to_x0(rows)
-            # What the model is called with: in float32 where timesteps lie between the schedule's own.
+            # The model gets float32 timesteps where timesteps are fractional.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64
             timestep = steps.timestep.to(cpu, self._timestep_dtype, copy=True)
@@ -77,12 +78,11 @@ class KernelTables(DeviceTables):
         return len(self.timesteps(torch.device("cpu")))
 
     def timesteps(self, device: torch.device) -> Tensor:
-        """(rows,), int64, or float32 where timesteps lie between the schedule's own."""
+        """The model's timesteps, (rows,): int64, or float32 where they are fractional."""
         return self.get("timesteps", device, self._timestep_dtype)
 
     def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
-        """The timestep of a row for each sample, (batch,), which is kept for the next call, unless somebody wrote to
-        it."""
+        """A row's timestep for each sample, (batch,), cached. If somebody wrote to the tensor, a new one is made."""
         if torch.compiler.is_compiling():
             return self._timestep(row, batch, device)
         views = self._views.get((batch, device)) or self._views.get_or_make((batch, device), dict)
@@ -96,25 +96,26 @@ class KernelTables(DeviceTables):
 
     def _timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
         timesteps = self.timesteps(device)
-        if not 0 <= row < len(timesteps):  # only compiled calls come here without a check
+        if not 0 <= row < len(timesteps):  # only compiled calls arrive here without an earlier check
             raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
-        # Never views of the table, since a model could write to them.
+        # The model gets views of a copy, never of the table, since it could write to them.
         if torch.compiler.is_compiling():
             return timesteps[row].clone().expand(batch)
         key = "given timesteps", device, self._timestep_dtype
-        given = self._tables.get(key)
-        if given is None or given._version:
-            given = self.timesteps(torch.device("cpu")).to(device, copy=True)
-            if is_plain(given):
-                self._tables[key] = given
-        return given[row].expand(batch)
+        copied = self._tables.get(key)
+        if copied is None or copied._version:
+            copied = self.timesteps(torch.device("cpu")).to(device, copy=True)
+            if is_plain(copied):
+                self._tables[key] = copied
+        return copied[row].expand(batch)
 
 
 def _to_x0(rows: Tensor) -> Tensor:
-    """Packed rows whose next sample is the predicted clean sample of `rows`."""
-    found = torch.zeros_like(rows)
-    found[:, ROW.index("c0")] = 1
-    bits = torch.int32 if rows.dtype == torch.float32 else torch.int64  # of which the draw's are no number's
+    """Packed rows that return the predicted clean sample of `rows` in place of the next sample."""
+    x0_rows = torch.zeros_like(rows)
+    x0_rows[:, ROW.index("c0")] = 1
+    # Copied as integers: the bits of `draw` are an integer, which may be a NaN as a float.
+    bits = torch.int32 if rows.dtype == torch.float32 else torch.int64
     for i in map(ROW.index, ("a", "b", "draw", "w", "c_in")):
-        found.view(bits)[:, i] = rows.view(bits)[:, i]
-    return found
+        x0_rows.view(bits)[:, i] = rows.view(bits)[:, i]
+    return x0_rows

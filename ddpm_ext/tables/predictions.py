@@ -1,7 +1,7 @@
-"""What a model can predict: an entry of PREDICTIONS has everything that a prediction means.
+"""What a model can predict: an entry of PREDICTIONS defines everything about one prediction.
 
 Notation: x is the variance-preserving sample x_t, m the model's output, a_t is alphas_cumprod at t. A sample of another
-scale is divided by it first (ddpm_ext.tables.levels), and m stays as it is.
+scale is divided by its scale first (ddpm_ext.tables.levels); m is not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-# Where alphas_cumprod is 0 (or nearly so) and the model predicts eps, the clipped x0 is the sign of x - m.
-# Its factors are a power of two near 1e30, so that both products are exact and x = m gives exactly 0.
+# Where alphas_cumprod is (nearly) 0 and the model predicts eps, x0 = HUGE (x - m): once clipped, the sign of x - m.
+# HUGE is a power of two near 1e30, so that both products are exact and x = m gives exactly 0.
 HUGE = 2.0**100
 
 
@@ -48,16 +48,17 @@ class Prediction:
     """What a model's output m is.
 
     Args:
-        meaning: what m is, for help texts.
+        meaning: a description of m, for help texts.
         x0: a, b of x0 = a x + b m, the predicted clean sample.
         eps: p, q of eps = p x + q m, the noise that the prediction implies.
         target: k0, k1 of k0 x_start + k1 noise, which the model is trained to return.
-        error: by what the squared error of x0 is multiplied to give that of m, as a function of the signal-to-noise
-            ratio a_t / (1 - a_t); None where that depends on more, so that no weighting has a name.
+        error: the factor from the squared error of x0 to the squared error of m, as a function of the signal-to-noise
+            ratio a_t / (1 - a_t). None where the factor depends on more than this ratio: then only the weighting
+            "simple" has a name.
         without_signal: whether m determines x0 where alphas_cumprod is 0.
-        any_step: whether the rows of a shorter loop follow from its levels alone. The mean of q(x_{t-1} | x_t, x_0)
-            belongs to the schedule's own steps.
-        peers: the names that other libraries have for it.
+        any_step: whether the prediction also works in loops of fewer steps, where rows follow from their levels alone.
+            The mean of q(x_{t-1} | x_t, x_0) does not: it belongs to the steps of the schedule.
+        peers: other libraries' names of the prediction.
     """
 
     meaning: str
@@ -158,7 +159,7 @@ PREDICTIONS: dict[str, Prediction] = {
         error=lambda ratio: ratio + 1,
         peers={"diffusers": "v_prediction", "denoising-diffusion-pytorch": "pred_v"},
     ),
-    # diffusers' "flow_prediction" is x0 = x - sigma m at all levels, which is this one at those of flow alone.
+    # diffusers' "flow_prediction" is x0 = x - sigma m at all levels. It equals this entry only at the levels of a flow.
     "flow": Prediction(
         meaning="the velocity of rectified flow, eps - x0 (Liu et al. 2023)",
         x0=lambda at: (1 / (at.signal + at.noise), -at.noise / (at.signal + at.noise)),
@@ -178,10 +179,10 @@ PREDICTIONS: dict[str, Prediction] = {
     ),
 }
 
-# The predictions that fit every sampler and every spacing.
+# The predictions that work with every sampler and every spacing.
 SPACED_PREDICTIONS = tuple(name for name, prediction in PREDICTIONS.items() if prediction.any_step)
 
 
 def peer_predictions(library: str) -> dict[str, str]:
-    """Our name of a prediction by the name that `library` has for it."""
+    """Maps the names of predictions in `library` to ours."""
     return {entry.peers[library]: name for name, entry in PREDICTIONS.items() if library in entry.peers}

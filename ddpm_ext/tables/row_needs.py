@@ -1,4 +1,4 @@
-"""What each row of a step table needs beside its numbers, told on the host before a loop begins."""
+"""What each row of a step table needs (a model call, noise, history), computed on the host before a loop begins."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class RowNeeds(NamedTuple):
     """What a step needs.
 
     Attributes:
-        calls_model: False for a jump back, and for noise before a step.
-        guided: whether it also needs the model's unconditional output.
-        needs_output: whether the step still reads the output once x0 is known.
-        noisy: whether it adds noise.
-        history: whether it reads each of the three tensors that earlier rows kept.
-        keeps: whether it keeps one.
-        keeps_output: whether that is the model's output itself, if nothing is clipped.
+        calls_model: whether the step calls the model. A jump back and a row that only adds noise do not.
+        guided: whether the step also needs the model's unconditional output.
+        needs_output: whether the step reads the model output in addition to x0.
+        noisy: whether the step adds noise.
+        history: for each of H1, H2 and H3, whether the step reads it.
+        keeps: whether the step keeps a tensor for later rows.
+        keeps_output: whether the kept tensor is the model output itself, provided that nothing is clipped.
     """
 
     calls_model: bool
@@ -33,7 +33,7 @@ class RowNeeds(NamedTuple):
 
 
 def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
-    """What each row needs. scales: (rows,), those of classifier-free guidance; None: ones."""
+    """What each row needs. scales: (rows,), the scales of classifier-free guidance; None: ones."""
     names = ("a", "b", "c2", "cu", "s", "h1", "h2", "h3", "k0", "k1", "k2")
     values = np.array([getattr(table, name).numpy(force=True) for name in names])
     a, b, c2, cu, s, h1, h2, h3, k0, k1, k2 = values != 0
@@ -45,5 +45,6 @@ def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
     keeps_output = ~k1 & (np.where(x0_is_output, k0_value + k2_value, k2_value) == 1) & (x0_is_output | ~k0)
     columns = (calls_model, calls_model & guided, needs_output, s, h1, h2, h3, k0 | k1 | k2, keeps_output)
     rows = list(zip(*np.array(columns).tolist(), strict=True))
-    known = {row: RowNeeds._make((*row[:4], row[4:7], *row[7:])) for row in set(rows)}  # in a long loop, few differ
-    return [known[row] for row in rows]
+    # A long loop has few distinct rows, which share their RowNeeds.
+    needs_of = {row: RowNeeds._make((*row[:4], row[4:7], *row[7:])) for row in set(rows)}
+    return [needs_of[row] for row in rows]

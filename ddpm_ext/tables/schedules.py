@@ -1,5 +1,8 @@
-"""Noise schedules, in float64: betas of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), or levels of signal
-and noise, x_t = signal_t x_0 + noise_t eps."""
+"""Noise schedules, in float64.
+
+A schedule is betas, with q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), or levels of signal and noise, with
+x_t = signal_t x_0 + noise_t eps.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ __all__ = [
 
 
 def linear(timesteps: int) -> Tensor:
-    """From 1e-4 to 0.02 (Ho et al. 2020, section 4), scaled so that fewer steps end with as much noise."""
+    """Linear from 1e-4 to 0.02 (Ho et al. 2020, section 4), scaled so that fewer steps end with as much noise."""
     scale = 1000 / timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
 
@@ -47,7 +50,7 @@ def cosine(timesteps: int) -> Tensor:
 
 
 def cosine_betas(t: Tensor) -> Tensor:
-    """The betas of `cosine` between given times `t`, (timesteps + 1,) from 0 to 1."""
+    """The betas of `cosine` between neighbouring times `t`, (timesteps + 1,) from 0 to 1."""
     return _from_alphas_cumprod(torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
@@ -67,18 +70,18 @@ class NoiseSchedule:
     """The levels of a forward process, x_t = signal[t] x_0 + noise[t] eps, in place of betas.
 
     Args:
-        signal, noise: floating, (timesteps,), finite and at least 0; from the least noise relative to the signal, above
-            0, to the most. Before the first level is clean data, with a signal of 1.
-        timestep: (timesteps,), what the model is called with: float32, or int64 for integers; or a function of signal
-            and noise, float64 (n,) each, that returns it for any levels, floating (n,). None: the timesteps 0, 1, ...
-            themselves. Between the levels the function gives it, and else it is interpolated in log(noise / signal).
-        scale: of samples at levels in between (ddpm_ext.tables.levels); None: on the straight line through the levels
-            beside them.
+        signal, noise: floating, (timesteps,), finite and at least 0. noise / signal is above 0 and rises. Before the
+            first level, the data is clean and has a signal of 1.
+        timestep: (timesteps,), the timesteps that the model is called with: float32, or int64 for integers. Or a
+            function of signal and noise, float64 (n,) each, that returns the timesteps of any levels, floating (n,).
+            None: 0, 1, ... Without a function, timesteps between the levels are interpolated in log(noise / signal).
+        scale: the samples' scale at levels between these (ddpm_ext.tables.levels); None: levels lie on the straight
+            line through the two nearest levels.
 
-    The attributes are as the arguments, float64 on the CPU, or int64 for timesteps that are integers.
+    The attributes have the names of the arguments: float64 on the CPU, but int64 for timesteps that are integers.
 
     Attributes:
-        timestep_of: the function that was given as `timestep`, or None.
+        timestep_of: the function that was passed as `timestep`, or None.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -103,12 +106,12 @@ class NoiseSchedule:
         if bad.any():
             i = int(bad.nonzero()[0])
             raise ValueError(f"noise[{i}] is {noise[i]} beside a signal of {signal[i]}, expected more than before it")
-        own: dict[str, object] = {"signal": signal, "noise": noise}
+        attributes: dict[str, object] = {"signal": signal, "noise": noise}
         if self.timestep is not None:
             expected = f"that of signal, {tuple(signal.shape)}"
-            chosen, timestep_of = levels.checked_timesteps(self.timestep, signal, noise, expected)
-            own |= {"timestep": chosen, "timestep_of": timestep_of}
-        for name, values in own.items():
+            timestep, timestep_of = levels.checked_timesteps(self.timestep, signal, noise, expected)
+            attributes |= {"timestep": timestep, "timestep_of": timestep_of}
+        for name, values in attributes.items():
             object.__setattr__(self, name, values)
         if self.scale is None:
             clean = signal.new_ones(1), noise.new_zeros(1)
@@ -119,7 +122,8 @@ class NoiseSchedule:
 def flow(timesteps: int) -> NoiseSchedule:
     """Rectified flow: noise sigma_t = (t + 1) / timesteps and signal 1 - sigma_t (Liu et al. 2023; Lipman et al. 2023).
 
-    The model is called with 1000 sigma_t. Both are as in diffusers' FlowMatchEulerDiscreteScheduler without a shift.
+    The model is called with 1000 sigma_t. Sigmas and timesteps are those of diffusers' FlowMatchEulerDiscreteScheduler
+    without a shift.
 
     Examples:
         >>> flow(4).noise
@@ -130,7 +134,7 @@ def flow(timesteps: int) -> NoiseSchedule:
 
 
 def sigma_space(sigmas: Tensor, timestep: Tensor | levels.TimestepOf | None = None) -> NoiseSchedule:
-    """x_0 plus noise of standard deviation sigma, as samples are in k-diffusion.
+    """The schedule of k-diffusion's samples: x_0 plus noise of standard deviation sigma.
 
     Args:
         sigmas: (timesteps,), rising, above 0.
@@ -148,9 +152,10 @@ def sigma_space(sigmas: Tensor, timestep: Tensor | levels.TimestepOf | None = No
 
 
 def edm(sigmas: Tensor, sigma_data: float = 0.5) -> NoiseSchedule:
-    """The samples that EDM's network takes: c_in (x_0 + sigma eps), with c_in = 1 / sqrt(sigma^2 + sigma_data^2).
+    """The schedule of the samples that EDM's network takes: c_in (x_0 + sigma eps).
 
-    The network is called with c_noise = ln(sigma) / 4: Karras et al. 2022, table 1. Its output is the prediction "edm".
+    c_in = 1 / sqrt(sigma^2 + sigma_data^2), and the network is called with c_noise = ln(sigma) / 4: Karras et al. 2022,
+    table 1. Its output is the prediction "edm".
 
     Args:
         sigmas: (timesteps,), rising, above 0.
@@ -182,11 +187,14 @@ SCHEDULES: dict[str, Callable[[int], Tensor | NoiseSchedule]] = {
 
 
 class ForwardLevels(NamedTuple):
-    """A schedule as a process takes it, float64 on the CPU.
+    """A schedule in the form that a process reads, float64 on the CPU.
 
-    betas, alphas_cumprod: (timesteps,), of x / r, with r^2 = signal^2 + noise^2. signal, noise: (timesteps,). scale: r
-    by the level, or None where r is 1. timestep: (timesteps,), what the model is called with, or None. timestep_of: a
-    function that gives it between these levels, or None.
+    Attributes:
+        betas, alphas_cumprod: (timesteps,), of the samples x / r, with r^2 = signal^2 + noise^2.
+        signal, noise: (timesteps,).
+        scale: the function that returns r at a level; None: r is 1.
+        timestep: (timesteps,), the timesteps that the model is called with; None: 0, 1, ...
+        timestep_of: the function that returns the model's timesteps between these levels, or None.
     """
 
     betas: Tensor
@@ -210,39 +218,39 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
         ValueError: an unknown name, or betas or levels of another length, not finite or out of range.
     """
     timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
-    made: object = beta_schedule
+    schedule: object = beta_schedule
     if isinstance(beta_schedule, str):
         if beta_schedule not in SCHEDULES:
             names = ", ".join(repr(name) for name in SCHEDULES)
             raise ValueError(f"beta_schedule is {beta_schedule!r}, expected {names}, betas or a NoiseSchedule")
-        made = SCHEDULES[beta_schedule](timesteps)
-        if isinstance(made, Tensor) and made.max() > 1:
+        schedule = SCHEDULES[beta_schedule](timesteps)
+        if isinstance(schedule, Tensor) and schedule.max() > 1:
             raise ValueError(
                 f"timesteps is {timesteps}, too few for beta_schedule {beta_schedule!r}, whose betas would reach "
-                f"{made.max():.3g}: expected at least 20 timesteps, or another schedule"
+                f"{schedule.max():.3g}: expected at least 20 timesteps, or another schedule"
             )
-    if isinstance(made, NoiseSchedule):
-        signal, noise, timestep = made.signal, made.noise, made.timestep
+    if isinstance(schedule, NoiseSchedule):
+        signal, noise, timestep = schedule.signal, schedule.noise, schedule.timestep
         if len(signal) != timesteps:
             raise ValueError(f"beta_schedule has {len(signal)} levels, expected {timesteps}, one a timestep")
         assert timestep is None or isinstance(timestep, Tensor)
         betas, share = levels.betas_between((signal, noise)), levels.power_share(signal, noise)
-        return ForwardLevels(betas, share, signal, noise, made.scale, timestep, made.timestep_of)
-    if not isinstance(made, Tensor):
-        kind = type(made).__name__
+        return ForwardLevels(betas, share, signal, noise, schedule.scale, timestep, schedule.timestep_of)
+    if not isinstance(schedule, Tensor):
+        kind = type(schedule).__name__
         raise TypeError(f"beta_schedule is a {kind}, expected a name, a tensor of betas or a NoiseSchedule")
-    betas = made if made is not beta_schedule else _checked_betas(made, timesteps)
+    betas = schedule if schedule is not beta_schedule else _checked_betas(schedule, timesteps)
     alphas_cumprod = (1 - betas).cumprod(0)
-    gone = (alphas_cumprod[:-1] == 0).nonzero()
-    if len(gone):
+    zeros = (alphas_cumprod[:-1] == 0).nonzero()
+    if len(zeros):
         raise ValueError(
-            f"betas: alphas_cumprod[{int(gone[0])}] is 0 in float64, expected 0 at the last timestep alone"
+            f"betas: alphas_cumprod[{int(zeros[0])}] is 0 in float64, expected 0 at the last timestep alone"
         )
     return ForwardLevels(betas, alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
 
 def make_betas(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> Tensor:
-    """The betas of forward_levels, which are in (0, 1); the last may be 1. The arguments are the same.
+    """The betas of forward_levels, (timesteps,) in (0, 1); the last may be 1. Args, raises: as for forward_levels.
 
     Examples:
         >>> make_betas("cosine", 1000).shape
@@ -251,12 +259,12 @@ def make_betas(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> T
     return forward_levels(beta_schedule, timesteps).betas
 
 
-def _checked_betas(given: Tensor, timesteps: int) -> Tensor:
-    if not given.is_floating_point():
-        raise TypeError(f"betas have dtype {given.dtype}, expected a floating one")
-    if given.is_meta:
+def _checked_betas(values: Tensor, timesteps: int) -> Tensor:
+    if not values.is_floating_point():
+        raise TypeError(f"betas have dtype {values.dtype}, expected a floating one")
+    if values.is_meta:
         raise ValueError("betas are on meta, expected a device on which they have values")
-    betas = given.detach().to("cpu", torch.float64, copy=True)
+    betas = values.detach().to("cpu", torch.float64, copy=True)
     if betas.shape != (timesteps,):
         raise ValueError(f"betas have shape {tuple(betas.shape)}, expected ({timesteps},), one a timestep")
     bad = ~((betas > 0) & (betas < 1))
@@ -268,16 +276,16 @@ def _checked_betas(given: Tensor, timesteps: int) -> Tensor:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas after which nothing of the signal is left: Lin et al. 2024, algorithm 1.
+    """Changes betas so that no signal is left at the last timestep: Lin et al. 2024, algorithm 1.
 
-    sqrt(alphas_cumprod) is shifted and scaled so that it ends at 0 and begins as before.
+    sqrt(alphas_cumprod) is shifted and scaled so that it ends at 0 and its first value stays.
 
     Args:
         betas: floating, (timesteps,) with at least two, in (0, 1); the last may be 1.
 
     Returns:
-        float64 (timesteps,) on the CPU, the last exactly 1. A model should predict v or x0 then, since at the last
-        timestep eps does not determine x0.
+        float64 (timesteps,) on the CPU, the last exactly 1. A model for these betas should predict v or x0, since eps
+        does not determine x0 at the last timestep.
 
     Raises:
         TypeError, ValueError: as make_betas, or a single beta.

@@ -1,7 +1,7 @@
-"""Grids whose levels lie between the timesteps of a schedule, as sigmas.
+"""Grids of sigmas, which may lie between the timesteps of a schedule.
 
 sigma = sqrt(1 / alphas_cumprod - 1) is the standard deviation of the noise for a signal of scale 1, as in Karras et al.
-2022. Where a timestep is needed, or a sigma at one, it is interpolated in log sigma, as in k-diffusion.
+2022. Timesteps and sigmas are converted into each other by linear interpolation in log sigma, as in k-diffusion.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ __all__ = [
     "timestep_at",
 ]
 
-# The published sigmas of 10 steps, and where the last of them arrives: Sabour et al. 2024, "Align Your Steps", at
+# The published sigmas where 10 steps start, then the sigma where the last one arrives: Sabour et al. 2024, "Align Your
+# Steps", at
 # https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html.
 ALIGN_YOUR_STEPS = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -65,7 +66,7 @@ def alphas_cumprod_of(sigma: Tensor) -> Tensor:
 
 
 def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
-    """The timesteps of given sigmas, at most the schedule's ends.
+    """The timesteps of these sigmas, interpolated in log sigma and clamped to the schedule's ends.
 
     Args:
         alphas_cumprod: float64 (timesteps,), falling: the schedule's.
@@ -80,11 +81,11 @@ def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
     """
     if len(alphas_cumprod) == 1:
         return torch.zeros_like(sigma)
-    known, wanted = sigmas_of(alphas_cumprod).log(), sigma.log()
-    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
-    low, high = known[above - 1], known[above]
-    # Next to clean data, whose log sigma is infinite, the quotient is NaN: the timestep after it is the nearest.
-    return (above - 1 + ((wanted - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)).double()
+    schedule_log_sigma, log_sigma = sigmas_of(alphas_cumprod).log(), sigma.log()
+    above = torch.searchsorted(schedule_log_sigma, log_sigma).clamp(1, len(schedule_log_sigma) - 1)
+    low, high = schedule_log_sigma[above - 1], schedule_log_sigma[above]
+    # Where timestep 0 is clean data, its log sigma is infinite and the quotient NaN: timestep 1 is the nearest.
+    return (above - 1 + ((log_sigma - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)).double()
 
 
 # ------------------------------------------------------------------------------------------- between two levels
@@ -95,7 +96,7 @@ def _ramp(steps: int) -> Tensor:
 
 
 def karras_sigmas(greatest: float, least: float, steps: int, rho: float = 7.0) -> Tensor:
-    """Evenly spaced in sigma^(1/rho), with both ends: Karras et al. 2022, eq. (5). float64 (steps,).
+    """Sigmas evenly spaced in sigma^(1/rho), both ends included: Karras et al. 2022, eq. (5). float64 (steps,).
 
     Examples:
         >>> karras_sigmas(10.0, 0.1, 3)
@@ -108,7 +109,7 @@ def karras_sigmas(greatest: float, least: float, steps: int, rho: float = 7.0) -
 
 
 def exponential_sigmas(greatest: float, least: float, steps: int) -> Tensor:
-    """Evenly spaced in log sigma, with both ends. float64 (steps,).
+    """Sigmas evenly spaced in log sigma, both ends included. float64 (steps,).
 
     Examples:
         >>> exponential_sigmas(10.0, 0.1, 3)
@@ -119,7 +120,7 @@ def exponential_sigmas(greatest: float, least: float, steps: int) -> Tensor:
 
 
 def beta_sigmas(greatest: float, least: float, steps: int, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Evenly spaced quantiles of a beta distribution between the ends, which it includes. float64 (steps,).
+    """Sigmas at evenly spaced quantiles of a beta distribution, both ends included. float64 (steps,).
 
     Examples:
         >>> beta_sigmas(10.0, 0.1, 3)
@@ -129,13 +130,16 @@ def beta_sigmas(greatest: float, least: float, steps: int, alpha: float = 0.6, b
 
 
 def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> Tensor:
-    """From 1 down linearly by `threshold`, then along a parabola of the same slope that would reach 0 after the last
-    step: Polyak et al. 2024, "Movie Gen", section 3.4.2, as in LTX-Video, Mochi and ComfyUI.
+    """Sigmas that fall first linearly, then along a parabola: Polyak et al. 2024, "Movie Gen", section 3.4.2, as in
+    LTX-Video, Mochi and ComfyUI.
+
+    The linear part falls from 1 by `threshold`. The parabola begins with the same slope and would reach 0 after the
+    last step.
 
     Args:
         steps: how many, at least 1.
         threshold: by how much the linear part falls.
-        linear_steps: how many steps it has, 1 to `steps`; None: half of them.
+        linear_steps: the number of steps in the linear part, 1 to `steps`; None: half of the steps.
 
     Returns:
         float64 (steps,).
@@ -160,14 +164,14 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
 
 
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
-    """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
+    """The grid of these descending sigmas. Its timesteps are interpolated in log sigma."""
     levels = checked_levels(alphas_cumprod)
     path = torch.cat([alphas_cumprod_of(sigma), levels.new_tensor([final])])
     return Grid(timestep_at(levels, sigma), path, 1 - path[:-1] / path[1:], levels)
 
 
 def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
-    """The schedule's greatest and least sigma, once `steps` and the schedule have been checked."""
+    """Checks `steps` and the schedule; returns the schedule's greatest and least sigma."""
     levels = checked_levels(alphas_cumprod)
     checks.integer("steps", steps, 2**31, "2^31", start=1)
     if len(levels) < 2 or not (levels[1:] < levels[:-1]).all():
@@ -188,7 +192,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
         final: alphas_cumprod where the last step arrives.
 
     Returns:
-        A Grid whose timesteps are float64, between the schedule's own.
+        A Grid with float64 timesteps, which may lie between the timesteps of the schedule.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
@@ -200,9 +204,9 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
 
 
 def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
-    """Sigmas evenly spaced in log sigma, minus half the log of the signal-to-noise ratio: Lu et al. 2022, section 3.
+    """Sigmas evenly spaced in log sigma, which is -1/2 of the log signal-to-noise ratio: Lu et al. 2022, section 3.
 
-    k-diffusion and diffusers call this exponential. Args, returns, raises: as for karras_grid.
+    k-diffusion and diffusers call this spacing "exponential". Args, returns, raises: as for karras_grid.
 
     Examples:
         >>> grid = log_snr_grid(gd.alphas_cumprod, 10)
@@ -216,12 +220,12 @@ def beta_sigmas_grid(
     """Sigmas at quantiles of a beta distribution, between the schedule's greatest and its least: diffusers'
     use_beta_sigmas.
 
-    Lee et al. 2024, whom it cites, take quantiles of the timesteps: that is spacing "beta".
+    diffusers cites Lee et al. 2024, who take quantiles of the timesteps instead: that is the spacing "beta".
 
     Args:
-        alpha, beta: above 0, at most 10. Below 1, more steps are near that end: alpha's is low noise, beta's high.
+        alpha, beta: above 0, at most 10. An alpha below 1 puts more steps at low noise, a beta below 1 at high noise.
 
-    Others, returns, raises: as for karras_grid.
+    Other args, returns, raises: as for karras_grid.
 
     Examples:
         >>> grid = beta_sigmas_grid(gd.alphas_cumprod, 10)
@@ -230,31 +234,33 @@ def beta_sigmas_grid(
 
 
 def sgm_uniform_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
-    """Timesteps evenly down from the last one, of which 0 would be the next: Stability's generative-models, by the name
-    and with the interpolation of ComfyUI.
+    """Timesteps that fall evenly from the last one and would reach 0 after the last step.
 
-    Args, returns, raises: as for karras_grid.
+    This is the spacing of Stability's generative-models, with ComfyUI's name and interpolation. Args, returns, raises:
+    as for karras_grid.
 
     Examples:
         >>> sgm_uniform_grid(gd.alphas_cumprod, 3).timestep.round().tolist()
         [999.0, 666.0, 333.0]
     """
     _sigma_range(alphas_cumprod, steps)
-    known = sigmas_of(checked_levels(alphas_cumprod)).log()
-    timestep = (1 - _ramp(steps + 1)[:-1]) * (len(known) - 1)
-    below = timestep.long().clamp(max=len(known) - 2)
-    return _sigma_grid(alphas_cumprod, torch.lerp(known[below], known[below + 1], timestep - below).exp(), final)
+    log_sigma = sigmas_of(checked_levels(alphas_cumprod)).log()
+    timestep = (1 - _ramp(steps + 1)[:-1]) * (len(log_sigma) - 1)
+    below = timestep.long().clamp(max=len(log_sigma) - 2)
+    return _sigma_grid(
+        alphas_cumprod, torch.lerp(log_sigma[below], log_sigma[below + 1], timestep - below).exp(), final
+    )
 
 
 def linear_quadratic_grid(
     alphas_cumprod: Tensor, steps: int, *, threshold: float = 0.025, linear_steps: int | None = None, final: float = 1.0
 ) -> Grid:
-    """ComfyUI's sigmas along linear_quadratic's curve, from the schedule's greatest.
+    """ComfyUI's sigmas: the curve of linear_quadratic, times the schedule's greatest sigma.
 
     Args:
         threshold, linear_steps: as for linear_quadratic.
 
-    Others, returns, raises: as for karras_grid.
+    Other args, returns, raises: as for karras_grid.
 
     Examples:
         >>> grid = linear_quadratic_grid(gd.alphas_cumprod, 10)
@@ -264,34 +270,39 @@ def linear_quadratic_grid(
 
 
 def align_your_steps_grid(alphas_cumprod: Tensor, steps: int, *, model: str = "sd15", final: float = 1.0) -> Grid:
-    """Sigmas that were optimised for a model: Sabour et al. 2024. For other numbers of steps than 10 they are
-    interpolated in log sigma, evenly in the step, as the authors say.
+    """Sigmas that were optimised for a model: Sabour et al. 2024.
+
+    The published sigmas are those of 10 steps. For other numbers of steps they are interpolated in log sigma at evenly
+    spaced positions, as the authors advise.
 
     Args:
         model: "sd15" (Stable Diffusion 1.5), "sdxl" (Stable Diffusion XL) or "svd" (Stable Video Diffusion).
 
-    Others, returns: as for karras_grid.
+    Other args, returns: as for karras_grid.
 
     Raises:
-        TypeError, ValueError: as karras_grid; an unknown model, or one that begins above the schedule's greatest sigma.
+        TypeError, ValueError: as karras_grid; an unknown model, or a model whose sigmas begin above the schedule's
+            greatest sigma.
 
     Examples:
         >>> grid = align_your_steps_grid(gd.alphas_cumprod, 10, model="sdxl")
     """
     greatest, _ = _sigma_range(alphas_cumprod, steps)
     checks.one_of("model", model, ALIGN_YOUR_STEPS)
-    known = torch.tensor(ALIGN_YOUR_STEPS[model], dtype=torch.float64, device="cpu")
-    if known[0] > 1.001 * greatest:  # the published ones are rounded
+    sigmas = torch.tensor(ALIGN_YOUR_STEPS[model], dtype=torch.float64, device="cpu")
+    if sigmas[0] > 1.001 * greatest:  # the published sigmas are rounded
         raise ValueError(
-            f"alphas_cumprod reaches a sigma of {greatest:.4g}, expected {known[0]:g} at least, where model {model!r} "
+            f"alphas_cumprod reaches a sigma of {greatest:.4g}, expected {sigmas[0]:g} at least, where model {model!r} "
             "begins"
         )
-    at = _ramp(steps + 1)[:-1] * (len(known) - 1)
-    below = at.long()
-    return _sigma_grid(alphas_cumprod, torch.lerp(known[below].log(), known[below + 1].log(), at - below).exp(), final)
+    position = _ramp(steps + 1)[:-1] * (len(sigmas) - 1)
+    below = position.long()
+    return _sigma_grid(
+        alphas_cumprod, torch.lerp(sigmas[below].log(), sigmas[below + 1].log(), position - below).exp(), final
+    )
 
 
-# By the names that `spacing=` takes, beside those of spaced_timesteps.
+# The keys are the names that `spacing=` takes, in addition to the names of spaced_timesteps.
 SIGMA_GRIDS: dict[str, Callable[[Tensor, int], Grid]] = {
     "karras": karras_grid,
     "log_snr": log_snr_grid,

@@ -1,4 +1,7 @@
-"""Which timesteps a sampler visits, by name: the schedule's own, or, in sigma_grids.py, levels between them."""
+"""Spacings: which timesteps a sampler visits, by name.
+
+This module takes timesteps of the schedule. The spacings of sigma_grids.py also take levels between them.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +48,13 @@ def _simple(timesteps: int, steps: int) -> Tensor:
 
 def _beta(timesteps: int, steps: int) -> Tensor:
     share = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
-    ideal = beta_quantile(share, 0.6, 0.6).round(decimals=12) * (timesteps - 1)  # the median is 1/2, not a bit below
+    # Rounded, so that the median is exactly 1/2 and not the float below.
+    ideal = beta_quantile(share, 0.6, 0.6).round(decimals=12) * (timesteps - 1)
     return _distinct(ideal.round().long(), timesteps).flip(0)
 
 
 def _distinct(rising: Tensor, timesteps: int) -> Tensor:
-    """Rising timesteps of which some may be equal, moved as little as needed, so that none comes twice."""
+    """Moves equal neighbours among rising timesteps apart, as little as needed, so that all are distinct."""
     i = torch.arange(len(rising), device="cpu")
     return (rising - i).cummax(0).values.clamp(max=timesteps - len(rising)) + i
 
@@ -64,23 +68,23 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], Tensor]] = {
     "beta": _beta,
 }
 
-# What a spacing of None means. docs/developers/measurements.md has the numbers by which it was chosen.
+# The spacing that None stands for. docs/developers/measurements.md has the measurements behind this choice.
 DEFAULT_SPACING = "trailing"
 
-# All names that `spacing=` takes, beside guided-diffusion's sections.
+# All names that `spacing=` takes. It also takes guided-diffusion's sections.
 SPACINGS: Mapping[str, Callable[..., Any]] = {**TIMESTEP_SPACINGS, **SIGMA_GRIDS}
 _SECTIONS = re.compile(r"ddim\d+|\d+(,\d+)*")
 
 
 def _known(spacing: str, names: Collection[str]) -> str:
-    """One of the names, however it is written. Raises ValueError for another one."""
-    found = find_name(spacing, names)
-    if found is None:
+    """The one of `names` that `spacing` means, in any spelling of find_name. Raises ValueError where it means none."""
+    name = find_name(spacing, names)
+    if name is None:
         near = nearest_names(spacing, names)
         raise ValueError(
             f"spacing is {spacing!r}, expected a name such as {near}, 'ddimN' or counts with commas between"
         )
-    return found
+    return name
 
 
 def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | None = None) -> Tensor:
@@ -89,20 +93,24 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
     Args:
         timesteps: how many the schedule has.
         steps: how many to take; None: all, or as many as `spacing` says.
-        spacing: "linspace", evenly with both ends (one step: the last); "leading", evenly up from 0; "trailing", evenly
-            down from timesteps - 1 (Lin et al. 2024, table 2, has the three); "quadratic", down from 0.8 timesteps and
-            closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "simple", "trailing" with other
-            rounding (k-diffusion's and ComfyUI's); "beta", closer together towards both ends, at quantiles of a beta
-            distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need"; also in ComfyUI), but
-            none twice; "ddim25" and the like, or counts of sections as "10,15,20": see section_timesteps. None:
-            "trailing". Where all timesteps are taken, each of these names gives the same.
+        spacing: None means "trailing". If `steps` is `timesteps`, all names return the same. Lin et al. 2024, table 2,
+            compare the first three.
+            "linspace": evenly, both ends included (one step: the last timestep);
+            "leading": evenly up from 0;
+            "trailing": evenly down from timesteps - 1;
+            "quadratic": down from 0.8 timesteps and closer together towards 0 (Song et al. 2021, appendix D.2), made
+            distinct;
+            "simple": "trailing" with the rounding of k-diffusion and ComfyUI;
+            "beta": closer together towards both ends, at quantiles of a beta distribution with parameters 0.6 (Lee et
+            al. 2024, "Beta Sampling is All You Need"; also in ComfyUI), made distinct;
+            "ddim25" and the like, or counts of sections such as "10,15,20": see section_timesteps.
 
     Returns:
         int64 (steps,) on the CPU.
 
     Raises:
         TypeError: `steps` is not an int, or `spacing` neither a string nor None.
-        ValueError: `steps` is not in [1, timesteps], or is given with a spacing that says how many; an unknown
+        ValueError: `steps` is not in [1, timesteps], or not None although `spacing` determines the number; an unknown
             `spacing`.
 
     Examples:
@@ -133,8 +141,9 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
 
     Args:
         timesteps: how many the schedule has.
-        sections: "ddimN" for every k-th timestep from 0 on, with the k that gives N of them; or a list of counts, one
-            for each section. The sections divide the timesteps evenly, and each gives its count, evenly with both ends.
+        sections: "ddimN" for every k-th timestep from 0 on, with the k that takes N timesteps; or a list of counts, one
+            for each section. The sections divide the timesteps evenly. Each section contributes its count of timesteps,
+            evenly spaced, both of the section's ends included.
 
     Returns:
         int64 on the CPU.
@@ -156,8 +165,8 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         if not 1 <= count <= length:
             raise ValueError(f"section {i} is to give {count} timesteps, expected 1 to {length}, which it has")
         gap, position = 1.0 if count == 1 else (length - 1) / (count - 1), 0.0
-        # Added up in floating point and rounded like guided-diffusion's, so that a respaced model gets the timesteps
-        # that it was evaluated with: where a position is near a half, the sum decides.
+        # Positions are summed in floating point and rounded as guided-diffusion does it, so that a respaced model gets
+        # the timesteps that it was evaluated with. Where a position is near a half, rounding errors of the sum decide.
         for _ in range(count):
             taken.append(start + round(position))
             position += gap
@@ -172,12 +181,14 @@ def spaced_grid(
 
     Args:
         alphas_cumprod, betas: the schedule's, (timesteps,).
-        scale: of the samples. The levels of SIGMA_GRIDS are spaced by noise / signal, those of a flow by its sigma.
+        scale: the samples' scale. SIGMA_GRIDS space levels by noise / signal; for the scale `flow` they are spaced by
+            the flow's sigma.
         steps: how many; None: as for spaced_timesteps.
         spacing: a name of SPACINGS, or sections or None as for spaced_timesteps.
 
     Raises:
-        TypeError, ValueError: as spaced_timesteps; a schedule that SIGMA_GRIDS do not take, or no `steps` for them.
+        TypeError, ValueError: as spaced_timesteps; for a name of SIGMA_GRIDS, a schedule that it does not take, or
+            `steps` None.
 
     Examples:
         >>> spaced_grid(gd.alphas_cumprod, gd.betas, 3, "leading").timestep.tolist()

@@ -7,7 +7,7 @@ A row takes x, the sample at its timestep, to the next sample. With m the model'
 
 That is the plain step. With options and history, a row also reads u, the model's unconditional output; g, a
 classifier's gradient; v, which the model returns beside m for its variance; and up to three tensors that earlier rows
-kept, H1 the latest. A term whose tensor is not given falls away:
+kept, H1 the latest. If a tensor is not passed, its term is left out:
 
     x0   = clip(a x + b m) + g0 g
     prev = c0 x0 + c1 x + c2 m + cu u + h1 H1 + h2 H2 + h3 H3 + V g1 g + S z
@@ -17,11 +17,11 @@ kept, H1 the latest. A term whose tensor is not given falls away:
     S = s e            V = e^2                  it is learned, and its root is e = exp(l0 + l1 v)
     S = s sqrt(v)      V = v                    it is learned, and v is the variance itself
 
-A row in which k0, k1 or k2 is not 0 keeps `kept`: it is H1 for the rows after it, and what was H1 is H2. What a sampler
-keeps is its own choice: x0, eps, a slope.
+A row in which k0, k1 or k2 is not 0 keeps `kept`: the following rows read it as H1, and the tensor that was H1 becomes
+H2. Each sampler chooses what its rows keep: x0, eps, a slope.
 
-This is the only place that has the whole equation. What a step does that no row can say (guidance, dynamic
-thresholding, inpainting) is in the docstring of ops.step_with_options.
+Only this docstring has the whole equation. The parts of a step that are not in its row (guidance, dynamic thresholding,
+inpainting) are in the docstring of ops.step_with_options.
 """
 
 from __future__ import annotations
@@ -70,34 +70,37 @@ class StepTable:
 
         StepTable(timestep=[2, 1, 0], a=[...], b=[...], c0=[...], c1=[...], s=[...])
 
-    A column is (rows,): a tensor of any device, an array or a list, of which the table has a copy.
+    Each column is (rows,): a tensor on any device, an array or a list. The table copies it.
 
     Args:
-        timestep: integers, or floats for a sampler that visits timesteps between them: what the model is called with.
+        timestep: the timesteps that the model is called with: integers, or floats for a sampler that visits timesteps
+            between the integers.
         a, b, c0, c1: real numbers, finite.
         c2, s: real numbers, finite; None: zeros.
-        draw: integers, 0 <= draw < 2^32: which noise each row draws. None: the timestep, plus visit * (largest
-            timestep + 1) where it comes again; the row's number where any timestep is fractional or negative.
+        draw: integers, 0 <= draw < 2^32: the number of the noise that each row draws. None: the timestep, plus visit *
+            (largest timestep + 1) at the second and later visits of a timestep; if any timestep is fractional or
+            negative, the row's number.
         l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
-        signal_after, noise_after: the level where it arrives. None: zeros, and where both are 0 the level is unknown.
-        notes: what a reader of the table should know of it, by name: texts, numbers, lists, as in JSON. Files have
-            them, slices and `dataclasses.replace` keep them, and a loop warns where it has another guidance, clip or
-            prediction than they say. They change nothing else, and equal tables may have different ones.
+        signal_after, noise_after: the level where the row arrives; at least 0. For all four, None: zeros. If signal and
+            noise are both 0, the level is unknown.
+        notes: information for a reader of the table, by name: texts, numbers, lists, as in JSON. Files store the notes;
+            slices and `dataclasses.replace` keep them. A loop warns if its guidance, clip or prediction differs from
+            the notes. They change nothing else: tables with different notes may be equal.
 
     Attributes:
-        timestep: (rows,), int64, or float64 where floats were given.
+        timestep: (rows,), int64, or float64 where floats were passed.
         draw: int64 (rows,).
 
-    The others are float64 (rows,). All are on the CPU; `to` makes a table on another device. They must not be written
-    to: `dataclasses.replace(table, s=...)` makes a table with other columns.
+    The other columns are float64 (rows,). All are on the CPU; `to` makes a table on another device. Do not write to
+    them: `dataclasses.replace(table, s=...)` makes a table with other columns.
 
-    `len(table)`, iteration and `table[i]` (a StepRow) are as a list's; `table[i:j:k]` is a StepTable, whose rows keep
-    their draws. Tables are equal where all columns are, exactly, and the timesteps are both integers or both floats.
+    `len(table)`, iteration and `table[i]` (a StepRow) work as for a list. `table[i:j:k]` is a StepTable whose rows keep
+    their draws. Tables are equal if all columns are exactly equal and the timesteps are both integers or both floats.
 
     Raises:
-        TypeError: a column of other things than numbers, a draw of other things than integers, or notes that JSON does
-            not have.
+        TypeError: a column that holds anything but numbers, a draw that holds anything but integers, or notes that JSON
+            can't represent.
         ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
             finite; a draw or a level out of range.
 
@@ -109,8 +112,8 @@ class StepTable:
           1         0  1     0    1    0   0    0     0
     """
 
-    # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
-    # of ops.row.ROW.
+    # The declaration of the columns. The tuples of names below the class, StepRow, checks, files and repr derive from
+    # it. The kernels read the columns that ops.row.ROW lists.
     timestep: Column = NEEDED
     a: Column = NEEDED
     b: Column = NEEDED
@@ -158,7 +161,7 @@ class StepTable:
                 object.__setattr__(self, name, torch.from_numpy(array))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> StepTable:
-        """The table with `change` applied to each column, without a second check."""
+        """The table with `change` applied to each column. The columns are not checked again."""
         table = object.__new__(StepTable)
         object.__setattr__(table, "notes", self.notes)
         with torch.inference_mode(False):
@@ -209,11 +212,11 @@ class StepTable:
         return not self.diff(other)
 
     def __repr__(self) -> str:
-        """The rows, aligned, and the notes. Columns beyond the plain step's are shown where any of their numbers is not
-        0; g0, g1 and the levels are left out."""
+        """The rows, aligned, and the notes. A column beyond the plain step's is shown if any of its numbers is not 0;
+        g0, g1 and the levels are never shown."""
         rows, device = len(self), self.timestep.device
         shown = list(range(rows))
-        if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
+        if rows > 2 * SHOWN + 1:  # leaving out a single row would save no line
             shown[SHOWN:-SHOWN] = [-1]
         names = [*PLAIN, *(name for name in BEYOND_PLAIN if self._any(name))]
         lines = [["row", *names]]
@@ -226,10 +229,10 @@ class StepTable:
     # ------------------------------------------------------------------------------------------------ on devices
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The table with its columns on `device`; columns that are there already are not copied.
+        """The table with its columns on `device`. Columns that are on it already are not copied.
 
-        This is for arithmetic on the columns there; the kernels take `packed`. Rows, repr, save and whatever else reads
-        single numbers work as on the CPU, and wait for the device.
+        This is for arithmetic on the columns; the kernels take `packed`. Rows, repr, save and everything else that
+        reads single numbers work as on the CPU, but wait for the device.
 
         Raises:
             ValueError: not a device.
@@ -240,15 +243,16 @@ class StepTable:
     def packed(
         self, device: torch.device | str, dtype: torch.dtype = torch.float32, guidance: Values | None = None
     ) -> Tensor:
-        """The rows as the kernels read them, `dtype` (rows, WIDTH) on `device`: the numbers of ops.row.ROW, then zeros.
+        """The rows in the form that the kernels read, `dtype` (rows, WIDTH) on `device`: the numbers of ops.row.ROW,
+        then zeros.
 
         Args:
-            dtype: float32, or float64 for the reference. The draw's bits are an integer of the same width.
-            guidance: (rows,), finite: the scale of classifier-free guidance, w; None: ones.
+            dtype: float32, or float64 for the reference. The bits of `draw` are an integer of the same width.
+            guidance: (rows,), finite: w, the scale of classifier-free guidance; None: ones.
 
         Raises:
-            TypeError: another dtype, or a guidance of other things than numbers.
-            ValueError: not a device; a number that `dtype` does not hold; a guidance of another length, or not finite.
+            TypeError: another dtype, or a guidance that holds anything but numbers.
+            ValueError: not a device; a number beyond the range of `dtype`; a guidance of another length, or not finite.
 
         Examples:
             >>> from ddpm_ext import ops
@@ -270,18 +274,18 @@ class StepTable:
 
     @property
     def plain(self) -> bool:
-        """Whether the rows read x, m and z alone, without history or a learned variance: the plain step takes them."""
+        """Whether the plain step can take the rows: they read only x, m and z, no history and no learned variance."""
         return not self._any(*BEYOND_PLAIN)
 
     @property
     def history(self) -> bool:
-        """Whether any row keeps a tensor for later ones, or reads one that was kept."""
+        """Whether any row keeps a tensor for later rows, or reads a kept tensor."""
         return self._any(*HISTORY)
 
     def scaled(self, before: Tensor, after: Tensor) -> StepTable:
         """The rows for samples that are multiplied by `before` where a row starts, and by `after` where it arrives.
 
-        What rows keep for later ones, and what a model returns, is of the old scale still.
+        The tensors that rows keep and the model's outputs stay at the old scale.
 
         Args:
             before, after: float64 (rows,), above 0, on the table's device.
@@ -298,7 +302,8 @@ class StepTable:
     # --------------------------------------------------------------------------------------------------- in files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table to `path` as JSON, atomically: one line a row, with digits enough to be read back exactly.
+        """Writes the table to `path` as JSON, atomically: a line for each row, with enough digits to read it back
+        exactly.
 
         Raises:
             ValueError: `path` is a folder or a device. OSError: it can't be written.
@@ -311,10 +316,10 @@ class StepTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
-        """The table that `save` wrote to `path`, equal in every bit. Columns after draw may be missing: zeros.
+        """Reads the table that `save` wrote to `path`, equal in every bit. Columns after draw that are missing are 0.
 
-        It warns where a row does not start at the level of noise where the row before arrives, or the last one arrives
-        at noise.
+        It warns if a row does not start at the level where the previous row arrives, or if the last row arrives at
+        noise.
 
         Raises:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
@@ -339,31 +344,32 @@ class StepTable:
 
     @classmethod
     def trace(cls, scheduler: Any, steps: Any, **arguments: Any) -> StepTable:
-        """The rows of a sampler's own loop, found by running it on unit vectors in float64, and proven by a second run
-        on random samples of several channels and pixels.
+        """Computes the rows of another library's scheduler by running its steps on random numbers in float64.
+
+        A second run, on random samples of several channels and pixels, proves the rows.
 
         Args:
             scheduler: any object with diffusers' methods: `set_timesteps(steps, **arguments)`, `timesteps`, and
-                `step(model_output, timestep, sample)`, which returns an object with a `prev_sample`, or a tuple. It
-                stays as it is. Or a function of k-diffusion's kind, `scheduler(model, x, sigmas, **arguments)`, whose
+                `step(model_output, timestep, sample)`, which returns an object with a `prev_sample`, or a tuple. A copy
+                of it runs. Or a function like k-diffusion's samplers, `scheduler(model, x, sigmas, **arguments)`, whose
                 model takes a sample and its sigma and returns the clean sample.
-            steps, arguments: set_timesteps's. Of a function: its sigmas, (levels,), as a tensor or a list, and its
-                further arguments.
+            steps, arguments: the arguments of set_timesteps. For a function: its sigmas, (levels,), as a tensor or a
+                list, and its further arguments.
 
-        a, b, and with it c0, are those of a `pred_original_sample` or `denoised` that steps return, or of the model
-        of a function; where there is none, the output enters by c2. k0, k1, k2 keep what a later row reads, times any
-        number. Where the scheduler clips its clean sample, the rows are for the same clip. What it does to the model's
-        input is not in the table.
+        The columns a and b describe the `pred_original_sample` or `denoised` that the steps return, or the output of a
+        function's model. Then the output enters the next sample by c0; if there is no clean sample, it enters by c2.
+        k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler clips its clean
+        sample, the rows are for the same clip. The table does not have the scheduler's changes to the model's input.
 
-        A function's rows are the stretches between its calls of the model, so that a step with two calls is two rows.
-        Their timesteps are the sigmas of the calls, and their noise, by a noise_sampler or torch.randn_like, is
-        numbered by the row.
+        For a function, a row is the stretch between two calls of the model, so that a step with two calls is two rows.
+        The row's timestep is the sigma of the call. Its noise, from a noise_sampler or torch.randn_like, has the row's
+        number.
 
         Raises:
-            TypeError: `scheduler` is neither.
-            ValueError: a step is not linear, such as one that reads other elements than the one it writes, or it reads
-                more of the steps before it than three tensors. The message says which step it is, and by how much. Or
-                other sigmas than finite numbers >= 0, at least 2 of them.
+            TypeError: `scheduler` is neither such an object nor a function.
+            ValueError: a step is not linear (for example, it reads other elements than the one that it writes), or
+                reads more than three tensors of earlier steps; the message names the step and the error. Or sigmas
+                that are not at least 2 finite numbers >= 0.
 
         Examples:
             >>> table = StepTable.trace(diffusers.EulerDiscreteScheduler(), 20)
@@ -373,10 +379,10 @@ class StepTable:
     # ------------------------------------------------------------------------------------- drawn and compared
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, name: str = "StepTable") -> Figure:
-        """The columns over the steps, as a matplotlib figure, which is also written to `path` where one is given.
+        """Draws the columns over the steps as a matplotlib figure, and writes it to `path` unless `path` is None.
 
         Args:
-            name: of the sampler, for the title.
+            name: the sampler's name, for the title.
 
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
@@ -385,13 +391,13 @@ class StepTable:
             >>> from ddpm_ext.tables.samplers import ddim
             >>> figure = ddim(grid).plot("ddim.png", name="ddim")  # doctest: +SKIP
         """
-        # The plots package stands above the tables and is an extra, so it is looked up by name when it is used.
+        # The plots package is an extra and imports the tables, so it is imported only when it is used.
         return require("ddpm_ext.plots", "drawing a step table").step_table_figure({name: self}, path)
 
     def diff(self, other: StepTable) -> TableDiff:
-        """Where the tables differ and by how much; false where they are equal. `print` it, or read its `columns`.
+        """Compares two tables: the result says where they differ and by how much, and is false if they are equal.
 
-        Where one has more rows, the rows that both have are compared.
+        `print` the result, or read its `columns`. Only rows that both tables have are compared.
 
         Raises:
             TypeError: `other` is not a StepTable.
@@ -413,24 +419,27 @@ ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 PLACES = {name: at for at, name in enumerate(ROW)}  # in a packed row
-BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))  # those are no columns
+# A packed row before its columns are filled in: w and c_in are 1, since a table has no columns for them.
+BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
-WITHIN = 2.0**127  # of float32, however a number is rounded
+WITHIN = 2.0**127  # numbers below fit float32, however they are rounded
 
 
 def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
-    """The table of columns that need no check, which are not copied: float64 (rows,), finite, of which nobody has
-    others; those that are missing are zeros. timestep and draw have the dtypes of StepTable's."""
+    """Makes a table from columns that need no check. The columns are not copied, so the caller must not keep them.
+
+    columns: float64 (rows,), finite; timestep and draw have the dtypes of StepTable's. Missing columns are zeros.
+    """
     table = object.__new__(StepTable)
     with torch.inference_mode(False):
         zeros = torch.from_numpy(np.zeros(len(columns["timestep"])))
-        given = {name: torch.from_numpy(columns[name]) for name in COLUMNS if name in columns}
-    vars(table).update(dict.fromkeys(COLUMNS, zeros) | given, notes={})
+        tensors = {name: torch.from_numpy(columns[name]) for name in COLUMNS if name in columns}
+    vars(table).update(dict.fromkeys(COLUMNS, zeros) | tensors, notes={})
     return table
 
 
 def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What StepTable.packed makes of such columns, on the CPU. Those that are missing are zeros, w and c_in ones."""
+    """The rows as StepTable.packed returns them, on the CPU. Missing columns are zeros; w and c_in are ones."""
     draw = columns["draw"]
     table = BLANK[None].repeat(len(draw), 0)
     placed = [name for name in columns if name in PLACES and name != "draw"]
@@ -441,13 +450,14 @@ def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32
             for name in placed:
                 check_float32(name, columns[name])
         table = table.astype(np.float32)
-    # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
+    # Draws from 2^31 up wrap to negative int32, which have the bits of the uint32 that the kernel reads.
     table.view(np.int32 if dtype == torch.float32 else np.int64)[:, PLACES["draw"]] = draw
     return torch.from_numpy(table)
 
 
 class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]
-    """A row of a StepTable: one step, as Python floats with the columns' names; draw is an int, timestep may be one.
+    """A row of a StepTable: one step, as Python floats with the columns' names. draw is an int, timestep an int or a
+    float.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim

@@ -1,4 +1,4 @@
-"""How a column of a StepTable is declared, and what its numbers are checked for."""
+"""The declaration of a StepTable's columns, and the checks of their numbers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Array = npt.NDArray[Any]
 
 
 class Column:
-    """What a column of a StepTable is. The dataclass's fields have this type and one of the three values below.
+    """The type of StepTable's fields for columns; each has one of the three values below.
 
-    To type checkers it is a descriptor: Values where a column is given, a Tensor where it is read. At run time a column
-    is an attribute like any other, and __get__ only gives the dataclass the field's default.
+    For type checkers a column is a descriptor: it is assigned Values and read as a Tensor. At run time a column is an
+    ordinary attribute, and __get__ only returns the field's default to the dataclass.
     """
 
     def __init__(self, *, needed: bool = False) -> None:
@@ -35,35 +35,35 @@ class Column:
 
 
 NEEDED = Column(needed=True)
-OPTIONAL = Column()  # None: zeros, but for draw
-NOT_PLAIN = Column()  # None: zeros; the plain step takes no row in which it is not 0
+OPTIONAL = Column()  # None: zeros, except for draw
+NOT_PLAIN = Column()  # None: zeros; if it is not 0, the plain step can't take the row
 
 
 def numbers(name: str, values: Values, rows: int | None = None) -> Array:
-    """A copy of a column's values, (rows,): int64 or float64 as they are, int64 for draw.
+    """A copy of a column's values, (rows,): int64 for integers, float64 for floats.
 
     Args:
-        rows: None for any number from 1 up.
+        rows: the expected number of rows; None: any number from 1 up.
 
     Raises:
-        TypeError: something else than numbers, or than integers for draw.
+        TypeError: values that are not numbers, or not integers for draw.
         ValueError: another shape, an integer from 2^63 up, or a number that is not finite.
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.double() if values.is_floating_point() else values).numpy()
     elif isinstance(values, list | tuple) and any(isinstance(value, bool) for value in values):
-        raise TypeError(f"{name} holds a bool, expected numbers")  # numpy makes 1.0 of a bool among floats
+        raise TypeError(f"{name} holds a bool, expected numbers")  # numpy would turn a bool among floats into 1.0
     try:
         array = np.asarray(values)
     except ValueError as error:
         raise ValueError(f"{name} is not 1-dimensional: {error}") from None
     if array.dtype.kind not in ("iu" if name == "draw" else "iuf") and array.size:
-        others = [type(value).__name__ for value in array.flat if not isinstance(value, int | float)]
-        if array.dtype == object and not others:
+        other_types = [type(value).__name__ for value in array.flat if not isinstance(value, int | float)]
+        if array.dtype == object and not other_types:
             raise ValueError(f"{name} holds {max(array.flat, key=abs)}, expected numbers below 2^63")
-        held = others[0] if array.dtype == object else array.dtype
-        raise TypeError(f"{name} holds {held}, expected {'integers' if name == 'draw' else 'real numbers'}")
+        kind = other_types[0] if array.dtype == object else array.dtype
+        raise TypeError(f"{name} holds {kind}, expected {'integers' if name == 'draw' else 'real numbers'}")
     if rows is None:
         if array.ndim != 1 or not array.size:
             raise ValueError(f"{name} has shape {array.shape}, expected (rows,) with at least 1 row")
@@ -77,7 +77,7 @@ def numbers(name: str, values: Values, rows: int | None = None) -> Array:
 
 
 def default_draws(timestep: Array) -> Array:
-    """The draws of a table for which none are given, by the rule in StepTable's docstring.
+    """The default draws of a table, by the rule in StepTable's docstring.
 
     Raises:
         ValueError: a timestep so large that its draw would not be below 2^32.
@@ -87,11 +87,11 @@ def default_draws(timestep: Array) -> Array:
     order = np.argsort(timestep, kind="stable")
     ordered, visits = timestep[order], np.empty(len(timestep), np.int64)
     visits[order] = np.arange(len(timestep)) - np.searchsorted(ordered, ordered)
-    around = int(timestep.max()) + 1
-    draws = timestep + visits * float(around)  # exact up to 2^53
+    period = int(timestep.max()) + 1
+    draws = timestep + visits * float(period)  # exact up to 2^53
     if draws.max() >= 2**32:
         i = int((draws >= 2**32).argmax())
-        draw = int(timestep[i]) + int(visits[i]) * around
+        draw = int(timestep[i]) + int(visits[i]) * period
         raise ValueError(
             f"timestep[{i}] is {timestep[i]}, which would draw noise {draw}, expected 0 <= draw < 2^32: give draw"
         )
@@ -99,7 +99,7 @@ def default_draws(timestep: Array) -> Array:
 
 
 def check_float32(name: str, values: Array) -> None:
-    """Raises ValueError if a number is beyond float32."""
+    """Raises ValueError if a number is beyond the range of float32."""
     with np.errstate(over="ignore"):
         beyond = np.flatnonzero(np.isinf(values.astype(np.float32)))
     if beyond.size:

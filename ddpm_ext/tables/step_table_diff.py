@@ -1,4 +1,4 @@
-"""How two step tables differ, and numbers as aligned text."""
+"""The difference between two step tables, and numbers as aligned text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class ColumnDiff(NamedTuple):
-    """How two tables' columns differ.
+    """The difference between one column of two tables.
 
-    rows: in how many rows; first: the first of these; here, there: its two values; absolute: the largest |here - there|
-    of all rows; relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
+    rows: the number of rows that differ; first: the first of them; here, there: its values in both tables; absolute:
+    the largest |here - there| of all rows; relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim
@@ -33,9 +33,10 @@ class ColumnDiff(NamedTuple):
 
 @dataclass(frozen=True)
 class TableDiff:
-    """How two tables differ. False where they don't; as a string, a report.
+    """The difference between two tables: false if they are equal; as a string, a report.
 
-    rows: how many each has. dtypes: those of their timesteps. columns: by name, those that differ.
+    rows: the number of rows of each table. dtypes: the dtypes of their timesteps. columns: the columns that differ, by
+    name.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim
@@ -60,32 +61,32 @@ class TableDiff:
             report.append("timestep: {} here, {} there".format(*(str(dtype)[6:] for dtype in self.dtypes)))
         if self.columns:
             lines = [["column", "rows", "first", "here", "there", "max absolute", "max relative"]]
-            lines += [[name, *map(short, found)] for name, found in self.columns.items()]
+            lines += [[name, *map(short, column)] for name, column in self.columns.items()]
             report.append(aligned(lines))
         return "\n".join(report)
 
 
 def difference(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> TableDiff:
-    """How two tables differ, given as columns of the same names, (rows,) each; see StepTable.diff."""
+    """The difference between two tables, passed as columns of the same names, (rows,) each; see StepTable.diff."""
     steps = here["timestep"], there["timestep"]
     rows = (len(steps[0]), len(steps[1]))
     columns = {}
     for name in here:
         ours, theirs = (table[name][: min(rows)].cpu() for table in (here, there))
-        at = (ours != theirs).nonzero()[:, 0]
-        if len(at):
-            columns[name] = _compare(at.tolist(), ours[at].tolist(), theirs[at].tolist())
+        differing = (ours != theirs).nonzero()[:, 0]
+        if len(differing):
+            columns[name] = _compare(differing.tolist(), ours[differing].tolist(), theirs[differing].tolist())
     return TableDiff(rows, (steps[0].dtype, steps[1].dtype), columns)
 
 
-def _compare(at: list[int], here: list[float], there: list[float]) -> ColumnDiff:
-    """`here` and `there` are the values of the rows `at`, which differ."""
+def _compare(rows: list[int], here: list[float], there: list[float]) -> ColumnDiff:
+    """`here` and `there` are the values of the rows that differ; `rows` has the numbers of these rows."""
     absolute, relative = 0.0, 0.0
     for x, y in zip(here, there, strict=True):
         distance, largest = abs(x - y), max(abs(x), abs(y))
         absolute = max(absolute, distance)
         relative = max(relative, distance / largest if distance < math.inf else abs(x / largest - y / largest))
-    return ColumnDiff(len(at), at[0], here[0], there[0], absolute, relative)
+    return ColumnDiff(len(rows), rows[0], here[0], there[0], absolute, relative)
 
 
 def short(value: int | float) -> str:

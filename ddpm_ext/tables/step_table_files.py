@@ -1,4 +1,4 @@
-"""Step tables as JSON files: a format's name and version, the columns' names, and one line a row."""
+"""Step tables as JSON files: the format's name and version, the columns' names, and a line for each row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMAT, VERSION = "ddpm_ext.StepTable", 4
 
 
 def as_notes(notes: object) -> dict[str, Any]:
-    """A copy of a table's notes, as a file gives them back. Raises TypeError where JSON can't have them."""
+    """A copy of a table's notes after a round trip through JSON. Raises TypeError where JSON can't represent them."""
     try:
         copied = json.loads(json.dumps(notes, allow_nan=False)) if isinstance(notes, Mapping) else None
     except (TypeError, ValueError) as error:
@@ -32,7 +32,7 @@ def write(
     rows: Iterable[Sequence[float]],
     notes: Mapping[str, Any],
 ) -> None:
-    """Writes the file atomically, with as many digits as it takes to read every number back exactly.
+    """Writes the file atomically, with enough digits to read every number back exactly.
 
     Raises:
         ValueError: `path` is a folder or a device, or a number is not finite. OSError: it can't be written.
@@ -47,48 +47,50 @@ def write(
 def read(
     path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str]
 ) -> tuple[dict[str, list[Any]], Mapping[str, Any]]:
-    """The columns of a file by name: all of `needed`, any of `others`, and their values, which are not checked; and the
-    notes.
+    """Reads a file's columns by name, all of `needed` and any of `others`, and its notes. Values are not checked.
 
     Raises:
         ValueError: not JSON, another format or version, columns missing or unknown, or no rows of numbers.
         OSError: it can't be read.
     """
     try:
-        found = read_json(path)
+        contents = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
-        return _parse(found, needed, others), found.get("notes", {})
+        return _parse(contents, needed, others), contents.get("notes", {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def gap_between(signal_now: Tensor, noise_now: Tensor, signal_after: Tensor, noise_after: Tensor) -> str | None:
-    """The first place where rows, by their levels, (rows,) each, do not lead from noise to clean samples, in words;
-    None where they do, where they lead back to noise, or where the table has no levels."""
+    """Describes the first row whose levels break the way from noise to clean samples.
+
+    None where the rows lead from noise to clean samples, or back to noise, or where the table has no levels. The levels
+    are (rows,) each.
+    """
     now, after = torch.stack([signal_now, noise_now], 1), torch.stack([signal_after, noise_after], 1)
     if not (now.any() or after.any()):
         return None
     for i, fits in enumerate((now[1:] - after[:-1]).abs().le(1e-6 * after[:-1].abs().clamp(min=1)).all(1).tolist()):
         if not fits:
-            (signal, noise), (own_signal, own_noise) = after[i].tolist(), now[i + 1].tolist()
+            (signal, noise), (next_signal, next_noise) = after[i].tolist(), now[i + 1].tolist()
             arrives = f"row {i} arrives at signal {signal:g} and noise {noise:g}"
-            return f"{arrives}, and row {i + 1} starts at {own_signal:g} and {own_noise:g}"
+            return f"{arrives}, and row {i + 1} starts at {next_signal:g} and {next_noise:g}"
     first, last = noise_now[0].item(), noise_after[-1].item()
     if 0 < last < first:
         return f"the last row arrives at noise {last:g}, so that samples are not clean"
     return "row 0 starts at noise 0, at clean samples" if first == last == 0 else None
 
 
-def _parse(found: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:
-    name = found.get("format") if isinstance(found, dict) else None
+def _parse(contents: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:
+    name = contents.get("format") if isinstance(contents, dict) else None
     if name != FORMAT:
         raise ValueError(f"format is {name!r}, expected {FORMAT!r}")
-    version = found.get("version")
+    version = contents.get("version")
     if version != VERSION:
         raise ValueError(f"version is {version!r}, expected {VERSION}, which this ddpm_ext reads")
-    names, rows = found.get("columns"), found.get("rows")
+    names, rows = contents.get("columns"), contents.get("rows")
     texts = list(map(str, names)) if isinstance(names, list) else []
     if len(set(texts)) != len(texts) or not set(needed) <= set(texts) <= {*needed, *others}:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Variances of a reverse step: an entry of VARIANCES has everything that one of them means."""
+"""Variances of a reverse step: an entry of VARIANCES defines everything about one variance."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LEAST = 1e-20  # a variance is clamped to this before its logarithm is taken
 
 
 class Posterior(NamedTuple):
-    """The variances between which a reverse step's lies, of descending rows: (rows,), float64.
+    """The bounds of a reverse step's variance, for descending rows: (rows,), float64.
 
-    small: that of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020. large: beta. ends: whether the last row is the last
-    step of a process, which adds no noise.
+    small: the variance of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020. large: beta. ends: whether the last row is the
+    last step of a process, which adds no noise.
     """
 
     small: Tensor
@@ -24,12 +24,12 @@ class Posterior(NamedTuple):
     ends: bool
 
     def small_before_end(self, small: Tensor) -> Tensor:
-        """`small`, whose last value is that of the step before, or beta where there is only one step."""
+        """`small` with its last value replaced by the previous row's, or by beta if there is only one row."""
         return torch.cat([small[:-1], small[-2:-1] if len(small) > 1 else self.large])
 
 
 class NoiseColumns(NamedTuple):
-    """Columns of a step table, (rows,): s, l0, l1 of the noise, and g1, the weight of a classifier's gradient."""
+    """Columns of a step table, (rows,): s, l0, l1 for the noise, and g1, the weight of a classifier's gradient."""
 
     s: Tensor
     l0: Tensor
@@ -38,10 +38,10 @@ class NoiseColumns(NamedTuple):
 
 
 class FixedVariance(NamedTuple):
-    """The variance of each of a schedule's reverse steps where the model doesn't return it: (timesteps,), float64.
+    """The variances of a schedule's reverse steps where the model doesn't return them: (timesteps,), float64.
 
-    variance: 0 at t = 0 for the posterior's. log_variance: its logarithm, clipped there. finite: the variance with
-    that of t = 1 at t = 0, so that a log-likelihood is finite there.
+    variance: the posterior's is 0 at t = 0. log_variance: the logarithm; the posterior's is clamped at t = 0. finite:
+    the variance, but at t = 0 the posterior's variance of t = 1, so that the log-likelihood at t = 0 is finite.
     """
 
     variance: Tensor
@@ -68,15 +68,15 @@ class Variance:
     """The variance of p(x_{t-1} | x_t).
 
     Args:
-        meaning: for help texts.
-        columns: its columns of a step table.
-        schedule: the variance of the schedule's own steps where the model doesn't return it, by betas and the variance
-            of q(x_{t-1} | x_t, x_0), each (timesteps,).
-        learned: whether the model returns it beside its prediction, in twice the channels.
-        logarithm: where it is learned, whether the model returns v of the log-variance 2 (l0 + l1 v); else v is the
-            variance itself.
-        bound: whether the variational bound can train a model for it.
-        peers: the names that other libraries have for it; the first is the one to write.
+        meaning: a description, for help texts.
+        columns: returns the columns of a step table.
+        schedule: returns the variances of the schedule's steps, for a model that doesn't return them, from betas and
+            the variance of q(x_{t-1} | x_t, x_0), each (timesteps,).
+        learned: whether the model returns the variance, in twice the channels.
+        logarithm: for a learned variance, whether the model returns v of the log-variance 2 (l0 + l1 v). Otherwise v is
+            the variance itself.
+        bound: whether the variational bound can train a model for this variance.
+        peers: other libraries' names; if there are several, the first is the one to write.
     """
 
     meaning: str
@@ -89,7 +89,7 @@ class Variance:
 
     @property
     def channels(self) -> int:
-        """How many times the sample's channels the model returns."""
+        """The model output's channels divided by the sample's."""
         return 2 if self.learned else 1
 
 
@@ -99,7 +99,7 @@ def _fixed(variance: Tensor, weight: Tensor) -> NoiseColumns:
 
 def _fixed_large(of: Posterior) -> NoiseColumns:
     weight = of.large
-    if of.ends:  # In guided-diffusion the last step's weight is the posterior variance of the step before.
+    if of.ends:  # As in guided-diffusion, the last step's weight is the posterior variance of the previous step.
         weight = torch.cat([of.large[:-1], of.small[-2:-1] if len(of.large) > 1 else of.large])
     return _fixed(of.large, weight)
 
@@ -111,7 +111,7 @@ def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
 def _learned_range(of: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
     small, large = of.small.clamp(min=LEAST), of.large
-    if of.ends and of.small[-1] == 0:  # Otherwise the range would begin at LEAST there.
+    if of.ends and of.small[-1] == 0:  # Otherwise the last step's range would begin at LEAST.
         small = of.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
 
@@ -137,7 +137,7 @@ VARIANCES: dict[str, Variance] = {
         columns=lambda of: _learned_columns(torch.zeros_like(of.small), torch.full_like(of.small, 0.5)),
         learned=True,
         logarithm=True,
-        # diffusers has no such variance_type, and so refuses the model's channels in place of misreading them.
+        # diffusers has no variance_type of this name. So it refuses the model's channels and can't misread them.
         peers=_same_name("learned", "learned_log"),
     ),
     "learned_range": Variance(
@@ -160,5 +160,5 @@ TRAINABLE_VARIANCES = tuple(name for name, variance in VARIANCES.items() if vari
 
 
 def peer_variances(library: str) -> dict[str, str]:
-    """Our name of a variance by each name that `library` has for it."""
+    """Maps the names of variances in `library` to ours."""
     return {theirs: name for name, entry in VARIANCES.items() for theirs in entry.peers.get(library, ())}

@@ -1,8 +1,8 @@
-"""How much each timestep counts in a training loss.
+"""Weightings: how much each timestep counts in a training loss.
 
-Each weighting is given as the weight of the squared error of x_0, by the signal-to-noise ratio alphas_cumprod /
-(1 - alphas_cumprod). `weights` converts it into the weight of the squared error of the model's own prediction: that of
-eps, for example, is that of x_0 times the ratio.
+Each weighting is a function of the signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod) that returns the weight
+of the squared error of x_0. `weights` converts it into the weight of the squared error of the model's prediction. For
+example, the squared error of eps is the squared error of x_0 times the ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def snr(ratio: Tensor) -> Tensor:
-    """The ratio itself, so that eps has the same weight everywhere: L_simple of Ho et al. 2020.
+    """The ratio itself, so that the error of eps has weight 1 everywhere: L_simple of Ho et al. 2020.
 
     Examples:
         >>> snr(torch.tensor([0.25, 4.0, 16.0]))
@@ -82,13 +82,14 @@ def edm(ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 
 def flow_sigma(ratio: Tensor) -> Tensor:
-    """sigma of a flow's sample (1 - sigma) x_0 + sigma noise that has this ratio."""
+    """sigma of a flow's sample (1 - sigma) x_0 + sigma noise with this signal-to-noise ratio."""
     return 1 / (1 + ratio.sqrt())
 
 
 def sigma_sqrt(ratio: Tensor) -> Tensor:
-    """sigma^-2 for the error of a flow's velocity, which is that of x_0 divided by sigma: diffusers' training scripts
-    for Stable Diffusion 3.
+    """sigma^-2 for the error of a flow's velocity, as in diffusers' training scripts for Stable Diffusion 3.
+
+    The error of the velocity is the error of x_0 divided by sigma.
 
     Examples:
         >>> sigma_sqrt(torch.tensor([0.25, 4.0, 16.0], dtype=torch.float64))
@@ -98,8 +99,9 @@ def sigma_sqrt(ratio: Tensor) -> Tensor:
 
 
 def cosmap(ratio: Tensor) -> Tensor:
-    """2 / (pi (1 - 2 sigma + 2 sigma^2)) for the error of a flow's velocity, so that log SNR counts as under the cosine
-    schedule: Esser et al. 2024, section 3.1.
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)) for the error of a flow's velocity: Esser et al. 2024, section 3.1.
+
+    It weighs each log SNR as the cosine schedule does.
 
     Examples:
         >>> cosmap(torch.tensor([0.25, 4.0, 16.0]))
@@ -115,16 +117,16 @@ WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncat
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
     """The names of the weightings that a prediction can have.
 
-    Where the schedule ends at an alphas_cumprod of 0, a prediction that does not determine x_0 there, such as eps, has
-    only "simple".
+    If the schedule ends at an alphas_cumprod of 0 and the prediction does not determine x_0 there, as eps does not,
+    this is only "simple".
     """
     entry = PREDICTIONS[prediction]
-    known = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))
-    return ("simple", *WEIGHTINGS) if known else ("simple",)
+    has_ratio = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))
+    return ("simple", *WEIGHTINGS) if has_ratio else ("simple",)
 
 
 def check_given(alphas_cumprod: Tensor, weighting: Tensor) -> None:
-    """Checks given weights without reading their values. Raises ValueError."""
+    """Checks the caller's weights without reading their values. Raises ValueError."""
     if weighting.shape != alphas_cumprod.shape:
         raise ValueError(f"weighting has shape {tuple(weighting.shape)}, expected {tuple(alphas_cumprod.shape)}")
     if weighting.requires_grad and torch.is_grad_enabled():
@@ -141,8 +143,8 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
 
     Raises:
         TypeError: `weighting` is neither a name nor a tensor.
-        ValueError: an unknown name, a name that the prediction cannot have, or weights of another shape, not finite or
-            that require a gradient.
+        ValueError: an unknown name, a name that the prediction cannot have, or weights that have another shape, are not
+            finite or require a gradient.
 
     Examples:
         >>> weights(gd.alphas_cumprod, "v", "min_snr").shape
@@ -152,10 +154,10 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
         check_given(alphas_cumprod, weighting)
         if torch.compiler.is_compiling():  # The weights stay on their device, since a graph must not wait for the host.
             return weighting.detach().double()
-        own = weighting.detach().to("cpu", torch.float64)
-        if not own.isfinite().all():
+        values = weighting.detach().to("cpu", torch.float64)
+        if not values.isfinite().all():
             raise ValueError("weighting holds numbers that are not finite, expected finite ones")
-        return own
+        return values
     if not isinstance(weighting, str):
         raise TypeError(f"weighting is a {type(weighting).__name__}, expected a name or a tensor")
     checks.one_of("weighting", weighting, ("simple", *WEIGHTINGS))
