@@ -1,13 +1,14 @@
-"""Tracing: the rows of anybody's sampler, told by running its steps on numbers of our choice.
+"""Tracing: computes the rows of any library's sampler by running its steps on random numbers.
 
-Where every step is linear, its result is a sum of the samples, outputs of the model and noise that it and the steps
-before it were given, each times a number. The scheduler runs twice in float64. In the first run samples are single
-random numbers, by which trace_fit.py finds the rows. The second run proves the rows: two samples of several channels
-and pixels, of other sizes and signs in each step. A step that reads a whole tensor, such as its standard deviation or
-the sign of its mean, or that tells pixels apart, does something else there. In both, no sample follows from the step
-before, since somebody may edit it.
+If every step is linear, its result is a weighted sum of samples, model outputs and noise: its own and those of earlier
+steps. The scheduler runs twice in float64. In the first run a sample is a single random number, and trace_fit.py
+computes the rows from it. The second run proves the rows on two samples of several channels and pixels, whose sizes and
+signs change from step to step. A step that depends on a whole tensor (its standard deviation, the sign of its mean) or
+that treats pixels differently does not match its row there. In both runs, a step's sample is not the result of the
+previous step, since a caller may edit samples between steps.
 
-A function that runs its whole loop itself, such as k-diffusion's, takes its steps between its calls of the model.
+A function that runs its whole loop itself, such as k-diffusion's samplers, has its steps between its calls of the
+model.
 """
 
 from __future__ import annotations
@@ -41,32 +42,32 @@ from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, 
 
 Pair = tuple[float, float]  # the range of a clip; the quantile of a threshold and its largest divisor
 
-RANDOM = 32  # random samples of a kind in the first run
-UNIT = 2.0**-20  # their size, where no clip is to touch them
-PROVING = 2, 3, 4, 5, *[2] * 8  # the shape of samples in the second run, as far as these have dimensions
-SIZES = 16.0, 1.0, 4.0  # of their numbers in each step, by turns
-TAIL, FAR = 11, 10.0  # every so many numbers, one is so far from the mean, for a step that clamps such ones
-LARGE = 100.0  # a level of noise at which an error in what is read of the sample would not be seen beside outputs
-EXACT = 1e-12  # how far the model's input may be from a factor times the sample, relatively
+RANDOM = 32  # the batch size of the first run: as many random samples, outputs and draws
+UNIT = 2.0**-20  # the size of these numbers, so small that no clip acts on them
+PROVING = 2, 3, 4, 5, *[2] * 8  # the shape of the second run's samples: the first `dims` entries
+SIZES = 16.0, 1.0, 4.0  # the sizes of the second run's numbers, cycling over the steps
+TAIL, FAR = 11, 10.0  # every TAIL-th number gets FAR added to its magnitude, to reveal a step that clamps outliers
+LARGE = 100.0  # at a higher level of noise, rounding of the output's term would hide an error in the sample's factor
+EXACT = 1e-12  # the largest relative difference between the model's input and a factor times the sample
 
 
 class TraceResult(NamedTuple):
-    """A scheduler's steps as rows, and what else is known of them.
+    """A scheduler's steps as rows, and further results of tracing.
 
     Attributes:
-        columns: those of a StepTable: timestep and NAMES, (rows,) each.
-        clip: the range that the predicted clean sample is clipped to, or None.
-        residual: the largest relative difference between a scheduler's own step and its row.
+        columns: the columns of a StepTable: timestep and NAMES, (rows,) each.
+        clip: the range to which the predicted clean sample is clipped, or None.
+        residual: the largest relative difference between a step of the scheduler and its row.
         steps: what each step did on random numbers.
-        noise: the number of the draw that is a step's z, or None where it has none.
-        history_draws: for each step, the numbers of the draws that it reads as its history, the first one as history1.
-        second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
-        of_last: (rows,), of each row the part of c1 that is a factor of the last row's result, which is its sample
-            where nobody edits that.
-        begins: the rows with which the steps of a function begin, as its callback tells.
-        leads: whether a function's first row comes before it calls the model.
+        noise: for each step, the number of the draw that is its z; None for a step without noise.
+        history_draws: for each step, the numbers of the draws that it reads as its history, the first one as H1.
+        second: whether the second tensor that steps return is a x + b m, clipped; False if they return only one.
+        of_last: (rows,), the part of each row's c1 that multiplies the previous step's result. If nobody edits samples,
+            that result is the row's sample, and the two factors can't be told apart.
+        scales: for each step, the factor of its sample in the model's input; None: the input is no such multiple.
+        begins: the rows at which a function calls its callback, that is, at which its steps begin.
+        leads: whether a function has a row before its first call of the model.
         asks: whether a function read attributes of the model.
-        scales: for each step, what its sample is multiplied by for the model; None where it is not.
     """
 
     columns: dict[str, Array]
@@ -108,17 +109,19 @@ def follow(
     second: Sequence[str] | None = None,
     dims: int = 4,
 ) -> TraceResult:
-    """The rows of a scheduler's steps at `times`, from the state that it is in.
+    """The rows of a scheduler's steps at `times`, starting from the scheduler's present state.
 
-    Where the scheduler takes no step at the last timestep, which is the end of the step before, it has no row.
+    Some schedulers take no step at the last timestep, since it is only the end of the previous step: they have no row
+    for it.
 
     Args:
-        scheduler: it stays as it is. Where it divides the predicted clean sample by a quantile, the rows are those for
-            a clip to -1 and 1 after that.
-        times: what the steps are called with, in order.
-        options: further arguments of every step; GIVEN for a tensor like the samples, a list for one of each step.
-        second: the names under which steps may return a x + b m beside the next sample; None: any name.
-        dims: how many dimensions samples have.
+        scheduler: it stays unchanged. If it divides the predicted clean sample by a quantile, the rows are for that
+            division followed by a clip to [-1, 1].
+        times: the timesteps with which the steps are called, in order.
+        options: further arguments of every step. GIVEN stands for a tensor of the samples' shape; a list has a value
+            for each step.
+        second: the names under which steps may return a x + b m in addition to the next sample; None: any name.
+        dims: the samples' number of dimensions.
 
     Raises:
         ValueError: a step is not linear, or no row can say what it does.
@@ -132,12 +135,15 @@ def follow(
         first = _FirstRun(run_of(scheduler, times[:-1], options, dims), second)
     clip = threshold = of_clean = None
     rows = first.rows()
-    if first.run.clip is not None and not first.are_rows(rows, first.long()):  # a clip that never acts leaves rows
+    if first.run.clip is not None and not first.are_rows(rows, first.long()):  # a clip that never acts changes no row
         clip, threshold = clip_of(scheduler)
         if "prediction_type" in getattr(scheduler, "config", {}):
-            other, settings = copy.deepcopy(scheduler), {name: setting(scheduler, name) for name in scheduler.config}
-            other.register_to_config(**settings | {"prediction_type": "sample"})
-            of_clean = functools.partial(_FirstRun, run_of(other, first.run.times, options, dims), (), first.level)
+            for_clean, settings = (
+                copy.deepcopy(scheduler),
+                {name: setting(scheduler, name) for name in scheduler.config},
+            )
+            for_clean.register_to_config(**settings | {"prediction_type": "sample"})
+            of_clean = functools.partial(_FirstRun, run_of(for_clean, first.run.times, options, dims), (), first.level)
         rows = first.clipped_rows(clip, of_clean)
     return first.proven(rows, clip, threshold)
 
@@ -145,12 +151,12 @@ def follow(
 def follow_function(
     sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
 ) -> TraceResult:
-    """The rows of a function of k-diffusion's kind; the arguments and the errors are StepTable.trace's.
+    """The rows of a function like k-diffusion's samplers; the arguments and errors are those of StepTable.trace.
 
-    like: the model, whose attributes the function may read.
+    like: the model whose attributes the function may read.
 
-    A row begins with each call of the model. Where the function adds noise before the first one, a row that calls no
-    model comes before it. The samples' levels are (1, sigma).
+    A row begins with each call of the model. If the function adds noise before its first call, there is a row without a
+    call for it. The samples' levels are (1, sigma).
     """
     function = ObservedFunction(sampler, sigmas, options, like)
     first = _FirstRun(function.run, CLEAN_FIELDS)
@@ -163,14 +169,15 @@ def follow_function(
 
 
 class _FirstRun:
-    """A loop on single random numbers, so short that no clip touches them.
+    """The first run: the loop on single random numbers, so small that no clip acts on them.
 
     Attributes:
-        clean: (steps, 2), a and b of the clean sample that each step returns; `second`: whether they do.
+        clean: (steps, 2), a and b of the clean sample that each step returns.
+        second: whether the steps return a clean sample.
     """
 
     def __init__(self, run: Run, second: Sequence[str] | None, level: Array | None = None) -> None:
-        """level: Numbers'; None: found by a run without, which has another one after it where it is large."""
+        """level: as in Numbers; None: a run with level 1 computes the level, and is repeated if the level is large."""
         self.run, n = run, len(run.times)
         self.level = np.ones(n) if level is None else level
         self.short, self.steps = self._numbers(UNIT, UNIT)
@@ -199,31 +206,31 @@ class _FirstRun:
         return numbers_of(self.run, (RANDOM, *[1] * (self.run.dims - 1)), inputs, self.level)
 
     def long(self) -> Numbers:
-        """Another run, of numbers that are clipped here and there."""
+        """The numbers of another run, large enough that some are clipped."""
         return self._numbers(2 * max(1.0, self.run.clip or 0.0), 1.0)[0]
 
     def rows(self) -> Columns:
-        """Those without a clip."""
+        """The rows of steps that do not clip."""
         return self._rows(self.short, factors_of(self.run, self.short))
 
     def clipped_rows(self, clip: Pair, of_clean: Callable[[], _FirstRun] | None) -> Columns:
-        """Those of steps that clip the predicted clean sample to this range.
+        """The rows of steps that clip the predicted clean sample to this range.
 
-        of_clean: makes the first run of the same scheduler for a model that returns the clean sample itself: its steps
-            are what follows on the clip. None: the scheduler knows no such models.
+        of_clean: makes the first run of the same scheduler for a model that predicts the clean sample. The steps of
+            that run show what the scheduler does after the clip. None: the scheduler does not support such models.
         """
         factors = factors_of(self.run, self.short)
         has_history = bool(factors.past.any() or factors.of_last.any())
         if of_clean is not None and (has_history or not self.second):
-            other = of_clean()
-            rows, x, x0, none = other.rows(), other.factors.x, other.factors.m, np.zeros(len(factors.x))
+            for_clean = of_clean()
+            rows, x, x0, none = for_clean.rows(), for_clean.factors.x, for_clean.factors.m, np.zeros(len(factors.x))
             if not x0.all():
                 raise ValueError("a step does not read the clean sample, which is clipped")
             if not self.second:
                 self.clean = np.stack([(factors.x - x) / x0, factors.m / x0], 1)
             a, b = self.clean.T
             return rows | {"a": a / self.level, "b": b, "c0": rows["c2"], "c2": none, "k0": rows["k2"], "k2": none}
-        if not self.second:  # such as a consistency model's, whose steps lead to the clean sample
+        if not self.second:  # for example a consistency model's steps, whose result is the clean sample
             self.clean = np.stack([factors.x, factors.m], 1)
         loop = self.long()
         x0 = np.clip(self.clean[:, :1] * loop.unit() + self.clean[:, 1:] * loop.m, *clip)
@@ -247,7 +254,7 @@ class _FirstRun:
         return rows
 
     def _errors(self, rows: Columns, loop: Numbers, bound: Bound) -> Array:
-        """By how much each step of a loop differs from its row, relatively."""
+        """The relative difference between each step of a loop and its row."""
         x0, parts, terms = terms_of(rows, loop, self.noise, self.history_draws, bound)
         errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
         if self.second:
@@ -256,10 +263,12 @@ class _FirstRun:
         return errors
 
     def are_rows(self, rows: Columns, loop: Numbers) -> bool:
+        """Whether the rows take the steps of this loop, up to rounding."""
         return bool((self._errors(rows, loop, lambda x0: x0) <= loop.bound()).all())
 
     def proven(self, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
-        """What tracing found, once rows have taken the steps of a second run. Raises ValueError where they differ."""
+        """Proves the rows on the second run and returns the result. Raises ValueError where a step differs from its
+        row."""
         run, scales, worst = self.run, _scales(self.short), 0.0
         proof = second_run(run, rows["a"], rows["b"], self.level)
         for loop in proof:
@@ -280,16 +289,19 @@ class _FirstRun:
 
 
 def second_run(run: Run, a: Array, b: Array, level: Array) -> list[Numbers]:
-    """One sample, and another one, or both together. Where a loop may clip, the second one's predicted clean sample
-    a x + b m is about as large as the clip's range, and not mostly beyond it, as it is at a high level of noise."""
+    """The second run's numbers, split into two halves if the loop may clip.
+
+    In the second half, x or m is chosen such that the predicted clean sample a x + b m is about as large as the clip's
+    range. At a high level of noise, random x and m would give clean samples that are nearly all clipped.
+    """
     shape = PROVING[: run.dims]
     n, count, generator = len(run.times), int(np.prod(shape)), np.random.default_rng(1)
     size = 2 * max(1.0, run.clip or 0.0)
 
     def random(kind: int) -> Array:
-        made = generator.standard_normal((n, count))
-        made[:, ::TAIL] += FAR * np.sign(made[:, ::TAIL])
-        return signed(np.resize(SIZES, (n, 1)) * (size if kind < 2 else 1.0) * made, -1)
+        normal = generator.standard_normal((n, count))
+        normal[:, ::TAIL] += FAR * np.sign(normal[:, ::TAIL])
+        return signed(np.resize(SIZES, (n, 1)) * (size if kind < 2 else 1.0) * normal, -1)
 
     x, m, half = random(0), random(1), slice(count // 2, None)
     if run.clip is not None:
@@ -307,7 +319,10 @@ def signed(numbers: Array, sign: int) -> Array:
 
 
 def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
-    """What samples were multiplied by for the model; None where something else, or by something else than `factors`."""
+    """The factor of each step's sample in the model's input, (steps,).
+
+    None where the input is no multiple of the sample, or not the multiple by `factors`.
+    """
     if loop.scaled is None:
         return None
     if factors is None:
@@ -318,7 +333,7 @@ def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
 
 
 def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None) -> Array:
-    """Clean samples after the clip, (steps, numel of a sample)."""
+    """Applies threshold and clip to clean samples, (steps, elements of a sample)."""
     if threshold is not None:  # eq. (7) of Saharia et al. 2022, in diffusers' form
         quantile, largest = threshold
         divisor = np.clip(np.quantile(np.abs(x0), quantile, axis=-1, keepdims=True), 1, largest)

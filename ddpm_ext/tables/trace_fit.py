@@ -1,8 +1,8 @@
-"""The rows of a sampler's steps, by least squares on random numbers.
+"""Computes the rows of a sampler's steps by least squares on random numbers.
 
-A step may read its own sample, output and noise, those of the few steps before it, and the result of the step before
-it, in which all that a sampler has kept may have a part, such as an earlier sample. Each step's sample is random, and
-does not follow from that result: so what a step reads of the one is told from what it reads of the other.
+A step may read its own sample, model output and noise, the samples and outputs of a few earlier steps, and the result
+of the previous step. That result may contain everything that the sampler keeps, such as an earlier sample. Each step's
+sample is random and independent of the previous step's result, so that the factors of the two can be told apart.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ Array = npt.NDArray[np.float64]
 Columns = dict[str, Array]
 Bound = Callable[[Array], Array]  # clips clean samples
 
-HISTORY = 3  # tensors that a row may read
+HISTORY = 3  # the number of history tensors that a row may read
 READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that rows keep"
-LAGS = 5  # how many steps back: a step may keep nothing, as PNDM's second one
-DRAWS = 16  # of noise in a step
-LINEAR = 1e-9  # the largest relative residual of a step
-ROUNDED = 1e-5  # the same where a sampler computes in float32, whatever it is given
-NEGLIGIBLE = 1e-12  # a number below this part of those that it is made of is 0
-CANCELS = 30.0  # how many times as large as its sum a term of a row may be
+LAGS = 5  # how many steps back a step may read; more than HISTORY, since a step may keep nothing (PNDM's second)
+DRAWS = 16  # the most tensors of noise that a step may draw
+LINEAR = 1e-9  # the largest relative residual of a linear step
+ROUNDED = 1e-5  # the same for a sampler that computes in float32 although its inputs are float64
+NEGLIGIBLE = 1e-12  # a factor counts as 0 if it is smaller than this, relative to the numbers it is computed from
+CANCELS = 30.0  # the largest ratio of c1 to the sample's whole factor for which the output goes by the clean sample
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "of_last")
 
 
 class Numbers(NamedTuple):
-    """What a loop made of random numbers: x, m, prev, second and scaled are (steps, count), z (steps, draws, count).
-    second, scaled: None where a step has no second tensor, or where scale_model_input returned a sample itself.
+    """The inputs and results of a loop on random numbers.
 
-    level: (steps,), what samples are multiplied by, beside outputs of size 1. Rows are found for samples without that.
-    wide: whether results are float64.
+    Attributes:
+        x, m, prev: (steps, count), the samples, model outputs and next samples.
+        z: (steps, draws, count), the noise.
+        second: (steps, count), the second tensors that steps return; None if a step returns none.
+        scaled: (steps, count), the results of scale_model_input; None if it returned a sample itself.
+        level: (steps,), the factor that makes samples larger than outputs. Rows are fitted to samples divided by it.
+        wide: whether results are float64.
     """
 
     x: Array
@@ -51,11 +55,11 @@ class Numbers(NamedTuple):
     wide: bool
 
     def unit(self) -> Array:
-        """The samples without their level."""
+        """The samples divided by their level."""
         return self.x / self.level[:, None]
 
     def bound(self) -> float:
-        """How far from linear a step may be."""
+        """The largest relative residual with which a step counts as linear."""
         return LINEAR if self.wide else ROUNDED
 
     def negligible(self) -> float:
@@ -67,14 +71,18 @@ class Numbers(NamedTuple):
         return Numbers(x, m, z, prev, second, scaled, self.level, self.wide)
 
     def last(self) -> Array:
-        """The result of the step before each."""
+        """The result of the step before each step; zeros for the first."""
         return np.concatenate([np.zeros_like(self.prev[:1]), self.prev[:-1]])
 
 
 def numbers_of(
     run: Run, shape: tuple[int, ...], inputs: Callable[[int], Array], level: Array
 ) -> tuple[Numbers, list[Step]]:
-    """A run of a loop. inputs(kind): (steps, count), of samples (0), outputs (1), or the draws of each step (2 ...)."""
+    """Runs a loop.
+
+    inputs: inputs(kind) makes random numbers (steps, count): samples for kind 0, model outputs for kind 1, and each
+        step's k-th draw of noise for kind 2 + k.
+    """
     kinds = {0: inputs(0) * level[:, None], 1: inputs(1)}
 
     def draw(i: int, k: int) -> Tensor:
@@ -105,14 +113,21 @@ def flat(x: Tensor, shape: tuple[int, ...]) -> Array:
 
 
 def stacked(tensors: Sequence[Tensor | None], shape: tuple[int, ...]) -> Array | None:
-    """(steps, count), or None where a step has none."""
+    """The tensors as (steps, count); None if any of them is None."""
     arrays = [flat(x, shape) for x in tensors if x is not None]
     return np.stack(arrays) if len(arrays) == len(tensors) else None
 
 
 class Factors(NamedTuple):
-    """What each step adds up: the factors of the clean sample, if that is clipped; of its sample and output; of
-    its draws, (steps, draws); of the samples and outputs of those before, (steps, LAGS, 2); and of the last result."""
+    """The factors of the terms whose sum is a step's result.
+
+    Attributes:
+        x0: (steps,), of the clean sample; 0 if it is not clipped.
+        x, m: (steps,), of the step's sample and model output.
+        z: (steps, draws), of its draws of noise.
+        past: (steps, LAGS, 2), of the samples and outputs of earlier steps.
+        of_last: (steps,), of the previous step's result.
+    """
 
     x0: Array
     x: Array
@@ -123,7 +138,7 @@ class Factors(NamedTuple):
 
 
 def factors_of(run: Run, loop: Numbers) -> Factors:
-    """Those of steps without a clip. Raises ValueError where a step is something else."""
+    """The factors of steps that do not clip. Raises ValueError where a step is not such a sum."""
     try:
         factors = _without_last(run, loop)
         directions_of(run, factors.past, loop.negligible())
@@ -136,14 +151,20 @@ def factors_of(run: Run, loop: Numbers) -> Factors:
 
 
 def factors_of_clipped(run: Run, loop: Numbers, x0: Array) -> Factors:
-    """Those of steps that clip clean samples, which are x0 then, (steps, count), and read nothing of other steps."""
+    """The factors of steps that clip their clean samples and read nothing of other steps.
+
+    x0: (steps, count), the clipped clean samples.
+    """
     fitted, n = _fit(run, loop, [np.stack([x0, loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], 1)]), len(x0)
     return Factors(fitted[:, 0], fitted[:, 1], fitted[:, 2], fitted[:, 3:], np.zeros((n, LAGS, 2)), np.zeros(n))
 
 
 def _without_last(run: Run, loop: Numbers) -> Factors:
-    """Where steps read but a few of those before, and no last result; in a function, where each sample follows from
-    the step before, also where they read that alone."""
+    """The factors of steps that read a few earlier steps and not the previous step's result.
+
+    In a function, where a step's sample is the previous step's result, they may also read only that result in addition
+    to their own inputs.
+    """
     n, k = len(loop.x), loop.z.shape[1]
     here, last = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last()
     past = [each for pair in zip(lagged(loop.unit()), lagged(loop.m), strict=True) for each in pair]
@@ -155,28 +176,39 @@ def _without_last(run: Run, loop: Numbers) -> Factors:
 
 
 def _with_last(run: Run, loop: Numbers) -> Factors:
-    """Where steps read the result of the one before, from the last step to the first.
+    """The factors of steps that read the previous step's result, fitted from the last step to the first.
 
-    Of a step, all later ones read the same but for a factor: the direction in which the first of them is found to read
-    it is known for the others. And a step reads as little as will do: early results are sums of what else there is.
+    All later steps read the same combination of a step's sample and output, up to a factor. So once one of them has
+    been fitted, the direction (factor of the sample, factor of the output) is known for the rest. Each step is fitted
+    with as few inputs as suffice: the result of an early step is a sum of the other inputs, so that the factors would
+    not be unique.
     """
     n, k, last = len(loop.x), loop.z.shape[1], loop.last()
     none = np.zeros(n)
     factors = Factors(none, none.copy(), none.copy(), np.zeros((n, k)), np.zeros((n, LAGS, 2)), none.copy())
-    known: dict[int, Array] = {}  # what is kept of a step: factors of its sample and output
-    inputs, after = np.stack([loop.unit(), loop.m], 1), (0, False)
+    known_directions: dict[
+        int, Array
+    ] = {}  # by step: the direction that later steps read, factors of its sample and output
+    inputs, last_try = np.stack([loop.unit(), loop.m], 1), (0, False)
 
     def fits(i: int, lags: int, with_last: bool, free: bool) -> float:
-        """Writes what step i reads, if it reads so many before it. free: also in other directions than the known ones,
-        whose errors would add up over a loop; then these must be found again."""
-        read = [(lag, d) for lag in range(1, lags + 1) for d in (np.eye(2) if free else known.get(i - lag, np.eye(2)))]
+        """Fits step i with inputs of `lags` earlier steps, writes its factors, and returns the relative error.
+
+        free: fit both the sample and the output of earlier steps in place of the known directions, whose errors would
+            add up over a loop. The result must agree with the known directions.
+        """
+        read = [
+            (lag, d)
+            for lag in range(1, lags + 1)
+            for d in (np.eye(2) if free else known_directions.get(i - lag, np.eye(2)))
+        ]
         columns = [*inputs[i], *loop.z[i], *[d @ inputs[i - lag] for lag, d in read], *[last[i]] * with_last]
         (fitted,), (error,) = least_squares(np.stack(columns)[None], loop.prev[i : i + 1], loop.negligible())
         past = np.zeros((LAGS, 2))
         for (lag, d), factor in zip(read, fitted[2 + k :], strict=False):
             past[lag - 1] += factor * d
-        known_lags = [lag for lag in range(1, lags + 1) if i - lag in known]
-        if free and not all(is_along(past[lag - 1], known[i - lag][0]) for lag in known_lags):
+        known_lags = [lag for lag in range(1, lags + 1) if i - lag in known_directions]
+        if free and not all(is_along(past[lag - 1], known_directions[i - lag][0]) for lag in known_lags):
             return np.inf
         factors.x[i], factors.m[i], factors.z[i], factors.past[i] = fitted[0], fitted[1], fitted[2 : 2 + k], past
         factors.of_last[i] = fitted[-1] if with_last else 0
@@ -184,41 +216,50 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
 
     for i in reversed(range(n)):
         tries = [(lags, with_last) for lags in range(min(LAGS, i) + 1) for with_last in (False, True)]
-        for (lags, with_last), free in itertools.product([after, *tries] if i > LAGS else tries, (True, False)):
+        for (lags, with_last), free in itertools.product([last_try, *tries] if i > LAGS else tries, (True, False)):
             if (error := fits(i, lags, with_last, free)) <= loop.bound():
                 break
         else:
             raise ValueError(refusal(run, i, error))
-        after = lags, with_last
+        last_try = lags, with_last
         for lag in np.flatnonzero(factors.past[i].any(1)) + 1:
-            before = known.get(i - lag, np.zeros((1, 2)))
-            known[i - lag] = max(before, factors.past[i, lag - 1][None], key=np.linalg.norm)
+            before = known_directions.get(i - lag, np.zeros((1, 2)))
+            known_directions[i - lag] = max(before, factors.past[i, lag - 1][None], key=np.linalg.norm)
     return factors
 
 
 def is_along(pair: Array, other: Array) -> bool:
-    """Whether a pair is the other one times a factor, but for rounding."""
+    """Whether `pair` is a multiple of `other`, up to rounding."""
     across = abs(pair[0] * other[1] - pair[1] * other[0])
     return bool(across <= 1e-6 * np.linalg.norm(pair) * np.linalg.norm(other))
 
 
 def lagged(values: Array) -> list[Array]:
-    """The same of the steps before, zeros where there are none."""
+    """For each lag, the values of the step that is `lag` steps earlier; zeros where there is none."""
     return [np.pad(values, ((lag, 0), (0, 0)))[: len(values)] for lag in range(1, min(LAGS, len(values) - 1) + 1)]
 
 
 def _fit(run: Run, loop: Numbers, tries: Sequence[Array]) -> Array:
-    """The factors by the first of some columns (steps, columns, count) that fit a step, each try's with more columns at
-    its end than the one before, (steps, columns of the last)."""
-    fitted, left, errors = np.zeros(tries[-1].shape[:2]), np.arange(len(loop.x)), np.zeros(0)
+    """Fits each step with the first entry of `tries` that suffices.
+
+    Args:
+        tries: arrays of columns (steps, columns, count). Each begins with the columns of the previous try.
+
+    Returns:
+        The factors, (steps, columns of the last try), zeros for columns that were not needed.
+
+    Raises:
+        ValueError: no try fits a step.
+    """
+    fitted, unfitted, errors = np.zeros(tries[-1].shape[:2]), np.arange(len(loop.x)), np.zeros(0)
     for columns in tries:
-        factors, errors = least_squares(columns[left], loop.prev[left], loop.negligible())
+        factors, errors = least_squares(columns[unfitted], loop.prev[unfitted], loop.negligible())
         fits = errors <= loop.bound()
-        fitted[left[fits], : columns.shape[1]] = factors[fits]
-        left, errors = left[~fits], errors[~fits]
-        if not len(left):
+        fitted[unfitted[fits], : columns.shape[1]] = factors[fits]
+        unfitted, errors = unfitted[~fits], errors[~fits]
+        if not len(unfitted):
             return fitted
-    raise ValueError(refusal(run, left[0], errors[0]))
+    raise ValueError(refusal(run, unfitted[0], errors[0]))
 
 
 def at(run: Run, i: Any) -> str:
@@ -230,8 +271,11 @@ def refusal(run: Run, i: Any, error: float) -> str:
 
 
 def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.NDArray[np.int64]]:
-    """What later steps read of each step, factors of its sample and output, (steps, 2), zeros if nothing; and
-    rings_of these. Raises ValueError where they read more than one tensor of it, or one more than HISTORY."""
+    """The direction that later steps read of each step, and rings_of the steps that are read.
+
+    A direction is factors of the step's sample and output, (steps, 2), zeros if no later step reads the step. Raises
+    ValueError if later steps read different directions of a step, or if a step would need more than HISTORY tensors.
+    """
     n, direction = len(past), np.zeros((len(past), 2))
     lags = range(1, min(LAGS, n - 1) + 1)
     for lag in lags:
@@ -240,9 +284,9 @@ def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.
     keeps = np.asarray(direction.any(1))
     rings = rings_of(keeps)
     for lag in lags:
-        pair, of = past[lag:, lag - 1], direction[:-lag]
-        across = np.abs(pair[:, 0] * of[:, 1] - pair[:, 1] * of[:, 0])
-        for i in np.flatnonzero(across > 1e3 * negligible * (of**2).sum(1)):
+        pair, read = past[lag:, lag - 1], direction[:-lag]
+        across = np.abs(pair[:, 0] * read[:, 1] - pair[:, 1] * read[:, 0])
+        for i in np.flatnonzero(across > 1e3 * negligible * (read**2).sum(1)):
             raise ValueError(f"{at(run, i)}, is read by later ones in several proportions of its sample and output")
         too_far = pair.any(1) & (rings[lag:] != np.arange(n - lag)[:, None]).all(1)
         for i in np.flatnonzero(too_far) + lag:
@@ -251,7 +295,7 @@ def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.
 
 
 def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequence[int | None]) -> Columns:
-    """The columns NAMES. noise: the draw that is each step's. Raises ValueError where directions_of does."""
+    """The columns NAMES. noise: for each step, the draw that is its z, or None. Raises: as directions_of."""
     direction, rings = directions_of(run, factors.past, loop.negligible())
     keeps = direction.any(1)
     lengths = np.sqrt((clean**2).sum(1) * (direction**2).sum(1))
@@ -277,15 +321,20 @@ def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequ
 
 
 def rings_of(keeps: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The steps whose tensors each step may read, the last first, (steps, HISTORY); -1 for none. keeps: (steps,)."""
+    """The steps whose kept tensors each step may read, the latest first, (steps, HISTORY); -1 for none.
+
+    keeps: (steps,), whether a step keeps a tensor.
+    """
     kept = np.flatnonzero(keeps)
-    places = (np.cumsum(keeps) - keeps)[:, None] - 1 - np.arange(HISTORY)
-    return np.where(places < 0, -1, np.append(kept, -1)[np.maximum(places, 0)])
+    positions = (np.cumsum(keeps) - keeps)[:, None] - 1 - np.arange(HISTORY)
+    return np.where(positions < 0, -1, np.append(kept, -1)[np.maximum(positions, 0)])
 
 
 def columns_of(x: Array, m: Array, clean: Array) -> Columns:
-    """The columns a, b, c0, c1 and c2 of rows with these factors of sample and output, (steps,) each. That of the
-    output goes by way of the clean sample, if it can. clean: (steps, 2), a and b."""
+    """The columns a, b, c0, c1 and c2 of rows with these factors of sample and output, (steps,) each.
+
+    The output enters by the clean sample (c0) where possible, and else by c2. clean: (steps, 2), a and b.
+    """
     a, b = clean.T.copy()
     c0 = np.divide(m, b, out=np.zeros(len(x)), where=b != 0)
     c1 = x - c0 * a
@@ -297,8 +346,8 @@ def columns_of(x: Array, m: Array, clean: Array) -> Columns:
 def terms_of(
     rows: Columns, loop: Numbers, noise: Sequence[int | None], history_draws: Sequence[Sequence[int]], bound: Bound
 ) -> tuple[Array, Array, Array]:
-    """By the rows: each step's clean sample, (steps, count), its parts, (2, steps, count), and those of the step's
-    result, (8, steps, count)."""
+    """What the rows compute: clean samples (steps, count), their two terms (2, steps, count), and the terms of the
+    steps' results (8, steps, count)."""
     x, m, column = loop.x, loop.m, {name: values[:, None] for name, values in rows.items()}
     parts = np.array([column["a"] * x, column["b"] * m])
     x0, terms = bound(parts.sum(0)), np.zeros((5 + HISTORY, *x.shape))
@@ -316,8 +365,8 @@ def terms_of(
 
 
 def least_squares(columns: Array, target: Array, negligible: float = NEGLIGIBLE) -> tuple[Array, Array]:
-    """The factors (steps, columns) of sums that are nearest to target, (steps, count), and what is left of each,
-    relatively. columns: (steps, columns, count)."""
+    """Fits target (steps, count) by columns (steps, columns, count): the factors (steps, columns), and the relative
+    errors (steps,)."""
     sizes = np.sqrt((columns**2).sum(-1))
     scaled = columns / np.where(sizes > 0, sizes, 1.0)[..., None]
     length = np.maximum(np.sqrt((target**2).sum(-1)), 1e-300)[:, None]
@@ -331,6 +380,7 @@ def least_squares(columns: Array, target: Array, negligible: float = NEGLIGIBLE)
 
 
 def relative(error: Array, parts: Array) -> Array:
-    """The largest error of each row, relative to the sum of its parts' sizes. A NaN counts as infinite."""
+    """The largest error of each row, relative to the largest of `parts`, the sums of its terms' sizes. A NaN counts as
+    infinite."""
     worst = error.max(-1) / np.maximum(parts.max(-1), 1e-300)
     return np.where(np.isfinite(worst), worst, np.inf)

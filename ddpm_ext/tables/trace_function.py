@@ -1,9 +1,9 @@
-"""A function that runs its own loop, such as k-diffusion's samplers: what tracing observes of it.
+"""Observes a function that runs its own loop, such as k-diffusion's samplers, for tracing.
 
-The function gets a model that is ours. Between two calls of it lies a step: its result is the sample of the next call,
-or what the function returns. A step gets a sample of our choice by being written into the one that the function gave
-the model. Where that is a copy of the function's own, the step goes on with the sample that follows from the one
-before, which tracing takes as well; but then a step that reads several earlier samples may be refused.
+The function is called with a model of ours. A step lies between two calls of this model: the result of the step is the
+sample of the next call, or the function's return value. To choose a step's sample, our model writes it into the tensor
+that it was called with. If that tensor is a copy, the function does not see the write: the step goes on with the
+previous step's result. Tracing can handle that, too, but may refuse steps that read several earlier samples.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ddpm_ext.tables.trace_run import Draw, Observed, Result, Run, Step, fresh_numbers, on_cpu
 
-CLEAN = "denoised"  # the name of the model's output, which is the clean sample
+CLEAN = "denoised"  # the name of the second tensor: the model's output, which is the clean sample
 
 
 class ModelLike:
-    """A model that calls a function, with the attributes of another object."""
+    """A model that calls `call`, with the attributes of the object `like`."""
 
     def __init__(self, call: Callable[..., Tensor], like: object) -> None:
         self._call, self._like = call, like
@@ -36,7 +36,7 @@ class ModelLike:
 
 
 def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The function's parameters. Raises TypeError where sigmas are none of them."""
+    """The function's parameters. Raises TypeError if none of them is called sigmas."""
     parameters = inspect.signature(sampler).parameters
     if "sigmas" not in parameters:
         first = ", ".join(list(parameters)[:3])
@@ -55,23 +55,24 @@ def checked_sigmas(sigmas: Any) -> Tensor:
 
 
 class ObservedFunction:
-    """How a function runs its loop. A first run of it counts the calls of the model, and what they are called with.
+    """The loop of a function. Making this object runs the function once, to record its calls of the model.
 
     Args:
-        sampler: a function sampler(model, x, sigmas), which may have extra_args, callback, disable and noise_sampler.
+        sampler: a function sampler(model, x, sigmas), which may also have the parameters extra_args, callback, disable
+            and noise_sampler.
         sigmas: (levels,), finite, >= 0.
         options: further arguments.
-        like: the object whose attributes the model has.
+        like: the object whose attributes our model has.
 
     Attributes:
-        run: its loop.
-        begins: the numbers of the steps before which it calls back; none where it doesn't.
-        leads: whether the first step comes before the model is called.
-        asks: whether it reads attributes of the model.
+        run: the function's loop.
+        begins: the numbers of the steps before which the function calls its callback; empty if it never does.
+        leads: whether there is a step before the first call of the model.
+        asks: whether the function reads attributes of the model.
 
     Raises:
-        TypeError: it has no argument sigmas. ValueError: other sigmas, random numbers that are not normal, or arguments
-        of its own for the model.
+        TypeError: the function has no parameter sigmas. ValueError: sigmas out of range, random numbers that are not
+        normal, or arguments for the model that are not in extra_args.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ObservedFunction:
         expected = {*(options.get("extra_args") or {})}
 
         def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-            if unknown := more.keys() - expected:  # by these the model may tell the function more than its output
+            if unknown := more.keys() - expected:  # a real model may return more to the function through such arguments
                 names = ", ".join(sorted(unknown))
                 raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
             seen.append(x.clone())
@@ -120,7 +121,7 @@ class ObservedFunction:
             raise ValueError(f"the function raises an error for samples in float64: {error}") from error
 
     def _observe(self, samples: Sequence[Tensor], outputs: Sequence[Tensor], noise: Draw) -> list[Step]:
-        """The steps, as Run's observe gives them."""
+        """The function's steps: the `observe` of its Run."""
         steps: list[Step] = []
         second: Tensor | None = None
         count = len(self.run.times)

@@ -1,7 +1,7 @@
-"""A sampler's own loop on numbers of our choice: what tracing observes, and how a scheduler is made to run it.
+"""Runs a scheduler's loop on inputs of our choice and records each step, for tracing.
 
-This knows no library, only the methods that diffusers' schedulers and their like have: set_timesteps, timesteps,
-scale_model_input, step (or step_pred).
+This module depends on no library, only on the methods of diffusers' schedulers and similar objects: set_timesteps,
+timesteps, scale_model_input, step (or step_pred).
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from ddpm_ext.base.torch_version import torch_default_device
 
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
-# Switches of a config that clip the predicted clean sample. One that divides it by a quantile clips it, too, where a
-# sample is one number, as in the run that finds the rows.
+# Options of a config that clip the predicted clean sample. Thresholding counts as a clip: where a sample is a single
+# number, as in the first run, it has the same effect.
 CLIPS = ("clip_sample", "clip_denoised", "thresholding")
-# What steps call the model's output, the timestep and the sample.
+# The parameter names of steps for the model output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 SEEN = {torch.randn, torch.randn_like, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16}
 CONSTANT = {bool, int, float, str, type(None)}
 CONFIG = "_internal_dict"  # the attribute of diffusers' schedulers that has their configuration
-# Filters of warnings are the process's: one thread at a time changes them, and puts them back.
+# Warning filters belong to the whole process, so one thread at a time changes and restores them.
 _filters = threading.RLock()
 
 
 class GIVEN:
-    """In place of an option: a tensor like the samples, that each step is given. A class is itself in pickles."""
+    """Stands for an option's value: a tensor of the samples' shape, new in each step.
+
+    It is a class and not an instance, since unpickling a class returns the same object.
+    """
 
 
 class Result(NamedTuple):
-    """What a step returned: its class, and the name of the tensor beside the next sample; None where there is none."""
+    """What a step returned: the class, and the name of its second tensor; None if it returned only the next sample."""
 
     cls: type
     name: str | None
@@ -54,12 +57,12 @@ class Step(NamedTuple):
     Attributes:
         result: what it returned.
         prev, second: the next sample, and the other tensor that it returned.
-        draws: the dtypes of the tensors that it was given beyond sample and output, and then of the normal numbers that
-            it drew, in order, as it asked for them.
-        state: the attributes of the scheduler that it changed, where they are numbers, also in tensors, strings or
-            None.
-        stores: whether it stores anything else, such as a tensor.
-        scaled: what scale_model_input made of its sample before it; None where that returned the sample itself.
+        draws: the dtypes of the tensors that were passed to the step for GIVEN options, then of the normal numbers that
+            it drew, in order.
+        state: the attributes of the scheduler that the step changed, if they are simple (is_simple): numbers, also in
+            tensors, strings or None.
+        stores: whether the step stores anything else, such as a tensor.
+        scaled: the result of scale_model_input for the step's sample; None if it returned the sample itself.
         scale_counts: whether scale_model_input changed an attribute.
     """
 
@@ -73,21 +76,21 @@ class Step(NamedTuple):
     scale_counts: bool = False
 
 
-Draw = Callable[[int, int], Tensor]  # of a step's number and how many it had before: a tensor of normal numbers
+Draw = Callable[[int, int], Tensor]  # (number of the step, number of its draw) -> a tensor of normal numbers
 
 
 class Run(NamedTuple):
-    """A loop whose samples, outputs and noise are whatever one chooses.
+    """A loop that runs on samples, outputs and noise of our choice.
 
     Attributes:
-        times: what the model is called with in each step.
-        unit: what these are, for messages.
-        observe: the loop's steps. Its arguments are the samples of all steps, which do not follow from each other, the
-            model's outputs, and a Draw. Samples and outputs are the loop's own, and may be written to.
-        clip: the bound of the range to which the loop clips; None where it does not clip.
-        dims: how many dimensions samples have.
-        given: how many tensors each step is given beside sample and output.
-        follows: whether nobody can edit a sample between two steps.
+        times: the timestep or sigma with which the model is called in each step.
+        unit: "timestep" or "sigma", for messages.
+        observe: runs the loop and returns its steps. Its arguments are the samples of all steps (a step's sample is not
+            the previous step's result), the model's outputs, and a Draw. The loop may write to samples and outputs.
+        clip: the bound of the range to which the loop clips; None: it does not clip.
+        dims: the samples' number of dimensions.
+        given: the number of tensors that each step gets for GIVEN options.
+        follows: whether callers cannot edit a sample between two steps.
     """
 
     times: Sequence[Any]
@@ -100,16 +103,16 @@ class Run(NamedTuple):
 
 
 class Observed(TorchFunctionMode):
-    """Hands out the noise, and computes in float64 what a sampler would cast to less, while it is entered as a mode.
+    """A mode that replaces a sampler's random numbers by `noise`, and keeps float64 where the sampler casts to less.
 
     Args:
-        shape: that of the samples.
-        noise: makes the noise.
-        wide: whether samples stay float64; without it, only the noise is handed out.
+        shape: the samples' shape.
+        noise: makes the random numbers.
+        wide: whether samples stay float64. If False, the mode only replaces random numbers.
 
     Attributes:
-        step: the number of the step that draws.
-        draws: the dtypes of what it has drawn.
+        step: the number of the current step.
+        draws: the dtypes of the tensors that the current step has drawn.
     """
 
     def __init__(self, shape: torch.Size, noise: Draw, wide: bool = True) -> None:
@@ -124,7 +127,7 @@ class Observed(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is called in the meantime is not the sampler's own."""
+        """Inside this context, calls are not the sampler's, and the mode leaves them alone."""
         before, self._watches = self._watches, False
         try:
             yield
@@ -152,7 +155,7 @@ class Observed(TorchFunctionMode):
         return x.to(*args, **kwargs) if args or kwargs else x
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
-        """The next noise. Raises ValueError where it is not of the samples' shape."""
+        """The step's next random tensor. Raises ValueError if `shape` is not the samples' shape."""
         if torch.Size(shape) != self.shape:
             raise ValueError(f"a step draws noise of shape {tuple(shape)} for samples of shape {tuple(self.shape)}")
         dtype = dtype or torch.get_default_dtype()
@@ -163,18 +166,18 @@ class Observed(TorchFunctionMode):
 
 
 def step_name(scheduler: Any) -> str:
-    """The name of a scheduler's step: step_pred where it is one of a predictor and a corrector."""
+    """The name of a scheduler's step method: step_pred for a predictor-corrector scheduler without `step`."""
     return "step" if hasattr(scheduler, "step") or not hasattr(scheduler, "step_pred") else "step_pred"
 
 
 def input_names(parameters: Sequence[str]) -> tuple[str, ...]:
-    """The names of a step's output, timestep and sample among its parameters: its first three, if they are unknown."""
-    known = [next((name for name in names if name in parameters), None) for names in INPUTS]
-    return tuple(parameters[:3]) if None in known else tuple(name for name in known if name is not None)
+    """The names of a step's parameters for output, timestep and sample: its first three if the names are unknown."""
+    recognized = [next((name for name in names if name in parameters), None) for names in INPUTS]
+    return tuple(parameters[:3]) if None in recognized else tuple(name for name in recognized if name is not None)
 
 
 def run_of(scheduler: Any, times: Sequence[Any], options: Mapping[str, Any], dims: int) -> Run:
-    """A scheduler's loop; the arguments are those of `observe`, and how many dimensions samples have."""
+    """A scheduler's loop. The arguments are those of `observe`, and the samples' number of dimensions."""
     steps = functools.partial(observe, scheduler, times, options=options)
     clip = clip_of(scheduler)[0][1] if any(setting(scheduler, name) for name in CLIPS) else None
     return Run(times, "timestep", steps, clip, dims, sum(value is GIVEN for value in options.values()))
@@ -190,15 +193,15 @@ def observe(
     *,
     wide: bool = True,
 ) -> list[Step]:
-    """The steps of a copy of `scheduler`.
+    """Runs the steps of a copy of `scheduler` and records them.
 
     Args:
-        scheduler: in the state in which a loop begins; it stays as it is.
-        times: the scheduler's timesteps for the steps, or (1,), of all samples.
-        samples, outputs, noise: as Run's observe takes them.
-        options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
-            samples, which `noise` makes, too; a list for one of each step.
-        wide: whether what is cast to a lower precision stays float64.
+        scheduler: in the state in which a loop begins; it stays unchanged.
+        times: the timesteps with which the steps are called.
+        samples, outputs, noise: as for Run's observe.
+        options: arguments of every step in addition to the model output, the timestep and the sample. GIVEN stands for
+            a tensor of the samples' shape, which `noise` makes; a list has a value for each step.
+        wide: whether casts to a lower precision are ignored, so that numbers stay float64.
 
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
@@ -208,9 +211,9 @@ def observe(
     state, step = scheduler.__dict__, getattr(scheduler, step_name(scheduler))
     names, arguments = input_names([*parameters_of_step(scheduler.__class__)]), dict(options)
     scale = getattr(scheduler, "scale_model_input", None)
-    if hasattr(scheduler, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
+    if hasattr(scheduler, "noise_sampler"):  # diffusers' schedulers whose noise is a Brownian path
         scheduler.noise_sampler = lambda *_: observed.draw(observed.shape, samples[0].dtype)
-    made: list[Step] = []
+    observed_steps: list[Step] = []
     with _filters, warnings.catch_warnings(), torch.no_grad(), on_cpu(), fresh_numbers(), observed:
         warnings.simplefilter("ignore")
         for i, (t, x, m) in enumerate(zip(times, samples, outputs, strict=False)):
@@ -234,19 +237,19 @@ def observe(
             in_lists = [x for value in state.values() if type(value) is list for x in value]
             stores = any(name not in simple and not isinstance(value, torch.Size) for name, value in changed.items())
             stores = stores or any(isinstance(x, Tensor) for x in in_lists)
-            made.append(Step(result, prev, second, observed.draws, simple, stores, scaled, scale_counts))
-    return made
+            observed_steps.append(Step(result, prev, second, observed.draws, simple, stores, scaled, scale_counts))
+    return observed_steps
 
 
 def on_cpu() -> AbstractContextManager[Any]:
-    """Where all numbers are, whatever the default device."""
+    """A context in which the default device is the CPU, where all numbers are."""
     return nullcontext() if torch_default_device().type == "cpu" else torch.device("cpu")
 
 
 @contextmanager
 def fresh_numbers() -> Iterator[None]:
-    """Torch's generator draws other numbers in each run, so that a step that draws its own is not linear. Afterwards
-    the generator is as it was."""
+    """Reseeds torch's generator, so that a step which draws from it directly fails the proof of linearity. Afterwards
+    the generator's state is restored."""
     with torch.random.fork_rng([]):
         torch.default_generator.seed()
         yield
@@ -254,23 +257,26 @@ def fresh_numbers() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=64)
 def parameters_of_step(cls: type) -> Mapping[str, inspect.Parameter]:
-    """Those of a class's step, without the object. A step that takes `*args` or `**kwargs` passes them on: then they
-    are those of the class's parent."""
+    """The parameters of a class's step, without `self`. A step with `*args` or `**kwargs` passes them on to the parent
+    class, so the parent's parameters are returned."""
     name, parameters = step_name(cls), dict[str, inspect.Parameter]()
     for base in cls.__mro__:
         if name in vars(base):
             parameters = dict(list(inspect.signature(vars(base)[name]).parameters.items())[1:])
-            if not any(taken.kind in (taken.VAR_POSITIONAL, taken.VAR_KEYWORD) for taken in parameters.values()):
+            if not any(
+                parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters.values()
+            ):
                 break
     return parameters
 
 
 def is_simple(value: object) -> bool:
-    """Whether it is a number, also in a tensor, a string or None."""
+    """Whether the value is a number, a tensor with a single number and no dimensions, a string or None."""
     return type(value) in CONSTANT or (isinstance(value, Tensor) and not value.dim())
 
 
 def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
+    """What a step returned: its description, the next sample, and the second tensor or None."""
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")
@@ -287,14 +293,14 @@ def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting as diffusers' own code reads it: an edited attribute of a config differs from the config's item."""
+    """A setting as diffusers' code reads it: the config's attribute, which may have been edited, before the item."""
     config = getattr(scheduler, "config", {})
     return getattr(config, name, config.get(name, default))
 
 
 def clip_of(scheduler: Any) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """The range that a scheduler clips clean samples to, if it clips, and of a dynamic threshold the quantile of their
-    magnitudes that they are divided by before, and the largest divisor."""
+    """The range to which a scheduler with a clip clips clean samples; and (quantile, largest divisor) for dynamic
+    thresholding, which divides them by a quantile of their magnitudes before the clip, or None."""
     if setting(scheduler, "thresholding"):
         return (-1.0, 1.0), (setting(scheduler, "dynamic_thresholding_ratio"), setting(scheduler, "sample_max_value"))
     bound = float(setting(scheduler, "clip_sample_range", 1.0))

@@ -1,13 +1,14 @@
-"""Samplers: functions that fill the rows of a StepTable, which a loop or a kernel takes as they are.
+"""Samplers: functions that return the rows of a StepTable, for a loop or a kernel.
 
 All have one signature, sampler(grid, *, prediction="eps", ...) -> StepTable. `ddpm_ext.tables.grid` makes grids, and
-`ddpm_ext.tables.step_table` has the equation of a row. Rows are written for variance-preserving samples and scaled
-to the grid's levels afterwards (any_scale.py). The docstrings write a_t for alphas_cumprod where a step starts, and a_s
-for alphas_cumprod where it arrives.
+`ddpm_ext.tables.step_table` has the equation of a row. Samplers compute rows for variance-preserving samples, and
+any_scale.py scales the rows to the grid's levels. The docstrings write a_t for alphas_cumprod where a step starts, and
+a_s for alphas_cumprod where it arrives.
 
-The rows also say how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). In ddpm's rows it
-moves the mean by the variance times g (algorithm 1). In all others, eps becomes eps - sqrt(1 - a_t) g (algorithm 2),
-and x0 changes with it, after the clip; so does what rows keep of them. CFG++ renoises with an eps without it.
+The rows also determine how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). ddpm's rows
+move the mean by the variance times g (algorithm 1). In the rows of all other samplers, eps becomes eps - sqrt(1 - a_t)
+g (algorithm 2), and x0 changes accordingly, after the clip. So do the tensors that rows keep. The eps with which CFG++
+renoises stays without g.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ddpm_ext.tables.samplers.singlestep import dpm_2, dpm_2_ancestral, dpmpp_2s
 from ddpm_ext.tables.samplers.unipc import unipc
 from ddpm_ext.tables.step_table import StepTable
 
-# By the names that `sampler=` takes.
+# The keys are the names that `sampler=` takes.
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     sampler.__name__: sampler
     for sampler in (

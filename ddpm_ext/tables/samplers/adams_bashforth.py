@@ -1,4 +1,4 @@
-"""Samplers along a polynomial through the last eps, Adams and Bashforth's method, in several measures of time."""
+"""Samplers by Adams and Bashforth's method: steps along a polynomial through the last eps, in several variables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
     """Adams and Bashforth's method for steps of any length, for the probability flow in sigma, as k-diffusion's.
 
     The slope of x / sqrt(alphas_cumprod) by sigma is eps (Karras et al. 2022, eq. 3); the step is the exact integral of
-    the polynomial in sigma through the last `order` slopes. The first steps have as many slopes as there are.
+    the polynomial in sigma through the last `order` slopes. The first steps use as many slopes as exist.
 
     Args:
         grid: descending.
@@ -60,7 +60,8 @@ def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_fin
         grid: descending.
         prediction: as for ddpm.
         order: 1 to 3 as in diffusers, or 4.
-        lower_order_final: whether the last of fewer than 15 steps is of first order, and the one before of second.
+        lower_order_final: with fewer than 15 steps, whether the last step is of first order and the one before it of
+            second.
 
     The first step is of first order, and so is a last step that arrives at clean data, where log sigma is infinite.
 
@@ -79,8 +80,8 @@ def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_fin
 def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """iPNDM: Zhang & Chen 2023, with the same weights as diffusers.
 
-    DDIM's step along a weighted mean of the last four eps, with the weights of equal steps. The first three steps have
-    as many eps as there are.
+    DDIM's step along a weighted mean of the last four eps, with the weights for steps of equal length. The first three
+    steps use as many eps as exist.
 
     Args:
         grid: descending.
@@ -100,9 +101,9 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
 def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """PLMS, the multistep sampler of PNDM: Liu et al. 2022, the same samples as diffusers'.
 
-    These are iPNDM's rows and one more: after the first step, the model is called at the second timestep, and the mean
-    of both eps takes the first step anew, to the same timestep. The eps of that call is not kept. len(grid) steps are
-    len(grid) + 1 rows; a single step is one row. With prediction "v", diffusers takes means of v in place of eps.
+    These are iPNDM's rows and an additional one. After the first step, the model is called at the second timestep, and
+    the first step is repeated with the mean of both eps. The eps of this additional call is not kept. len(grid) steps
+    are len(grid) + 1 rows; a single step is one row. With prediction "v", diffusers takes means of v in place of eps.
 
     Args, raises: as for ipndm.
 
@@ -115,9 +116,9 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
     if len(grid) < first + 2:
         return table
     half = multistep.eps_slope(grid)[first : first + 1] / 2
-    there = table[first + 1 : first + 2]
-    levels = dict(zip(LEVELS, (there.signal_now, there.noise_now) * 2, strict=True))
-    c0, c1 = half * there.k0, 1 + half * there.k1
-    again = StepTable(there.timestep, there.a, there.b, c0, c1, h1=-half, g0=there.g0, **levels)
+    second_row = table[first + 1 : first + 2]
+    levels = dict(zip(LEVELS, (second_row.signal_now, second_row.noise_now) * 2, strict=True))
+    c0, c1 = half * second_row.k0, 1 + half * second_row.k1
+    again = StepTable(second_row.timestep, second_row.a, second_row.b, c0, c1, h1=-half, g0=second_row.g0, **levels)
     rows = torch.arange(len(table), device="cpu")
     return merged([(2 * rows, table), (2 * rows[first : first + 1] + 1, again)])

@@ -1,4 +1,4 @@
-"""Samplers for samples of any scale, by samplers for variance-preserving ones."""
+"""Turns samplers for variance-preserving samples into samplers for samples of any scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
-    """A sampler for grids of any scale, by one that makes rows for variance-preserving samples."""
+    """Decorates a sampler for variance-preserving samples, so that it takes grids of any scale."""
 
     @wraps(sampler)
     def scaled(grid: Any, **options: Any) -> StepTable:

@@ -20,7 +20,7 @@ __all__ = ["dpmpp_2m_cfg_pp", "euler_ancestral_cfg_pp", "euler_cfg_pp"]
 
 
 def _renoised(grid: Grid | Jumps, prediction: str, sigma: Tensor) -> StepTable:
-    """DDIM's rows with the model's own eps, which is that of the unconditional output."""
+    """DDIM's rows with eps from the unconditional output, without a clip of x0."""
     table = implicit(grid, prediction, sigma, keep_eps=True)
     return replace(table, c2=None, cu=table.c2, g1=None)
 
@@ -29,9 +29,9 @@ def _renoised(grid: Grid | Jumps, prediction: str, sigma: Tensor) -> StepTable:
 def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     """CFG++ on DDIM: Chung et al. 2024, algorithm 2; ComfyUI has it by this name.
 
-    x0 comes from the guided output u + scale (m - u), and the noise that leads on from the unconditional output u:
-    prev = sqrt(a_s) x0 + sqrt(1 - a_s) eps_u. The scale is the paper's lambda, which it has in [0, 1]: a scale of 1 is
-    not the same as no guidance. Without guidance the rows are ddim's. Where x0 is clipped, eps_u stays as it was.
+    x0 comes from the guided output u + scale (m - u), and eps_u from the unconditional output u: prev = sqrt(a_s) x0 +
+    sqrt(1 - a_s) eps_u. The scale is the paper's lambda, in [0, 1] there. A scale of 1 is not the same as no guidance:
+    without guidance the rows are ddim's. A clip of x0 does not change eps_u.
 
     Args, raises: as for ddim.
 
@@ -57,14 +57,14 @@ def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: 
 def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """CFG++ on DPM-Solver++(2M), the same samples as the authors' and ComfyUI's.
 
-    With y = x / sqrt(alphas_cumprod), h the step in lambda and r the step before over h, u0 the x0 of the unconditional
-    output and u0' that of the step before:
+    With y = x / sqrt(alphas_cumprod), h the step in lambda, r the previous step in lambda over h, u0 the x0 of the
+    unconditional output, and u0' the previous step's u0:
 
         y_s = x0 + e^-h (y - u0) + (1 - e^-h) / (2 r) (x0 - u0')
 
-    A step is two rows, since what a row keeps has no unconditional output in it: the first arrives at u0, a clean
-    sample, and keeps the rest of the sum; the second does not call the model, and keeps u0 for the next step. The first
-    step has no u0', and a last step to clean data is one row, as is a step from pure noise.
+    A step is two rows, since a row's `kept` cannot contain the unconditional output. The first row arrives at u0, a
+    clean sample, and keeps the rest of the sum. The second row does not call the model, and keeps u0 for the next step.
+    The first step has no u0'. A last step to clean data is one row, and so is a step from pure noise.
 
     Args, raises: as for dpmpp_2m; there is no lower_order_final.
 

@@ -1,4 +1,4 @@
-"""What the samplers' rows are made of: float64 (rows,), for the steps of a grid.
+"""The coefficients from which samplers compute their rows: float64 (rows,), for the steps of a grid.
 
 a_t stands for alphas_cumprod where a step starts (grid.now) and a_s for alphas_cumprod where it arrives (grid.after).
 """
@@ -29,7 +29,7 @@ def posterior_variance(grid: Grid | Jumps) -> Tensor:
     """The variance of q(x_s | x_t, x_0).
 
     Raises:
-        ValueError: a step goes up to more noise, of which there is no such distribution.
+        ValueError: a step goes up to more noise, for which the posterior is not defined.
     """
     up = grid.after < grid.now
     if up.any():
@@ -38,7 +38,7 @@ def posterior_variance(grid: Grid | Jumps) -> Tensor:
             f"grid's step {i}, from timestep {grid.timestep[i].item()}, goes up to more noise, expected steps down "
             "for a sampler that adds the posterior's noise"
         )
-    return posterior(grid)[2].clamp(min=0)  # levels that are next to equal differ by their rounding
+    return posterior(grid)[2].clamp(min=0)  # between nearly equal levels, rounding may make it negative
 
 
 def half_log_snr(grid: Grid) -> Tensor:
@@ -55,7 +55,7 @@ def _levels(grid: Grid | Jumps) -> Levels:
 
 
 def prediction_entry(name: str) -> Prediction:
-    """The entry of PREDICTIONS. Raises ValueError where there is none."""
+    """The entry of PREDICTIONS with this name. Raises ValueError for an unknown name."""
     return PREDICTIONS[checks.one_of("prediction", name, PREDICTIONS)]
 
 
@@ -81,15 +81,18 @@ def eps(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
 def score(grid: Grid | Jumps) -> Tensor:
     """g0 for a sampler that replaces eps by eps - sqrt(1 - a_t) g, with g a classifier's gradient.
 
-    (1 - a_t) / sqrt(a_t); 0 where next to no signal is left, so that every row is finite.
+    This is (1 - a_t) / sqrt(a_t), but 0 where almost no signal is left, so that every row is finite.
     """
     root = grid.now.sqrt()
     return torch.where(root < 1 / HUGE, 0.0, (1 - grid.now) / root)
 
 
 def rows(grid: Grid | Jumps, prediction: str, **columns: Tensor | None) -> StepTable:
-    """The rows of these steps: those columns, and beside them the timesteps and the levels, a and b by the prediction,
-    and g0 by `score`, unless they are among those."""
+    """The table of these steps with the columns that are passed.
+
+    Timesteps, a and b come from the grid and the prediction. g0, from `score`, and the levels are defaults that
+    `columns` may override.
+    """
     a, b = x0(grid, prediction)
     return StepTable(grid.timestep, a, b, **{"g0": score(grid), **grid.levels, **columns})
 
@@ -98,7 +101,7 @@ def sigma(grid: Grid | Jumps, eta: float) -> Tensor:
     """eta times the posterior's standard deviation: Song et al. 2021, eq. (16).
 
     Raises:
-        TypeError, ValueError: `eta` is not a finite number >= 0; as posterior_variance, unless it is 0.
+        TypeError, ValueError: `eta` is not a finite number >= 0; as posterior_variance, unless `eta` is 0.
     """
     eta = check_eta(eta)
     return eta * posterior_variance(grid).sqrt() if eta else torch.zeros_like(grid.now)

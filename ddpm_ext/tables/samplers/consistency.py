@@ -1,4 +1,4 @@
-"""Samplers for distilled models, which predict the clean sample in one step and add noise to it again."""
+"""Samplers for distilled models: each step predicts the clean sample and adds noise to it again."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SIGMA_DATA = 0.5
 def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float = 10.0) -> StepTable:
     """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4, the same samples as diffusers'.
 
-    The consistency function f = c_skip x + c_out x0 predicts the clean sample. The next sample is f with fresh noise to
-    the level where the step arrives. c_skip is 1 at timestep 0, and next to 0 from timestep 1 on.
+    The consistency function f = c_skip x + c_out x0 predicts the clean sample. The next sample is f plus fresh noise at
+    the level where the step arrives. c_skip is 1 at timestep 0, and nearly 0 from timestep 1 on.
 
     Args:
         grid: descending.
         prediction: as for ddpm.
-        timestep_scaling: by what the timestep is multiplied in c_skip and c_out; 10 in diffusers.
+        timestep_scaling: the factor of the timestep in c_skip and c_out; 10 in diffusers.
 
     Raises:
         ValueError: an unknown `prediction`.
@@ -45,13 +45,13 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
 def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
     """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024; diffusers has the same.
 
-    A step goes down to timestep (1 - eta) s, rounded down, where s is the timestep at which it arrives, and from there
-    fresh noise leads up to s. These are DDIM's rows with other noise. The last step adds no noise.
+    Let s be the timestep at which a step arrives. The step goes down to timestep (1 - eta) s, rounded down, and fresh
+    noise leads from there up to s. These are DDIM's rows with more noise. The last step adds no noise.
 
     Args:
         grid: descending, with a schedule.
         prediction: as for ddpm.
-        eta: gamma of the paper: 0 for the deterministic sampler, 1 for fresh noise in place of the model's; in [0, 1].
+        eta: gamma of the paper, in [0, 1]: 0 for the deterministic sampler, 1 for fresh noise in place of the model's.
 
     Raises:
         TypeError: `eta` is not a number.
@@ -70,5 +70,6 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
                 "grid has no schedule, in which tcd counts timesteps: expected one, as make_grid's, or eta 0"
             )
         between = grid.schedule[((1 - eta) * grid.timestep[1:]).floor().long()]
-        sigma[:-1] = (1 - grid.after[:-1] / between).clamp(min=0).sqrt()  # a level may have less noise than the first
+        # The grid's levels may have less noise than the schedule's first level: then the difference is negative.
+        sigma[:-1] = (1 - grid.after[:-1] / between).clamp(min=0).sqrt()
     return implicit(grid, prediction, sigma, keep_eps=True)

@@ -1,4 +1,4 @@
-"""DDIM and the samplers whose rows are DDIM's with other noise: its inversion, Euler and ancestral Euler."""
+"""DDIM, its inversion, Euler and ancestral Euler: their rows differ only in the noise."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ancestral_sigma", "ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
-ROUNDING = 1e-6  # of levels that other libraries hold in float32
+ROUNDING = 1e-6  # relative rounding error of levels that other libraries store in float32
 
 
 def implicit(
     grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool, direction: Tensor | None = None
 ) -> StepTable:
-    """prev = sqrt(a_s) x0 + direction eps + sigma z. A direction of None is sqrt(1 - a_s - sigma^2), and gives prev
-    its right variance: Song et al. 2021, eq. (12); sigma^2 is at most 1 - a_s then, up to rounding."""
+    """The rows prev = sqrt(a_s) x0 + direction eps + sigma z.
+
+    A direction of None is sqrt(1 - a_s - sigma^2), with which prev has the variance of its level: Song et al. 2021, eq.
+    (12). Then sigma^2 must be at most 1 - a_s, up to rounding.
+    """
     now, after = grid.now, grid.after
     if direction is None:
         direction = (1 - after - sigma**2).clamp(min=0).sqrt()
@@ -41,16 +44,16 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: 0 for the deterministic sampler, 1 for DDPM's posterior; finite, >= 0. A little above 1 a step asks for
-            more noise than there is where it arrives: how little depends on the grid.
-        keep_eps: which noise a step goes on with once x0 has been clipped: the model's own (True: the tutorial,
-            diffusers), or the noise that leads from the clipped x0 to x_t (False: guided-diffusion, lucidrains,
-            diffusers with use_clipped_model_output).
+        eta: 0 for the deterministic sampler, 1 for DDPM's posterior; finite, >= 0. From some value above 1, which
+            depends on the grid, a step would add more noise than the level where it arrives has.
+        keep_eps: the eps of the step if x0 has been clipped: the model's (True: the tutorial, diffusers), or the eps
+            that leads from the clipped x0 to x_t (False: guided-diffusion, lucidrains, diffusers with
+            use_clipped_model_output).
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: `eta` is negative, not finite, or so large that a step asks for more noise than there is where it
-            arrives; a grid that goes up to more noise, unless `eta` is 0; or an unknown `prediction`.
+        ValueError: `eta` is negative, not finite, or so large that a step would add more noise than the level where it
+            arrives has; a grid that goes up to more noise, unless `eta` is 0; or an unknown `prediction`.
 
     Examples:
         >>> table = ddim(grid, eta=0.5)  # for sampler= of a loop
@@ -61,8 +64,7 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
 
 
 def _check_noise(grid: Grid | Jumps, sigma: Tensor, eta: float) -> None:
-    """Raises ValueError where sigma^2 > 1 - a_s, which leaves no noise for the direction to x_t: a step of eq. (12)
-    would have a variance of more than 1."""
+    """Raises ValueError where sigma^2 > 1 - a_s: no factor of eps could give the step the variance of its level."""
     room = torch.where(sigma > 0, (1 - grid.after) / sigma**2, torch.inf)
     i = int(room.argmin())
     if room[i] < 1 - ROUNDING:
@@ -104,8 +106,8 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
 def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     """Euler's method for the probability flow in sigma: Karras et al. 2022, algorithm 1 without its second half.
 
-    For the samples of unit variance that a loop takes, this is DDIM's row with eta 0 and the noise derived from the
-    clipped x0. The samples of k-diffusion and diffusers are the same divided by sqrt(alphas_cumprod).
+    For variance-preserving samples, this is DDIM's row with eta 0 and the eps derived from the clipped x0. The samples
+    of k-diffusion and diffusers are the same, divided by sqrt(alphas_cumprod).
 
     Args, raises: as for ddim.
 
@@ -119,7 +121,7 @@ def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
 def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
     """k-diffusion's ancestral Euler: a step down to less noise than the next timestep's, then fresh noise up to it.
 
-    This is DDIM's row with its eta and the noise derived from the clipped x0, where no step adds more noise than the
+    This is DDIM's row with the same eta and the eps derived from the clipped x0, but no step adds more noise than the
     next timestep has.
 
     Args, raises: as for ddim.
@@ -132,5 +134,5 @@ def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float =
 
 
 def ancestral_sigma(grid: Grid | Jumps, eta: float) -> Tensor:
-    """The standard deviation of an ancestral step's noise: coefficients.sigma, at most all that the next level has."""
+    """The standard deviation of an ancestral step's noise: coefficients.sigma, but at most the next level's noise."""
     return torch.minimum(coefficients.sigma(grid, eta), (1 - grid.after).sqrt())

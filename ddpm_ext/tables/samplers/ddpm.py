@@ -16,23 +16,23 @@ __all__ = ["ddpm"]
 def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_small") -> StepTable:
     """Ancestral sampling, a draw from the posterior q(x_s | x_t, x_0): Ho et al. 2020, eq. (6), (7) and algorithm 2.
 
-    Over a subset of the timesteps, betas are those of Nichol & Dhariwal 2021, section 4: beta = 1 - a_t / a_s.
+    On a subset of the timesteps, beta = 1 - a_t / a_s: Nichol & Dhariwal 2021, section 4.
 
     Args:
-        grid: descending. The last row of a Grid adds no noise; of Jumps every row does.
+        grid: descending. The last row of a Grid adds no noise; with Jumps, every row does.
         prediction: what the model predicts, a name of PREDICTIONS: "eps", "x0", "v", "flow", "edm" or "x_prev".
         variance: the variance of the noise:
             "fixed_small": the posterior's, at least 1e-20;
             "fixed_large": beta;
-            "learned": the model returns its logarithm beside m;
-            "learned_range": the model returns where its logarithm lies between those of "fixed_small" (-1) and
+            "learned": the model returns the log-variance in addition to m;
+            "learned_range": the model returns the position of the log-variance between those of "fixed_small" (-1) and
             "fixed_large" (1): Nichol & Dhariwal 2021, eq. 15, as guided-diffusion scales it;
-            "learned_variance": the model returns the variance itself, as diffusers' "learned".
+            "learned_variance": the model returns the variance itself, as with diffusers' "learned".
 
-    A classifier's gradient moves the mean by the variance times the gradient, in the last step too. As in
-    guided-diffusion, this variance is not clipped for "fixed_small", so that it is 0 in a step that arrives at clean
-    data. In the last step it is the posterior's of the step before, if there is one, for "fixed_large"; and so is the
-    smallest variance of "learned_range" in a last step that arrives at clean data.
+    A classifier's gradient moves the mean by the variance times the gradient, also in the last step. As in
+    guided-diffusion, this variance is not clipped for "fixed_small": it is 0 in a step that arrives at clean data. For
+    "fixed_large", the last step takes the posterior variance of the previous step, if there is one. So does the lower
+    end of "learned_range" in a last step that arrives at clean data.
 
     Raises:
         ValueError: an unknown `prediction` or `variance`, or a grid that goes up to more noise.

@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++: multistep with what one step or two steps before predicted."""
+"""DPM-Solver and DPM-Solver++: multistep samplers with the predictions of one or two previous steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool
     after, h = grid.after, coefficients.half_log_snr(grid).diff()
     extra = eta * h if eta else torch.zeros_like(h)  # 0 even where h is infinite
     towards_x0 = -after.sqrt() * torch.expm1(-h - extra)
-    # x0 is extrapolated to the middle of the step by this multiple of its change over the step before.
+    # To extrapolate x0 to the middle of the step, this multiple of its change over the previous step is added.
     onward = torch.zeros_like(h)
     onward[1:] = h[1:] / (2 * h[:-1])
     onward[~onward.isfinite()] = 0
@@ -88,7 +88,7 @@ def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: boo
             phi_3 = phi_2 / length - 0.5
             latest, before = h[i - 1] / h[i], h[i - 2] / h[i] if order > 2 else math.inf
             both = latest + before
-            newer, older = phi_2, 0.0  # the weights of x0's slopes over the last step and over the step before it
+            newer, older = phi_2, 0.0  # the weights of x0's slopes over the previous step and the step before that
             if order > 2:
                 older = (phi_3 - phi_2 * latest) / both
                 newer = phi_2 - older
@@ -102,11 +102,11 @@ def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: boo
 def dpmpp_3m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = True) -> StepTable:
     """DPM-Solver++(3M): with the x0 of two steps before, as k-diffusion's dpmpp_3m_sde without noise.
 
-    The numbers are those of k-diffusion and diffusers ("heun"), which give the second derivative of x0 half of the
-    weight that its integral has. The error is smaller than dpmpp_2m's, but falls with the second power of the steps.
+    The coefficients are those of k-diffusion and diffusers ("heun"), where the second derivative of x0 has half of the
+    weight that the exact integral gives it. So the method is of second order, but its error is smaller than dpmpp_2m's.
 
     The first step is of first order, the second of second order. A last step that arrives at clean data is of first
-    order, and so is, as in diffusers, the last of fewer than 15 steps, the one before it of second.
+    order. As in diffusers, of fewer than 15 steps the last is of first order and the one before it of second.
 
     Args:
         grid: descending.
@@ -149,8 +149,8 @@ def dpmpp_3m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
 def dpm_solver_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = True) -> StepTable:
     """DPM-Solver(2M): dpmpp_2m's rule for eps in place of x0, as diffusers' "dpmsolver" with midpoints.
 
-    The integral over a step has eps in it (Lu et al. 2022, proposition 3.1), which is extrapolated to the step's middle
-    by its change over the step before. The first and the last step are as in dpmpp_2m.
+    The step is an integral of eps (Lu et al. 2022, proposition 3.1). eps is extrapolated to the middle of the step by
+    its change over the previous step. The first and the last step are as in dpmpp_2m.
 
     Args, raises: as for dpmpp_2m.
 

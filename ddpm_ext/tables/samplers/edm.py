@@ -32,21 +32,22 @@ def edm(
 ) -> StepTable:
     """Heun's method with churn: Karras et al. 2022, algorithm 2. The defaults are theirs for ImageNet (table 5).
 
-    Before a step whose sigma is in [s_tmin, s_tmax], fresh noise leads up to (1 + gamma) sigma, with gamma = s_churn /
-    len(grid), at most sqrt(2) - 1. The model is called there, between the timesteps of the schedule; above its greatest
-    sigma at the last one. The last row of the step before adds this noise; before the first step, it is a row that does
-    not call the model. Without churn the rows are heun's.
+    Before a step whose sigma is in [s_tmin, s_tmax], fresh noise raises sigma to (1 + gamma) sigma, with gamma =
+    min(s_churn / len(grid), sqrt(2) - 1). The model is called at this level, between the timesteps of the schedule, or
+    at the schedule's last timestep if the level is above its greatest sigma. The last row of the previous step adds the
+    noise; for the first step, a row without a call of the model does. Without churn the rows are heun's.
 
     Args:
-        grid: descending; where there is churn, with a schedule or a timestep_of.
+        grid: descending; with churn, it needs a schedule or a timestep_of.
         prediction: as for ddpm; "x_prev" is refused.
         s_churn: how much noise all steps together add, finite, >= 0.
-        s_tmin, s_tmax: the sigmas, noise over signal, of the steps that get churn, >= 0; s_tmax may be infinite.
-        s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.
+        s_tmin, s_tmax: the range of sigmas, noise over signal, of the steps with churn, >= 0; s_tmax may be infinite.
+        s_noise: a factor of the noise's standard deviation, finite, >= 0.
 
     Raises:
         TypeError: an argument that is not a number.
-        ValueError: an argument out of range, an unknown `prediction`, or a grid that lacks both where there is churn.
+        ValueError: an argument out of range, an unknown `prediction`, or churn on a grid that has neither a schedule
+            nor a timestep_of.
 
     Examples:
         >>> from ddpm_ext.tables.sigma_grids import karras_grid
@@ -68,10 +69,10 @@ def edm(
     ends = jumps(grid.timestep[1:], grid.now[1:], after[:-1])
     table = heun_steps(prediction, jumps(timestep, start, after), ends)
     if churned[0]:
-        kept = start[:1] / grid.now[:1]
-        zero = torch.zeros_like(kept)
+        share = start[:1] / grid.now[:1]
+        zero = torch.zeros_like(share)
         levels = level_columns(grid.now[:1], start[:1])
-        noised = StepTable(grid.timestep[:1], zero, zero, c0=zero, c1=kept.sqrt(), s=(1 - kept).sqrt(), **levels)
+        noised = StepTable(grid.timestep[:1], zero, zero, c0=zero, c1=share.sqrt(), s=(1 - share).sqrt(), **levels)
         rows = torch.arange(1 + len(table), device="cpu")
         table = merged([(rows[:1], noised), (rows[1:], table)])
     return replace(table, s=s_noise * table.s)

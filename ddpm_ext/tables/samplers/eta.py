@@ -1,4 +1,4 @@
-"""eta, the factor of a sampler's noise: what it may be, and which samplers take it."""
+"""eta, the factor of a sampler's noise: its range, and the samplers that take it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_eta(eta: object) -> float:
     """`eta` as a float.
 
     Raises:
-        TypeError: `eta` is not a number. ValueError: it is negative or not finite.
+        TypeError: `eta` is not a number. ValueError: `eta` is negative or not finite.
     """
     return checks.nonnegative("eta", eta)
 
@@ -23,17 +23,17 @@ def takes_eta(sampler: Callable[..., object]) -> bool:
 
 
 def eta_argument(sampler: Callable[..., object], eta: float | None) -> dict[str, float]:
-    """The keyword arguments that an option `eta` becomes for `sampler`, a function of SAMPLERS.
+    """The keyword arguments that pass an option `eta` to `sampler`, a function of SAMPLERS.
 
     Args:
-        eta: finite, >= 0; None for the sampler's default. A sampler without eta also takes 0.
+        eta: finite, >= 0; None for the sampler's default. For a sampler without eta, 0 is accepted as well.
 
     Returns:
         {"eta": eta}, or {} where the sampler has no eta or `eta` is None.
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: it is negative, not finite, or above 0 for a sampler that has none.
+        ValueError: `eta` is negative, not finite, or above 0 for a sampler without eta.
     """
     if eta is None:
         return {}

@@ -28,21 +28,21 @@ def flow_sde(
 ) -> StepTable:
     """A step of Euler and Maruyama along an SDE that has the flow's marginals: Liu et al. 2025, "Flow-GRPO".
 
-    With t the flow's sigma where a step starts, t' where it arrives, and d the SDE's coefficient of noise,
+    With t the flow's sigma where a step starts, t' its sigma where the step arrives, and d the SDE's noise coefficient,
 
         prev = (1 - t') x_0 + (t' - d^2 (t - t') / (2 t)) eps + d sqrt(t - t') z
 
-    Samples of another scale, variance-preserving ones included, take the step of the flow that has the same ratios of
-    signal and noise.
+    Samples of another scale, such as variance-preserving ones, take the step of the flow with the same ratios of signal
+    and noise.
 
     Args:
         grid: descending.
         prediction: as for ddpm.
         eta: the scale of the noise, Flow-GRPO's noise_level; finite, >= 0. 0 gives Euler's method.
-        variant: "flow_grpo", where d = eta sqrt(t / (1 - t)), with t' in place of a t of 1 in the denominator, as in
-            the authors' code; or "dance_grpo", where d = eta (Xue et al. 2025).
-        last_noise: whether the step to clean data adds noise too; both papers' codes add it. Without it that step ends
-            in the predicted x_0, and has no probability.
+        variant: "flow_grpo": d = eta sqrt(t / (1 - t)); if t is 1, the denominator has t' in place of t, as in the
+            authors' code. "dance_grpo": d = eta (Xue et al. 2025).
+        last_noise: whether the step to clean data adds noise, as it does in both papers' code. Without noise the step
+            ends at the predicted x_0 and has no probability.
 
     Raises:
         TypeError, ValueError: as ddim; an unknown `variant`.

@@ -17,9 +17,9 @@ __all__ = ["heun", "heun_steps"]
 def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """Heun's method for the probability flow in sigma: Karras et al. 2022, algorithm 1, without churn.
 
-    A step is two rows, and so two calls of the model. The first is Euler's, to a preliminary x at the next timestep;
-    the second corrects it by the slope found there. The last step is Euler's alone; so is a step from pure noise, where
-    sigma is infinite. len(grid) steps are up to 2 len(grid) - 1 rows.
+    A step is two rows with a call of the model each. The first row is an Euler step to a preliminary x at the next
+    timestep. The second row corrects x by the slope there. The last step is one Euler row, and so is a step from pure
+    noise, where sigma is infinite. len(grid) steps are up to 2 len(grid) - 1 rows.
 
     Args, raises: as for dpmpp_2m.
 
@@ -32,15 +32,15 @@ def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
 
 
 def heun_steps(prediction: str, steps: Jumps, ends: Jumps) -> StepTable:
-    """Heun's steps, with fresh noise between a step's end and the level that it is to reach.
+    """The rows of Heun's steps. A step may add fresh noise at its end, up to a higher level.
 
     For x / sqrt(alphas_cumprod), and with r the ratio of the sigmas before and after the step, the correction adds
-    (r - 1) / 2 (x0 - x0 of the Euler row), so that the sample before both rows is not needed.
+    (r - 1) / 2 (x0 - x0 of the Euler row), so that the sample at the step's start is not needed.
 
     Args:
         prediction: as for ddpm.
-        steps: from where each starts to the level that it reaches with its noise.
-        ends: where the model is called at the end of each step but the last, which is Euler's alone.
+        steps: each step from its start to the level that it reaches with its noise.
+        ends: the end of each step but the last, where the model is called. The last step is one Euler row.
     """
     end = torch.cat([ends.now, steps.after[-1:]])
     s = (1 - steps.after / end).sqrt()  # the variance that a step of the forward process adds

@@ -1,8 +1,8 @@
-"""Rows of linear multistep samplers, whose steps read values that the steps before kept.
+"""Rows of linear multistep samplers, whose steps read values that earlier steps kept.
 
-A sampler gives each row's weights: that of the value at this step, then those of the steps before, the latest first.
-There are as many weights as the step's order, up to 4. Values are the predicted clean samples, or the noise eps = (x -
-sqrt(a_t) x0) / sqrt(1 - a_t) that leads from them to x_t. Both come after the clip of x0.
+A sampler passes each row's weights: the weight of the value at this step, then the weights of earlier values, the
+latest first. There are as many weights as the step's order, up to 4. Values are the predicted clean samples x0, or eps
+= (x - sqrt(a_t) x0) / sqrt(1 - a_t). Both are taken after the clip of x0.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from ddpm_ext.tables.samplers.ddim import euler
 from ddpm_ext.tables.step_table import StepTable
 
 FEW = 15  # with fewer steps, the last one is of first order
-SLOTS = 4  # the value at a step and three before it
+SLOTS = 4  # the value at a step and the three before it
 
 Weights = Sequence[Sequence[float]]
 
 
 def first_step(grid: Grid) -> int:
-    """The step from which values count as history: 1 where the grid starts from pure noise, where sigma is infinite."""
+    """The first step whose value counts as history: 1 if the grid starts from pure noise, where sigma is infinite."""
     return int(grid.now[0] == 0)
 
 
 def orders(grid: Grid, most: int, *, lower_order_final: bool, lower_order_clean: bool = True) -> list[int]:
-    """The order of each step: at most `most`, and by one above the number of steps before it that count.
+    """The order of each step: at most `most`, and at most one more than the number of earlier values.
 
     With `lower_order_clean`, a step that arrives at clean data is of first order. With `lower_order_final`, so is the
     last of fewer than 15 steps, and the one before it is at most of second order, as in diffusers.
     """
     steps, first = len(grid), first_step(grid)
-    found = [min(most, max(1, i - first + 1)) for i in range(steps)]
+    order_of_step = [min(most, max(1, i - first + 1)) for i in range(steps)]
     if lower_order_final and steps < FEW:
-        found[-2:] = [min(order, most) for order, most in zip(found[-2:], (2, 1)[-steps:], strict=True)]
+        order_of_step[-2:] = [min(order, most) for order, most in zip(order_of_step[-2:], (2, 1)[-steps:], strict=True)]
     if lower_order_clean and grid.after[-1] == 1:
-        found[-1] = 1
-    return found
+        order_of_step[-1] = 1
+    return order_of_step
 
 
 def lagrange_weights(
     nodes: Sequence[float], end: float, density: Callable[[np.ndarray], np.ndarray] = np.ones_like
 ) -> list[float]:
-    """The mean of each Lagrange polynomial of the nodes from nodes[0] to `end`. They sum to 1.
+    """The mean of each Lagrange polynomial of the nodes over the interval from nodes[0] to `end`. The means sum to 1.
 
     Args:
         nodes: distinct.
-        density: by which the mean is weighted; a function of the distance from nodes[0].
+        density: the weight of a point in the mean, as a function of the distance from nodes[0].
     """
     points, weights = np.polynomial.legendre.leggauss(20)
     distance = (end - nodes[0]) * (points + 1) / 2
     weights = weights * density(distance)
-    own = np.array(nodes) - nodes[0]
+    offsets = np.array(nodes) - nodes[0]
     means = []
-    for j, node in enumerate(own):
-        others = np.delete(own, j)
+    for j, node in enumerate(offsets):
+        others = np.delete(offsets, j)
         values = np.prod((distance[:, None] - others) / (node - others), axis=1)
         means.append(float((weights * values).sum() / weights.sum()))
     return means
@@ -69,10 +69,10 @@ def lagrange_weights(
 def extrapolated(
     nodes: Sequence[float], used: Sequence[int], density: Callable[[np.ndarray], np.ndarray] = np.ones_like
 ) -> list[list[float]]:
-    """Each row's weights for the integral over the step of the polynomial through as many values as its order.
+    """Each row's weights: the mean over the step of the polynomial through the last values, as many as its order.
 
     Args:
-        nodes: (rows + 1,), where each step starts, and where the last one arrives.
+        nodes: (rows + 1,), where each step starts; the last entry is where the last step arrives.
         used: (rows,), the order of each step.
         density: as for lagrange_weights.
     """
@@ -97,17 +97,18 @@ def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor
 
 
 def of_sde(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
-    """Each step's factor of x and standard deviation of the noise, of an SDE in its form for predicted clean samples.
+    """Each step's factor of x and its standard deviation of the noise, for an SDE in the form with predicted clean
+    samples.
 
     Args:
-        extra: (rows,), the step in lambda times the square of how much noise there is; 0 for the probability flow.
+        extra: (rows,), the step in lambda times the square of the amount of noise; 0 for the probability flow.
     """
     of_x = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
     return of_x, (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
 
 
 def eps_slope(grid: Grid) -> Tensor:
-    """By how much eps moves the next sample: sqrt(1 - a_s) - sqrt(a_s (1 - a_t) / a_t); 0 from pure noise."""
+    """The factor of eps in Euler's step: sqrt(1 - a_s) - sqrt(a_s (1 - a_t) / a_t); 0 for a step from pure noise."""
     now, after = grid.now, grid.after
     slope = (1 - after).sqrt() - (after * (1 - now) / now).sqrt()
     return torch.where(now > 0, slope, 0.0)

@@ -13,13 +13,13 @@ __all__ = ["repaint"]
 
 
 def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10) -> StepTable:
-    """The table with jumps back to more noise in between, so that what is painted into a known image comes to fit it.
+    """Adds jumps back to more noise to a table, so that the inpainted region comes to fit the known image.
 
     RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump. Every `jump_length` rows,
     counted from the last one, the loop goes back over that many rows and takes them again, until it has taken them
     `jump_n_sample` times. A jump is one row, a step of the forward process: c1 = signal_after / signal_now, s^2 =
-    noise_after^2 - c1^2 noise_now^2. The model has no part in it (a = b = c0 = c2 = 0); its timestep is the one that it
-    starts from. Every row draws noise of its own.
+    noise_after^2 - c1^2 noise_now^2. It does not call the model (a = b = c0 = c2 = 0); its timestep is the timestep
+    where it starts. Every row has its own draw of noise.
 
     Args:
         table: descending, without history, with the columns of levels.
@@ -28,7 +28,8 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
     Raises:
         TypeError: `table` is not a StepTable, or `jump_length` or `jump_n_sample` is not an int.
-        ValueError: one of them is below 1; a table that does not descend from row to row, or has history.
+        ValueError: `jump_length` or `jump_n_sample` is below 1; a table that does not descend from row to row, or has
+            history.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddpm
@@ -56,7 +57,9 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     slope = signal_after / signal
     forward = {
         "c1": slope,
-        "s": (noise_after**2 - (slope * noise) ** 2).clamp(min=0).sqrt(),  # rounding: the table descends
+        "s": (noise_after**2 - (slope * noise) ** 2)
+        .clamp(min=0)
+        .sqrt(),  # below 0 only by rounding: the table descends
         **dict(zip(LEVELS, (signal, noise, signal_after, noise_after), strict=True)),
     }
     zeros = torch.zeros_like(slope)
@@ -70,8 +73,10 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
 
 def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:
-    """The rows in the loop's order: (row, 0) for a step, (row, how far back) for a jump that starts from a row."""
-    jumps_left = dict.fromkeys(range(0, rows - length, length), passes - 1)  # by the number of rows after it
+    """The rows in the loop's order: (row, 0) for a step, (row, length) for a jump back from before this row."""
+    jumps_left = dict.fromkeys(
+        range(0, rows - length, length), passes - 1
+    )  # by the number of rows after the jump's row
     order: list[tuple[int, int]] = []
     i = 0
     while i < rows:

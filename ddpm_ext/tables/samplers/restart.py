@@ -28,22 +28,22 @@ def restart(
 ) -> StepTable:
     """Restart sampling: Xu et al. 2023, section 3, with Heun's steps.
 
-    Where a step arrives at an interval's t_min, fresh noise leads back to its t_max, and n - 1 steps of Heun lead down
-    again; this is done k times. The last row before it adds the noise. t_min stands for the nearest sigma of the grid
-    at which another step starts. An interval whose t_max is not above that sigma, or is above the grid's first, is left
-    out.
+    When a step arrives at an interval's t_min, fresh noise leads back to the interval's t_max, and n - 1 Heun steps
+    lead down to t_min again. This is repeated k times. Each time, the row that arrives at t_min adds the noise. t_min
+    is moved to the nearest sigma of the grid at which a step other than the first starts. An interval is skipped if its
+    t_max is not above this sigma or is above the grid's first sigma.
 
     Args:
         grid: descending, with a schedule or a timestep_of.
         prediction: as for ddpm; "x_prev" is refused.
-        intervals: (n, k, t_min, t_max), the columns of the paper's tables: n sigmas, both ends included, spaced as
-            karras_grid's; k times; t_min and t_max are sigmas, noise over signal. The default is the authors' example
-            for CIFAR-10.
-        s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.
+        intervals: (n, k, t_min, t_max) each, the columns of the paper's tables: n sigmas, both ends included, spaced as
+            karras_grid spaces them; k repetitions; t_min and t_max are sigmas, noise over signal. The default is the
+            authors' example for CIFAR-10.
+        s_noise: a factor of the noise's standard deviation, finite, >= 0.
 
     Raises:
-        TypeError: n or k is not an int, or another argument not a number.
-        ValueError: an interval out of range, an unknown `prediction`, or a grid without both.
+        TypeError: n or k is not an int, or another argument is not a number.
+        ValueError: an interval out of range, an unknown `prediction`, or a grid without a schedule and timestep_of.
 
     Examples:
         >>> from ddpm_ext.tables.sigma_grids import karras_grid
@@ -53,7 +53,9 @@ def restart(
     coefficients.check_between(prediction)
     checks.nonnegative("s_noise", s_noise)
     sigma = sigmas_of(grid.alphas_cumprod)
-    passes: dict[int, list[Tensor]] = {}  # by the number of the step that starts at t_min: the sigmas of each pass
+    passes: dict[
+        int, list[Tensor]
+    ] = {}  # by the number of the step that starts at t_min: the sigmas of each repetition
     for number, (n, k, low, high) in enumerate(intervals):
         name = f"intervals[{number}]"
         n = checks.integer(f"{name}'s n", n, 2**31, "2^31", start=2)
@@ -67,7 +69,7 @@ def restart(
             if sigma[at] < high <= sigma[0]:
                 passes.setdefault(at, []).extend([karras_sigmas(high, sigma[at].item(), n)[:-1]] * k)
 
-    starts, ends = [], []  # level and timestep where each step starts, and where each but the last ends
+    starts, ends = [], []  # (level, timestep) where each step starts, and where each step but the last ends
     for i in range(len(grid)):
         here = grid.now[i : i + 1], grid.timestep[i : i + 1]
         for sigmas in passes.get(i, ()):

@@ -32,20 +32,20 @@ def sa_solver(
 ) -> StepTable:
     """SA-Predictor and SA-Corrector, in their form for predicted clean samples: Xue et al. 2023; the same as diffusers.
 
-    A row first corrects x by the model's output at x, then takes the step from there. The corrector has the noise of
-    the step that it corrects, so that it differs from the predictor by predicted clean samples alone, of this step and
-    those before. As in diffusers, the model's output at the corrected sample is not computed, and of second order, the
-    slope of x0 by lambda weighs as at the step's end. The first step is of first order, and so is a last step that
-    arrives at clean data.
+    A row first corrects x by the model's output at x, then takes the step from the corrected sample. The corrector uses
+    the noise of the step that it corrects. So corrector and predictor differ only by predicted clean samples, of this
+    step and of earlier steps. As in diffusers, the model's output at the corrected sample is not computed, and at
+    second order, the slope of x0 by lambda has the weight of the step's end. The first step is of first order, and so
+    is a last step that arrives at clean data.
 
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: tau of the paper, how much noise there is: 0 for the probability flow, 1 for the SDE; finite, >= 0.
-        interval: (low, high), the timesteps at which tau is eta, both included; elsewhere it is 0. None: everywhere.
-            diffusers has (200, 800) unless it is given a function.
+        eta: tau of the paper, the amount of noise: 0 for the probability flow, 1 for the SDE; finite, >= 0.
+        interval: (low, high): tau is eta at timesteps from low to high, both included, and 0 at all others. None: tau
+            is eta everywhere. diffusers uses (200, 800) unless the caller passes a function for tau.
         predictor_order: how many predicted clean samples the predictor uses, 1 to 3.
-        corrector_order: how many the corrector uses, of which one is at the step's end, 1 to 4.
+        corrector_order: how many the corrector uses, including the one at the step's end, 1 to 4.
         lower_order_final: whether the orders fall over the last steps.
 
     Raises:
@@ -71,12 +71,12 @@ def sa_solver(
     predictors = multistep.orders(grid, predictor_order, lower_order_final=False)
     correctors = multistep.orders(grid, corrector_order, lower_order_final=False, lower_order_clean=False)
     if lower_order_final:
-        predictors = [min(own, steps - i) for i, own in enumerate(predictors)]
-        correctors = [min(own, steps - i + 2) for i, own in enumerate(correctors)]
+        predictors = [min(order, steps - i) for i, order in enumerate(predictors)]
+        correctors = [min(order, steps - i + 2) for i, order in enumerate(correctors)]
     weights = []
     for i in range(steps):
         step = signal[i + 1] * _weights(levels, i, i, predictors[i], rate[i])
-        if i > first:  # by how much the corrected sample differs from the predictor's, which x is
+        if i > first:  # x is the predictor's result: add the difference to the corrected sample
             corrected = _weights(levels, i - 1, i, correctors[i], rate[i - 1])
             before = np.roll(_weights(levels, i - 1, i - 1, predictors[i - 1], rate[i - 1]), 1)
             step += of_x[i].item() * signal[i] * (corrected - before)
@@ -85,11 +85,12 @@ def sa_solver(
 
 
 def _weights(levels: list[float], step: int, newest: int, order: int, rate: float) -> np.ndarray:
-    """The weights of x0 in the integral of e^(rate lambda) x0 over a step, by the signal at its end. (SLOTS,)
+    """The weights of x0 in the integral of e^(rate lambda) x0 over a step, divided by the signal at its end. (SLOTS,)
 
     Args:
-        levels: half of the log signal-to-noise ratio where each step starts, and at the end.
-        newest: the number of the latest x0, at whose level the polynomial's first node is; the others are before it.
+        levels: lambda, half of the log signal-to-noise ratio, where each step starts, and at the last step's end.
+        newest: the number of the latest x0. Its level is the polynomial's first node; the other nodes are the levels
+            before it.
         rate: 1 + tau^2.
     """
     start, end = levels[step], levels[step + 1]
@@ -99,10 +100,10 @@ def _weights(levels: list[float], step: int, newest: int, order: int, rate: floa
     if order == 1:
         weights[0] = total
     elif order == 2:
-        # The slope of x0 by the level, times h^2 / 2 and the rate, at which the integrand ends.
+        # The slope of x0 by lambda, times h^2 / 2 and the rate.
         at_start = newest - step
-        other = levels[newest - 1 + at_start]
-        weights[1 - at_start] = rate * h**2 / 2 / (other - start)
+        other_level = levels[newest - 1 + at_start]
+        weights[1 - at_start] = rate * h**2 / 2 / (other_level - start)
         weights[at_start] = total - weights[1 - at_start]
     else:
         nodes = [levels[newest - k] for k in range(order)]

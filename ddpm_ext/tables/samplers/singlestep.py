@@ -1,4 +1,4 @@
-"""Singlestep solvers of second order, which call the model again in the middle of each step."""
+"""Singlestep solvers of second order: they call the model a second time in the middle of each step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["dpm_2", "dpm_2_ancestral", "dpmpp_2s"]
 def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTable:
     """DPM-Solver++(2S): Lu et al. 2022b, algorithm 1 with r = 1/2; ancestral for eta above 0, as k-diffusion's.
 
-    A step is two rows. The first is Euler's to the level in the middle, in log sigma; the model is called there,
-    between the timesteps of the schedule. The second takes the whole step with the x0 found there. A step that leaves
-    no noise but what it draws is one row, and so is a step from pure noise: both are Euler's. For eta above 0, a step
-    goes down to less noise than the next one starts with, as euler_ancestral's.
+    A step is two rows. The first row is an Euler step to the middle in log sigma, where the model is called, between
+    the timesteps of the schedule. The second row takes the whole step with the x0 of the middle. A step is one Euler
+    row if it starts from pure noise, or if its end has only fresh noise or none. For eta above 0, a step goes down to
+    less noise than the level where it arrives and adds fresh noise, like euler_ancestral.
 
     Args:
         grid: descending, with a schedule or a timestep_of.
@@ -29,7 +29,8 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid without both.
+        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid without a schedule and
+            timestep_of.
 
     Examples:
         >>> table = dpmpp_2s(grid, eta=1.0)  # for sampler= of a loop
@@ -41,7 +42,7 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 def dpm_2(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """DPM-Solver-2: Lu et al. 2022, algorithm 1 with r = 1/2, as k-diffusion's and diffusers' KDPM2.
 
-    As dpmpp_2s without eta, but the second row takes the step with the eps found in the middle.
+    Like dpmpp_2s without eta, but the second row takes the step with the eps of the middle.
 
     Args, raises: as for dpmpp_2s.
 
@@ -65,16 +66,18 @@ def dpm_2_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) ->
 
 
 def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTable:
-    """In y = x / sqrt(alphas_cumprod), from sigma to r^2 sigma, by way of r sigma:
+    """The rows of steps through a midpoint.
+
+    With y = x / sqrt(alphas_cumprod), a step leads from sigma by way of r sigma to r^2 sigma:
 
         y_m = r y + (1 - r) x0
-        y_s = r^2 y + (1 - r^2) x0_m             of x0 in the middle
-        y_s = y + (r^2 - 1) sigma eps_m          of eps in the middle, (y_m - x0_m) / (r sigma)
+        y_s = r^2 y + (1 - r^2) x0_m             with x0 of the middle
+        y_s = y + (r^2 - 1) sigma eps_m          with eps of the middle, (y_m - x0_m) / (r sigma)
 
-    y follows from y_m and x0.
+    The second row computes y from y_m and x0.
     """
     coefficients.check_between(prediction)
-    s = ancestral_sigma(grid, eta)  # at most sqrt(1 - a_s), so that the clamp removes rounding errors alone
+    s = ancestral_sigma(grid, eta)  # at most sqrt(1 - a_s), so that the clamp below removes only rounding errors
     sigma, left = sigmas_of(grid.now), (1 - grid.after - s**2).clamp(min=0).sqrt() / grid.after.sqrt()
     twice = (grid.now > 0) & (s < (1 - grid.after).sqrt())
     r, after = (left / sigma)[twice].sqrt(), grid.after[twice]

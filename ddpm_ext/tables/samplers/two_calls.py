@@ -1,9 +1,8 @@
-"""Rows of samplers whose steps are two calls of the model, and of noise between steps.
+"""Rows of samplers whose steps call the model twice, and which add noise between steps.
 
-The first row of a step is Euler's to a level in the middle. The second computes the end of the step from there and
-from the x0 that the first row keeps; the sample before both rows follows from these two. A step may end
-at less noise than the next one starts with: the last of its rows then adds fresh noise up to that level, in the same
-launch.
+The first row of a step is an Euler step to a level in the middle. The second row computes the end of the step from the
+sample in the middle and the x0 that the first row keeps; the sample at the step's start follows from these two. A step
+may end at less noise than the next step starts with. Then its last row adds the fresh noise in the same launch.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 
 def timesteps_of(grid: Grid, sigma: Tensor) -> Tensor:
-    """The timesteps of sigmas between those of the grid, float64.
+    """The timesteps of sigmas that lie between the grid's levels, float64.
 
     Raises:
-        ValueError: a grid that has neither a schedule nor a function for them.
+        ValueError: a grid that has neither a schedule nor a timestep_of.
     """
     if grid.timestep_of is not None:
         return grid.timesteps_between(*unit_levels(alphas_cumprod_of(sigma)))
@@ -40,15 +39,15 @@ def timesteps_of(grid: Grid, sigma: Tensor) -> Tensor:
 
 
 def jumps(timestep: Tensor, now: Tensor, after: Tensor) -> Jumps:
-    """Steps from now to after."""
+    """The Jumps from levels `now` to levels `after`."""
     return Jumps(timestep, now, after, now / after)
 
 
 class Correction(NamedTuple):
-    """The second rows of the steps that have two, (n,) each.
+    """The second rows of the n steps that have two rows, (n,) each.
 
-    calls: where the model is called for them. of_x0, of_x, of_first: the weights of x0, of x and of the first row's x0,
-    where x and the next sample are divided by sqrt(alphas_cumprod).
+    calls: the levels where the model is called. of_x0, of_x, of_first: the weights of x0, x and the first row's x0, for
+    x and the next sample divided by sqrt(alphas_cumprod).
     """
 
     calls: Jumps
@@ -58,14 +57,14 @@ class Correction(NamedTuple):
 
 
 def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correction: Correction) -> StepTable:
-    """The rows of all steps: two where the model is called twice, and else Euler's alone.
+    """The rows of all steps: two for a step that calls the model twice, otherwise one Euler row.
 
     Args:
         prediction: as for ddpm.
-        steps: from where each starts to the level that it reaches with its noise.
-        s: (steps,), the standard deviation of that noise.
-        twice: bool (steps,), which of the steps call the model twice.
-        correction: of these.
+        steps: each step from its start to the level that it reaches with its noise.
+        s: (steps,), the standard deviation of the noise.
+        twice: bool (steps,), which steps call the model twice.
+        correction: the second rows of these steps.
     """
     number = torch.arange(len(steps), device="cpu")
     parts = []
@@ -85,13 +84,13 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
         parts += [(2 * number[twice], first), (2 * number[twice] + 1, second)]
     once = ~twice
     if once.any():
-        alone = Jumps(steps.timestep[once], steps.now[once], steps.after[once], steps.alphas[once])
-        parts.append((2 * number[once], implicit(alone, prediction, s[once], keep_eps=False)))
+        single_row_steps = Jumps(steps.timestep[once], steps.now[once], steps.after[once], steps.alphas[once])
+        parts.append((2 * number[once], implicit(single_row_steps, prediction, s[once], keep_eps=False)))
     return merged(parts)
 
 
 def merged(parts: Sequence[tuple[Tensor, StepTable]]) -> StepTable:
-    """The rows of several tables as one, in the order of the keys, int64 (rows,) for each table."""
+    """Merges the rows of several tables into one table. Rows are sorted by the keys: int64 (rows,) for each table."""
     order = torch.cat([keys for keys, _ in parts]).argsort()
     return StepTable(
         **{name: torch.cat([getattr(table, name) for _, table in parts])[order] for name in COLUMNS if name != "draw"}

@@ -24,15 +24,15 @@ def unipc(
 ) -> StepTable:
     """UniPC in its form for predicted clean samples: Zhao et al. 2023, section 3.
 
-    A row first corrects x by the model's output at x (UniC), then takes the step from there (UniP). The corrected
-    sample differs from x by a sum of predicted clean samples, of this step and those before, so that nothing else is
-    kept. As in diffusers, the model's output at the corrected sample is not computed. The first step is of first order,
-    and so is a last step that arrives at clean data.
+    A row first corrects x by the model's output at x (UniC), then takes the step from the corrected sample (UniP). The
+    corrected sample differs from x by a weighted sum of predicted clean samples, of this step and of earlier steps, so
+    rows keep only x0. As in diffusers, the model's output at the corrected sample is not computed. The first step is of
+    first order, and so is a last step that arrives at clean data.
 
     Args:
         grid: descending.
         prediction: as for ddpm.
-        order: of the predictor, 1 to 3; the corrector's is one more.
+        order: the predictor's order, 1 to 3; the corrector's is higher by one.
         solver: B(h) of the paper: "bh1" is h, "bh2" is e^h - 1.
         lower_order_final: whether the order falls to 1 over the last steps.
 
@@ -50,7 +50,7 @@ def unipc(
     steps = len(grid)
     used = multistep.orders(grid, order, lower_order_final=False)
     if lower_order_final:
-        used = [min(own, steps - i) for i, own in enumerate(used)]
+        used = [min(most, steps - i) for i, most in enumerate(used)]
 
     of_x = ((1 - grid.after) / (1 - grid.now)).sqrt()
     weights = []
@@ -58,7 +58,7 @@ def unipc(
         step = np.zeros(ORDERS)
         step[: used[i]] = _predictor(levels, i, used[i], solver)
         step *= signal[i + 1]
-        if i > first:  # by how much UniC's sample differs from the predictor's, which x is
+        if i > first:  # x is the predictor's result: add the difference to UniC's sample
             before = np.zeros(ORDERS)
             before[1 : used[i - 1] + 1] = _predictor(levels, i - 1, used[i - 1], solver)
             corrected = _corrector(levels, i - 1, used[i - 1], solver)
@@ -72,22 +72,23 @@ def _base(h: float, solver: str) -> float:
 
 
 def _right_side(h: float, order: int, solver: str) -> np.ndarray:
-    """What the weights of differences must match, order by order, over B(h): (order,)."""
-    phi, factorial, found = math.expm1(-h) / -h - 1, 1, []
+    """The right side of the equations for the weights of differences, order by order, divided by B(h): (order,)."""
+    phi, factorial, values = math.expm1(-h) / -h - 1, 1, []
     for k in range(2, order + 2):
-        found.append(phi * factorial / _base(h, solver))
+        values.append(phi * factorial / _base(h, solver))
         factorial *= k
         phi = phi / -h - 1 / factorial
-    return np.array(found)
+    return np.array(values)
 
 
 def _ratios(levels: list[float], i: int, order: int) -> np.ndarray:
-    """Where the steps before step i lie, in its lengths: (order - 1,), negative."""
+    """The levels of the steps before step i, relative to its level and in units of its length: (order - 1,),
+    negative."""
     return np.array([(levels[i - k] - levels[i]) / (levels[i + 1] - levels[i]) for k in range(1, order)])
 
 
 def _predictor(levels: list[float], i: int, order: int, solver: str) -> np.ndarray:
-    """Weights of UniP for step i over its signal level: of x0 at step i, then at the steps before it. (order,)"""
+    """UniP's weights for step i, divided by the signal at its end: of x0 at step i, then at earlier steps. (order,)"""
     h = levels[i + 1] - levels[i]
     weights = np.zeros(order)
     weights[0] = -math.expm1(-h)
@@ -101,7 +102,8 @@ def _predictor(levels: list[float], i: int, order: int, solver: str) -> np.ndarr
 
 
 def _corrector(levels: list[float], i: int, order: int, solver: str) -> np.ndarray:
-    """Weights of UniC for step i over its signal level: of x0 at its end, at step i, then at the steps before it."""
+    """UniC's weights for step i, divided by the signal at its end: of x0 at its end, at step i, then at earlier
+    steps. (ORDERS,)"""
     h = levels[i + 1] - levels[i]
     weights = np.zeros(ORDERS)
     weights[1] = -math.expm1(-h)
@@ -116,6 +118,6 @@ def _corrector(levels: list[float], i: int, order: int, solver: str) -> np.ndarr
 
 
 def _add_differences(weights: np.ndarray, at: int, shares: np.ndarray) -> None:
-    """Adds each share of the difference between the value before, counted from `at`, and the value at `at`."""
+    """Adds the terms shares[k] (value[at + 1 + k] - value[at]) to the weights of the values."""
     weights[at + 1 : at + 1 + len(shares)] += shares
     weights[at] -= shares.sum()
