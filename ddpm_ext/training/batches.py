@@ -1,4 +1,4 @@
-"""The images of each training step, which depend on the seed and the step alone, not on what was read before."""
+"""The images of each training step. They depend only on the seed and the step, not on earlier reads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Batch(NamedTuple):
     """One rank's images of a step.
 
     images: (samples, channels, height, width) float32.
-    skipped: the errors of images that could not be read.
-    labels: (samples,) int64, their classes, of which a random share, class_dropout, is replaced by the null class;
+    skipped: the error messages of images that could not be read.
+    labels: (samples,) int64, the images' classes; a random share of them, class_dropout, is replaced by the null class.
         None for images without classes.
     """
 
@@ -38,13 +38,13 @@ class Batch(NamedTuple):
 class StepBatches(Dataset):
     """batches[step] is one rank's part of the step's batch, or the exception that reading it raised.
 
-    In each epoch all images come once, in a random order; a batch may end one epoch and begin the next. With
-    `options.skip_corrupt` an image that can't be read is replaced by the next one of the source that can.
+    Each epoch has all images once, in a random order; a batch may contain the end of one epoch and the beginning of the
+    next. With `options.skip_corrupt`, an image that can't be read is replaced by the source's next readable image.
 
     Args:
         images: the source.
         options: batch size, seed, flip, skip_corrupt, workers, class_dropout.
-        start, stop: this rank takes the samples from `start` to `stop` - 1 of each batch.
+        start, stop: this rank's samples of each batch are those from `start` to `stop` - 1.
         labels: the classes of the images; the null class is the number after the last. None: batches have no labels.
     """
 
@@ -59,7 +59,8 @@ class StepBatches(Dataset):
         try:
             batch = self._read(step)
             if get_worker_info() is not None:
-                with _names_a_lack_of_room():  # which the loader's own thread would only print, while training waits
+                # The loader's thread would only print an error for full shared memory, and training would wait.
+                with _names_a_lack_of_room():
                     for tensor in (batch.images, batch.labels):
                         tensor is None or tensor.share_memory_()
             return batch
@@ -68,10 +69,10 @@ class StepBatches(Dataset):
 
     @contextmanager
     def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:
-        """Opens iterate() for a `with` block, at whose end the worker processes are stopped.
+        """Opens iterate() for a `with` block. The end of the block stops the worker processes.
 
-        If a worker dies, torch's handler of the signal raises an error in whatever line of the block is running, not
-        only in one that awaits a batch. Here it becomes a ChildProcessError, as in iterate().
+        If a worker dies, torch's signal handler raises an error in any line of the block, not only while a batch is
+        awaited. As in iterate(), this becomes a ChildProcessError.
         """
         with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as read:
             yield read
@@ -81,7 +82,7 @@ class StepBatches(Dataset):
 
         Raises:
             OSError, TypeError, ValueError: an image can't be read, or is not what was expected, or shared memory is
-                full. TimeoutError: the workers gave no batch for ten minutes. ChildProcessError: a worker died.
+                full. TimeoutError: the workers returned no batch for ten minutes. ChildProcessError: a worker died.
         """
         workers = self.options.workers
         steps = DataLoader(
@@ -92,12 +93,12 @@ class StepBatches(Dataset):
             prefetch_factor=_PREFETCHED if workers else None,
             timeout=_PATIENCE if workers else 0,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
+            generator=torch.Generator(),  # otherwise the loader would draw its workers' seed from torch's generator
         )
         with _translate_loader_errors():
-            with torch.device("cpu"), _names_a_lack_of_room():  # where the loader draws its workers' seed
+            with torch.device("cpu"), _names_a_lack_of_room():  # the loader draws its workers' seed on this device
                 if workers:
-                    torch.multiprocessing.Queue()  # where this fails, the loader would leave a traceback, too
+                    torch.multiprocessing.Queue()  # fails first if memory is full: the loader would print a traceback
                 batches = iter(steps)
             for batch in batches:
                 if isinstance(batch, Exception):
@@ -116,8 +117,11 @@ class StepBatches(Dataset):
         except DamagedImage:
             if not options.skip_corrupt:
                 raise
-            found = [self._next_readable(i, indices, seeds, skipped) for i in range(len(indices))]
-            images, indices = torch.cat([image for image, _ in found]), torch.cat([index for _, index in found])
+            replacements = [self._next_readable(i, indices, seeds, skipped) for i in range(len(indices))]
+            images, indices = (
+                torch.cat([image for image, _ in replacements]),
+                torch.cat([index for _, index in replacements]),
+            )
         if options.flip:
             images = torch.where(self._chosen("flip", step, 0.5).view(-1, 1, 1, 1), images.flip(3), images)
         if self.labels is None:
@@ -126,13 +130,13 @@ class StepBatches(Dataset):
         return Batch(images, skipped, self.labels.numbers[indices].masked_fill(dropped, len(self.labels.names)))
 
     def _chosen(self, purpose: str, step: int, share: float) -> Tensor:
-        """About `share` of this rank's samples, at random, (samples,) bool."""
-        own = generator(self.options.seed, purpose, step)
-        drawn = torch.rand(self.options.batch_size, generator=own, dtype=torch.float32, device="cpu")
+        """A random mask of this rank's samples, (samples,) bool, true for about `share` of them."""
+        step_generator = generator(self.options.seed, purpose, step)
+        drawn = torch.rand(self.options.batch_size, generator=step_generator, dtype=torch.float32, device="cpu")
         return drawn[self.start : self.stop] < share
 
     def _indices(self, places: range) -> Tensor:
-        """The indices of the images at `places` in the sequence of all epochs."""
+        """The indices of the images at these positions of the sequence of all epochs."""
         count, place, parts = len(self.images), places.start, []
         while place < places.stop:
             epoch, within = divmod(place, count)
@@ -148,7 +152,7 @@ class StepBatches(Dataset):
     def _next_readable(
         self, i: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]
     ) -> tuple[Tensor, Tensor]:
-        """The image indices[i] or the next one that can be read, (1, channels, height, width), and its index, (1,)."""
+        """The image indices[i], or the next readable image, (1, channels, height, width); and its index, (1,)."""
         count = len(self.images)
         for ahead in range(count):
             index = (indices[i : i + 1] + ahead) % count
@@ -161,7 +165,7 @@ class StepBatches(Dataset):
 
 @contextmanager
 def _names_a_lack_of_room() -> Iterator[None]:
-    """Raises an OSError that says what to do where the block finds no room in shared memory."""
+    """If shared memory is full inside the block, raises an OSError that says what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -175,9 +179,9 @@ def _names_a_lack_of_room() -> Iterator[None]:
 
 @contextmanager
 def _translate_loader_errors() -> Iterator[None]:
-    """Raises TimeoutError or ChildProcessError, which say what to do, for a DataLoader's errors of its workers.
+    """Turns a DataLoader's errors about its workers into a TimeoutError or ChildProcessError that says what to do.
 
-    The DataLoader raises a plain RuntimeError for both, so its text decides; another RuntimeError passes unchanged.
+    The DataLoader raises a plain RuntimeError for both, so the message decides. Other RuntimeErrors pass unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: all its launches, from the noise to the weights, in one."""
+"""A training step as a CUDA graph: all its kernels, from the noise to the weights, in one launch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ddpm_ext.training.state import TrainState
 class CapturedStep:
     """Takes training steps by replaying one CUDA graph.
 
-    A graph reads its inputs from the addresses that it was captured with. So each batch, and the number of the noise's
-    draw, are copied into tensors that this object keeps; the optimizer keeps such a tensor for the learning rate.
+    A graph reads its inputs from the addresses that it was captured with. So each batch and the number of the noise's
+    draw are copied into tensors that this object owns. The optimizer owns such a tensor for the learning rate.
 
     Args:
-        compute: compute(images, t, weights, draw), or with a fifth argument, labels, for images that have classes. It
+        compute: compute(images, t, weights, draw), with a fifth argument, labels, for images that have classes. It
             updates the model and returns the losses, (samples,), and the gradient's norm, (). draw is int64 ().
-        state: what `compute` changes.
+        state: the state that `compute` changes.
     """
 
     def __init__(self, compute: Callable[..., tuple[Tensor, Tensor]], state: TrainState, device: torch.device) -> None:
@@ -33,20 +33,20 @@ class CapturedStep:
     ) -> tuple[Tensor, Tensor]:
         """Takes the next step; returns its losses, (samples,), and the gradient's norm, ().
 
-        The first step is taken without a graph, because the optimizer allocates its state in it. The second step is
-        captured, and all later ones replay it.
+        The first step runs without a graph, because the optimizer allocates its state in it. The second step is
+        captured, and all later steps replay it.
 
-        seed: what torch's generators, from which dropout draws, are set to.
+        seed: the seed of torch's generators, from which dropout draws.
         """
         torch.manual_seed(seed)
         batch = [images, t, weights] if labels is None else [images, t, weights, labels]
         if not self._inputs:
             self._draw = torch.tensor(self._state.step, device=self._device)
-            self._inputs = [value.clone() for value in batch]
+            self._inputs = [tensor.clone() for tensor in batch]
             self._run()
         else:
-            for own, given in zip(self._inputs, batch, strict=True):
-                own.copy_(given)
+            for buffer, tensor in zip(self._inputs, batch, strict=True):
+                buffer.copy_(tensor)
             self._graphs.run("step", self._run, lambda: self._save(seed))
         losses, norm = self._results
         return losses.clone(), norm.clone()
@@ -57,6 +57,6 @@ class CapturedStep:
         self._draw.add_(1)
 
     def _save(self, seed: int) -> Callable[[], object]:
-        """Makes the function by which CudaGraphs undoes the step that it takes before it captures one."""
+        """The function with which CudaGraphs undoes the warm-up step that it takes before a capture."""
         restore = restorer([*self._state.changing(), self._draw])
         return lambda: (restore(), torch.manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one safetensors file each; what is not a tensor is JSON in the file's header."""
+"""Checkpoints of a training run: a safetensors file each, with tensors and, as JSON in its header, everything else."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 def _all(folder: Path) -> list[Path]:
     """All checkpoints, by ascending step."""
-    found = [
+    by_step = [
         (int(match[1]), path)
         for path in (folder / "checkpoints").glob("step-*.safetensors")
         if (match := _NAME.fullmatch(path.name))
     ]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(by_step)]
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder, or None. It may be damaged."""
-    found = _all(folder)
-    return found[-1] if found else None
+    paths = _all(folder)
+    return paths[-1] if paths else None
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
     """Writes a checkpoint atomically, and then removes all checkpoints of earlier steps but the newest `keep` - 1.
 
-    Checkpoints of later steps stay and are not counted. A run has them only if they are damaged: it would have
-    continued from them otherwise.
+    Checkpoints of later steps stay and are not counted. They exist only if they are damaged: otherwise the run would
+    have continued from them.
 
     Args:
         folder: the run's folder.
         step: the number of steps taken.
         state: the tensors.
-        about: the header, as JSON.
-        keep: how many checkpoints to leave, at least 1.
+        about: the header's content, which JSON can represent.
+        keep: how many checkpoints remain, at least 1.
 
     Raises:
         OSError: the file can't be written; the message is one sentence. No checkpoint is removed then.
@@ -58,8 +58,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     metadata = {"format": _FORMAT, "header": json.dumps(about)}
     content = to_bytes(tensors, metadata={**metadata, "crc32": _checksum(tensors, metadata["header"])})
-    before = newest(folder)
-    left = "no checkpoint was written before" if before is None else f"the newest is still {before}"
+    previous = newest(folder)
+    left = "no checkpoint was written before" if previous is None else f"the newest is still {previous}"
     with files.errors_name("checkpoint", path, f"; {left}"):
         files.write_bytes(path, content)
     written = _all(folder)
@@ -69,10 +69,10 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the tensors and the header of a checkpoint; raises ValueError if the file is damaged or no checkpoint."""
+    """Reads a checkpoint's tensors and header. Raises ValueError if the file is damaged or not a checkpoint."""
     safetensors = require("safetensors", "reading checkpoints")
     try:
-        with safetensors.safe_open(path, "pt") as opened:  # which checks the file's length
+        with safetensors.safe_open(path, "pt") as opened:  # safe_open checks the file's length
             metadata = opened.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
@@ -89,23 +89,25 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:
-    """The CRC-32 of a text and of the tensors, which are contiguous and on the CPU."""
-    found = zlib.crc32(text.encode())
+    """The CRC-32 of a text and of contiguous tensors on the CPU."""
+    checksum = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
-    return f"{found:08x}"
+        checksum = zlib.crc32(
+            tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum)
+        )
+    return f"{checksum:08x}"
 
 
 def discard(text: str) -> None:
-    """A report that nobody reads."""
+    """A report function that ignores its text."""
 
 
-def check_header(path: Path, found: dict[str, Any]) -> None:
-    """Raises ValueError, naming the file, unless the header is that of a run: with options, and a step's number."""
+def check_header(path: Path, header: dict[str, Any]) -> None:
+    """Raises ValueError, naming the file, unless the header has a run's options, `about` and step number."""
     for name in ("options", "about"):
-        if not isinstance(found.get(name), dict):
+        if not isinstance(header.get(name), dict):
             raise ValueError(f"resume: {path} has no {name} in its header, expected the checkpoint of a run")
-    step = found.get("step")
+    step = header.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"resume: {path} has step {step!r}, expected an int, at least 0")
 
@@ -113,32 +115,35 @@ def check_header(path: Path, found: dict[str, Any]) -> None:
 def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
     """Path and header of the newest checkpoint that can be read, or None if there is no checkpoint at all.
 
-    `report` is called with a line of text for each newer one that is damaged.
+    `report` is called with a line of text for each newer checkpoint that is damaged.
 
     Raises:
         ValueError: there are checkpoints, but none can be read.
     """
-    found = _all(folder)
-    for path in reversed(found):
+    paths = _all(folder)
+    for path in reversed(paths):
         try:
             return path, load(path)[1]
         except ValueError as error:
-            if path == found[0]:
+            if path == paths[0]:
                 raise
             report(f"{error}; trying the one before")
     return None
 
 
 def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    """The tensors whose names begin with `prefix`; the keys are the names without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that a killed process left in the folder of a run or of an average, and in the
-    folders inside that are its own: in another run, or in tuned/, somebody may be writing."""
+    """Removes the temporary files that a killed process left in the folder of a run or of an average.
+
+    Also in the sub-folders that belong to the run; not in other sub-folders or tuned/, where another process may be
+    writing.
+    """
     files.remove_leftovers(folder)
-    own = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())
-    for pattern in (*own, "best", "best/*/", "ema-*/", "ema-*/*/"):
-        for inside in folder.glob(pattern):
-            files.remove_leftovers(inside)
+    run_folders = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())
+    for pattern in (*run_folders, "best", "best/*/", "ema-*/", "ema-*/*/"):
+        for sub_folder in folder.glob(pattern):
+            files.remove_leftovers(sub_folder)

@@ -1,4 +1,4 @@
-"""Uploads a trained model to the Hugging Face Hub, by the methods that diffusers' own objects have for it."""
+"""Uploads a trained model to the Hugging Face Hub, with the methods of diffusers' objects."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def push_to_hub(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Uploads the model of a run to a repository of the Hub, which is made if it doesn't exist.
+    """Uploads the model of a run to a repository of the Hub, which is created if it doesn't exist.
 
-    A UNet2DModel goes there as a DDPMPipeline, by that class's push_to_hub; one with classes or of latents, and a DiT,
-    as its parts, with classes.json beside it, so that the repository's files are again a folder for ddpm_ext and
-    diffusers.
+    A UNet2DModel is uploaded as a DDPMPipeline, by DDPMPipeline.push_to_hub. A UNet2DModel with classes or of latents,
+    and a DiT, are uploaded as their parts with classes.json. So the repository's files again form a folder that
+    ddpm_ext and diffusers read.
 
     Args:
         run: the folder of a finished run, or its best/.
         repo: "name" or "organisation/name".
-        model: for a run of another module: a model of diffusers with the run's weights, as training.load returns it.
-            Its own push_to_hub is called.
-        private: whether a new repository is private; None: as the organisation's default is.
-        token: of the Hub; None: the one that `hf auth login` has stored, or HF_TOKEN.
+        model: for a run of another class of diffusers: a model with the run's weights, as training.load returns it. Its
+            method push_to_hub is called.
+        private: whether a new repository is private; None: the organisation's default.
+        token: the Hub's token; None: the token that `hf auth login` has stored, or HF_TOKEN.
 
     Returns:
-        What diffusers returns: where the upload is.
+        The address of the upload, as diffusers returns it.
 
     Raises:
         ValueError: the folder holds no UNet2DModel, or `model` has no push_to_hub.
-        ConnectionError: the upload fails. The message names the repository, and what tries it again.
+        ConnectionError: the upload fails. The message names the repository, and the call that tries again.
         MissingExtra: diffusers is not installed.
 
     Examples:
@@ -64,7 +64,7 @@ def push_to_hub(
         raise ValueError(f"push_to_hub: {folder} has no unet/ or transformer/, expected one, or model=")
     try:
         return str(push(repo, private=private, token=token))
-    except Exception as error:  # of the network, the login, the Hub's answer: they have no common class
+    except Exception as error:  # the errors of network, login and Hub have no common base class
         raise ConnectionError(
             f"push_to_hub: {repo} can't be written ({one_line(error)}); {folder} has the model, and "
             f"ddpm_ext.training.push_to_hub({str(folder)!r}, {repo!r}) tries again"
@@ -72,7 +72,7 @@ def push_to_hub(
 
 
 def check_pushable(model: nn.Module) -> None:
-    """Raises ValueError unless load_model can read the model, or it has the method push_to_hub of diffusers' models."""
+    """Raises ValueError unless the model is of a class that load_model reads, or has a method push_to_hub."""
     if known_kind(model) is None and not callable(getattr(model, "push_to_hub", None)):
         raise ValueError(
             f"push_to_hub: a {type(model).__name__} has no method push_to_hub, expected a model of diffusers; "
@@ -88,13 +88,16 @@ def _push_parts(folder: Path, inner: Path) -> Callable[..., Any]:
     scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
 
     def push(repo: str, *, private: bool | None, token: str | None) -> Any:
-        found = denoiser.push_to_hub(repo, subfolder=inner.name, private=private, token=token)
+        upload = denoiser.push_to_hub(repo, subfolder=inner.name, private=private, token=token)
         scheduler.push_to_hub(repo, subfolder="scheduler", private=private, token=token)
         if (inner / CLASSES).is_file():
             api = require("huggingface_hub", "the upload").HfApi(token=token)
-            # `repo` may be without its owner's name, which the address of the upload has.
-            named, place = getattr(getattr(found, "repo_url", None), "repo_id", repo), f"{inner.name}/{CLASSES}"
-            api.upload_file(path_or_fileobj=str(inner / CLASSES), path_in_repo=place, repo_id=named)
-        return found
+            # `repo` may lack the owner's name, but the address of the upload has it.
+            repo_id, path_in_repo = (
+                getattr(getattr(upload, "repo_url", None), "repo_id", repo),
+                f"{inner.name}/{CLASSES}",
+            )
+            api.upload_file(path_or_fileobj=str(inner / CLASSES), path_in_repo=path_in_repo, repo_id=repo_id)
+        return upload
 
     return push

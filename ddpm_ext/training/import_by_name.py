@@ -1,4 +1,4 @@
-"""What a user names as "module:name" at the command line: a function of features, or what makes a network."""
+"""Imports what a user names as "module:name" at the command line: a function of features, or a network's factory."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ _NOT_THEIRS = (str(Path(__file__).resolve().parents[1]), str(importlib.__file__)
 
 
 class UserCodeError(Exception):
-    """What the user has named raised an exception: the cause, whose traceback begins in their code."""
+    """A function or module of the user raised an exception: the cause, with a traceback that begins in their code."""
 
 
 def theirs(option: str, name: str, error: Exception) -> UserCodeError:
-    """What is raised from an exception of what the user has named, whose traceback loses the lines of this package."""
-    where = error.__traceback__
-    while where is not None and where.tb_frame.f_code.co_filename.startswith(_NOT_THEIRS):
-        where = where.tb_next
-    error.__traceback__ = where
+    """Makes a UserCodeError for an exception in the user's code, and removes this package's frames from its traceback.
+
+    option, name: the option and the user's "module:name", for the message.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_code.co_filename.startswith(_NOT_THEIRS):
+        frame = frame.tb_next
+    error.__traceback__ = frame
     return UserCodeError(f"{option}: {name} raised {type(error).__name__}")
 
 
 def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]:
-    """The function or class that "module:name" names; its module is imported.
+    """Imports the function or class that "module:name" names.
 
     Args:
-        option: with which messages begin.
-        expected: the form of `name`, for messages. kind: of what is expected, as "a function".
+        option: the option's name, with which error messages begin.
+        expected: the expected form of `name`, for error messages.
+        kind: the expected kind of object, such as "a function", for error messages.
 
     Raises:
-        ValueError: there is none. UserCodeError: the module raises an exception.
+        ValueError: there is no such module, name or callable. UserCodeError: the module raises an exception.
     """
-    module, _, inner = name.partition(":")
-    if not module or not inner:
+    module, _, path = name.partition(":")
+    if not module or not path:
         raise ValueError(f"{option}: got {name}, expected {expected}")
     try:
         imported = importlib.import_module(module)
@@ -44,15 +48,15 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
     except Exception as error:
         raise theirs(option, module, error) from error
     try:
-        found = operator.attrgetter(inner)(imported)
+        imported_object = operator.attrgetter(path)(imported)
     except AttributeError as error:
         raise ValueError(f"{option}: {name} can't be imported ({error}), expected {expected}") from error
-    if not callable(found):
-        raise ValueError(f"{option}: {name} is a {type(found).__name__}, expected {kind}")
-    return found
+    if not callable(imported_object):
+        raise ValueError(f"{option}: {name} is a {type(imported_object).__name__}, expected {kind}")
+    return imported_object
 
 
 def name_of(given: Callable[..., Any]) -> str:
-    """The "module:name" of a function or a class; of any other object, that of its class."""
+    """The "module:name" of a function or class; for any other object, the "module:name" of its class."""
     named = given if hasattr(given, "__qualname__") else type(given)
     return f"{named.__module__}:{named.__qualname__}"

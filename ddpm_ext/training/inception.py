@@ -1,4 +1,4 @@
-"""The Inception network of published FIDs, by the package that is installed: torch-fidelity, else pytorch-fid."""
+"""The Inception network of published FIDs, from torch-fidelity or pytorch-fid, whichever is installed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NAME = "inception"
 
 
 class Inception:
-    """Features of images, (batch, 1 or 3, height, width) float32 in [-1, 1] -> (batch, 2048).
+    """Computes features of images, (batch, 1 or 3, height, width) float32 in [-1, 1] -> (batch, 2048).
 
-    Grey images get three equal channels. The package downloads the weights when it first makes the network.
+    Grey images get three equal channels. The package downloads the weights when it creates its first network.
 
     Attributes:
         source: the package and its version.
@@ -30,16 +30,16 @@ class Inception:
     def __init__(self) -> None:
         for package, module, load, url in _PACKAGES:
             try:
-                found = importlib.import_module(module)
+                package_module = importlib.import_module(module)
             except ImportError:
                 continue
             self.source = f"{package} {metadata.version(package)}"
             try:
-                self._network, self._call = load(found)
+                self._network, self._call = load(package_module)
             except OSError as error:
                 raise ValueError(
                     f"features: {self.source} can't load its weights ({error}); without a network, put "
-                    f"{getattr(found, url, 'their file')} into {Path(torch.hub.get_dir(), 'checkpoints')}"
+                    f"{getattr(package_module, url, 'their file')} into {Path(torch.hub.get_dir(), 'checkpoints')}"
                 ) from error
             self._network.eval()
             return
@@ -50,8 +50,8 @@ class Inception:
 
     def __call__(self, images: Tensor) -> Tensor:
         levels = ((images + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        found: Tensor = self._call(self._network.to(images.device), levels)
-        return found.flatten(1)
+        features: Tensor = self._call(self._network.to(images.device), levels)
+        return features.flatten(1)
 
 
 def _torch_fidelity(module: Any) -> tuple[Any, Any]:
@@ -68,4 +68,5 @@ _PACKAGES = (
     ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", _torch_fidelity, "URL_INCEPTION_V3"),
     ("pytorch-fid", "pytorch_fid.inception", _pytorch_fid, "FID_WEIGHTS_URL"),
 )
-"""Each by its name, its module, what makes its network, and where that module names the weights' address."""
+"""For each package: its name, its module, the function that makes its network, and the module's name for the address of
+the weights."""

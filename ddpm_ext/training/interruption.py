@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in training: the first is noted, so that the run can save its state; a second one ends it."""
+"""Ctrl-C and SIGTERM in training: the first signal is noted, so that the run can save its state. A second ends it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
-_BEHIND = 1.0  # seconds by which a signal to all processes of a run may reach this one later than a worker
-# Only these handlers are replaced: whoever set another one has plans of their own.
+_BEHIND = 1.0  # a signal to all processes of a run may reach this process so many seconds later than a worker
+# Only these default handlers are replaced. If the caller has installed another handler, it stays.
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class _Interrupted(BaseException):
-    """A signal came while a batch was awaited."""
+    """A signal arrived while a batch was awaited."""
 
 
 class NotedSignal:
-    """Which signal has come. number: its number; 0: none."""
+    """The signal that has arrived. number: its number; 0: no signal."""
 
     def __init__(self) -> None:
         self.number, self._waiting = 0, False
 
     def next(self, read: Iterator[T]) -> T | None:
-        """The next of `read`, or None if a signal comes first: it may have killed the workers, which then give none.
+        """The next element of `read`, or None if a signal arrives first: it may have killed the workers as well.
 
-        The ChildProcessError of a worker that died is raised only after a moment. If the worker died of a signal to all
-        processes of the run, the signal comes here meanwhile, and None is returned.
+        If a worker died, its ChildProcessError is raised after a short wait. If a signal to all processes of the run
+        killed the worker, the signal arrives here during the wait, and None is returned.
         """
         try:
             try:
@@ -46,7 +46,7 @@ class NotedSignal:
             return None
 
     def note(self, number: int) -> None:
-        """Called by the signal's handler."""
+        """The signal's handler calls this."""
         self.number = number
         if self._waiting:
             raise _Interrupted
@@ -54,10 +54,11 @@ class NotedSignal:
 
 @contextmanager
 def noted_signals() -> Iterator[NotedSignal]:
-    """Within the block the first Ctrl-C or SIGTERM is noted, and has no other effect.
+    """Within the block, the first Ctrl-C or SIGTERM is noted and has no other effect.
 
-    After it both have their usual effect again, so that a second one ends the run, and until the end of the block the
-    death of a child process is ignored. Outside of the main thread, where Python allows no handlers, nothing changes.
+    After this signal, both have their usual effect again, so that a second one ends the run; and until the end of the
+    block, the death of a child process is ignored. Outside of the main thread nothing changes, since Python allows no
+    handlers there.
     """
     noted, before = NotedSignal(), dict[signal.Signals, Any]()
 
@@ -67,7 +68,7 @@ def noted_signals() -> Iterator[NotedSignal]:
 
     def note(number: int, frame: FrameType | None) -> None:
         restore()
-        # The signal may also have killed a DataLoader's workers, for which torch's handler would raise an error.
+        # The signal may also have killed a DataLoader's workers. Torch's SIGCHLD handler would raise an error for that.
         if hasattr(signal, "SIGCHLD"):
             before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
         noted.note(number)
@@ -83,7 +84,7 @@ def noted_signals() -> Iterator[NotedSignal]:
 
 
 def end(number: int) -> NoReturn:
-    """Ends the program as the signal would have: by KeyboardInterrupt or by SystemExit with the shell's code for it."""
+    """Ends the program as the signal does: by KeyboardInterrupt, or by SystemExit with the shell's code for it."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Samples of a model that was trained here, whatever its class: a UNet2DModel or any other module."""
+"""Loads the model of a training run, a UNet2DModel or any other module, and samples from it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ddpm_ext.training.run_options import LATENTS, OF_MODEL, SHAPE, settings_by
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model that is ready to sample, with what it was trained for.
+    """A trained model that is ready to sample, with its diffusion, shape and classes.
 
     model: in evaluation mode, without gradients. It is called as model(x, t), or with classes as model(x, t, labels).
-    settings: of its diffusion, which settings.diffusion() makes.
+    settings: the settings of its diffusion; settings.diffusion() makes the diffusion.
     shape: (channels, height, width) of one sample.
-    classes: of a class-conditional model; None for another.
-    diffusion: the one to sample with; None: settings.diffusion().
-    clip: whether samples are in [-1, 1], which latents are not.
+    classes: the classes of a class-conditional model; None for an unconditional model.
+    diffusion: the diffusion to sample with; None: settings.diffusion().
+    clip: whether samples are in [-1, 1]; latents are not.
 
     Examples:
         >>> from ddpm_ext.models.scheduler import DiffusionSettings
@@ -59,9 +59,10 @@ class Trained:
         Args:
             count: the number of samples.
             seed, first: of the noise: the samples have the ids `first`, `first` + 1 and so on.
-            classes: numbers of the classes that samples have in turn, by their ids; empty: all classes.
+            classes: the numbers of the samples' classes, which are assigned in turn by the samples' ids; empty: all
+                classes.
             loop: as in GaussianDiffusion.p_sample_loop: sampler, steps, spacing, eta and more. `guidance` uses the
-                null class unless it has an unconditional model of its own.
+                null class unless it has an unconditional model.
 
         Returns:
             (count, channels, height, width), about in [-1, 1], on the model's device; or latents.
@@ -69,10 +70,10 @@ class Trained:
         model, device, labels = self.model, next(self.model.parameters()).device, {}
         if self.classes is not None:
             guidance = as_guidance(loop.get("guidance"))
-            # Without an unconditional model the model gets the batch twice.
+            # Without an unconditional model, guidance calls the model with a batch of twice the size.
             twice = guidance is not None and guidance.unconditional is None
-            found = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
-            labels = {"labels": found["class_labels"]}
+            model_kwargs = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
+            labels = {"labels": model_kwargs["class_labels"]}
         options: dict[str, Any] = {"record": "last", "progress": False, "device": device}
         options |= {"clip_denoised": self.clip} | loop
         with torch.no_grad():
@@ -87,7 +88,7 @@ class Trained:
         return drawn
 
     def sha256(self) -> str:
-        """The SHA-256 of the diffusion and the weights."""
+        """The SHA-256 of the diffusion's settings and the weights."""
         digest = hashlib.sha256(repr(astuple(self.settings)).encode())
         for name, value in self.model.state_dict().items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -96,7 +97,7 @@ class Trained:
 
 
 class TakesClassLabels(nn.Module):
-    """Takes labels by a UNet2DModel's keyword, and gives them to a module as its third argument."""
+    """Takes labels as the keyword argument of a UNet2DModel, and passes them to a module as its third argument."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -111,15 +112,16 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
 
     Args:
         run: the folder of the run. If the run is not finished, the weights are those of its newest checkpoint.
-        model: a module like the one that was trained, into which the weights are copied. None: the run's model is a
-            UNet2DModel, and is made as the folder or the checkpoint says.
-        device: where the model is placed.
+        model: a module of the trained module's architecture, into which the weights are copied. None: the run's model
+            is of a class that a folder can hold, such as UNet2DModel, and is built from the configuration in the folder
+            or the checkpoint.
+        device: the model's device.
 
     Returns:
         The model, its diffusion's settings, its samples' shape and its classes.
 
     Raises:
-        ValueError: the folder holds no such model, or one of another architecture, or a file in it is damaged.
+        ValueError: the folder holds no such model or a model of another architecture, or a file in it is damaged.
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
@@ -157,8 +159,9 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
 
 
 def network_of(folder: Path) -> str | None:
-    """The class of a run's model, as "module:name" where it is known where it is defined; None: one of diffusers'
-    that a folder can hold.
+    """The class of a run's model: "module:name" if that can be imported, and otherwise the class's name.
+
+    None: one of diffusers' classes that a folder can hold.
 
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
@@ -171,12 +174,15 @@ def network_of(folder: Path) -> str | None:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What a finished run says of its module; empty for another."""
+    """The content of a finished run's model.json; empty if the folder has none."""
     return read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
 
 
 class _Parts(NamedTuple):
-    """What a model is made of. path: the file with its weights; config: its class, and the rest that is known of it."""
+    """The parts of a model.
+
+    path: the file with the weights. config: the model's class ("class") and, if known, its configuration.
+    """
 
     weights: dict[str, Tensor]
     path: Path
@@ -188,23 +194,23 @@ class _Parts(NamedTuple):
 
 
 def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
-    """The weights, their file, and what a finished run says of its model."""
+    """The parts of a finished run's model."""
     path = folder / "model.safetensors"
     scheduler, names = folder / "scheduler" / SCHEDULER, folder / CLASSES
     classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
-    found = read_json(scheduler)
-    settings, clip = read_settings(found, str(scheduler)), clips(found, str(scheduler))
+    scheduler_config = read_json(scheduler)
+    settings, clip = read_settings(scheduler_config, str(scheduler)), clips(scheduler_config, str(scheduler))
     shape, config = _checked_shape(described.get("shape"), folder), {"class": described.get("class")}
     return _Parts(read_weights(path), path, settings, shape, classes, config, clip)
 
 
 def _unfinished(folder: Path) -> _Parts:
-    """The average in the newest checkpoint that can be read, its file, and what the run was started with."""
-    path, begun = run_options.find(folder)
+    """The parts of an unfinished run's model: the average in its newest readable checkpoint, and the run's options."""
+    path, header = run_options.find(folder)
     if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
-    # The run's device may not be there, or not be usable in this process, and nothing is computed on it.
-    options, about = with_defaults_of(begun["options"], {"device": "cpu"}), begun["about"]
+    # The run's device may not exist or not be usable in this process. Nothing is computed on it here.
+    options, about = with_defaults_of(header["options"], {"device": "cpu"}), header["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None

@@ -18,16 +18,16 @@ from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
-"""Columns of losses.csv: the mean loss of the samples whose t is in the first quarter, of least noise, and so on."""
+"""Columns of losses.csv: the mean loss by the quarter of the timesteps. The first quarter has the least noise."""
 _HEADER = f"step,loss,grad_norm,lr,images_per_second,{','.join(QUARTERS)}\n"
 
 
 class LogRow(NamedTuple):
     """One training step.
 
-    step: counts from 1.
-    norm: the gradient's norm before it was clipped.
-    sums, counts: of the losses of its samples by the quarter of the timesteps.
+    step: the step's number, from 1.
+    norm: the norm of the gradient before the gradient was clipped.
+    sums, counts: of its samples' losses, by the quarter of the timesteps.
     """
 
     step: int
@@ -39,7 +39,7 @@ class LogRow(NamedTuple):
 
 
 def quarter_means(rows: list[LogRow]) -> list[float]:
-    """The mean loss over all samples of the rows in each quarter of the timesteps; NaN where there was none."""
+    """The mean loss of the rows' samples in each quarter of the timesteps; NaN for a quarter without samples."""
     means = []
     for quarter in range(len(QUARTERS)):
         count = sum(row.counts[quarter] for row in rows)
@@ -54,9 +54,9 @@ class Log:
     removed.
 
     Args:
-        folder: of the run.
-        step: how many steps are taken.
-        trackers: they get the means between two calls of `write`, scores and pictures, and are closed at the end.
+        folder: the run's folder.
+        step: how many steps the run has taken.
+        trackers: they get the means between two calls of `write`, scores and pictures; `close` closes them.
 
     Raises:
         OSError: a file can't be written; the message is one sentence.
@@ -69,7 +69,7 @@ class Log:
             files.write_text(self.path, _HEADER + "".join(earlier))
 
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
-        """Adds lines; they are on the disk when this returns."""
+        """Appends lines to the file. They are on the disk when this returns."""
         with files.errors_name("losses", self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
                 quarters = ",".join(f"{mean:.6g}" for mean in quarter_means([row]))
@@ -97,23 +97,23 @@ class Log:
 
 
 def read_losses(path: Path) -> list[float]:
-    """The losses in a losses.csv, in order, up to the first line that was cut short; none if it can't be read."""
+    """The losses in a losses.csv, up to the first incomplete line; empty if the file can't be read."""
     return [float(row[1]) for row in _whole_lines(path)]
 
 
 def read_quarters(path: Path) -> list[list[float]]:
-    """The losses by quarter of the timesteps in a losses.csv: (steps, 4), NaN where a step had none in a quarter."""
+    """The losses in a losses.csv by quarter of the timesteps, (steps, 4); NaN where a quarter had no sample."""
     return [[float(value) for value in row[-len(QUARTERS) :]] for row in _whole_lines(path)]
 
 
 def curve_title(options: Mapping[str, Any]) -> str:
-    """The title of the curve of losses, by the options of the run."""
+    """The title of the loss curve of a run with these options."""
     weighting = "" if options["weighting"] == "simple" else f", weighting {options['weighting']}"
     return f"Training loss: {options['loss']} of {options['prediction']}{weighting}"
 
 
 def _whole_lines(path: Path) -> list[list[str]]:
-    """The values in the lines of a losses.csv, up to the first line that was cut short."""
+    """The values in the lines of a losses.csv, up to the first incomplete line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, ValueError):
@@ -128,15 +128,15 @@ def _whole_lines(path: Path) -> list[list[str]]:
 
 
 def progress_line(rows: list[LogRow], step: int, steps: int, lr: float, images_per_second: float) -> str:
-    """A line of text: the step of all `steps`, the mean loss of `rows` and those by quarter of the timesteps, the
-    learning rate, images per second."""
+    """A line of text: step of `steps`, mean loss of `rows`, mean losses by quarter of the timesteps, learning rate,
+    images per second."""
     mean = sum(row.loss for row in rows) / len(rows) if rows else math.nan
     quarters = " ".join(f"{mean:.4f}" for mean in quarter_means(rows))
     return f"step {step:>6}/{steps}  loss {mean:.4f} ({quarters})  lr {lr:.2e}  {images_per_second:.1f} images/s"
 
 
 def final_steps(steps: int) -> int:
-    """How many of a run's steps, its last ones, its final loss is the mean of: a tenth, rounded up."""
+    """The number of last steps over which a run's final loss is averaged: a tenth of all steps, rounded up."""
     return -(-steps // 10)
 
 
@@ -147,9 +147,9 @@ def final_loss(losses: list[float]) -> float:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that the numbers of a run depend on."""
-    found = {"python": platform.python_version(), "ddpm-ext": __version__, "torch": torch.__version__}
+    """The versions of Python and of the packages on which a run's numbers depend."""
+    versions_of = {"python": platform.python_version(), "ddpm-ext": __version__, "torch": torch.__version__}
     for package in ("diffusers", "numpy", "scikit-learn"):
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions_of[package] = metadata.version(package)
+    return versions_of

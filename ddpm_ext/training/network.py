@@ -1,4 +1,4 @@
-"""The model of a training run: makes a UNet2DModel or a DiT, tries a model out, describes it and writes it."""
+"""The model of a training run: builds a UNet2DModel or a DiT, tries a model out, describes it and writes it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
     """Makes a UNet2DModel with random weights, or a DiTTransformer2DModel whose blocks begin as the identity.
 
     Args:
-        source: its configuration, or a JSON file that holds one; for a DiT with `_class_name`. None: a UNet2DModel is
-            made by the options.
+        source: a configuration, or a JSON file that holds one; for a DiT it has `_class_name`. None: the options
+            determine a UNet2DModel.
         options: the options of the run.
         shape: (channels, height, width) of the images.
         classes: the number of class embeddings; None for an unconditional model.
@@ -46,17 +46,17 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
         if getattr(options, name) != getattr(standard, name):
             raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration decides it")
     name = "config" if isinstance(source, dict) else str(source)
-    given = source if isinstance(source, dict) else read_json(Path(source))
-    kind = kind_of(given, name)
-    fits = _required_of_dit(options, shape, classes, name) if kind == DIT else _required(options, shape, classes)
-    for key, value in fits.items():
-        if given.get(key) not in (None, value):
+    configured = source if isinstance(source, dict) else read_json(Path(source))
+    kind = kind_of(configured, name)
+    required = _required_of_dit(options, shape, classes, name) if kind == DIT else _required(options, shape, classes)
+    for key, value in required.items():
+        if configured.get(key) not in (None, value):
             what = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
-            raise ValueError(f"model: {name} has {key} {given[key]}, expected {value} for {what}")
-    config = {"_class_name": kind, "dropout": options.dropout, **given, **fits}
+            raise ValueError(f"model: {name} has {key} {configured[key]}, expected {value} for {what}")
+    config = {"_class_name": kind, "dropout": options.dropout, **configured, **required}
     check_supported(config, Path(name))
     model = build_unet(config, name)
-    if kind == DIT:  # adaLN-Zero, as the paper of DiT begins
+    if kind == DIT:  # the initial values of adaLN-Zero, as in the paper of DiT
         zero = [model.proj_out_1, model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)]
         for value in (value for layer in zero for value in layer.parameters()):
             nn.init.zeros_(value)
@@ -64,8 +64,10 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
 
 
 def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> dict[str, Any]:
-    """The configuration of a UNet2DModel by the options, for images of `shape`, (channels, height, width), and as many
-    class embeddings as `classes`."""
+    """The configuration of a UNet2DModel that the options describe.
+
+    shape: (channels, height, width) of the images. classes: the number of class embeddings, or None.
+    """
     _, height, width = shape
     smallest = 2 ** (len(options.widths) - 1)
     if height % smallest or width % smallest:
@@ -74,7 +76,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
             f"{smallest} for {len(options.widths)} widths"
         )
     levels = range(len(options.widths))
-    for level in {*options.attention, levels[-1]}:  # the middle of the network attends, too
+    for level in {*options.attention, levels[-1]}:  # the middle block, at the last level, has attention, too
         if options.widths[level] < options.head_channels:
             raise ValueError(
                 f"widths: got {options.widths[level]} at level {level}, which has attention, expected at least "
@@ -94,7 +96,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
 
 
 def _required(options: TrainOptions, shape: tuple[int, int, int], classes: int | None) -> dict[str, Any]:
-    """What the images, their classes and the options require of any configuration."""
+    """The entries that images, classes and options require in a UNet2DModel's configuration."""
     channels, height, width = shape
     return {
         "sample_size": height if height == width else [height, width],
@@ -116,15 +118,16 @@ def _required_of_dit(
         "sample_size": height,
         "in_channels": channels,
         "out_channels": channels * VARIANCES[options.variance].channels,
-        "num_embeds_ada_norm": classes - bool(options.class_dropout),  # without the null class, which it adds
+        "num_embeds_ada_norm": classes - bool(options.class_dropout),  # the DiT adds the null class itself
     }
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Makes the model keep few activations in the forward pass and compute the others again in the backward pass.
+    """Makes the model keep few activations in the forward pass and recompute the rest in the backward pass.
 
     Raises:
-        ValueError: the model has no enable_gradient_checkpointing(), a method of diffusers' models, or it fails.
+        ValueError: the model has no enable_gradient_checkpointing(), a method of diffusers' models, or the method
+            fails.
     """
     enable = getattr(model, "enable_gradient_checkpointing", None)
     if not callable(enable):
@@ -134,7 +137,7 @@ def enable_checkpointing(model: nn.Module) -> None:
         )
     try:
         enable()
-    except ValueError as error:  # diffusers' for a model without it
+    except ValueError as error:  # diffusers raises it for a model that does not support checkpointing
         raise ValueError(f"gradient_checkpointing: {type(model).__name__} fails ({one_line(error)})") from error
 
 
@@ -142,12 +145,12 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tenso
     """Calls model(x, t), or model(x, t, labels), in evaluation mode and returns its output.
 
     Raises:
-        ValueError: the model fails, or its output has another shape than x, or, for a learned variance, than x with
-            twice the channels.
+        ValueError: the model fails, or its output has not the shape of x (for a learned variance, of x with twice the
+            channels).
     """
     shape, training = tuple(x.shape), model.training
     try:
-        found = unwrap(model.eval()(x, t) if labels is None else model.eval()(x, t, labels))
+        output = unwrap(model.eval()(x, t) if labels is None else model.eval()(x, t, labels))
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -156,23 +159,26 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tenso
     finally:
         model.train(training)
     expected = (shape[0], shape[1] * VARIANCES[variance].channels, *shape[2:])
-    if found.shape != expected:
+    if output.shape != expected:
         raise ValueError(
-            f"model: it returns shape {tuple(found.shape)} for images of shape {shape}, expected {expected} with "
+            f"model: it returns shape {tuple(output.shape)} for images of shape {shape}, expected {expected} with "
             f"variance {variance}"
         )
-    return found
+    return output
 
 
 def known_kind(model: nn.Module) -> str | None:
-    """Which of diffusers' denoisers the model is that a folder can hold; None: another. Does not import diffusers."""
+    """The name of the model's class if it is one of diffusers' denoisers that a folder can hold, or None.
+
+    This does not import diffusers.
+    """
     diffusers = sys.modules.get("diffusers")
     kinds = FOLDERS if diffusers is not None else ()
     return next((kind for kind in kinds if isinstance(model, getattr(diffusers, kind))), None)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The class of a model, and its configuration or, if it has none, the shapes of its weights."""
+    """A model's class, and its configuration or, for a model without one, the shapes of its weights."""
     kind = type(model).__qualname__
     if known_kind(model) is not None:
         config = json.loads(model.to_json_string())  # type: ignore[operator]
@@ -189,15 +195,20 @@ def save_result(
     classes: Classes | None = None,
     clip: bool = True,
 ) -> str:
-    """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, the shape of its samples,
-    (channels, height, width), its classes, and whether its samples are clipped, as latents are not.
+    """Writes a trained model and its diffusion's scheduler to a folder.
 
-    A UNet2DModel of images is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a
-    model, or of latents, and a DiT, as its parts alone. For another module, model.safetensors holds the state dict, and
-    model.json the class, where it is defined, the settings and the shape.
+    A UNet2DModel of images is written as the folder of a DDPMPipeline. With classes, which that pipeline can't pass to
+    a model, or of latents, only its parts are written; so is a DiT. For any other module, model.safetensors has the
+    state dict; model.json has the class, its module, the settings and the shape.
+
+    Args:
+        settings: of the diffusion.
+        dtype: the dtype to which weights are rounded.
+        shape: (channels, height, width) of the samples.
+        clip: whether samples are clipped; latents are not.
 
     Returns:
-        A sentence that says what can read the folder.
+        A sentence that says which programs can read the folder.
     """
     scheduler = settings.to_scheduler_config(clip=clip)
     files.write_json(folder / "scheduler" / SCHEDULER, scheduler)

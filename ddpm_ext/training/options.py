@@ -1,4 +1,4 @@
-"""The options of a training run, and checks that a checkpoint or the ranks of a run have the same ones."""
+"""The options of a training run, and checks that a checkpoint or the ranks of a run have the same options."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
 }
-"""The learning rate as a share of the highest, by the share of the steps that is done."""
+"""By name: from the share of the steps that is done to the learning rate as a share of the highest."""
 SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
-"""The options that belong to one timestep sampler."""
+"""The options that belong to only one timestep sampler."""
 
-# The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded;
-# apart from the number of steps, which is meant to change if it is given.
-# The data and the model are compared by what they are, not by the names of their files.
+# The options that may change when a run is resumed. Except for the number of steps, they don't affect the weights
+# beyond the rounding of sums. The data and the model are compared by their content, not by the names of their files.
 _MAY_CHANGE = frozenset[str]().union(
     ("steps", "data", "image_size", "channels", "skip_corrupt", "workers", "model_config"),
     ("accumulate", "device", "graph", "gradient_checkpointing", "checkpoint_every", "keep", "log_every"),
@@ -46,7 +45,7 @@ CHANGEABLE = (
     *("lr", "lr_schedule", "warmup", "weight_decay", "betas", "adam_eps", "clip", "ema", "batch_size", "flip"),
     *("random_crop", "loss", "delta", "weighting", "vlb_weight", "offset_noise", "input_perturbation"),
 )
-"""The options that affect the weights and may all the same be changed at a resume, if that is said."""
+"""Options that affect the weights. A resume may change them if the caller lists them in `change`."""
 _AT_LEAST = (
     (0, ("warmup", "workers", "snapshot_every", "sample_every", "score_every")),
     (1, ("steps", "batch_size", "accumulate", "layers", "head_channels", "groups", "timesteps")),
@@ -65,7 +64,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "mode_scale": (-1, math.nextafter(Mode.LARGEST, 2), "in [-1, 2 / (pi - 2)]"),
     "seed": (0, 2**64, "in [0, 2^64)"),
 }
-"""The least value of an option that is a number, the least one above all that are allowed, and both in words."""
+"""For options that are numbers: the smallest allowed value, an exclusive upper bound, and the range in words."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "autocast": AUTOCAST,
     "loss": (*LOSSES, *BOUNDS),
@@ -75,7 +74,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": ("simple", *WEIGHTINGS),
     "weights_dtype": tuple(DTYPES),
 }
-"""The values of an option that is one of several names."""
+"""For options that are one of several names: the names."""
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -87,15 +86,15 @@ def _flag(name: str, value: Any) -> bool:
 def _several(one: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
     def checked(name: str, values: Any) -> tuple[float, ...]:
         try:
-            given = tuple(values)
+            items = tuple(values)
         except TypeError:
             raise TypeError(f"{name} is {values!r}, expected a tuple of numbers") from None
-        return tuple(one(f"{name}[{i}]", value) for i, value in enumerate(given))
+        return tuple(one(f"{name}[{i}]", value) for i, value in enumerate(items))
 
     return checked
 
 
-# An option by its type, as JSON and range() take it: an integer of numpy is none.
+# By an option's type: the function that converts its value into Python's type. JSON and range() reject numpy's types.
 _AS_JSON: dict[Any, Callable[[str, Any], Any]] = {
     "bool": _flag,
     "int": checks.as_int,
@@ -111,7 +110,8 @@ class TrainOptions:
     """The options of a training run; `ddpm-ext train --help` explains each of them.
 
     Raises:
-        TypeError, ValueError: an option of another type, out of range or that doesn't fit another; it is named.
+        TypeError, ValueError: an option has another type, is out of range, or doesn't fit another option. The message
+            names the option.
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions
@@ -227,7 +227,8 @@ class TrainOptions:
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
     """Raises ValueError, naming the first entry of `now` that differs from `then`, with which `path` was made.
 
-    An option that `then` lacks is newer than the run, which did what is the option's default now.
+    An option that `then` lacks is newer than the run: it counts as having its default, which is what older versions
+    did.
 
     change: the names of options that may differ.
     """
@@ -240,22 +241,22 @@ def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Co
 
 def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
     """Raises ValueError unless all ranks have the same entries: options, data and model. The device may differ."""
-    for rank, own in enumerate(every):
-        for name, value in {**every[0], **own}.items():
-            if name != "device" and (own.get(name), every[0].get(name)) != (value, value):
+    for rank, of_rank in enumerate(every):
+        for name, value in {**every[0], **of_rank}.items():
+            if name != "device" and (of_rank.get(name), every[0].get(name)) != (value, value):
                 raise ValueError(
-                    f"ranks: {name} is {own.get(name)} on rank {rank} and {every[0].get(name)} on rank 0, "
+                    f"ranks: {name} is {of_rank.get(name)} on rank {rank} and {every[0].get(name)} on rank 0, "
                     "expected the same on all"
                 )
 
 
 def with_newer(was: dict[str, Any]) -> dict[str, Any]:
-    """The options in a run's files, by name. Options that are newer than the run have their defaults."""
+    """The options `was` of a run's files, by name, with the defaults of options that are newer than the run."""
     return as_json(TrainOptions()) | was
 
 
 def as_json(options: TrainOptions) -> dict[str, Any]:
-    """The options as they are read from a run's files, where a tuple is a list."""
+    """The options in the form that a run's files have: a tuple is a list."""
     return json.loads(json.dumps(asdict(options)))
 
 

@@ -1,4 +1,4 @@
-"""Writes the files of a run: the log, checkpoints, grids of samples, and the result. Only rank 0 does."""
+"""Writes the files of a run, on rank 0: the log, checkpoints, grids of samples, and the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddpm_ext.training.trackers import require_tensorboard, require_wandb, track
 from ddpm_ext.training.tuned import tune_run
 
 BEST = "best"
-"""The folder in that of a run which has the averaged model with the best score."""
+"""The sub-folder of a run with the averaged model that has the best score."""
 _RESULTS = ("model_index.json", "model.json", "training.json")
 
 
@@ -38,10 +38,10 @@ _RESULTS = ("model_index.json", "model.json", "training.json")
 class Result:
     """The result of a run.
 
-    folder: where its files are.
+    folder: the run's folder.
     parameters: the number of the model's parameters.
     final_loss: the mean loss of the last tenth of the steps.
-    seconds: the time that this process took; a resumed run took more in all.
+    seconds: the time that this process took, without the processes before a resume.
     """
 
     folder: Path
@@ -51,12 +51,12 @@ class Result:
 
 
 class Outputs:
-    """The folder of a run.
+    """Writes the files in the folder of a run.
 
     Args:
-        folder: where it is.
+        folder: the folder's path.
         options: the options of the run.
-        about: what the weights depend on besides the options, as JSON.
+        about: the inputs, besides the options, on which the weights depend, as JSON (run_options.inputs_of).
         settings, classes: of the model that is written.
         report: called with lines of text.
         change: the names of options that may differ from those of the run that is resumed.
@@ -75,9 +75,9 @@ class Outputs:
         self.settings, self.classes = settings, classes
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._rows: list[log.LogRow] = []  # steps that are not in the log
+        self._rows: list[log.LogRow] = []  # steps that are not in the log yet
         self._since: list[log.LogRow] = []  # steps since the last progress line
-        self._saved = 0  # the step of the last checkpoint, or of one that could not be written
+        self._saved = 0  # the step of the last checkpoint that was written or attempted
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run, until `until_the_end` closes, and opens the log.
@@ -86,9 +86,9 @@ class Outputs:
             The checkpoint to continue from, or None.
 
         Raises:
-            ValueError: a file or a folder can't be written that the run will write later; another run is writing there;
-                a run has written there and `resume` is false; or `resume` is true, and no run was started there or one
-                with other options, data or another model.
+            ValueError: a file or folder that the run will write later can't be written; another run is writing to the
+                folder; `resume` is false, and the folder holds a run; or `resume` is true, and the folder holds no run,
+                or a run with other options, data or another model.
         """
         folder = self.folder
         has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
@@ -118,7 +118,7 @@ class Outputs:
         return path
 
     def _check_writable(self) -> None:
-        """Raises ValueError if something stands where the run will write a file or a folder; makes no folder in it."""
+        """Raises ValueError if the run will not be able to write one of its files or folders. Creates no sub-folder."""
         options = self.options
         names = ["training.json", run_options.OPTIONS, ".lock", "losses.csv", "losses.png"]
         folders = ["checkpoints", "scheduler", *(f"ema-{decay}" for decay in options.extra_emas)]
@@ -138,7 +138,7 @@ class Outputs:
         for name in names:
             files.check_writable(self.folder / name)
         for name in folders:
-            # One that is not there is not made: readers take an empty best for a model.
+            # A missing folder is not created: readers would take an empty best/ for a model.
             if os.path.lexists(self.folder / name):
                 files.check_writable(self.folder / name / "file")
 
@@ -149,7 +149,7 @@ class Outputs:
                 self.report(f"changed: {name} is {now[name]}, before {before[name]}")
 
     def add(self, rows: list[log.LogRow]) -> None:
-        """Takes steps, whose losses are finite, for the next lines of the log."""
+        """Adds steps for the next lines of the log. Their losses are finite."""
         self._rows += rows
 
     def record(
@@ -160,16 +160,16 @@ class Outputs:
         draw: Callable[[], Tensor],
         score: float | None = None,
     ) -> None:
-        """Writes what is due after a step.
+        """Writes the log and everything else that is due after a step.
 
-        The log comes first, so that it has at least the steps of the newest checkpoint.
+        The log is written first, so that it has at least the steps of the newest checkpoint.
 
         Args:
             state: the state after the step.
             images_per_second: for the log.
-            due: the names of the options whose interval ends here, such as log_every.
+            due: the names of the options whose interval ends at this step, such as log_every.
             draw: makes samples, (count, channels, height, width) in [-1, 1].
-            score: of the averaged model, if it was scored.
+            score: the averaged model's score, or None if it was not scored.
         """
         options, step = self.options, state.step
         self._write_log(images_per_second)
@@ -177,9 +177,9 @@ class Outputs:
             lr = learning_rate(options, step - 1)
             self.report(log.progress_line(self._since, step, options.steps, lr, images_per_second))
             self._since = []
-        if score is not None:  # before the checkpoint, which has the score
+        if score is not None:  # before the checkpoint, which contains the score
             self._record_score(state, score)
-        if "snapshot_every" in due:  # before the checkpoint, from which a resume continues behind it
+        if "snapshot_every" in due:  # before the checkpoint: a resume from it writes only later snapshots
             post_hoc.write_snapshots(self.folder, step, state.power)
         if "checkpoint_every" in due:
             self._checkpoint(state)
@@ -187,7 +187,7 @@ class Outputs:
             self._draw(step, draw)
 
     def catch_up(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Draws the samples of a checkpoint's step where its run was killed before they were written."""
+        """Draws the samples of a checkpoint's step if the run was killed before it wrote them."""
         every = self.options.sample_every
         if step and every and step % every == 0 and not self._picture(step).exists():
             self._draw(step, draw)
@@ -202,7 +202,7 @@ class Outputs:
         return self.folder / "samples" / f"step-{step:08d}.png"
 
     def _write_log(self, images_per_second: float) -> None:
-        """Writes the lines of the steps that are not in the log; a line that can't be written is not tried again."""
+        """Writes the lines of the steps that are not in the log yet. It does not retry lines that can't be written."""
         rows, self._rows = self._rows, []
         self._since += rows
         self.log.write(rows, images_per_second)
@@ -213,35 +213,35 @@ class Outputs:
         return checkpoints.save(self.folder, state.step, state.tensors(), header, self.options.keep)
 
     def has_tried(self, step: int) -> bool:
-        """Whether there is a checkpoint of the step, or it could not be written."""
+        """Whether a checkpoint of the step was written or attempted."""
         return step == self._saved
 
     def rescue(self, state: TrainState, images_per_second: float) -> None:
-        """Writes a checkpoint where an exception ends the run, and reports it.
+        """Writes the log, if possible, and a checkpoint before an exception ends the run, and reports the checkpoint.
 
         Raises:
-            OSError: it can't be written. The log, which comes first, need not be.
+            OSError: the checkpoint can't be written.
         """
-        with suppress(Exception):  # of the log's file or of a tracker: one of them may be what ends the run
+        with suppress(Exception):  # the log's file or a tracker may have raised the exception that ends the run
             self._write_log(images_per_second)
         self.report(f"{self._checkpoint(state)} is written; a resume continues from it")
 
     def _record_score(self, state: TrainState, score: float) -> None:
-        """Logs and reports the score; writes the averaged model to best/ if no earlier step had as good a one."""
+        """Logs and reports the score. Writes the averaged model to best/ if all earlier scores were worse."""
         scores, step = state.scores, state.step
         scores.of[step] = score
         for tracker in self.log.trackers:
             tracker.numbers({"score": score}, step)
-        lines = "".join(f"{at},{value:.9g}\n" for at, value in sorted(scores.of.items()))
+        lines = "".join(f"{best_step},{value:.9g}\n" for best_step, value in sorted(scores.of.items()))
         files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
-        at, best = scores.best or (step, score)
-        if at == step:
+        best_step, best = scores.best or (step, score)
+        if best_step == step:
             self._save_model(state.average, self.folder / BEST)
             by = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
             files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **by})
             self.report(f"score {score:.4f} at step {step}, the best so far: {self.folder / BEST} has the model")
         else:
-            self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {at}")
+            self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {best_step}")
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
@@ -249,10 +249,10 @@ class Outputs:
         return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes, clip)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the averaged model, the curve of losses, and training.json with `about` in it; then tunes tables to
-        the model and uploads it, if that was asked for.
+        """Writes the averaged model, the loss curve, and training.json with `about`; then tunes tables to the model and
+        uploads it, if the options ask for it.
 
-        If no step was taken, because the run had been finished before, training.json keeps how that was done.
+        If the run was already finished, and no step was taken, training.json keeps the description of the finished run.
         """
         self.report(self._save_model(state.average, self.folder))
         for decay, average in state.extra.items():
@@ -276,21 +276,21 @@ class Outputs:
         return result
 
     def _tune(self, average: nn.Module) -> None:
-        """Tunes the tables that the options ask for, on the device where the model is."""
+        """Tunes the tables that the options ask for, on the model's device."""
         options, device = self.options, next(average.parameters()).device
-        given = {"seed": options.seed, "batch_size": options.batch_size, "device": device, "report": self.report}
-        tune_run(self.folder, average, options.tune, **given)  # type: ignore[arg-type]
+        keywords = {"seed": options.seed, "batch_size": options.batch_size, "device": device, "report": self.report}
+        tune_run(self.folder, average, options.tune, **keywords)  # type: ignore[arg-type]
 
     def _keep_training(self) -> bool:
-        """Puts the options into training.json if that tells of a run with as many steps; returns whether it does."""
+        """If training.json describes a run of as many steps, updates its options; returns whether it does."""
         path = self.folder / "training.json"
         try:
-            before = files.read_json(path)
-            if before["options"]["steps"] != self.options.steps:
+            previous = files.read_json(path)
+            if previous["options"]["steps"] != self.options.steps:
                 return False
         except (OSError, ValueError, TypeError, KeyError):
             return False
-        files.write_json(path, before | {"options": asdict(self.options)})
+        files.write_json(path, previous | {"options": asdict(self.options)})
         return True
 
     def _write_training(self, result: Result, about: dict[str, Any]) -> None:
@@ -310,7 +310,7 @@ class Outputs:
 
 
 def check_extras(options: TrainOptions) -> None:
-    """Raises MissingExtra if a package is not installed that the run will need later."""
+    """Raises MissingExtra if a package that the run will need later is not installed."""
     require("matplotlib.figure", "the curve of losses")
     require("safetensors.torch", "writing checkpoints")
     if options.sample_every:

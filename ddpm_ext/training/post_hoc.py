@@ -1,4 +1,4 @@
-"""Snapshots of a run's power averages, and averages of other lengths that are made of them after training."""
+"""Snapshots of a run's power averages, from which averages of other lengths are computed after training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NAME = re.compile(r"step-(\d{8,})-length-(0\.\d+)\.safetensors")
 
 
 def write_snapshots(folder: Path, step: int, averages: Mapping[float, nn.Module]) -> None:
-    """Writes a run's averages after a step, by their lengths, each as the state dict of its module."""
+    """Writes the state dict of each average after a step. averages: the modules, by their lengths."""
     for length, average in averages.items():
         write_weights(average, folder / SNAPSHOTS / f"step-{step:08d}-length-{length:.2f}.safetensors", torch.float32)
 
 
 def remove_later(folder: Path, step: int) -> None:
-    """Removes the snapshots of steps after `step`, from which the run continues, and what a killed process left."""
+    """Removes the snapshots of steps after `step`, where the run continues, and temporary files of a killed process."""
     for path in (folder / SNAPSHOTS).glob("*.safetensors"):
         match = _NAME.fullmatch(path.name)
         if path.name.startswith(".step-") or (match and int(match[1]) > step):
@@ -35,12 +35,13 @@ def remove_later(folder: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class PostHocAverage:
-    """A model whose weights are an average that was made after training.
+    """A model whose weights are an average that was computed after training.
 
     trained: the model, as training.load returns it.
     step: the training step at which the average ends.
-    snapshots: how many it was made of.
-    distance: of its profile over the steps from the exact one, as a share of that one's norm.
+    snapshots: the number of snapshots that it was computed from.
+    distance: the norm of the difference between its profile over the steps and the exact profile, divided by the exact
+        profile's norm.
 
     Examples:
         >>> from ddpm_ext.training import post_hoc_average
@@ -59,14 +60,14 @@ def post_hoc_average(
 ) -> PostHocAverage:
     """The average of a run's weights with another length, from the snapshots that `snapshot_every` wrote.
 
-    It is the post-hoc EMA of Karras et al. 2024, section 3.2: of the snapshots' sums the one that is nearest, in least
-    squares, to the average that was not kept.
+    This is the post-hoc EMA of Karras et al. 2024, section 3.2: the weighted sum of snapshots that is nearest, in least
+    squares, to the average of this length.
 
     Args:
-        run: the folder of the run, which may go on.
-        length: the deviation of the average's steps as a share of the training so far (sigma_rel in the paper), above 0
-            and at most 0.288, which is about the plain mean of all steps.
-        model, device: as training.load takes them.
+        run: the folder of the run, which may be still running.
+        length: the standard deviation of the average's steps as a share of the training so far (sigma_rel in the
+            paper), above 0 and at most 0.288, which is about the plain mean of all steps.
+        model, device: as for training.load.
 
     Raises:
         ValueError: the length is out of range, the run has no snapshots, or as training.load.
@@ -87,21 +88,21 @@ def post_hoc_average(
     if not 0 < length <= LONGEST:
         raise ValueError(f"length: got {length}, expected a number above 0 and up to {LONGEST}")
     trained, folder = load(run, model, device=device), Path(run) / SNAPSHOTS
-    found = [(match, path) for path in sorted(folder.glob("*")) if (match := _NAME.fullmatch(path.name))]
-    if not found:
+    snapshots = [(match, path) for path in sorted(folder.glob("*")) if (match := _NAME.fullmatch(path.name))]
+    if not snapshots:
         raise ValueError(f"run: {run} has no snapshots, expected a run with --snapshot-every, or snapshot_every=")
-    steps, lengths = [int(match[1]) for match, _ in found], [float(match[2]) for match, _ in found]
+    steps, lengths = [int(match[1]) for match, _ in snapshots], [float(match[2]) for match, _ in snapshots]
     factors, distance = combination(steps, lengths, max(steps), length)
-    wanted = dict(trained.model.named_parameters())
-    sums = {name: torch.zeros(value.shape, dtype=torch.float64, device="cpu") for name, value in wanted.items()}
-    for factor, (_, path) in zip(factors.tolist(), found, strict=True):
+    parameters = dict(trained.model.named_parameters())
+    sums = {name: torch.zeros(value.shape, dtype=torch.float64, device="cpu") for name, value in parameters.items()}
+    for factor, (_, path) in zip(factors.tolist(), snapshots, strict=True):
         weights = read_weights(path)
         for name, total in sums.items():
             total.add_(_of_shape(weights.get(name), total, path, name), alpha=factor)
     for name, total in sums.items():
-        wanted[name].copy_(total)  # the buffers are the run's own
+        parameters[name].copy_(total)  # buffers stay as load() has read them
     check_finite(trained.model, folder)
-    return PostHocAverage(trained, max(steps), len(found), distance)
+    return PostHocAverage(trained, max(steps), len(snapshots), distance)
 
 
 def _of_shape(value: Tensor | None, total: Tensor, path: Path, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a progress bar with the loss, lines above it, and its speed."""
+"""The progress of a run: a bar with the loss, lines of text above the bar, and the speed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from ddpm_ext.base.optional import require
 
-_KEPT = 0.98  # of the smoothed loss in each step
+_KEPT = 0.98  # the decay of the smoothed loss in each step
 
 
 class Bar:
-    """A progress bar over steps, with the smoothed loss behind it; without a bar of tqdm it shows nothing.
+    """A progress bar over steps with the smoothed loss. shown: the tqdm bar; None: nothing is shown.
 
-    On a GPU or among several ranks the losses come when the log reads them, since reading one waits for its step.
+    On a GPU or with several ranks, the loss is updated only when the log reads losses, since reading a loss waits for
+    its step.
     """
 
     def __init__(self, shown: Any = None) -> None:
@@ -28,7 +29,7 @@ class Bar:
             self._shown.update()
 
     def show(self, losses: Iterable[float]) -> None:
-        """Takes the losses of the steps since the last call into the moving average that is shown."""
+        """Updates the displayed moving average with the losses of the steps since the last call."""
         for loss in losses:
             self._sum = _KEPT * self._sum + (1 - _KEPT) * loss
             self._weight = _KEPT * self._weight + (1 - _KEPT)
@@ -38,7 +39,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(steps: int, begun: int, *, shown: bool) -> Iterator[Bar]:
-    """A bar over `steps`, of which `begun` are done; if not `shown`, one that shows nothing."""
+    """A bar over `steps`, of which `begun` are done. If not `shown`, the bar displays nothing."""
     if not shown:
         yield Bar()
         return
@@ -48,7 +49,7 @@ def progress_bar(steps: int, begun: int, *, shown: bool) -> Iterator[Bar]:
 
 
 def above_bar(report: Callable[[str], None]) -> Callable[[str], None]:
-    """A report whose lines appear above the bar."""
+    """A report function whose lines appear above the bar."""
 
     def write(text: str) -> None:
         with require("tqdm", "the progress bar").tqdm.external_write_mode():

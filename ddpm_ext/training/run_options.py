@@ -1,4 +1,4 @@
-"""What a run was started with: its options, and what its weights depend on besides; options.json has both."""
+"""The inputs of a run: its options, and the other inputs on which its weights depend. options.json has both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddpm_ext.training.options import TrainOptions
 OPTIONS = "options.json"
 SHAPE = "the shape of images"
 LATENTS = "the images are latents"
-OF_MODEL = "model's "  # before the names of what network.describe says
+OF_MODEL = "model's "  # the prefix of the entries that network.describe returns
 
 
 def settings_by(options: TrainOptions) -> DiffusionSettings:
@@ -33,14 +33,14 @@ def settings_by(options: TrainOptions) -> DiffusionSettings:
 def with_settings(
     diffusion: GaussianDiffusion | None, options: TrainOptions
 ) -> tuple[GaussianDiffusion, DiffusionSettings, TrainOptions]:
-    """The diffusion, given or by the options; its settings; and the options with these settings."""
+    """The diffusion, which the options determine if it is None; its settings; and the options with these settings."""
     if diffusion is not None and not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
     if diffusion is not None and diffusion.prediction not in SPACED_PREDICTIONS:
         expected = ", ".join(map(repr, SPACED_PREDICTIONS))
         raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
     settings = settings_by(options) if diffusion is None else DiffusionSettings.of(diffusion)
-    settings.to_scheduler_config()  # what cannot be written afterwards is refused at once
+    settings.to_scheduler_config()  # raises now what would otherwise fail after training, when the model is written
     if diffusion is None:
         return settings.diffusion(), settings, options
     chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("timesteps", "prediction", "variance")}
@@ -50,7 +50,7 @@ def with_settings(
 def inputs_of(
     model: nn.Module, images: ImageSource, labels: Labels | None, diffusion: GaussianDiffusion
 ) -> dict[str, Any]:
-    """What the weights depend on besides the options, as JSON; the keys are parts of error messages."""
+    """The inputs, besides the options, on which the weights depend, as JSON. The keys are parts of error messages."""
     schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
     model_part = {f"{OF_MODEL}{name}": value for name, value in network.describe(model).items()}
     of_classes: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def inputs_of(
 
 
 def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
-    """Writes the options of a run, and what its weights depend on besides, in the form of a checkpoint's header.
+    """Writes options.json, with a run's options and other inputs, in the form of a checkpoint's header.
 
     Raises OSError if the file can't be written; the message is one sentence.
     """
@@ -79,30 +79,30 @@ def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
 
 
 def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> tuple[Path, dict[str, Any]]:
-    """What a run is resumed from: its newest checkpoint that can be read, or options.json if it has none.
+    """The file from which a run is resumed: its newest readable checkpoint, or options.json if it has no checkpoint.
 
     `report` is called with a line of text for each checkpoint that is damaged.
 
-    The options are those of the last start, which options.json has: they may have been changed after the checkpoint.
+    The options are those of the last start, from options.json: they may have been changed after the checkpoint.
 
     Returns:
-        The path, and the options, the rest that the weights depend on, and the step.
+        The path, and a header with the options ("options"), the other inputs ("about") and the step ("step").
 
     Raises:
         ValueError: the folder holds no run, or nothing that can be read.
     """
-    found, path = checkpoints.latest(folder, report), folder / OPTIONS
-    if found is not None:
-        checkpoints.check_header(*found)
+    checkpoint, path = checkpoints.latest(folder, report), folder / OPTIONS
+    if checkpoint is not None:
+        checkpoints.check_header(*checkpoint)
     try:
-        begun = files.read_json(path)
-        options, about = dict(begun["options"]), dict(begun["about"])
+        contents = files.read_json(path)
+        options, about = dict(contents["options"]), dict(contents["about"])
     except FileNotFoundError:
-        if found is not None:
-            return found
+        if checkpoint is not None:
+            return checkpoint
         raise ValueError(f"run: {folder} holds no run, expected the folder of one that was started") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"resume: {path} is damaged; remove it, and the last checkpoint's options are used") from error
-    if found is not None:
-        return found[0], found[1] | {"options": options}
+    if checkpoint is not None:
+        return checkpoint[0], checkpoint[1] | {"options": options}
     return path, {"step": 0, "options": options, "about": about}

@@ -1,5 +1,5 @@
-"""Scores of samples: their Fréchet distance to images (Heusel et al. 2017, eq. 6), and precision and recall; and those
-of a run."""
+"""Scores of samples: Fréchet distance to images (Heusel et al. 2017, eq. 6), precision and recall. Also the scores of a
+run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ddpm_ext.training.import_by_name import import_by_name, theirs
 from ddpm_ext.training.options import TrainOptions
 
 Features = Callable[[Tensor], Any]
-"""Of images, (batch, channels, height, width) float32 in [-1, 1] on the run's device; returns (batch, features)."""
+"""A function of images, (batch, channels, height, width) float32 in [-1, 1] on the run's device, that returns features,
+(batch, features)."""
 
 _PIXELS = "pixels"
-# Larger images are averaged to this side, because the covariance has the square of the pixels' number of entries.
+# Larger images are averaged to this side: the covariance has as many entries as the square of the number of pixels.
 _SIDE = 16
-_DISTANCES = 2**23  # at a time
-_REFERENCE = 5000  # as many training images, at most, are compared with
+_DISTANCES = 2**23  # the most distances that are computed at a time
+_REFERENCE = 5000  # the most training images that samples are compared with
 
 
 Moments = tuple[Tensor, Tensor]
@@ -52,17 +53,17 @@ def frechet(one: Moments, other: Moments) -> float:
 
 
 def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """The share of samples that lie among the images, and of images that lie among the samples.
+    """Precision, the share of samples that lie among the images, and recall, the share of images among the samples.
 
-    A point lies among others where it is as near to one of them as that one's nearest neighbours of its own kind are:
-    Kynkäänniemi et al. 2019, eq. 1 and 2.
+    A point lies among a set of points if its distance to one of them is at most the distance from that one to its k-th
+    nearest neighbour in the set: Kynkäänniemi et al. 2019, eq. 1 and 2.
 
     Args:
         images, samples: features, (count, features) float64, more than `neighbours` of each.
-        neighbours: the number of these, k in the paper, which takes 3.
+        neighbours: k; the paper takes 3.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few images or samples.
     """
     if min(len(images), len(samples)) <= neighbours:
         raise ValueError(
@@ -75,7 +76,7 @@ def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tu
 def _share_among(others: Tensor, points: Tensor, neighbours: int) -> float:
     """The share of the points that lie among the others."""
     rows = max(1, _DISTANCES // len(others))
-    # The nearest to each is itself.
+    # Each point's nearest point is itself, so the k-th neighbour is the (k + 1)-th smallest distance.
     reach = torch.cat([torch.cdist(part, others).kthvalue(neighbours + 1).values for part in others.split(rows)])
     inside = sum(int((torch.cdist(part, others) <= reach).any(1).sum()) for part in points.split(rows))
     return inside / len(points)
@@ -91,7 +92,7 @@ def features_by_name(name: str) -> Features:
     """The function "pixels", the network "inception", or the function that "module:function" names.
 
     Raises:
-        ValueError: there is none. MissingExtra: "inception" is not installed.
+        ValueError: there is no such function. MissingExtra: no package for "inception" is installed.
     """
     if name == _PIXELS:
         return pixels
@@ -101,38 +102,39 @@ def features_by_name(name: str) -> Features:
 
 
 def features_of(features: Features, name: str, images: Tensor, device: torch.device) -> Tensor:
-    """(batch, features) float64 on the CPU, of images with values in [-1, 1] or beyond, which are clipped.
+    """The features of images, (batch, features) float64 on the CPU. The images' values are clipped to [-1, 1].
 
     Args:
-        name: of the features, for a message.
+        name: the name of the function of features, for an error message.
 
     Raises:
-        ValueError: they are not (batch, features), or not finite. UserCodeError: the function raises an exception.
+        ValueError: the features are not (batch, features), or not finite. UserCodeError: the function raises an
+            exception.
     """
-    given = images.to(device, torch.float32).clamp(-1, 1)
+    clipped = images.to(device, torch.float32).clamp(-1, 1)
     with torch.no_grad():
         try:
-            returned = features(given)
+            returned = features(clipped)
         except Exception as error:
             raise theirs("features", name, error) from error
-        found = torch.as_tensor(returned, device="cpu").detach().to(torch.float64)
-    if found.dim() != 2 or len(found) != len(images) or not found.shape[1]:
+        checked = torch.as_tensor(returned, device="cpu").detach().to(torch.float64)
+    if checked.dim() != 2 or len(checked) != len(images) or not checked.shape[1]:
         raise ValueError(
-            f"features: got shape {tuple(found.shape)} for {len(images)} images, expected ({len(images)}, features)"
+            f"features: got shape {tuple(checked.shape)} for {len(images)} images, expected ({len(images)}, features)"
         )
-    if not found.isfinite().all():
+    if not checked.isfinite().all():
         raise ValueError("features: got values that are not finite, expected finite numbers")
-    return found
+    return checked
 
 
 class Scorer:
-    """Scores samples by their distance to the training images, up to 5,000 of these, evenly from all.
+    """Scores samples by their Fréchet distance to at most 5,000 training images, taken evenly from all.
 
     Args:
-        features: of images.
+        features: the function of features.
         images: the training images.
         options: score_count, batch_size, seed, skip_corrupt.
-        device: where `features` gets its images.
+        device: the device of the images that `features` gets.
     """
 
     def __init__(self, features: Features, images: ImageSource, options: TrainOptions, device: torch.device) -> None:
@@ -140,12 +142,12 @@ class Scorer:
         self._reference: Moments | None = None
 
     def try_out(self) -> None:
-        """Raises what scoring would raise of the features, before the first step: of two images of noise."""
+        """Calls the function of features with two images of noise, so that its errors appear before the first step."""
         noise = torch.rand(2, *self.images.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         self._features_of(2 * noise - 1)
 
     def score(self, draw: Callable[[range], Tensor], ranks: Ranks) -> float:
-        """The Fréchet distance of `score_count` samples; every rank draws its part of them, and returns the same.
+        """The Fréchet distance of `score_count` samples. Each rank draws its part of them; all ranks return the same.
 
         draw: makes the samples with these ids, (samples, channels, height, width).
 
@@ -165,12 +167,12 @@ class Scorer:
         return frechet(drawn, self._reference)
 
     def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
-        """The moments of the features of images 0 to count - 1, of which make(range) makes a part."""
-        own = part_of(range(count), ranks.rank, ranks.size)
+        """The moments of the features of images 0 to count - 1. make(range) makes the images of a range."""
+        rank_range = part_of(range(count), ranks.rank, ranks.size)
         most = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
-        parts = [own[first : first + most] for first in range(0, len(own), most)]
-        found = [self._features_of(images) for images in map(make, parts) if len(images)]
-        every = [features for of_rank in ranks.gather(found) for features in of_rank]
+        parts = [rank_range[first : first + most] for first in range(0, len(rank_range), most)]
+        rank_features = [self._features_of(images) for images in map(make, parts) if len(images)]
+        every = [features for of_rank in ranks.gather(rank_features) for features in of_rank]
         if sum(map(len, every)) < 2:
             raise ValueError(f"score: got {sum(map(len, every))} images, expected at least 2")
         sizes = sorted({features.shape[1] for features in every})
@@ -184,25 +186,25 @@ class Scorer:
         return features_of(self.features, self.options.features, images, self.device)
 
     def _read(self, indices: Tensor) -> Tensor:
-        """The training images at `indices`; with skip_corrupt without those that can't be read."""
+        """The training images at `indices`. With skip_corrupt, images that can't be read are left out."""
         seeds = [seed_for(self.options.seed, "reference", index) for index in indices.tolist()]
         try:
             return self.images.batch(indices, seeds if self.images.seeded else None)
         except DamagedImage:
             if not self.options.skip_corrupt:
                 raise
-        found = []
-        for place, seed in zip(indices, seeds, strict=True):
+        readable = []
+        for index, seed in zip(indices, seeds, strict=True):
             with suppress(DamagedImage):
-                found.append(self.images.batch(place[None], [seed] if self.images.seeded else None))
-        return torch.cat(found) if found else torch.empty(0, device="cpu")
+                readable.append(self.images.batch(index[None], [seed] if self.images.seeded else None))
+        return torch.cat(readable) if readable else torch.empty(0, device="cpu")
 
 
 class Scores:
     """The scores of a run by the step; the lowest is the best.
 
-    by: the options that a score depends on besides the weights. Scores by others can't be compared, and are dropped
-        when a run is resumed.
+    by: the options on which a score depends, besides the weights. Scores by other options can't be compared, so a
+        resume with other options drops the earlier scores.
     """
 
     def __init__(self, options: TrainOptions) -> None:
@@ -211,13 +213,13 @@ class Scores:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step of the lowest score, the first of several, and the score; None if there is none."""
+        """The step of the lowest score, the first such step, and the score; None if there are no scores."""
         return min(self.of.items(), key=lambda found: (found[1], found[0]), default=None)
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """The state, as JSON."""
         return {"by": self.by, "of": list(self.of.items())}
 
-    def restore(self, found: Any) -> None:
-        """Takes what state() returned."""
-        self.of = {int(step): float(score) for step, score in found["of"]} if found["by"] == self.by else {}
+    def restore(self, state: Any) -> None:
+        """Restores the state that state() returned."""
+        self.of = {int(step): float(score) for step, score in state["of"]} if state["by"] == self.by else {}

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: its model, and checks that options, data and model fit one another."""
+"""Set-up before the first step of a run: makes the model, and checks that options, data and model fit one another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_PICTURES = ("sample_every", "score_every", "flip")
 
 
 def check_fit(options: TrainOptions, images: ImageSource, ranks: Ranks) -> None:
-    """Raises ValueError, naming an option, where it doesn't fit the data or the number of ranks."""
+    """Raises ValueError, naming the option, if an option doesn't fit the data or the number of ranks."""
     for name in _OF_PICTURES if isinstance(images, Latents) else ():
         if value := getattr(options, name):
             raise ValueError(f"{name}: got {value} for latents, which are no pictures, expected none")
@@ -40,10 +40,10 @@ def check_fit(options: TrainOptions, images: ImageSource, ranks: Ranks) -> None:
 def make_model(
     given: Any, options: TrainOptions, shape: tuple[int, int, int], classes: Classes | None, device: torch.device
 ) -> nn.Module:
-    """The model, given as Trainer takes it, on the device and in training mode.
+    """The model, on the device and in training mode. given: the `model` argument of Trainer.
 
     Raises:
-        ValueError: it doesn't fit the options or the images.
+        ValueError: the model doesn't fit the options or the images.
     """
     model = given
     if not isinstance(model, nn.Module):
@@ -66,7 +66,7 @@ def try_out(
     *,
     labelled: bool,
 ) -> None:
-    """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
+    """Calls model and loss once, so that errors appear before the first step if they don't fit the diffusion."""
     x = torch.zeros(1, *shape, dtype=torch.float32, device=device)
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
     labels = torch.zeros(1, dtype=torch.int64, device=device) if labelled else None

@@ -1,4 +1,4 @@
-"""The state of a training run: all that one step passes on to the next, as tensors and a few numbers."""
+"""The state of a training run: everything that one step passes to the next, as tensors and a few numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TrainState:
     """The model, its moving averages, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
 
     Raises:
-        ValueError: the model has no parameters to train, or more than tensors in its state dict.
+        ValueError: the model has no parameters to train, or its state dict holds anything but tensors.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class TrainState:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
-        # A tensor for a CUDA graph, which would repeat a number as it was at the capture.
+        # A CUDA graph needs a tensor: it would repeat the value that a Python number had at the capture.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -47,22 +47,22 @@ class TrainState:
         self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps, **of_sampler)
         self.step = 0
         self.scores = Scores(options)
-        self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
+        self.skipped: dict[str, None] = {}  # error messages of images that can't be read, in order, without duplicates
         self.extra = {decay: copy.deepcopy(self.average) for decay in options.extra_emas}  # further averages
         lengths = power_average.LENGTHS if options.snapshot_every else ()
-        self.power = {length: copy.deepcopy(self.average) for length in lengths}  # those that snapshots are made of
+        self.power = {length: copy.deepcopy(self.average) for length in lengths}  # power averages, for snapshots
         self._averaged: dict[nn.Module, list[Tensor]] = {
             average: [average.get_parameter(name) for name in self.parameters]
             for average in (self.average, *self.extra.values(), *self.power.values())
         }
         self._weights: list[Tensor] = list(self.parameters.values())
-        # What has a state dict of tensors, by the name that its tensors begin with.
-        averages = {"average": self.average} | {f"average {decay}": own for decay, own in self.extra.items()}
-        averages |= {f"average of length {length}": own for length, own in self.power.items()}
+        # The objects with a state dict of tensors, by the prefix of their tensors' names in a checkpoint.
+        averages = {"average": self.average} | {f"average {decay}": average for decay, average in self.extra.items()}
+        averages |= {f"average of length {length}": average for length, average in self.power.items()}
         self._parts: dict[str, Any] = {"model": model, **averages, "timestep_sampler": self.timestep_sampler}
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets the learning rate, rounded to float32, a graph's dtype, so that the weights are the same."""
+        """Sets the learning rate. It is rounded to float32, its dtype in a graph: so both ways give equal weights."""
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -71,20 +71,20 @@ class TrainState:
                 group["lr"] = rounded
 
     def changing(self) -> list[Tensor]:
-        """The tensors that a step changes before the averages follow: weights, buffers, and the optimizer's state."""
-        slots = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
+        """The tensors that a step changes before it updates the averages: weights, buffers, the optimizer's state."""
+        slots = [value for slots_of_parameter in self.optimizer.state.values() for value in slots_of_parameter.values()]
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
     @torch.no_grad()
     def update_averages(self, decay: float) -> None:
-        """Moves the average towards the weights by 1 - decay of their difference, and the others by their own decays;
-        buffers are copied."""
-        # A smaller decay at first, so that the initial weights soon stop mattering.
+        """Moves the average towards the weights by 1 - decay of their difference, and the further averages by their own
+        decays. Copies the buffers."""
+        # In the first steps the decay is smaller, so that the initial weights soon stop mattering.
         first = (1 + self.step) / (10 + self.step)
-        shares = [(min(own, first), average) for own, average in ((decay, self.average), *self.extra.items())]
-        shares += [(power_average.decay(length, self.step + 1), own) for length, own in self.power.items()]
-        for kept, average in shares:
-            torch._foreach_lerp_(self._averaged[average], self._weights, 1 - kept)
+        decays = [(min(each, first), average) for each, average in ((decay, self.average), *self.extra.items())]
+        decays += [(power_average.decay(length, self.step + 1), average) for length, average in self.power.items()]
+        for share, average in decays:
+            torch._foreach_lerp_(self._averaged[average], self._weights, 1 - share)
             for value, now in zip(average.buffers(), self.model.buffers(), strict=True):
                 value.copy_(now)
 
@@ -111,7 +111,8 @@ class TrainState:
         """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
 
         Raises:
-            ValueError: it is the state of another model, or has weights that are not finite. The file is named.
+            ValueError: it is the state of another model, or has weights that are not finite. The message names the
+                file.
         """
         try:
             for prefix, part in self._parts.items():
@@ -129,12 +130,12 @@ class TrainState:
                 raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """The optimizer's state dict by parameter, made of tensors named "slot.parameter", as "exp_avg.conv.weight"."""
-        places = {name: index for index, name in enumerate(self.parameters)}
+        """The optimizer's state by parameter, from tensors named "slot.parameter", such as "exp_avg.conv.weight"."""
+        index_of = {name: index for index, name in enumerate(self.parameters)}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             slot, _, parameter = name.partition(".")
-            index = places[parameter]
+            index = index_of[parameter]
             if value.dim():  # AdamW's fused step assumes that its state has the parameter's strides
                 value = torch.empty_like(self._weights[index]).copy_(value)
             state.setdefault(index, {})[slot] = value

@@ -1,4 +1,4 @@
-"""One training step, by one process or by each of several. Its losses stay on the device until they are logged."""
+"""One training step, on one or several ranks. Its losses stay on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-_SHOWN = 8  # how many timesteps the error about a loss that is not finite names
-# Of a float16 loss: gradients that overflow at a smaller scale would do so without a scale, too.
+_SHOWN = 8  # how many timesteps an error about an infinite or NaN loss names
+# The smallest scale of a float16 loss: gradients that overflow at a smaller scale would also overflow without scaling.
 _LEAST_SCALE = 1.0
 
 
@@ -39,11 +39,11 @@ class TrainingStep:
     """Takes training steps, which change a TrainState.
 
     The noise of sample i in the batch of step s has sample id i and draw s (stream 2), and its timestep depends on the
-    seed, s and i. So they are the same for any number of ranks and of accumulated parts.
+    seed, s and i. So noise and timesteps are the same for any number of ranks and of accumulated parts.
 
     Attributes:
-        samples: the part of each batch that this rank has.
-        parts: `samples` in the parts whose gradients are accumulated.
+        samples: this rank's samples of each batch.
+        parts: `samples`, divided into the parts whose gradients are accumulated.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TrainingStep:
         self._sum_order_fixed = ranks.size == 1
         self._pending: list[_Pending] = []
         self._captured = CapturedStep(self._compute, state, device) if options.graph else None
-        self._updates = 0  # that were begun
+        self._updates = 0  # the number of updates that were begun
         self._whole = self._changes()
 
     def take(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -83,38 +83,39 @@ class TrainingStep:
         state.update_averages(options.ema)
         if state.timestep_sampler.learns:
             # This waits for the device, and for all ranks.
-            seen, found = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
-            state.timestep_sampler.update(torch.cat(seen), torch.cat(found), local=False)
+            seen, all_losses = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
+            state.timestep_sampler.update(torch.cat(seen), torch.cat(all_losses), local=False)
         self._pending.append(_Pending(step, t, losses * weights, norm))
         state.step += 1
         self._whole = self._changes()
 
     def _changes(self) -> tuple[int, list[tuple[int, int]]]:
-        """What differs once a step has begun to change the state: first of all it changes buffers, or the weights."""
+        """A value that changes as soon as a step has begun to change the state, that is, buffers or weights."""
         return self._updates, [(id(value), value._version) for value in self.state.model.buffers()]
 
     @property
     def whole(self) -> bool:
-        """Whether the state is that after `state.step` steps, also where the next one failed."""
+        """Whether the state is exactly that after `state.step` steps. False if a later step failed half-way."""
         return self._whole == self._changes()
 
     @property
     def losses_known(self) -> bool:
-        """Whether log_rows has found the losses of all steps, which are finite then."""
+        """Whether log_rows has read the losses of all steps. Then all are finite."""
         return not self._pending
 
     def _on_device(self, value: Tensor) -> Tensor:
-        """A copy on the device, without waiting for it; to a GPU this needs pinned memory."""
+        """A copy on the device. The host does not wait for it: for a GPU, that needs pinned memory."""
         return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
 
     def _fix_sum_order(self, x_start: Tensor, t: Tensor, weights: Tensor, labels: Tensor | None) -> None:
         """Runs a forward and a backward pass that changes neither weights nor buffers.
 
-        From its second pass on, DistributedDataParallel adds gradients up in an order that it finds in the first pass.
-        After this pass every step has that order, also the first one after a resume, so that the bits are the same.
+        From its second pass on, DistributedDataParallel sums gradients in an order that it determines in the first
+        pass. After this additional pass all steps use that order, also the first step after a resume. So the bits are
+        the same.
 
         Raises:
-            ValueError: a parameter gets no gradient, for which the second pass would wait for ever.
+            ValueError: a parameter gets no gradient; the second pass would wait for its gradient for ever.
         """
         model = self.state.model
         before = [value.clone() for value in model.buffers()]
@@ -131,7 +132,7 @@ class TrainingStep:
     def _compute(
         self, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Updates the model; returns the losses, not yet times `weights`, and the gradient's norm.
+        """Updates the model; returns the losses before the multiplication by `weights`, and the gradient's norm.
 
         weights: of the losses, (samples,). draw: the number of the noise's draw.
         """
@@ -145,35 +146,35 @@ class TrainingStep:
     def _backward(
         self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Adds the gradients of `part` of the samples; returns their losses, (len(part),), not yet times `weights`."""
+        """Adds the gradients of the samples in `part`; returns their losses, (len(part),), without `weights`."""
         state, options = self.state, self.options
-        here = slice(part.start - self.samples.start, part.stop - self.samples.start)
-        if self._captured is None:  # a graph that is being captured may not set a seed
+        in_batch = slice(part.start - self.samples.start, part.stop - self.samples.start)
+        if self._captured is None:  # setting a seed is not allowed during the capture of a graph
             torch.manual_seed(self._dropout_seed(part.start))
         last, parallel = part.stop == self.samples.stop, self.parallel
-        # Gradients are averaged over the ranks in the backward pass of the last part alone.
+        # Only the last part's backward pass averages gradients over the ranks.
         with nullcontext() if last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync():
             losses = self.diffusion.train_losses(
                 self._denoise,
-                x_start[here],
-                t[here],
+                x_start[in_batch],
+                t[in_batch],
                 rng=Philox(options.seed, sample_ids=part.start, draw=draw),
                 reduction="none",
-                model_kwargs=None if labels is None else {"labels": labels[here]},
+                model_kwargs=None if labels is None else {"labels": labels[in_batch]},
                 **loss_options(self.options),
             )
-            # Gradients are averaged over ranks, so this factor gives the mean over the whole batch.
-            mean = (losses * weights[here]).sum() * (self.ranks.size / options.batch_size)
+            # Since gradients are averaged over the ranks, this factor makes the sum a mean over the whole batch.
+            mean = (losses * weights[in_batch]).sum() * (self.ranks.size / options.batch_size)
             state.scaler.scale(mean).backward()
         return losses.detach()
 
     def _denoise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Any:
         kind = self.options.autocast
-        given = (x, t) if labels is None else (x, t, labels)
+        arguments = (x, t) if labels is None else (x, t, labels)
         if kind == "none":
-            return self.parallel(*given)
+            return self.parallel(*arguments)
         with torch.autocast(self.device.type, DTYPES[kind]):
-            return self.parallel(*given)
+            return self.parallel(*arguments)
 
     def _update(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before it was clipped."""
@@ -190,7 +191,7 @@ class TrainingStep:
         return norm
 
     def newest_loss(self) -> float:
-        """The loss of the step that was taken last and is not logged yet. This waits for the device; see at_hand."""
+        """The loss of the last step, which is not logged yet. This waits for the device; see at_hand."""
         return self._means(self._pending[-1:]).item()
 
     def _means(self, steps: list[_Pending]) -> Tensor:
@@ -198,23 +199,23 @@ class TrainingStep:
         return torch.stack([step.losses.double().sum() / self.options.batch_size for step in steps])
 
     def log_rows(self, newest: Callable[[], Path | None]) -> list[LogRow]:
-        """The steps since the last call, for the log. This waits for the device.
+        """The steps since the last call, for the log.
 
-        `take` doesn't, unless the timestep sampler learns from the losses.
+        This waits for the device. (`take` does not, unless the timestep sampler learns from the losses.)
 
         Args:
-            newest: finds the newest checkpoint, for the error's message.
+            newest: returns the newest checkpoint's path or None, for the error message.
 
         Raises:
-            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit. The next call raises
-                it again, as after a ConnectionError it tries again.
+            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit. Steps stay pending
+                after an error, so that the next call raises it again, or tries again after a ConnectionError.
         """
         if not self._pending:
             return []
         steps = self._pending
         by_quarter = quarters_of(steps, self.options.timesteps)
-        found = self.ranks.total(torch.cat([self._means(steps)[:, None], by_quarter], 1).cpu())
-        losses, sums, counts = found[:, 0].tolist(), found[:, 1:5].tolist(), found[:, 5:].tolist()
+        totals = self.ranks.total(torch.cat([self._means(steps)[:, None], by_quarter], 1).cpu())
+        losses, sums, counts = totals[:, 0].tolist(), totals[:, 1:5].tolist(), totals[:, 5:].tolist()
         norms = torch.stack([step.norm for step in steps]).tolist()
         # If the loss scale is too high, gradients overflow; the scaler then skips the step and halves the scale.
         scaler = self.state.scaler
@@ -224,22 +225,29 @@ class TrainingStep:
                 self._fail(step, loss, norm, newest)
         self._pending = []
         return [
-            LogRow(step.step + 1, loss, norm, learning_rate(self.options, step.step), tuple(own), tuple(count))
-            for step, loss, norm, own, count in zip(steps, losses, norms, sums, counts, strict=True)
+            LogRow(
+                step.step + 1,
+                loss,
+                norm,
+                learning_rate(self.options, step.step),
+                tuple(quarter_sums),
+                tuple(quarter_counts),
+            )
+            for step, loss, norm, quarter_sums, quarter_counts in zip(steps, losses, norms, sums, counts, strict=True)
         ]
 
     def _fail(self, step: _Pending, loss: float, norm: float, newest: Callable[[], Path | None]) -> None:
         """Raises ValueError on rank 0, with the timesteps of all ranks; the other ranks exit."""
         bad = step.t[~step.losses.isfinite()].tolist() if not math.isfinite(loss) else step.t.tolist()
-        where = sorted({t for own in self.ranks.gather(bad) for t in own})
+        times = sorted({t for of_rank in self.ranks.gather(bad) for t in of_rank})
 
         def fail() -> None:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            more = ", ..." if len(where) > _SHOWN else ""
+            more = ", ..." if len(times) > _SHOWN else ""
             path = newest()
             saved = "nothing was saved yet" if path is None else f"the newest checkpoint is {path}"
             raise ValueError(
-                f"training: the {what} at step {step.step}, at timesteps {', '.join(map(str, where[:_SHOWN]))}{more}; "
+                f"training: the {what} at step {step.step}, at timesteps {', '.join(map(str, times[:_SHOWN]))}{more}; "
                 f"{saved}; a lower lr may help"
             )
 
@@ -247,7 +255,7 @@ class TrainingStep:
 
 
 def at_hand(device: torch.device, ranks: Ranks) -> bool:
-    """Whether a step's loss can be read as soon as it is taken, without waiting for a GPU or for other ranks."""
+    """Whether a step's loss can be read right after the step, without waiting for a GPU or for other ranks."""
     return device.type == "cpu" and ranks.size == 1
 
 
@@ -257,18 +265,18 @@ def quarters_of(steps: list[_Pending], timesteps: int) -> Tensor:
     This doesn't wait for the device.
     """
     t, losses = (torch.stack([getattr(step, name) for step in steps]) for name in ("t", "losses"))
-    own = (t * 4 // timesteps)[..., None] == torch.arange(4, device=t.device)  # (steps, samples, 4)
-    sums = torch.where(own, losses.double()[..., None], 0.0).sum(1)
-    return torch.cat([sums, own.sum(1).double()], 1)
+    in_quarter = (t * 4 // timesteps)[..., None] == torch.arange(4, device=t.device)  # (steps, samples, 4)
+    sums = torch.where(in_quarter, losses.double()[..., None], 0.0).sum(1)
+    return torch.cat([sums, in_quarter.sum(1).double()], 1)
 
 
 def loss_options(options: TrainOptions) -> dict[str, Any]:
-    """The arguments of train_losses that are options of the run."""
+    """The options of the run that are arguments of train_losses."""
     names = ("loss", "delta", "weighting", "vlb_weight", "offset_noise", "input_perturbation")
     return {name: getattr(options, name) for name in names}
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:
-    """The learning rate of a step: a linear rise over `warmup` steps, times the schedule's share of the highest."""
+    """The learning rate of a step: the highest rate, times a linear rise over `warmup` steps, times the schedule."""
     rise = min(1.0, (step + 1) / max(1, options.warmup))
     return options.lr * rise * LR_SCHEDULES[options.lr_schedule](step / options.steps)

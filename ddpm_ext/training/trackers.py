@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides its own files: TensorBoard's events, and Weights & Biases."""
+"""Trackers, which get the numbers of a run in addition to its files: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RUN = "wandb.json"
 
 
 class TensorBoard:
-    """Events in the folder tensorboard/ of the run; those after `step`, of a run that was killed, are ignored."""
+    """Writes events to the run's folder tensorboard/. Events after `step`, from a killed run, are purged."""
 
     def __init__(self, folder: Path, step: int) -> None:
         require_tensorboard()
@@ -41,9 +41,9 @@ class WandB:
     """A run of Weights & Biases, under the same id when it is resumed.
 
     Args:
-        folder: of the run; wandb.json there has the id, and wandb/ the package's own files.
-        project: its name.
-        options: of the run, which are shown beside it.
+        folder: the run's folder; its wandb.json has the id, and its wandb/ the package's files.
+        project: the project's name.
+        options: the run's options, which W&B shows.
 
     Raises:
         MissingExtra: the package wandb is not installed.
@@ -61,12 +61,12 @@ class WandB:
                 dir=str(folder),
                 config=dict(options),
             )
-        except Exception as error:  # the package's own errors have no public base class in all versions
+        except Exception as error:  # not all versions of the package have a public base class for its errors
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConnectionError(
                 f"wandb: cannot start a run of {project} ({reason}); wandb login, or WANDB_MODE=offline, may help"
             ) from error
-        # The axis is our own: W&B's own step may not go back, but a resumed run does.
+        # W&B's step may not go back, but a resumed run goes back to its checkpoint. So "step" is an axis of our own.
         self._run.define_metric("*", step_metric="step")
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
@@ -80,11 +80,11 @@ class WandB:
 
 
 Tracker = TensorBoard | WandB
-"""What the log writes to after each of its lines."""
+"""Gets the numbers of each write of the log."""
 
 
 def _id_of(folder: Path) -> str:
-    """The id of the run, drawn when it is first started."""
+    """The id of the run, which is drawn at the run's first start."""
     path = folder / _RUN
     try:
         return str(files.read_json(path)["id"])
@@ -94,13 +94,13 @@ def _id_of(folder: Path) -> str:
 
 
 def trackers_of(folder: Path, step: int, options: Mapping[str, Any]) -> list[Tracker]:
-    """Those that the options of a run in `folder`, which has taken `step` steps, ask for."""
-    found: list[Tracker] = []
+    """The trackers that a run's options ask for. folder: the run's folder. step: how many steps it has taken."""
+    trackers: list[Tracker] = []
     if options["tensorboard"]:
-        found.append(TensorBoard(folder, step))
+        trackers.append(TensorBoard(folder, step))
     if options["wandb"]:
-        found.append(WandB(folder, options["wandb"], options))
-    return found
+        trackers.append(WandB(folder, options["wandb"], options))
+    return trackers
 
 
 def require_tensorboard() -> None:

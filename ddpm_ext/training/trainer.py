@@ -1,4 +1,4 @@
-"""The training loop: takes steps, and between them logs, saves checkpoints and draws samples."""
+"""The training loop: takes steps, and between steps logs, saves checkpoints and draws samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ddpm_ext.training.step import TrainingStep, at_hand
 
 _log = logging.getLogger(__name__)
 _INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
-_AT_THE_END = ("snapshot_every", "score_every")  # too, where they are asked for
+_AT_THE_END = ("snapshot_every", "score_every")  # if the interval is not 0, this is also done after the last step
 
 
 class Trainer:
@@ -48,29 +48,29 @@ class Trainer:
 
     Args:
         model: a Module that is called as model(x, t) and returns (batch, channels, height, width), or an object with
-            that as `.sample`; for a learned variance twice the channels. With options.classes it is called as
-            model(x, t, labels), with int64 labels (batch,): the null class, for images whose label is dropped, is the
-            number of classes. It is moved to the device and trained. Or the configuration of a UNet2DModel or a
-            DiTTransformer2DModel, or a JSON file that holds one. None: it is made by the options.
-        diffusion: the schedule, the prediction and the variance. None: it is made by the options.
+            this tensor as `.sample`; for a learned variance, with twice the channels. With options.classes it is called
+            as model(x, t, labels), with int64 labels (batch,); images whose label is dropped have the null class, whose
+            number is the number of classes. The module is moved to the device and trained. Or the configuration of a
+            UNet2DModel or a DiTTransformer2DModel, or a JSON file that holds one. None: the options determine it.
+        diffusion: the schedule, the prediction and the variance. None: the options determine it.
         data: "digits", "shapes", a folder of images, an .npz of latents, a tensor (count, channels, height, width), or
             a map-style torch Dataset of images: see ddpm_ext.training.data.as_images. None: `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
-        resume: whether to continue from the newest checkpoint of the run in `out`, which must have been started.
+        resume: whether to continue from the newest checkpoint of the run in `out`. There must be a run.
         change: at a resume, the names of options that may differ from the run's: some of CHANGEABLE in
-            ddpm_ext.training.options. `steps` may always differ. The learning rate is what the new options give.
-        command: the command that training.json names.
+            ddpm_ext.training.options. `steps` may always differ. The new options determine the learning rate.
+        command: the command to record in training.json.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar on a terminal; it needs tqdm.
-        features: with `score_every`, a function of images, (batch, channels, height, width) in [-1, 1] on the device,
-            that returns (batch, features); it may be a network. None: `options.features`.
+        features: for `score_every`: a function or network that takes images, (batch, channels, height, width) in
+            [-1, 1] on the device, and returns (batch, features). None: `options.features`.
         keywords: options that replace those in `options`.
 
     Raises:
         TypeError, ValueError: an option, the model or the data are wrong, or don't fit together.
-        MissingExtra: a package is not installed that the run needs.
-        UserCodeError: `features` raises an exception, the cause.
+        MissingExtra: a package that the run needs is not installed.
+        UserCodeError: `features` raises an exception, which is the cause of this one.
 
     Examples:
         >>> from ddpm_ext.training import Trainer
@@ -123,9 +123,9 @@ class Trainer:
         if self.progress:
             require("tqdm", "the progress bar")
         self.device = torch.device(self.ranks.device(self.options.device))
-        given = self.options.data if data is None else data
+        source = self.options.data if data is None else data
         self.images: ImageSource = as_images(
-            given, self.options.image_size, self.options.channels, self.options.random_crop
+            source, self.options.image_size, self.options.channels, self.options.random_crop
         )
         self.labels = labels_of(self.images) if self.options.classes else None
         self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
@@ -140,7 +140,7 @@ class Trainer:
             if self.options.score_every:
                 self._scorer.try_out()
             self.state = TrainState(self.model, self.options, self.device)
-        self._skipped: list[str] = []  # images that this rank has skipped, and not told the others yet
+        self._skipped: list[str] = []  # images that this rank has skipped since it last told the other ranks
         about = inputs_of(self.model, self.images, self.labels, self.diffusion)
         self._outputs = Outputs(self.folder, self.options, about, self.settings, self.classes, self.report, change)
 
@@ -164,27 +164,29 @@ class Trainer:
     def fit(self) -> Result:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
-        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
-        before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
-        with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
-        a grid every `options.sample_every` steps; with `options.score_every` scores.csv, and in best/ the averaged
-        model of the step with the lowest score; with `options.snapshot_every` snapshots/, for post_hoc_average; and
-        with `options.tune` tuned/ with step tables of so many calls.
+        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds:
+            options.json, which is written before the first step;
+            training.json (options, versions, final loss), losses.csv and losses.png;
+            checkpoints/: one every `options.checkpoint_every` steps, of which the last `options.keep` remain;
+            samples/: a grid every `options.sample_every` steps;
+            with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
+            with `options.snapshot_every`, snapshots/ for post_hoc_average;
+            with `options.tune`, tuned/ with step tables of these numbers of calls.
 
-        Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
-        awaited; a second one ends the run at once. An exception ends it after a checkpoint of the last step, if
-        its losses are finite, and among several ranks known.
+        After Ctrl-C or SIGTERM, the run finishes its current step, if it has one, writes a checkpoint and stops; a
+        second signal ends the run at once. Before an exception ends the run, a checkpoint of the last step is written
+        if its losses are finite and, with several ranks, known.
 
         Returns:
             Result, with `folder`, `parameters` (how many the model has), `final_loss` and `seconds`.
 
         Raises:
             KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.
-            ValueError: the folder holds a run and `resume` is false, or `resume` is true and it holds none, or one
-                with other options, data or another model; a loss or a gradient is not finite; an image can't be read;
-                or the ranks differ in options, data or model.
+            ValueError: `resume` is false, and the folder holds a run; `resume` is true, and the folder holds no run, or
+                a run with other options, data or another model; a loss or a gradient is not finite; an image can't be
+                read; or the ranks differ in options, data or model.
             OSError: a file can't be written.
-            ConnectionError: another rank was lost; or the model, which is written, can't be uploaded.
+            ConnectionError: another rank was lost; or the model has been written but can't be uploaded.
         """
         started = time.monotonic()
         with ExitStack() as until_the_end:
@@ -230,7 +232,7 @@ class Trainer:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock = Clock(state.step)
-        # In this order the workers end first, while a signal's handler ignores their deaths.
+        # The order matters: at the end the workers stop first, while the signal handler still ignores their deaths.
         with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
             try:
                 self._take_steps(step, bar, clock, noted, read)
@@ -242,14 +244,14 @@ class Trainer:
         self, step: TrainingStep, bar: Bar, clock: Clock, noted: NotedSignal, read: Iterator[Batch]
     ) -> None:
         options, state, outputs = self.options, self.state, self._outputs
-        each = self.progress and at_hand(self.device, self.ranks)  # the bar gets each step's loss
+        bar_reads_each = self.progress and at_hand(self.device, self.ranks)  # whether the bar gets each step's loss
         while state.step < options.steps:
-            # Among several ranks none stops before a step: the others would wait for it in theirs.
+            # With several ranks, no rank stops before a step: the other ranks would wait for it in that step.
             batch = noted.next(read) if self.ranks.size == 1 else next(read)
             if batch is not None:
                 step.take(batch.images, batch.labels)
                 self._skipped += batch.skipped
-                if each:
+                if bar_reads_each:
                     bar.show([step.newest_loss()])
                 bar.advance()
             every = {name: getattr(options, name) for name in _INTERVALS}
@@ -264,7 +266,7 @@ class Trainer:
             if due:
                 rows = step.log_rows(lambda: checkpoints.newest(self.folder))
                 outputs.add(rows)
-                if not each:
+                if not bar_reads_each:
                     bar.show(row.loss for row in rows)
                 speed = clock.steps_per_second(state.step) * options.batch_size
                 self._note_skipped()
@@ -275,10 +277,10 @@ class Trainer:
                 end(signal)
 
     def _rescue(self, step: TrainingStep, clock: Clock, ended_by: Exception) -> None:
-        """Writes a checkpoint before an exception ends the run, unless there is one of the step, and says so.
+        """Writes a checkpoint before an exception ends the run, unless this step has one already, and reports it.
 
-        Only of weights whose losses are finite. Among several ranks rank 0 writes it without asking the others, of
-        which one may be lost: so only where the losses are known.
+        A checkpoint is written only if the losses are finite. With several ranks, rank 0 writes it without asking the
+        other ranks, since one of them may be lost. So it is written only if the losses are already known.
         """
         state, outputs = self.state, self._outputs
         alone = self.ranks.size == 1
@@ -297,17 +299,17 @@ class Trainer:
                 self.report(f"no checkpoint of step {state.step} could be written: {error}")
 
     def _note_skipped(self) -> None:
-        """Reports images that a rank has skipped for the first time; every rank learns of those of all ranks."""
+        """Reports images that were skipped for the first time. Each rank records the skipped images of all ranks."""
         if self.options.skip_corrupt:
-            for found in dict.fromkeys(text for own in self.ranks.gather(self._skipped) for text in own):
-                if found not in self.state.skipped:
-                    self.state.skipped[found] = None
-                    self.report(f"skipped: {found}")
+            for image in dict.fromkeys(text for of_rank in self.ranks.gather(self._skipped) for text in of_rank):
+                if image not in self.state.skipped:
+                    self.state.skipped[image] = None
+                    self.report(f"skipped: {image}")
         self._skipped.clear()
 
 
 def train(options: TrainOptions, out: str | os.PathLike[str], **keywords: Any) -> Result:
-    """The work of `ddpm-ext train`: Trainer(out=out, options=options, **keywords).fit().
+    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit().
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions, train
@@ -322,7 +324,7 @@ def train(options: TrainOptions, out: str | os.PathLike[str], **keywords: Any) -
 
 @contextmanager
 def _current_device(device: torch.device) -> Iterator[None]:
-    """If `device` is a GPU, it is the current one in the block; the caller's generators are restored afterwards."""
+    """Makes a GPU the current device in the block, and restores torch's generators afterwards."""
     cuda = device.type == "cuda"
     with torch.cuda.device(device) if cuda else nullcontext(), torch.random.fork_rng([device] if cuda else []):
         yield

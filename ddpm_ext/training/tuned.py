@@ -17,7 +17,7 @@ from ddpm_ext.training.load_run import TakesClassLabels, Trained, load
 from ddpm_ext.training.network import known_kind
 from ddpm_ext.tuning import Tuner
 
-_SEEDS, _BATCH = 64, 32  # samples to fit to, and at most so many at a time
+_SEEDS, _BATCH = 64, 32  # the number of samples to fit to, and the largest batch
 
 
 def tune_run(
@@ -30,13 +30,15 @@ def tune_run(
     device: torch.device,
     report: Callable[[str], None],
 ) -> None:
-    """Writes tables of so many calls to the folder, with the model's classes in turn and without guidance.
+    """Tunes tables without guidance, with all the model's classes in turn, and writes them to the run's folder.
 
-    Tables that were tuned to the folder's model stay. Where its model can't be tuned to, a line says why.
+    Tables in the folder that were tuned to this model stay. If tables can't be tuned to the model, `report` gets a line
+    that says why.
 
     Args:
-        folder: where the model was written.
-        average: the module with its weights, which stays as it is.
+        folder: the folder to which the model was written.
+        average: the module with the model's weights; it stays unchanged.
+        calls: the number of model calls of each table.
     """
     if known_kind(average) is not None:
         loaded = load_model(folder, device=device)
@@ -66,11 +68,11 @@ def tune_run(
     )
     try:
         for count in missing:
-            found = tuner.tune(count)
-            tuned.save_tuned(found.table, paths[count], model_sha256=sha256, seed=seed)
-            best = found.report.best
-            report(f"{paths[count]}: error {found.report.error:.4f}; that of {best}, {best.error:.4f}")
-    except ValueError as error:  # the run itself is done
+            result = tuner.tune(count)
+            tuned.save_tuned(result.table, paths[count], model_sha256=sha256, seed=seed)
+            best = result.report.best
+            report(f"{paths[count]}: error {result.report.error:.4f}; that of {best}, {best.error:.4f}")
+    except ValueError as error:  # no error of the run: the training is finished
         report(f"not tuned: {error}")
 
 

@@ -1,4 +1,4 @@
-"""What to train on: digits, shapes, folders of images, tensors, torch Datasets, all in [-1, 1], and latents."""
+"""Training data: digits, shapes, folders of images, tensors and torch Datasets, all in [-1, 1]; and latents."""
 
 from ddpm_ext.training.data.choice import as_images, digits, load_images
 from ddpm_ext.training.data.dataset import DatasetImages, TensorImages

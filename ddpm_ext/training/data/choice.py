@@ -1,4 +1,4 @@
-"""Makes an ImageSource of what a caller gives as data: a name, a folder, a tensor or a torch Dataset."""
+"""Makes an ImageSource of a caller's data: a name, a folder, a tensor or a torch Dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_ext.training.data.shapes import Shapes
 from ddpm_ext.training.data.source import ImageSource, Labels
 
 _PARTS = ("train", "heldout", "all")
-# Each seventh image is held out. The digits repeat in cycles of ten, which has no factor in common with seven, so each
+# Each seventh image is held out. The digits repeat in cycles of ten, and ten and seven have no common factor, so each
 # digit is about equally frequent in both parts.
 _HELD_OUT_EVERY = 7
 
@@ -29,10 +29,10 @@ def load_images(
     Args:
         source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; a folder of images;
             or an .npz of latents, as read_latents takes it.
-        size: height and width in pixels; None: that of all images of a folder. Digits are 8 by 8, and shapes by default
-            16 by 16.
+        size: height and width in pixels. None: for a folder, the size that all its images have; for shapes, 16. Digits
+            are 8 by 8.
         channels: 1 (grey) or 3 (colour). None: 1 for digits, else 3.
-        random_crop: as in FolderImages; only a folder has it.
+        random_crop: as in FolderImages; only for a folder.
 
     Raises:
         ValueError: `size`, `channels` or `random_crop` doesn't fit, or the folder is missing or has no images.
@@ -60,20 +60,21 @@ def load_images(
         raise ValueError(f"image size: got {size}, but digits are 8 by 8 pixels")
     if channels not in (None, 1):
         raise ValueError(f"channels: got {channels}, but digits have 1")
-    found, numbers = digits("train")
-    return TensorImages(found, Labels(numbers, tuple("0123456789")))
+    images, numbers = digits("train")
+    return TensorImages(images, Labels(numbers, tuple("0123456789")))
 
 
 def as_images(data: Any, size: int | None = None, channels: int | None = None, random_crop: float = 0.0) -> ImageSource:
     """Makes an ImageSource of `data`.
 
     Args:
-        data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, returned as it is.
-        size, channels, random_crop: as in load_images; only a name needs them.
+        data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, which is returned
+            unchanged.
+        size, channels, random_crop: as in load_images; only for a name.
 
     Raises:
         TypeError: `data` is something else.
-        ValueError: as load_images, TensorImages and DatasetImages; or random crops of what is no folder.
+        ValueError: as load_images, TensorImages and DatasetImages; or random_crop for anything but a folder.
     """
     if isinstance(data, str | os.PathLike):
         return load_images(os.fspath(data), size, channels, random_crop)
@@ -95,7 +96,7 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None, r
 
 
 def digits(part: str = "all") -> tuple[Tensor, Tensor]:
-    """Loads scikit-learn's handwritten digits (`load_digits`): 1,797 grey images of 8 by 8 pixels, in their order.
+    """Loads scikit-learn's handwritten digits (`load_digits`): 1,797 grey images of 8 by 8 pixels, in its order.
 
     Args:
         part: "train" (1,541 images), "heldout" (256, every seventh) or "all".

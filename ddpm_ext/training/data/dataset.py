@@ -1,4 +1,4 @@
-"""Training images in a tensor, or in a torch Dataset."""
+"""Training images in a tensor or a torch Dataset."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TensorImages:
         return self.images[indices]
 
     def labels(self) -> Labels:
-        """The labels that were given; raises ValueError if none were."""
+        """The labels that the caller passed. Raises ValueError if there are none."""
         if self._labels is None:
             raise ValueError("classes: a tensor of images has no labels, expected TensorDataset(images, labels)")
         return self._labels
@@ -62,12 +62,12 @@ class TensorImages:
 class DatasetImages:
     """An ImageSource over a map-style torch Dataset.
 
-    Its transforms may be random: while an item is read, the generators of torch (on the CPU), numpy and Python start
-    from the item's own seed, so that what was read before has no influence. Afterwards they are as before.
+    Its transforms may be random: while an item is read, the generators of torch (on the CPU), numpy and Python have the
+    item's seed, so that earlier reads have no influence. Afterwards the generators' states are restored.
 
     Args:
-        dataset: an item is an image, or a tuple whose first entry is one: a floating-point tensor (channels, height,
-            width) in [-1, 1]. All have the shape of the first one that can be read.
+        dataset: an item is an image, or a tuple whose first entry is an image. An image is a floating-point tensor
+            (channels, height, width) in [-1, 1]. All images have the shape of the first readable one.
 
     Raises:
         TypeError: the dataset has no length, or an item is no such tensor.
@@ -94,9 +94,9 @@ class DatasetImages:
         return self._count
 
     def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
-        wanted = indices.tolist()
-        images = [self._item(index, seed) for index, seed in zip(wanted, seeds or wanted, strict=True)]
-        for index, image in zip(wanted, images, strict=True):
+        numbers = indices.tolist()
+        images = [self._item(index, seed) for index, seed in zip(numbers, seeds or numbers, strict=True)]
+        for index, image in zip(numbers, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
                     f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, as item {self._first}"
@@ -104,13 +104,13 @@ class DatasetImages:
         return torch.stack(images)
 
     def labels(self) -> Labels:
-        """The labels that the dataset says without reading its images; names are its `classes`, or else numbers.
+        """The labels that the dataset has without reading images. The names are its `classes`, or else the numbers.
 
-        They are its `targets`, by torchvision's name, before any target_transform; the second tensor of
-        a TensorDataset; or those of the dataset that a Subset is a part of.
+        Labels are the attribute `targets`, as in torchvision, before any target_transform; or the second tensor of a
+        TensorDataset. A Subset has the labels of its dataset.
 
         Raises:
-            ValueError: it has none of these, or they are not numbers.
+            ValueError: the dataset has no such labels, or they are not numbers.
         """
         numbers, names = _labels(self.dataset)
         if names is None:
@@ -122,7 +122,7 @@ class DatasetImages:
         return f"{type(self.dataset).__qualname__} {self._count} {self.shape}"
 
     def _first_readable(self) -> tuple[int, Tensor]:
-        """The first item that can be read, and its index; raises DamagedImage if there is none."""
+        """The index of the first readable item, and its image. Raises DamagedImage if no item can be read."""
         last = self._count - 1
         for index in range(last):
             with suppress(DamagedImage):
@@ -137,24 +137,26 @@ class DatasetImages:
             raise DamagedImage(f"data: cannot read item {index}: {error}") from error
         image = item[0] if isinstance(item, tuple | list) and item else item
         if not isinstance(image, Tensor) or image.dim() != 3 or not image.is_floating_point():
-            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"data: item {index} is a {found}, expected a floating tensor (channels, height, width)")
+            description = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(
+                f"data: item {index} is a {description}, expected a floating tensor (channels, height, width)"
+            )
         return image.detach().to("cpu", torch.float32)
 
 
 def _labels(dataset: Any) -> tuple[Tensor, Any]:
-    """(count,) int64, and the names of the classes, or None."""
+    """A dataset's labels, (count,) int64, and the names of its classes, or None."""
     if isinstance(dataset, Subset):
         numbers, names = _labels(dataset.dataset)
         return numbers[torch.as_tensor(dataset.indices, device="cpu")], names
-    found = getattr(dataset, "targets", None)
-    if found is None and isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
-        found = dataset.tensors[1]
+    targets = getattr(dataset, "targets", None)
+    if targets is None and isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        targets = dataset.tensors[1]
     kind = type(dataset).__name__
-    if found is None:
+    if targets is None:
         raise ValueError(f"classes: a {kind} has no labels, expected its attribute targets, one label an image")
     try:
-        numbers = torch.as_tensor(found, device="cpu")
+        numbers = torch.as_tensor(targets, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"classes: the targets of a {kind} are no whole numbers ({error})") from error
     if numbers.is_floating_point() or numbers.is_complex() or not numbers.numel():

@@ -1,4 +1,4 @@
-"""Images in files, and training images in a folder of them."""
+"""Image files, and training images in a folder of image files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.training.data.source import DamagedImage, Labels, digest
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-# Their formats, whatever the ending says. Pillow knows many more, and starts other programs for some.
+# The accepted formats; a file's ending need not match. Pillow reads many more, and starts other programs for some.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
 _CACHE_BYTES = 1 << 29
 # The exceptions that Pillow's decoders raise for damaged files
@@ -27,15 +27,16 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct
 class FolderImages:
     """An ImageSource over the image files in a folder and the folders below it, in the order of their paths.
 
-    Each image is rotated as its EXIF tag says, cropped to a square, resized and converted. Each process keeps up to
-    half a GiB of decoded images in memory.
+    Each image is rotated by its EXIF tag, cropped to a square, resized and converted. Each process keeps up to half a
+    GiB of decoded images in memory.
 
     Args:
         folder: the folder.
-        size: height and width of the images in pixels. None: that of the files, which then are squares of one size.
+        size: height and width of the images in pixels. None: the size of the files, which all must be squares of that
+            size.
         channels: 1 (grey) or 3 (colour).
-        random_crop: 0 takes the square in the middle. Otherwise the square lies anywhere in the image, and its side is
-            a random share of the image's shorter side, from this share to 1.
+        random_crop: 0 takes the square in the middle. Otherwise the square is at a random position, and its side is a
+            random share of the image's shorter side, from random_crop to 1.
 
     Raises:
         ValueError: the folder is missing or has no images, `size`, `channels` or `random_crop` is out of range, or
@@ -67,11 +68,11 @@ class FolderImages:
         return len(self.paths)
 
     def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
-        found = [self._pixels(index) for index in indices.tolist()]
+        images = [self._pixels(index) for index in indices.tolist()]
         if self.random_crop:
             crops = [random_square(seed, self.random_crop) for seed in seeds or indices.tolist()]
-            found = [cropped(image, self.shape[1], *crop) for image, crop in zip(found, crops, strict=True)]
-        return torch.stack(found).float().div_(127.5).sub_(1)
+            images = [cropped(image, self.shape[1], *crop) for image, crop in zip(images, crops, strict=True)]
+        return torch.stack(images).float().div_(127.5).sub_(1)
 
     def labels(self) -> Labels:
         """An image's class is the sub-folder that it lies in, at any depth; classes are in the order of their names.
@@ -93,7 +94,10 @@ class FolderImages:
         return digest([repr(self.shape).encode(), *(name.encode("utf-8", "surrogateescape") for name in names)])
 
     def _pixels(self, index: int) -> Tensor:
-        """(channels, size, size) uint8; for random crops the whole image, of which a crop has at least that size."""
+        """The pixels of an image, uint8: (channels, size, size), or, for random crops, the whole image.
+
+        The whole image is large enough that each crop has at least `size` pixels a side.
+        """
         pixels = self._cache.get(index)
         if pixels is None:
             if self.random_crop:
@@ -107,22 +111,23 @@ class FolderImages:
 
 
 def image_paths(folder: Path, name: str = "data") -> list[Path]:
-    """The image files in a folder and those below it, in the order of their paths. Hidden files and folders are left
-    out: a Mac's `._photo.png` holds no image, and .ipynb_checkpoints has copies.
+    """The image files in a folder and the folders below it, in the order of their paths.
 
-    Raises ValueError, whose message begins with `name`, if there are none.
+    Hidden files and folders are left out: a Mac's `._photo.png` holds no image, and .ipynb_checkpoints has copies.
+    Raises ValueError, with a message that begins with `name`, if there are no images.
     """
     named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    shown = (path for path in named if all(part[0] != "." for part in path.relative_to(folder).parts))
-    paths = sorted(path for path in shown if path.is_file())
+    visible = (path for path in named if all(part[0] != "." for part in path.relative_to(folder).parts))
+    paths = sorted(path for path in visible if path.is_file())
     if not paths:
         raise ValueError(f"{name}: no images in {folder}, expected files ending in {' '.join(sorted(SUFFIXES))}")
     return paths
 
 
 def common_side(paths: list[Path]) -> int:
-    """The side of images that all are squares of one size, by the headers of their files. Files that can't be read are
-    left out: reading them as images says so.
+    """The side of images that are all squares of one size, from the headers of their files.
+
+    Files that can't be read are left out here: their error is raised when they are read as images.
 
     Raises:
         ValueError: the images have several sizes, or are no squares, or no file can be read.
@@ -147,9 +152,9 @@ def common_side(paths: list[Path]) -> int:
 
 
 def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, smooth: bool = True) -> Tensor:
-    """Reads an image file, cropped around its middle and resized to (channels, height, width), for FolderImages, too.
+    """Reads an image file, cropped around its middle and resized to `shape`, (channels, height, width).
 
-    smooth: whether a pixel of the result is made of several, and not the nearest one.
+    smooth: whether resizing interpolates between pixels; if False, it takes the nearest pixel.
 
     Returns:
         uint8, of that shape.
@@ -184,8 +189,8 @@ def read_whole(path: Path, channels: int, shorter: int) -> Tensor:
 
 
 def random_square(seed: int, smallest: float) -> tuple[float, float, float]:
-    """A square in an image: its side as a share of the shorter side, from `smallest` to 1, and the shares of the room
-    above it and left of it, in [0, 1)."""
+    """A random square in an image: its side as a share of the image's shorter side, from `smallest` to 1; and the
+    shares of the free space that are above it and left of it, in [0, 1)."""
     drawn = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu").tolist()
     return smallest + (1 - smallest) * drawn[0], drawn[1], drawn[2]
 
@@ -205,13 +210,13 @@ def cropped(pixels: Tensor, size: int, share: float, top: float, left: float) ->
     side = share * min(height, width)
     x, y = left * (width - side), top * (height - side)
     whole = pixels.permute(1, 2, 0).numpy()
-    drawn = image.fromarray(whole[..., 0] if channels == 1 else np.ascontiguousarray(whole))
+    picture = image.fromarray(whole[..., 0] if channels == 1 else np.ascontiguousarray(whole))
     box = (x, y, min(x + side, width), min(y + side, height))
-    return _tensor(drawn.resize((size, size), image.Resampling.BICUBIC, box=box), channels)
+    return _tensor(picture.resize((size, size), image.Resampling.BICUBIC, box=box), channels)
 
 
 def _decoded(path: Path, channels: int, name: str, resized: Callable[[Any], Any]) -> Tensor:
-    """Reads an image file, upright, and passes it through `resized`; (channels, height, width) uint8."""
+    """Reads an image file, rotates it by its EXIF tag and applies `resized`; (channels, height, width) uint8."""
     image, operations = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
     try:
         with image.open(path, formats=_FORMATS) as opened:
@@ -226,6 +231,6 @@ def _decoded(path: Path, channels: int, name: str, resized: Callable[[Any], Any]
 
 
 def _tensor(image: Any, channels: int) -> Tensor:
-    """(channels, height, width) uint8, of an image of Pillow."""
-    found = torch.from_numpy(np.array(image))
-    return found.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+    """An image of Pillow as a tensor, (channels, height, width) uint8."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()

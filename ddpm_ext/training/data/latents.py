@@ -1,4 +1,4 @@
-"""Precomputed latents to train on: what an autoencoder made of images."""
+"""Precomputed latents, an autoencoder's codes of images, as training data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ddpm_ext.training.data.source import Labels
 class Latents(TensorImages):
     """An ImageSource of latents in memory, whose values may be any finite numbers.
 
-    A model is trained on them as they are, so they are scaled: times the autoencoder's `scaling_factor`.
+    Training does not scale them: they must already be multiplied by the autoencoder's `scaling_factor`.
 
     Args:
         images: (count, channels, height, width) float32, count at least 1.
         labels: the classes, for class-conditional training.
 
     Raises:
-        ValueError: another dtype or number of dimensions, none, or values that are not finite.
+        ValueError: another dtype or number of dimensions, no latents, or values that are not finite.
     """
 
     def _check_values(self, images: Tensor) -> None:
@@ -33,17 +33,17 @@ class Latents(TensorImages):
 
 
 def read_latents(path: str | os.PathLike[str]) -> Latents:
-    """Reads an .npz: arr_0, floats (count, channels, height, width), and if it is there arr_1, the classes by number.
+    """Reads an .npz with arr_0, floats (count, channels, height, width), and optionally arr_1, the classes' numbers.
 
     Raises:
         ValueError: the file can't be read, or holds something else.
     """
     try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.lib.npyio.NpzFile):
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is no archive")
-        with found:
-            latents, numbers = found["arr_0"], found.get("arr_1")
+        with archive:
+            latents, numbers = archive["arr_0"], archive.get("arr_1")
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -1,4 +1,4 @@
-"""Coloured shapes, drawn as they are read: an image depends on the seed and its number alone."""
+"""Coloured shapes, drawn when they are read: an image depends only on the seed and its number."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _POINTS = 4
 
 
 class Shapes:
-    """An ImageSource of one shape an image, of any colour, size, place and slant on a dark ground. Image i shows shape
-    i mod 10 of SHAPES, in the order of their names.
+    """An ImageSource of images with one shape each, of random colour, size, position and slant on a dark ground.
+
+    Image i shows shape i mod 10 of SHAPES, in the order of their names.
 
     Args:
         size: height and width in pixels.
-        seed: 0 <= seed < 2^64; other seeds have other images, such as those to compare samples with.
-        count: how many images there are.
+        seed: 0 <= seed < 2^64. Another seed gives other images, for example to compare samples with.
+        count: the number of images.
 
     Raises:
         ValueError: an argument is out of range.
@@ -61,7 +62,8 @@ class Shapes:
         return f"shapes {self.shape} {self.seed} {self.count}"
 
     def _chances(self, indices: Tensor) -> Array:
-        """(batch, 12) uniform in [0, 1), by Philox: the same on every machine and with every version of a library."""
+        """Uniform random numbers in [0, 1), (batch, 12), by Philox: equal on all machines and with all versions of
+        libraries."""
         blocks = torch.arange(3, device="cpu")
         counter = torch.zeros(len(indices), len(blocks), 4, dtype=torch.int64, device="cpu")
         counter[..., 0], counter[..., 1] = blocks, indices[:, None]
@@ -69,7 +71,7 @@ class Shapes:
         return (reference.philox4x32(counter, key).flatten(1).double() / _WORD).numpy()
 
     def _draw(self, shapes: npt.NDArray[np.int64], chances: Array) -> Array:
-        """Shapes (batch,) and chances (batch, 12, 1, 1) to (batch, size, size, 3) in [-1, 1]."""
+        """Draws images, (batch, size, size, 3) in [-1, 1]. shapes: (batch,). chances: (batch, 12, 1, 1)."""
         size, chance = self.shape[1], chances.swapaxes(0, 1)
         radius, turn = 0.6 + 0.25 * chance[0], 0.7 * (chance[1] - 0.5)
         right, up = (1 - radius) * (2 * chance[2:4] - 1)
@@ -94,27 +96,29 @@ class Shapes:
 
 
 def _places(count: int) -> tuple[Array, Array]:
-    """Coordinates x, to the right, and y, upwards, of count by count places in a square from -1 to 1."""
-    places = (np.arange(count, dtype=np.float64) + 0.5) * (2 / count) - 1
-    return places[None, :], -places[:, None]
+    """The coordinates x, to the right, and y, upwards, of count by count points in a square from -1 to 1."""
+    coordinates = (np.arange(count, dtype=np.float64) + 0.5) * (2 / count) - 1
+    return coordinates[None, :], -coordinates[:, None]
 
 
 def _colour(hue: Array, saturation: Array, value: Array) -> Array:
-    """HSV, with hue in turns, (...) each, to (..., 3): red, green and blue in [0, 1]."""
-    distance = np.abs((hue[..., None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3)  # of the hue from their opposites
+    """Converts HSV, (...) each with hue in turns, to red, green and blue in [0, 1], (..., 3)."""
+    # The distance of the hue from the opposites of red, green and blue.
+    distance = np.abs((hue[..., None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3)
     return value[..., None] * (1 - saturation[..., None] * (1 - (distance - 1).clip(0, 1)))
 
 
 def _between(first: Array, second: Array, share: Array) -> Array:
-    """Colours (..., 3) with `share`, (...), of the second."""
+    """Mixes colours, (..., 3). share: (...), the share of the second colour."""
     return first + (second - first) * share.clip(0, 1)[..., None]
 
 
-# Where a shape is, for coordinates (...) in a circle of radius 1.
+# Functions that return whether points are inside a shape, from coordinates x and y, (...) each. Shapes lie in a circle
+# of radius 1.
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDArray[np.bool_]]:
-    """The inside of a polygon: a ray from there crosses an odd number of sides."""
+    """The inside of a polygon: a ray from an inner point crosses an odd number of sides."""
 
     def inside(x: Array, y: Array) -> npt.NDArray[np.bool_]:
         odd = np.zeros(x.shape, bool)
@@ -135,7 +139,8 @@ def _around(count: int, *radii: float) -> list[tuple[float, float]]:
     ]
 
 
-_TANGENT = 0.55 * math.sqrt(1 - (0.55 / 1.4) ** 2), 0.55**2 / 1.4 - 0.4  # from the tip of the drop, (0, 1)
+# The drop is a circle and a triangle: this is where a line from its tip, (0, 1), touches the circle.
+_TANGENT = 0.55 * math.sqrt(1 - (0.55 / 1.4) ** 2), 0.55**2 / 1.4 - 0.4
 _drop_tip = _polygon((0, 1), _TANGENT, (-_TANGENT[0], _TANGENT[1]))
 
 SHAPES: dict[str, Callable[[Array, Array], npt.NDArray[np.bool_]]] = {

@@ -1,4 +1,4 @@
-"""What every source of training images has in common."""
+"""The interface of sources of training images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_LARGEST = 1.001  # and not 1, because a pixel that a transform computed may be rounded to slightly more
+_LARGEST = 1.001  # slightly above 1, since transforms may round a pixel to slightly more than 1
 
 
 class DamagedImage(ValueError):
@@ -20,7 +20,7 @@ class Labels(NamedTuple):
     """The class of each image.
 
     numbers: (count,) int64, in [0, len(names)).
-    names: of the classes.
+    names: the names of the classes.
 
     Examples:
         >>> labels = Labels(torch.tensor([0, 1, 0]), ("cat", "dog"))
@@ -74,15 +74,15 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A text by which a resume sees whether the images are still those of the run.
+        """A text from which a resume sees whether the images are still those of the run.
 
-        It may be made without reading all of them, as a folder's from the names and sizes of its files.
+        Computing it need not read all images: a folder's fingerprint uses the names and sizes of its files.
         """
         ...
 
 
 def check_range(name: str, images: Tensor) -> None:
-    """Raises ValueError unless all values are in [-1, 1]; NaN is not."""
+    """Raises ValueError unless all values are in [-1, 1] and no value is NaN."""
     if images.numel():
         low, high = (value.item() for value in images.aminmax())
         if not -_LARGEST <= low <= high <= _LARGEST:
@@ -90,12 +90,12 @@ def check_range(name: str, images: Tensor) -> None:
 
 
 def labels_of(images: ImageSource) -> Labels:
-    """The classes of all images; raises ValueError unless each image has one."""
+    """The classes of all images. Raises ValueError unless each image has a class."""
     find = getattr(images, "labels", None)
     if not callable(find):
         raise ValueError(f"classes: a {type(images).__name__} has no labels, expected images with labels")
-    found: Labels = find()
-    numbers, count = found.numbers, len(found.names)
+    labels: Labels = find()
+    numbers, count = labels.numbers, len(labels.names)
     if numbers.shape != (len(images),) or numbers.dtype != torch.int64:
         raise ValueError(
             f"classes: labels are {numbers.dtype} of shape {tuple(numbers.shape)}, expected int64 of shape "
@@ -104,12 +104,12 @@ def labels_of(images: ImageSource) -> Labels:
     low, high = (int(value) for value in numbers.aminmax())
     if low < 0 or high >= count:
         raise ValueError(f"classes: labels are {low} to {high}, expected 0 to {count - 1} for {count} classes")
-    return found
+    return labels
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A hash of bytes and buffers, one after the other."""
-    found = hashlib.blake2b(digest_size=16)
+    """A hash of the concatenation of bytes and buffers."""
+    state = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(part)
-    return found.hexdigest()
+        state.update(part)
+    return state.hexdigest()
