@@ -1,4 +1,4 @@
-"""Fewer calls of the model: step tables that are fitted to it."""
+"""Step tables that are fitted to a model, so that a loop needs fewer calls of the model."""
 
 from ddpm_ext.tuning.names import Named
 from ddpm_ext.tuning.report import Report

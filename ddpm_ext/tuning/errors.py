@@ -1,4 +1,4 @@
-"""How far samples end from the teacher's, and what stands for many of them."""
+"""The distances of samples to the teacher's samples, and their statistics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ NEAREST = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """The distances of some samples to the teacher's, each the root of the mean square of a sample's differences, in
-    the samples' units.
+    """Statistics of the distances of samples to the teacher's samples.
 
-    error: the mean of the nearest 90 % of the samples: a few end in another image altogether, with any sampler, and
-    which ones is chance. standard_error: of that mean. mean, median: of all samples.
+    A distance is the root of the mean square of a sample's differences, in the samples' units.
+
+    Attributes:
+        error: the mean of the nearest 90 % of the samples. With any sampler a few samples end in another image
+            altogether, and chance decides which.
+        standard_error: the standard error of `error`.
+        mean, median: of all samples.
     """
 
     error: float
@@ -26,8 +30,8 @@ class Errors:
 
     @classmethod
     def of(cls, distances: Tensor) -> Errors:
-        """What stands for these distances, (samples,)."""
-        # A trimmed mean's standard error is that of samples where those left out are as far as the farthest counted.
+        """The statistics of these distances, (samples,)."""
+        # For the standard error of a trimmed mean, the trimmed distances are set to the largest one that is counted.
         nearest = _nearest(distances)
         spread = distances.clamp(max=nearest[-1]).std(correction=0).item()
         standard_error = spread * math.sqrt(len(distances)) / len(nearest)
@@ -36,12 +40,12 @@ class Errors:
 
 
 def distance(samples: Tensor, truth: Tensor) -> Tensor:
-    """Of each sample to its truth, float64 (batch,) on the CPU."""
+    """The distance of each sample to its truth, float64 (batch,) on the CPU."""
     return (samples.double() - truth.double()).flatten(1).square().mean(1).sqrt().cpu()
 
 
 def typical(distances: Tensor) -> float:
-    """The mean of the nearest 90 %; infinity where any is not finite."""
+    """The mean of the nearest 90 %; infinity if any distance is not finite."""
     return _nearest(distances).mean().item() if bool(distances.isfinite().all()) else math.inf
 
 

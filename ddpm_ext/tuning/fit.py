@@ -1,8 +1,8 @@
-"""The numbers of a table's rows at given timesteps, by least squares, row by row.
+"""Fits the numbers of a table's rows at fixed timesteps by least squares, row by row.
 
-With its timesteps given, a row is linear in what it may add up: the predicted clean sample, the sample, up to three
-clean samples that earlier rows predicted, and with guidance the clean sample by the unconditional output. The row's
-weights are those that lead nearest to where the teacher's trajectory is at the next timestep.
+At fixed timesteps, a row is a weighted sum of terms: the predicted clean sample, the sample, up to three clean samples
+that earlier rows predicted, and with guidance the clean sample of the unconditional output. The row's weights are
+chosen such that its result is nearest to the teacher's trajectory at the next timestep.
 """
 
 from __future__ import annotations
@@ -23,47 +23,56 @@ from ddpm_ext.tuning.loops import Loops
 from ddpm_ext.tuning.teacher import Trajectory, angles_of
 
 HISTORY = 3  # how many clean samples of earlier rows a row may read
-RIDGE = 1e-5  # how much a weight is held back, relative to what it explains, from Euler's
-FLOOR = 0.1  # of the mean error: errors below it count alike where trajectories are weighted by them
-Weights = list[Tensor]  # of each row, float64 (terms,): of x0, x, the kept ones from the newest on, and the last
+RIDGE = 1e-5  # the strength of the ridge that pulls a weight towards Euler's, relative to the power of its term
+FLOOR = 0.1  # as a share of the mean error: smaller errors give samples about the same weight in a fit
+# For each row its terms' weights, float64 (terms,): of x0, of x, of the kept clean samples from the newest on, and with
+# guidance of the clean sample of the unconditional output.
+Weights = list[Tensor]
 
 
 class Equations:
-    """Normal equations of one row, kept apart for each sample, so that a few of them can be weighted down."""
+    """The normal equations of one row, separate for each sample, so that outlying samples can get less weight."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, terms: Sequence[Tensor], target: Tensor) -> None:
-        """More samples: the terms that a row adds up, and what they should be, each (batch, ...)."""
+        """Adds samples: the terms that a row sums, and the target of the sum, each (batch, ...)."""
         x = torch.stack([term.flatten(1).double() for term in terms], -1)
         y = target.flatten(1).double()
         gram, right = torch.einsum("bek,bel->bkl", x, x), torch.einsum("bek,be->bk", x, y)
         self._parts.append(tuple((part / y.shape[1]).cpu() for part in (gram, right, y.square().sum(1))))  # type: ignore[arg-type]
 
     def solve(self, prior: Tensor) -> Tensor:
-        """The weights, float64 (terms,), near `prior` where the samples say nothing. A second solution weights each
-        sample by the inverse of its error in the first, since a few outlying trajectories spoil a plain fit."""
+        """The weights, float64 (terms,). Where the samples do not determine them, they are near `prior`.
+
+        A second solution weights each sample by the inverse of its error in the first, since a few outlying
+        trajectories would spoil a plain fit.
+        """
         gram, right, power = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
         of_sample = torch.ones_like(power)
         for _ in range(2):
             total = torch.einsum("b,bkl->kl", of_sample, gram)
             sizes = total.diagonal()
-            ridge = RIDGE * (sizes + RIDGE * sizes.max())  # above 0 also for a term that is 0 everywhere
-            given = torch.einsum("b,bk->k", of_sample, right) + ridge * prior
-            weights = torch.linalg.solve(total + ridge.diag(), given)
+            ridge = RIDGE * (sizes + RIDGE * sizes.max())  # above 0 even for a term that is 0 in all samples
+            projection = torch.einsum("b,bk->k", of_sample, right) + ridge * prior
+            weights = torch.linalg.solve(total + ridge.diag(), projection)
             explained = 2 * right @ weights - torch.einsum("k,bkl,l->b", weights, gram, weights)
             of_sample = inverse_errors((power - explained).clamp(min=0).sqrt())
         return weights
 
 
 def inverse_errors(error: Tensor) -> Tensor:
+    """The weights of samples with these errors."""
     return 1 / (error + FLOOR * error.mean() + 1e-12)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A batch before a row. x: its samples. kept: the clean samples that earlier rows predicted, the newest first."""
+    """The state of a batch before a row.
+
+    x: the samples. kept: the clean samples that earlier rows predicted, the newest first.
+    """
 
     loops: Loops
     x: Tensor
@@ -71,11 +80,11 @@ class Place:
 
 
 class Rows:
-    """The rows at given timesteps, whose weights are to be found.
+    """Rows at fixed timesteps, whose weights are fitted.
 
     Args:
-        diffusion: what the rows are for.
-        timesteps: of its schedule, descending.
+        diffusion: the diffusion of the rows.
+        timesteps: timesteps of its schedule, descending.
     """
 
     def __init__(self, diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> None:
@@ -91,7 +100,7 @@ class Rows:
         return len(self.timesteps)
 
     def terms(self, row: int, place: Place) -> list[Tensor]:
-        """What the row adds up, by one call of the model."""
+        """The terms that the row sums. This calls the model once."""
         terms = [place.loops.run(self._to_x0[row : row + 1], noise=place.x), place.x, *place.kept[:HISTORY]]
         unconditional = place.loops.unconditional()
         if unconditional is not None:
@@ -99,7 +108,7 @@ class Rows:
         return terms
 
     def begin(self, trajectory: Trajectory) -> tuple[Place, list[Tensor]]:
-        """Where a batch is before the first row, and that row's terms, which no weights change."""
+        """The state of a batch before the first row, and the terms of that row, which do not depend on any weights."""
         place = Place(trajectory.batch.loops, trajectory.batch.noise * self._begins_with)
         first = trajectory.first_terms
         if self.timesteps[0] not in first:
@@ -107,7 +116,10 @@ class Rows:
         return place, first[self.timesteps[0]]
 
     def finish(self, weights: Weights, place: Place, terms: list[Tensor], row: int = 0) -> tuple[list[Place], Tensor]:
-        """Takes the rows from `row` on, whose terms are given: where the batch is before each, and the last samples."""
+        """Takes the rows from `row` on. Returns the batch's state before each of them, and the final samples.
+
+        terms: those of row `row`.
+        """
         places = [place]
         for number in range(row, len(self)):
             place = _next(place, terms, weights[number])
@@ -117,42 +129,44 @@ class Rows:
         return places, place.x
 
     def table(self, weights: Weights) -> StepTable:
-        """The rows with these weights, as a loop takes them."""
+        """The step table of the rows with these weights."""
         return with_weights(self.base, weights)
 
 
 def euler_weights(base: StepTable, row: int, terms: int) -> Tensor:
-    """The weights of a row of Euler's table `base`."""
+    """The weights of a row of Euler's table `base`. terms: how many terms the row has."""
     weights = base.a.new_zeros(terms)
     weights[0], weights[1] = base.c0[row], base.c1[row]
     return weights
 
 
 def with_weights(base: StepTable, weights: Weights) -> StepTable:
-    """Euler's table `base`, the first rows of which have these weights."""
+    """Euler's table `base`, with these weights in its first rows."""
     columns: dict[str, Any] = {name: getattr(base, name).clone() for name in ("c0", "c1", "cu", "h1", "h2", "h3", "k0")}
-    for row, own in enumerate(weights):
-        columns["c0"][row], columns["c1"][row] = own[:2]
+    for row, of_terms in enumerate(weights):
+        columns["c0"][row], columns["c1"][row] = of_terms[:2]
         kept = min(row, HISTORY)
         for slot in range(kept):
-            columns[f"h{slot + 1}"][row] = own[2 + slot]
-        if len(own) > 2 + kept:  # the clean sample by the unconditional output, a x + b u
-            columns["c1"][row] += own[-1] * base.a[row]
-            columns["cu"][row] = own[-1] * base.b[row]
+            columns[f"h{slot + 1}"][row] = of_terms[2 + slot]
+        if len(of_terms) > 2 + kept:  # the last term is the clean sample of the unconditional output, a x + b u
+            columns["c1"][row] += of_terms[-1] * base.a[row]
+            columns["cu"][row] = of_terms[-1] * base.b[row]
     columns["k0"][:-1] = 1
     return replace(base, c2=None, g1=None, **columns)
 
 
 def _next(place: Place, terms: Sequence[Tensor], weights: Tensor) -> Place:
+    """The state after a row with these terms and weights."""
     x = sum(weight * term.double() for weight, term in zip(weights.tolist(), terms, strict=True))
     assert isinstance(x, Tensor)
     return Place(place.loops, x.to(place.x.dtype), (terms[0], *place.kept)[:HISTORY])
 
 
 def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor]:
-    """Row by row: the weights, and the errors of the samples that they end with.
+    """Fits the weights row by row. Returns them and the errors of the final samples.
 
-    Each row starts where the rows before it arrive, and not where the teacher is, so that it corrects them.
+    Each row starts from the result of the rows before it, not from the teacher's trajectory. So it corrects their
+    errors.
     """
     begun = [rows.begin(trajectory) for trajectory in trajectories]
     places, terms, weights = [place for place, _ in begun], [first for _, first in begun], []
@@ -160,8 +174,8 @@ def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor
         if row:
             terms = [rows.terms(row, place) for place in places]
         equations = Equations()
-        for own, trajectory in zip(terms, trajectories, strict=True):
-            equations.add(own, trajectory.at(arrives))
+        for of_batch, trajectory in zip(terms, trajectories, strict=True):
+            equations.add(of_batch, trajectory.at(arrives))
         weights.append(equations.solve(euler_weights(rows.base, row, len(terms[0]))))
-        places = [_next(place, own, weights[-1]) for place, own in zip(places, terms, strict=True)]
-    return weights, torch.cat([distance(at.x, own.samples) for at, own in zip(places, trajectories, strict=True)])
+        places = [_next(place, of_batch, weights[-1]) for place, of_batch in zip(places, terms, strict=True)]
+    return weights, torch.cat([distance(end.x, own.samples) for end, own in zip(places, trajectories, strict=True)])

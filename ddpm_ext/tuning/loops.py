@@ -1,4 +1,4 @@
-"""The loops that tuning runs: one model with its options, from the same noise each time."""
+"""The loops that tuning runs: one model with fixed options, always from the same noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 class CountedModel:
-    """The model, its calls counted, and its last output kept. on_call: called after each."""
+    """A model that counts its calls and keeps its last output. on_call: called after each call."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.calls = model, 0
@@ -34,7 +34,7 @@ class CountedModel:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one batch. noise: what they begin with, before it has the first level's deviation."""
+    """The samples of one batch. noise: standard normal; the first level's deviation multiplies it."""
 
     loops: Loops
     rng: Philox
@@ -42,13 +42,13 @@ class Batch:
 
 
 class Loops:
-    """Sampling loops of a model that differ in their tables alone.
+    """Sampling loops of a model that differ only in their step tables.
 
     Args:
-        diffusion, model, shape: as p_sample_loop's; shape is that of a batch.
-        device: as p_sample_loop's.
-        rng: seed and first sample id; each batch has the ids after those of the one before.
-        options: others of p_sample_loop, of all loops.
+        diffusion, model, device: as for p_sample_loop.
+        shape: the shape of a batch.
+        rng: seed and first sample id. Each batch continues the sample ids of the previous batch.
+        options: further options of p_sample_loop, for all loops.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range, or a model that returns its variance.
@@ -80,22 +80,22 @@ class Loops:
         self._seed, self._first_id = seed, ids
 
     def batch(self, number: int) -> Batch:
-        """Batch `number` of this rng's samples: ids number * shape[0] and on after the rng's own."""
+        """Batch `number`: its sample ids begin number * shape[0] after the rng's first id."""
         rng = Philox(self._seed, self._first_id + number * self.shape[0])
         noise = self.diffusion.ops.randn(self.shape, rng.of(STREAM_START, 0), device=self.device)
         return Batch(self, rng, noise)
 
     def samples(self, table: StepTable, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A loop's last samples, which are kept in `dtype` between steps; the model has its own input all the same."""
+        """The final samples of a loop that stores its samples in `dtype`. The dtype of the model's input stays."""
         return self.run(table, rng=batch.rng, device=self.device, dtype=dtype)
 
     def run(self, table: StepTable, dtype: torch.dtype = torch.float32, **start: Any) -> Tensor:
-        """The last samples of a loop. start: what it begins from, as options of p_sample_loop."""
+        """The final samples of a loop. start: options of p_sample_loop that determine where the loop begins."""
         options: dict[str, Any] = {**self.options, "dtype": dtype, **start}
-        own = options.get("input_dtype") or torch.float32
+        input_dtype = options.get("input_dtype") or torch.float32
 
         def model(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self.model(x.to(own), *args, **kwargs).to(dtype)
+            return self.model(x.to(input_dtype), *args, **kwargs).to(dtype)
 
         if dtype is not torch.float32:
             options["input_dtype"] = None
@@ -105,7 +105,8 @@ class Loops:
         return drawn
 
     def fails(self, table: StepTable, batch: Batch) -> bool:
-        """Whether a loop with this table ends in an error, as of a model that looks timesteps up, at those between."""
+        """Whether a loop with this table raises an exception. A model with an embedding of integers, for example, fails
+        at timesteps between the integers."""
         try:
             self.samples(table, batch)
         except Exception:  # the model's code may raise anything
@@ -113,7 +114,7 @@ class Loops:
         return False
 
     def unconditional(self) -> Tensor | None:
-        """The model's unconditional output in the last step; None where there was no guidance by a doubled batch."""
+        """The model's unconditional output in the last step; None if the step had no guidance with a doubled batch."""
         output = self.model.output
         doubled = output is not None and len(output) == 2 * self.shape[0]
         return output[: self.shape[0]] if doubled and output is not None else None

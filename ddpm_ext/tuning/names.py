@@ -1,4 +1,4 @@
-"""The named samplers, by the spacings that they go with: how near each ends to the teacher in so many calls."""
+"""Named samplers and spacings: how near each pair ends to the teacher with a fixed number of model calls."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning.errors import Errors
 from ddpm_ext.tuning.teacher import Trajectory
 
-FINALISTS = 12  # names that are tried on all held-out samples, after a first round
-FIRST = 16  # samples of the first round, in whole batches
+FINALISTS = 12  # how many names are tried on all held-out samples, after a first round
+FIRST = 16  # the number of samples of the first round, rounded up to whole batches
 
 
 Name = tuple[str, str, int]  # sampler, spacing, steps
@@ -28,9 +28,10 @@ Name = tuple[str, str, int]  # sampler, spacing, steps
 
 @dataclass(frozen=True, kw_only=True)
 class Named(Errors):
-    """How near a sampler comes by its name.
+    """The errors of a named sampler.
 
-    sampler, spacing, steps, eta: of its loop, with eta None where the sampler has none. calls: of the model.
+    sampler, spacing, steps, eta: the options of its loop; eta is None for a sampler without it. calls: the number of
+    model calls.
 
     Examples:
         >>> from ddpm_ext.tuning import Tuner
@@ -47,7 +48,7 @@ class Named(Errors):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What its loop is asked for, as options of p_sample_loop."""
+        """The options of p_sample_loop for its loop."""
         eta = {} if self.eta is None else {"eta": self.eta}
         return {"sampler": self.sampler, "spacing": self.spacing, "steps": self.steps, **eta}
 
@@ -61,16 +62,17 @@ class Named(Errors):
 
 
 def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTable]:
-    """The tables of all deterministic samplers with all spacings that call the model so many times, each once.
+    """The tables of all deterministic samplers with all spacings that take this number of model calls, without
+    duplicates.
 
-    Samplers with an eta have one of 0. Those of CFG++ are left out: their scale of guidance is not the usual one, and
-    without guidance they are other names for samplers that are here.
+    Samplers with an eta get an eta of 0. CFG++'s samplers are left out: their scale of guidance differs from the usual
+    one, and without guidance they equal other samplers.
     """
-    found: dict[Name, StepTable] = {}
+    tables: dict[Name, StepTable] = {}
     seen = set()
     for sampler in (name for name in SAMPLERS if name not in CFG_PP):
         for spacing in SPACINGS:
-            # A step calls the model once or twice, and the first or the last one may be an exception.
+            # A sampler calls the model once or twice a step; the first or the last step may be an exception.
             for steps in dict.fromkeys((calls, (calls + 1) // 2, calls - 1)):
                 try:
                     table, called = table_of(diffusion, sampler, spacing, steps)
@@ -81,13 +83,13 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
                 numbers = table.packed("cpu", torch.float64).numpy().tobytes()
                 if numbers not in seen and not (table.s != 0).any():
                     seen.add(numbers)
-                    found[sampler, spacing, steps] = table
+                    tables[sampler, spacing, steps] = table
                 break
-    return found
+    return tables
 
 
 def table_of(diffusion: GaussianDiffusion, sampler: str, spacing: str, steps: int) -> tuple[StepTable, int]:
-    """The table of these names, without noise, and how often it calls the model.
+    """The table of this sampler and spacing, without noise, and how often it calls the model.
 
     Raises TypeError or ValueError for a spacing that the schedule or this number of steps does not have.
     """
@@ -97,33 +99,33 @@ def table_of(diffusion: GaussianDiffusion, sampler: str, spacing: str, steps: in
 
 
 def eta_of(sampler: str) -> float | None:
-    """With which a sampler adds no noise; None where it has none."""
+    """The eta with which a sampler adds no noise; None for a sampler without eta."""
     return 0.0 if sampler in WITH_ETA else None
 
 
 def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTable], calls: int) -> list[Named]:
-    """The named tables of so many calls: the finalists, the nearest first, on all samples; then the others, on those of
-    the first round alone."""
+    """Ranks the named tables: first the finalists, by their errors on all samples, the nearest first; then the rest, by
+    their errors in the first round."""
     first = first_round(len(trajectories), len(trajectories[0].samples))
-    found = {name: [own.errors_of(table) for own in trajectories[:first]] for name, table in tables.items()}
-    ranked = _ranked(found, calls)
+    measured = {name: [batch.errors_of(table) for batch in trajectories[:first]] for name, table in tables.items()}
+    ranked = _ranked(measured, calls)
     finalists = {(each.sampler, each.spacing, each.steps): each for each in ranked[:FINALISTS]}
     for name in finalists:
-        found[name] += [own.errors_of(tables[name]) for own in trajectories[first:]]
-    return [*_ranked({name: found[name] for name in finalists}, calls), *ranked[FINALISTS:]]
+        measured[name] += [batch.errors_of(tables[name]) for batch in trajectories[first:]]
+    return [*_ranked({name: measured[name] for name in finalists}, calls), *ranked[FINALISTS:]]
 
 
 def first_round(batches: int, size: int) -> int:
-    """On how many of the batches, of so many samples each, all names are tried."""
+    """The number of batches, of `size` samples each, on which all names are tried."""
     return min(batches, -(-FIRST // size))
 
 
-def _ranked(found: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:
-    named = [named_of(name, calls, torch.cat([*parts])) for name, parts in found.items()]
+def _ranked(errors: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:
+    named = [named_of(name, calls, torch.cat([*parts])) for name, parts in errors.items()]
     return sorted(named, key=lambda each: each.error)
 
 
 def named_of(name: Name, calls: int, distances: Tensor) -> Named:
     sampler, spacing, steps = name
-    own = vars(Errors.of(distances))
-    return Named(sampler=sampler, spacing=spacing, steps=steps, calls=calls, eta=eta_of(sampler), **own)
+    errors = vars(Errors.of(distances))
+    return Named(sampler=sampler, spacing=spacing, steps=steps, calls=calls, eta=eta_of(sampler), **errors)

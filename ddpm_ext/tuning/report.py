@@ -1,4 +1,4 @@
-"""What tuning found, for a person to read."""
+"""The result of tuning, for a person to read."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ WHOLE_TIMESTEPS = "names with timesteps between the schedule's are left out: the
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Errors):
-    """How near a tuned table and the named samplers end to the teacher, on samples that nothing was fitted to.
+    """The errors of a tuned table and of the named samplers, on samples that nothing was fitted to.
 
     Attributes:
         error, standard_error, mean, median: of the table; see Errors.
-        calls: of the model, in a loop with the table.
-        fitted: whether the table is a fitted one; False: that of the best name, which no fit came nearer than.
-        fitted_error: of the fitted table, whether it is the table or not.
+        calls: the number of model calls in a loop with the table.
+        fitted: whether the table is the fitted one; False: it is the best name's, since the fit was not nearer.
+        fitted_error: the error of the fitted table, also where `table` is the best name's.
         names: the named samplers, the nearest first.
-        as_near: a name that is as near in more calls, looked for in up to `looked` times as many, of a pipeline in none
-            (0); None where there is none.
-        bfloat16_error: of the table, where a loop keeps its samples in bfloat16; None: not measured.
+        as_near: a named sampler that is as near in more calls; None: there is none. It was looked for in up to `looked`
+            times as many calls (0: not looked for, as for a pipeline).
+        bfloat16_error: the table's error in a loop with samples in bfloat16; None: not measured.
         timesteps: of the table.
-        teacher: what it was fitted to, in words. teacher_error: how far half the teacher's steps end from all of them,
-            relative to the samples' root mean square.
-        seeds: how many samples it was fitted to; held_out: how many the errors are of.
-        model_calls: how often the model was called in all, of which names_calls for the names; batch: the samples of
+        teacher: a description of the teacher.
+        teacher_error: the distance between the samples of the teacher with half its steps and with all, relative to the
+            samples' root mean square.
+        seeds: the number of samples that the table was fitted to.
+        held_out: the number of samples that the errors are measured on.
+        model_calls: the number of all model calls; names_calls: those for the named samplers; batch: the samples of
             each call.
         whole_timesteps: whether names with timesteps between the schedule's are left out, since the model fails there.
 
@@ -65,7 +67,7 @@ class Report(Errors):
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the table's notes say of it."""
+        """The entries for the table's notes."""
         fitted = f"fitted to {self.seeds} samples of {self.teacher}"
         return {
             "made": fitted if self.fitted else f"{self.best}: no fit is nearer",
@@ -78,7 +80,7 @@ class Report(Errors):
 
     @property
     def pays(self) -> str:
-        """What tuning cost, and after how many images it has paid, in a sentence."""
+        """A sentence: what tuning cost, and after how many images it has paid off."""
         share = self.names_calls / max(self.model_calls, 1)
         cost = f"{self.model_calls:,} calls of the model for {self.batch} samples each, {share:.0%} for the names"
         if not self.fitted:
@@ -97,8 +99,8 @@ class Report(Errors):
         if not self.fitted:
             lines.append(f"  {'no fit is nearer; the nearest':<52} {self.fitted_error:.4f}")
         lines += [_line(str(each), each) for each in self.names[:SHOWN]]
-        if self.looked:  # else the names are a pipeline's, which no loop of ours takes
-            typed = ", ".join(f"{name}={own!r}" for name, own in self.best.options.items())
+        if self.looked:  # otherwise the names are a pipeline's, and p_sample_loop does not take them
+            typed = ", ".join(f"{name}={value!r}" for name, value in self.best.options.items())
             lines.append(f"the best name's loop: {typed}")
         if self.fitted and self.as_near is not None:
             lines.append(f"as near as {self.as_near} in {self.as_near.calls} calls")

@@ -1,4 +1,4 @@
-"""Which timesteps a tuned table has: a search over a family with three numbers."""
+"""Searches the timesteps of a tuned table, in a family with three parameters."""
 
 from __future__ import annotations
 
@@ -8,60 +8,64 @@ import torch
 
 Timesteps = tuple[int, ...]
 STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # largest, power, smallest: the ends as shares of the schedule
-STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2  # the first strides, and how far they shrink
-POWERS = (0.3, 10.0)
-EVALUATIONS = 60  # at most, from each start
-FOUND, APART = 3, 0.04  # how many timesteps are found, and how far apart, as a share of the schedule
+STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2  # the first strides, and the factor to which they shrink
+POWERS = (0.3, 10.0)  # the range of the power
+EVALUATIONS = 60  # the most evaluations from each start
+FOUND, APART = 3, 0.04  # how many results, and their least distance as a share of the schedule
 
 
 def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: float) -> Timesteps:
     """Descending timesteps whose roots of degree `power` are evenly spaced, as the sigmas of Karras et al. 2022, eq. 5.
 
     Args:
-        timesteps: of the schedule.
+        timesteps: the schedule's number of timesteps.
         steps: how many; at most `timesteps`.
         largest, smallest: the ends, as shares of the schedule's last timestep, in [0, 1].
-        power: above 0: the larger, the more timesteps are near the smallest.
+        power: above 0. The larger it is, the more timesteps are near the smallest.
     """
     high, low = (share * (timesteps - 1) for share in (largest, smallest))
     along = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     roots = high ** (1 / power) + along * (low ** (1 / power) - high ** (1 / power))
-    found = (roots**power).round().long().tolist()
-    for i in range(steps - 1, -1, -1):  # none twice, and none beyond the ends
-        found[i] = max(found[i], found[i + 1] + 1 if i + 1 < steps else 0)
-    return tuple(min(t, timesteps - 1 - i) for i, t in enumerate(found))
+    rounded = (roots**power).round().long().tolist()
+    for i in range(steps - 1, -1, -1):  # make them distinct, and keep them in the schedule's range
+        rounded[i] = max(rounded[i], rounded[i + 1] + 1 if i + 1 < steps else 0)
+    return tuple(min(t, timesteps - 1 - i) for i, t in enumerate(rounded))
 
 
 def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> list[Timesteps]:
-    """The timesteps with the smallest error, then the next best that differ from them: from each start, a stride in one
-    of the three numbers is taken where it helps; where none does, strides are halved.
+    """The timesteps with the smallest error, then the next best that differ enough from better ones.
+
+    From each start, the search changes one of the three parameters by a stride if this reduces the error. If no stride
+    does, the strides are halved.
 
     Args:
-        error: of a table with these timesteps.
-        timesteps: of the schedule. steps: as of spaced.
+        error: returns the error of a table with these timesteps.
+        timesteps, steps: as for spaced.
     """
-    known: dict[Timesteps, float] = {}
+    error_of: dict[Timesteps, float] = {}
 
     def try_numbers(numbers: tuple[float, float, float]) -> float:
-        at = spaced(timesteps, steps, *numbers)
-        if at not in known:
-            known[at] = error(at)
-        return known[at]
+        candidate = spaced(timesteps, steps, *numbers)
+        if candidate not in error_of:
+            error_of[candidate] = error(candidate)
+        return error_of[candidate]
 
     for count, start in enumerate(STARTS, start=1):
         numbers, shrunk = start, 1.0
         best = try_numbers(numbers)
-        while shrunk > LEAST and len(known) < count * EVALUATIONS:
+        while shrunk > LEAST and len(error_of) < count * EVALUATIONS:
             moved = _improved(try_numbers, numbers, shrunk, best)
             if moved is None:
                 shrunk /= 2
             else:
                 numbers, best = moved, try_numbers(moved)
-    found: list[Timesteps] = []
-    for at in sorted(known, key=lambda at: known[at]):
-        if all(max(abs(x - y) for x, y in zip(at, own, strict=True)) > APART * timesteps for own in found):
-            found.append(at)
-    return found[:FOUND]
+    results: list[Timesteps] = []
+    for candidate in sorted(error_of, key=lambda candidate: error_of[candidate]):
+        if all(
+            max(abs(x - y) for x, y in zip(candidate, better, strict=True)) > APART * timesteps for better in results
+        ):
+            results.append(candidate)
+    return results[:FOUND]
 
 
 def _improved(
@@ -70,7 +74,7 @@ def _improved(
     shrunk: float,
     best: float,
 ) -> tuple[float, float, float] | None:
-    """Numbers beside these whose error is smaller; None where there are none."""
+    """Neighbouring parameters with a smaller error; None if there are none."""
     for which, stride in enumerate(STRIDES):
         for sign in (1, -1):
             moved = list(numbers)

@@ -1,4 +1,4 @@
-"""The trajectories that a table is fitted to: a loop of many steps, and its samples at every level."""
+"""The teacher: a loop of many steps, whose trajectories (samples at all levels) tables are fitted to."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ddpm_ext.tuning.errors import distance, typical
 from ddpm_ext.tuning.loops import Batch
 
 SAMPLER, STEPS = "deis", 100
-TOLERANCE = 0.05  # of the samples' root mean square: how far half as many steps may end from all of them
-NEAREST = 4  # levels that a trajectory is interpolated between
+TOLERANCE = 0.05  # the largest error of the teacher (see converged), relative to the samples' root mean square
+NEAREST = 4  # the number of levels from which a trajectory is interpolated
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """A batch on its way from noise to samples.
 
-    batch: the samples. angles: float64 (levels,), atan(noise / signal) of each level, falling to 0. nodes: the samples
-    at each, float32 (levels, batch, ...), on the loop's device. first_terms: what a table's first row adds up, by its
-    timestep.
+    Attributes:
+        batch: the samples.
+        angles: float64 (levels,), atan(noise / signal) of each level, falling to 0.
+        nodes: the samples at each level, float32 (levels, batch, ...), on the loop's device.
+        first_terms: a cache of the terms of a table's first row, by its timestep.
     """
 
     batch: Batch
@@ -37,43 +39,45 @@ class Trajectory:
 
     @property
     def samples(self) -> Tensor:
-        """The teacher's own samples, at the end."""
+        """The teacher's final samples."""
         return self.nodes[-1]
 
     def errors_of(self, table: StepTable, dtype: torch.dtype = torch.float32) -> Tensor:
-        """How far a loop with this table, and samples of this dtype, ends from the teacher, float64 (batch,)."""
+        """The distances of a loop with this table, and samples of this dtype, to the teacher, float64 (batch,)."""
         return distance(self.batch.loops.samples(table, self.batch, dtype), self.samples)
 
     def at(self, angle: float) -> Tensor:
-        """The samples at a level between, float64: by the polynomial through the nearest levels, since a sample moves
-        smoothly with the angle, on cos(angle) x0 + sin(angle) eps."""
+        """The samples at any level, float64, interpolated by the polynomial through the nearest levels.
+
+        A sample, cos(angle) x0 + sin(angle) eps, is a smooth function of the angle.
+        """
         above = int(torch.searchsorted(-self.angles, -angle))
         first = max(0, min(above - NEAREST // 2, len(self.angles) - NEAREST))
         nodes = self.angles[first : first + NEAREST].tolist()
-        found = torch.zeros_like(self.nodes[0], dtype=torch.float64)
-        for i, own in enumerate(nodes):
+        samples = torch.zeros_like(self.nodes[0], dtype=torch.float64)
+        for i, node in enumerate(nodes):
             others = nodes[:i] + nodes[i + 1 :]
-            weight = math.prod((angle - other) / (own - other) for other in others)
-            found += weight * self.nodes[first + i]
-        return found
+            weight = math.prod((angle - other) / (node - other) for other in others)
+            samples += weight * self.nodes[first + i]
+        return samples
 
 
 class Teacher:
     """A deterministic loop of many steps."""
 
-    calls, calls_to_check = STEPS, STEPS // 2  # of the model, for a batch
+    calls, calls_to_check = STEPS, STEPS // 2  # model calls for a batch: in trajectory, and in error_of
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
         self._diffusion = diffusion
         self._table = self._rows(STEPS)
-        self.between = self._table.timestep.is_floating_point()  # whether it calls the model between timesteps
+        self.between = self._table.timestep.is_floating_point()  # whether the model is called between timesteps
 
     def _rows(self, steps: int) -> StepTable:
         spacing = "trailing" if self._diffusion.schedule.scale is flow else "linspace"
         return make_loop_rows(self._diffusion, LoopOptions(sampler=SAMPLER, steps=steps, spacing=spacing)).table
 
     def trajectory(self, batch: Batch) -> Trajectory:
-        """The whole way of a batch; it takes the memory of a batch for each step. Raises ValueError where the model
+        """The trajectory of a batch, which takes the memory of a batch for each step. Raises ValueError if the model
         returns values that are not finite."""
         loops, table = batch.loops, self._table
         nodes = [batch.noise * pure_noise(table.signal_now[0].item(), table.noise_now[0].item())]
@@ -91,9 +95,10 @@ class Teacher:
         return Trajectory(batch, angles, torch.stack(nodes))
 
     def error_of(self, trajectory: Trajectory) -> float:
-        """How far half as many steps end from all of them, relative to the root mean square of the samples.
+        """The teacher's error: the distance between the samples of half its steps and of all steps, relative to the
+        samples' root mean square.
 
-        Raises ValueError where that is so far that nothing could be fitted to the teacher.
+        Raises ValueError if the error is too large for fitting tables to the teacher.
         """
         fewer = trajectory.batch.loops.samples(self._rows(STEPS // 2), trajectory.batch)
         remedy = "is the model trained, and are prediction, schedule and clip_denoised those that it was trained with?"
@@ -101,9 +106,9 @@ class Teacher:
 
 
 def converged(fewer: Tensor, samples: Tensor, steps: int, remedy: str) -> float:
-    """How far the samples of half the teacher's steps end from those of all, relative to their root mean square.
+    """The distance between the samples of half the teacher's steps and of all, relative to the root mean square.
 
-    Raises ValueError, with what may help, where that is more than TOLERANCE.
+    Raises ValueError if it is above TOLERANCE; the message ends with `remedy`.
     """
     size = samples.double().square().mean().sqrt().item()
     error = typical(distance(fewer, samples)) / max(size, 1e-12)

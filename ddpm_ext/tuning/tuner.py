@@ -1,4 +1,4 @@
-"""A step table for one model, with as few calls of it as asked for."""
+"""Tunes a step table to one model, for a fixed number of model calls."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 BAR = "calls of the model, at most"
-STARTED = 1  # rounds of each fit, on half of the samples, before the best goes on with all
-# How many names, of a spacing each, may come as near as a fit, and in how many times as many steps.
+STARTED = 1  # the rounds of each fit on half of the samples, before the best fit continues with all samples
+# To find a name that is as near as the fit: how many names are tried, one for each spacing, and the factors of their
+# steps.
 REACHED, MORE = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """table: for `sampler=` of a loop, or StepTable.save. report: how near it comes, and what else was tried.
+    """A tuned table and its report.
+
+    table: for `sampler=` of a loop, or StepTable.save. report: the table's errors, and those of the named samplers.
 
     Examples:
         >>> from ddpm_ext.tuning import tune
@@ -56,7 +59,7 @@ class Tuned:
     report: Report
 
     def plot(self, path: str | None = None) -> Figure:
-        """The errors of the table and of the names, as a matplotlib figure, which is also written to `path`.
+        """Draws the errors of the table and of the names as a matplotlib figure, which is also written to `path`.
 
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
@@ -65,16 +68,15 @@ class Tuned:
 
 
 def tuned(table: StepTable, notes: Mapping[str, Any], report: Report) -> Tuned:
-    """The table with these notes and those of the report, which is logged."""
+    """The table with these notes and the report's. Logs the report's summary."""
     _log.info("tuned a table of %d calls, error %.4f; %s", report.calls, report.error, report.pays)
     return Tuned(replace(table, notes={**notes, **report.notes}), report)
 
 
 class Tuner:
-    """Tunes tables for loops that differ in their number of calls alone: all have the same teacher.
+    """Tunes tables for loops that differ only in their number of model calls and share one teacher.
 
-    Args:
-        diffusion, model, shape, seeds, rng, progress: those of `tune`, and so are all others.
+    Args: as for `tune`.
 
     Attributes:
         teacher_error, whole_timesteps: see Report.
@@ -140,14 +142,16 @@ class Tuner:
 
     @property
     def calls(self) -> int:
-        """How often the model was called so far."""
+        """The number of model calls so far."""
         return self._loops.model.calls
 
     def planned_calls(self, steps: Sequence[int], *, fit: bool = True) -> int:
-        """How often the model is called at most for tables of so many steps. fit: False for the named samplers alone.
+        """The most model calls that tuning takes for tables of these numbers of steps.
+
+        fit: whether tables are fitted; False: only the named samplers are compared.
 
         Raises:
-            TypeError, ValueError: steps are no ints, or out of range.
+            TypeError, ValueError: steps are not ints, or out of range.
         """
         held_out, timesteps = self._batches, self._diffusion.timesteps
         all_fitted = self._batches + self._half
@@ -156,20 +160,20 @@ class Tuner:
             checks.integer("steps", count, timesteps + 1, "timesteps + 1", start=1)
             names = len(self._named_tables(count))
             first = first_round(held_out, self._shape[0])
-            planned += count  # to try timesteps between the schedule's
+            planned += count  # to try whether the model takes timesteps between the schedule's
             planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
-                starts, halves = timesteps_search.FOUND, 2 * self._half  # to fit to, and to check with
+                starts, halves = timesteps_search.FOUND, 2 * self._half  # half to fit to, half to check with
                 planned += count * self._half * timesteps_search.EVALUATIONS * len(timesteps_search.STARTS)
                 planned += count * starts * 2 * halves + count * 2 * all_fitted + count * 3 * held_out
                 planned += starts * halves * polish_calls(count, STARTED, guided=self._guided)
                 planned += all_fitted * polish_calls(count, ROUNDS, guided=self._guided)
-                # Steps are rounded up, and some call the model twice.
+                # Numbers of steps are rounded up, and some steps call the model twice.
                 planned += math.ceil((count + 1) * sum(MORE) + 2 * len(MORE)) * REACHED * held_out
         return planned
 
     def compare(self, calls: int) -> list[Named]:
-        """The named samplers at so many calls, the nearest to the teacher first. Raises: as `tune`."""
+        """The named samplers with this number of model calls, the nearest to the teacher first. Raises: as `tune`."""
         checks.integer("steps", calls, self._diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
             self._try_fractions(calls)
@@ -183,37 +187,37 @@ class Tuner:
         return self._names[calls]
 
     def tune(self, steps: int) -> Tuned:
-        """The table of so many calls; see `tune`."""
+        """The table with `steps` model calls; see `tune`."""
         names = self.compare(steps)
         with calls_bar(self.planned_calls([steps]), f"fit: {BAR}", self._progress) as self._loops.model.on_call:
             self._prepare(fit=True)
-            begun = self.calls
-            found = self._fit(steps)
-            table = found.rows.table(found.weights)
-            own = self._errors(table)
-            fitted_error = typical(own)
+            calls_before = self.calls
+            best_fit = self._fit(steps)
+            table = best_fit.rows.table(best_fit.weights)
+            errors = self._errors(table)
+            fitted_error = typical(errors)
             fitted = fitted_error < names[0].error
             if not fitted:
                 nearest = names[0]
                 table = self._named_tables(steps)[nearest.sampler, nearest.spacing, nearest.steps]
-                own = self._errors(table)
-            kept = [each.errors_of(table, torch.bfloat16) for each in self._held_out]
-            as_near = self._as_near(names, own) if fitted else None
-            cost = self._teacher_calls + self._names_calls[steps] + self.calls - begun
+                errors = self._errors(table)
+            bfloat16_errors = [each.errors_of(table, torch.bfloat16) for each in self._held_out]
+            as_near = self._as_near(names, errors) if fitted else None
+            cost = self._teacher_calls + self._names_calls[steps] + self.calls - calls_before
         report = Report(
-            **vars(Errors.of(own)),
+            **vars(Errors.of(errors)),
             calls=steps,
             fitted=fitted,
             fitted_error=fitted_error,
             names=names,
             as_near=as_near,
             looked=MORE[-1],
-            bfloat16_error=typical(torch.cat(kept)),
+            bfloat16_error=typical(torch.cat(bfloat16_errors)),
             timesteps=table.timestep.tolist(),
             teacher=f"{STEPS} steps of {SAMPLER}",
             teacher_error=self.teacher_error,
             seeds=self._batches * self._shape[0],
-            held_out=len(own),
+            held_out=len(errors),
             model_calls=cost,
             names_calls=self._names_calls[steps],
             batch=self._shape[0],
@@ -222,7 +226,8 @@ class Tuner:
         return tuned(table, self._notes, report)
 
     def _fit(self, steps: int) -> Fit:
-        """The fit that ends nearest on the samples that check it, of several that begin at the best of the search."""
+        """The best of several fits, which start from the best timesteps of the search, by the error on the check
+        samples."""
 
         half = self._fitted[: self._half]
 
@@ -237,9 +242,11 @@ class Tuner:
         return polish(best.rows, best.weights, self._fitted, self._checked)
 
     def _as_near(self, names: Sequence[Named], errors: Tensor) -> Named | None:
-        """The first name, by more and more steps, that comes as near as a table with these errors: of the nearest of
-        each spacing, since some spacings end at an error that no number of steps makes smaller. A name that is farther
-        on the first held-out batch is not tried on the others."""
+        """The first name, with rising numbers of steps, that is as near as a table with these errors, or None.
+
+        The nearest name of each spacing is tried, since for some spacings more steps do not reduce the error. A name
+        that is farther on the first held-out batch is not tried on the others.
+        """
         nearest = list({each.spacing: each for each in reversed(names)}.values())
         nearest = sorted(nearest, key=lambda each: each.error)[:REACHED]
         first, *others = self._held_out
@@ -253,40 +260,44 @@ class Tuner:
                     parts = [first.errors_of(table)]
                     if typical(parts[0]) > typical(errors[: len(parts[0])]):
                         continue
-                    found = named_of(name, calls, torch.cat(parts + [own.errors_of(table) for own in others]))
-                    if found.error <= typical(errors):
-                        return found
+                    candidate = named_of(name, calls, torch.cat(parts + [batch.errors_of(table) for batch in others]))
+                    if candidate.error <= typical(errors):
+                        return candidate
         return None
 
     def _errors(self, table: StepTable) -> Tensor:
-        """Of the held-out samples."""
-        return torch.cat([own.errors_of(table) for own in self._held_out])
+        """The errors of a table on the held-out samples."""
+        return torch.cat([batch.errors_of(table) for batch in self._held_out])
 
     def _prepare(self, *, fit: bool) -> None:
-        """Runs the teacher where that was not done: on the samples to fit to, as many that are held out, and half as
-        many that tell which of the fits is best."""
-        begun, count, teacher = self.calls, self._batches, Teacher(self._diffusion)
+        """Runs the teacher on all samples, unless this was done before.
 
-        def made(batches: int, first: int) -> list[Trajectory]:
+        These are the held-out samples and, for a fit, as many samples to fit to, and half as many check samples, which
+        decide between fits.
+        """
+        calls_before, count, teacher = self.calls, self._batches, Teacher(self._diffusion)
+
+        def trajectories(batches: int, first: int) -> list[Trajectory]:
             return [teacher.trajectory(self._loops.batch(i)) for i in range(first, first + batches)]
 
         if not self._held_out:
-            held_out = made(count, count)
+            held_out = trajectories(count, count)
             self.teacher_error = teacher.error_of(held_out[0])
             self._held_out = held_out
         if fit and not self._fitted:
-            self._fitted, self._checked = made(count, 0), made(self._half, 2 * count)
-        self._teacher_calls += self.calls - begun
+            self._fitted, self._checked = trajectories(count, 0), trajectories(self._half, 2 * count)
+        self._teacher_calls += self.calls - calls_before
 
     def _try_fractions(self, calls: int) -> None:
-        """Finds out, before the teacher runs, whether the model takes timesteps between the schedule's."""
+        """Tests, before the teacher runs, whether the model takes timesteps between the schedule's."""
         if self._tried_fractions:
             return
         tables = self._named_tables(calls).values()
         between = next((table for table in tables if table.timestep.is_floating_point()), None)
         if between is not None:
             self._tried_fractions = True
-            is_usual = Teacher(self._diffusion).between  # as of a flow, whose error is the model's own
+            # The teacher of a flow takes such timesteps itself: then an error is not about them, and is raised later.
+            is_usual = Teacher(self._diffusion).between
             self.whole_timesteps = not is_usual and self._loops.fails(between, self._loops.batch(0))
 
     def _takes(self, table: StepTable) -> bool:
@@ -314,31 +325,33 @@ def tune(
     rng: Philox | None = None,
     progress: bool = True,
 ) -> Tuned:
-    """A step table for this model, whose loop ends nearer to that of many steps than any named sampler's with as few
-    calls of the model; the best name's table where no fit is nearer.
+    """Tunes a step table to a model, so that a loop with few model calls ends as near as possible to a loop of many.
 
-    Timesteps are searched, and at each of them the row's numbers are a least-squares problem against the trajectories
-    of a deterministic sampler in 100 steps, from the same noise; then all numbers and timesteps are fitted together.
-    Only forward calls of the model are needed. The named samplers and the fitted table are then compared on other
-    samples, by the mean of the nearest 90 %.
+    The result is the fitted table, or the table of the best named sampler with as many calls if the fit is not nearer.
+
+    Timesteps are searched. At each timestep the row's numbers are a least-squares fit to the trajectories of a
+    deterministic sampler in 100 steps, from the same noise; then all numbers and timesteps are fitted together. Only
+    forward calls of the model are needed. The named samplers and the fitted table are compared on other samples, by the
+    mean of the nearest 90 %.
 
     Args:
-        diffusion, model: as p_sample_loop's. The model is called in its current mode: a network belongs in eval().
+        diffusion, model: as for p_sample_loop. The model is called in its current mode: call eval() on a network.
         shape: of a batch, (batch, ...).
-        steps: calls of the model in a loop with the table, from 1 to the diffusion's timesteps.
-        guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: as p_sample_loop's, and as in the loops
-            that will take the table: for others it is not made, and those with another guidance or clip warn.
-        seeds: samples to fit to, rounded up to whole batches; as many again are held out, and half as many tell which
-            fit is best. Each takes the memory of 100 samples.
+        steps: the number of model calls in a loop with the table, from 1 to the diffusion's timesteps.
+        guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: as for p_sample_loop. Use the values of
+            the loops that will take the table: the table is fitted to them, and a loop with another guidance or clip
+            warns.
+        seeds: the number of samples to fit to, rounded up to whole batches. As many again are held out, and half as
+            many decide which fit is best. Each takes the memory of 100 samples.
         rng: seed and first sample id of the samples; None: Philox(seed=0). The same seed gives the same table.
-        progress: whether to show a progress bar on a terminal (where tqdm is installed).
+        progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
     Returns:
-        Tuned: its table has notes of what it was made for.
+        Tuned. The notes of its table say what the table was made for.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range; a learned variance; a teacher that has not
-            converged, as that of an untrained model.
+            converged, such as that of an untrained model.
 
     Examples:
         >>> gd = GaussianDiffusion(1000)
