@@ -1,8 +1,8 @@
-"""The command `ddpm-ext`. Each file of a command declares its options (add_parser) and does its work (run).
+"""The command `ddpm-ext`. The module of a command declares its options (add_parser) and does its work (run).
 
-A command's run raises TypeError or ValueError for an option that is wrong, and for a file or folder that can't be read,
-OSError where a file can't be written, MissingExtra where a package is not installed that the command needs, and
-UserCodeError where a function that an option names fails.
+A command's run raises TypeError or ValueError for a wrong option or a file or folder that can't be read, OSError for a
+file that can't be written, MissingExtra for a package that the command needs and that is not installed, and
+UserCodeError if a function that an option names fails.
 """
 
 from ddpm_ext.cli.main import main

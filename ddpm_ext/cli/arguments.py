@@ -1,4 +1,4 @@
-"""What the commands' options share: parsers of values, names of what there is, and checks of what was given."""
+"""Shared parts of the commands' options: parsers of values, names of devices, samplers and spacings, and checks."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
 Number = TypeVar("Number", int, float)
-WRONG_INPUT = 2  # the exit code
-_LONG = 250  # characters of a word in a message
-FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
+WRONG_INPUT = 2  # the exit code for wrong input
+_LONG = 250  # the longest word in a message, in characters
+FIGURES = (".png", ".svg", ".pdf")  # the endings of figures' files
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error as one sentence, without the usage. Names are given in full; an unknown one gets the nearest."""
+    """Reports an error as one sentence, without the usage. Takes no abbreviated names; suggests the nearest names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
         self._given: list[str] = []
 
     def error(self, message: str) -> NoReturn:
-        """Tells of an unknown option first: it may be the misspelt one that the message says is missing."""
-        if self._subparsers is None:  # else most of the arguments are a command's
-            before = takewhile(lambda given: given != "--", self._given)
-            options = [given for given in before if given.startswith("--") and " " not in given]
-            unknown = [given for given in options if given.partition("=")[0] not in self._option_string_actions]
+        """Reports an unknown option first: it may be a misspelling of the option that the message says is missing."""
+        if self._subparsers is None:  # otherwise most of the arguments belong to a command
+            before = takewhile(lambda word: word != "--", self._given)
+            options = [word for word in before if word.startswith("--") and " " not in word]
+            unknown = [option for option in options if option.partition("=")[0] not in self._option_string_actions]
             message = self._unrecognized(unknown) if unknown else message
         self.exit(WRONG_INPUT, f"{self.prog}: {shortened(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Takes no unknown ones: argparse itself would name ddpm-ext alone, in whose help no option of a command is."""
+        """Refuses unknown arguments. argparse's message would refer to the help of ddpm-ext, not of the command."""
         self._given = list(sys.argv[1:] if args is None else args)
-        found, unknown = super().parse_known_args(args, namespace)
+        options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._unrecognized(unknown))
-        return found, unknown
+        return options, unknown
 
     def _unrecognized(self, unknown: list[str]) -> str:
         option = unknown[0].partition("=")[0]
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def shortened(message: str) -> str:
-    """A message in which no word is longer than a path can be read, and which fits on a screen."""
+    """A message with long words and a long text shortened in the middle, so that it fits on a screen."""
     words = [
         word if len(word) <= _LONG else f"{word[: _LONG // 2]}...{word[-_LONG // 4 :]}" for word in message.split()
     ]
@@ -93,7 +93,8 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Adds a command, such as "sample" or "plot grid", to the parsers of commands or of a command's kinds.
 
-    summary: its line in the list; None: that of COMMANDS. takes: what comes before the options in the line of usage.
+    summary: the command's line in the list of commands; None: the line of COMMANDS. takes: the arguments before the
+    options in the usage line.
     """
     return subparsers.add_parser(
         command.split()[-1],
@@ -131,7 +132,7 @@ def _parser(convert: Callable[[str], Number], fits: Callable[[Number], bool], ex
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Parses whole numbers with commas between them; an empty text has none."""
+    """Parses whole numbers with commas between them. An empty text gives none."""
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
@@ -139,7 +140,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Parses finite numbers with commas between them, at least one."""
+    """Parses at least one finite number, with commas between them."""
     return tuple(finite_number(part) for part in text.split(","))
 
 
@@ -147,7 +148,7 @@ finite_number = number(-sys.float_info.max, "a finite number")
 nonnegative_number = number(0, "a number >= 0")
 positive_number = number(math.ulp(0), "a number > 0")
 seed = whole_number(0, 2**64 - 1)
-MOST_STEPS = 10**6  # a table of many more takes the machine's memory
+MOST_STEPS = 10**6  # tables with many more rows would fill the memory
 steps = whole_number(1, MOST_STEPS)
 samples = whole_number(1, 10**9)
 
@@ -161,14 +162,14 @@ SPACING = f"which timesteps: {LISTED}; or ddim25, 10,15,20 and the like (default
 
 
 class OfSampler(str):
-    """A spacing that came with a sampler's name."""
+    """A spacing from the end of a sampler's name, as in "DPM++ 2M Karras"."""
 
 
 class SamplerName(argparse.Action):
-    """Stores the known name of a sampler, and the spacing that "DPM++ 2M Karras" has after it.
+    """Stores the known name of a sampler, and the spacing at the end of a name such as "DPM++ 2M Karras".
 
     Args:
-        known: the names.
+        known: the known names.
     """
 
     def __init__(self, *args: Any, known: Collection[str], **kwargs: Any) -> None:
@@ -176,12 +177,12 @@ class SamplerName(argparse.Action):
         self.known = known
 
     def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
-        beside = None if isinstance(options.spacing, OfSampler) else options.spacing
+        explicit_spacing = None if isinstance(options.spacing, OfSampler) else options.spacing
         try:
-            options.sampler, spacing = sampler_and_spacing(given, beside, self.known, SPACINGS)
+            options.sampler, spacing = sampler_and_spacing(given, explicit_spacing, self.known, SPACINGS)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
-        options.spacing = OfSampler(spacing) if beside is None and spacing is not None else spacing
+        options.spacing = OfSampler(spacing) if explicit_spacing is None and spacing is not None else spacing
 
 
 class SpacingName(argparse.Action):
@@ -198,20 +199,20 @@ class SpacingName(argparse.Action):
 
 
 def check_eta(eta: float | None, samplers: Collection[str]) -> None:
-    """Raises ValueError if an eta other than 0 is given and none of the samplers has one."""
+    """Raises ValueError for an eta other than None or 0 if none of the samplers has an eta."""
     if eta and not set(samplers) & set(WITH_ETA):
         raise ValueError(f"eta: got {eta}, but it belongs to {' or '.join(WITH_ETA)}")
 
 
 def eta_of(sampler: str, eta: float | None) -> float | None:
-    """The eta that a sampler uses: the given one or else its default; None for a sampler that has none."""
+    """The eta that a sampler uses: `eta`, or the sampler's default if `eta` is None. None for a sampler without eta."""
     if sampler not in WITH_ETA:
         return None
     return inspect.signature(SAMPLERS[sampler]).parameters["eta"].default if eta is None else eta
 
 
 def check_device(name: str) -> torch.device:
-    """The device. Raises ValueError, with the reason, if no tensor can be made there."""
+    """The device with this name. Raises ValueError, with the reason, if no tensor can be made on it."""
     if name.partition(":")[0].lower() == "gpu":
         raise ValueError(f"device: got {name}, expected cuda{name[3:]} for a GPU, or cpu")
     try:
@@ -220,13 +221,13 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"device: {name} can't be used here ({reason})") from error
-    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch makes tensors there, too
+    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch also makes tensors on these devices
         raise ValueError(f"device: got {name}, expected cpu, or cuda with or without a number")
     return device
 
 
 def find_modules_here() -> None:
-    """Lets modules that the command line names lie in the working directory."""
+    """Makes modules in the working directory importable, for names on the command line."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
@@ -236,7 +237,7 @@ def endings_help(endings: tuple[str, ...] = FIGURES) -> str:
 
 
 def check_ending(out: str, endings: tuple[str, ...], name: str = "out") -> str:
-    """The ending of a file's name, in lower case. Raises ValueError for one that is not in `endings`."""
+    """The ending of a file's name, in lower case. Raises ValueError if it is not in `endings`."""
     ending = Path(out).suffix.lower()
     if ending not in endings:
         raise ValueError(f"{name}: got {out}, expected a name that {endings_help(endings)}")
@@ -244,6 +245,6 @@ def check_ending(out: str, endings: tuple[str, ...], name: str = "out") -> str:
 
 
 def check_out(out: str, endings: tuple[str, ...], name: str = "out") -> None:
-    """Raises ValueError if a file's name doesn't end in one of `endings`, or can't be written there."""
+    """Raises ValueError if a file's name doesn't end in one of `endings`, or the file can't be written."""
     check_ending(out, endings, name)
     files.check_writable(out)

@@ -1,4 +1,4 @@
-"""`ddpm-ext average`: a model whose weights are averaged over another length, from a run's snapshots."""
+"""`ddpm-ext average`: averages a run's weights over another length, from the run's snapshots."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the model, as a run writes its own."""
+    """Writes the model in the form in which a run writes its model."""
     folder = Path(options.run) / f"average-{options.length:g}" if options.out is None else Path(options.out)
     files.remove_leftovers(folder, of=folder / _ABOUT)
     if folder.exists() and not (folder / _ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out: {folder} holds something else, expected a new folder or one of ddpm-ext average")
-    found = post_hoc_average(options.run, options.length, network_for(Path(options.run), options.network))
-    trained = found.trained
+    result = post_hoc_average(options.run, options.length, network_for(Path(options.run), options.network))
+    trained = result.trained
     files.check_writable(folder / _ABOUT)
     remove_leftovers(folder)
-    about = {"run": options.run, "length": options.length, "step": found.step, "snapshots": found.snapshots}
-    # First: if the model can't be written whole, the file says whose folder this is, and the command can be run again.
-    files.write_json(folder / _ABOUT, about | {"distance": found.distance})
+    about = {"run": options.run, "length": options.length, "step": result.step, "snapshots": result.snapshots}
+    # This file comes first: if writing the model fails, the file marks the folder as this command's, and the command
+    # can be run again.
+    files.write_json(folder / _ABOUT, about | {"distance": result.distance})
     described = trained.shape, trained.classes, trained.clip
     save_result(trained.model, trained.settings, folder, torch.float32, *described)
     print(
-        f"{folder}: average of length {options.length:g} at step {found.step}, from {found.snapshots} snapshots; its "
-        f"profile is within {found.distance:.1%} of the exact one"
+        f"{folder}: average of length {options.length:g} at step {result.step}, from {result.snapshots} snapshots; its "
+        f"profile is within {result.distance:.1%} of the exact one"
     )

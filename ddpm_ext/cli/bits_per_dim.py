@@ -1,4 +1,4 @@
-"""`ddpm-ext bits-per-dim`: how well a model explains images, as a bound of their negative log-likelihood."""
+"""`ddpm-ext bits-per-dim`: measures how well a model explains images, as a bound of their negative log-likelihood."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.data import Shapes, digits
 from ddpm_ext.training.data.source import Labels
 
-_SHAPES_SEED = 1  # other shapes than the trainer draws
+_SHAPES_SEED = 1  # not the seed of the training images
 _SHAPES = 256
 _EXAMPLES = """examples:
   ddpm-ext bits-per-dim digits --num 64
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"no-classes: got class {options.classes} beside it, expected one of the two")
     loaded = load(options)
     images, labels = _data(options, loaded.model.shape)
-    # Rounded to the 256 levels of 8-bit images, whose likelihood the bound is of.
+    # The bound is about the likelihood of 8-bit images, so images are rounded to 256 levels.
     images = ((images[: options.num] + 1) * 127.5).round_().clamp_(0, 255).div_(127.5).sub_(1)
     numbers, whose = _classes(loaded, options, labels, len(images))
     starts = range(0, len(images), options.batch_size)
@@ -80,28 +80,28 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[Tensor, Labels | None]:
-    """The images, and their classes if the data says them."""
+    """The images, and their classes if the data has classes."""
     if options.data == "digits":
-        found, numbers = digits("heldout")
+        images, numbers = digits("heldout")
         labels = Labels(numbers, tuple(map(str, range(10))))
     elif options.data == "shapes":
         shapes = Shapes(shape[1], _SHAPES_SEED, options.num or _SHAPES)
-        found, labels = shapes.batch(torch.arange(len(shapes), device="cpu")), shapes.labels()
+        images, labels = shapes.batch(torch.arange(len(shapes), device="cpu")), shapes.labels()
     else:
-        found = read_images(options.data, shape, "data")
-        return found, read_labels(options.data, len(found), "data")
-    if found.shape[1:] != shape:
-        kinds = ["x".join(map(str, sizes)) for sizes in (found.shape[1:], shape)]
+        images = read_images(options.data, shape, "data")
+        return images, read_labels(options.data, len(images), "data")
+    if images.shape[1:] != shape:
+        kinds = ["x".join(map(str, sizes)) for sizes in (images.shape[1:], shape)]
         raise ValueError(f"data: {options.data} are {kinds[0]}, expected {kinds[1]}, as {options.model} has")
-    return found, labels
+    return images, labels
 
 
 def _classes(
     loaded: Loaded, options: argparse.Namespace, labels: Labels | None, count: int
 ) -> tuple[Tensor | None, str]:
-    """What the model is called with beside the images, (count,) int64, and whose classes these are, for the output.
+    """The classes with which the model is called, (count,) int64 or None, and a phrase about them for the output.
 
-    A class of the data is the model's of that name; the classes of an .npz are numbers.
+    A class of the data is matched with the model's class of the same name. The classes of an .npz are numbers.
     """
     if loaded.classes is None:
         return None, ""
@@ -109,7 +109,7 @@ def _classes(
         return loaded.labels(range(count)), f" of class {options.classes}"
     if labels is None or options.no_classes:
         if loaded.classes.null is None:
-            raise ValueError("class: the model has classes, but none that stands for none, expected --class")
+            raise ValueError("class: the model has classes but no null class, expected --class")
         return torch.full((count,), loaded.classes.null, device="cpu"), " without classes"
     numbers = labels.numbers[:count]
     of_model = {}
@@ -125,11 +125,11 @@ def _classes(
 def _measured(
     loaded: Loaded, options: argparse.Namespace, images: Tensor, classes: Tensor | None, first: int
 ) -> BitsPerDim:
-    """Of the images from `first`, as many as a batch has."""
+    """The bounds of a batch of images, which begins with image `first`."""
     batch = images[first : first + options.batch_size].to(loaded.device, loaded.dtype)
     labels = None if classes is None else classes[first : first + options.batch_size].to(loaded.device)
     unet, clip = loaded.model.unet, clip_of(options)
-    assert not isinstance(clip, DynamicThreshold)  # which this command has no option for
+    assert not isinstance(clip, DynamicThreshold)  # this command has no option for it
     return loaded.diffusion.bits_per_dim(
         unet if labels is None else lambda x, t: unet(x, t, class_labels=labels),
         batch,

@@ -1,4 +1,4 @@
-"""`ddpm-ext compare`: how near every sampler with every spacing comes to many steps, in few calls of a model."""
+"""`ddpm-ext compare`: compares all samplers and spacings with a loop of many steps, at few calls of a model."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, *, seeds: str) -> Any:
-    """Adds what `compare` and `tune` have in common, and returns the group of the output.
+    """Adds the options that `compare` and `tune` share, and returns the group of output options.
 
-    counts: the option that has the numbers of calls.
+    counts: the name of the option for the numbers of calls; counts_help: its help text. seeds: the help text of
+    --seeds.
     """
     group = parser.add_argument_group("what to sample")
     add_model(group)
@@ -64,9 +65,9 @@ def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, 
 
 
 def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, list[int]]:
-    """Loads the model, and checks the options that both commands have. counts: as of add_options.
+    """Loads the model and checks the options that both commands share. counts: as for add_options.
 
-    Returns the numbers of calls, ascending, with the model and what tunes to it.
+    Returns the model, its Tuner, and the numbers of calls in ascending order.
     """
     if options.plot is not None:
         check_out(options.plot, FIGURES, "plot")
@@ -96,7 +97,7 @@ def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, li
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the errors, and draws them where the options ask for that."""
+    """Prints the errors, and draws them if the options ask for it."""
     _, tuner, counts = prepare(options, "calls")
     print(f"at most {tuner.planned_calls(counts, fit=False):,} calls of the model", flush=True)
     names = {count: tuner.compare(count) for count in counts}
@@ -112,18 +113,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def typed(named: Named) -> str:
-    """The options of `ddpm-ext sample` that draw with it."""
+    """The options of `ddpm-ext sample` that draw with this sampler."""
     return " ".join(f"--{name} {value}" for name, value in named.options.items())
 
 
 def _lines(names: Mapping[int, Sequence[Named]]) -> list[str]:
-    """A line for each of the best names, with its errors; one for all others."""
-    found = errors_by_name(names)
-    best = {count: min(errors[count] for errors in found.values() if count in errors) for count in names}
-    others = list(found.values())[_SHOWN:]
-    width = max(map(len, list(found)[:_SHOWN])) + 2
+    """A line with the errors of each of the best names, and a line with the range of all other errors."""
+    errors_of = errors_by_name(names)
+    best = {count: min(errors[count] for errors in errors_of.values() if count in errors) for count in names}
+    others = list(errors_of.values())[_SHOWN:]
+    width = max(map(len, list(errors_of)[:_SHOWN])) + 2
     lines = [f"{'error in calls:':<{width}}" + "".join(f"{count:>16} " for count in names)]
-    for name, errors in list(found.items())[:_SHOWN]:
+    for name, errors in list(errors_of.items())[:_SHOWN]:
         cells = [f"{errors[c]:.4f}" if c in errors else "-" for c in names]
         marks = ["*" if errors.get(c) == best[c] else " " for c in names]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}{mark}" for cell, mark in zip(cells, marks, strict=True)))

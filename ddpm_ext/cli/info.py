@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, their names joined by spaces; a list becomes one text."""
+    """Flattens nested dicts: names are joined by spaces, and a list becomes one text."""
     rows: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""The options with which a loop begins from images, keeps a part of them, clips, and calls the model.
+"""Options of a sampling loop: beginning from images, inpainting, clipping, guidance, and how the model is called.
 
-Their values are passed on as they are: the loop checks them, and its message is the command's.
+Most values are passed on unchecked: the loop checks them, and its error message is the command's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TAKES = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpain
 
 
 def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
-    """Adds how the predicted x_0 is clipped to a group of options.
+    """Adds the options of clipping the predicted x_0 to a group.
 
-    threshold: whether dynamic thresholding is among the ways. clips: whether it is clipped by default.
+    threshold: whether dynamic thresholding is one of them. clips: whether x_0 is clipped by default.
     """
     ways = group.add_mutually_exclusive_group()
     clip = f"range that the predicted x_0 is clipped to (default: {'-1 1' if clips else 'none'})"
@@ -45,7 +45,7 @@ def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
 
 
 def clip_of(options: argparse.Namespace) -> bool | Clip | DynamicThreshold:
-    """p_sample_loop's clip_denoised."""
+    """The argument clip_denoised of p_sample_loop."""
     quantile, most = getattr(options, "threshold", None), getattr(options, "threshold_max", None)
     if quantile is not None:
         return DynamicThreshold(quantile, **({} if most is None else {"maximum": most}))
@@ -57,7 +57,7 @@ def clip_of(options: argparse.Namespace) -> bool | Clip | DynamicThreshold:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Adds the options with which a loop begins from images, or knows a part of them."""
+    """Adds the options with which a loop begins from images, or keeps a part of them (inpainting)."""
     description = f"FILES are {IMAGES}.\nSample i has image i; after the last comes the first again."
     add = parser.add_argument_group("to begin from images", description).add_argument
     add("--start", metavar="FILES", help="begin from these images with noise, in place of noise alone")
@@ -82,17 +82,17 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def running_of(options: argparse.Namespace) -> dict[str, Any]:
-    """p_sample_loop's compile, autocast and graph."""
+    """The arguments compile, autocast and graph of p_sample_loop."""
     autocast = None if options.autocast is None else DTYPES[options.autocast]
     captured = {name: getattr(options, name, False) for name in ("compile", "graph")}
     return {"autocast": autocast, **captured}
 
 
 def guidance_of(options: argparse.Namespace) -> Guidance | None:
-    """p_sample_loop's guidance.
+    """The argument guidance of p_sample_loop.
 
     Raises:
-        TypeError, ValueError: as Guidance, or an option that belongs to --guidance is without it.
+        TypeError, ValueError: as Guidance, or an option that belongs to --guidance is given without it.
     """
     rescale, interval = options.guidance_rescale, options.guidance_interval
     if options.guidance is None:
@@ -105,11 +105,11 @@ def guidance_of(options: argparse.Namespace) -> Guidance | None:
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """The images of the options, on the model's device and of the samples' dtype, (images, channels, height, width).
+    """The input images of a loop, (images, channels, height, width), on the model's device and of the samples' dtype.
 
     count: how many samples the command draws.
-    start, to, noise, inpaint: of the options of these names.
-    mask: (1, 1, height, width), 1 where `inpaint` is known.
+    start, to, noise, inpaint: the images that the options of these names read.
+    mask: (1, 1, height, width), 1 where the image `inpaint` is kept.
     """
 
     count: int
@@ -125,18 +125,18 @@ class LoopInputs:
     ) -> LoopInputs:
         """Reads the images that the options name.
 
-        The count is --num or --num-images; without these, as many as there are images to begin from or to fill in, or
-        the command's own number.
+        The count is --num or --num-images. Without these it is the number of images to begin from or to fill in, or
+        else the command's default.
 
         Raises:
-            ValueError: an image can't be read, or an option lacks the one that it belongs to.
+            ValueError: an image can't be read, or an option is given without the option that it belongs to.
         """
         for name, other in _TAKES.items():
             if getattr(options, name) is not None and getattr(options, other) is None:
                 raise ValueError(f"{name.replace('_', '-')}: belongs to --{other}")
-        for one, other in (("to", "start"), ("inpaint", "mask")):
-            if getattr(options, one) is not None and getattr(options, other) is None:
-                raise ValueError(f"{one}: got {getattr(options, one)}, expected --{other} beside it")
+        for option, other in (("to", "start"), ("inpaint", "mask")):
+            if getattr(options, option) is not None and getattr(options, other) is None:
+                raise ValueError(f"{option}: got {getattr(options, option)}, expected --{other} beside it")
         if options.noise is not None and options.start is not None:
             raise ValueError("noise and start are both given, expected one of them")
         found: dict[str, Tensor] = {}
@@ -149,17 +149,17 @@ class LoopInputs:
         if options.mask is not None:
             found["mask"] = read_mask(options.mask, shape)
         count = getattr(options, "num_images", None) or options.num or images
-        # Contiguous, so that a captured loop reads the known images where they are.
+        # Contiguous, so that a captured loop reads the known images in place, without a copy.
         return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in found.items()})
 
     def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
-        """Whose noise the samples have: their own, and on a path between two images all that of sample 0."""
+        """The sample ids of the noise: the samples' ids, but on a path between two images all have id 0."""
         if self.to is not None and options.weight is None:
             return torch.zeros(len(samples), dtype=torch.int64, device=self.to.device)
         return samples.start
 
     def of_samples(self, options: argparse.Namespace, samples: range) -> dict[str, Any]:
-        """What the options give p_sample_loop for samples by their ids.
+        """The arguments of p_sample_loop for the samples with these ids.
 
         Raises:
             TypeError, ValueError: as DynamicThreshold, Inpaint and Interpolation.
@@ -189,8 +189,8 @@ class LoopInputs:
         }
 
     def settings(self, options: argparse.Namespace) -> dict[str, Any]:
-        """What determines a sample of these options, as JSON, without those that have no influence here; an image by
-        its SHA-256."""
+        """The settings that determine a sample, as JSON: only options that have an influence, and the SHA-256 of each
+        tensor of images."""
         of_images = ("weight", "mix", "jump_length", "jump_n_sample")
         plain = ("clip", "threshold", "threshold_max", "guidance_rescale", "guidance_interval", *of_images, "autocast")
         found = {name: getattr(options, name) for name in plain if getattr(options, name) is not None}

@@ -32,44 +32,45 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `ddpm-ext` and returns its exit code: 0, 2 if anything is wrong with the input or the output, 130 for
-    Ctrl-C, or 1 if the work was done but nobody read all of its lines.
+    """Runs `ddpm-ext` and returns its exit code.
 
-    A command's run gets its options, and as `options.arguments` the command line that they were parsed from.
+    The code is 0, or 2 if anything is wrong with the input or the output, 130 for Ctrl-C, or 1 if the work was done but
+    its output was not read to the end. A command's run gets its options; `options.arguments` is the command line that
+    they were parsed from.
     """
     keep_freed_memory()
-    as_before = warnings.formatwarning
+    formatwarning = warnings.formatwarning
     options = argparse.Namespace(arguments=sys.argv[1:] if arguments is None else list(arguments), command=None)
 
     def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
-        """Without the line of this package that warned, which says nothing to who gave a command."""
-        return f"{_name(options)}: {message}\n" if category is UserWarning else as_before(message, category, *place)
+        """Leaves out the line of code that warned, which does not help the user of a command."""
+        return f"{_name(options)}: {message}\n" if category is UserWarning else formatwarning(message, category, *place)
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
         return _main(options)
     finally:
-        warnings.formatwarning = as_before
+        warnings.formatwarning = formatwarning
 
 
 def _main(options: argparse.Namespace) -> int:
     watched: dict[str, _Watched] = {}
     with ExitStack() as until_the_end:
         for name, redirect, ignored in _STREAMS:
-            if getattr(sys, name) is not None:  # None: it was closed when the program began
+            if getattr(sys, name) is not None:  # None: the stream was closed when the program started
                 watched[name] = _Watched(getattr(sys, name), ignored)
                 until_the_end.enter_context(redirect(cast(TextIO, watched[name])))
         code = _code_of(options, watched.get("stdout"))
     lost = {name: stream for name, stream in watched.items() if stream.error is not None}
     for name in lost:
-        setattr(sys, name, None)  # without this, Python would fail again on its way out
+        setattr(sys, name, None)  # otherwise Python would fail again when it flushes the stream at exit
     if "stdout" in lost and not isinstance(error := lost["stdout"].error, BrokenPipeError):
         return _wrong(options, f"the output cannot be written: {getattr(error, 'strerror', None) or error}")
     return code or int(bool(lost))
 
 
-# Whether the lines and the progress bar can be read decides nothing about the files that a command writes. Of what is
-# wrong with standard error nobody can be told.
+# For each stream: the errors that don't stop the work. A command goes on writing its files if nobody reads its lines
+# or its progress bar. Errors of standard error can't be reported anywhere.
 _STREAMS: tuple[tuple[str, Callable[[TextIO], AbstractContextManager[Any]], type[OSError]], ...] = (
     ("stdout", redirect_stdout, BrokenPipeError),
     ("stderr", redirect_stderr, OSError),
@@ -77,9 +78,9 @@ _STREAMS: tuple[tuple[str, Callable[[TextIO], AbstractContextManager[Any]], type
 
 
 class _Watched:
-    """A stream that keeps the error if it can't be written, as on a full disk: argparse says nothing of it.
+    """A stream that records the error if it can't be written, for example on a full disk. (argparse ignores the error.)
 
-    ignored: the errors after which writing seems to succeed, so that the work goes on.
+    ignored: the errors that are not raised, so that the work goes on.
     """
 
     def __init__(self, stream: TextIO, ignored: type[OSError]) -> None:
@@ -109,7 +110,7 @@ class _Watched:
 
 
 def _code_of(options: argparse.Namespace, stdout: _Watched | None) -> int:
-    """Runs the command, and reports its errors apart from those of stdout."""
+    """Runs the command, and reports its errors, except those of stdout."""
     try:
         _run(options)
         if stdout is not None:
@@ -133,21 +134,21 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None) -> int:
         traceback.print_exception(error.__cause__)
         return code
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):  # its handler of signals raises wherever the program is
+        if str(error).startswith("DataLoader worker"):  # torch's signal handler may raise this in any line
             reason = f"data: a worker died ({' '.join(str(error).split())}); expected more memory"
         elif "out of memory" in str(error) or "can't allocate memory" in str(error):
             reason = f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit"
         else:
-            raise  # a defect of this package, which a traceback helps to find
+            raise  # a bug in this package: the traceback helps to find it
         return _wrong(options, reason)
     return 0
 
 
 def _run(options: argparse.Namespace) -> None:
-    parser, given = build_parser(), options.arguments
-    if given[:1] == ["help"]:
-        given = [*given[1:], "--help"]
-    parser.parse_args(given, options)
+    parser, words = build_parser(), options.arguments
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    parser.parse_args(words, options)
     if options.command is None:
         parser.print_help()
         return

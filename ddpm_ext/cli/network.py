@@ -1,4 +1,4 @@
-"""Models of training runs that are no folders of diffusers: modules of one's own, and runs that go on."""
+"""Models of training runs that are not in diffusers' layout: the user's modules, and unfinished runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddpm_ext.training.load_run import TakesClassLabels, network_of
 
 @dataclass(frozen=True, kw_only=True)
 class RunModel(LoadedModel):
-    """A model that training.load has loaded. sha256: of all that it is."""
+    """A model that training.load has loaded. sha256: of its diffusion's settings and weights."""
 
     sha256: str
 
@@ -30,12 +30,12 @@ class RunModel(LoadedModel):
 
 
 def model_hash(model: LoadedModel) -> str:
-    """The SHA-256 of all that a model is, wherever its folder lies."""
+    """The SHA-256 of a model's content, which does not depend on its folder's path."""
     return model.sha256 if isinstance(model, RunModel) else model_sha256(model)
 
 
 def is_run(model: str) -> bool:
-    """Whether --model names the folder of a run of another module than a UNet2DModel, or of one that goes on."""
+    """Whether --model names the folder of an unfinished run, or of a run whose module is not in diffusers' layout."""
     folder = Path(model)
     if model in (DIGITS.name, SHAPES.name) or folder_of_denoiser(folder) != folder or (folder / CONFIG).is_file():
         return False
@@ -45,7 +45,7 @@ def is_run(model: str) -> bool:
 def load_run_model(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
     """Loads the averaged weights of a run for which is_run is true.
 
-    network: "module:name" of a class or function that makes the module; None: it is a UNet2DModel.
+    network: "module:name" of a class or function that makes the module; None: the module is a UNet2DModel.
 
     Raises:
         ValueError: the name is missing or wrong, or as training.load.
@@ -68,10 +68,10 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
 
 
 def network_for(folder: Path, network: str | None) -> nn.Module | None:
-    """The module that --network makes for a run. Its file may also lie in the working directory.
+    """The module that --network makes for a run. Its source file may be in the working directory.
 
     Raises:
-        ValueError: the name is missing or wrong, or what it makes is no module.
+        ValueError: the name is missing or wrong, or the class or function makes no module.
     """
     if network is not None:
         find_modules_here()
@@ -89,9 +89,9 @@ def _made(network: str) -> nn.Module:
     make = import_by_name(network, "network", "MODULE:NAME", "a class or a function")
     expected = "expected a class or a function without arguments that makes a module like the one that was trained"
     try:
-        found = make()
+        module = make()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"network: {network}() fails ({one_line(error)}), {expected}") from error
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"network: {network}() returns a {type(found).__name__}, expected a torch.nn.Module")
-    return found
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"network: {network}() returns a {type(module).__name__}, expected a torch.nn.Module")
+    return module

@@ -1,6 +1,6 @@
-"""What `ddpm-ext` says of itself: its version and its commands.
+"""The version and the list of commands of `ddpm-ext`.
 
-ddpm_ext_command.py runs this file alone, without the package and torch, so it imports nothing but the standard library.
+ddpm_ext_command.py runs this file without importing the package and torch, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMANDS = {
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default after each help text unless it is None or False, and does not wrap the lines of examples."""
+    """Shows the default after each help text, unless it is None or False. Does not wrap the lines of examples."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
@@ -36,7 +36,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):
-            # argparse does not count the indentation of commands, and would wrap the longest one.
+            # argparse does not count the indentation of commands, and would wrap the longest name.
             self._action_max_length += 2
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -47,7 +47,10 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 def begin_parser(
     version: str, kind: type[argparse.ArgumentParser] = argparse.ArgumentParser
 ) -> tuple[argparse.ArgumentParser, Any]:
-    """The parser of `ddpm-ext` without commands, of a class that theirs have, too, and what they are added to."""
+    """The parser of `ddpm-ext` without commands, and the object to which commands are added.
+
+    kind: the class of this parser and of the commands' parsers.
+    """
     parser = kind(
         prog="ddpm-ext",
         usage="ddpm-ext COMMAND [options]",
@@ -60,7 +63,7 @@ def begin_parser(
 
 
 def answer(arguments: Sequence[str]) -> str | None:
-    """What `ddpm-ext` prints for these arguments, or None if that takes the package."""
+    """The output of `ddpm-ext` for these arguments, or None if it needs the package."""
     if list(arguments) == ["--version"]:
         return f"ddpm-ext {metadata.version('ddpm-ext')}\n"
     if list(arguments) not in ([], ["-h"], ["--help"], ["help"]):

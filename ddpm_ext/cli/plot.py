@@ -23,9 +23,9 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
 from ddpm_ext.training.run_options import OPTIONS
 
-DrawKind = Callable[[argparse.Namespace], str]  # draws a picture, and returns what it shows
+DrawKind = Callable[[argparse.Namespace], str]  # draws a picture, and returns a description of it
 _PICTURES = (".png",)
-_HISTOGRAMS = 100  # about how many along the loop
+_HISTOGRAMS = 100  # the approximate number of histograms along the loop
 
 _EXAMPLES = {
     "schedules": """examples:
@@ -77,7 +77,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draws the picture that the options describe, and prints its path and what it shows."""
+    """Draws the picture that the options describe, and prints its path and a description."""
     arguments.check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else arguments.FIGURES)
     print(f"{options.out}: {options.draw_kind(options)}")
 
@@ -181,8 +181,8 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_losses(options: argparse.Namespace) -> str:
-    given = Path(options.run)
-    path = given / "losses.csv" if given.is_dir() else given
+    source = Path(options.run)
+    path = source / "losses.csv" if source.is_dir() else source
     losses = read_losses(path)
     if not losses:
         raise ValueError(f"run: {path} has no losses, expected the folder of a run of ddpm-ext train")
@@ -213,7 +213,7 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     every = max(1, prepared.steps // _HISTOGRAMS)
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
-    # Heun's method visits each timestep twice; the first visit is shown.
+    # Heun's method visits each timestep twice; only the first visit is shown.
     first = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
     timesteps, x_t = [recorder.t[i] for i in first], [recorder.x_t[i] for i in first]
     shown = {"bins": options.bins, "limit": options.limit, "name": name_of(options)}

@@ -1,4 +1,4 @@
-"""`ddpm-ext sample`: draws samples into one file with --num; with --num-images into a folder, by all ranks."""
+"""`ddpm-ext sample`: draws samples, with --num into one file, with --num-images into a folder on all ranks."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run_many(options: argparse.Namespace) -> None:
-    """Draws what the folder `options.out` lacks of `options.num_images` samples, together with the other ranks."""
+    """Draws those of `options.num_images` samples that the folder `options.out` lacks, together with other ranks."""
     folder = Path(options.out or "samples")
     if folder.suffix.lower() in (".npz", ".png"):
         raise ValueError(f"out: got {folder}, expected a folder for --num-images; --npz and --png write files too")
     with distributed.join() as ranks:
         options.device = ranks.device(options.device)
         if check_device(options.device).type == "cuda":
-            torch.cuda.set_device(options.device)  # a model's own kernels may launch on the current device
+            torch.cuda.set_device(options.device)  # kernels of a user's model may launch on the current device
         prepared = prepare(options, pictures=options.png, latents=True)
         settings = settings_of(options, prepared)
         channels, height, width = prepared.model.image_shape
@@ -155,7 +155,7 @@ def _run_many(options: argparse.Namespace) -> None:
 
 
 def _npz_path(options: argparse.Namespace, shards: Shards) -> Path:
-    """The path given with --npz; by default inside the folder, with the name that guided-diffusion gives it."""
+    """The path of --npz; by default inside the folder, with guided-diffusion's name for such a file."""
     name = f"samples_{_by((shards.count, *shards.shape))}.npz"
     return Path(options.npz) if options.npz else shards.folder / name
 
@@ -168,7 +168,7 @@ def _by(sizes: Sequence[int]) -> str:
 
 
 def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
-    """All that determines a sample besides its number."""
+    """The settings that determine a sample, besides its number."""
     of_classes: dict[str, Any] = {}
     if prepared.classes is not None:
         of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
@@ -176,7 +176,7 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
             of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
     loop: dict[str, Any] = {"sampler": options.sampler, "steps": prepared.steps}
     loop |= {"spacing": options.spacing or DEFAULT_SPACING, "eta": eta_of(options.sampler, options.eta)}
-    for table in prepared.tables.values():  # its rows are all, whether it is --table or --sampler tuned
+    for table in prepared.tables.values():  # only the rows matter, not whether --table or --sampler tuned chose them
         loop = {"sampler": "table", "steps": prepared.steps, "table_sha256": table_hash(table)}
     return {
         "version": __version__,
@@ -192,8 +192,9 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
 
 
 def as_arrays(settings: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """The settings as small arrays for an .npz: numbers and texts without dimensions, lists with one. None is left out.
+    """The settings as small arrays for an .npz: numbers and texts have no dimensions, lists have one.
 
-    No name is one that guided-diffusion's evaluator looks for (arr_0, mu, sigma, mu_s, sigma_s).
+    Settings that are None are left out. No setting has a name that guided-diffusion's evaluator reads (arr_0, mu,
+    sigma, mu_s, sigma_s).
     """
     return {name: np.asarray(value) for name, value in settings.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`ddpm-ext samplers`: the names that `--sampler` and `--spacing` take."""
+"""`ddpm-ext samplers`: lists the names that `--sampler` and `--spacing` take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
-_TIMESTEPS = (999, 799, 599, 399, 199)  # of a loop that shows what a sampler does
+_TIMESTEPS = (999, 799, 599, 399, 199)  # the timesteps of an example table, from which a sampler's group is determined
 _GROUPS = (
     "without noise, one call of the model a step",
     "without noise, two calls a step",
@@ -30,9 +30,9 @@ def run(options: argparse.Namespace) -> None:
     groups: dict[str, list[str]] = {}
     width = max(map(len, SAMPLERS))
     for name, sampler in SAMPLERS.items():
-        says = (sampler.__doc__ or "").partition("\n")[0]
+        summary = (sampler.__doc__ or "").partition("\n")[0]
         groups.setdefault(_group_of(name), []).append(
-            f"  {name:<{width}}  {'eta' if name in WITH_ETA else '':<3}  {says}"
+            f"  {name:<{width}}  {'eta' if name in WITH_ETA else '':<3}  {summary}"
         )
     for group in sorted(groups, key=_GROUPS.index):
         print("\n".join([f"{group}:", *groups[group], ""]))
@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _group_of(name: str) -> str:
-    """By what the rows of a sampler with its own options are."""
+    """The group of a sampler, by the rows of an example table with the sampler's default options."""
     if name in CFG_PP:
         return _GROUPS[4]
     table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
     calls = int(((table.b != 0) | (table.c2 != 0)).sum())
-    several = calls > len(_TIMESTEPS) + 1  # one that calls twice in its first step alone is none of these
+    several = calls > len(_TIMESTEPS) + 1  # a sampler that calls the model twice only in its first step does not count
     return _GROUPS[2 * bool((table.s != 0).any()) + several]

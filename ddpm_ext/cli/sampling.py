@@ -1,4 +1,4 @@
-"""What the commands that draw samples share, once their options are parsed."""
+"""Shared code of the commands that draw samples: loading, checks of parsed options, and drawing."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from ddpm_ext.training.options import DTYPES
 class Loaded:
     """A model on its device, and its diffusion.
 
-    classes: the model's, with the null class of the options; None: it is unconditional.
-    chosen: the classes that the samples have in turn, by number; empty: all.
-    captured: the loops that last_samples has captured, and the options that they were captured with.
+    classes: the model's classes, with the null class of the options; None: the model is unconditional.
+    chosen: the numbers of the classes that are assigned to samples in turn; empty: all.
+    captured: the loops that last_samples has captured, with the options of the capture.
     """
 
     model: LoadedModel
@@ -46,10 +46,10 @@ class Loaded:
     captured: dict[Hashable, tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
 
     def last_samples(self, called: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
-        """The samples at the end of p_sample_loop with these options, which are the command's. called: the model.
+        """The final samples of p_sample_loop with these options. called: the model, or a wrapper of it.
 
-        Where they ask for a CUDA graph, all loops of one shape and guidance have the same: of two such loops only rng,
-        start, noise, the known images and the tensors in model_kwargs may differ.
+        If the options ask for a CUDA graph, all loops of the same shape and guidance share one captured loop. Such
+        loops may only differ in rng, start, noise, the known images and the tensors in model_kwargs.
         """
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
@@ -59,7 +59,7 @@ class Loaded:
             if key not in self.captured:
                 self.captured[key] = self.diffusion.capture(called, shape, **options), options
             loop, first = self.captured[key]
-            if options.get("inpaint") is not None:  # the loop has its tensor, and not a copy
+            if options.get("inpaint") is not None:  # the captured loop reads the tensor of its first call, not a copy
                 first["inpaint"].known.copy_(options["inpaint"].known)
             changing = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}
             return loop(options["rng"], progress=progress, **changing)
@@ -70,7 +70,7 @@ class Loaded:
         return [] if self.classes is None or labels is None else [self.classes.names[label] for label in labels]
 
     def model_kwargs(self, samples: range, *, guided: bool = False) -> dict[str, torch.Tensor] | None:
-        """What the model is called with beside samples of these ids; None for an unconditional model.
+        """The model's keyword arguments for the samples with these ids; None for an unconditional model.
 
         guided: whether there is classifier-free guidance.
         """
@@ -85,9 +85,9 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Loaded):
-    """What a loop needs beside the options, and how many steps it will take.
+    """A model with everything that a loop needs besides the options, and the number of the loop's steps.
 
-    said: which sampler was chosen, in a line; None where the options name one.
+    said: a line that names the default sampler that was chosen; None if the options name a sampler.
     """
 
     steps: int
@@ -97,11 +97,11 @@ class Prepared(Loaded):
 
 
 def load(options: argparse.Namespace, *, latents: bool = False) -> Loaded:
-    """Loads the model of the options --model, --network, --class, --null-class, --guidance and of how to run.
+    """Loads the model that the options --model, --network, --class, --null-class, --guidance and "how to run" describe.
 
-    Where the model's samples are not clipped and the options don't say how, options.no_clip becomes true.
+    If the model's samples are not clipped, and no option asks for a clip, options.no_clip becomes true.
 
-    latents: whether the command can work with a model whose samples are latents.
+    latents: whether the command supports a model of latents.
     """
     device, dtype = check_device(options.device), DTYPES[options.dtype]
     model = _load_model(options, device, dtype)
@@ -134,12 +134,12 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
 
 
 def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = False) -> Prepared:
-    """Loads the model and images, and checks before the work starts what can be checked then.
+    """Loads model and images, and checks the options as far as possible before the work starts.
 
-    Where options.num is None, it becomes the number of samples to draw. Where neither a sampler nor a table is given,
-    one is chosen, which tell_choice says.
+    options.num becomes the number of samples to draw. If the options have neither a sampler nor a table, a default is
+    chosen, which tell_choice prints.
 
-    pictures: whether the command will write pictures, which need pillow. latents: as in load.
+    pictures: whether the command will write pictures, which need pillow. latents: as for load.
     """
     check_device(options.device)
     if pictures:
@@ -156,19 +156,19 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     for table in tables.values() or (None,):
         loop = LoopOptions(**_loop_options(inputs, options, range(1), table))
         steps = len(make_loop_rows(loaded.diffusion, loop))
-    if not isinstance(options.guidance, tuple):  # several, one after another
+    if not isinstance(options.guidance, tuple):  # a tuple's scales are drawn, and checked, one after another
         guidance_of(options)
     return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables, said=said)
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
-    """Prints which sampler was chosen where the options name none; once, by the first rank."""
+    """Prints which default sampler was chosen, if the options name none. Only rank 0 prints."""
     if prepared.said is not None and not options.quiet and ranks().rank == 0:
         print(prepared.said, flush=True)
 
 
 def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
-    """Raises ValueError where latents have no decoder, or are to begin from images."""
+    """Raises ValueError if latents have no decoder, or if an option gives images to begin from."""
     if model.decoder is None:
         raise ValueError(
             f"model: {options.model} samples latents, expected their AutoencoderKL in {model.folder / 'vae'}"
@@ -183,13 +183,13 @@ def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
 def _loop_options(
     inputs: LoopInputs, options: argparse.Namespace, samples: range, table: StepTable | None
 ) -> dict[str, Any]:
-    """p_sample_loop's options that don't depend on the model, without guidance, of which a command can draw several."""
+    """The options of p_sample_loop that depend neither on the model nor on the scale of guidance."""
     by_name = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
     return (by_name if table is None else {"sampler": table}) | inputs.of_samples(options, samples)
 
 
 def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes | None, tuple[int, ...]]:
-    """The model's classes, and those that the options choose."""
+    """The model's classes, and the numbers of the classes that the options choose."""
     classes = model.classes
     if classes is None:
         for option, name in (("class", "classes"), ("guidance", "guidance"), ("null-class", "null_class")):
@@ -204,8 +204,8 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
         classes = replace(classes, null=options.null_class)
     if getattr(options, "guidance", None) is not None and classes.null is None:
         raise ValueError(f"guidance: {options.model} does not say which class is the null class, expected --null-class")
-    wanted = options.classes.split(",") if options.classes is not None else ()
-    return classes, tuple(map(classes.find, wanted))
+    names = options.classes.split(",") if options.classes is not None else ()
+    return classes, tuple(map(classes.find, names))
 
 
 def draw(
@@ -224,7 +224,7 @@ def draw(
         progress: whether to show a progress bar, unless the options say --quiet.
 
     Returns:
-        (count, channels, height, width), of the options' dtype, on the model's device; of latents their images.
+        (count, channels, height, width), of the options' dtype, on the model's device. Latents are decoded to images.
     """
     model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
     chosen = {
@@ -241,13 +241,16 @@ def draw(
 
 
 def are_finite(samples: torch.Tensor) -> list[bool]:
-    """For each sample whether all its elements are finite."""
-    found: list[bool] = torch.isfinite(samples).flatten(1).all(1).tolist()
-    return found
+    """For each sample, whether all its elements are finite."""
+    finite: list[bool] = torch.isfinite(samples).flatten(1).all(1).tolist()
+    return finite
 
 
 def refuse_not_finite(wrong: int, count: int, out: str | os.PathLike[str]) -> None:
-    """Raises ValueError if `wrong` of the `count` samples in `out`, which are all written, are not finite."""
+    """Raises ValueError if `wrong`, the number of samples that are not finite, is above 0.
+
+    count: the number of all samples. out: the file or folder to which all samples have been written.
+    """
     if wrong:
         raise ValueError(
             f"out: {wrong} of {count} samples are not finite, and black in {out} where they are not: "

@@ -31,7 +31,7 @@ def add_seed(group: Any) -> None:
 
 
 def add_class(group: Any, default: str) -> None:
-    """Adds --class. default: what stands for it, for the help."""
+    """Adds --class. default: a description of the default, for the help."""
     classes = f"classes that the samples have in turn, by name or number, with commas between them (default: {default})"
     group.add_argument("--class", dest="classes", metavar="NAME,...", help=classes)
 
@@ -42,7 +42,7 @@ def add_null_class(group: Any) -> None:
 
 
 def add_spacing(group: Any, default: str = "all timesteps of the model") -> None:
-    """Adds --steps and --spacing. default: of the steps, for the help."""
+    """Adds --steps and --spacing. default: a description of the default of --steps, for the help."""
     count = f"steps of the loop (default: {default})"
     group.add_argument("--steps", type=arguments.steps, metavar="N", help=count)
     group.add_argument("--spacing", action=arguments.SpacingName, metavar="HOW", help=arguments.SPACING)
@@ -57,15 +57,15 @@ def add_running(
     capture: bool = True,
     dtype: bool = True,
 ) -> None:
-    """Adds how to run: where, how the model is called, in which batches.
+    """Adds the options of "how to run": the device, how the model is called, the batch size.
 
     Args:
-        batches: what a batch is, for the help; None: the command draws all at once, and records what the model does,
-            so that it can be neither compiled nor captured.
+        batches: a description of a batch, for the help. None: the command draws all samples at once and records the
+            model's outputs, so that the model can be neither compiled nor captured.
         by_ranks: whether several ranks can run the command.
-        loop: whether it runs a sampling loop.
+        loop: whether the command runs a sampling loop.
         capture: whether the loop's model can be compiled, and its steps captured.
-        dtype: whether other dtypes than float32 can be chosen.
+        dtype: whether dtypes other than float32 can be chosen.
     """
     parser.set_defaults(dtype="float32")
     add = parser.add_argument_group("how to run").add_argument
@@ -100,14 +100,14 @@ def add_sampling(
     """Adds the options of all commands that draw samples.
 
     Args:
-        num: how many samples by default.
+        num: the default number of samples.
         out, out_help: the default of --out and its help text.
         by_ranks: whether the command can also draw many images in batches, by several ranks.
         model: the default of --model.
-        scales: the default of --guidance where it takes several numbers; None: where it takes one.
+        scales: the default of --guidance if it takes several numbers; None: it takes one number.
 
     Returns:
-        The function that adds a further option to the group of the output.
+        The function that adds a further option to the group of output options.
     """
     parser.set_defaults(default_num=num)
     group = parser.add_argument_group("what to sample")

@@ -1,4 +1,4 @@
-"""`ddpm-ext score`: how near finished samples are to images, as a Fréchet distance, precision and recall."""
+"""`ddpm-ext score`: compares finished samples with images by Fréchet distance, precision and recall."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"features: got {kinds}, expected as many of both")
     precision, recall = precision_recall(of_images, of_samples, _NEIGHBOURS)
     distance = frechet(moments(of_samples), moments(of_images))
-    found = {"frechet_distance": distance, "precision": precision, "recall": recall}
+    scores = {"frechet_distance": distance, "precision": precision, "recall": recall}
     about: dict[str, Any] = {
         "neighbours": _NEIGHBOURS,
         "features": used,
@@ -87,11 +87,11 @@ def run(options: argparse.Namespace) -> None:
         "versions": {"ddpm_ext": __version__, "torch": torch.__version__, "numpy": np.__version__}
         | {"python": platform.python_version()},
     }
-    files.write_json(out, found | about)
+    files.write_json(out, scores | about)
     print(f"{plural(len(samples), 'sample')} of {options.samples}, {plural(len(images), 'image')} of {options.data}")
     no_fid = "" if options.features == NAME else ", so the distance is no FID"
     print(f"features: {used}, {of_samples.shape[1]} of an image{no_fid}")
-    print("Fréchet distance {:.4f}, precision {:.4f}, recall {:.4f}".format(*found.values()))
+    print("Fréchet distance {:.4f}, precision {:.4f}, recall {:.4f}".format(*scores.values()))
     print(out)
 
 
@@ -114,13 +114,13 @@ def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:
 def _features(
     function: Features, images: ImageSource | Samples, options: argparse.Namespace, device: torch.device, what: str
 ) -> Tensor:
-    """(count, features) float64 of all images. what: they are, for the progress bar."""
-    found = []
+    """The features of all images, (count, features) float64. what: a name of the images, for the progress bar."""
+    parts = []
     for index in counter(-(-len(images) // options.batch_size), f"features of {what}", options.quiet or None):
         first = index * options.batch_size
         indices = torch.arange(first, min(first + options.batch_size, len(images)), device="cpu")
-        found.append(features_of(function, options.features, images.batch(indices), device))
-        if found[-1].shape[1] != found[0].shape[1]:
-            sizes = f"{found[0].shape[1]} of some images and {found[-1].shape[1]} of others"
+        parts.append(features_of(function, options.features, images.batch(indices), device))
+        if parts[-1].shape[1] != parts[0].shape[1]:
+            sizes = f"{parts[0].shape[1]} of some images and {parts[-1].shape[1]} of others"
             raise ValueError(f"features: got {sizes}, expected as many of all")
-    return torch.cat(found)
+    return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""`ddpm-ext table`: prints the step table of a sampler or of a scheduler of diffusers, saves, draws and compares it."""
+"""`ddpm-ext table`: prints, saves, draws and compares the step table of a sampler or of a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options by which tables are made, which `plot table` has as well."""
+    """Adds the options that determine tables. `plot table` has them as well."""
     add = parser.add_argument_group("of samplers and schedulers").add_argument
     add("--steps", type=arguments.steps, metavar="N", help="steps of the loop (default for a sampler: all)")
     add = parser.add_argument_group("of schedulers").add_argument
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"scheduler: got {options.scheduler}, expected {FOLDER}")
     source = options.sampler or options.scheduler
     if source == options.scheduler and _sampler_of(source) is not None:
-        source = os.path.join(os.curdir, source)  # a folder that has the name of a sampler
+        source = os.path.join(os.curdir, source)  # so that a folder with a sampler's name counts as a folder
     if isinstance(options.spacing, arguments.OfSampler):
         source, options.spacing = f"{source} {options.spacing}", None
     sources = [source, *([] if options.diff is None else [options.diff])]
@@ -89,24 +89,24 @@ def run(options: argparse.Namespace) -> None:
         plots.step_table_figure(tables, options.plot)
 
 
-def source_name(given: str) -> str:
-    """The known name of a sampler where one is meant, with that of a spacing where there is one after it, as in "euler
-    karras"; any other text, such as that of a file, itself."""
-    if os.sep in given or os.path.exists(given):
-        return given
+def source_name(text: str) -> str:
+    """The known name of a sampler, with the known name of a spacing if one follows, as in "euler karras". Any other
+    text, such as a file's path, is returned unchanged."""
+    if os.sep in text or os.path.exists(text):
+        return text
     with suppress(ValueError):
-        return " ".join(filter(None, sampler_and_spacing(given, None, SAMPLERS, SPACINGS)))
-    return given
+        return " ".join(filter(None, sampler_and_spacing(text, None, SAMPLERS, SPACINGS)))
+    return text
 
 
 def _sampler_of(source: str) -> str | None:
-    """The sampler of a name that source_name gave; None where it is that of a file or folder."""
+    """The sampler of a name that source_name returned; None for a file or folder."""
     sampler, _, spacing = source.partition(" ")
     return sampler if sampler in SAMPLERS and spacing in ("", *SPACINGS) else None
 
 
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:
-    """Raises ValueError where an option belongs to none of the sources."""
+    """Raises ValueError if an option belongs to none of the sources."""
     samplers = [sampler for source in sources if (sampler := _sampler_of(source)) is not None]
     schedulers = [source for source in sources if _sampler_of(source) is None and not _is_table(source)]
     for name, used in (("steps", samplers or schedulers), ("mu", schedulers), ("spacing", samplers), ("eta", samplers)):
@@ -118,11 +118,11 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
 
 
 def table_of(source: str, options: argparse.Namespace) -> StepTable:
-    """The table of a sampler's name as source_name gives it, a scheduler's folder or config, or a file.
+    """The table of a source: a sampler's name as source_name returns it, a scheduler's folder or config, or a file.
 
     Raises:
-        TypeError, ValueError: an option is out of range, or `source` is none of these, or no table. MissingExtra: it
-        needs diffusers.
+        TypeError, ValueError: an option is out of range, or `source` is no such name, config or table. MissingExtra:
+        the source needs diffusers, which is not installed.
     """
     if (sampler := _sampler_of(source)) is not None:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
@@ -142,12 +142,12 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
 
 
 def _config_of(source: str) -> Path | None:
-    """Where the config of a scheduler lies; None where `source` names none."""
+    """The path of a scheduler's config; None if `source` names no config."""
     if _sampler_of(source) is not None:
         return None
     path = Path(source)
-    places = (path, path / CONFIG, path / "scheduler" / CONFIG)
-    return next((place for place in places if place.name == CONFIG and place.is_file()), None)
+    candidates = (path, path / CONFIG, path / "scheduler" / CONFIG)
+    return next((candidate for candidate in candidates if candidate.name == CONFIG and candidate.is_file()), None)
 
 
 def _is_table(source: str) -> bool:
@@ -156,7 +156,8 @@ def _is_table(source: str) -> bool:
 
 
 def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
-    """The table of a scheduler of diffusers, by its config, which may be a stranger's: nothing else is made by it."""
+    """The table of a scheduler of diffusers, from its config. The config may be untrusted, so it can only create a
+    scheduler."""
     if steps is None:
         raise ValueError(f"steps: got none, expected a number of steps for the scheduler of {path}")
     try:
@@ -181,7 +182,7 @@ def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
 
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    """Raises ValueError where a number is one of which memory or time is taken, and too large, or betas are none."""
+    """Raises ValueError for a number so large that it could exhaust memory or time, and for wrong trained_betas."""
     most = arguments.MOST_STEPS
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]

@@ -32,7 +32,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or with --resume continues a run: then an option that is not given has the value that the run has."""
+    """Trains, or with --resume continues a run. A resume takes the run's options where the command line has none."""
     arguments.check_device(options.device)
     names = set(training.TrainOptions.__dataclass_fields__)
     change: list[str] = []
@@ -41,10 +41,10 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("change: belongs to --resume")
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
-        _, found = run_options.find(Path(options.out))
+        _, header = run_options.find(Path(options.out))
         given = _given(options.arguments, names)
-        _check_repeated(Path(options.out), found["options"], given)
-        chosen = training.with_defaults_of(found["options"], given)
+        _check_repeated(Path(options.out), header["options"], given)
+        chosen = training.with_defaults_of(header["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
     arguments.check_device(chosen.device)
     if chosen.score_every and chosen.features != training.TrainOptions.features:
@@ -66,8 +66,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raises ValueError where an option of the run imports code or sends data away, and is not given again: the folder
-    may be a stranger's."""
+    """Raises ValueError if an option of the run imports code or sends data, and is not repeated on the command line.
+
+    The run's folder may be untrusted.
+    """
     for name in ("features", "wandb", "push_to_hub"):
         value = of_run.get(name)
         if name not in given and value is not None and value != getattr(training.TrainOptions, name):
@@ -79,7 +81,7 @@ def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any])
 
 
 def _given(line: list[str], names: set[str]) -> dict[str, Any]:
-    """Those of the named options that the command line has, without the defaults of the others."""
+    """The named options that are on the command line, without the defaults of the rest."""
     parser = arguments.Parser(prog="ddpm-ext train")
     _add_options(parser)
     absent = object()  # argparse sets a default only where the namespace has no value
@@ -89,9 +91,9 @@ def _given(line: list[str], names: set[str]) -> dict[str, Any]:
 
 
 def _add_option(standard: training.TrainOptions, group: Any, name: str, help_text: str, **more: Any) -> None:
-    """Adds a field of TrainOptions to a group of options, with the standard default, and its limits or its choices.
+    """Adds a field of TrainOptions to a group of options, with its default and its limits or choices.
 
-    more: what argparse is told besides, or instead.
+    standard: the options that have the defaults. more: further or overriding arguments of argparse's add_argument.
     """
     default = getattr(standard, name)
     if name in CHOICES:
@@ -106,12 +108,12 @@ def _add_option(standard: training.TrainOptions, group: Any, name: str, help_tex
     elif default is False:
         more = {"action": "store_true"} | more
     elif isinstance(default, tuple):
-        default = ",".join(map(str, default))  # as the parsers read it, since the help shows it
+        default = ",".join(map(str, default))  # the help shows the default in the form that the parser reads
     group.add_argument(f"--{name.replace('_', '-')}", **{"default": default, "help": help_text} | more)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
+    """Adds the options that are named like the fields of TrainOptions, and --out, --resume, --change and --quiet."""
     standard = training.TrainOptions()
     add = partial(_add_option, standard, parser.add_argument_group("data"))
     data = "scikit-learn's handwritten digits, coloured shapes, your images, or an .npz of latents"

@@ -15,7 +15,7 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 
 _ENDINGS = (".png", ".gif")
-_PICTURES = {".png": 10, ".gif": 60}  # about how many points of the loop are shown, unless --every says so
+_PICTURES = {".png": 10, ".gif": 60}  # without --every: the approximate number of steps that are shown
 _EXAMPLES = """examples:
   ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif

@@ -1,4 +1,4 @@
-"""`ddpm-ext tune`: step tables that are fitted to a model, so that it is called a few times only."""
+"""`ddpm-ext tune`: fits step tables to a model, so that sampling needs only a few calls of it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ddpm_ext.tuning import Report
 from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 
 EXAMPLE = 2.0  # a usual scale of guidance
-UNTIMED, TIMED = 3, 10  # the model's first calls, which are slow, and those after them
-LEAST = 0.5  # the share of the planned calls that tunings have made at least; no bound
+UNTIMED, TIMED = 3, 10  # how many of the model's first calls, which are slow, are not timed; how many are timed then
+LEAST = 0.5  # the smallest share of the planned calls that tunings have taken so far; not a guaranteed bound
 _EXAMPLES = """examples:
   ddpm-ext tune --model my-run --steps 4,6,8,10
   ddpm-ext sample --model my-run --sampler tuned --steps 6 --out samples.png
@@ -42,7 +42,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the tables, and prints how near they come."""
+    """Writes the tables, and prints their errors."""
     loaded, tuner, counts = compare.prepare(options, "steps")
     folder = loaded.model.folder / tuned.FOLDER if options.out is None else Path(options.out)
     paths = {count: folder / tuned.table_name(count, options.guidance) for count in counts}
@@ -58,11 +58,11 @@ def run(options: argparse.Namespace) -> None:
     _tell_time(loaded.model.unet, most)
     reports = []
     for count, path in paths.items():
-        found = tuner.tune(count)
-        table = replace(found.table, notes=found.table.notes | chosen)
+        result = tuner.tune(count)
+        table = replace(result.table, notes=result.table.notes | chosen)
         tuned.save_tuned(table, path, model_sha256=sha256, seed=options.seed)
         print(path, flush=True)
-        reports.append(found.report)
+        reports.append(result.report)
     print(
         f"{tuner.calls:,} calls of the model; the many steps' own error is {tuner.teacher_error:.2%} of a sample's size"
     )
@@ -75,19 +75,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tell_time(model: torch.nn.Module, most: int) -> None:
-    """Prints how long at most so many calls of the model will take, once the first ones have been timed."""
-    begun: list[float] = []
+    """Prints how long at most `most` calls of the model will take, as soon as the first calls have been timed."""
+    call_times: list[float] = []
 
     def note(*_: object) -> None:
-        begun.append(time.monotonic())
-        if len(begun) > UNTIMED + TIMED:
-            counted.remove()
-            between = [after - before for before, after in pairwise(begun[UNTIMED:])]
+        call_times.append(time.monotonic())
+        if len(call_times) > UNTIMED + TIMED:
+            handle.remove()
+            between = [after - before for before, after in pairwise(call_times[UNTIMED:])]
             seconds = most * statistics.median(between)
             unit, size = ("minutes", 60) if seconds >= 100 else ("seconds", 1)
             print(f"about {max(LEAST * seconds / size, 1):.0f} to {max(seconds / size, 1):.0f} {unit}", flush=True)
 
-    counted = model.register_forward_pre_hook(note)
+    handle = model.register_forward_pre_hook(note)
 
 
 def _lines(reports: Sequence[Report]) -> list[str]:
