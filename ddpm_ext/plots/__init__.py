@@ -1,4 +1,4 @@
-"""Pictures: samples as grids, strips and GIFs; schedules, tables, tuning, values, losses as figures with axes."""
+"""Pictures: samples as grids, strips and GIFs; and figures of schedules, step tables, tuning, values and losses."""
 
 from ddpm_ext.plots.histograms import histogram_figure
 from ddpm_ext.plots.loss_curve import save_loss_curve

@@ -28,23 +28,22 @@ def histogram_figure(
 ) -> Figure:
     """Draws how the values of x_t are distributed along a loop, from noise on the left to samples on the right.
 
-    On the left is a map of the density over timestep and value; its colours are logarithmic, and it is white where no
-    element has such a value. On the right are the densities at the highest timestep, of the samples, and of the
-    standard normal.
+    On the left is a map of the density over timestep and value, with logarithmic colours; it is white where the density
+    is 0. On the right are the densities of x_t at the highest timestep, of the samples, and of the standard normal.
 
     Args:
-        x_t: the noisy samples at each timestep, of any shape. They must be copies: a loop overwrites its own tensor.
+        x_t: the noisy samples at each timestep, of any shape. They must be copies: a loop overwrites its tensor.
         timesteps: one for each x_t, all different, rising or falling.
-        path: where the figure is written as well; the ending names the format.
+        path: if not None, the figure is also written to this file; the ending determines the format.
         samples: the result of the loop. None: x_t at the lowest timestep.
         bins: the number of bins between -limit and limit, at least 1.
         limit: values from -limit to limit are shown. None: all values.
-        name: of the sampler, for the title.
+        name: the sampler's name, for the title.
 
     Raises:
         TypeError: `bins` is no int.
-        ValueError: there are less than 2 timesteps, or not as many as x_t, or they go up and down; values are not
-            finite, or `limit` is not above 0.
+        ValueError: there are fewer than 2 timesteps, or not as many as x_t, or they neither rise nor fall throughout;
+            values are not finite, or `limit` is not above 0.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 
@@ -118,6 +117,6 @@ def _density(values: Array, edges: Array) -> Array:
 
 
 def _borders(t: Array) -> Array:
-    """Borders halfway between neighbouring timesteps; the first and the last column reach equally far to both sides."""
+    """The columns' borders: halfway between neighbouring timesteps. The outer columns are centred on their timestep."""
     middles = (t[1:] + t[:-1]) / 2
     return np.concatenate([[2 * t[0] - middles[0]], middles, [2 * t[-1] - middles[-1]]])

@@ -19,14 +19,14 @@ def save_loss_curve(
     title: str = "Loss of each training step",
     quarters: Sequence[Sequence[float]] | None = None,
 ) -> None:
-    """Draws the loss of each step, and from 200 steps on the mean over a hundredth of them, on two logarithmic axes.
+    """Draws the loss of each step on logarithmic axes, and from 200 steps on a moving mean over a hundredth of them.
 
     Args:
         losses: (steps,).
-        path: the picture.
-        title: above it.
-        quarters: (steps, 4): each step's loss in each quarter of the timesteps, NaN where it had none. Their means
-            over a hundredth of the run are drawn, too.
+        path: the picture's file.
+        title: the text above the picture.
+        quarters: (steps, 4): each step's loss by quarter of the timesteps, NaN for a quarter without samples. Their
+            moving means over a hundredth of the run are drawn, too.
 
     Raises:
         ValueError: there are no losses, or not four `quarters` for each of them.
@@ -59,8 +59,8 @@ def save_loss_curve(
 
 
 def _moving_mean(values: Any, window: int) -> Any:
-    """The mean of each `window` values one after the other, of those that are numbers; NaN where none is."""
-    known = np.isfinite(values)
+    """The moving mean over `window` values, without those that are not finite; NaN if none is finite."""
+    finite = np.isfinite(values)
     ones = np.ones(window)
-    sums, counts = (np.convolve(found, ones, mode="valid") for found in (np.where(known, values, 0.0), known))
+    sums, counts = (np.convolve(terms, ones, mode="valid") for terms in (np.where(finite, values, 0.0), finite))
     return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0.5)

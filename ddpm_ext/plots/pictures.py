@@ -25,12 +25,12 @@ Pixels = npt.NDArray[np.uint8]
 Images = torch.Tensor | npt.NDArray[np.floating]
 
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
-_BETWEEN = (88, 104, 136)  # fills the gaps; neither black nor white, so that the edges of digits show
+_BETWEEN = (88, 104, 136)  # the colour of gaps: neither black nor white, so that the edges of digits are visible
 _GAP = 4  # pixels between two images
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
 _TITLE, _LABEL = 18, 13  # font sizes in pixels
 _NAME = 18  # the height of a name below its image
-_LAST = 2000  # milliseconds that the last frame of a GIF is shown
+_LAST = 2000  # how long a GIF shows its last frame, in milliseconds
 _X_T, _X_0 = "x_t, the sample at timestep t", "x_0, as the model predicts it from x_t"
 
 
@@ -57,7 +57,7 @@ def to_uint8(images: Images) -> Pixels:
 
 
 def _enlarged(images: Pixels, scale: int | None) -> Pixels:
-    """The images in RGB, each pixel repeated to a square of `scale` pixels; None chooses a scale by the size."""
+    """The images in RGB, with each pixel enlarged to a square of `scale` pixels; None chooses a scale by the size."""
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
             f"images: got {images.dtype} of shape {images.shape}, "
@@ -117,7 +117,7 @@ def strips(
         images: the samples at each step, (samples, height, width, channels) uint8.
         labels: one for each step.
         scale: as in grid.
-        names: of the samples, left of their rows; empty: none.
+        names: the samples' names, left of their rows; empty: no names.
 
     Returns:
         (height, width, 3) uint8.
@@ -146,7 +146,7 @@ def _check_names(names: Sequence[str], samples: int) -> None:
 
 
 def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixels:
-    """As grid, and below each image its name; the images stand so far apart that the longest fits. No names: grid."""
+    """As grid, with a name below each image. The images' distance fits the longest name. No names: as grid."""
     if not names:
         return grid(images, scale=scale)
     image, draw, font = (require(f"PIL.{name}", "drawing") for name in ("Image", "ImageDraw", "ImageFont"))
@@ -166,8 +166,8 @@ def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixe
 
 
 def _headed(body: Pixels, title: str, labels: Sequence[str] = (), names: Sequence[str] = ()) -> Pixels:
-    """The picture with a title above it, and below the title the labels, evenly spread over the width of `body`; left
-    of it the names, evenly spread over its height."""
+    """Adds a title above the picture `body`, labels below the title, evenly spread over the width of `body`, and names
+    left of `body`, evenly spread over its height."""
     image, draw, font = (require(f"PIL.{name}", "drawing") for name in ("Image", "ImageDraw", "ImageFont"))
     large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
     head = 56 if labels else 32
@@ -200,7 +200,7 @@ def trajectory(
     Args:
         x_t, x_0: the same samples at the same steps, for each step (samples, channels, height, width) in [-1, 1].
         labels, scale, names: as in strips.
-        name: of the sampler, for the title.
+        name: the sampler's name, for the title.
 
     Returns:
         (height, width, 3) uint8.
@@ -228,9 +228,9 @@ def trajectory_frames(
     name: str = "",
     names: Sequence[str] = (),
 ) -> list[Pixels]:
-    """Draws a frame of a GIF for each step: a grid of x_t on the left, of the predicted x_0 on the right.
+    """Draws a frame of a GIF for each step: a grid of x_t on the left, a grid of the predicted x_0 on the right.
 
-    Args and errors are those of trajectory. The label stands above x_t, and each sample's name below its two images.
+    Args, raises: as trajectory. The label is above x_t, and each sample's name is below its two images.
 
     Returns:
         For each step (height, width, 3) uint8, all of one size, for save_gif.
@@ -257,7 +257,7 @@ def trajectory_frames(
 
 
 def _equally_wide(pictures: Sequence[Pixels]) -> list[Pixels]:
-    """The pictures, the narrow ones filled with white on the right: a long title can make one wider than another."""
+    """Fills narrower pictures with white on the right. Widths differ if a long title makes a picture wider."""
     widest = max(picture.shape[1] for picture in pictures)
     return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=_PAPER[0]) for p in pictures]
 
@@ -291,7 +291,7 @@ def _checked(name: str, picture: Pixels) -> Pixels:
 def save_grid(
     images: Images, path: str | os.PathLike[str], *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Errors: as grid and save_picture.
+    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Raises: as grid and save_picture.
 
     Examples:
         >>> plots.save_grid(images, "grid.png", columns=2)
@@ -326,15 +326,15 @@ def save_strips(
 def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds: float = 6.0) -> None:
     """Writes frames as a GIF that repeats for ever; the last frame is shown for two seconds.
 
-    Equal frames that follow one another become one, shown for their time together. A frame of a GIF has up to 256
-    colours; more are approximated.
+    Equal consecutive frames are merged into one, which is shown for the sum of their times. A frame of a GIF has up to
+    256 colours; further colours are approximated.
 
     Args:
         frames: (height, width, 3) uint8 each, all of one size.
-        path: where the GIF is written, atomically.
-        seconds: the time of all frames together, if the last one took no longer than the others. The time of a frame
-            is rounded to hundredths of a second, the unit of the format, and is at least 20 ms: viewers show shorter
-            frames more slowly.
+        path: the file, which is written atomically.
+        seconds: the time of all frames together, not counting the last frame's extra time. A frame's time is rounded to
+            hundredths of a second, the unit of the format, and is at least 20 ms: viewers show shorter frames more
+            slowly.
 
     Raises:
         ValueError: there are no frames, they differ in shape, or `seconds` is not above 0.

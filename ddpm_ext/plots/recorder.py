@@ -30,8 +30,8 @@ class Recorder:
 
     Attributes:
         t: the recorded timesteps.
-        x_t, x_0: for each of them the noisy samples and the predicted clean ones, (samples, channels, height, width)
-            float32.
+        x_t, x_0: for each recorded timestep the noisy samples and the predicted clean samples, (samples, channels,
+            height, width) float32.
     """
 
     model: Callable[..., Any]
@@ -48,7 +48,8 @@ class Recorder:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
     def __call__(self, x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
-        """Calls the model; records x_t if it is this call's turn. Of a batch given twice, that is the first half."""
+        """Calls the model, and records x_t at every k-th call. If guidance doubles the batch, it records the first
+        half."""
         if self.calls % self.every == 0 or self.calls == self.steps - 1:
             self.t.append(t[0].item())
             self.x_t.append(self._copied(x))
@@ -56,7 +57,7 @@ class Recorder:
         return self.model(x, t, **model_kwargs)
 
     def keep(self, record: Record) -> None:
-        """The loop's callback: records the predicted x_0 if the x_t that it belongs to was recorded."""
+        """The loop's callback: records the predicted x_0 if this step's x_t was recorded."""
         if len(self.x_0) < len(self.x_t):
             assert record.x0 is not None
             self.x_0.append(self._copied(record.x0))

@@ -1,4 +1,4 @@
-"""The columns of step tables as a figure: of one table, or of several over one another."""
+"""The columns of one step table, or of several in the same panels, as a figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_IN_LINE = 6  # terms of a legend
+_MOST_IN_LINE = 6  # the most terms in a line of a legend
 _LINEAR_UP_TO = 10  # an axis with larger factors is logarithmic, but linear around 0
 
 
@@ -28,23 +28,24 @@ def step_table_figure(
     against: str = "step",
     panels: str = "columns",
 ) -> Figure:
-    """Draws the columns of one step table, or of several over one another, over the steps of the loop.
+    """Draws the columns of one step table, or of several in the same panels, over the steps of the loop.
 
-    Of one table, the factors of the predicted x0 share a panel, and so do those of the next sample; the timestep has
-    one, and so has the standard deviation of the noise where there is noise; where rows keep or read a history, its
-    factors have two more. Of several tables, each column has a panel and each table a line. Columns that are 0 in all
-    tables are left out, but for a single table's a and b. An axis with factors above 10 is logarithmic, but linear
-    around 0. The columns for draws, levels, learned variances and gradients are not drawn.
+    A single table has panels for the factors of the predicted x0, the factors of the next sample, the timestep, the
+    standard deviation of the noise (if there is noise), and the factors of the history (two panels, if there is a
+    history). Several tables have a panel for each column, with a line for each table. Columns that are 0 in all tables
+    are left out, except a and b of a single table. An axis with factors above 10 is logarithmic, but linear around 0.
+    The columns for draws, levels, learned variances and gradients are not drawn.
 
     Args:
-        tables: a StepTable; or tables by their names, which the legend shows, or of one alone the title.
-        path: where the figure is written as well; the ending names the format.
+        tables: a StepTable, or tables by their names. The legend shows the names; a single table's name is the title.
+        path: if not None, the figure is also written to this file; the ending determines the format.
         against: the horizontal axis. "step" is the number of the row; "timestep", which falls from left to right, suits
             tables with different numbers of rows.
-        panels: of several tables. "columns"; or "tables": a panel for each table, with the factors of its next samples.
+        panels: the panels of several tables: "columns", one for each column; or "tables", one for each table, with the
+            factors of the next sample.
 
     Raises:
-        TypeError: `tables` is neither a StepTable nor a mapping of them.
+        TypeError: `tables` is neither a StepTable nor a mapping of StepTables.
         ValueError: there are no tables, or `against` or `panels` is unknown.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
@@ -70,7 +71,7 @@ def step_table_figure(
 
 
 def _column(table: StepTable, name: str) -> Array:
-    """A column of the table by its name; "step" is the numbers of the rows."""
+    """The table's column with this name, float64; "step" stands for the numbers of the rows."""
     if name == "step":
         return np.arange(len(table), dtype=np.float64)
     return to_array(getattr(table, name))
@@ -83,7 +84,7 @@ def _learned(table: StepTable) -> bool:
 _SPREAD = "standard deviation\n(units of the sample)"
 
 
-# The terms of the next sample, by the columns that hold their factors, and those of what a row keeps.
+# The terms of the next sample, and the terms of the tensor that a row keeps, by the columns that hold their factors.
 _TERMS = {"c0": "x0", "c1": "x", "c2": "m", "s": "z", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u"}
 _KEPT = {"k0": "x0", "k1": "x", "k2": "m"}
 _MEANINGS = {
@@ -99,13 +100,13 @@ def _sum(names: Sequence[str]) -> str:
 
 
 def _explained(names: Sequence[str]) -> str:
-    """A line that says what the terms of these columns are, where it isn't in the equation of the plain step."""
-    told = ", ".join(_MEANINGS[name] for name in names if name in _MEANINGS)
-    return told and f"\n({told})"
+    """A line that explains those terms of these columns that are not in the plain step's equation, or ""."""
+    meanings = ", ".join(_MEANINGS[name] for name in names if name in _MEANINGS)
+    return meanings and f"\n({meanings})"
 
 
 def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
-    """Those of the columns that are not 0 in all tables."""
+    """The columns that are not 0 in all tables."""
     tables = list(tables)
     return [name for name in names if any(_column(table, name).any() for table in tables)]
 
@@ -187,29 +188,29 @@ def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, agai
 
 
 def _side_by_side(tables: Mapping[str, StepTable], path: PathLike | None, against: str) -> Figure:
-    """A panel for each table: what the next sample is made of, in the same colours in all panels."""
+    """A panel for each table with the factors of the next sample, in the same colours in all panels."""
     shown = _drawn(tables.values(), _TERMS) or ["c0"]
     with new_figure(9, 1.3 + 2.3 * math.ceil(len(tables) / 2), path, "drawing step tables") as figure:
         lines = {}
         all_axes = _panels(figure, len(tables), against, shared=against == "timestep")
         for axes, (label, table) in zip(all_axes, tables.items(), strict=True):
-            own = _drawn([table], shown) or shown[:1]
-            for name in own:
+            of_table = _drawn([table], shown) or shown[:1]
+            for name in of_table:
                 style = line_style(shown.index(name), len(table))
                 (lines[name],) = axes.plot(_column(table, against), _column(table, name), label=name, **style)
-            _finish(axes, label, "factor (no unit)", own)
-        found = [name for name in shown if name in lines]
-        labels = [f"{name} {_TERMS[name]}" for name in found]
-        lanes = math.ceil(len(found) / _MOST_IN_LINE)
-        columns = math.ceil(len(found) / lanes)
-        title = f"the next sample is the sum of these terms{_explained(found)}"
-        handles = [lines[name] for name in found]
+            _finish(axes, label, "factor (no unit)", of_table)
+        drawn = [name for name in shown if name in lines]
+        labels = [f"{name} {_TERMS[name]}" for name in drawn]
+        lanes = math.ceil(len(drawn) / _MOST_IN_LINE)
+        columns = math.ceil(len(drawn) / lanes)
+        title = f"the next sample is the sum of these terms{_explained(drawn)}"
+        handles = [lines[name] for name in drawn]
         figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
     return figure
 
 
 def _panels(figure: Figure, count: int, against: str, *, shared: bool = True) -> list[Axes]:
-    """`count` axes in two columns; an odd number leaves a place free. shared: whether the horizontal axis is."""
+    """`count` axes in two columns; an odd number leaves a cell free. shared: whether they share the horizontal axis."""
     axes = list(figure.subplots(math.ceil(count / 2), 2, sharex=shared, squeeze=False).flat)
     for spare in axes[count:]:
         spare.axis("off")
@@ -231,6 +232,8 @@ def _finish(axes: Axes, title: str, label: str, names: Sequence[str]) -> None:
         axes.set_yscale("asinh", linear_width=0.5)
         axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1))  # ticks at 0 and powers of ten
     elif largest > 0 and np.ptp(values) == 0:
-        axes.update_datalim([(0, 0)], updatex=False)  # a constant, which is seen by its distance from 0
+        axes.update_datalim(
+            [(0, 0)], updatex=False
+        )  # show 0 as well, since a constant is judged by its distance from 0
         axes.autoscale_view()
     axes.set(title=title, ylabel=label)

@@ -1,7 +1,7 @@
-"""What all figures have in common: colours and dashes, the size and style of the paper, how they are written.
+"""The shared style of all figures: colours, dashes, sizes, and how figures are written.
 
-A figure is a matplotlib Figure, made without pyplot; where a path is given, it is written there as well, in the format
-that the path's ending names: .png, .svg or .pdf. The same input gives the same bytes.
+A figure is a matplotlib Figure, made without pyplot. With a path it is also written to a file, in the format of the
+path's ending: .png, .svg or .pdf. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PathLike = str | os.PathLike[str]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#888888")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4)))
 _MARKERS = "os^DvPX"
-_MOST_MARKED = 25  # points of a line; of more, every second one has a marker, or every third, ...
+_MOST_MARKED = 25  # the most markers on a line: with more points, only every second, every third, ... gets a marker
 _STYLE = {
     "font.size": 12,
     "axes.titlesize": 12,
@@ -47,14 +47,15 @@ _WITHOUT_DATE = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"C
 
 @contextmanager
 def new_figure(width: float, height: float, path: PathLike | None, purpose: str) -> Iterator[Figure]:
-    """A figure of width by height inches to draw on. If the block ends without an error, it is written to `path`.
+    """A figure of width by height inches to draw on. If the block ends without an error, it is written to `path`,
+    unless `path` is None.
 
     Raises:
         MissingExtra: matplotlib is not installed; the message names `purpose`.
     """
     matplotlib, figures = require("matplotlib", purpose), require("matplotlib.figure", purpose)
     with matplotlib.rc_context(_STYLE):
-        # Not pyplot, which keeps its figures and may need a display.
+        # pyplot would keep a reference to the figure and may need a display.
         figure = figures.Figure(figsize=(width, height), dpi=100, layout="constrained")
         yield figure
         if path is not None:
@@ -63,7 +64,7 @@ def new_figure(width: float, height: float, path: PathLike | None, purpose: str)
 
 
 def legend_below(figure: Figure, columns: int) -> None:
-    """A legend below the axes, in at most so many columns, and in fewer where these would be wider than the figure."""
+    """Adds a legend below the axes, with at most `columns` columns, or fewer if it would be wider than the figure."""
     for count in range(columns, 0, -1):
         legend = figure.legend(loc="outside lower center", ncols=count)
         if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
@@ -72,9 +73,9 @@ def legend_below(figure: Figure, columns: int) -> None:
 
 
 def line_style(number: int, points: int) -> dict[str, Any]:
-    """Arguments of Axes.plot for line `number` of an axis, which has so many points.
+    """Arguments of Axes.plot for line `number` of an axis. points: the line's number of points.
 
-    Later lines are thinner, so that one which they cover still shows.
+    Later lines are thinner, so that a line which they cover stays visible.
     """
     count = len(COLOURS)
     return {
@@ -89,7 +90,7 @@ def line_style(number: int, points: int) -> dict[str, Any]:
 
 
 def to_array(values: Values) -> Array:
-    """A tensor or an array of any device and dtype as a float64 array."""
+    """Converts a tensor or an array, on any device and of any dtype, into a float64 array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)

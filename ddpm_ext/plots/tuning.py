@@ -1,4 +1,4 @@
-"""How near few calls of a model come to many, as a figure: tuned tables, and samplers by their names."""
+"""Figures of the errors of tuned tables and named samplers against the number of model calls."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CURVES = 5  # names that have a line of their own in the legend
-_ROOM = 3.0  # the axis ends at so many times the worst of these
+_CURVES = 5  # how many names have a line in the legend
+_ROOM = 3.0  # the upper end of the axis, as a multiple of the largest error of these names
 
 
 def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, float]]:
-    """The errors of each sampler and spacing by the number of calls, those with the smallest errors first.
+    """The errors of each sampler and spacing by the number of calls, the smallest errors first.
 
-    The order is that of the mean logarithm of the error over the best at as many calls; a name that has no table for a
-    number of calls comes after all that have.
+    Names are sorted by the mean over the calls of log(error / smallest error at as many calls). Names that lack a table
+    for some number of calls come last.
 
-    names: those at each number of calls.
+    names: the named samplers, by the number of calls.
     """
-    found: dict[str, dict[int, float]] = {}
+    errors_of: dict[str, dict[int, float]] = {}
     for calls, named in names.items():
         for each in named:
-            of_name = found.setdefault(each.label, {})
+            of_name = errors_of.setdefault(each.label, {})
             of_name[calls] = min(each.error, of_name.get(calls, math.inf))
-    best = {calls: min(errors[calls] for errors in found.values() if calls in errors) for calls in names}
+    best = {calls: min(errors[calls] for errors in errors_of.values() if calls in errors) for calls in names}
 
     def rank(name: str) -> tuple[int, float]:
-        errors = found[name]
+        errors = errors_of[name]
         ratios = [math.log(max(error, 1e-12) / max(best[calls], 1e-12)) for calls, error in errors.items()]
         return len(best) - len(errors), sum(ratios) / len(ratios)
 
-    return {name: found[name] for name in sorted(found, key=rank)}
+    return {name: errors_of[name] for name in sorted(errors_of, key=rank)}
 
 
 def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = None) -> Figure:
     """Draws the errors of named samplers against the calls of the model: the best as curves, all others in grey.
 
     Args:
-        names: those at each number of calls, as Tuner.compare finds them.
-        path: where the figure is written as well; the ending names the format.
+        names: the results of Tuner.compare, by the number of calls.
+        path: if not None, the figure is also written to this file; the ending determines the format.
 
     Raises:
         ValueError: there are no names. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
@@ -68,12 +68,12 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
 
 
 def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Figure:
-    """Draws what tuning found: left the errors against the calls of the model, of the tuned tables and of the named
-    samplers, right the timesteps of the tables.
+    """Draws the result of tuning: on the left the errors of tuned tables and named samplers against the calls of the
+    model, on the right the timesteps of the tables.
 
     Args:
         reports: of tables that were tuned to one model, in any order.
-        path: where the figure is written as well; the ending names the format.
+        path: if not None, the figure is also written to this file; the ending determines the format.
 
     Raises:
         ValueError: there are no reports. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
@@ -107,8 +107,8 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
         lowest = min(*(report.error for report in reports), *bests)
         left.set_ylim(bottom=min(left.get_ylim()[0], lowest / 1.3))
         legend_below(figure, 3)
-        for place, report in enumerate(reports):
-            right.plot(report.timesteps, [place] * len(report.timesteps), **line_style(0, 1) | {"markersize": 7})
+        for position, report in enumerate(reports):
+            right.plot(report.timesteps, [position] * len(report.timesteps), **line_style(0, 1) | {"markersize": 7})
         right.set_yticks(range(len(reports)), [str(report.calls) for report in reports])
         right.set(title="timesteps of the tables", xlabel="timestep", ylabel="calls of the model")
         right.set_ylim(-0.5, len(reports) - 0.5)
@@ -120,7 +120,7 @@ _BOLD = {"linewidth": 3.5, "markersize": 7, "zorder": 3}
 
 
 def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequence[str], first: int) -> None:
-    """The errors of all names; `curves` are those with a colour, from line_style's number `first` on."""
+    """Draws the errors of all names. curves: the names that get a colour, from line_style's number `first` on."""
     errors = errors_by_name(names)
     for number, name in enumerate([*(other for other in errors if other not in curves), *curves], -len(errors)):
         calls = sorted(errors[name])
