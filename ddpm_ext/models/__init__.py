@@ -1,4 +1,4 @@
-"""Denoisers in folders of diffusers' layout, and "digits" and "shapes", the models in the package."""
+"""Denoisers in folders with diffusers' layout, and the package's models "digits" and "shapes"."""
 
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.folder import LoadedModel, load_model, save_model

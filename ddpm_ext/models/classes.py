@@ -1,4 +1,4 @@
-"""The classes of a class-conditional model, and which of them each sample has."""
+"""The classes of a class-conditional model, and their assignment to samples."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SHOWN = 10  # how many names an error lists
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes that a model knows, by number.
+    """The classes of a model, by number.
 
-    names: of the classes 0, 1, and so on.
-    null: the class for samples without a class, which classifier-free guidance needs; None if there is none.
+    names: the names of the classes 0, 1, and so on.
+    null: the null class, for samples without a class, which classifier-free guidance needs; None: there is none.
 
     Examples:
         >>> from ddpm_ext.models import Classes
@@ -39,17 +39,17 @@ class Classes:
 
     @classmethod
     def of_labels(cls, names: Sequence[str], dropout: float) -> Classes:
-        """Those of a model that is trained on images with these labels, of which a share is dropped: the null class is
-        the number after the last."""
+        """The classes of a model trained on images with these labels. If a share of the labels is dropped, the null
+        class is the number after the last."""
         return cls(tuple(names), len(names) if dropout else None)
 
     @property
     def embeddings(self) -> int:
-        """How many classes the model has to tell apart, with the null class."""
+        """The number of class embeddings that the model needs, the null class included."""
         return max(len(self.names), -1 if self.null is None else self.null + 1)
 
     def find(self, wanted: str) -> int:
-        """The number of a class, by its name or else by its number; raises ValueError for none of these."""
+        """The number of a class, from its name or from its number as text. Raises ValueError for an unknown class."""
         if wanted in self.names:
             return self.names.index(wanted)
         if wanted.isdecimal() and int(wanted) < len(self.names):
@@ -60,9 +60,9 @@ class Classes:
     def labels_of(self, samples: range, chosen: Sequence[int] = ()) -> Tensor:
         """The classes of samples by their ids, (samples,) int64: sample i has chosen[i mod len(chosen)].
 
-        They depend on the ids alone, so that a sample has the same class in any batch and on any rank.
+        Classes depend only on the ids, so that a sample has the same class in any batch and on any rank.
 
-        chosen: numbers of classes; empty: all, so that each has an equal share of the samples.
+        chosen: numbers of classes; empty: all classes.
         """
         cycle = torch.tensor(chosen or range(len(self.names)), device="cpu")
         ids = samples.start + samples.step * torch.arange(len(samples), device="cpu")
@@ -71,13 +71,13 @@ class Classes:
     def model_kwargs(
         self, samples: range, chosen: Sequence[int] = (), *, guided: bool = False, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """The model_kwargs with which p_sample_loop draws these samples, by a UNet2DModel: `class_labels`.
+        """The model_kwargs of p_sample_loop for drawing these samples from a UNet2DModel: `class_labels`.
 
         Args:
             samples, chosen: as in labels_of.
-            guided: whether there is classifier-free guidance: the model gets the batch twice then, first with the null
-                class and then with the samples' own, (2 samples,).
-            device: where the samples are drawn.
+            guided: whether there is classifier-free guidance. Then the model gets the batch twice, first with the null
+                class and then with the samples' classes: the labels are (2 samples,).
+            device: the device of the samples.
 
         Raises:
             ValueError: guidance of a model without a null class.
@@ -97,7 +97,7 @@ class Classes:
 
     @classmethod
     def read(cls, content: Any, name: str) -> Classes:
-        """Those of a classes.json; raises ValueError, naming `name`, if it is damaged."""
+        """The classes in the content of a classes.json. Raises ValueError, naming `name`, if it is damaged."""
         names = content.get("names")
         null = content.get("null")
         if not isinstance(names, list) or not names or not all(isinstance(entry, str) for entry in names):

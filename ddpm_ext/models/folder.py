@@ -1,9 +1,9 @@
 """Loads and saves denoisers in diffusers' layout; two of them, "digits" and "shapes", are in the package.
 
 A folder holds config.json, diffusion_pytorch_model.safetensors and scheduler_config.json, and for a class-conditional
-model classes.json. In the folder of a pipeline the third is in scheduler/ and the others are in unet/, or for a
-DiTTransformer2DModel in transformer/; that folder alone has the scheduler, too. For a model of latents vae/ holds an
-AutoencoderKL.
+model classes.json. In the folder of a pipeline, scheduler_config.json is in scheduler/; the other files are in unet/,
+or for a DiTTransformer2DModel in transformer/. The folders unet/ and transformer/ can also be loaded by themselves,
+with the pipeline's scheduler. For a model of latents, vae/ holds an AutoencoderKL.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class LoadedModel:
     """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for.
 
     unet: a UNet2DModel, or a DiTTransformer2DModel.
-    classes: those of a class-conditional model, which is called with class_labels; None for another.
+    classes: the classes of a class-conditional model, which is called with class_labels; None for another model.
     shape: (channels, height, width) of one sample, as the denoiser takes it.
-    clip: what a loop takes as clip_denoised: whether samples are in [-1, 1]. Latents are not.
-    decoder: for a model of latents: decoder(latents) are their images; None: there is no vae/.
+    clip: whether samples are in [-1, 1], for a loop's clip_denoised. Latents are not.
+    decoder: for a model of latents: decoder(latents) returns their images; None: there is no vae/.
 
     Examples:
         >>> digits = load_model("digits")
@@ -63,7 +63,7 @@ class LoadedModel:
     unet: UNet2DModel
     settings: DiffusionSettings
     folder: Path
-    classes: Classes | Any = None  # "| Any": who has loaded a model of classes need not tell type checkers so
+    classes: Classes | Any = None  # "| Any": a caller with a class-conditional model needs no check for None
     shape: tuple[int, int, int] = field(kw_only=True)
     clip: bool = field(default=True, kw_only=True)
     decoder: LatentDecoder | None = field(default=None, kw_only=True)
@@ -75,7 +75,7 @@ class LoadedModel:
 
     @property
     def embeddings(self) -> int:
-        """How many classes the model tells apart, with the null class; 0: it has none."""
+        """The number of class embeddings, the null class included; 0 for an unconditional model."""
         return embeddings_of(self.unet.config, type(self.unet).__name__) or 0
 
     @property
@@ -84,21 +84,23 @@ class LoadedModel:
         return self.shape if self.decoder is None else self.decoder.shape
 
     def tuned(self, calls: int, guidance: float | None = None) -> StepTable:
-        """The step table in the folder that was tuned to the model, as `ddpm-ext tune` writes it; for `sampler=`.
+        """The step table that was tuned to the model, from the model's folder, for `sampler=` of a loop.
+
+        `ddpm-ext tune` writes such tables.
 
         Args:
-            calls: of the model, in a loop with the table.
+            calls: the number of model calls in a loop with the table.
             guidance: the scale of the loop's classifier-free guidance.
 
         Raises:
-            ValueError: the folder has no such table, or it is damaged. OSError: it can't be read.
+            ValueError: the folder has no such table, or the table is damaged. OSError: it can't be read.
         """
         path = self.folder / FOLDER / table_name(calls, guidance)
         if not path.is_file():
-            there = tables_in(self.folder)
-            has = f"has those for {', '.join(there)}" if there else "has none"
+            names = tables_in(self.folder)
+            status = f"has those for {', '.join(names)}" if names else "has none"
             guided = "" if guidance in (None, 1) else f" with guidance {guidance:g}"
-            raise ValueError(f"there is no tuned table for {calls} calls{guided}; {self.folder / FOLDER} {has}")
+            raise ValueError(f"there is no tuned table for {calls} calls{guided}; {self.folder / FOLDER} {status}")
         return StepTable.load(path)
 
 
@@ -107,19 +109,20 @@ def load_model(
 ) -> LoadedModel:
     """Loads a model from a local folder in diffusers' layout; nothing is downloaded.
 
-    A DiT whose output has twice the channels was trained to predict its variance, so that is `learned_range`, where
-    diffusers' DiTPipeline drops half of the output. Latents are sampled with `clip_denoised=model.clip`.
+    A DiT whose output has twice the sample's channels was trained to predict its variance, so its variance is
+    `learned_range`; diffusers' DiTPipeline drops this half of the output. Sample latents with
+    `clip_denoised=model.clip`.
 
     Args:
         source: the folder, or "digits" or "shapes", the models in this package.
-        device, dtype: where the model is placed, and the dtype of its weights.
+        device, dtype: of the model's weights.
 
     Returns:
         The model in evaluation mode, without gradients, and its diffusion's settings.
 
     Raises:
-        ValueError: the folder or a file in it is missing, damaged or pickled, or holds what can't be sampled: another
-            architecture, latents of another autoencoder, a scheduler that is no Gaussian diffusion.
+        ValueError: the folder or a file in it is missing, damaged or pickled, or can't be sampled from: another
+            architecture, latents of another autoencoder, a scheduler that is not a Gaussian diffusion's.
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
@@ -143,7 +146,7 @@ def load_model(
     check_supported(config, inner / CONFIG)
     (settings, clip), classes = _find_settings(folder), _find_classes(inner, config)
     unet = load_module(lambda where: build_unet(config, str(inner / CONFIG), where), inner)
-    # Not the model's own to(), which warns about low precision even if all modules work in it.
+    # The model's method to() would warn about low precision even if all modules support it.
     torch.nn.Module.to(unet, device=device, dtype=dtype)
     check_finite(unet, inner / WEIGHTS)
     shape = shape_of(unet)
@@ -155,7 +158,8 @@ def load_model(
 
 
 def model_sha256(model: LoadedModel) -> str:
-    """The SHA-256 of the architecture, the weights and the diffusion; neither the folder's place enters it nor vae/."""
+    """The SHA-256 of the architecture, the weights and the diffusion. It depends neither on the folder's path nor on
+    vae/."""
     digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     update_hash(digest, folder_of_denoiser(model.folder))
     return digest.hexdigest()
@@ -172,9 +176,9 @@ def save_model(
 ) -> None:
     """Writes `unet`, with weights rounded to `dtype`, the configuration of its scheduler, and its classes to `folder`.
 
-    clip: whether its samples are in [-1, 1], which latents are not.
+    clip: whether samples are in [-1, 1]; latents are not.
 
-    diffusers reads them with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
+    diffusers reads the files with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
 
     Examples:
         >>> digits = load_model("digits")
@@ -189,8 +193,11 @@ def save_model(
 
 
 def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
-    """The classes of the model in `folder`; of one that another program has written, numbers, and the null class of a
-    DiT."""
+    """The classes of the model in `folder`, or None for an unconditional model.
+
+    Without a classes.json, as in a folder that another program has written, the names are numbers; then only a DiT has
+    a null class.
+    """
     kind = kind_of(config)
     count, path = embeddings_of(config, kind), folder / CLASSES
     if count is None:
@@ -205,12 +212,12 @@ def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
 
 
 def _find_settings(folder: Path) -> tuple[DiffusionSettings, bool]:
-    """The diffusion, and whether samples are clipped."""
+    """The diffusion's settings, and whether samples are clipped."""
     has_decoder = (folder / VAE).is_dir()
-    places = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
-    if folder.resolve().name in FOLDERS.values():  # of a pipeline
-        places.append(folder.resolve().parent / "scheduler" / SCHEDULER)
-    for path in places:
+    candidates = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
+    if folder.resolve().name in FOLDERS.values():  # a pipeline's unet/ or transformer/
+        candidates.append(folder.resolve().parent / "scheduler" / SCHEDULER)
+    for path in candidates:
         if path.is_file():
             config = read_json(path)
             return read_settings(config, str(path)), clips(config, str(path), default=not has_decoder)

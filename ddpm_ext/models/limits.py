@@ -1,21 +1,21 @@
-"""What the configuration of a model may ask for: layers, memory and time, found before anything is made.
+"""Limits on what a model's configuration may ask for: layers, memory and time, checked before a model is built.
 
-A folder may be a stranger's, and a few digits in it may stand for hours or for all of the machine's memory.
+A folder may be untrusted, and a few digits in its configuration can ask for hours or for all of the machine's memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_LAYERS = 100  # of all blocks: modules take time to make, also without memory
-_BYTES = 8 * 2**30  # of the weights, and of one sample's activations, in float32
+_LAYERS = 100  # the most layers of all blocks together: modules take time to build, even on the meta device
+_BYTES = 8 * 2**30  # the most bytes of the weights, and of one sample's activations, in float32
 CLASSES = 1_000_000
-_SIDE = 2**16  # of a sample, and the largest of a transformer's other numbers
-_PRODUCTS = 10**13  # multiplications in a call for one sample: some minutes of a core
+_SIDE = 2**16  # the largest side of a sample, and the largest value of a transformer's other numbers
+_PRODUCTS = 10**13  # the most multiplications in a call for one sample: some minutes on one core
 
 
 def check_layers(config: dict[str, Any], name: str) -> None:
-    """Raises ValueError, naming `name`, unless a model can be made by `config` in a few seconds."""
+    """Raises ValueError, naming `name`, unless a model can be built from `config` in a few seconds."""
     widths, layers = config.get("block_out_channels"), config.get("layers_per_block", 2)
     blocks = len(widths) if isinstance(widths, list | tuple) else 4  # diffusers' default
     if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= _LAYERS // max(1, blocks):
@@ -25,15 +25,15 @@ def check_layers(config: dict[str, Any], name: str) -> None:
 
 
 def check_weights(module: Any, name: str) -> None:
-    """Raises ValueError, naming `name`, where a module, which may be on the meta device, has too many weights."""
+    """Raises ValueError, naming `name`, if a module, which may be on the meta device, has too many weights."""
     weights = 4 * sum(value.numel() for value in module.parameters())
     if weights > _BYTES:
         raise ValueError(f"model: {name} has {_gib(weights)} of weights, expected at most {_gib(_BYTES)}")
 
 
 def check_unet(unet: Any, size: tuple[int, int], name: str) -> None:
-    """Raises ValueError, naming `name`, where a sample's activations or time are beyond what models of images take, or
-    the size does not fit the blocks.
+    """Raises ValueError, naming `name`, if a sample takes more memory or time than models of images do, or if its size
+    does not fit the blocks.
 
     Args:
         unet: a UNet2DModel, which may be on the meta device.
@@ -41,7 +41,7 @@ def check_unet(unet: Any, size: tuple[int, int], name: str) -> None:
     """
     config, text = unet.config, " by ".join(map(str, size))
     widths, layers = config.block_out_channels, config.layers_per_block
-    smallest = 2 ** (len(widths) - 1)  # each block but the last halves the sides, which are doubled on the way up
+    smallest = 2 ** (len(widths) - 1)  # each block but the last halves the sides; the up blocks double them again
     if any(side % smallest for side in size):
         raise ValueError(
             f"model: {name} has samples of {text}, expected multiples of {smallest} for {len(widths)} blocks"
@@ -49,7 +49,8 @@ def check_unet(unet: Any, size: tuple[int, int], name: str) -> None:
     pixels = [size[0] * size[1] // 4**level for level in range(len(widths))]
     attends = ["Attn" in str(kind) for kind in config.down_block_types]
     attends[-1] |= bool(config.mid_block_type and config.add_attention)
-    # What the way up reads again is kept, and there are a few tensors at work; the way up has one layer more.
+    # The outputs of the down blocks are kept for the up blocks, and a few tensors are in use at a time. Up blocks have
+    # one more layer.
     values = [width * count for width, count in zip(widths, pixels, strict=True)]
     kept = (layers + 1) * sum(values) + 6 * max(values) + (config.in_channels + config.out_channels) * pixels[0]
     products = sum(
@@ -72,30 +73,32 @@ DIT = {
 
 
 def check_transformer(config: dict[str, Any], name: str) -> None:
-    """Raises ValueError, naming `name`, unless `config` is that of a DiTTransformer2DModel which can be made in a few
-    seconds and whose sample takes no more memory and time than models of images take."""
-    found = {entry: config.get(entry, default) for entry, default in DIT.items()}
-    most = {"num_layers": _LAYERS, "num_embeds_ada_norm": CLASSES}
-    for entry, value in found.items():
-        highest = most.get(entry, _SIDE)
+    """Raises ValueError, naming `name`, unless `config` describes a DiTTransformer2DModel that can be built in a few
+    seconds and takes no more memory and time for a sample than models of images do."""
+    entries = {entry: config.get(entry, default) for entry, default in DIT.items()}
+    limits = {"num_layers": _LAYERS, "num_embeds_ada_norm": CLASSES}
+    for entry, value in entries.items():
+        highest = limits.get(entry, _SIDE)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
             raise ValueError(f"model: {name} has {entry} {value!r}, expected 1 to {highest}")
-    size, channels, outputs = found["sample_size"], found["in_channels"], config.get("out_channels")
-    if size % found["patch_size"]:
-        raise ValueError(f"model: {name} has sample_size {size}, expected a multiple of {found['patch_size']}, a patch")
+    size, channels, outputs = entries["sample_size"], entries["in_channels"], config.get("out_channels")
+    if size % entries["patch_size"]:
+        raise ValueError(
+            f"model: {name} has sample_size {size}, expected a multiple of {entries['patch_size']}, a patch"
+        )
     if outputs not in (None, channels, 2 * channels):
         raise ValueError(
             f"model: {name} has {outputs} output channels for {channels} of input, expected as many or twice as many"
         )
-    tokens, width = (size // found["patch_size"]) ** 2, found["num_attention_heads"] * found["attention_head_dim"]
-    # A block's hidden layer, of four times the width, and what is around it; the products of queries and keys.
-    kept = 12 * tokens * width + found["num_attention_heads"] * tokens**2 + 3 * channels * size**2
-    products = found["num_layers"] * (12 * tokens * width**2 + 2 * width * tokens**2 + 6 * width**2)
+    tokens, width = (size // entries["patch_size"]) ** 2, entries["num_attention_heads"] * entries["attention_head_dim"]
+    # A block's activations, with a hidden layer of four times the width; the products of queries and keys; the sample.
+    kept = 12 * tokens * width + entries["num_attention_heads"] * tokens**2 + 3 * channels * size**2
+    products = entries["num_layers"] * (12 * tokens * width**2 + 2 * width * tokens**2 + 6 * width**2)
     _check_sample(kept, products, f"{size} by {size}", name)
 
 
 def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
-    """Raises ValueError, naming `name`, where decoding latents takes more memory or time than models of images take.
+    """Raises ValueError, naming `name`, if decoding latents takes more memory or time than models of images do.
 
     Args:
         vae: an AutoencoderKL of plain blocks, which may be on the meta device.
@@ -103,7 +106,7 @@ def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
     """
     widths, layers = list(reversed(vae.config.block_out_channels)), vae.config.layers_per_block
     latents = size[0] * size[1]
-    # Each block but the last doubles the sides at its end.
+    # Each block but the last doubles the sides at its end: pixels inside the blocks, and after them.
     inside = [latents * 4**level for level in range(len(widths))]
     after = [*inside[1:], inside[-1]]
     kept = 6 * max(width * count for width, count in zip(widths, after, strict=True)) + latents**2
@@ -115,7 +118,10 @@ def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
 
 
 def _check_sample(kept: int, products: int, text: str, name: str) -> None:
-    """kept: float32 numbers in memory. text: the size of the sample."""
+    """Raises ValueError, naming `name`, if a sample takes too much memory or time.
+
+    kept: the float32 numbers in memory. products: the multiplications. text: the sample's size, for the message.
+    """
     if 4 * kept > _BYTES:
         raise ValueError(
             f"model: {name} has samples of {text}, of which one takes about {_gib(4 * kept)}, expected at most "

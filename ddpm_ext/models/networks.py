@@ -1,4 +1,4 @@
-"""Makes the denoisers of diffusers that can be sampled, UNet2DModel and DiTTransformer2DModel, from configurations."""
+"""Builds diffusers' denoisers UNet2DModel and DiTTransformer2DModel from configurations."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ddpm_ext.models.stored import make_from_config
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 FOLDERS = {UNET: "unet", DIT: "transformer"}
-"""Where a pipeline has its denoiser, by diffusers' class."""
+"""The sub-folder of a pipeline that has the denoiser, by diffusers' class."""
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
 
 def folder_of_denoiser(folder: Path) -> Path:
-    """unet/ or transformer/ of a pipeline; else the folder itself."""
+    """A pipeline's unet/ or transformer/; otherwise the folder itself."""
     return next((folder / name for name in FOLDERS.values() if (folder / name).is_dir()), folder)
 
 
 def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
-    """The class that a configuration describes; raises ValueError, naming `name`, if it is none of FOLDERS."""
+    """The class that a configuration describes. Raises ValueError, naming `name`, if it is not in FOLDERS."""
     kind = config.get("_class_name", UNET)
     if kind not in tuple(FOLDERS):
         raise ValueError(f"model: {name} describes a {kind}, expected a UNet2DModel or a DiTTransformer2DModel")
@@ -29,7 +29,7 @@ def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
 
 
 def embeddings_of(config: Mapping[str, Any], kind: str) -> int | None:
-    """How many classes a model tells apart; None: it has no classes. A DiT has a null class behind the others."""
+    """The number of a model's class embeddings; None: it has no classes. A DiT's last class is the null class."""
     if kind == DIT:
         return int(config.get("num_embeds_ada_norm", limits.DIT["num_embeds_ada_norm"])) + 1
     count: int | None = config.get("num_class_embeds")
@@ -44,13 +44,13 @@ def shape_of(network: Any) -> tuple[int, int, int]:
 
 
 def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
-    """Makes a UNet2DModel with random weights on `device`, or the DiTTransformer2DModel that `_class_name` asks for.
+    """Builds a UNet2DModel, or a DiTTransformer2DModel if `_class_name` asks for it, with random weights on `device`.
 
-    While a DiT is trained, its blocks don't drop labels, which diffusers' do, each by other random numbers.
+    In training, the blocks of diffusers' DiT drop labels, each block by other random numbers. Here they don't.
 
     Raises:
-        ValueError: diffusers can't make a model from `config`, or it would take more memory or time than models of
-            images take, of which nothing is taken then; the message names `name`.
+        ValueError: diffusers can't build a model from `config`, or the model would take more memory or time than models
+            of images do. The check itself takes no such memory. The message names `name`.
     """
     planned = _make(config, name, "meta")
     limits.check_weights(planned, name)
@@ -60,7 +60,8 @@ def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu"
 
 
 def check_size(network: Any, size: tuple[int, int], name: str) -> None:
-    """Raises ValueError, naming `name`, if samples of this (height, width) don't fit, or take too much."""
+    """Raises ValueError, naming `name`, if samples of this (height, width) don't fit the network, or take too much
+    memory or time."""
     if type(network).__name__ == UNET:
         limits.check_unet(network, size, name)
     elif size != shape_of(network)[1:]:
@@ -73,11 +74,11 @@ def _make(config: dict[str, Any], name: str, device: str) -> Any:
         limits.check_transformer(config, name)
     else:
         limits.check_layers(config, name)
-    made = make_from_config(kind, config, name, device)
-    for module in made.modules():
+    network = make_from_config(kind, config, name, device)
+    for module in network.modules():
         if hasattr(module, "token_drop"):  # diffusers' LabelEmbedding
             module.dropout_prob = 0.0
-    return made
+    return network
 
 
 def check_supported(config: dict[str, Any], path: Path) -> None:

@@ -13,13 +13,14 @@ from ddpm_ext.tables import schedules
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.variances import peer_variances
 
-# The names in GaussianDiffusion by diffusers' names
+# From diffusers' names to the names of GaussianDiffusion.
 _PREDICTIONS = peer_predictions("diffusers")
 _VARIANCES = peer_variances("diffusers")
-# Schedulers with the same forward process: a model that was trained with one can be sampled with any other.
+# Schedulers with the same forward process: a model that was trained with one of them can be sampled with any of them.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-# Rectified flow: beta_schedule and prediction are "flow" then. Entries that change its levels must be as they are here.
+# The scheduler of rectified flow, for which beta_schedule and prediction are "flow". Entries of its configuration that
+# change the levels must have these values.
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _FLOW_DEFAULTS = {
     "shift": 1.0,
@@ -31,7 +32,8 @@ _FLOW_DEFAULTS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
-# What a loop is told here: the entry, what it must be, and the value of clip_denoised that stands for another.
+# Entries that only affect the loop: the entry, the value that it must have, and the clip_denoised to pass to the loop
+# in place of another value.
 _OF_LOOP: tuple[tuple[str, object, str], ...] = (
     ("thresholding", False, "DynamicThreshold(...)"),
     ("clip_sample_range", 1.0, "(low, high)"),
@@ -61,7 +63,7 @@ class DiffusionSettings:
 
     @classmethod
     def of(cls, diffusion: GaussianDiffusion) -> DiffusionSettings:
-        """Those of a GaussianDiffusion. Raises ValueError for levels in place of betas, unless they are "flow"."""
+        """The settings of a GaussianDiffusion. Raises ValueError if it has a NoiseSchedule other than "flow"."""
         schedule, timesteps = diffusion.schedule, diffusion.timesteps
         betas: str | tuple[float, ...] = tuple(diffusion.betas.tolist())
         if schedule.scale is not None:
@@ -115,7 +117,7 @@ class DiffusionSettings:
             "clip_sample_range": 1.0,
         }
         if self.beta_schedule == "linear":
-            # The ends for 1,000 timesteps, scaled to this number of them, as in tables.schedules.
+            # The ends of 1,000 timesteps, scaled to this number of timesteps, as in tables.schedules.
             scale = 1000 / self.timesteps
             return config | {"beta_schedule": "linear", "beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
         return config | {"beta_schedule": "linear", "trained_betas": self.diffusion().betas.tolist()}
@@ -127,8 +129,8 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
     timestep_spacing and steps_offset are not read: which timesteps a shorter loop visits is an argument of the sampler.
 
     Raises:
-        ValueError: the scheduler is of another kind, or an entry is damaged, or it requires what
-            GaussianDiffusion has no argument for. The message names `name`.
+        ValueError: the scheduler is of another kind, or an entry is damaged, or it asks for something that
+            GaussianDiffusion does not support. The message names `name`.
     """
     kind = config.get("_class_name", "DDPMScheduler")
     if kind == _FLOW:
@@ -136,10 +138,10 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
     if kind not in _SCHEDULERS:
         raise ValueError(f"model: {name} is for a {kind}, expected one of {', '.join((*_SCHEDULERS, _FLOW))}")
     for entry, value, instead in _OF_LOOP:
-        found = config.get(entry, value)
-        if found != value:
+        actual = config.get(entry, value)
+        if actual != value:
             raise ValueError(
-                f"model: {name} has {entry} {found!r}, expected {value!r}; pass clip_denoised={instead} to "
+                f"model: {name} has {entry} {actual!r}, expected {value!r}; pass clip_denoised={instead} to "
                 "p_sample_loop instead"
             )
     prediction = _ours(config, name, "prediction_type", "epsilon", _PREDICTIONS)
@@ -157,14 +159,16 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
 
 
 def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
-    """Whether a scheduler's configuration asks for samples in [-1, 1]; `default` where it says nothing.
+    """Whether a scheduler's configuration asks for samples in [-1, 1]; `default` if it has no such entry.
 
     Raises ValueError, naming `name`, if the entry is damaged.
     """
-    found = config.get("clip_sample", default)
-    if not isinstance(found, bool):
-        raise ValueError(f"model: {name} has clip_sample {found!r}, expected true or false")
-    return default if config.get("_class_name") == "PNDMScheduler" else found  # that one never clips in diffusers
+    clip = config.get("clip_sample", default)
+    if not isinstance(clip, bool):
+        raise ValueError(f"model: {name} has clip_sample {clip!r}, expected true or false")
+    return (
+        default if config.get("_class_name") == "PNDMScheduler" else clip
+    )  # diffusers' PNDMScheduler ignores the entry
 
 
 def _read_flow(config: dict[str, Any], name: str) -> DiffusionSettings:
@@ -193,7 +197,7 @@ def _ours(config: dict[str, Any], name: str, entry: str, default: str, known: di
 
 
 def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:
-    """The betas, (timesteps,) float64. diffusers computes the same in float32."""
+    """The betas, (timesteps,) float64. diffusers computes the same numbers in float32."""
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu").flatten()
@@ -204,6 +208,6 @@ def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:
     elif schedule == "squaredcos_cap_v2":
         betas = schedules.cosine_betas(torch.arange(count + 1, dtype=torch.float64, device="cpu") / count)
     else:
-        # The betas follow a sigmoid here; in GaussianDiffusion's "sigmoid" alphas_cumprod does.
+        # In diffusers' "sigmoid" the betas follow a sigmoid; in GaussianDiffusion's, alphas_cumprod does.
         betas = torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64, device="cpu")) * (end - start) + start
     return schedules.rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr", False) else betas

@@ -1,4 +1,4 @@
-"""The files of a model's folder, a configuration and weights, which may be damaged or a stranger's."""
+"""The files of a model's folder, a configuration and weights, which may be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def make_from_config(kind: str, config: Mapping[str, Any], name: str, device: str) -> Any:
-    """A module of diffusers' class `kind` with random weights on a device. What the configuration asks for is checked
+    """Makes a module of diffusers' class `kind` with random weights on a device. The caller checks the configuration
     before.
 
     Raises:
         ValueError: diffusers can't make it; the message names `name`. MissingExtra: diffusers is not installed.
     """
-    maker = getattr(require("diffusers", "the model"), kind)  # an import that fails is no fault of the configuration's
+    maker = getattr(require("diffusers", "the model"), kind)  # outside of `try`: import errors are not about the config
     try:
         with torch.device(device):
             return maker.from_config(config)
@@ -32,10 +32,10 @@ def make_from_config(kind: str, config: Mapping[str, Any], name: str, device: st
 
 
 def load_module(make: Callable[[str], Any], folder: Path) -> Any:
-    """A module with the weights in `folder`, on the CPU, in evaluation mode and without gradients.
+    """Makes a module with the weights in `folder`, on the CPU, in evaluation mode and without gradients.
 
-    make: makes it on a device. It is called with "meta" first, since a configuration may ask for more memory than there
-        is.
+    make: makes the module on a device. It is called with "meta" first, since a configuration may ask for more memory
+        than the machine has.
 
     Raises:
         ValueError: the weights are missing, damaged, not finite, or those of another module.
@@ -51,7 +51,7 @@ def load_module(make: Callable[[str], Any], folder: Path) -> Any:
 
 
 def update_hash(digest: Any, folder: Path) -> None:
-    """Puts the configuration and the weights in `folder` into a hash of hashlib."""
+    """Updates a hash of hashlib with the configuration and the weights in `folder`."""
     for name in (CONFIG, WEIGHTS):
         with open(folder / name, "rb") as opened:
             while block := opened.read(2**24):
@@ -59,11 +59,11 @@ def update_hash(digest: Any, folder: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors in a safetensors file; raises ValueError if it is missing, cut short or damaged."""
+    """Reads the tensors in a safetensors file. Raises ValueError if it is missing, incomplete or damaged."""
     load = require("safetensors.torch", "reading model files").load_file
     if not path.is_file():
         pickles = sorted(
-            found.name for found in path.parent.glob("*") if found.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+            sibling.name for sibling in path.parent.glob("*") if sibling.suffix in {".bin", ".pt", ".pth", ".ckpt"}
         )
         if pickles:
             raise ValueError(
@@ -80,25 +80,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def check_architecture(
     module: torch.nn.Module, weights: dict[str, Tensor], path: Path, other: str = f"its {CONFIG}"
 ) -> None:
-    """Raises ValueError, naming `path`, unless `weights` have the names and shapes of the module's.
+    """Raises ValueError, naming `path`, unless `weights` have the names and shapes of the module's weights.
 
-    other: what the module was made by, or what it is, for the message.
+    other: a description of the module or of its configuration, for the message.
     """
-    wanted = module.state_dict()
-    for name in (*wanted, *sorted(weights.keys() - wanted.keys())):
-        if name not in wanted:
-            found = f"{name} is not part of the model"
+    expected = module.state_dict()
+    for name in (*expected, *sorted(weights.keys() - expected.keys())):
+        if name not in expected:
+            difference = f"{name} is not part of the model"
         elif name not in weights:
-            found = f"{name} is missing"
-        elif weights[name].shape != wanted[name].shape:
-            found = f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}"
+            difference = f"{name} is missing"
+        elif weights[name].shape != expected[name].shape:
+            difference = f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
         else:
             continue
-        raise ValueError(f"model: {path} holds weights of another architecture than {other}: {found}")
+        raise ValueError(f"model: {path} holds weights of another architecture than {other}: {difference}")
 
 
 def check_finite(module: torch.nn.Module, path: Path) -> None:
-    """Raises ValueError, naming `path`, if weights that were finite are no longer so in the module's dtype."""
+    """Raises ValueError, naming `path`, if weights are not finite, for example after a cast to a narrower dtype."""
     for name, value in module.state_dict().items():
         if not torch.isfinite(value).all():
             raise ValueError(f"model: {path} holds weights beyond {str(value.dtype)[6:]}, in {name}")

@@ -1,5 +1,7 @@
-"""Step tables in a model's folder that were tuned to it: tuned/6.json for 6 calls of the model without guidance, and
-tuned/6-guidance-2.5.json with guidance."""
+"""Step tables in a model's folder that were tuned to the model.
+
+tuned/6.json is for 6 calls of the model without guidance, tuned/6-guidance-2.5.json for 6 calls with guidance 2.5.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,23 @@ from ddpm_ext.tables.step_table import StepTable
 
 FOLDER = "tuned"
 MODEL_SHA256 = "model_sha256"
-"""The note that says which model a table was tuned to."""
+"""The name of a table's note with the SHA-256 of the model that it was tuned to."""
 
 
 def table_name(calls: int, guidance: float | None = None) -> str:
-    """The name of a table's file. guidance: the scale; 1 and None are none."""
+    """The name of a table's file. guidance: the scale; 1 and None mean no guidance."""
     return f"{calls}.json" if guidance in (None, 1) else f"{calls}-guidance-{guidance:g}.json"
 
 
 def tables_in(folder: str | os.PathLike[str]) -> list[str]:
-    """The tables in a model's folder, in words: "4", "6", "6 with guidance 2.5"; empty where there are none."""
+    """Descriptions of the tables in a model's folder, such as "4", "6", "6 with guidance 2.5"."""
     named = [re.fullmatch(r"(\d+)(?:-guidance-(.+))?\.json", path.name) for path in Path(folder, FOLDER).glob("*.json")]
-    found = sorted((match[2] or "", int(match[1])) for match in named if match)
-    return [f"{calls}{f' with guidance {guidance}' * bool(guidance)}" for guidance, calls in found]
+    keys = sorted((match[2] or "", int(match[1])) for match in named if match)
+    return [f"{calls}{f' with guidance {guidance}' * bool(guidance)}" for guidance, calls in keys]
 
 
 def calls_in(folder: str | os.PathLike[str], guidance: float | None = None) -> set[int]:
-    """How many calls of the model each of its tables for this scale of guidance has."""
+    """The numbers of model calls for which the folder has tables with this scale of guidance."""
     names = [path.name for path in Path(folder, FOLDER).glob("*.json")]
     numbers = {int(match[0]) for name in names if (match := re.match(r"\d+", name))}
     return {calls for calls in numbers if table_name(calls, guidance) in names}

@@ -1,4 +1,4 @@
-"""The images of latents: the decoder of an AutoencoderKL in a folder of diffusers."""
+"""Decodes latents into images, with an AutoencoderKL in a folder of diffusers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecode
 
 @dataclass(frozen=True)
 class LatentDecoder:
-    """Makes images of latents; a call takes and returns (batch, channels, height, width).
+    """Decodes latents into images; a call takes and returns (batch, channels, height, width).
 
-    vae: diffusers' AutoencoderKL, in float32: in 16 bits the usual ones overflow.
-    scale, shift: latents are those of the autoencoder minus `shift`, times `scale`.
+    vae: diffusers' AutoencoderKL, in float32: the usual ones overflow in 16 bits.
+    scale, shift: latents are the autoencoder's latents minus `shift`, times `scale`.
     shape: (channels, height, width) of an image.
-    folder: where it is.
+    folder: the autoencoder's folder.
     """
 
     vae: Any
@@ -36,8 +36,9 @@ class LatentDecoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """The images, about in [-1, 1], float32; one after the other, so that memory does not grow with the batch."""
-        return torch.cat([self.vae.decode(one[None].float() / self.scale + self.shift).sample for one in latents])
+        """The images, about in [-1, 1], float32. They are decoded one by one, so that memory does not grow with the
+        batch."""
+        return torch.cat([self.vae.decode(latent[None].float() / self.scale + self.shift).sample for latent in latents])
 
     def sha256(self) -> str:
         """The SHA-256 of the configuration and the weights."""
@@ -52,7 +53,7 @@ def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device
     shape: (channels, height, width) of the latents.
 
     Raises:
-        ValueError: the files are missing, damaged, of another architecture, or ask for too much.
+        ValueError: the files are missing, damaged or of another architecture, or ask for too much memory or time.
     """
     inner = folder / FOLDER
     if not inner.is_dir():
@@ -63,11 +64,11 @@ def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device
 
     def make(where: str) -> Any:
         limits.check_layers(config, name)
-        made = make_from_config("AutoencoderKL", config, name, where)
+        vae_on_device = make_from_config("AutoencoderKL", config, name, where)
         if where == "meta":
-            limits.check_weights(made, name)
-            limits.check_decoder(made, shape[1:], name)
-        return made
+            limits.check_weights(vae_on_device, name)
+            limits.check_decoder(vae_on_device, shape[1:], name)
+        return vae_on_device
 
     vae = load_module(make, inner).to(device)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -81,9 +82,9 @@ def _check_supported(config: dict[str, Any], name: str, channels: int) -> None:
         raise ValueError(f"model: {name} describes a {kind}, expected an AutoencoderKL")
     widths = config.get("block_out_channels", [64])
     for entry, block in _BLOCKS.items():
-        found = config.get(entry, [block])
-        if not isinstance(widths, list) or found != [block] * len(widths):
-            raise ValueError(f"model: {name} has {entry} {found!r}, expected {block} for each of block_out_channels")
+        blocks = config.get(entry, [block])
+        if not isinstance(widths, list) or blocks != [block] * len(widths):
+            raise ValueError(f"model: {name} has {entry} {blocks!r}, expected {block} for each of block_out_channels")
     if config.get("latent_channels", 4) != channels:
         got = config.get("latent_channels", 4)
         raise ValueError(f"model: {name} has latent_channels {got!r}, expected {channels}, as the denoiser")
