@@ -29,11 +29,11 @@ _SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))
 def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
     """Draws shapes with the model that comes with the package, and writes three pictures to `folder`.
 
-    samples.png has eight samples of each class; guidance.png one of each with rising guidance and the same noise;
-    trajectory.png x_t and the predicted clean samples at some of the steps.
+    samples.png has eight samples of each class. guidance.png has a sample of each class, with rising guidance and the
+    same noise. trajectory.png has x_t and the predicted clean samples at some of the steps.
 
     Args:
-        steps: of the loop.
+        steps: the number of the loop's steps.
 
     Returns:
         The paths of the pictures.
@@ -73,9 +73,9 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
 
 
 def step_costs(shape: tuple[int, ...]) -> tuple[float, float]:
-    """Median seconds of one reverse step without the model's call: of the fused kernel, and of eager torch.
+    """The median time of one reverse step without the model call, in seconds: of the fused kernel, and of eager torch.
 
-    The model's output is given, and the noise is drawn in the step. The two are timed in turns.
+    A step draws its noise but gets a fixed model output. Both are timed in turns.
     """
     fused, eager = GaussianDiffusion(), EagerDiffusion()
     x, predicted = torch.randn(shape, device="cpu"), torch.randn(shape, device="cpu")

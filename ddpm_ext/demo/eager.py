@@ -1,6 +1,6 @@
-"""The diffusion's formulas as they are commonly written in eager torch, which the fused kernels are compared with.
+"""The diffusion's formulas as they are commonly written in eager torch, for comparison with the fused kernels.
 
-Coefficients are gathered by t, each term is an operator of its own, and the noise comes from torch's generator.
+Coefficients are gathered by t, each term is a separate operator, and the noise comes from torch's generator.
 """
 
 from __future__ import annotations
