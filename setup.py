@@ -1,12 +1,12 @@
-"""Builds `ddpm_ext._C`: CPU kernels always, and CUDA kernels if torch has CUDA and there is an nvcc that fits it.
+"""Builds `ddpm_ext._C`: CPU kernels always, and CUDA kernels if torch has CUDA and a matching nvcc is installed.
 
 Environment variables:
 - DDPM_EXT_CUDA: 0 builds without CUDA, 1 fails if CUDA can't be built; unset builds it if possible
 - CUDA_HOME, or else CUDA_PATH: the CUDA toolkit; without both, the toolkit of the `nvcc` on PATH
-- TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0+PTX"; "all", for a wheel that others will install; unset takes
-  those of the visible GPUs
+- TORCH_CUDA_ARCH_LIST: GPU architectures, such as "8.0;9.0+PTX"; "all" for a wheel that runs on all cards; unset takes
+  the architectures of the visible GPUs
 - MAX_JOBS: how many compilers run at once
-- DDPM_EXT_SANITIZE: for g++'s -fsanitize, as "address,undefined": `make sanitize`
+- DDPM_EXT_SANITIZE: the value of g++'s -fsanitize, such as "address,undefined", for `make sanitize`
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from setuptools import Extension, setup
 MODULE = "ddpm_ext._C"
 OLDEST_TORCH = (2, 7)
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-WITHOUT_CARD = "8.0"  # what any newer GPU can run through PTX, and the oldest that converts bfloat16 by itself
-LICENSE = "Apache-2.0"  # not in pyproject.toml, which has no form that setuptools before and after 77 both accept
+WITHOUT_CARD = (
+    "8.0"  # newer GPUs run its PTX, and it is the oldest architecture with instructions that convert bfloat16
+)
+LICENSE = "Apache-2.0"  # not in pyproject.toml: setuptools before 77 and from 77 on accept no common form there
 INSTALL = "pip install --no-build-isolation ."
 
-# Contraction, or any flag that lets the compiler reorder arithmetic, would break the noise contract. No -march: the
-# instruction set is chosen at run time. No -fopenmp: csrc/cpu/parallel.h says how torch's threads are used without.
+# Contraction, or any flag that lets the compiler reorder arithmetic, would change the bits of the noise. No -march: the
+# instruction set is chosen at run time. No -fopenmp: csrc/cpu/parallel.h explains how kernels use torch's threads.
 HOST_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX_FLAGS = ["-O3", "-g0", *HOST_FLAGS, "-Wall"]
-# These interleave long chains of vector instructions. With g++ 12 the first two make noise a seventh faster, the others
-# AVX2's another twentieth. Some compilers don't know them.
+# These flags interleave long chains of vector instructions. With g++ 12 the first two make drawing noise a seventh
+# faster; the last two make it another twentieth faster with AVX2. Some compilers don't know these flags.
 TUNING_FLAGS = [
     "-fschedule-insns",
     "-fira-region=all",
@@ -46,16 +48,20 @@ TUNING_FLAGS = [
     "--param=sched-pressure-algorithm=2",
 ]
 NVCC_FLAGS = ["-O3", "-fmad=false", f"-Xcompiler={','.join(HOST_FLAGS)}"]
-# The kernels differ only between these architectures (__CUDA_ARCH__ in csrc/cuda). From one of them up to the next, all
-# are made of one PTX, for which nvcc takes most of its time; docs/developers/cuda.md compares the machine code.
+# The kernels' source differs only between these architectures (__CUDA_ARCH__ in csrc/cuda). So all architectures from
+# one of them up to the next are compiled from one PTX, since making PTX takes most of nvcc's time;
+# docs/developers/cuda.md compares the machine code.
 PTX_ARCHS = (75, 80, 100)
 
-# Commands of setuptools that compile. The others (sdist, metadata) need no torch.
+# Commands of setuptools that compile. Other commands (sdist, metadata) need no torch.
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit, its version and the architectures that its nvcc compiles for. Without one, `problem` says why."""
+    """A CUDA toolkit, its version, and the architectures that its nvcc compiles for.
+
+    If home is None, no toolkit was found, and `problem` says why.
+    """
 
     home: str | None
     version: str = ""
@@ -64,7 +70,7 @@ class Toolkit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Whether to build with a CUDA toolkit, and if not, why."""
+    """The CUDA toolkit to build with; None: build without CUDA, for the reason `why_cpu`."""
 
     toolkit: Toolkit | None
     why_cpu: str = ""
@@ -75,7 +81,7 @@ def fail(message: str) -> NoReturn:
 
 
 def ask(*command: str) -> str:
-    """The output of a command, of both streams; empty if it fails."""
+    """The output of a command, stdout and stderr together; empty if the command fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError:
@@ -95,7 +101,7 @@ def has_nvcc(home: str | os.PathLike[str]) -> bool:
 
 
 def home_behind(nvcc: str) -> str | None:
-    """The toolkit that an nvcc belongs to. Its --dryrun shows it even if the nvcc on PATH is a wrapper script."""
+    """The folder of the toolkit that an nvcc belongs to. If nvcc is a wrapper script, its --dryrun shows the folder."""
     here = re.search(r"^#\$ _HERE_=(.+)$", ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
     bins = [Path(here[1].strip())] if here else []
     for folder in [*bins, Path(nvcc).resolve().parent]:
@@ -128,7 +134,7 @@ def find_toolkit(env: Mapping[str, str]) -> Toolkit:
 
 
 def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None) -> Plan:
-    """Decides whether to build with CUDA. Ends the build if DDPM_EXT_CUDA is 1 and that is not possible."""
+    """Decides whether to build with CUDA. Ends the build if DDPM_EXT_CUDA is 1 and CUDA can't be built."""
     wish = env.get("DDPM_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"DDPM_EXT_CUDA={wish} is unknown: 0 leaves CUDA out, 1 demands it, unset takes it where it can be had")
@@ -153,10 +159,10 @@ def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None
 
 
 def choose_archs(wish: str, known: Collection[str], cards: Collection[tuple[int, int]]) -> tuple[str, str]:
-    """The architectures to compile for, and whose they are.
+    """The architectures to compile for, and a phrase that explains the choice.
 
-    wish: TORCH_CUDA_ARCH_LIST. known: those that nvcc and torch both know. cards: the visible GPUs' capabilities. What
-    is chosen here ends with PTX of the last, which later GPUs can run.
+    wish: TORCH_CUDA_ARCH_LIST. known: the architectures that nvcc and torch both know. cards: the visible GPUs'
+    capabilities. Unless the user chose, the result includes PTX of the last architecture, which later GPUs can run.
     """
     if wish not in ("", "all"):
         return wish.replace(";", " "), "as you chose"
@@ -173,7 +179,7 @@ def choose_archs(wish: str, known: Collection[str], cards: Collection[tuple[int,
 
 
 def torch_knows(arch: str) -> bool:
-    """Whether torch's build helper accepts an architecture. It has no public list of them."""
+    """Whether torch's build helper accepts an architecture. Torch has no public list of architectures."""
     from torch.utils import cpp_extension
 
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -190,7 +196,7 @@ def torch_knows(arch: str) -> bool:
 
 
 def check_torch():
-    """Returns the torch module. If it is missing or too old, the build ends with the command that helps."""
+    """Returns the torch module. If it is missing or too old, ends the build with the command that installs it."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -204,7 +210,7 @@ def check_torch():
 
 
 def files(*patterns: str) -> list[str]:
-    """Paths under csrc, relative to this folder, as setuptools wants them."""
+    """The files under csrc that match, as paths relative to this folder, which setuptools requires."""
     root = Path(__file__).resolve().parent
     return sorted(path.relative_to(root).as_posix() for p in patterns for path in (root / "csrc").glob(p))
 
@@ -214,12 +220,12 @@ def sources(cuda: bool) -> list[str]:
 
 
 def nvcc_flags(version: str, arch_flags: Collection[str]) -> list[str]:
-    """Those for an nvcc of a version, given torch's for the architectures."""
+    """nvcc's flags. version: nvcc's. arch_flags: torch's flags for the architectures."""
 
-    def of_one_ptx(found: re.Match[str]) -> str:
-        return f"compute_{max((arch for arch in PTX_ARCHS if arch <= int(found[1])), default=found[1])}"
+    def of_one_ptx(match: re.Match[str]) -> str:
+        return f"compute_{max((arch for arch in PTX_ARCHS if arch <= int(match[1])), default=match[1])}"
 
-    # The smaller form can't be read by drivers older than CUDA 12.4, which CUDA 13 can't use anyway.
+    # Drivers older than CUDA 12.4 can't read the smaller form, but CUDA 13 does not support them anyway.
     small = "--compress-mode=size" if int(version.split(".")[0]) >= 13 else "-Xfatbin=-compress-all"
     return [*NVCC_FLAGS, small, *(re.sub(r"compute_(\d+)\b", of_one_ptx, flag) for flag in arch_flags)]
 
@@ -229,7 +235,7 @@ def compiler() -> list[str]:
 
 
 def known_flags(flags: Collection[str]) -> list[str]:
-    """Those of the flags that the C++ compiler accepts without a warning."""
+    """The flags that the C++ compiler accepts without a warning."""
     command = [*compiler(), "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
     return [flag for flag in flags if succeeds(*command, flag)]
 
@@ -245,7 +251,7 @@ def configure():
     info = {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
     info |= {"cuda": None, "archs": "", "why_cpu": plan.why_cpu}
     if plan.toolkit:
-        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch looks here when cpp_extension is imported
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch reads this when cpp_extension is imported
     add_ninja_to_path()
     from torch.utils import cpp_extension
 
@@ -266,7 +272,7 @@ def configure():
     if plan.toolkit:
         cxx += [macro("DDPM_EXT_CUDA_VERSION", info["cuda"]), macro("DDPM_EXT_CUDA_ARCHS", info["archs"])]
     nvcc = nvcc_flags(plan.toolkit.version, cpp_extension._get_cuda_arch_flags()) if plan.toolkit else []
-    link = ["-Wl,-s"] if sys.platform == "linux" else []  # without names, a twentieth of the module
+    link = ["-Wl,-s"] if sys.platform == "linux" else []  # stripping symbols makes the module a twentieth smaller
     if os.environ.get("DDPM_EXT_SANITIZE"):
         link = [f"-fsanitize={os.environ['DDPM_EXT_SANITIZE']}", "-fno-sanitize-recover=undefined"]
         cxx = [flag for flag in cxx if flag not in TUNING_FLAGS] + [*link, "-O0", "-g1"]
@@ -280,15 +286,18 @@ def configure():
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,
     )
-    # Warnings of torch's headers are off: g++ ignores -I for a folder that -isystem names as well.
+    # -isystem turns off warnings in torch's headers: g++ ignores -I for a folder that is also named by -isystem.
     cxx += [f"-isystem{folder}" for folder in extension.include_dirs[1:]]
 
     class BuildExt(cpp_extension.BuildExtension):
-        """Writes beside the module what it was built for; `ddpm_ext.ops.extension` reads that before it loads it."""
+        """Also writes a .json file with the versions that the module was built for, next to the module.
+
+        `ddpm_ext.ops.extension` reads the file before it loads the module.
+        """
 
         def run(self):
-            self.force = True  # without ninja, a change of torch or flags alone would go unnoticed
-            if self.inplace:  # in pip's temporary folder, an editable build would compile everything anew
+            self.force = True  # otherwise a build without ninja would not notice a change of torch or of flags
+            if self.inplace:  # not pip's temporary folder, where each editable build would compile all files again
                 self.build_temp = f"build/temp.{sys.platform}-{sys.implementation.cache_tag}"
             super().run()
             for folder in {False, bool(self.inplace)}:
@@ -300,7 +309,7 @@ def configure():
 
 
 def add_ninja_to_path() -> None:
-    """Puts ninja on PATH, where torch looks for it. A pip that is called by its path has no bin folder there."""
+    """Puts ninja on PATH, where torch looks for it. If pip is called by its path, its bin folder is not on PATH."""
     try:
         import ninja
     except ModuleNotFoundError:
@@ -309,9 +318,10 @@ def add_ninja_to_path() -> None:
 
 
 def requirements(commands: Collection[str]) -> list[str]:
-    """What is needed at run time. A compiled module fits the torch that it was compiled for, the sources any."""
+    """The packages that are needed at run time. A compiled module needs the torch that it was compiled for; the sources
+    work with any supported torch."""
     torch = ">=" + ".".join(map(str, OLDEST_TORCH))
-    if not (COMPILING | {"dist_info"}).isdisjoint(commands):  # dist_info: the metadata of a wheel to come
+    if not (COMPILING | {"dist_info"}).isdisjoint(commands):  # dist_info makes the metadata of the wheel to be built
         with suppress(metadata.PackageNotFoundError):
             torch = f"=={'.'.join(metadata.version('torch').split('.')[:2])}.*"
     return [f"torch{torch}", "numpy"]

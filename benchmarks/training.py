@@ -2,9 +2,9 @@
 
     python -m benchmarks.training --data cifar10/train --table benchmarks/results/training.md
 
-Both train the same U-Net with the same batches, autocast, AdamW, clipping and moving average, each in a process of its
-own, by turns. The plain loop has all images in memory as tensors; `ddpm-ext train` reads them from the source. A number
-is the median of a process's intervals of some steps, without the first one.
+Both train the same U-Net with the same batch size, autocast, AdamW, clipping and moving average, in separate processes,
+by turns. The plain loop has all images in memory as tensors; `ddpm-ext train` reads them from the source. A number is
+the median over a process's intervals of 8 steps, without the first interval.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from ddpm_ext.training import TrainOptions, train
 from ddpm_ext.training.data import labels_of, load_images
 from ddpm_ext.training.network import config_of
 
-INTERVAL, INTERVALS = 8, 6  # steps of an interval, and how many of these a process takes
+INTERVAL, INTERVALS = 8, 6  # the steps of an interval, and the number of intervals of a process
 COMMON: dict[str, Any] = {"steps": INTERVAL * INTERVALS, "log_every": INTERVAL, "device": "cpu"}
 
 
 def cases(data: str | None) -> dict[str, TrainOptions]:
-    found = {"digits": TrainOptions(timestep_sampler="uniform", **COMMON)}
+    options = {"digits": TrainOptions(timestep_sampler="uniform", **COMMON)}
     if data is not None:
         network = {"widths": (64, 128, 128), "attention": (2,), "head_channels": 64, "groups": 32, "dropout": 0.0}
         about = {"beta_schedule": "cosine", "prediction": "v", "autocast": "bfloat16", "batch_size": 64, "flip": True}
-        found["images"] = TrainOptions(
+        options["images"] = TrainOptions(
             data=data, classes=True, timestep_sampler="uniform", **network, **about, **COMMON
         )
-    return found
+    return options
 
 
 class Plain:
-    """A training loop as people write it."""
+    """A training loop as it is commonly written in PyTorch."""
 
     def __init__(self, options: TrainOptions) -> None:
         self.options, source = options, load_images(options.data, options.image_size)
@@ -90,13 +90,13 @@ class Plain:
         return loss.detach()
 
     def speeds(self) -> list[float]:
-        found = []
+        speeds = []
         for _ in range(INTERVALS):
-            begun = time.monotonic()
+            start = time.monotonic()
             losses = [self.step() for _ in range(INTERVAL)]
             torch.stack(losses).tolist()
-            found.append(INTERVAL * self.options.batch_size / (time.monotonic() - begun))
-        return found
+            speeds.append(INTERVAL * self.options.batch_size / (time.monotonic() - start))
+        return speeds
 
 
 def speeds_of_train(options: TrainOptions) -> list[float]:
@@ -107,7 +107,7 @@ def speeds_of_train(options: TrainOptions) -> list[float]:
 
 
 def measured(way: str, case: str, data: str | None) -> dict[str, float]:
-    """Runs a way in a process of its own."""
+    """Measures `way`, "train" or "plain", in a separate process."""
     command = [sys.executable, "-m", "benchmarks.training", "--way", way, "--case", case]
     command += [] if data is None else ["--data", data]
     out: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -137,12 +137,12 @@ def main() -> None:
         "|---|---:|---:|---:|---:|",
     ]
     for case in cases(options.data):
-        found: dict[str, list[dict[str, float]]] = {"train": [], "plain": []}
+        runs: dict[str, list[dict[str, float]]] = {"train": [], "plain": []}
         for _ in range(options.rounds):
-            for way, every in found.items():
+            for way, every in runs.items():
                 every.append(measured(way, case, options.data))
-        speed = {way: statistics.median(each["speed"] for each in every) for way, every in found.items()}
-        memory = {way: max(each["memory"] for each in every) for way, every in found.items()}
+        speed = {way: statistics.median(each["speed"] for each in every) for way, every in runs.items()}
+        memory = {way: max(each["memory"] for each in every) for way, every in runs.items()}
         cells = f"{speed['train']:.1f} | {speed['plain']:.1f} | {speed['train'] / speed['plain']:.3f}"
         lines.append(f"| {case} | {cells} | {memory['train']:.1f} GiB, {memory['plain']:.1f} GiB |")
         print(lines[-1], flush=True)

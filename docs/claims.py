@@ -1,8 +1,9 @@
 """The measured numbers of README.md and docs/, which come from benchmarks/results: each has one source.
 
-`python docs/claims.py` writes them into the pages, `--check` only names the pages that say otherwise.
-A claim is a sentence with a # for each number, or a table whose last cells are looked up by its first ones. What was
-measured and has no file is in docs/developers/measurements.md, with its command, and is not checked.
+`python docs/claims.py` writes the numbers into the pages; `--check` only names the pages with other numbers.
+A claim is a sentence with a # for each number, or a table whose last cells are looked up by its first cells.
+Measurements without a file in benchmarks/results are in docs/developers/measurements.md, with their commands, and are
+not checked.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ def cells_of(line: str) -> list[str]:
 
 @cache
 def rows(file: str, before: str = "", keys: int = 2) -> Rows:
-    """A table of benchmarks/results: its cells by the first `keys` of each row and by the column's head. It is the
-    first one after the words `before`, of which ` ... ` separates several that follow one another."""
+    """A table of benchmarks/results: its cells, by the first `keys` cells of each row and the column's head.
+
+    It is the first table after the words `before`. Several words, which occur in this order, are separated by ` ... `.
+    """
     text = (ROOT / "benchmarks" / "results" / f"{file}.md").read_text(encoding="utf-8")
     for words in before.split(" ... "):
         text = text[text.index(words) :]
     lines = re.search(r"^\|.*(?:\n\|.*)+", text, re.MULTILINE)[0].splitlines()
     head = cells_of(lines[0])
     numbered = [f"{name} {head[:i].count(name) + 1}" if name in head[:i] else name for i, name in enumerate(head)]
-    found = map(cells_of, lines[2:])
-    return {tuple(row[:keys]): dict(zip(numbered[keys:], row[keys:], strict=True)) for row in found}
+    cells = map(cells_of, lines[2:])
+    return {tuple(row[:keys]): dict(zip(numbered[keys:], row[keys:], strict=True)) for row in cells}
 
 
 def number(file: str, *key: str, column: str, before: str = "") -> float:
@@ -47,7 +50,7 @@ def number(file: str, *key: str, column: str, before: str = "") -> float:
 
 
 def spread(values: Sequence[float], form: str = "{:.1f}") -> list[str]:
-    """The least and the greatest."""
+    """The smallest and the largest value, as text."""
     return [form.format(min(values)), form.format(max(values))]
 
 
@@ -68,15 +71,18 @@ def peer(name: str, shape: str) -> dict[str, str]:
 
 
 def layouts(which: Callable[[str, str, str], bool], *columns: str) -> list[float]:
-    """Ratios of the rows whose operator, shape and dtype are asked for."""
+    """The ratios in these columns of the rows that `which` selects by operator, shape and dtype."""
     return [float(row[column]) for key, row in rows("layouts", "", 3).items() if which(*key) for column in columns]
 
 
 def busiest(kernel: str, dtype: str, card: str, share: float = 1.0) -> str:
-    """The time of the busiest pipe over memory's, for a share of the bytes, where a thread takes eight turns."""
+    """The time of the busiest pipe divided by memory's time, if a thread takes eight turns.
+
+    share: the share of the memory traffic that counts.
+    """
     memory, pipe, ratio = rows("static", "8 turns a thread")[kernel, dtype][card].split(", ")
-    found = ratio if share == 1 else f"{float(pipe.split()[1]) / float(memory) / share:.2f}"
-    return found if float(found) < 2 else f"{float(found):.1f}"
+    result = ratio if share == 1 else f"{float(pipe.split()[1]) / float(memory) / share:.2f}"
+    return result if float(result) < 2 else f"{float(result):.1f}"
 
 
 def machine_code(section: str) -> Rows:
@@ -93,24 +99,28 @@ class Sentence:
     numbers: Sequence[str]
 
     def found(self, page: str) -> re.Match[str]:
-        """Where the page has it, with a group for each number. Lines may break anywhere."""
+        """The sentence's match on the page, with a group for each number. Lines may break anywhere."""
         parts = [re.escape(part).replace(r"\ ", r"\s+") for part in self.text.split("#")]
-        found = list(re.finditer(r"(\d[\d,]*(?:\.\d+)?)".join(parts), page))
-        if len(found) != 1 or len(found[0].groups()) != len(self.numbers):
-            raise ValueError(f"{self.page} has {len(found)} times, with {len(self.numbers)} numbers: {self.text}")
-        return found[0]
+        matches = list(re.finditer(r"(\d[\d,]*(?:\.\d+)?)".join(parts), page))
+        if len(matches) != 1 or len(matches[0].groups()) != len(self.numbers):
+            raise ValueError(f"{self.page} has {len(matches)} times, with {len(self.numbers)} numbers: {self.text}")
+        return matches[0]
 
     def written(self, page: str) -> str:
         """The page with these numbers."""
-        found = self.found(page)
+        match = self.found(page)
         for i in range(len(self.numbers), 0, -1):
-            page = page[: found.start(i)] + self.numbers[i - 1] + page[found.end(i) :]
+            page = page[: match.start(i)] + self.numbers[i - 1] + page[match.end(i) :]
         return page
 
 
 @dataclass(frozen=True)
 class Table:
-    """look_up: from the names in a row's first cells, where an empty one is that of the row above, its last cells."""
+    """A table on a page.
+
+    names: how many of a row's first cells are names. look_up: returns a row's last cells from its names; an empty name
+    stands for that of the row above.
+    """
 
     page: str
     before: str
@@ -150,12 +160,12 @@ def other_library(row: str) -> list[str]:
     library, what, shape = re.fullmatch(r"([\w-]+) (.+), (\d[\dx]+)", row).groups()
     name = what.replace("Scheduler", "").replace(", no noise", "")
     if library == "diffusers":
-        found = peer(known.get(name, name), shape)
+        measured = peer(known.get(name, name), shape)
     else:
         name += ", fixed_small" * (library == "guided-diffusion")
-        found = rows("peers", f"## {shape}\n")[library.replace("-", "_"), name]
-    times = {way: f"{float(found[way]):.0f}" for way in ("plain", 'noise="torch"', 'noise="philox"')}
-    return [times["plain"], times['noise="torch"'], found["ratio"], times['noise="philox"'], found["ratio 2"]]
+        measured = rows("peers", f"## {shape}\n")[library.replace("-", "_"), name]
+    times = {way: f"{float(measured[way]):.0f}" for way in ("plain", 'noise="torch"', 'noise="philox"')}
+    return [times["plain"], times['noise="torch"'], measured["ratio"], times['noise="philox"'], measured["ratio 2"]]
 
 
 def a_loss(row: str) -> list[str]:
@@ -186,29 +196,29 @@ def distances(model: str, sampler: str) -> list[str]:
 
 
 def cifar(sampler: str) -> list[str]:
-    """The distances to test images, in these numbers of calls."""
+    """The distances to test images with 4, 6, 8, 10 and 20 calls."""
     cells = rows("cifar10", "## without guidance", 1)[sampler,]
     return [cells[f"{count} calls"].split(" ")[0] for count in ("4", "6", "8", "10", "20")]
 
 
 def exact(model: str, count: str) -> list[str]:
-    """Tuned and best name: errors of one tuning, or their range."""
+    """The errors of the tuned table and of the best name: of one tuning, or the range over several tunings."""
     begins = {"five": "mixture, 16", "a mi": "mixture, 64", "a fl": "flow", "1,00": "1,000 digits"}[model[:4]]
-    found = [row for key, row in rows("tuning", "", 3).items() if key[0].startswith(begins) and key[1] == count]
-    columns = [[row[column] for row in found] for column in ("tuned", "best name")]
+    tunings = [row for key, row in rows("tuning", "", 3).items() if key[0].startswith(begins) and key[1] == count]
+    columns = [[row[column] for row in tunings] for column in ("tuned", "best name")]
     return [each[0] if len(each) == 1 else f"{min(each)} to {max(each)}" for each in columns]
 
 
 def tunings(count: str) -> list[str]:
-    """The calls of the model, in hundreds."""
-    found = [row["tuning's calls"] for key, row in rows("tuning", "", 3).items() if key[1] == count]
-    return spread([100 * round(float(each.replace(",", "")) / 100) for each in found], "{:,.0f}")
+    """The smallest and the largest number of tuning's model calls, rounded to hundreds."""
+    counts = [row["tuning's calls"] for key, row in rows("tuning", "", 3).items() if key[1] == count]
+    return spread([100 * round(float(each.replace(",", "")) / 100) for each in counts], "{:,.0f}")
 
 
 def reads(scheduler: str) -> list[str]:
     shape = "1x4x64x64" if scheduler in ("LCM (noise)", "PNDM") else "1x3x32x32"
-    found = peer(scheduler, shape)
-    return [each for column in ("reads", "launches") for each in found[column].split(" / ")[:2]]
+    row = peer(scheduler, shape)
+    return [each for column in ("reads", "launches") for each in row[column].split(" / ")[:2]]
 
 
 def bold(ratio: str) -> str:
@@ -220,25 +230,25 @@ def bound_step(card: str) -> list[str]:
 
 
 def bound_loss(card: str) -> list[str]:
-    """A loss without x_start has the same instructions and fewer bytes."""
+    """The busiest pipe's share for losses without and with x_start: the same instructions, but fewer bytes without."""
     kinds = ("float32", 8 / 12), ("float32", 1.0), ("bfloat16", 6 / 8), ("bfloat16", 1.0)
     return [bold(busiest("Loss, noise drawn", dtype, card, share)) for dtype, share in kinds]
 
 
 def option_set(name: str) -> list[str]:
-    """Registers of float32 and of 16 bits, blocks of 256 threads on a multiprocessor, instructions an element."""
+    """Registers for float32 and for 16 bits; blocks of 256 threads on a multiprocessor; instructions per element."""
     kernel = "all options" if name == "any" else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
-    found = machine_code("## H100 SXM")
-    row = found[f"step_with_options, {kernel}", "float32"]
-    halves = [int(found[f"step_with_options, {kernel}", dtype]["registers"]) for dtype in ("bfloat16", "float16")]
+    by_kernel = machine_code("## H100 SXM")
+    row = by_kernel[f"step_with_options, {kernel}", "float32"]
+    halves = [int(by_kernel[f"step_with_options, {kernel}", dtype]["registers"]) for dtype in ("bfloat16", "float16")]
     blocks = 65536 // (256 * -(-max(int(row["registers"]), *halves) // 8) * 8)
     turns = (float(row["once"]) + 8 * float(row["a turn"])) / (8 * float(row["items"]))
     return [f"{row['registers']}, {max(halves)}", f"{blocks}", f"{turns:.0f}"]
 
 
 def a_turn(section: str) -> list[str]:
-    found = [row for key, row in machine_code(section).items() if key[0] == "ReverseStep, noise drawn"]
-    return spread([float(row["a turn"]) / float(row["items"]) for row in found], "{:.0f}")
+    steps = [row for key, row in machine_code(section).items() if key[0] == "ReverseStep, noise drawn"]
+    return spread([float(row["a turn"]) / float(row["items"]) for row in steps], "{:.0f}")
 
 
 def claims() -> list[Sentence | Table]:
@@ -371,29 +381,29 @@ def claims() -> list[Sentence | Table]:
 
 
 def write(root: Path = ROOT, check: bool = False) -> list[str]:
-    """Writes the pages under `root`, or only checks them, and returns what they said otherwise."""
-    found = []
+    """Writes the numbers into the pages under `root`, or only checks them. Returns a message for each wrong number."""
+    messages = []
     for claim in claims():
         path = root / claim.page
         text = path.read_text(encoding="utf-8")
         written = claim.written(text)
         if written != text:
-            told, right = (" ".join(each.split()) for each in (text, written))
-            at = next(i for i, (a, b) in enumerate(zip(told, right, strict=False)) if a != b)
-            here = slice(at - 30, at + 15)
-            found.append(f"{claim.page}: says '...{told[here]}...', measured '...{right[here]}...'")
+            actual, expected = (" ".join(each.split()) for each in (text, written))
+            position = next(i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b)
+            excerpt = slice(position - 30, position + 15)
+            messages.append(f"{claim.page}: says '...{actual[excerpt]}...', measured '...{expected[excerpt]}...'")
             if not check:
                 path.write_text(written, encoding="utf-8")
-    return found
+    return messages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page says otherwise")
     options = parser.parse_args(arguments)
-    found = write(check=options.check)
-    print("\n".join(found) or "all numbers are those of benchmarks/results")
-    return int(options.check and bool(found))
+    messages = write(check=options.check)
+    print("\n".join(messages) or "all numbers are those of benchmarks/results")
+    return int(options.check and bool(messages))
 
 
 if __name__ == "__main__":

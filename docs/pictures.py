@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation with the commands and the code of its pages; `make pictures` runs this."""
+"""Draws the pictures of the documentation by running the commands and the code on its pages: `make pictures`."""
 
 import os
 import re
@@ -20,8 +20,8 @@ def text(page: str) -> str:
 
 def commands() -> list[list[str]]:
     """The arguments of each `ddpm-ext` command in the shell blocks right above a picture."""
-    found = re.compile(r"^```sh\n([^`]*)^```\n\n!\[", re.MULTILINE)
-    blocks = [block for page in PAGES for block in found.findall(text(page))]
+    pattern = re.compile(r"^```sh\n([^`]*)^```\n\n!\[", re.MULTILINE)
+    blocks = [block for page in PAGES for block in pattern.findall(text(page))]
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
 
 

@@ -1,7 +1,7 @@
-"""A hook of mkdocs: what the pages link to outside docs/ becomes part of the site, which so can be hosted by itself.
+"""A hook of mkdocs: adds files outside docs/ to which pages link to the site, so that it can be hosted by itself.
 
 README.md and other Markdown become pages, sources become coloured listings, folders become lists, and pictures are
-copied, all under source/. In the repository the links stay what they are. Long names get places where they may break.
+copied, all under source/. The links in the repository are not changed. Long names get positions for line breaks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = {".png", ".gif", ".svg"}
 LEXERS = {".cuh": ".cu", ".def": ".h"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=#|\))")
-# Code in a sentence or a cell, not in a block, and names in the reference's headings.
+# Inline code (not code blocks), and names in the headings of the API reference.
 NAMES = re.compile(r'(?<!</span>)<code>[^<]+</code>|<span class="doc doc-object-name[^>]*>[^<]+</span>')
 LONG, PLACE = re.compile(r"[^\s<>]{13,}(?![^<>]*>)"), re.compile(r"(?<=[/._=(:,])(?=[A-Za-z&\"'])")
 
 
 def place(target: str) -> str:
-    """Where a file or folder of the repository lies in the site's sources."""
+    """The path of a repository's file or folder in the site's sources."""
     if target.startswith("docs/"):
         return target.removeprefix("docs/")
     if target.endswith(".md") or Path(target).suffix in PICTURES:
@@ -38,22 +38,25 @@ def place(target: str) -> str:
 
 
 def rewritten(text: str, path: str) -> tuple[str, set[str]]:
-    """The Markdown of the repository's file `path` with links for the site, and what it links to outside docs/."""
-    found: set[str] = set()
+    """A page's Markdown with links for the site, and the targets of its links outside docs/.
+
+    text, path: the Markdown, and its file's path in the repository.
+    """
+    linked: set[str] = set()
 
     def replace(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), unquote(match[1])))
         if ":" in match[1] or target.startswith("..") or not (ROOT / target).exists():
             return match[1]
         if not target.startswith("docs/"):
-            found.add(target)
+            linked.add(target)
         return posixpath.relpath(place(target), posixpath.dirname(place(path)) or ".")
 
-    return LINK.sub(replace, text), found
+    return LINK.sub(replace, text), linked
 
 
 def listing(target: str) -> str:
-    """A page of its own: a source in colour, or a folder's names."""
+    """The HTML page of a source, with colours, or of a folder, as a list of names."""
     file = ROOT / target
     if file.is_dir():
         names = (f"{each.name}{'/' * each.is_dir()}" for each in sorted(file.iterdir()) if each.name[0] not in "._")
@@ -71,7 +74,7 @@ def listing(target: str) -> str:
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Adds all that the pages link to outside docs/, and what those link to."""
+    """Adds all files outside docs/ to which the pages link, and the files to which these link."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     waiting = set().union(*(rewritten((ROOT / page).read_text(encoding="utf-8"), page)[1] for page in pages))
     done: set[str] = set()
@@ -89,11 +92,11 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Points a page's links to what on_files added."""
+    """Points a page's links to the files that on_files added."""
     generated = page.file.src_uri.startswith("source/")
     return markdown if generated else rewritten(markdown, f"docs/{page.file.src_uri}")[0]
 
 
 def on_post_page(output: str, *, page: Any, config: Any) -> str:
-    """Puts a <wbr> after the dots and underscores of long names, once the search index has them whole."""
+    """Puts a <wbr> after dots, underscores and the like in long names, after the search index was made without them."""
     return NAMES.sub(lambda name: LONG.sub(lambda word: PLACE.sub("<wbr>", word[0]), name[0]), output)
