@@ -65,14 +65,14 @@ def run(options: argparse.Namespace) -> None:
     numbers, whose = _classes(loaded, options, labels, len(images))
     starts = range(0, len(images), options.batch_size)
     parts = [_measured(loaded, options, images, numbers, first) for first in starts]
-    found = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in BitsPerDim._fields}
+    results = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in BitsPerDim._fields}
     if options.out is not None:
-        with files.atomic_path(options.out) as beside, open(beside, "wb") as opened:
-            np.savez(opened, **{name: value.numpy() for name, value in found.items()})  # type: ignore[arg-type]
-    total, terms = found["total"].double(), found["vlb"].double()
+        with files.atomic_path(options.out) as temporary, open(temporary, "wb") as opened:
+            np.savez(opened, **{name: value.numpy() for name, value in results.items()})  # type: ignore[arg-type]
+    total, terms = results["total"].double(), results["vlb"].double()
     sure = f" +- {total.std().item() / math.sqrt(len(total)):.4f} (standard error)" if len(total) > 1 else ""
     print(f"{plural(len(total), 'image')}{whose}: {total.mean().item():.4f} bits per dimension{sure}")
-    shares = found["prior"].double().mean(), terms[:, 1:].sum(1).mean(), terms[:, 0].mean()
+    shares = results["prior"].double().mean(), terms[:, 1:].sum(1).mean(), terms[:, 0].mean()
     print("prior {:.4f}, steps {:.4f}, levels of the image {:.4f}".format(*(share.item() for share in shares)))
     if not torch.isfinite(total).all():
         wrong = int((~torch.isfinite(total)).sum())

@@ -81,8 +81,8 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
     conflicts = {"spacing": options.spacing is not None, "eta": options.eta is not None}
     for name, is_conflict in (conflicts | {"steps": options.table is not None and options.steps is not None}).items():
         if is_conflict:
-            beside = "a tuned table" if options.table is None else f"--table {options.table}"
-            raise ValueError(f"{name}: got {getattr(options, name)} beside {beside}, which has rows of its own")
+            table_option = "a tuned table" if options.table is None else f"--table {options.table}"
+            raise ValueError(f"{name}: got {getattr(options, name)} beside {table_option}, which has rows of its own")
     scales = scales_of(options)
     if options.table is not None:
         tables = dict.fromkeys(scales, load_table(options.table))

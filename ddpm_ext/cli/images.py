@@ -41,8 +41,8 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
             return _of_shape(_float32(array), path, shape, name)
         return _of_shape(_unit(torch.from_numpy(_as_pixels(array, path, name)).permute(0, 3, 1, 2)), path, shape, name)
     if source.suffix.lower() not in SUFFIXES and not source.is_dir():
-        what = "a picture, an .npz, an .npy or a folder" if source.exists() else "a file or a folder that exists"
-        raise ValueError(f"{name}: got {path}, expected {what}")
+        kinds = "a picture, an .npz, an .npy or a folder" if source.exists() else "a file or a folder that exists"
+        raise ValueError(f"{name}: got {path}, expected {kinds}")
     paths = image_paths(source, name) if source.is_dir() else [_regular(source, name)]
     return _unit(torch.stack([read_image(image, shape, name) for image in paths]))
 

@@ -139,18 +139,18 @@ class LoopInputs:
                 raise ValueError(f"{option}: got {getattr(options, option)}, expected --{other} beside it")
         if options.noise is not None and options.start is not None:
             raise ValueError("noise and start are both given, expected one of them")
-        found: dict[str, Tensor] = {}
+        images_of: dict[str, Tensor] = {}
         for name in ("start", "to", "inpaint"):
             if getattr(options, name) is not None:
-                found[name] = read_images(getattr(options, name), shape, name)
+                images_of[name] = read_images(getattr(options, name), shape, name)
         if options.noise is not None:
-            found["noise"] = read_noise(options.noise, shape)
-        images = max(map(len, found.values()), default=options.default_num)
+            images_of["noise"] = read_noise(options.noise, shape)
+        images = max(map(len, images_of.values()), default=options.default_num)
         if options.mask is not None:
-            found["mask"] = read_mask(options.mask, shape)
+            images_of["mask"] = read_mask(options.mask, shape)
         count = getattr(options, "num_images", None) or options.num or images
         # Contiguous, so that a captured loop reads the known images in place, without a copy.
-        return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in found.items()})
+        return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in images_of.items()})
 
     def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
         """The sample ids of the noise: the samples' ids, but on a path between two images all have id 0."""
@@ -177,8 +177,8 @@ class LoopInputs:
         jumps = {"jump_length": options.jump_length, "jump_n_sample": options.jump_n_sample}
         inpaint = None
         if self.inpaint is not None:
-            given = {name: value for name, value in jumps.items() if value is not None}
-            inpaint = Inpaint(turn(self.inpaint), self.mask, **given)  # type: ignore[arg-type]
+            set_jumps = {name: value for name, value in jumps.items() if value is not None}
+            inpaint = Inpaint(turn(self.inpaint), self.mask, **set_jumps)  # type: ignore[arg-type]
         return {
             "start": start,
             "strength": options.strength,
@@ -193,13 +193,13 @@ class LoopInputs:
         tensor of images."""
         of_images = ("weight", "mix", "jump_length", "jump_n_sample")
         plain = ("clip", "threshold", "threshold_max", "guidance_rescale", "guidance_interval", *of_images, "autocast")
-        found = {name: getattr(options, name) for name in plain if getattr(options, name) is not None}
+        settings = {name: getattr(options, name) for name in plain if getattr(options, name) is not None}
         if options.no_clip:
-            found["clip"] = "none"
+            settings["clip"] = "none"
         if options.strength != 1:
-            found["strength"] = options.strength
+            settings["strength"] = options.strength
         for name in ("start", "to", "noise", "inpaint", "mask"):
             images = getattr(self, name)
             if images is not None:
-                found[name] = hashlib.sha256(images.cpu().float().numpy().tobytes()).hexdigest()
-        return found
+                settings[name] = hashlib.sha256(images.cpu().float().numpy().tobytes()).hexdigest()
+        return settings

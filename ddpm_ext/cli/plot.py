@@ -131,11 +131,11 @@ def _draw_table(options: argparse.Namespace) -> str:
 
 
 def _add_grid(parser: argparse.ArgumentParser) -> None:
-    what = (
+    kinds = (
         ".npz that ddpm-ext sample wrote, or .npy: uint8 (num, height, width, channels) or floats "
         "(num, channels, height, width) in [-1, 1]"
     )
-    parser.add_argument("file", metavar="FILE", help=what)
+    parser.add_argument("file", metavar="FILE", help=kinds)
     parser.add_argument("--num", type=arguments.whole_number(1), metavar="N", help="the first N samples (default: all)")
     columns = "samples in a row (default: for a grid that is about square)"
     parser.add_argument("--columns", type=arguments.whole_number(1), metavar="N", help=columns)

@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     if ending == ".npz":
         labels = prepared.labels(range(options.num))
         arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels.numpy()})
-        with files.atomic_path(out) as beside, open(beside, "wb") as opened:
+        with files.atomic_path(out) as temporary, open(temporary, "wb") as opened:
             np.savez(opened, **arrays, **as_arrays(settings_of(options, prepared)))  # type: ignore[arg-type]
     else:
         plots.save_picture(plots.grid(images), out)
@@ -143,9 +143,9 @@ def _run_many(options: argparse.Namespace) -> None:
         labels = prepared.labels(range(shards.count))
         write_npz(shards, npz, None if labels is None else labels.numpy(), as_arrays(settings))
         print(npz, flush=True)
-        others = [] if options.npz else sorted(path.name for path in folder.glob("samples_*.npz") if path != npz)
-        if others:
-            print(f"{folder} also has {', '.join(others)}, of another number of samples", flush=True)
+        other_files = [] if options.npz else sorted(path.name for path in folder.glob("samples_*.npz") if path != npz)
+        if other_files:
+            print(f"{folder} also has {', '.join(other_files)}, of another number of samples", flush=True)
     if options.png:
         write_pngs(shards, png)
         print(png, flush=True)

@@ -37,10 +37,10 @@ _EXAMPLES = """examples:
 def add_parser(commands: arguments.Subparsers) -> None:
     description = "Prints one row of numbers for each step, with which the next sample is made."
     parser = arguments.add_command(commands, "table", description, epilog=_EXAMPLES)
-    what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
     sampler: dict[str, Any] = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
-    what.add_argument("--sampler", **sampler, metavar="NAME", help=arguments.LISTED)
-    what.add_argument("--scheduler", metavar="FOLDER", help=f"{FOLDER}; needs diffusers")
+    group.add_argument("--sampler", **sampler, metavar="NAME", help=arguments.LISTED)
+    group.add_argument("--scheduler", metavar="FOLDER", help=f"{FOLDER}; needs diffusers")
     add_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--save", metavar="FILE", help="writes the table, to be read by StepTable.load; ends in .json")

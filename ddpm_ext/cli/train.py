@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> None:
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
         _, header = run_options.find(Path(options.out))
-        given = _given(options.arguments, names)
-        _check_repeated(Path(options.out), header["options"], given)
-        chosen = training.with_defaults_of(header["options"], given)
-        change = [name for name in given if options.change and name in CHANGEABLE]
+        options_given = _given(options.arguments, names)
+        _check_repeated(Path(options.out), header["options"], options_given)
+        chosen = training.with_defaults_of(header["options"], options_given)
+        change = [name for name in options_given if options.change and name in CHANGEABLE]
     arguments.check_device(chosen.device)
     if chosen.score_every and chosen.features != training.TrainOptions.features:
         arguments.find_modules_here()

@@ -93,8 +93,8 @@ def _tell_time(model: torch.nn.Module, most: int) -> None:
 def _lines(reports: Sequence[Report]) -> list[str]:
     lines = ["calls   tuned table   best name"]
     for report in reports:
-        kept = "" if report.fitted else f"; no fit is nearer ({report.fitted_error:.4f}), so the table is this name's"
-        lines.append(f"{report.calls:>5}  {report.error:>12.4f}  {report.best.error:>10.4f}  {report.best}{kept}")
+        remark = "" if report.fitted else f"; no fit is nearer ({report.fitted_error:.4f}), so the table is this name's"
+        lines.append(f"{report.calls:>5}  {report.error:>12.4f}  {report.best.error:>10.4f}  {report.best}{remark}")
     for report in reports:
         lines.append(f"the best name for {report.calls} calls: {compare.typed(report.best)}")
         if report.fitted:

@@ -159,8 +159,8 @@ def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixe
     tiles[:, :height, left : left + width] = large
     for index, name in enumerate(names):
         tile = image.fromarray(tiles[index])
-        place = (left + width / 2, height + _NAME - _GAP)
-        draw.Draw(tile).text(place, name, fill=_PAPER, font=small, anchor="ms")
+        position = (left + width / 2, height + _NAME - _GAP)
+        draw.Draw(tile).text(position, name, fill=_PAPER, font=small, anchor="ms")
         tiles[index] = np.asarray(tile)
     return grid(tiles, scale=1)
 
@@ -278,8 +278,8 @@ def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
         >>> plots.save_picture(plots.grid(plots.to_uint8(images)), "grid.png")
     """
     image = require("PIL.Image", "writing pictures").fromarray(_checked("picture", picture))
-    with atomic_path(path) as beside:
-        image.save(beside)
+    with atomic_path(path) as temporary:
+        image.save(temporary)
 
 
 def _checked(name: str, picture: Pixels) -> Pixels:
@@ -352,9 +352,15 @@ def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds:
         raise ValueError(f"seconds: got {seconds}, expected a finite number above 0")
     fromarray = require("PIL.Image", "writing GIFs").fromarray
     pictures: list[Image.Image] = [fromarray(_checked("frames", frame)) for frame in frames]
-    each = max(20, 10 * round(100 * seconds / len(pictures)))
-    durations = [each] * (len(pictures) - 1) + [_LAST]
-    with atomic_path(path) as beside:
+    milliseconds = max(20, 10 * round(100 * seconds / len(pictures)))
+    durations = [milliseconds] * (len(pictures) - 1) + [_LAST]
+    with atomic_path(path) as temporary:
         pictures[0].save(
-            beside, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=durations,
+            loop=0,
+            optimize=False,
         )

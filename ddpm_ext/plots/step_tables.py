@@ -115,8 +115,8 @@ def _one_table(label: str, table: StepTable, path: PathLike | None, against: str
     noisy, noise = _column(table, "s").any(), "s exp(l0 + l1 v)" if _learned(table) else "s"
     plain = _drawn([table], ("c0", "c1", "c2", "cu")) or ["c0"]
     read, kept = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
-    more = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
-    following = f"{_sum(plain)}{more if len(plain) < 5 else f'{chr(10)}{more}'}{_explained(plain)}"
+    further = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
+    following = f"{_sum(plain)}{further if len(plain) < 5 else f'{chr(10)}{further}'}{_explained(plain)}"
     panels: list[tuple[str, Sequence[str], str]] = [
         ("predicted x0 = clip(a x + b m)", ("a", "b"), "factor (no unit)"),
         (f"next sample = {following}", plain, "factor (no unit)"),

@@ -59,8 +59,8 @@ def new_figure(width: float, height: float, path: PathLike | None, purpose: str)
         figure = figures.Figure(figsize=(width, height), dpi=100, layout="constrained")
         yield figure
         if path is not None:
-            with atomic_path(path) as beside:
-                figure.savefig(beside, metadata=_WITHOUT_DATE.get(Path(path).suffix.lower()))
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, metadata=_WITHOUT_DATE.get(Path(path).suffix.lower()))
 
 
 def legend_below(figure: Figure, columns: int) -> None:

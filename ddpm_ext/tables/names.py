@@ -40,14 +40,14 @@ def nearest_names(given: str, known: Collection[str]) -> str:
     return ", ".join(repr(names[key]) for key in near)
 
 
-def check_options(given: Collection[str], known: Collection[str], what: str) -> None:
+def check_options(given: Collection[str], known: Collection[str], taker: str) -> None:
     """Raises TypeError for an unknown option; the message has the known names that look most like it.
 
-    what: the function or object that takes the options, for the message.
+    taker: the function or object that takes the options, for the message.
     """
     for name in given:
         if name not in known:
-            raise TypeError(f"{name} is no option of {what}, expected one such as {nearest_names(name, known)}")
+            raise TypeError(f"{name} is no option of {taker}, expected one such as {nearest_names(name, known)}")
 
 
 def sampler_and_spacing(

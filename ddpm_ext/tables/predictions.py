@@ -75,31 +75,31 @@ class Prediction:
         return levels.of_x0 * self.x0(levels)[1] if self.any_step else torch.ones_like(levels.of_x0)
 
 
-def _x0_of_eps(at: Levels) -> Pair:
+def _x0_of_eps(levels: Levels) -> Pair:
     """Eq. (15) of Ho et al. 2020."""
-    a = at.alphas_cumprod.rsqrt()
+    a = levels.alphas_cumprod.rsqrt()
     no_signal = a > HUGE
-    b = -(1 / at.alphas_cumprod - 1).sqrt()
+    b = -(1 / levels.alphas_cumprod - 1).sqrt()
     return torch.where(no_signal, HUGE, a), torch.where(no_signal, -HUGE, b)
 
 
-def _x0_of_x_prev(at: Levels) -> Pair:
+def _x0_of_x_prev(levels: Levels) -> Pair:
     """Eq. (7) of Ho et al. 2020, solved for x_0."""
-    return -at.of_x / at.of_x0, 1 / at.of_x0
+    return -levels.of_x / levels.of_x0, 1 / levels.of_x0
 
 
 def _eps_of(x0: Callable[[Levels], Pair]) -> Callable[[Levels], Pair]:
     """eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t): eq. (4) of Ho et al. 2020, solved for the noise."""
 
-    def eps(at: Levels) -> Pair:
-        a, b = x0(at)
-        return (1 - at.signal * a) / at.noise, -at.signal * b / at.noise
+    def eps(levels: Levels) -> Pair:
+        a, b = x0(levels)
+        return (1 - levels.signal * a) / levels.noise, -levels.signal * b / levels.noise
 
     return eps
 
 
-def _x0_itself(at: Levels) -> Pair:
-    return torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)
+def _x0_itself(levels: Levels) -> Pair:
+    return torch.zeros_like(levels.alphas_cumprod), torch.ones_like(levels.alphas_cumprod)
 
 
 def edm(sigma_data: float = 0.5) -> Prediction:
@@ -116,13 +116,13 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     if sigma_data == 0:
         raise ValueError("sigma_data is 0, expected sigma_data > 0")
 
-    def x0(at: Levels) -> Pair:
-        power = at.noise**2 + (sigma_data * at.signal) ** 2
-        return sigma_data**2 * at.signal / power, sigma_data * at.noise / power.sqrt()
+    def x0(levels: Levels) -> Pair:
+        power = levels.noise**2 + (sigma_data * levels.signal) ** 2
+        return sigma_data**2 * levels.signal / power, sigma_data * levels.noise / power.sqrt()
 
-    def target(at: Levels) -> Pair:
-        root = (at.noise**2 + (sigma_data * at.signal) ** 2).sqrt()
-        return at.noise / (sigma_data * root), -sigma_data * at.signal / root
+    def target(levels: Levels) -> Pair:
+        root = (levels.noise**2 + (sigma_data * levels.signal) ** 2).sqrt()
+        return levels.noise / (sigma_data * root), -sigma_data * levels.signal / root
 
     return Prediction(
         meaning=f"F of EDM, with x0 = c_skip x + c_out F and sigma_data {sigma_data:g} (Karras et al. 2022, table 1)",

@@ -158,7 +158,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
                 return torch.arange(0, timesteps, stride, device="cpu").flip(0)
         raise ValueError(f"spacing is {sections!r}, but no stride takes {steps} of {timesteps} timesteps")
     size, longer = divmod(timesteps, len(sections))
-    taken: list[int] = []
+    chosen: list[int] = []
     start = 0
     for i, count in enumerate(sections):
         length = size + (i < longer)
@@ -168,10 +168,10 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         # Positions are summed in floating point and rounded as guided-diffusion does it, so that a respaced model gets
         # the timesteps that it was evaluated with. Where a position is near a half, rounding errors of the sum decide.
         for _ in range(count):
-            taken.append(start + round(position))
+            chosen.append(start + round(position))
             position += gap
         start += length
-    return torch.tensor(taken, dtype=torch.int64, device="cpu").flip(0)
+    return torch.tensor(chosen, dtype=torch.int64, device="cpu").flip(0)
 
 
 def spaced_grid(

@@ -237,8 +237,8 @@ class StepTable:
         Raises:
             ValueError: not a device.
         """
-        there = checks.device(device)
-        return self._each(lambda column: column.to(there))
+        checked = checks.device(device)
+        return self._each(lambda column: column.to(checked))
 
     def packed(
         self, device: torch.device | str, dtype: torch.dtype = torch.float32, guidance: Values | None = None
@@ -262,11 +262,11 @@ class StepTable:
         """
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
-        there = checks.device(device)
+        checked = checks.device(device)
         columns = {name: getattr(self, name).numpy(force=True) for name in COLUMNS}
         if guidance is not None:
             columns["w"] = numbers("guidance", guidance, len(self))
-        return packed_rows(columns, dtype).to(there)
+        return packed_rows(columns, dtype).to(checked)
 
     def _any(self, *names: str) -> bool:
         """Whether any number of these columns is not 0."""

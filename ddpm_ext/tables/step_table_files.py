@@ -45,9 +45,9 @@ def write(
 
 
 def read(
-    path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str]
+    path: str | os.PathLike[str], needed: Sequence[str], optional: Sequence[str]
 ) -> tuple[dict[str, list[Any]], Mapping[str, Any]]:
-    """Reads a file's columns by name, all of `needed` and any of `others`, and its notes. Values are not checked.
+    """Reads a file's columns by name, all of `needed` and any of `optional`, and its notes. Values are not checked.
 
     Raises:
         ValueError: not JSON, another format or version, columns missing or unknown, or no rows of numbers.
@@ -58,7 +58,7 @@ def read(
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
-        return _parse(contents, needed, others), contents.get("notes", {})
+        return _parse(contents, needed, optional), contents.get("notes", {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -83,7 +83,7 @@ def gap_between(signal_now: Tensor, noise_now: Tensor, signal_after: Tensor, noi
     return "row 0 starts at noise 0, at clean samples" if first == last == 0 else None
 
 
-def _parse(contents: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:
+def _parse(contents: Any, needed: Sequence[str], optional: Sequence[str]) -> dict[str, list[Any]]:
     name = contents.get("format") if isinstance(contents, dict) else None
     if name != FORMAT:
         raise ValueError(f"format is {name!r}, expected {FORMAT!r}")
@@ -92,9 +92,9 @@ def _parse(contents: Any, needed: Sequence[str], others: Sequence[str]) -> dict[
         raise ValueError(f"version is {version!r}, expected {VERSION}, which this ddpm_ext reads")
     names, rows = contents.get("columns"), contents.get("rows")
     texts = list(map(str, names)) if isinstance(names, list) else []
-    if len(set(texts)) != len(texts) or not set(needed) <= set(texts) <= {*needed, *others}:
+    if len(set(texts)) != len(texts) or not set(needed) <= set(texts) <= {*needed, *optional}:
         raise ValueError(
-            f"columns are {names!r}, expected {', '.join(needed)}, each once, and any of {', '.join(others)}"
+            f"columns are {names!r}, expected {', '.join(needed)}, each once, and any of {', '.join(optional)}"
         )
     if not isinstance(rows, list) or not rows:
         raise ValueError("rows are missing, expected a list of at least 1 row")

@@ -166,10 +166,10 @@ def _without_last(run: Run, loop: Numbers) -> Factors:
     to their own inputs.
     """
     n, k = len(loop.x), loop.z.shape[1]
-    here, last = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last()
+    columns_of_step, last = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last()
     past = [each for pair in zip(lagged(loop.unit()), lagged(loop.m), strict=True) for each in pair]
-    tries = [here, [*here, last]] if run.follows else [here]
-    fitted = _fit(run, loop, [np.stack(columns, 1) for columns in (*tries, [*here, 0 * last, *past])])
+    tries = [columns_of_step, [*columns_of_step, last]] if run.follows else [columns_of_step]
+    fitted = _fit(run, loop, [np.stack(columns, 1) for columns in (*tries, [*columns_of_step, 0 * last, *past])])
     fitted = np.pad(fitted, ((0, 0), (0, 3 + k + 2 * LAGS - fitted.shape[1])))
     x, m, z, of_last, read = np.split(fitted, [1, 2, 2 + k, 3 + k], axis=1)
     return Factors(np.zeros(n), x[:, 0], m[:, 0], z, read.reshape(n, LAGS, 2), of_last[:, 0])

@@ -97,22 +97,24 @@ def _fixed(variance: Tensor, weight: Tensor) -> NoiseColumns:
     return NoiseColumns(variance.sqrt(), torch.zeros_like(variance), torch.zeros_like(variance), weight)
 
 
-def _fixed_large(of: Posterior) -> NoiseColumns:
-    weight = of.large
-    if of.ends:  # As in guided-diffusion, the last step's weight is the posterior variance of the previous step.
-        weight = torch.cat([of.large[:-1], of.small[-2:-1] if len(of.large) > 1 else of.large])
-    return _fixed(of.large, weight)
+def _fixed_large(posterior: Posterior) -> NoiseColumns:
+    weight = posterior.large
+    if posterior.ends:  # As in guided-diffusion, the last step's weight is the posterior variance of the previous step.
+        weight = torch.cat(
+            [posterior.large[:-1], posterior.small[-2:-1] if len(posterior.large) > 1 else posterior.large]
+        )
+    return _fixed(posterior.large, weight)
 
 
 def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
     return NoiseColumns(torch.ones_like(l0), l0, l1, torch.ones_like(l0))
 
 
-def _learned_range(of: Posterior) -> NoiseColumns:
+def _learned_range(posterior: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
-    small, large = of.small.clamp(min=LEAST), of.large
-    if of.ends and of.small[-1] == 0:  # Otherwise the last step's range would begin at LEAST.
-        small = of.small_before_end(small)
+    small, large = posterior.small.clamp(min=LEAST), posterior.large
+    if posterior.ends and posterior.small[-1] == 0:  # Otherwise the last step's range would begin at LEAST.
+        small = posterior.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
 
 

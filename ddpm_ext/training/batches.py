@@ -108,9 +108,9 @@ class StepBatches(Dataset):
     def _read(self, step: int) -> Batch:
         options = self.options
         before = step * options.batch_size
-        places = range(before + self.start, before + self.stop)
-        indices = self._indices(places)
-        seeds = [seed_for(options.seed, "images", place) for place in places] if self.images.seeded else None
+        positions = range(before + self.start, before + self.stop)
+        indices = self._indices(positions)
+        seeds = [seed_for(options.seed, "images", position) for position in positions] if self.images.seeded else None
         skipped: list[str] = []
         try:
             images = self.images.batch(indices, seeds)
@@ -135,18 +135,18 @@ class StepBatches(Dataset):
         drawn = torch.rand(self.options.batch_size, generator=step_generator, dtype=torch.float32, device="cpu")
         return drawn[self.start : self.stop] < share
 
-    def _indices(self, places: range) -> Tensor:
+    def _indices(self, positions: range) -> Tensor:
         """The indices of the images at these positions of the sequence of all epochs."""
-        count, place, parts = len(self.images), places.start, []
-        while place < places.stop:
-            epoch, within = divmod(place, count)
+        count, position, parts = len(self.images), positions.start, []
+        while position < positions.stop:
+            epoch, within = divmod(position, count)
             if epoch != self._epoch:
                 self._epoch = epoch
                 self._order = torch.randperm(
                     count, generator=generator(self.options.seed, "order", epoch), device="cpu"
                 )
-            parts.append(self._order[within : within + places.stop - place])
-            place += len(parts[-1])
+            parts.append(self._order[within : within + positions.stop - position])
+            position += len(parts[-1])
         return torch.cat(parts)
 
     def _next_readable(

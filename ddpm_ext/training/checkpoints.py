@@ -59,8 +59,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     metadata = {"format": _FORMAT, "header": json.dumps(about)}
     content = to_bytes(tensors, metadata={**metadata, "crc32": _checksum(tensors, metadata["header"])})
     previous = newest(folder)
-    left = "no checkpoint was written before" if previous is None else f"the newest is still {previous}"
-    with files.errors_name("checkpoint", path, f"; {left}"):
+    remark = "no checkpoint was written before" if previous is None else f"the newest is still {previous}"
+    with files.errors_name("checkpoint", path, f"; {remark}"):
         files.write_bytes(path, content)
     written = _all(folder)
     for old in written[: written.index(path) + 1][:-keep]:

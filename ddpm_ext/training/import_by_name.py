@@ -56,7 +56,7 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
     return imported_object
 
 
-def name_of(given: Callable[..., Any]) -> str:
+def name_of(value: Callable[..., Any]) -> str:
     """The "module:name" of a function or class; for any other object, the "module:name" of its class."""
-    named = given if hasattr(given, "__qualname__") else type(given)
+    named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"

@@ -143,8 +143,8 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
     parts = _finished(folder, described) if described else _unfinished(folder)
     if model is None:
         if parts.config["class"] not in FOLDERS:
-            what = f"is a {parts.config['class']}, expected model=, a module like the one that was trained"
-            raise ValueError(f"model: that of {folder} {what}")
+            reason = f"is a {parts.config['class']}, expected model=, a module like the one that was trained"
+            raise ValueError(f"model: that of {folder} {reason}")
         config = {"_class_name" if name == "class" else name: value for name, value in parts.config.items()}
         check_supported(config, parts.path)
         planned = build_unet(config, str(parts.path), "meta")

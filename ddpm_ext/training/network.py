@@ -51,8 +51,8 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
     required = _required_of_dit(options, shape, classes, name) if kind == DIT else _required(options, shape, classes)
     for key, value in required.items():
         if configured.get(key) not in (None, value):
-            what = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
-            raise ValueError(f"model: {name} has {key} {configured[key]}, expected {value} for {what}")
+            purpose = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
+            raise ValueError(f"model: {name} has {key} {configured[key]}, expected {value} for {purpose}")
     config = {"_class_name": kind, "dropout": options.dropout, **configured, **required}
     check_supported(config, Path(name))
     model = build_unet(config, name)
@@ -154,8 +154,8 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tenso
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        what = "" if labels is None else " and their labels, its third argument"
-        raise ValueError(f"model: it fails for images of shape {shape[1:]}{what} ({one_line(error)})") from error
+        arguments = "" if labels is None else " and their labels, its third argument"
+        raise ValueError(f"model: it fails for images of shape {shape[1:]}{arguments} ({one_line(error)})") from error
     finally:
         model.train(training)
     expected = (shape[0], shape[1] * VARIANCES[variance].channels, *shape[2:])
@@ -212,8 +212,8 @@ def save_result(
     """
     scheduler = settings.to_scheduler_config(clip=clip)
     files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
-    if known := known_kind(model):
-        save_model(model, settings, folder / FOLDERS[known], dtype=dtype, classes=classes, clip=clip)
+    if known_class := known_kind(model):
+        save_model(model, settings, folder / FOLDERS[known_class], dtype=dtype, classes=classes, clip=clip)
         if not clip:
             return f"{folder} is for ddpm-ext sample, with the latents' AutoencoderKL copied to {folder / 'vae'}"
         if classes is not None:

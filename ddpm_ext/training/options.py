@@ -83,13 +83,13 @@ def _flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _several(one: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
+def _several(parse: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
     def checked(name: str, values: Any) -> tuple[float, ...]:
         try:
             items = tuple(values)
         except TypeError:
             raise TypeError(f"{name} is {values!r}, expected a tuple of numbers") from None
-        return tuple(one(f"{name}[{i}]", value) for i, value in enumerate(items))
+        return tuple(parse(f"{name}[{i}]", value) for i, value in enumerate(items))
 
     return checked
 
@@ -262,8 +262,8 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
 
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
     """The options of a checkpoint, `was`, with those in `given` replaced."""
-    known = {name: value for name, value in was.items() if name in TrainOptions.__dataclass_fields__}
-    return TrainOptions(**known | given)
+    current = {name: value for name, value in was.items() if name in TrainOptions.__dataclass_fields__}
+    return TrainOptions(**current | given)
 
 
 def _require(name: str, value: object, good: bool, expected: str) -> None:

@@ -237,8 +237,8 @@ class Outputs:
         best_step, best = scores.best or (step, score)
         if best_step == step:
             self._save_model(state.average, self.folder / BEST)
-            by = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
-            files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **by})
+            settings = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
+            files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **settings})
             self.report(f"score {score:.4f} at step {step}, the best so far: {self.folder / BEST} has the model")
         else:
             self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {best_step}")

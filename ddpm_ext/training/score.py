@@ -157,8 +157,8 @@ class Scorer:
         """
         if self._reference is None:
             count = min(len(self.images), _REFERENCE)
-            places = (torch.arange(count, device="cpu") * len(self.images)) // count
-            self._reference = self._moments(count, lambda part: self._read(places[part.start : part.stop]), ranks)
+            indices = (torch.arange(count, device="cpu") * len(self.images)) // count
+            self._reference = self._moments(count, lambda part: self._read(indices[part.start : part.stop]), ranks)
         drawn = self._moments(self.options.score_count, draw, ranks)
         if drawn[0].shape != self._reference[0].shape:
             raise ValueError(
@@ -214,7 +214,7 @@ class Scores:
     @property
     def best(self) -> tuple[int, float] | None:
         """The step of the lowest score, the first such step, and the score; None if there are no scores."""
-        return min(self.of.items(), key=lambda found: (found[1], found[0]), default=None)
+        return min(self.of.items(), key=lambda entry: (entry[1], entry[0]), default=None)
 
     def state(self) -> dict[str, Any]:
         """The state, as JSON."""

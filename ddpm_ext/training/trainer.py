@@ -199,12 +199,12 @@ class Trainer:
             step = TrainingStep(self.state, self.diffusion, self.options, ranks, self.device)
             self.report(self._first_line())
             details = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
-            begun = self.state.step
-            ranks.share(partial(outputs.catch_up, begun, self.sample))
-            with ranks.in_touch(), progress_bar(self.options.steps, begun, shown=self.progress) as bar:
+            first_step = self.state.step
+            ranks.share(partial(outputs.catch_up, first_step, self.sample))
+            with ranks.in_touch(), progress_bar(self.options.steps, first_step, shown=self.progress) as bar:
                 self._train(step, bar)
             seconds = time.monotonic() - started
-            details |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
+            details |= {"resumed_at": first_step, "skipped": list(self.state.skipped)}
             return ranks.share(lambda: outputs.finish(self.state, seconds, details))
 
     def _restore(self, path: Path | None) -> None:

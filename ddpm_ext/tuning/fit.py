@@ -68,7 +68,7 @@ def inverse_errors(error: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class State:
     """The state of a batch before a row.
 
     x: the samples. kept: the clean samples that earlier rows predicted, the newest first.
@@ -99,34 +99,34 @@ class Rows:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def terms(self, row: int, place: Place) -> list[Tensor]:
+    def terms(self, row: int, state: State) -> list[Tensor]:
         """The terms that the row sums. This calls the model once."""
-        terms = [place.loops.run(self._to_x0[row : row + 1], noise=place.x), place.x, *place.kept[:HISTORY]]
-        unconditional = place.loops.unconditional()
+        terms = [state.loops.run(self._to_x0[row : row + 1], noise=state.x), state.x, *state.kept[:HISTORY]]
+        unconditional = state.loops.unconditional()
         if unconditional is not None:
-            terms.append(self.base.a[row].item() * place.x + self.base.b[row].item() * unconditional)
+            terms.append(self.base.a[row].item() * state.x + self.base.b[row].item() * unconditional)
         return terms
 
-    def begin(self, trajectory: Trajectory) -> tuple[Place, list[Tensor]]:
+    def begin(self, trajectory: Trajectory) -> tuple[State, list[Tensor]]:
         """The state of a batch before the first row, and the terms of that row, which do not depend on any weights."""
-        place = Place(trajectory.batch.loops, trajectory.batch.noise * self._begins_with)
+        state = State(trajectory.batch.loops, trajectory.batch.noise * self._begins_with)
         first = trajectory.first_terms
         if self.timesteps[0] not in first:
-            first[self.timesteps[0]] = self.terms(0, place)
-        return place, first[self.timesteps[0]]
+            first[self.timesteps[0]] = self.terms(0, state)
+        return state, first[self.timesteps[0]]
 
-    def finish(self, weights: Weights, place: Place, terms: list[Tensor], row: int = 0) -> tuple[list[Place], Tensor]:
+    def finish(self, weights: Weights, state: State, terms: list[Tensor], row: int = 0) -> tuple[list[State], Tensor]:
         """Takes the rows from `row` on. Returns the batch's state before each of them, and the final samples.
 
         terms: those of row `row`.
         """
-        places = [place]
+        states = [state]
         for number in range(row, len(self)):
-            place = _next(place, terms, weights[number])
+            state = _next(state, terms, weights[number])
             if number + 1 < len(self):
-                terms = self.terms(number + 1, place)
-                places.append(place)
-        return places, place.x
+                terms = self.terms(number + 1, state)
+                states.append(state)
+        return states, state.x
 
     def table(self, weights: Weights) -> StepTable:
         """The step table of the rows with these weights."""
@@ -155,11 +155,11 @@ def with_weights(base: StepTable, weights: Weights) -> StepTable:
     return replace(base, c2=None, g1=None, **columns)
 
 
-def _next(place: Place, terms: Sequence[Tensor], weights: Tensor) -> Place:
+def _next(state: State, terms: Sequence[Tensor], weights: Tensor) -> State:
     """The state after a row with these terms and weights."""
     x = sum(weight * term.double() for weight, term in zip(weights.tolist(), terms, strict=True))
     assert isinstance(x, Tensor)
-    return Place(place.loops, x.to(place.x.dtype), (terms[0], *place.kept)[:HISTORY])
+    return State(state.loops, x.to(state.x.dtype), (terms[0], *state.kept)[:HISTORY])
 
 
 def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor]:
@@ -168,14 +168,14 @@ def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor
     Each row starts from the result of the rows before it, not from the teacher's trajectory. So it corrects their
     errors.
     """
-    begun = [rows.begin(trajectory) for trajectory in trajectories]
-    places, terms, weights = [place for place, _ in begun], [first for _, first in begun], []
+    starts = [rows.begin(trajectory) for trajectory in trajectories]
+    states, terms, weights = [state for state, _ in starts], [first for _, first in starts], []
     for row, arrives in enumerate(rows.arrives):
         if row:
-            terms = [rows.terms(row, place) for place in places]
+            terms = [rows.terms(row, state) for state in states]
         equations = Equations()
         for of_batch, trajectory in zip(terms, trajectories, strict=True):
             equations.add(of_batch, trajectory.at(arrives))
         weights.append(equations.solve(euler_weights(rows.base, row, len(terms[0]))))
-        places = [_next(place, of_batch, weights[-1]) for place, of_batch in zip(places, terms, strict=True)]
-    return weights, torch.cat([distance(end.x, own.samples) for end, own in zip(places, trajectories, strict=True)])
+        states = [_next(state, of_batch, weights[-1]) for state, of_batch in zip(states, terms, strict=True)]
+    return weights, torch.cat([distance(end.x, own.samples) for end, own in zip(states, trajectories, strict=True)])

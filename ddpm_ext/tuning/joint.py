@@ -119,18 +119,18 @@ def _slopes(now: Fit, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tenso
     batches = [len(trajectory.samples) for trajectory in trajectories]
     neighbours = list(_beside(rows))
     for trajectory, of_sample in zip(trajectories, inverse_errors(now.errors).split(batches), strict=True):
-        place, terms = rows.begin(trajectory)
-        places, samples = rows.finish(weights, place, terms)
+        state, terms = rows.begin(trajectory)
+        states, samples = rows.finish(weights, state, terms)
         columns = []
-        for row, place in enumerate(places):
-            terms = rows.terms(row, place) if row else terms
+        for row, state in enumerate(states):
+            terms = rows.terms(row, state) if row else terms
             for number in range(len(weights[row])):
                 changed = [of_row.clone() for of_row in weights]
                 changed[row][number] += STEP
-                columns.append((rows.finish(changed, place, terms, row)[1] - samples) / STEP)
+                columns.append((rows.finish(changed, state, terms, row)[1] - samples) / STEP)
         for row, (neighbour, by) in enumerate(neighbours):
-            place, terms = neighbour.begin(trajectory) if row == 0 else (places[row], neighbour.terms(row, places[row]))
-            columns.append((neighbour.finish(weights, place, terms, row)[1] - samples) / by)
+            state, terms = neighbour.begin(trajectory) if row == 0 else (states[row], neighbour.terms(row, states[row]))
+            columns.append((neighbour.finish(weights, state, terms, row)[1] - samples) / by)
         slopes = torch.stack([column.flatten(1).double() for column in columns], -1)
         missing = (trajectory.samples.double() - samples.double()).flatten(1)
         scaled = slopes * of_sample.to(slopes.device)[:, None, None]

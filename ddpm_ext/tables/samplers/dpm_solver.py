@@ -160,4 +160,4 @@ def dpm_solver_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: boo
     h = coefficients.half_log_snr(grid).diff().tolist()
     used = multistep.orders(grid, 2, lower_order_final=lower_order_final)
     onward = [h[i] / (2 * h[i - 1]) if order > 1 else 0.0 for i, order in enumerate(used)]
-    return multistep.of_eps(grid, prediction, [(1 + more, -more) for more in onward])
+    return multistep.of_eps(grid, prediction, [(1 + share, -share) for share in onward])

@@ -60,8 +60,8 @@ def lagrange_weights(
     offsets = np.array(nodes) - nodes[0]
     means = []
     for j, node in enumerate(offsets):
-        others = np.delete(offsets, j)
-        values = np.prod((distance[:, None] - others) / (node - others), axis=1)
+        other_offsets = np.delete(offsets, j)
+        values = np.prod((distance[:, None] - other_offsets) / (node - other_offsets), axis=1)
         means.append(float((weights * values).sum() / weights.sum()))
     return means
 
@@ -91,9 +91,9 @@ def _columns(weights: Weights) -> list[Tensor]:
 
 def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor | None = None) -> StepTable:
     """Rows of prev = of_x x + w0 x0 + w1 X1 + w2 X2 + w3 X3 + s z, where X1 is the x0 of the step before."""
-    now, h1, h2, h3 = _columns(weights)
+    h0, h1, h2, h3 = _columns(weights)
     k0 = torch.ones_like(of_x)
-    return coefficients.rows(grid, prediction, c0=now, c1=of_x, s=s, h1=h1, h2=h2, h3=h3, k0=k0)
+    return coefficients.rows(grid, prediction, c0=h0, c1=of_x, s=s, h1=h1, h2=h2, h3=h3, k0=k0)
 
 
 def of_sde(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +122,6 @@ def of_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
     start, slope = euler(grid, prediction=prediction), eps_slope(grid)
     k0, k1 = -(grid.now / (1 - grid.now)).sqrt(), (1 - grid.now).rsqrt()
     now, h1, h2, h3 = _columns(weights)
-    more = slope * (now - 1)
-    c0, c1 = start.c0 + more * k0, start.c1 + more * k1
+    added = slope * (now - 1)
+    c0, c1 = start.c0 + added * k0, start.c1 + added * k1
     return replace(start, c0=c0, c1=c1, h1=slope * h1, h2=slope * h2, h3=slope * h3, k0=k0, k1=k1)

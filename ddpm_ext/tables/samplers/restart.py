@@ -71,12 +71,12 @@ def restart(
 
     starts, ends = [], []  # (level, timestep) where each step starts, and where each step but the last ends
     for i in range(len(grid)):
-        here = grid.now[i : i + 1], grid.timestep[i : i + 1]
+        start_of_step = grid.now[i : i + 1], grid.timestep[i : i + 1]
         for sigmas in passes.get(i, ()):
             levels, timesteps = alphas_cumprod_of(sigmas), timesteps_of(grid, sigmas)
             starts.append((levels, timesteps))
-            ends += [(levels[1:], timesteps[1:]), here]
-        starts.append(here)
+            ends += [(levels[1:], timesteps[1:]), start_of_step]
+        starts.append(start_of_step)
         ends.append((grid.now[i + 1 : i + 2], grid.timestep[i + 1 : i + 2]))
     (start, timestep), (end, timestep_of_end) = (map(torch.cat, zip(*path, strict=True)) for path in (starts, ends))
     after = torch.cat([start[1:], grid.after[-1:]])

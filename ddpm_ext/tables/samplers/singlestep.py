@@ -78,9 +78,9 @@ def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTabl
     """
     coefficients.check_between(prediction)
     s = ancestral_sigma(grid, eta)  # at most sqrt(1 - a_s), so that the clamp below removes only rounding errors
-    sigma, left = sigmas_of(grid.now), (1 - grid.after - s**2).clamp(min=0).sqrt() / grid.after.sqrt()
+    sigma, sigma_down = sigmas_of(grid.now), (1 - grid.after - s**2).clamp(min=0).sqrt() / grid.after.sqrt()
     twice = (grid.now > 0) & (s < (1 - grid.after).sqrt())
-    r, after = (left / sigma)[twice].sqrt(), grid.after[twice]
+    r, after = (sigma_down / sigma)[twice].sqrt(), grid.after[twice]
     between = sigma[twice] * r
     calls = jumps(timesteps_of(grid, between), alphas_cumprod_of(between), after)
     of_x0, of_first = ((1 - r**2) / r, (1 - r) / r) if of_eps else (1 - r**2, (1 - r) * r)

@@ -80,13 +80,13 @@ class FolderImages:
         Raises:
             ValueError: an image lies in no sub-folder.
         """
-        places = [path.relative_to(self.root).parts for path in self.paths]
-        outside = next((parts[0] for parts in places if len(parts) == 1), None)
+        relative_paths = [path.relative_to(self.root).parts for path in self.paths]
+        outside = next((parts[0] for parts in relative_paths if len(parts) == 1), None)
         if outside is not None:
             raise ValueError(f"classes: {self.root} has {outside} outside of its sub-folders, expected one a class")
-        names = sorted({parts[0] for parts in places})
+        names = sorted({parts[0] for parts in relative_paths})
         number = {name: index for index, name in enumerate(names)}
-        return Labels(torch.tensor([number[parts[0]] for parts in places], device="cpu"), tuple(names))
+        return Labels(torch.tensor([number[parts[0]] for parts in relative_paths], device="cpu"), tuple(names))
 
     def fingerprint(self) -> str:
         """A hash of the shape and of the names and sizes of the files; the folder's own path is not part of it."""
