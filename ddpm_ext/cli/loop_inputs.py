@@ -40,7 +40,7 @@ def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
     if threshold:
         quantile = "clip each sample's predicted x_0 by its own quantile (Imagen); 0.995 is usual"
         ways.add_argument("--threshold", type=finite_number, metavar="QUANTILE", help=quantile)
-        most = "the largest bound that --threshold may find (default: any)"
+        most = "the largest bound that --threshold may use (default: any)"
         group.add_argument("--threshold-max", type=finite_number, metavar="X", help=most)
 
 
@@ -65,7 +65,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=finite_number, default=1.0, metavar="X", help=share)
     to = "with --start: interpolate from its images to these; all samples have the same noise, for a smooth path"
     add("--to", metavar="FILES", help=to)
-    weight = "with --to: of its images, 0 to 1 (default: from 0 to 1 over the samples)"
+    weight = "with --to: the weight of its images, 0 to 1 (default: from 0 to 1 over the samples)"
     add("--weight", type=finite_number, metavar="X", help=weight)
     mix = "with --to: along the great circle, or the straight line (default: slerp)"
     add("--mix", choices=("slerp", "lerp"), help=mix)

@@ -131,7 +131,7 @@ def add_sampling(
         add("--guidance", type=arguments.finite_number, metavar="X", help=scale)
     else:
         add("--guidance", type=arguments.numbers, default=scales, metavar="X,...", help=f"{scale}; several")
-    rescale = "share of the growth of the output's deviation that guidance takes back, 0 to 1; 0.7 is usual"
+    rescale = "how much of guidance's growth of the output's standard deviation to undo, 0 to 1; 0.7 is usual"
     add("--guidance-rescale", type=arguments.finite_number, metavar="X", help=rescale)
     interval = "the timesteps at which to guide, both included (default: all)"
     add("--guidance-interval", type=arguments.finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)

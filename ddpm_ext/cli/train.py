@@ -142,12 +142,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("weight_decay", "of AdamW")
     averages = "decays of AdamW's averages of the gradient and of its square"
     add("betas", averages, type=arguments.numbers, metavar="A,B")
-    add("adam_eps", "what AdamW adds to the root of the latter")
+    add("adam_eps", "number that AdamW adds to the root of the average square")
     add("clip", "largest norm of the gradient; 0 for no limit")
     add("ema", "decay of the weights' moving average")
     more = "decays of further moving averages, each written to FOLDER/ema-X"
     add("extra_emas", more, type=arguments.numbers, default=argparse.SUPPRESS, metavar="A,B,...")
-    snapshots = "steps between two snapshots, of which ddpm-ext average makes averages of any length; 0 for none"
+    snapshots = "steps between two snapshots, from which ddpm-ext average makes averages of any length; 0 for none"
     add("snapshot_every", snapshots)
     add("autocast", "lower precision of the model's arithmetic")
     again = "compute activations again in the backward pass, to save memory; the weights are the same"
@@ -191,7 +191,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     resume = "continue the run in the folder, with its options where none are given"
     group.add_argument("--resume", action="store_true", help=resume)
-    change = "with --resume: options given here may be others than those of the run, which --steps always may"
+    change = "with --resume: options given here may differ from the run's; --steps always may"
     group.add_argument("--change", action="store_true", help=change)
     add("checkpoint_every", "steps between two checkpoints")
     add("keep", "number of checkpoints to keep")
@@ -199,11 +199,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("sample_every", "steps between two grids of samples; 0 for none")
     add("sample_steps", "DDIM's steps for a grid or score")
     add("sample_count", "samples in a grid")
-    add("score_every", "steps between two scores of samples, of which FOLDER/best keeps the best model; 0 for none")
+    add("score_every", "steps between two scores of samples; FOLDER/best has the model with the best score; 0 for none")
     add("score_count", "samples for a score")
-    features = "whose Fréchet distance to the training images is the score: pixels, or a function of your own"
+    features = "the score is the Fréchet distance to the training images of: pixels, or a function of your own"
     add("features", features, metavar="pixels|MODULE:FUNCTION")
-    tables = "tune step tables of so many calls to the model at the end, for ddpm-ext sample --sampler tuned"
+    tables = "at the end tune step tables with these numbers of model calls, for ddpm-ext sample --sampler tuned"
     usual = {"nargs": "?", "const": (4, 6, 8, 10), "default": argparse.SUPPRESS}
     add("tune", f"{tables} (without numbers: 4,6,8,10)", type=arguments.whole_numbers, metavar="N,...", **usual)
     add("tensorboard", "also write events for TensorBoard, to FOLDER/tensorboard")
