@@ -166,9 +166,8 @@ def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
     clip = config.get("clip_sample", default)
     if not isinstance(clip, bool):
         raise ValueError(f"model: {name} has clip_sample {clip!r}, expected true or false")
-    return (
-        default if config.get("_class_name") == "PNDMScheduler" else clip
-    )  # diffusers' PNDMScheduler ignores the entry
+    # diffusers' PNDMScheduler ignores the entry.
+    return default if config.get("_class_name") == "PNDMScheduler" else clip
 
 
 def _read_flow(config: dict[str, Any], name: str) -> DiffusionSettings:

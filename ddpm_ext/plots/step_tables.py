@@ -232,8 +232,7 @@ def _finish(axes: Axes, title: str, label: str, names: Sequence[str]) -> None:
         axes.set_yscale("asinh", linear_width=0.5)
         axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1))  # ticks at 0 and powers of ten
     elif largest > 0 and np.ptp(values) == 0:
-        axes.update_datalim(
-            [(0, 0)], updatex=False
-        )  # show 0 as well, since a constant is judged by its distance from 0
+        # Show 0 as well, since a constant is judged by its distance from 0.
+        axes.update_datalim([(0, 0)], updatex=False)
         axes.autoscale_view()
     axes.set(title=title, ylabel=label)

@@ -186,9 +186,8 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     n, k, last = len(loop.x), loop.z.shape[1], loop.last()
     none = np.zeros(n)
     factors = Factors(none, none.copy(), none.copy(), np.zeros((n, k)), np.zeros((n, LAGS, 2)), none.copy())
-    known_directions: dict[
-        int, Array
-    ] = {}  # by step: the direction that later steps read, factors of its sample and output
+    # By step: the direction that later steps read, factors of its sample and output.
+    known_directions: dict[int, Array] = {}
     inputs, last_try = np.stack([loop.unit(), loop.m], 1), (0, False)
 
     def fits(i: int, lags: int, with_last: bool, free: bool) -> float:

@@ -197,7 +197,7 @@ def observe(
 
     Args:
         scheduler: in the state in which a loop begins; it stays unchanged.
-        times: the timesteps with which the steps are called.
+        times: the timesteps with which the steps are called: each a number, or (1,), for all samples.
         samples, outputs, noise: as for Run's observe.
         options: arguments of every step in addition to the model output, the timestep and the sample. GIVEN stands for
             a tensor of the samples' shape, which `noise` makes; a list has a value for each step.

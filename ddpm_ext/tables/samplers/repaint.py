@@ -74,9 +74,8 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
 def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:
     """The rows in the loop's order: (row, 0) for a step, (row, length) for a jump back from before this row."""
-    jumps_left = dict.fromkeys(
-        range(0, rows - length, length), passes - 1
-    )  # by the number of rows after the jump's row
+    # The keys are the numbers of rows after the row where a jump starts.
+    jumps_left = dict.fromkeys(range(0, rows - length, length), passes - 1)
     order: list[tuple[int, int]] = []
     i = 0
     while i < rows:

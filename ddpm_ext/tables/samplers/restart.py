@@ -53,9 +53,8 @@ def restart(
     coefficients.check_between(prediction)
     checks.nonnegative("s_noise", s_noise)
     sigma = sigmas_of(grid.alphas_cumprod)
-    passes: dict[
-        int, list[Tensor]
-    ] = {}  # by the number of the step that starts at t_min: the sigmas of each repetition
+    # By the number of the step that starts at t_min: the sigmas of each repetition.
+    passes: dict[int, list[Tensor]] = {}
     for number, (n, k, low, high) in enumerate(intervals):
         name = f"intervals[{number}]"
         n = checks.integer(f"{name}'s n", n, 2**31, "2^31", start=2)
