@@ -48,8 +48,8 @@ class Recorder:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
     def __call__(self, x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
-        """Calls the model, and records x_t at every k-th call. If guidance doubles the batch, it records the first
-        half."""
+        """Calls the model, and records x_t at every k-th call and the last. If guidance doubles the batch, the first
+        half is recorded."""
         if self.calls % self.every == 0 or self.calls == self.steps - 1:
             self.t.append(t[0].item())
             self.x_t.append(self._copied(x))

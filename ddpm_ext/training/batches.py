@@ -98,7 +98,7 @@ class StepBatches(Dataset):
         with _translate_loader_errors():
             with torch.device("cpu"), _names_a_lack_of_room():  # the loader draws its workers' seed on this device
                 if workers:
-                    torch.multiprocessing.Queue()  # fails first if memory is full: the loader would print a traceback
+                    torch.multiprocessing.Queue()  # if this fails, it leaves no traceback, which the loader would print
                 batches = iter(steps)
             for batch in batches:
                 if isinstance(batch, Exception):

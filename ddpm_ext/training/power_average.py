@@ -28,7 +28,7 @@ def exponent(length: float) -> float:
 
 
 def decay(length: float, step: int) -> float:
-    """The average's factor of its previous value in a step. Steps count from 1, with a factor of 0."""
+    """The factor with which the average keeps its value in a step. Steps count from 1; in step 1 the factor is 0."""
     return float((1 - 1 / step) ** (exponent(length) + 1))
 
 

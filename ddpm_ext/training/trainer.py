@@ -164,14 +164,15 @@ class Trainer:
     def fit(self) -> Result:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
-        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds:
-            options.json, which is written before the first step;
-            training.json (options, versions, final loss), losses.csv and losses.png;
-            checkpoints/: one every `options.checkpoint_every` steps, of which the last `options.keep` remain;
-            samples/: a grid every `options.sample_every` steps;
-            with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
-            with `options.snapshot_every`, snapshots/ for post_hoc_average;
-            with `options.tune`, tuned/ with step tables of these numbers of calls.
+        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds
+
+        - options.json, which is written before the first step;
+        - training.json (options, versions, final loss), losses.csv and losses.png;
+        - checkpoints/: one every `options.checkpoint_every` steps, of which the last `options.keep` remain;
+        - samples/: a grid every `options.sample_every` steps;
+        - with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
+        - with `options.snapshot_every`, snapshots/ for post_hoc_average;
+        - with `options.tune`, tuned/ with step tables of these numbers of calls.
 
         After Ctrl-C or SIGTERM, the run finishes its current step, if it has one, writes a checkpoint and stops; a
         second signal ends the run at once. Before an exception ends the run, a checkpoint of the last step is written

@@ -76,7 +76,7 @@ def tuned(table: StepTable, notes: Mapping[str, Any], report: Report) -> Tuned:
 class Tuner:
     """Tunes tables for loops that differ only in their number of model calls and share one teacher.
 
-    Args: as for `tune`.
+    The arguments are those of `tune`.
 
     Attributes:
         teacher_error, whole_timesteps: see Report.
