@@ -28,7 +28,7 @@ PASTED = [
     for page in PAGES
     if BLOCK.search(page.read_text())
 ]
-WRITTEN = {"training.md": {"my-run"}, "diffusers.md": {"tuned.json"}}
+WRITTEN = {"training.md": {"my-run"}, "diffusers.md": {"tuned.json"}, "tables.md": {"mine.json", "mine.png"}}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
