@@ -84,6 +84,6 @@ def test_paths_that_the_pages_name_exist(root):
 
 
 def test_every_promise_has_a_test(root):
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (root / "docs" / "guarantees.md").read_text())
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (root / "docs" / "developers" / "guarantees.md").read_text())
     assert len(named) > 20
     assert not [f"{path}::{name}" for path, name in named if f"def {name}(" not in (root / path).read_text()]
