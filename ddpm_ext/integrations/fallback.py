@@ -1,6 +1,6 @@
-"""How a call falls back: where it has no fused form, the peer's own code runs.
+"""Falling back: a call that has no fused form runs the peer's own code.
 
-Options, dtypes or shapes that the operators don't take have no fused form.
+A call has no fused form if the operators don't take its options, dtypes or shapes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ddpm_ext.integrations.shared import peer_method
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
-CACHED = 16  # what an object keeps: rows of its latest states, trials and proofs of its steps
+CACHED = 16  # entries in the cache of one object: rows of its latest states, trials and proofs of its steps
 
 
 class Fallback(Exception):
-    """Raised where a call has no fused form, so that the peer's own code runs in its place.
+    """Raised if a call has no fused form. The peer's own code then runs in its place.
 
     Args:
         reason: why, for the warning and `.accelerated.fallbacks`. None gives no warning: the peer will reject the
             argument itself.
-        instead: what to run in place of the peer's method with the call's arguments, where the model or another
-            function of the caller was called already and must not be called again.
+        instead: a function without arguments to run in place of the peer's method. For calls that have already called
+            the model or another function of the caller, which must not be called a second time.
     """
 
     def __init__(self, reason: str | None = None, instead: Callable[[], Any] | None = None) -> None:
@@ -40,12 +40,12 @@ class Fallback(Exception):
 def with_fallback(
     method: str | None = None, own: Function | None = None, *, compiles: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorates a method of an Accelerated class that may raise a Fallback: then the peer's own method runs.
+    """Decorates a method of an Accelerated class. Where the method raises a Fallback, the peer's own method runs.
 
     Args:
-        method: the peer's name of the method; without one, that of the decorated function.
-        own: what runs then, as own(method, obj, ...) with the call's arguments; without one, the peer's method itself.
-        compiles: whether torch.compile may trace the method; if not, it gets the peer's.
+        method: the peer's name of the method. Default: the name of the decorated function.
+        own: runs after a Fallback, as own(method, obj, ...) with the call's arguments. Default: the peer's method.
+        compiles: whether torch.compile may trace the method. If not, compiled code runs the peer's method.
     """
 
     def decorate(function: Function) -> Function:
@@ -62,19 +62,20 @@ def with_fallback(
             except Fallback as fallback:
                 reason, instead = fallback.reason, fallback.instead
             except TypeError as error:
-                # Where the function does not take such arguments, its code did not run: the peer rejects them, in its
-                # own method's name.
+                # A traceback of one frame: the arguments did not fit the function's signature, so its code did not
+                # run. The peer's method then raises the TypeError, which names that method.
                 if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                     raise
                 reason = instead = None
-            # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
+            # Outside of the handler: else Python would show the Fallback as the context of the peer's errors.
             if reason is not None:
                 self.accelerated.record_fallback(self.library, name, reason)
             return run_own(name, self, *args, **kwargs) if instead is None else instead()
 
         @functools.wraps(function)
         def call_unless_compiling(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # A function of its own: the compiler can't resume one that has a handler of exceptions after the warning.
+            # Separate from `call`: record_fallback's warning breaks the graph, and the compiler can't resume a function
+            # that has an exception handler.
             if torch.compiler.is_compiling():
                 self.accelerated.record_fallback(self.library, name, "it is being compiled")
                 return run_own(name, self, *args, **kwargs)
@@ -90,14 +91,14 @@ def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def returning(value: Any) -> nn.Module:
-    """A model, or another function, that returns `value`, in place of one that was called already."""
+    """A module that returns `value` for any arguments. It replaces a model or function that was called already."""
     module = nn.Identity()
     module.forward = lambda *_, **__: value  # type: ignore[method-assign]
     return module
 
 
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
-    """make(*args), or the Fallback that it raises: what a cache can keep. `result_of` turns it back."""
+    """make(*args), or the Fallback that it raises, as a value that a cache can store. `result_of` reverses this."""
     try:
         return make(*args)
     except Fallback as fallback:
@@ -105,23 +106,26 @@ def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
 
 
 def made_outside_autograd(make: Callable[..., Result], *args: Any) -> Result | Fallback:
-    """As `attempt`, for what may be kept by a backward pass and used outside of inference mode."""
+    """As `attempt`, with gradients and inference mode off, so that a backward pass may save the result's tensors."""
     with torch.inference_mode(False), torch.no_grad():
         return attempt(make, *args)
 
 
 def result_of(attempted: Result | Fallback) -> Result:
-    """What `attempt` made. Raises the Fallback where there is one."""
+    """The result that `attempt` returned. Raises it if it is a Fallback."""
     if isinstance(attempted, Fallback):
         raise Fallback(attempted.reason)
     return attempted
 
 
 def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any = None) -> Result:
-    """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object are without it.
+    """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object have no such cache.
 
-    Raises the Fallback that make() raises, which is cached, too. values: the objects whose identities are in the key.
-    The cache holds them, so that no others get these identities.
+    Raises the Fallback that make() raises, which is cached, too.
+
+    Args:
+        values: the objects whose ids are in the key. The cache keeps them alive: Python could give the id of a dead
+            object to a new one.
     """
     cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
     entry = None if cache is None else cache.get(key)

@@ -1,4 +1,4 @@
-"""What the schedulers share: rows that follow their settings, the timestep on the host, the noise, the step."""
+"""The base of all mixins for schedulers: rows cached by settings, timesteps on the host, noise, step."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 
 Made = TypeVar("Made")
-OLDEST = (0, 32)
-UNFUSED = -1  # in place of a row
-# Of all schedulers: by kinds of loops, and by settings of the mixins with rows of ours.
+OLDEST = (0, 32)  # the oldest version of diffusers whose schedulers can be accelerated
+UNFUSED = -1  # stands for the row of a timestep that has no fused form
+# The rows of all schedulers. Traced schedulers use a kind of loop as the key, Alphas the settings that rows depend on.
 ROWS: BoundedCache[Any] = BoundedCache(64)
 STEPS = ("step", "step_pred")
-NOT_COUNTED = ("set_timesteps", "scale_model_input")  # they take note of something, or return what a step has made
+# These methods count neither as fused calls nor as fallbacks: they launch no kernel of a step.
+NOT_COUNTED = ("set_timesteps", "scale_model_input")
 HALVES = {torch.float16, torch.bfloat16}
 
 
@@ -47,11 +48,11 @@ def imported(module: str, name: str) -> Any:
 
 
 class FusedRows(NamedTuple):
-    """What a scheduler's settings come to.
+    """The rows of a scheduler with given settings.
 
     Attributes:
-        rows: the steps' rows; None where no timestep has a fused form.
-        row: the row of each timestep, or UNFUSED.
+        rows: the rows; None if no timestep has a fused form.
+        row: {timestep: index of its row, or UNFUSED}.
     """
 
     rows: RowStepper | None
@@ -59,11 +60,11 @@ class FusedRows(NamedTuple):
 
 
 class NextInput(NamedTuple):
-    """What scale_model_input returns for the sample that a step has returned: the step writes it as well.
+    """The scaled input of the next model call. The launch of a step writes it along with the step's result.
 
     Attributes:
-        sample, version: that tensor, and its version_of.
-        model_input: its product with the scheduler's factor. Who gets it may write to it, so it is given once.
+        sample, version: the result of the step, and its `version_of`.
+        model_input: `sample` times the scheduler's factor. The caller may write to it, so it is returned only once.
     """
 
     sample: Tensor
@@ -75,7 +76,10 @@ class NextInput(NamedTuple):
         return cls(sample, version_of(sample), model_input)
 
     def is_of(self, sample: object) -> bool:
-        """Whether that is the very tensor that the step returned, as it was. Inference tensors do not tell."""
+        """Whether `sample` is the tensor that the step returned, and nobody has written to it since.
+
+        False for inference tensors: they do not count writes.
+        """
         return sample is self.sample and self.version is not None and version_of(self.sample) == self.version
 
 
@@ -92,11 +96,12 @@ class Scheduler(Accelerated):
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
-        """The mixin's _step takes the place of the peer's step in an accelerated class, and so on; any Fallback that it
-        raises is caught there.
+        """Replaces the peer's `step` by the mixin's `_step` in an accelerated class, and so on for `replaces`.
 
-        Raises TypeError for an accelerated class of an older diffusers, where DDPM's steps led elsewhere, Euler's
-        drew noise that they did not use, and results had other lengths.
+        The replacement catches a Fallback and runs the peer's method.
+
+        Raises TypeError for an accelerated class of a diffusers older than OLDEST: DDPM's steps had other results
+        there, Euler's drew noise that they did not use, and the tuples that steps return had other lengths.
         """
         super().__init_subclass__()
         if "_peer" not in vars(cls):
@@ -105,9 +110,9 @@ class Scheduler(Accelerated):
         if tuple(map(int, version.split(".")[:2])) < OLDEST:
             raise TypeError(f"diffusers is {version}, expected {'.'.join(map(str, OLDEST))} or newer")
         for name in {*cls.replaces, "set_timesteps"}:
-            own = getattr(cls._peer, name, None)
-            if own is not None:
-                setattr(cls, name, _in_place_of(own, name, getattr(cls, f"_{name}")))
+            peers_method = getattr(cls._peer, name, None)
+            if peers_method is not None:
+                setattr(cls, name, _replacement(peers_method, name, getattr(cls, f"_{name}")))
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         self.accelerated.begin_loop()
@@ -116,28 +121,32 @@ class Scheduler(Accelerated):
     # ----------------------------------------------------------------------------------------------------- settings
 
     def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
-        """make(*settings), from the cache where an object had such settings before. Raises the Fallback that `make`
-        raises. The settings of the last call are known again without reading a tensor, which may be on a GPU."""
+        """make(*settings), cached by the values of the settings for all schedulers.
+
+        The result of the last call is also stored with the object, by the identity and version of the settings. So a
+        call with the same settings reads no tensor, which may be on a GPU. Raises the Fallback that `make` raises.
+        """
         return self._cached((make, *settings), make, settings)
 
     def _cached(self, key: tuple[Any, ...], make: Callable[..., Made], arguments: tuple[Any, ...]) -> Made:
-        """make(*arguments), for which `key` stands; see _rows."""
+        """make(*arguments), cached by `key` in place of the arguments; see _rows."""
         versions = tuple([(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in key])
         latest = self.__dict__.setdefault("_latest_rows", {})
-        known = latest.get(make)
-        uncounted = any(isinstance(x, Tensor) and x.is_inference() and x.is_cpu for x in key)  # nobody tells of writes
-        if known is None or known[0] != versions or uncounted:
+        entry = latest.get(make)
+        # Inference tensors do not count writes, so their values must be compared.
+        uncounted = any(isinstance(x, Tensor) and x.is_inference() and x.is_cpu for x in key)
+        if entry is None or entry[0] != versions or uncounted:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
-            made = ROWS.get_or_make(contents, lambda: made_outside_autograd(make, *arguments))
-            # The tensors are held, too, so that no other tensor gets their identity.
-            known = latest[make] = versions, key, made
-        return result_of(known[2])
+            result = ROWS.get_or_make(contents, lambda: made_outside_autograd(make, *arguments))
+            # The entry keeps the tensors of `key` alive: `versions` has their ids, which Python could reuse.
+            entry = latest[make] = versions, key, result
+        return result_of(entry[2])
 
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
-        """The timestep on the host, and its row. Raises Fallback where it has none.
+        """The timestep on the host, and its row. Raises Fallback if it has no row.
 
-        An element of self.timesteps is found by its address, and not read: on a GPU, only the first one after
-        set_timesteps makes the host wait. A pipeline's loop goes over these.
+        A pipeline loops over self.timesteps. The index of such an element follows from its address, so the element is
+        not read: on a GPU, the host waits only once after each set_timesteps.
         """
         if isinstance(timestep, Tensor) and timestep.numel() == 1 and not timestep.is_floating_point():
             index = self._index_of(timestep)
@@ -151,28 +160,31 @@ class Scheduler(Accelerated):
 
     def _times(self) -> Any:
         """A list of the scheduler's timesteps on the host, read once."""
-        own = self.timesteps
-        if own.is_inference() and own.is_cpu:  # which do not tell whether they were written to
-            return own.tolist()
-        known = self.__dict__.get("_host_timesteps")
-        if known is None or known[0] is not own or known[1] != version_of(own):
-            known = self.__dict__["_host_timesteps"] = own, version_of(own), own.tolist()
-        return known[2]
+        timesteps = self.timesteps
+        if timesteps.is_inference() and timesteps.is_cpu:  # inference tensors do not count writes
+            return timesteps.tolist()
+        entry = self.__dict__.get("_host_timesteps")
+        if entry is None or entry[0] is not timesteps or entry[1] != version_of(timesteps):
+            entry = self.__dict__["_host_timesteps"] = timesteps, version_of(timesteps), timesteps.tolist()
+        return entry[2]
 
     def _index_of(self, timestep: Tensor) -> int | None:
-        """The index of the element of self.timesteps that `timestep` is a view of, or None. Neither is read."""
-        own: Any = self.timesteps
-        return index_of(own, timestep) if isinstance(own, Tensor) else None
+        """The index of the element of self.timesteps that `timestep` is a view of, or None. No tensor is read."""
+        timesteps: Any = self.timesteps
+        return index_of(timesteps, timestep) if isinstance(timesteps, Tensor) else None
 
     # --------------------------------------------------------------------------------------------------------- noise
 
     def _noise(self, noisy: bool, like: Tensor, generator: Any, sample: Tensor, index: int) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of a step of `sample`.
 
-        Unless it is made in the launch, it is drawn as diffusers draws it: as the model's output, `like`.
+        With noise "philox" the launch makes the noise. Else it is drawn as diffusers draws it: with the shape, device
+        and dtype of the model's output.
 
         Args:
-            index: where the step lies in a loop, a number that rises along it.
+            noisy: whether the step has noise.
+            like: the model's output.
+            index: the position of the step in its loop, a number that rises along the loop.
         """
         if not noisy:
             return {}
@@ -183,26 +195,27 @@ class Scheduler(Accelerated):
         return noise_arguments(z.to(sample.dtype), sample)
 
     def _draw(self, *args: Any, **kwargs: Any) -> Tensor:
-        """diffusers' randn_tensor, by the name in the module of the scheduler's class, which somebody may have set."""
+        """Calls `randn_tensor` of the module that defines the scheduler's class: a user may have replaced it there."""
         module = vars(sys.modules[library_class(type(self)).__module__])
-        own = imported("diffusers.utils.torch_utils", "randn_tensor")
-        draw = module.get("randn_tensor", own)
+        original = imported("diffusers.utils.torch_utils", "randn_tensor")
+        draw = module.get("randn_tensor", original)
         z: Tensor = draw(*args, **kwargs)
-        return z if draw is own else z.clone()  # whose function it is may keep what it drew
+        return z if draw is original else z.clone()  # The step overwrites z, and a user's function may keep its result.
 
     # ---------------------------------------------------------------------------------------------------------- step
 
     def _check_step(self, sample: Tensor, model_output: Tensor, *others: Tensor | None, timestep: Any = None) -> None:
-        """Raises Fallback where the operators can't take a step of these tensors.
+        """Raises Fallback if the operators can't take a step of these tensors.
 
-        timestep: given where the peer indexes its tables by it, so that what it reads there has its dimensions.
+        timestep: passed for a peer that indexes its tables by the timestep: the entries that it reads then have the
+        dimensions of the timestep.
         """
         check_tensors(sample, model_output, *others)
         if wants_gradient(sample, model_output, *others):
             raise Fallback("a gradient is asked for")
         if sample.dim() < 2:
             raise Fallback("its samples have no channels")
-        if model_output.dtype != sample.dtype:  # check_tensors looked at the sample's
+        if model_output.dtype != sample.dtype:  # check_tensors has checked the dtype of the sample
             if model_output.dtype not in HALVES and model_output.dtype != torch.float32:
                 raise Fallback(f"the model's output is {dtype_name(model_output.dtype)}")
             if {model_output.dtype, sample.dtype} == HALVES:
@@ -213,22 +226,24 @@ class Scheduler(Accelerated):
     def _take(
         self, rows: FusedRows, row: int, sample: Tensor, model_output: Tensor, noise: dict[str, Any], **extras: Any
     ) -> tuple[Tensor, Tensor]:
-        """The next sample and the predicted clean one, both in one launch; a threshold takes two."""
+        """The next sample and the predicted clean sample, by one launch, or by two with dynamic thresholding."""
         assert rows.rows is not None
         x0 = empty_like(sample)
         prev, _ = rows.rows.take(row, sample, model_output, (), {"x0_out": x0, **noise, **extras})
         if x0.dtype != model_output.dtype and getattr(self.config, "prediction_type", None) == "sample":
-            x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
+            x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself as the clean sample
         return prev, x0
 
 
-def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's method, with the signature of the peer's own one, which pipelines read. A compiler breaks its graph
-    there: what is counted would be constants of it."""
-    fused = method if name in NOT_COUNTED else with_fallback(name)(method)
-    uncompiled = torch.compiler.disable(fused)  # diffusers has imported the compiler
+def _replacement(peers_method: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The mixin's method with the signature of the peer's method, which pipelines inspect.
 
-    @functools.wraps(own)
+    torch.compile breaks its graph at the method: in a graph, the counters that the method updates would be constants.
+    """
+    fused = method if name in NOT_COUNTED else with_fallback(name)(method)
+    uncompiled = torch.compiler.disable(fused)  # imports the compiler, but diffusers has imported it already
+
+    @functools.wraps(peers_method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return (uncompiled if torch.compiler.is_compiling() else fused)(self, *args, **kwargs)
 
@@ -241,7 +256,7 @@ def make_rows(
     """The rows of `steps`. Raises Fallback for a clip that has no fused form.
 
     Args:
-        steps: None where no timestep has a fused form.
+        steps: the table of all timesteps with a fused form; None if there are none.
         unfused: the timesteps without a fused form.
     """
     row = dict.fromkeys(unfused, UNFUSED)
@@ -254,8 +269,10 @@ def make_rows(
 
 
 def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
-    """The range of the predicted clean sample that a config asks for, and the threshold where a sample has its own.
-    Raises Fallback for a threshold that has no fused form."""
+    """The range to which a config clips predicted clean samples, and its dynamic threshold; None for either it lacks.
+
+    Raises Fallback for a threshold that has no fused form.
+    """
     if getattr(config, "thresholding", False):
         quantile, maximum = config.dynamic_thresholding_ratio, config.sample_max_value
         if not 0 < quantile <= 1 <= maximum:
@@ -265,18 +282,18 @@ def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
 
 
 def reads_clip_sample(scheduler: Any) -> bool:
-    """Whether a scheduler's step clips where clip_sample is set: some classes have the setting and never read it."""
+    """Whether the step of a scheduler's class reads the setting `clip_sample`. Some classes have it and ignore it."""
     step = inspect.unwrap(peer_class(type(scheduler)).step)  # type: ignore[attr-defined]
     return "clip_sample" in step.__code__.co_names
 
 
 def are_tensors(*values: object) -> bool:
-    """Whether all values are tensors. diffusers rejects what isn't, or takes it in its own way."""
+    """Whether all values are tensors. Others are left to diffusers, which may accept or reject them."""
     return all(isinstance(x, Tensor) for x in values)
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:
-    """A key of the tensor's values, dtype and shape."""
+    """A cache key of the tensor's values, dtype and shape."""
     if type(x) is Tensor and x.is_cpu and not x.requires_grad and x.dtype is not torch.bfloat16:
-        return x.dtype, x.shape, x.numpy().tobytes()  # in a fifth of the time
+        return x.dtype, x.shape, x.numpy().tobytes()  # takes a fifth of the time of the general code below
     return x.dtype, x.shape, x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,8 +1,9 @@
-"""The noise that a pipeline of diffusers starts from, by seed and sample id.
+"""The start noise of a pipeline of diffusers, drawn by seed and sample id.
 
-Pipelines draw it by `randn_tensor`, each by the name in its own module: in prepare_latents or __call__, before or after
-set_timesteps, in the shape that they pack. While an accelerated pipeline is called, that name is a function which looks
-who calls: in other threads, and wherever a generator is given, it is diffusers' own.
+A pipeline draws it with `randn_tensor`, a function that its module imports by this name. The draw may be in
+prepare_latents or in __call__, before or after set_timesteps, and in any shape. While an accelerated pipeline runs,
+`randn_tensor` of its module is replaced by a function that checks its caller. For calls from other threads, and for
+calls with a generator, the replacement calls diffusers' function.
 """
 
 from __future__ import annotations
@@ -23,19 +24,22 @@ from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.ops.noise import randn
 
 NAME = "randn_tensor"
-OF_VAES = "diffusers.models.autoencoders.vae"  # draws an image's latents, from which image to image starts
+OF_VAES = "diffusers.models.autoencoders.vae"  # Image-to-image pipelines start from latents that this module draws.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _drawn_by: ContextVar[Acceleration | None] = ContextVar("_drawn_by", default=None)
 _lock = threading.Lock()
-_calls: dict[str, int] = {}  # that are under way, by the module's name
+_calls: dict[str, int] = {}  # {name of a module: number of running calls that share its replacement}
 
 
 @contextlib.contextmanager
 def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[None]:
-    """A call of a pipeline whose schedulers have these settings: one loop, or several, which begin here.
+    """Wraps a call of a pipeline, which begins a loop of each scheduler.
 
-    With noise "philox", the pipeline's own draws without a generator are the start noise of the first scheduler's.
+    With noise "philox", draws of the pipeline without a generator are start noise of the first such scheduler's loop.
+
+    Args:
+        settings: those of the pipeline's schedulers.
     """
     philox = [each for each in settings if each.noise == "philox"]
     token = _drawn_by.set(philox[0] if philox else None)
@@ -49,7 +53,7 @@ def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[Non
 
 
 def _modules_of(pipeline: Any) -> list[ModuleType]:
-    """Those that draw: of its class's ancestors, and of a modular pipeline's blocks."""
+    """The modules in which the pipeline may draw: those of its class, its bases and a modular pipeline's blocks."""
     classes, blocks = list(type(pipeline).__mro__), [vars(pipeline).get("_blocks")]
     while blocks:
         block = blocks.pop()
@@ -61,11 +65,11 @@ def _modules_of(pipeline: Any) -> list[ModuleType]:
 
 @contextlib.contextmanager
 def _replaced(module: ModuleType) -> Iterator[None]:
-    """Several calls, also in several threads, share what is in the place of diffusers' function."""
+    """Replaces `randn_tensor` in a module. Calls that overlap, also from several threads, share one replacement."""
     name = module.__name__
     with _lock:
         if not _calls.get(name):
-            setattr(module, NAME, _looking(getattr(module, NAME)))
+            setattr(module, NAME, _checking_caller(getattr(module, NAME)))
         _calls[name] = _calls.get(name, 0) + 1
     try:
         yield
@@ -77,18 +81,20 @@ def _replaced(module: ModuleType) -> Iterator[None]:
                 setattr(module, NAME, getattr(current, "__wrapped__", current))
 
 
-def _looking(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(own)
+def _checking_caller(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A `randn_tensor` that draws by seed and sample id in a call of an accelerated pipeline, else by `original`."""
+
+    @functools.wraps(original)
     def randn_tensor(
         shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
     ) -> Tensor:
         settings = _drawn_by.get()
         if settings is None or generator is not None or layout not in (None, torch.strided):
-            return own(shape, generator=generator, device=device, dtype=dtype, layout=layout)
+            return original(shape, generator=generator, device=device, dtype=dtype, layout=layout)
         device, dtype = torch.device(device or "cpu"), dtype or torch.get_default_dtype()
         rng = settings.rng_of_start(shape[0])
-        at = device if device.type in ("cpu", "cuda") else "cpu"
-        z = randn(tuple(map(int, shape)), rng, device=at, dtype=dtype if dtype in DTYPES else torch.float32)
+        drawn_on = device if device.type in ("cpu", "cuda") else "cpu"
+        z = randn(tuple(map(int, shape)), rng, device=drawn_on, dtype=dtype if dtype in DTYPES else torch.float32)
         return z.to(device, dtype)
 
     return randn_tensor

@@ -1,4 +1,4 @@
-"""The arguments of a traced scheduler's step: which of them are tensors, and which are options of the loop's rows."""
+"""The arguments of a traced scheduler's step, sorted into tensors and options."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, parameters_of_
 
 OTHERS = ("generator", "return_dict")  # rows do not depend on these
 EMPTY = inspect.Parameter.empty
-# By their names in order: numbers, strings, None, TimestepOffset, and GIVEN for a tensor like the samples.
+# (name, value) of each option, sorted by name. A value is a number, a string, None, a TimestepOffset, or GIVEN for a
+# tensor of the samples' shape.
 Options = tuple[tuple[str, Any], ...]
 
 
 class TimestepOffset(NamedTuple):
-    """An option that is one of the scheduler's timesteps: so many after that of the step."""
+    """An option that is one of the scheduler's timesteps: the one `steps` indices after the timestep of the step."""
 
     steps: int
 
 
 class Signature(NamedTuple):
-    """What the step of a class takes.
+    """The parameters of a scheduler class's step.
 
     Attributes:
-        inputs: the names of the model's output, the timestep and the sample.
-        are_known: whether these are names by which tracing can call it.
-        defaults: of all parameters. EMPTY: it has none, or rows do not depend on the argument.
+        inputs: the names of the parameters for the model's output, the timestep and the sample.
+        are_known: whether tracing can call the step with these names.
+        defaults: {name: default} of all parameters. EMPTY: there is no default, or rows do not depend on the argument.
     """
 
     inputs: tuple[str, ...]
@@ -46,7 +47,8 @@ class Signature(NamedTuple):
         defaults = {name: each.default for name, each in parameters_of_step(scheduler).items()}
         inputs = input_names([*defaults])
         are_known = all(name in names for name, names in zip(inputs, INPUTS, strict=False))
-        # A class that returns an object only where it is asked for one has other results then: that is an option.
+        # Where return_dict is False by default, an object may hold other results than the tuple. So there it stays an
+        # option, on which rows depend.
         free = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
         return cls(inputs, are_known, defaults | dict.fromkeys(free, EMPTY))
 
@@ -56,10 +58,10 @@ class Call(NamedTuple):
 
     Attributes:
         m, timestep, x: the model's output, the timestep without a dimension, and the sample.
-        has_dim: whether the timestep had a dimension.
-        options: every other argument but generator and return_dict.
-        tensors: those among the options, in the order of the options that are GIVEN.
-        others: the generator and whether to return an object, if they are given.
+        has_dim: whether the caller's timestep had a dimension.
+        options: all other arguments except generator and return_dict.
+        tensors: the values of the options that are GIVEN, in their order.
+        others: generator and return_dict, if the caller has passed them.
     """
 
     m: Tensor
@@ -82,7 +84,7 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
     m, timestep, x = [values.pop(name) for name in signature.inputs]
     if not are_tensors(x, m) or not isinstance(timestep, Tensor | numbers.Number):
         raise Fallback
-    if "noise_sampler" in vars(scheduler):  # it takes a hundred times as long as all else in a step
+    if "noise_sampler" in vars(scheduler):  # its noise takes a hundred times as long as the rest of a step
         raise Fallback("its noise is that of a Brownian path")
     if type(scheduler).__name__ in OF_THREE_CHANNELS and m.shape[1:2] > (3,):
         config = scheduler.config
@@ -111,8 +113,10 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
 
 
 def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, timestep: Any) -> Any:
-    """What an option is in Options. A timestep among the options is told by its index, so that it is the same
-    option in each step."""
+    """The value of an argument in Options.
+
+    One of the scheduler's timesteps becomes a TimestepOffset, so that the option has the same value in each step.
+    """
     if isinstance(value, Tensor) and value.dim():
         if value.shape != x.shape:
             raise Fallback(f"it is called with {name} of shape {tuple(value.shape)}")
@@ -131,8 +135,13 @@ def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, t
 
 
 def options_of_steps(options: Options, timesteps: Tensor, first: int, count: int) -> Mapping[str, Any]:
-    """Those of `count` steps from an index on, as tracing takes them. Where a step has no such timestep before or after
-    it, that is None. timesteps: the scheduler's."""
+    """The options of the `count` steps from index `first` on, in the form that tracing takes.
+
+    A TimestepOffset becomes a list of timesteps, one for each step; None where the offset leads beyond the loop's ends.
+
+    Args:
+        timesteps: the scheduler's timesteps.
+    """
     of_steps = dict(options)
     for name, value in options:
         if isinstance(value, TimestepOffset):
@@ -142,5 +151,8 @@ def options_of_steps(options: Options, timesteps: Tensor, first: int, count: int
 
 
 def options_at(options: Options, index: int, count: int) -> Options:
-    """Those of the step at an index, of `count`, without a timestep that is not there."""
+    """The options of the step at `index` of a loop of `count` steps.
+
+    A TimestepOffset that leads beyond the loop's ends is left out.
+    """
     return tuple([(n, x) for n, x in options if not isinstance(x, TimestepOffset) or 0 <= index + x.steps < count])

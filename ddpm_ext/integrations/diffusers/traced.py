@@ -1,16 +1,19 @@
-"""Every scheduler of diffusers that has no mixin of its own: tracing tells its rows when a loop begins.
+"""Schedulers of diffusers without a mixin of their own. Their rows are traced when a loop begins.
 
-Tracing runs diffusers' own steps on numbers of our choice; see tables/trace.py. It takes about as long as a few of
-diffusers' own loops, once for each setting. What is no row runs diffusers' own code.
+Tracing runs diffusers' own steps on probe numbers; see tables/trace.py. It takes about as long as a few of diffusers'
+own loops, once for each setting. A loop whose steps are no rows runs diffusers' own code.
 
-A step locates its row, takes it in one launch, and writes to the scheduler the numbers that diffusers' own step would
-have written, such as _step_index. It does not write the tensors that diffusers keeps: model_outputs, last_sample.
-A loop begins at the first step after set_timesteps. Each step must be the next row of the loop, called as the steps
-before, with the settings of the loop's beginning; where steps read nothing of those before, any step may be any row.
-Samples may be edited in between: a row reads the sample that it is given, and copies of what earlier steps returned.
+A step finds its row and takes it in one launch. It then writes to the scheduler the numbers that diffusers' own step
+would have written, such as _step_index. It does not write the tensors that diffusers' step would store: model_outputs,
+last_sample.
 
-A step that somebody wrote himself runs as it is. With trace=True it runs in a first loop, beside its rows, which take
-the steps of later loops where both agree.
+A loop begins at the first step after set_timesteps. Each step must take the next row of the loop, with the options of
+the steps before and the settings that the scheduler had when the loop began. If the steps have no history, they may
+take the rows in any order. The caller may edit samples between steps: a row reads the sample that the caller passes,
+and copies of the results of earlier steps.
+
+A step that a user wrote runs as it is. With trace=True it runs in a first loop, and its results are compared with those
+of the traced rows. If they agree, the rows take the steps of later loops.
 """
 
 from __future__ import annotations
@@ -50,21 +53,22 @@ from ddpm_ext.tables.trace_run import parts_of, step_name
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
 TURN = "a step is out of turn, or its options or settings are not those of the step before"
-Results = tuple[Tensor, Tensor | None]  # the next sample, and the predicted clean one if the step returns it
+Results = tuple[Tensor, Tensor | None]  # the next sample, and the predicted clean sample if the step returns it
 Settings = tuple[list[tuple[str, Any, Any]], Config]  # attributes with their versions, and the config
 
 
 class Position(NamedTuple):
-    """Where an object is in a loop.
+    """The position of a scheduler in its loop.
 
     Attributes:
-        rows: the loop's. at: the next one.
-        settings: what must be as it is until the loop ends; see _settings_of.
-        proof: of a step that somebody wrote himself.
-        ring: what the last three rows that kept a tensor kept, the newest first.
-        last: the last step's result in a tensor that nobody else has, if the next row reads that.
-        shape: that of the samples.
-        dtypes: of the last step's output, sample and result.
+        rows: the rows of the loop.
+        at: the index of the next row.
+        settings: the settings that must not change until the loop ends; see _settings_of.
+        proof: the proof of a step that a user wrote; None for diffusers' own steps.
+        ring: the tensors that rows kept, the newest first, at most three.
+        last: a private copy of the last step's result, if the next row reads it.
+        shape: the shape of the samples.
+        dtypes: the dtypes of the last step's model output, sample and result.
     """
 
     rows: LoopRows
@@ -77,30 +81,36 @@ class Position(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] | None = None
 
     def has_dtypes_of(self, call: Call) -> bool:
-        """Whether the step has an output like the last one's, and a sample like its sample or like its result."""
+        """Whether the model output has the last step's dtype, and the sample that of the last sample or result."""
         return self.dtypes is None or (call.m.dtype == self.dtypes[0] and call.x.dtype in self.dtypes[1:])
 
     def is_over(self) -> bool:
         return self.at == len(self.rows.times)
 
     def scales_inputs(self) -> bool:
-        """Whether scale_model_input is a factor of the sample. Somebody's own is not compared, and runs as it is."""
+        """Whether scale_model_input multiplies the sample by a number.
+
+        Proofs do not compare scale_model_input. So with a proof this is False, and the user's code runs.
+        """
         return self.rows.trace.scales is not None and self.proof is None
 
     def is_proven(self) -> bool:
-        """Whether the rows take the steps: those of the library's own code need no proof."""
+        """Whether the rows take the steps. Steps of the library's own code need no proof."""
         return self.proof is None or len(self.proof.holds) == len(self.rows.times)
 
 
 class TracedScheduler(Forward):
-    """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
-    set_timesteps."""
+    """Mixin placed before any scheduler in the bases. It replaces `step`, `add_noise` and the like.
+
+    set_timesteps runs the scheduler's own code and begins a new loop.
+    """
 
     replaces = (*STEPS, "set_timesteps", "scale_model_input", *FORWARD)
     _signature: Signature  # of the class's step
-    # None before a loop's first step. A text says why diffusers' code takes all steps until set_timesteps is called.
+    # None before the first step of a loop. A string: diffusers' code takes all steps until set_timesteps is called, for
+    # this reason; an empty string is no reason.
     _position: Position | str | None = None
-    _scales_inputs = False  # whether the caller uses scale_model_input, so that a step writes the next input, too
+    _scales_inputs = False  # whether the caller uses scale_model_input: each step then writes the next scaled input
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -112,7 +122,8 @@ class TracedScheduler(Forward):
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._set_timesteps(*args, **kwargs)
-        self._position = None  # not deleted: pipelines of views put each one's back by update
+        # Assigned, not deleted: pipelines that denoise several views restore each view's state by `__dict__.update`.
+        self._position = None
         return result
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -130,7 +141,7 @@ class TracedScheduler(Forward):
         if not position.is_proven():
             raise Fallback(instead=lambda: self._compared(position, dtypes, call, args, kwargs))
         (prev, x0), after, scaled = self._launched(position, dtypes, call)
-        # The scheduler gets the numbers that its own step would write, but not the tensors.
+        # The scheduler gets the numbers that its own step would have written, but not the tensors.
         step, state = position.rows.trace.steps[position.at], self.__dict__
         state.update(step.state)
         state["_position"] = after
@@ -143,8 +154,12 @@ class TracedScheduler(Forward):
     _step_pred = _step
 
     def _leave(self, fallback: Fallback) -> None:
-        """Diffusers' own code takes all steps until set_timesteps is called; in the middle of a loop this one alone.
-        Raises RuntimeError there where the scheduler is without the tensors that this code would have stored."""
+        """Leaves a step to diffusers' own code.
+
+        At the beginning of a loop, diffusers' code takes all steps until set_timesteps is called. In the middle of a
+        loop it takes this step alone. Raises RuntimeError in the middle of a loop with history: diffusers' code would
+        read tensors that the fused steps have not stored in the scheduler.
+        """
         position: Any = self._position
         if position is None or not position.is_proven():
             self._position = fallback.reason or ""
@@ -156,27 +171,30 @@ class TracedScheduler(Forward):
             ) from None
 
     def _launched(self, position: Position, dtypes: LoopDtypes, call: Call) -> tuple[Results, Position, Tensor | None]:
-        """Takes the loop's next row. What it made, the position after it, and the model's next input if the launch has
-        written that."""
+        """Takes the loop's next row.
+
+        Returns its results, the position after it, and the model's next input if the launch has written that.
+        """
         rows, i, ring, last = position.rows, position.at, position.ring, position.last
         trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
         tensors = [each.to(dtypes.computed) for each in call.tensors]
         inputs = self._drawn(position, dtypes, call, x, tensors)
-        # Two tensors of the operator are free here: `model_input` takes a copy of a row's result where the next row
-        # reads that, and `uncond_output` brings it there.
+        # A row may read the result of the row before it. The operator has no argument for this, but two that traced
+        # rows do not need otherwise: the earlier launch writes a copy of its result to `model_input`, and the later
+        # launch reads the copy as `uncond_output`.
         if trace.of_last[i]:
             m, inputs["uncond_output"] = m.to(dtypes.computed), last
         x0 = inputs["x0_out"] = empty_like(x) if trace.second else None
-        goes_on = i + 1 < len(rows.times)
-        keeps_result = goes_on and trace.of_last[i + 1] != 0
-        scales = goes_on and self._scales_inputs and position.scales_inputs()
+        has_next = i + 1 < len(rows.times)
+        keeps_result = has_next and trace.of_last[i + 1] != 0
+        scales = has_next and self._scales_inputs and position.scales_inputs()
         copied = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
         history = [tensors[draw] for draw in trace.history_draws[i]] or ring
         prev, kept = rows.stepper.take(i, x, m, history, inputs)
         ring = ring if kept is None else (kept, *ring[:2])
         last = copied if keeps_result else None
-        of_step = call.m.dtype, call.x.dtype, dtypes.prev
-        after = position._replace(at=i + 1, ring=ring, last=last, shape=x.shape, dtypes=of_step)
+        step_dtypes = call.m.dtype, call.x.dtype, dtypes.prev
+        after = position._replace(at=i + 1, ring=ring, last=last, shape=x.shape, dtypes=step_dtypes)
         model_input = None if copied is None or keeps_result else copied.to(dtypes.prev)
         x0 = None if x0 is None else x0.to(dtypes.second)
         return (prev.to(dtypes.prev), x0), after, model_input
@@ -184,8 +202,14 @@ class TracedScheduler(Forward):
     def _drawn(
         self, position: Position, dtypes: LoopDtypes, call: Call, x: Tensor, tensors: list[Tensor]
     ) -> dict[str, Any]:
-        """The arguments of RowStepper.take for the row's noise, after all that diffusers draws there has been drawn.
-        tensors: which the step was given."""
+        """The arguments of RowStepper.take for the noise of the row.
+
+        Draws as often as diffusers' own step does, also noise that the row does not use, so that generators advance
+        alike. With noise "philox" nothing is drawn, except in a loop that proves its rows.
+
+        Args:
+            tensors: the tensors among the step's options, which may include its noise.
+        """
         rows, i = position.rows, position.at
         used, index, generator = rows.trace.noise[i], rows.key.first + i, call.others.get("generator")
         noise: dict[str, Any] = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
@@ -197,8 +221,11 @@ class TracedScheduler(Forward):
         return noise
 
     def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
-        """What the last step has written, where its own result is to be scaled. Any other tensor is multiplied, and the
-        later steps of this loop no longer write the scaled input."""
+        """The scaled sample.
+
+        If the sample is the result of the last step, that step has already written the scaled tensor. Any other sample
+        is multiplied, and the later steps of this loop no longer write a scaled input.
+        """
         position: Any = self._position
         is_within = isinstance(position, Position) and not position.is_over() and position.scales_inputs()
         is_usual = len(args) == 2 and not kwargs and type(args[0]) is Tensor and args[0].dtype in DTYPES
@@ -214,12 +241,12 @@ class TracedScheduler(Forward):
             self._scales_inputs = False
         return x * position.rows.trace.scales[position.at]
 
-    # ------------------------------------------------------------------------------------- steps of somebody's own
+    # ------------------------------------------------------------------------------------- steps that a user wrote
 
     def _compared(
         self, position: Position, dtypes: LoopDtypes, call: Call, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
-        """What the scheduler's own step returns. Notes whether the row makes the same of the same noise."""
+        """The result of the scheduler's own step. The proof records whether the row has the same result."""
         proof, rows, at = position.proof, position.rows, position.at
         assert proof is not None
         generators = Generators(call.x.device, call.others.get("generator"))
@@ -246,7 +273,7 @@ class TracedScheduler(Forward):
     # ------------------------------------------------------------------------------------------------------- loops
 
     def _located(self, call: Call) -> Position:
-        """The loop, at the row that this step takes. Raises Fallback where it takes none."""
+        """The loop's position at the row that this step takes. Raises Fallback if the step takes no row."""
         position: Any = self._position
         if not isinstance(self.timesteps, Tensor) or self.timesteps.dim() != 1:
             raise Fallback("its timesteps are no vector")
@@ -269,12 +296,12 @@ class TracedScheduler(Forward):
             raise Fallback("its tensors have other dtypes than those of the step before")
         if position.is_over() or index != rows.key.first + position.at:
             raise Fallback(TURN)
-        if position.is_proven() and not self._is_unchanged(position):  # else it is the step's own code that runs
+        if position.is_proven() and not self._is_unchanged(position):  # before a proof, the step's own code runs
             raise Fallback(TURN)
         return position
 
     def _begun(self, call: Call) -> Position:
-        """A loop that begins with this step."""
+        """The position in a new loop that begins with this step."""
         cls, state = peer_class(type(self)), vars(self)
         foreign = foreign_method(cls, state)
         if foreign is not None and not self.accelerated.trace:
@@ -299,8 +326,10 @@ class TracedScheduler(Forward):
         return Position(rows, 0, self._settings_of(rows.contents), proof)
 
     def _check_changes(self) -> None:
-        """Leaves the object alone, by a Fallback, where two loops in a row have changed what the rows depend on: each
-        loop would be traced anew."""
+        """Raises Fallback for good if two loops in a row have changed attributes that the rows depend on.
+
+        Every loop of such an object would have to be traced anew.
+        """
         state = self.__dict__
         contents, proof = state.get("_own_loop", ({}, Proof()))
         cls, stored = peer_class(type(self)), proof.stores & contents.keys()
@@ -312,7 +341,10 @@ class TracedScheduler(Forward):
             raise Fallback(state["_left_alone"])
 
     def _timestep_index(self, timestep: Any) -> int | None:
-        """The index of a timestep among the scheduler's, None where it is none of them. A view of these is not read."""
+        """The index of a timestep among the scheduler's timesteps, None if it is none of them.
+
+        A timestep that is a view of the scheduler's tensor is not read.
+        """
         index = self._index_of(timestep) if isinstance(timestep, Tensor) else None
         if index is not None:
             return index
@@ -320,40 +352,46 @@ class TracedScheduler(Forward):
         indices = [i for i, t in enumerate(self._times()) if t == float(timestep)]
         if len(indices) < 2:
             return next(iter(indices), None)
-        # One that is there several times is the loop's next; where a loop begins, it is that of the scheduler's index,
-        # or of a pair the second one, as in diffusers.
+        # The timestep occurs several times. Within a loop, the next index of the loop counts. Where a loop begins, the
+        # scheduler's own index counts; without one, the second of two equal timesteps, as in diffusers.
         if isinstance(position, Position):
-            here: int | None = position.rows.key.first + position.at
+            expected: int | None = position.rows.key.first + position.at
         else:
-            here = state.get("_begin_index") if state.get("_step_index") is None else state["_step_index"]
-        is_pair = "_step_index" in state and here is None and len(indices) == 2 and indices[0] > 0
-        return here if here in indices else indices[1] if is_pair else indices[0]
+            expected = state.get("_begin_index") if state.get("_step_index") is None else state["_step_index"]
+        is_pair = "_step_index" in state and expected is None and len(indices) == 2 and indices[0] > 0
+        return expected if expected in indices else indices[1] if is_pair else indices[0]
 
     def _settings_of(self, names: Iterable[str]) -> Settings:
-        """What is to be as it is until the loop ends: the attributes of these names, and the config."""
+        """The settings that must not change until the loop ends: the named attributes with versions, and the config."""
         attributes = [(name, self._attribute(name)) for name in names]
         versioned = [(name, x, version_of(x) if isinstance(x, Tensor) else None) for name, x in attributes]
         return versioned, config_of(vars(self))
 
     def _attribute(self, name: str) -> Any:
-        """One of the scheduler's own or of its class's; None where there is none."""
+        """An attribute of the scheduler, or else of the peer's class; None if neither has it."""
         state = self.__dict__
         return state[name] if name in state else getattr(self._peer, name, None)
 
     def _is_unchanged(self, position: Position) -> bool:
-        """Whether the loop's next row is what the scheduler's own step would be. No tensor is read, unless one was put
-        in the place of another."""
+        """Whether the scheduler's own step would still be the loop's next row: nothing it reads has changed.
+
+        Tensors are compared by identity and version. Their values are read only if an attribute has been replaced.
+        """
         state, (attributes, config), rows = self.__dict__, position.settings, position.rows
         if not rows.is_at(position.at, state) or not is_config((vars(state[CONFIG]), state[CONFIG]), config):
             return False
         for name, value, version in attributes:
             if self._attribute(name) is not value or (version is not None and version_of(value) != version):
-                # A copy is as good as the tensor; a list may have been emptied, of what rows do not put there.
+                # A copy with the same values will do, but not for a list: it may have been emptied of elements that the
+                # scheduler's own step appends and rows do not.
                 cls, is_list = peer_class(type(self)), type(value) is list
                 return not is_list and all(content_of(cls, state, name) == x for name, x in rows.contents.items())
         return True
 
 
 def _same_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The sample itself. Pipelines that know the classes without scale_model_input ask `type(scheduler)`."""
+    """scale_model_input for a class without it: returns the sample.
+
+    Some pipelines skip the call for such classes, by a test of `type(scheduler)`. An accelerated class fails that test.
+    """
     return sample

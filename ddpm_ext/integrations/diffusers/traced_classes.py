@@ -1,17 +1,17 @@
-"""The classes of diffusers 0.42.1 that tracing does not take. A test goes through all classes.
+"""The scheduler classes of diffusers 0.42.1 that cannot be traced, for the printed table.
 
-They are here for the printed table alone: a class of another name is tried in the same way.
+Tracing does not read this list: it tries every class in the same way. A test checks the list.
 """
 
 from __future__ import annotations
 
 from ddpm_ext.integrations.shared import Support
 
-# Of an output with a variance beside the mean, they read the mean alone: the first three channels.
+# If the model's output has more channels, for a learned variance, these classes read the first three channels alone.
 OF_THREE_CHANNELS = (
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
 )  # fmt: skip
-# The attributes that steps of diffusers' classes write. A step that writes others is not replaced.
+# The attributes that steps of diffusers' classes write. A user's step that writes other attributes is not replaced.
 STORED = {
     "_init_size", "_step_index", "counter", "cur_sample", "derivatives", "dt", "ets", "last_noise", "last_sample",
     "lower_order_nums", "model_outputs", "prev_derivative", "sample", "sigma_data", "this_corrector_order",

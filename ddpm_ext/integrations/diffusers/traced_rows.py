@@ -1,4 +1,4 @@
-"""The rows of a traced scheduler's loop, from the state in which it begins, and where they are kept for other loops."""
+"""The rows of a traced scheduler's loop, made from the scheduler's state when the loop begins, and their cache."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import CONFIG, CONSTANT, observe, setting
 
-SETTINGS = 16  # how many settings of one kind of loop have their rows in a cache
-OURS = {*CACHED, "_acceleration", "_position", "_scales_inputs"}  # attributes that no library has
-FEW = 3  # steps by which the dtypes of a loop in float32 are known
-WRITTEN = ("_class_name", "_diffusers_version")
-HASHED = (bool, int, str, type(None), torch.dtype, torch.device)
-Config = tuple[dict[str, Any], dict[str, Any]]  # the attributes and the items of one, which may differ
+SETTINGS = 16  # the cache has the rows of so many settings for each kind of loop
+OURS = {*CACHED, "_acceleration", "_position", "_scales_inputs"}  # the attributes that this package adds
+FEW = 3  # The dtypes of a loop in float32 follow from its first three steps.
+WRITTEN = ("_class_name", "_diffusers_version")  # items that diffusers adds to a config when it is printed or saved
+HASHED = (bool, int, str, type(None), torch.dtype, torch.device)  # types whose values are cache keys as they are
+Config = tuple[dict[str, Any], dict[str, Any]]  # the attributes of a config and its items, which may differ
 
 
 class ABSENT:
-    """In place of an attribute that is not there: a class, since pickles keep its identity."""
+    """Stands for the value of a missing attribute. It is a class, because unpickling returns the same class."""
 
 
 class LoopKey(NamedTuple):
-    """Which steps a loop has, and what they are called with.
+    """The cache key of a loop: its steps and their arguments.
 
     Attributes:
-        options: what step is called with beside the model's output, the timestep and the sample.
-        first: the first one's index among the scheduler's timesteps.
-        kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
-        has_dim: whether they have a dimension, (1,) or (batch,).
-        dims: how many dimensions samples have.
+        options: the arguments of each step besides the model's output, the timestep and the sample.
+        first: the index of the first step's timestep among the scheduler's timesteps.
+        kind: the dtype of timesteps that are tensors, or the class of timesteps that are Python numbers.
+        has_dim: whether the timesteps have a dimension, (1,) or (batch,).
+        dims: the number of dimensions of the samples.
     """
 
     options: Options
@@ -53,15 +53,20 @@ class LoopKey(NamedTuple):
     dims: int
 
     def times(self, timesteps: Tensor) -> list[Any]:
-        """These, as the loop's steps are called with them."""
+        """The timesteps, converted to what the loop's steps are called with."""
         if not isinstance(self.kind, torch.dtype):
             return [self.kind(t) for t in timesteps.tolist()]
         return list((timesteps[:, None] if self.has_dim else timesteps).to(self.kind))
 
 
 class LoopDtypes(NamedTuple):
-    """The dtypes of a loop: what the operator computes in, those of a step's results (`second` is None where it has one
-    alone), and those of each step's draws."""
+    """The dtypes of a loop.
+
+    Attributes:
+        computed: of the operator's tensors.
+        prev, second: of a step's results; `second` is None if the step returns the next sample alone.
+        draws: for each step, those of its draws.
+    """
 
     computed: torch.dtype
     prev: torch.dtype
@@ -73,15 +78,18 @@ class LoopRows(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        key: of which loop.
-        times: what the step of each row is called with.
-        trace, stepper: what tracing told of the loop; takes the rows.
-        has_history: whether a step reads what those before it left, so that diffusers' own code can't take one of them.
-        states: before each row, the numbers of the scheduler that steps read and change, such as its _step_index.
-        contents: of its other attributes, and of its class's, that they read.
-        scheduler: as it was when the loop began, on the CPU.
-        dtypes: by the dtypes of output and sample.
-        proofs: of a step that somebody wrote himself, by shape, dtypes and device.
+        key: the cache key of the loop.
+        times: the timestep with which each row's step is called.
+        trace: the result of tracing the loop.
+        stepper: takes the rows.
+        has_history: whether a step reads tensors of earlier steps. Diffusers' own code then cannot take a single step
+            of the loop.
+        states: for each row, the scheduler's attributes that steps both read and change, such as _step_index, with
+            their values before the row. Only numbers, strings and None.
+        contents: {name: cache key} of the other attributes that the steps read, of the scheduler or of its class.
+        scheduler: a copy of the scheduler from when the loop began, on the CPU.
+        dtypes: {(dtype of model outputs, dtype of samples): the loop's dtypes}.
+        proofs: of steps that a user wrote, by shape, dtypes and device.
     """
 
     key: LoopKey
@@ -99,15 +107,17 @@ class LoopRows(NamedTuple):
         return self
 
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-        """Those of the loop's results and draws, told by a run of it on few numbers of these dtypes."""
+        """The loop's dtypes, observed in a run of it on small tensors of these dtypes."""
         dtypes = self.dtypes.get((output, sample))
         if dtypes is None:
             dtypes = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
         return result_of(dtypes)
 
     def is_at(self, row: int, state: Mapping[str, Any]) -> bool:
-        """Whether a scheduler's numbers are those before a row: by these, its own step would take that one. Without an
-        index it would look for one by the timestep."""
+        """Whether the scheduler's numbers are those before the row, so that its own step would take that row.
+
+        A _step_index of None will do: the scheduler's own step then looks its index up by the timestep.
+        """
         numbers, index = self.states[row], "_step_index"
         return all([state.get(n) == x or (n == index and state.get(n, 0) is None) for n, x in numbers.items()])
 
@@ -116,7 +126,7 @@ class LoopRows(NamedTuple):
 
 
 class CachedRows(NamedTuple):
-    """The rows of a scheduler with this config, whose attributes have these contents; or why there are none."""
+    """A cache entry: the rows of a scheduler with this config and these contents, or the Fallback of tracing it."""
 
     config: Config
     contents: dict[str, object]
@@ -124,21 +134,26 @@ class CachedRows(NamedTuple):
 
 
 def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: BoundedCache[Any]) -> CachedRows:
-    """The rows of a loop, from the cache where an object had the same state; what was refused once is not tried again.
+    """The cache entry of a loop's rows. If no scheduler had the same state before, the loop is traced.
 
-    state: the attributes of an accelerated object of the class.
+    A loop that could not be traced has an entry, too, and is not tried again.
+
+    Args:
+        state: the attributes of an accelerated object of the class.
     """
     cached: list[CachedRows] = cache.get_or_make((cls, torch.get_default_dtype(), key), list)
-    config, content = config_of(state), functools.cache(functools.partial(content_of, cls, state))  # once from a GPU
+    # Cached, so that a tensor on a GPU is read once.
+    config, content = config_of(state), functools.cache(functools.partial(content_of, cls, state))
     for entry in cached:
         if is_config(config, entry.config) and all(content(name) == x for name, x in entry.contents.items()):
             return entry
     read: set[str] = set()
-    made = made_outside_autograd(trace_rows, cls, state, key, read)
-    entry = CachedRows(config, {name: content(name) for name in _relevant(cls, state, read)}, made)
-    # Rows are looked at first: what is refused in any state may have been traced in one that a loop begins in.
+    rows = made_outside_autograd(trace_rows, cls, state, key, read)
+    entry = CachedRows(config, {name: content(name) for name in _relevant(cls, state, read)}, rows)
+    # Entries with rows come first. A failed trace may have read few attributes, so its entry may match many states,
+    # also those that have rows.
     latest = cached[: SETTINGS - 1]
-    cached[:] = [entry, *latest] if isinstance(made, LoopRows) else [*latest, entry]
+    cached[:] = [entry, *latest] if isinstance(rows, LoopRows) else [*latest, entry]
     return entry
 
 
@@ -149,24 +164,27 @@ def config_of(state: Mapping[str, Any]) -> Config:
 def is_config(one: Config, other: Config) -> bool:
     try:
         return one == other or _without_written(one) == _without_written(other)
-    except ValueError:  # of arrays, which do not tell in one word whether they are equal
+    except ValueError:  # the truth value of a comparison of arrays is ambiguous
         return False
 
 
 def _without_written(config: Config) -> list[dict[str, Any]]:
-    """The config without what diffusers writes into it when it is printed or saved."""
+    """The config without the items that diffusers adds when the config is printed or saved."""
     return [{name: x for name, x in part.items() if name not in WRITTEN} for part in config]
 
 
 def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
-    """Of the names that a scheduler read, those of attributes, of methods, and of what neither it nor its class has. A
-    property reads other attributes, which are noted themselves."""
+    """The names of attributes that count as the state of a scheduler, of all names that it has read.
+
+    These are attributes, methods and missing attributes. Properties do not count: the attributes that they read are
+    themselves in `read`.
+    """
     names = {*read, "timesteps"} - {CONFIG} - {name for name in read if name.startswith("__")}
     return {name for name in names if name in state or not hasattr(getattr(cls, name, ABSENT), "__set__")}
 
 
 def content_of(cls: Any, state: Mapping[str, Any], name: str) -> object:
-    """A key of an attribute, of the class where the object has none. Raises Fallback where it cannot be compared."""
+    """A cache key of an attribute of the object, or else of its class. Raises Fallback if it cannot be compared."""
     return _content(state[name] if name in state else getattr(cls, name, ABSENT))
 
 
@@ -176,7 +194,7 @@ def _content(value: Any) -> object:
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype, value.shape, value.tobytes()
     if type(value) is float:
-        return value.hex()  # by which NaN is the same, and -0 another
+        return value.hex()  # so that NaN equals NaN, and -0 differs from 0
     if isinstance(value, list | tuple):
         return type(value), *map(_content, value)
     if isinstance(value, dict):
@@ -192,8 +210,10 @@ def _content(value: Any) -> object:
 
 
 def _recording_reads(scheduler: Any, read: set[str]) -> Any:
-    """The scheduler, which adds the names of its attributes that are read before they are written to `read`. So do its
-    copies."""
+    """Makes the scheduler add to `read` the names of attributes that are read before they are written.
+
+    Copies of the scheduler add them, too.
+    """
     cls, written = type(scheduler), set()
 
     class Recording(cls):  # type: ignore[misc,valid-type]
@@ -212,7 +232,11 @@ def _recording_reads(scheduler: Any, read: set[str]) -> Any:
 
 
 def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str]) -> LoopRows:
-    """The rows from a step on. read: gets the names of what the scheduler reads. Raises Fallback where it has none."""
+    """The rows of a loop. Raises Fallback if its steps are no rows.
+
+    Args:
+        read: a set to which the names of the attributes that the scheduler reads are added.
+    """
     scheduler, recording, first = new(cls), _recording_reads(new(cls), read), key.first
     attributes = {n: x.detach().cpu() if isinstance(x, Tensor) else x for n, x in state.items() if n not in OURS}
     vars(scheduler).update(attributes), vars(recording).update(attributes)
@@ -221,15 +245,15 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
         options = options_of_steps(key.options, scheduler.timesteps, first, len(times))
         trace = follow(recording, times, options, dims=key.dims)
         n, columns = len(trace.steps), trace.columns
-        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-        every = numbers("timestep", scheduler.timesteps)
+        # Rows of a part of a loop have the same noise as in the whole loop.
+        all_times = numbers("timestep", scheduler.timesteps)
         columns = columns | {
-            "draw": default_draws(every)[first:][:n],
+            "draw": default_draws(all_times)[first:][:n],
             "cu": np.array(trace.of_last),
             "c1": columns["c1"] - trace.of_last,
         }
         packed = packed_rows(columns)
-    except Exception as error:  # what a scheduler's own code raises, it will raise again
+    except Exception as error:  # A scheduler's own code may raise anything; it will raise it again when it runs.
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
@@ -253,9 +277,9 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
 
 
 def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-    """LoopDtypes, of a run of the scheduler's own steps on two small samples."""
+    """Runs the scheduler's own steps on two small samples to observe their dtypes."""
     key, steps = rows.key, rows.trace.steps
-    # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
+    # If outputs and samples are float32, all steps have the dtypes of the first ones.
     n = len(steps)
     few = min(n, FEW) if {output, sample} == {torch.float32} else n
     x, m = (torch.full((2, *[1] * (key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
