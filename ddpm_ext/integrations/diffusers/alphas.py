@@ -1,9 +1,9 @@
 """diffusers' DDPMScheduler, DDIMScheduler, and their parallel twins.
 
-They have mixins of their own because their steps need no loop: any timestep may come after any other, and a setting
-may change in between. All timesteps' rows are there at once, where tracing would follow a loop anew from each step that
-is out of turn, and leave a whole loop to diffusers where one step has no row. And no row of numbers has the variances
-that a model of DDPM's learns.
+They have mixins of their own because their steps need no loop: any timestep may follow any other, and settings may
+change between steps. The mixins make the rows of all timesteps at once. Tracing would trace a new loop at each step
+that is out of order, and would leave a whole loop to diffusers if one step has no row. It also has no rows for the
+learned variances of DDPM.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.variances import peer_variances
 
 PREDICTIONS = peer_predictions("diffusers")
-# "learned_log" is what ddpm_ext writes for its "learned", and no type of diffusers, which rejects it.
-VARIANCES = {name: own for name, own in peer_variances("diffusers").items() if name != "learned_log"}
+# "learned_log" is a name that ddpm_ext writes into configs for its own "learned". diffusers rejects it.
+VARIANCES = {name: variance for name, variance in peer_variances("diffusers").items() if name != "learned_log"}
 LEARNED = ("learned", "learned_range")
-NOISY = 1  # the least timestep from which a step of DDPM draws noise
+NOISY = 1  # the smallest timestep at which a step of DDPM has noise
 SUPPORT = (
     Support(
         "DDPMScheduler, DDPMParallelScheduler",
@@ -72,11 +72,11 @@ def _make(
     """The rows of all steps.
 
     Args:
-        to: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, each of whose steps
-            leads to the next one.
-        end: alphas_cumprod before timestep 0.
-        eta, keep_eps: DDIM's.
-        variance_type: of DDPM's steps, which have noise as with an eta of 1; None: DDIM's steps.
+        to: a stride, for steps from each timestep t to t - stride; or the timesteps of a loop, for steps from each of
+            these to the next one.
+        end: alphas_cumprod at the negative timesteps, to which the last steps lead.
+        eta, keep_eps: options of DDIM's steps. For DDPM's steps eta must be 1.
+        variance_type: diffusers' name of the variance of DDPM's steps; None for DDIM's steps.
     """
     if variance_type == "fixed_large_log":  # diffusers takes the square root of a logarithm
         raise Fallback("variance_type is 'fixed_large_log'")
@@ -89,25 +89,25 @@ def _make(
         t = to.detach().cpu()
         if len(t.unique()) < len(t):
             raise Fallback("its timesteps repeat")
-        other = torch.cat([t[1:], t.new_tensor([-1])])
-        in_range = (t >= 0) & (t < len(levels)) & (other < len(levels))
-        t, other = t[in_range], other[in_range]
+        next_t = torch.cat([t[1:], t.new_tensor([-1])])
+        in_range = (t >= 0) & (t < len(levels)) & (next_t < len(levels))
+        t, next_t = t[in_range], next_t[in_range]
     else:
         t = torch.arange(len(levels), device="cpu")
-        other = t - to
-    below = torch.as_tensor(end, device="cpu").detach().to(levels.dtype)
-    now, after = levels[t], torch.where(other >= 0, levels[other.clamp(min=0)], below)
-    fused = (now < 1) & ((after > 0) | (eta == 0))  # else eps does not follow from a sample and its x0
+        next_t = t - to
+    end_level = torch.as_tensor(end, device="cpu").detach().to(levels.dtype)
+    now, after = levels[t], torch.where(next_t >= 0, levels[next_t.clamp(min=0)], end_level)
+    fused = (now < 1) & ((after > 0) | (eta == 0))  # at a level of 1, eps does not follow from a sample and its x0
     if prediction_type != "sample" and keep_eps and not eta:
         fused |= after < 1
     fused &= ~(now.signbit() | after.signbit())  # betas above 1 make negative levels, where diffusers returns NaN
-    fused &= now <= after  # else the variance is negative and its root NaN, whatever eta is
+    fused &= now <= after  # steps to more noise have a negative variance and return NaN, whatever eta is
     if prediction_type == "epsilon" and clip is None:
         fused &= now > 0
     steps = None
     if fused.any():
         prediction, now, after = PREDICTIONS[prediction_type], now[fused], after[fused]
-        # Their quotient is taken in float32, as diffusers takes it: its beta differs by up to 1e-4 from float64's.
+        # The quotient is computed in float32, as in diffusers: the beta of it differs by up to 1e-4 from float64's.
         grid = Jumps(t[fused], now.double(), after.double(), (now / after).double())
         if variance_type is None:
             steps = ddim(grid, prediction=prediction, eta=eta, keep_eps=keep_eps)
@@ -123,15 +123,19 @@ class Alphas(Forward):
     alphas_cumprod: Tensor
     num_inference_steps: int | None
 
-    def _located(self, timestep: Any, sample: Any, model_output: Any, *of: Any) -> tuple[FusedRows, int, int]:
-        """The rows, the timestep on the host, and its row. of: _make's arguments from `to` on."""
+    def _located(self, timestep: Any, sample: Any, model_output: Any, *options: Any) -> tuple[FusedRows, int, int]:
+        """The rows, the timestep on the host, and the index of its row.
+
+        Args:
+            options: the arguments of `_make` from `to` on.
+        """
         if not are_tensors(sample, model_output):
             raise Fallback
         foreign = foreign_method(self._peer, vars(self))
         if foreign is not None:
             raise Fallback(f"its {foreign} is not diffusers' own code; {HOW}")
         config = self.config
-        rows = self._rows(_make, self.alphas_cumprod, config.prediction_type, *clip_of(config), *of)
+        rows = self._rows(_make, self.alphas_cumprod, config.prediction_type, *clip_of(config), *options)
         return rows, *self._row(rows, timestep)
 
     def _take_located(
@@ -143,20 +147,25 @@ class Alphas(Forward):
         generator: Any,
         return_dict: bool,
         noisy: bool,
-        own: Tensor | None = None,
+        z: Tensor | None = None,
         **extras: Any,
     ) -> Any:
-        """The step's result. own: its noise, in place of what is drawn."""
+        """The step's result.
+
+        Args:
+            located: the return value of `_located`.
+            z: the noise of the step; None to draw it.
+        """
         rows, t, row = located
-        self._check_step(sample, model_output, own, timestep=timestep)
+        self._check_step(sample, model_output, z, timestep=timestep)
         if sample.dtype is not model_output.dtype:
             sample = sample.to(result_dtype(model_output, sample))
-        if own is None:
+        if z is None:
             noise = self._noise(noisy, model_output, generator, sample, -t)
         else:
-            if not own.is_floating_point() or torch.promote_types(own.dtype, sample.dtype) != sample.dtype:
-                raise Fallback(f"variance_noise is {dtype_name(own.dtype)}")
-            noise = {"noise": own.to(sample.dtype)}
+            if not z.is_floating_point() or torch.promote_types(z.dtype, sample.dtype) != sample.dtype:
+                raise Fallback(f"variance_noise is {dtype_name(z.dtype)}")
+            noise = {"noise": z.to(sample.dtype)}
         result, known = self._take(rows, row, sample, model_output, noise, **extras), self._known
         return imported(known.__module__, f"{known.__name__}Output")(*result) if return_dict else result
 
@@ -208,7 +217,7 @@ class DDIM(Alphas):
         if self.num_inference_steps is None:
             raise Fallback
         stride = int(self.config.num_train_timesteps // self.num_inference_steps)
-        of = stride, self.final_alpha_cumprod, float(eta), not use_clipped_model_output
-        located = self._located(timestep, sample, model_output, *of)
-        own = variance_noise if noisy else None
-        return self._take_located(located, model_output, timestep, sample, generator, return_dict, noisy, own)
+        options = stride, self.final_alpha_cumprod, float(eta), not use_clipped_model_output
+        located = self._located(timestep, sample, model_output, *options)
+        z = variance_noise if noisy else None
+        return self._take_located(located, model_output, timestep, sample, generator, return_dict, noisy, z)

@@ -1,8 +1,8 @@
 """The forward process: add_noise, scale_noise and get_velocity.
 
-Each is k0 x + k1 noise with two numbers for each timestep, which diffusers' own method tells, once for each setting.
-It looks the timesteps of a batch up one by one, and waits for a GPU at each. Here they are looked up on their device,
-all at once.
+Each returns k0 x + k1 noise, with two numbers for each timestep. Diffusers' own method is run once for each setting to
+find these numbers. Diffusers looks up the timesteps of a batch one by one, and waits for the GPU at each. This code
+looks them all up at once, on their device.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from ddpm_ext.integrations.shared import new, peer_class
 from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
 
-# The methods, and their parameters.
+# {method: its parameters}
 FORWARD = {
     "add_noise": ["original_samples", "noise", "timesteps"],
     "get_velocity": ["sample", "noise", "timesteps"],
     "scale_noise": ["sample", "timestep", "noise"],
 }
 
-ELSEWHERE = -12345  # no scheduler's timestep
+ELSEWHERE = -12345  # a timestep that no scheduler has
 STEP, TIMESTEP, LISTED = "step", "timestep", "listed"
 
 
 class Weights(NamedTuple):
-    """k0 and k1, the table "weights" of (rows, 2).
+    """The factors k0 and k1 of each timestep.
 
     Attributes:
-        tables: that one, and "timesteps" of (rows - 1,) where a loop's timesteps have rows.
-        of: what has row i: a loop's STEP i, whatever its timestep; the TIMESTEP i; or the i-th one of the table
-            "timesteps", LISTED. Of these, the last row is for any other timestep.
-        is_total: whether there is a number for any other timestep. NaN stands where diffusers raises an error of it.
+        tables: "weights", (rows, 2), has k0 and k1. If `of` is LISTED, "timesteps", (rows - 1,), has the timesteps of
+            all rows but the last.
+        of: what row i stands for. STEP: step i of a loop, whatever its timestep. TIMESTEP: timestep i. LISTED: the
+            timestep at index i of "timesteps"; the last row stands for all other timesteps.
+        is_total: whether the last row of LISTED has numbers. If diffusers rejects other timesteps, it has NaN.
     """
 
     tables: DeviceTables
@@ -46,11 +47,13 @@ class Weights(NamedTuple):
     is_total: bool = True
 
     def rows(self, timesteps: Tensor) -> Tensor:
-        """The row of each timestep, on their device. Raises Fallback where there is none; not on a GPU, where no
-        timestep is read."""
+        """The row of each timestep, on the timesteps' device.
+
+        Raises Fallback for a timestep without a row, but not on a GPU: no timestep is read back.
+        """
         if self.of == TIMESTEP:
             if timesteps.dtype not in (torch.int64, torch.int32):
-                raise Fallback  # diffusers takes a mask, and rejects the rest
+                raise Fallback  # diffusers accepts a boolean mask, and rejects other dtypes
             return timesteps
         if timesteps.dim() != 1:
             raise Fallback
@@ -62,7 +65,10 @@ class Weights(NamedTuple):
 
 
 def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
-    """(timesteps, 2), k0 and k1, by diffusers' own method. Raises Fallback where it raises an error."""
+    """k0 and k1 of each timestep, (timesteps, 2), by a call of diffusers' own method.
+
+    Raises Fallback if the method raises an error or changes the scheduler's _step_index.
+    """
     ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64, device="cpu")
     named = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
     index = scheduler.__dict__.get("_step_index")
@@ -71,42 +77,45 @@ def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
     except Exception:
         raise Fallback from None
     if scheduler.__dict__.get("_step_index") is not index:
-        raise Fallback  # it moves the scheduler's step
+        raise Fallback  # the method advances the scheduler
     return torch.stack(columns, 1)
 
 
 def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype: torch.dtype) -> Weights:
-    """Those for timesteps of a dtype, where a scheduler of diffusers' class has this state: of a loop's steps if it has
-    begun, of all timesteps that the scheduler was trained on, or where it takes others alone, of its own."""
+    """The weights of a scheduler of diffusers' class `cls` with this state, for timesteps of `dtype`.
+
+    They are for the steps of a loop if `in_loop`. Else for all training timesteps, if the method accepts these, or for
+    the scheduler's timesteps timesteps.
+    """
     scheduler = new(cls)
     scheduler.__dict__.update(state)
-    own = scheduler.timesteps.cpu()
+    timesteps = scheduler.timesteps.cpu()
     if "_step_index" in state:
         scheduler._step_index = None
-        forward_trial(scheduler, method, own[:1])  # raises Fallback where it moves the step
+        forward_trial(scheduler, method, timesteps[:1])  # raises Fallback if the method advances the scheduler
     if in_loop:
         rows = []
         for i in range(len(scheduler.sigmas)):
             scheduler._step_index = i
-            rows.append(forward_trial(scheduler, method, own[:1]))
+            rows.append(forward_trial(scheduler, method, timesteps[:1]))
         table = torch.cat(rows)
-        if not (table == table[0]).all():  # else the timestep matters in a loop, too
+        if not (table == table[0]).all():  # equal rows: the method reads the timestep, not the step
             return Weights(DeviceTables(weights=table), STEP)
     if "alphas_cumprod" in state and not dtype.is_floating_point:
         of_all = attempt(forward_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
         if not isinstance(of_all, Fallback):
             return Weights(DeviceTables(weights=of_all), TIMESTEP)
-    own = own.to(torch.promote_types(own.dtype, dtype))
-    weights = forward_trial(scheduler, method, own)
-    other = attempt(forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
+    timesteps = timesteps.to(torch.promote_types(timesteps.dtype, dtype))
+    weights = forward_trial(scheduler, method, timesteps)
+    other = attempt(forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=timesteps.dtype, device="cpu"))
     if isinstance(other, Fallback):
         other = torch.full_like(weights[:1], torch.nan)
-    tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=own)
+    tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=timesteps)
     return Weights(tables, LISTED, not bool(other.isnan().any()))
 
 
 class Forward(Scheduler):
-    """add_noise, scale_noise and get_velocity, whose noise is given: one launch each, with gradients."""
+    """Mixin for add_noise, scale_noise and get_velocity: one launch each, with gradients. Callers pass the noise."""
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
         state = vars(self)
@@ -122,23 +131,24 @@ class Forward(Scheduler):
         foreign = foreign_method(cls, state)
         if foreign is not None:
             raise Fallback(f"its {foreign} is not diffusers' own code")
-        of = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
-        key = (_weights, cls, of), own, state.get("sigmas"), state.get("alphas_cumprod")  # what the numbers follow from
-        weights = self._cached(key, _weights, (cls, state, *of))
+        options = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
+        # The weights depend on nothing else of the state.
+        key = (_weights, cls, options), own, state.get("sigmas"), state.get("alphas_cumprod")
+        weights = self._cached(key, _weights, (cls, state, *options))
         if weights.of == STEP:
-            at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
-            rows = torch.full(x.shape[:1], at, device=x.device)
+            step = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
+            rows = torch.full(x.shape[:1], step, device=x.device)
         else:
             rows = weights.rows(timesteps).to(x.device, torch.int64)
         if rows.shape != x.shape[:1]:
-            rows = rows.reshape(1).repeat(len(x))  # one for all samples, as inpainting gives it
+            rows = rows.reshape(1).repeat(len(x))  # one timestep for all samples, as inpainting pipelines pass it
         if rows.is_inference() and not torch.is_inference_mode_enabled():
-            rows = rows.clone()  # a backward pass keeps them
+            rows = rows.clone()  # a backward pass can't save an inference tensor
         try:
             table = weights.tables.get("weights", x.device, torch.float32)
             return ops.forward_process(x, table, rows, noise=noise)
         except ValueError:
-            # All else was checked, so a row is out of range: diffusers counts it from the end, or rejects it.
+            # All else was checked, so a row is out of range. diffusers reads it from the end, or rejects it.
             raise Fallback from None
 
     def _add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The levels that a scheduler of diffusers gives its timesteps, told by its own add_noise or scale_noise."""
+"""The levels of a scheduler's timesteps: the signal and noise that its own add_noise or scale_noise gives a sample."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _unit(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.ones_like(signal)
 
 
-# The scales of diffusers' samples, by what is 1 at all their levels.
+# {scale of diffusers' samples: a function of signal and noise that is 1 at all its levels}
 SCALES: dict[Scale, Any] = {
     _unit: lambda signal, noise: signal**2 + noise**2,
     levels.sigma_space: lambda signal, noise: signal,
@@ -32,10 +32,13 @@ SCALES: dict[Scale, Any] = {
 
 @dataclass(frozen=True)
 class OwnLevels:
-    """A loop's levels. The last step arrives at clean samples.
+    """The levels of a loop, whose last step arrives at clean samples.
 
-    timesteps: int64 or float64 (steps,). signal, noise: float64 (steps,). scale: of all. given: what the pipeline gave
-    to set_timesteps beside the number of steps.
+    Attributes:
+        timesteps: int64 or float64, (steps,).
+        signal, noise: float64, (steps,).
+        scale: the scale of the samples.
+        given: the arguments that the pipeline passed to set_timesteps besides the number of steps.
     """
 
     timesteps: Tensor
@@ -48,15 +51,19 @@ class OwnLevels:
         return len(self.timesteps)
 
     def grid(self, rows: Sequence[int] | slice = slice(None)) -> Grid:
-        """These steps, as samplers take them."""
+        """The grid of these steps, for samplers."""
         signal = torch.cat([self.signal[rows], self.signal.new_ones(1)])
         noise = torch.cat([self.noise[rows], self.noise.new_zeros(1)])
         return grid_of_levels(self.timesteps[rows], signal, noise, scale=self.scale)
 
 
 def levels_of(scheduler: Any, given: dict[str, Any]) -> OwnLevels:
-    """The levels of the loop that a scheduler has begun. Raises ValueError where it does not tell them."""
-    for index in ("_begin_index", "_step_index"):  # where one is set, it counts in place of every timestep
+    """The levels of the loop that a scheduler has begun. Raises ValueError if they can't be found.
+
+    Args:
+        given: see OwnLevels.
+    """
+    for index in ("_begin_index", "_step_index"):  # if one is set, add_noise reads it in place of the timesteps
         if index in vars(scheduler):
             setattr(scheduler, index, None)
     times = scheduler.timesteps.cpu().unique_consecutive()
@@ -66,8 +73,8 @@ def levels_of(scheduler: Any, given: dict[str, Any]) -> OwnLevels:
     except (Fallback, AttributeError):
         raise ValueError(f"{type(scheduler).__name__} does not tell its levels by {method}") from None
     signal, noise = weights.double().unbind(1)
-    for scale, one in SCALES.items():
-        if ((one(signal, noise) - 1).abs() < NEAR).all():
+    for scale, invariant in SCALES.items():
+        if ((invariant(signal, noise) - 1).abs() < NEAR).all():
             times = times.double() if times.is_floating_point() else times.long()
             return OwnLevels(times, signal, noise, scale, given)
     raise ValueError(f"the samples of {type(scheduler).__name__} are none whose scale is known here")

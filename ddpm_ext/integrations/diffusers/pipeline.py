@@ -1,4 +1,4 @@
-"""Pipelines of diffusers: a subclass with the same modules, whose schedulers are all accelerated, and stay so."""
+"""Accelerated pipelines of diffusers: subclasses whose schedulers are all accelerated, also those set later."""
 
 from __future__ import annotations
 
@@ -35,41 +35,43 @@ class Pipeline(Accelerated):
 
     library = "diffusers"
     replaces = ()
-    accelerate_scheduler: ClassVar[Accelerate]  # of one that is put in another's place; set where accelerate() is
+    accelerate_scheduler: ClassVar[Accelerate]  # for schedulers that are set later; assigned where accelerate() is
 
     def __init_subclass__(cls) -> None:
-        """Replaces __call__, with the signature of the peer's own, where there is one."""
+        """Replaces the peer's __call__, if it has one, by a method with the same signature."""
         super().__init_subclass__()
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
-        own: Any = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
-        if own is None:
+        peers_call: Any = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
+        if peers_call is None:
             return
 
-        @functools.wraps(own)
+        @functools.wraps(peers_call)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             table = getattr(vars(self).get("scheduler"), "table", None)
             if isinstance(table, StepTable):
-                for name, found in guidance_of_call(own, self, *args, **kwargs).items():
-                    check_note(table, name, found, "the pipeline's call has")
-                kwargs = {**_steps_of(table, own, self, *args, **kwargs), **kwargs}
+                for name, guidance in guidance_of_call(peers_call, self, *args, **kwargs).items():
+                    check_note(table, name, guidance, "the pipeline's call has")
+                kwargs = {**_steps_of(table, peers_call, self, *args, **kwargs), **kwargs}
             with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
-                return own(self, *args, **kwargs)
+                return peers_call(self, *args, **kwargs)
 
         cls.__call__ = call  # type: ignore[method-assign]
 
     @property
     def accelerated(self) -> Acceleration:
-        """The settings of its first scheduler, which is `scheduler` where it has one of that name."""
-        return next((own.accelerated for own in _accelerated_schedulers(self)), super().accelerated)
+        """The settings of the pipeline's first scheduler. If it has an attribute `scheduler`, that is the first."""
+        return next((each.accelerated for each in _accelerated_schedulers(self)), super().accelerated)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A scheduler of diffusers is accelerated as the one was whose place it takes.
+        """Accelerates a scheduler that is set, with the settings of the scheduler that it replaces.
 
-        `pipeline.scheduler = X.from_config(pipeline.scheduler.config)` stands in every guide, and X makes plain ones.
+        Guides change the scheduler by `pipeline.scheduler = X.from_config(pipeline.scheduler.config)`, where X is a
+        class of diffusers.
         """
         reason, replaced = None, vars(self).get(name)
         self._note_end_of(replaced)
-        is_new = "_acceleration" not in vars(value) if isinstance(value, Accelerated) else True  # made by its class
+        # An accelerated scheduler that its own class has created has no settings yet, so it is new, too.
+        is_new = "_acceleration" not in vars(value) if isinstance(value, Accelerated) else True
         if is_scheduler(type(value)) and is_new:
             settings = self._settings_in_place_of(replaced)
             try:
@@ -81,24 +83,24 @@ class Pipeline(Accelerated):
             self.accelerated.record_fallback(self.library, name, reason)
 
     def __delattr__(self, name: str) -> None:
-        """One that is set later goes on where a deleted scheduler stood."""
+        """Keeps the settings of a deleted scheduler for the next one that is set."""
         self._note_end_of(vars(self).get(name))
         super().__delattr__(name)
 
     def _note_end_of(self, replaced: Any) -> None:
-        """Keeps a scheduler's settings for one that comes later, also after None."""
+        """Keeps the settings of a replaced scheduler for a scheduler that is set later, also after None."""
         if is_scheduler(type(replaced)) and isinstance(replaced, Accelerated):
             vars(self)["_acceleration"] = replaced.accelerated.continued()
 
     def __repr__(self) -> str:
-        """Lines for its schedulers, then the peer's own."""
+        """One line for each accelerated scheduler, then the peer's own text."""
         return "\n".join([*map(shown, _accelerated_schedulers(self)), peer_method(self, "__repr__")()])
 
     def _settings_in_place_of(self, replaced: Any) -> Acceleration:
         if isinstance(replaced, Accelerated):
             return replaced.accelerated.continued()
         settings = self.accelerated
-        used = {own.accelerated.stream for own in _accelerated_schedulers(self)}
+        used = {each.accelerated.stream for each in _accelerated_schedulers(self)}
         if not used:
             return settings.continued()
         unused = [stream for stream in STREAMS if stream not in used]
@@ -106,30 +108,33 @@ class Pipeline(Accelerated):
 
 
 def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The note "guidance" of a call of a pipeline: its guidance_scale, or None for 1. Empty where no argument says it.
+    """The note "guidance" of a call of a pipeline: its guidance_scale, or None for 1.
 
-    call: the pipeline's own method, also a bound one.
+    Empty if the pipeline has no argument guidance_scale, or the argument is no number.
+
+    Args:
+        call: the pipeline's own __call__, bound or not.
     """
-    given = _arguments(call, *args, **kwargs)
-    if given is None:
+    bound = _arguments(call, *args, **kwargs)
+    if bound is None:
         return {}
-    given.apply_defaults()
-    scale = given.arguments.get("guidance_scale", None)
+    bound.apply_defaults()
+    scale = bound.arguments.get("guidance_scale", None)
     is_number = isinstance(scale, int | float)
-    if "guidance_scale" not in given.arguments or not (is_number or scale is None):
+    if "guidance_scale" not in bound.arguments or not (is_number or scale is None):
         return {}
     return {"guidance": None if scale in (None, 1) else float(scale)}
 
 
 def _steps_of(table: StepTable, call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, int]:
-    """num_inference_steps of a call of a pipeline that takes this table: its rows, where the call says none."""
-    given = _arguments(call, *args, **kwargs)
-    is_left_out = given is not None and STEPS in given.signature.parameters and STEPS not in given.arguments
+    """num_inference_steps for a pipeline's call without this argument: the number of the table's rows."""
+    bound = _arguments(call, *args, **kwargs)
+    is_left_out = bound is not None and STEPS in bound.signature.parameters and STEPS not in bound.arguments
     return {STEPS: len(table)} if is_left_out else {}
 
 
 def _arguments(call: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments | None:
-    """Those of a call by their names; None where it will raise a TypeError itself."""
+    """The arguments of a call by name; None for arguments that the call will reject with a TypeError."""
     try:
         return inspect.signature(call).bind_partial(*args, **kwargs)
     except TypeError:
@@ -146,18 +151,19 @@ def _restore(peer: type) -> Any:
 
 
 def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Accelerate) -> Any:
-    """A copy, of a subclass of the pipeline's class, whose schedulers and those of pipelines in it are accelerated.
+    """A copy of a pipeline, of a subclass of its class, with all schedulers accelerated, also those of inner pipelines.
 
-    What the pipeline holds twice, its copy holds twice. With noise "philox", the attribute `scheduler` has the noise of
-    a scheduler alone, and each of the others, in the order of their names, a stream of its own.
+    Two attributes that are the same object stay the same object in the copy. With noise "philox", the attribute
+    `scheduler` has the stream of a scheduler without a pipeline. Each other scheduler, in the order of their names, has
+    a stream of its own.
 
     Args:
-        settings: those of every scheduler, apart from the stream.
-        accelerated: makes the accelerated scheduler of a scheduler and its settings.
+        settings: the settings of every scheduler, apart from the stream.
+        accelerated: returns the accelerated scheduler for a scheduler and its settings.
 
     Raises:
-        TypeError: it has no scheduler.
-        ValueError: it has more schedulers than there are streams.
+        TypeError: the pipeline has no scheduler.
+        ValueError: the pipeline has more schedulers than there are streams.
     """
     schedulers = {id(scheduler): scheduler for scheduler in _schedulers(pipeline, set())}
     if not schedulers:
@@ -169,19 +175,19 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Acc
         raise ValueError(f"obj has {len(schedulers)} schedulers, expected at most {len(STREAMS)} with noise 'philox'")
     copies = {}
     for number, (key, scheduler) in enumerate(schedulers.items()):
-        own = settings.of_stream(STREAMS[number] if settings.noise == "philox" else STREAM_REVERSE)
-        copies[key] = accelerated(scheduler, own)
+        settings_of_stream = settings.of_stream(STREAMS[number] if settings.noise == "philox" else STREAM_REVERSE)
+        copies[key] = accelerated(scheduler, settings_of_stream)
 
-    def copied(each: Any) -> Any:
-        made = _restore(peer_class(type(each)))
-        vars(made).update(vars(each), _acceleration=settings)
-        return made
+    def accelerated_copy(each: Any) -> Any:
+        copied = _restore(peer_class(type(each)))
+        vars(copied).update(vars(each), _acceleration=settings)
+        return copied
 
-    return pipeline_with(pipeline, copies, copied)
+    return pipeline_with(pipeline, copies, accelerated_copy)
 
 
 def _attributes(pipeline: Any) -> list[tuple[str, Any]]:
-    """`scheduler` first, then by name, and pipelines last."""
+    """The attributes of a pipeline: `scheduler` first, then the others by name, and inner pipelines last."""
     return sorted(vars(pipeline).items(), key=lambda item: (is_pipeline(item[1]), item[0] != "scheduler", item[0]))
 
 
@@ -195,9 +201,11 @@ def _schedulers(pipeline: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def pipeline_with(pipeline: Any, copies: dict[int, Any], copied_of: Callable[[Any], Any] = copy.copy) -> Any:
-    """A copy that holds `copies` in the place of the objects whose identities they have.
+    """A copy of a pipeline in which some objects are replaced.
 
-    copied_of: makes the copies of the pipeline and of those in it.
+    Args:
+        copies: {id of an object: its replacement}. Receives the copies of the pipeline and of inner pipelines, too.
+        copied_of: returns the copy of a pipeline.
     """
     copied = copies[id(pipeline)] = copied_of(pipeline)
     for name, value in _attributes(pipeline):
@@ -205,6 +213,6 @@ def pipeline_with(pipeline: Any, copies: dict[int, Any], copied_of: Callable[[An
             pipeline_with(value, copies, copied_of)
         if id(value) in copies:
             vars(copied)[name] = copies[id(value)]
-        elif type(value) in (dict, list, set):  # a modular pipeline writes to those of its components
+        elif type(value) in (dict, list, set):  # a modular pipeline writes to the containers of its components
             vars(copied)[name] = copy.copy(value)
     return copied

@@ -1,4 +1,4 @@
-"""Runs of a pipeline of diffusers with the rows of step tables, which are left once they have been seen."""
+"""Runs of a diffusers pipeline with the rows of step tables. A run stops once the needed rows have been taken."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 class Left(Exception):
-    """Raised within a scheduler's step to leave the pipeline."""
+    """Raised within a scheduler's step to stop the pipeline."""
 
 
 class Recorder(TableScheduler):
-    """Takes rows up to `last`, and leaves the pipeline there.
+    """Takes the rows up to `last`, then stops the pipeline.
 
     Attributes:
-        samples: those where each row arrives, on the CPU.
-        terms: what row `last` adds up: the clean sample that it predicts, the sample, and those of earlier rows.
+        samples: the result of each row, on the CPU.
+        terms: the terms that row `last` adds up: its predicted clean sample, its sample, and the tensors that earlier
+            rows kept, on the CPU.
     """
 
     last: int
@@ -47,13 +48,14 @@ class Recorder(TableScheduler):
 
 
 class Runs:
-    """Runs of a pipeline that differ in their scheduler, their prompt and their seed alone.
+    """Runs of a pipeline that differ only in their scheduler, prompt and seed.
 
     Attributes:
-        scheduler: as the pipeline's own, of diffusers' class. name: the pipeline's class.
-        prediction: our name of what its model predicts.
-        guidance: the note of its calls' guidance; see guidance_of_call.
-        calls: steps that were taken so far.
+        scheduler: a new scheduler of diffusers' class with the config of the pipeline's scheduler.
+        name: the name of the pipeline's class.
+        prediction: ddpm_ext's name of the model's prediction.
+        guidance: the note of the guidance of its calls; see guidance_of_call.
+        calls: the number of steps taken so far.
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
@@ -72,7 +74,7 @@ class Runs:
         self.on_call: Callable[..., object] = lambda _: None
 
     def levels(self, scheduler: Any, steps: int) -> OwnLevels:
-        """Those that a scheduler of diffusers gives the pipeline for so many steps."""
+        """The levels of the pipeline's loop of so many steps with this scheduler. Takes one step of the pipeline."""
         probe, given = copy.deepcopy(scheduler), {}
         set_timesteps = probe.set_timesteps
 
@@ -91,12 +93,12 @@ class Runs:
         return levels_of(probe, {name: value for name, value in given.items() if value is not None})
 
     def record(self, table: StepTable, seed: int, last: int | None = None) -> Recorder:
-        """A run with the rows of a table, up to `last`; None: all."""
-        made = with_table(self._own, table, Acceleration(), Recorder)
-        made.last, made.samples, made.terms = len(table) - 1 if last is None else last, [], []
-        self._run(made, len(table), seed)
-        self._count(made.last + 1)
-        return made
+        """A run with the rows of a table up to `last`. Default: all rows."""
+        recorder = with_table(self._own, table, Acceleration(), Recorder)
+        recorder.last, recorder.samples, recorder.terms = len(table) - 1 if last is None else last, [], []
+        self._run(recorder, len(table), seed)
+        self._count(recorder.last + 1)
+        return recorder
 
     def _run(self, scheduler: Any, steps: int, seed: int) -> None:
         pipeline = pipeline_with(self._pipe, {id(self._own): scheduler})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin  # by these names DiffusionPipeline.from_pretrained finds its kind
+from diffusers import ConfigMixin, SchedulerMixin  # DiffusionPipeline.from_pretrained checks for a class so named
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
@@ -28,7 +28,7 @@ from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["TableScheduler"]
 
-OTHER = 1e-3  # how far a timestep is from a row's that it is not
+OTHER = 1e-3  # A timestep this far from that of a row, or farther, is another timestep.
 
 
 class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
@@ -40,23 +40,24 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     of the config of another scheduler of diffusers.
 
     Args:
-        table: a StepTable, the path of a saved one, or what `config.table` has.
-        num_train_timesteps, prediction_type: for pipelines that read them; the rows have their own numbers.
+        table: a StepTable, the path of a saved StepTable, or the value of `config.table`.
+        num_train_timesteps, prediction_type: for pipelines that read them; the rows don't depend on them.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: how predicted clean
-            samples are clipped, as in DDPMScheduler. Where the table's notes have a clip, it is that one.
+            samples are clipped, as in DDPMScheduler. A clip in the table's notes is used in place of these.
 
     Attributes:
-        timesteps: the rows', (rows,), int64 or float32.
+        timesteps: the timesteps of the rows, (rows,), int64 or float32.
         table: the StepTable.
-        accelerated: settings of the noise of rows that have some, as of accelerated schedulers; see Acceleration.
+        accelerated: the settings of the noise, as for accelerated schedulers; see Acceleration.
 
-    Rows for samples with a signal of 1, x0 + sigma eps, have models that take x / sqrt(1 + sigma^2), as diffusers'
-    EulerDiscreteScheduler gives it to them; all others take x itself.
+    For samples with a signal of 1, x0 + sigma eps, the model's input is x / sqrt(1 + sigma^2), as with diffusers'
+    EulerDiscreteScheduler. For all other samples it is x itself.
 
     Raises:
-        TypeError: table is something else.
-        ValueError: rows that read the model's unconditional output or variance, which a pipeline does not hand over; a
-            clip in the notes that no option says; what StepTable refuses.
+        TypeError: table has another type.
+        ValueError: a row reads the model's unconditional output or variance, which pipelines do not pass to schedulers;
+            the clip in the notes is a threshold, and the options do not set that threshold; StepTable rejects the
+            table.
 
     Examples:
         >>> scheduler = TableScheduler(StepTable(timestep=[9, 0], a=[2, 1], b=[-1, 0], c0=[1, 1], c1=[0.1, 0]))
@@ -105,7 +106,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self.accelerated.begin_loop()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As any object: its class can be imported."""
+        """Pickles as a plain object: unlike classes that `accelerate` makes, this class can be imported."""
         return object.__reduce_ex__(self, protocol)
 
     def __len__(self) -> int:
@@ -115,8 +116,11 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """Noise relative to the signal where each row starts, and where the last one arrives, float32 (rows + 1,);
-        for a flow its own sigmas. Raises AttributeError where the table has no levels."""
+        """The sigma at which each row starts, then that at which the last row ends; float32, (rows + 1,).
+
+        A sigma is the noise divided by the signal; for a flow it is the flow's sigma. Raises AttributeError if the
+        table has no levels.
+        """
         try:
             return table_sigmas(self.table)[0].float()
         except ValueError as error:
@@ -128,12 +132,12 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """The standard deviation of the samples that a loop begins with."""
+        """The standard deviation of the samples at the beginning of a loop."""
         return pure_noise(self.table.signal_now[0].item(), self.table.noise_now[0].item())
 
     @property
     def step_index(self) -> int | None:
-        """The row of the next step; None before a loop's first one."""
+        """The row of the next step; None before the first step of a loop."""
         return self._step_index
 
     @property
@@ -141,7 +145,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The row with which the loop begins, where it is not that of the first step's timestep."""
+        """Sets the row with which the loop begins. By default it is the row of the first step's timestep."""
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -156,7 +160,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: the table's number of rows, or None.
             device: where `timesteps` are placed.
-            sigmas, mu: those that pipelines of flows give to every scheduler; the table has its own, as many.
+            sigmas, mu: ignored, apart from the number of sigmas. Pipelines of flows pass them to every scheduler.
 
         Raises:
             ValueError: another number of steps.
@@ -168,16 +172,18 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._begin()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the model is called with: of what a step has returned, and nobody has written to, a tensor that the step
-        has written as well."""
+        """The model's input for a sample.
+
+        For an unchanged result of the last step, this is a tensor that the launch of that step has already written.
+        """
         if self._input_scales is None:
             return sample
         row = self._row_of(timestep) if self._step_index is None else self._step_index
-        made = self._made
-        if made is None or not made.is_of(sample):
+        written = self._made
+        if written is None or not written.is_of(sample):
             return sample * self._input_scales[row]
-        self._made = None  # once: who has it may write to it
-        return made.model_input
+        self._made = None  # returned only once, because the caller may write to it
+        return written.model_input
 
     @torch.no_grad()
     def step(
@@ -191,19 +197,18 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
     ) -> Any:
-        """The next sample, of the wider dtype of sample and output, and the predicted clean one.
+        """The next sample and the predicted clean sample, of the wider dtype of sample and output.
 
         Args:
             model_output, sample: floating, (batch, ...), of one shape, on one device.
-            timestep: the row's, which follows on that of the step before.
-            generator: draws the noise of rows that have some, as diffusers draws it; with noise "philox", it is not
-                read.
+            timestep: the timestep of the next row.
+            generator: draws the noise of rows that have noise, as in diffusers. Not read with noise "philox".
             return_dict: whether to return a DDIMSchedulerOutput in place of a tuple.
-            eta, use_clipped_model_output: for pipelines that give them to every scheduler: 0, and None or False.
+            eta, use_clipped_model_output: must be 0, and None or False. Some pipelines pass them to every scheduler.
 
         Raises:
-            ValueError: a timestep out of turn, a loop that is over or begins with a row that reads what rows before it
-                kept, or an eta.
+            ValueError: the timestep is not that of the next row; the loop is over; the loop begins with a row that
+                reads tensors of earlier rows; eta or use_clipped_model_output is set.
         """
         if eta or use_clipped_model_output:
             raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none beside a table")
@@ -216,7 +221,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         inputs = self._noise(kind.noisy, model_output, generator, x, row)
         x0 = inputs["x0_out"] = empty_like(x)
-        # A loop that scales something else than a step's result, as two samples for guidance, has one written in vain.
+        # Where the caller scales another tensor than the step's result, such as a doubled batch for guidance, `_made`
+        # stays set: one input is written in vain, and no more of the loop.
         writes_input = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
         prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
@@ -229,14 +235,14 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         return DDIMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _row_of(self, timestep: Any) -> int:
-        """The row that is next. A timestep on a GPU is not read, where it is an element of `timesteps`."""
+        """The index of the next row, after a check of the timestep. An element of `timesteps` on a GPU is not read."""
         expected = self._begin_index if self._step_index is None else self._step_index
         if expected is not None and expected >= len(self.table):
             raise ValueError(f"the loop of {len(self.table)} rows is over, expected set_timesteps before another one")
         row = self._index_of(timestep) if isinstance(timestep, Tensor) else None
         if row is None:
-            at = float(timestep)
-            near = ((self._own_times.double() - at).abs() < OTHER).nonzero().flatten().tolist()
+            time = float(timestep)
+            near = ((self._own_times.double() - time).abs() < OTHER).nonzero().flatten().tolist()
             row = expected if expected in near else next(iter(near), None)
         if row is None or (expected is not None and row != expected):
             wanted = self._own_times.tolist() if expected is None else self._own_times[expected].item()
@@ -246,10 +252,10 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     # ----------------------------------------------------------------------------------------- the forward process
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Samples at the levels of the table's rows that have these timesteps, (batch,) or (1,).
+        """Noisy samples, at the levels of the rows with these timesteps, (batch,) or (1,).
 
         Raises:
-            ValueError: a timestep that no row has, or rows whose levels are not known.
+            ValueError: no row has a timestep, or the table does not have the levels of its rows.
         """
         if not bool((self.table.signal_now + self.table.noise_now > 0).all()):
             raise ValueError("the table does not have its rows' levels, so that no noise can be added")
@@ -261,7 +267,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         return ops.forward_process(x, levels, rows.to(x.device).expand(len(x)).contiguous(), noise=noise.to(x.dtype))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """add_noise, as schedulers of flows call it."""
+        """add_noise under the name that schedulers of flows have for it."""
         return self.add_noise(sample, noise, timestep)
 
 
@@ -272,7 +278,7 @@ Kind = TypeVar("Kind", bound=TableScheduler)
 
 
 def prediction_of(scheduler: Any) -> str:
-    """Our name of what a scheduler's model predicts. Raises ValueError where the scheduler's config does not say."""
+    """ddpm_ext's name of the prediction of a scheduler's model. Raises ValueError if the config does not tell it."""
     named = scheduler.config.get("prediction_type", None)
     if named is None and "FlowMatch" in type(scheduler).__name__:
         return "flow"
@@ -283,12 +289,12 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def prediction_type_of(prediction: str) -> str:
-    """diffusers' name of one of ours."""
-    return next(name for name, own in PREDICTIONS.items() if own == prediction)
+    """diffusers' name of a prediction of ddpm_ext."""
+    return next(name for name, ours in PREDICTIONS.items() if ours == prediction)
 
 
 def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> StepTable:
-    """The table that is given, read or written out, once a pipeline can take its rows. Raises as TableScheduler."""
+    """The StepTable of TableScheduler's argument `table`. Raises as TableScheduler."""
     if isinstance(table, Mapping):
         table = StepTable(**table)
     elif isinstance(table, str | os.PathLike):
@@ -299,21 +305,23 @@ def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> S
     if not isinstance(table, StepTable):
         raise TypeError(f"table is a {type(table).__name__}, expected a StepTable or the path of one")
     table = table.to("cpu")
-    for names, what in ((("cu",), "unconditional output"), (("l0", "l1"), "variance")):
+    for names, input_name in ((("cu",), "unconditional output"), (("l0", "l1"), "variance")):
         if any(bool((getattr(table, name) != 0).any()) for name in names):
-            raise ValueError(f"the table reads the model's {what}, and a pipeline gives a scheduler its output alone")
+            raise ValueError(
+                f"the table reads the model's {input_name}, and a pipeline gives a scheduler its output alone"
+            )
     return table
 
 
 def _as_config(table: StepTable) -> dict[str, Any]:
-    """Lists that JSON has, without columns of zeros; `as_table` reads them."""
+    """The table as lists for JSON, without columns of zeros. `as_table` reads them."""
     columns = {name: getattr(table, name) for name in COLUMNS}
     needed = {name for name, x in columns.items() if bool((x != 0).any())} | {"timestep", "a", "b", "c0", "c1", "draw"}
     return {**{name: x.tolist() for name, x in columns.items() if name in needed}, "notes": table.notes}
 
 
 def with_table(scheduler: Any, table: Any, settings: Acceleration, kind: type[Kind] = TableScheduler) -> Kind:
-    """A TableScheduler, or a subclass's object, in the place of another scheduler.
+    """A TableScheduler, or an object of its subclass `kind`, to replace a pipeline's scheduler.
 
     Raises:
         ValueError: the table was made for another prediction than the scheduler's model has.
@@ -325,9 +333,9 @@ def with_table(scheduler: Any, table: Any, settings: Acceleration, kind: type[Ki
             f"the table was made for a model that predicts {made_for!r}, and that of the pipeline's "
             f"{type(scheduler).__name__} predicts {prediction!r}"
         )
-    known = inspect.signature(TableScheduler.__init__).parameters.keys() - {"table"}
-    config = {name: value for name, value in scheduler.config.items() if name in known}
+    options = inspect.signature(TableScheduler.__init__).parameters.keys() - {"table"}
+    config = {name: value for name, value in scheduler.config.items() if name in options}
     config["clip_sample"] = config.get("clip_sample", False) and reads_clip_sample(scheduler)
-    made = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
-    made.__dict__["_acceleration"] = settings
-    return made
+    table_scheduler = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
+    table_scheduler.__dict__["_acceleration"] = settings
+    return table_scheduler

@@ -1,6 +1,6 @@
-"""A step table for a pipeline of diffusers, fitted by running the pipeline as it is.
+"""A step table for a pipeline of diffusers, fitted in runs of the pipeline itself.
 
-A run leaves the pipeline from within its scheduler's step, once that has seen what it needs: nothing is decoded.
+A run stops within its scheduler's step, once it has recorded what it is for, so that no latents are decoded.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ddpm_ext.tuning.tuner import tuned
 
 __all__ = ["tune_pipeline"]
 
-NAMES = ("unipc", "dpmpp_2m", "deis")  # that the fit is compared with, beside the pipeline's own scheduler
-POWERS = (1.0, 1.3, 1.7, 2.2)  # the larger, the more timesteps are near the end
+NAMES = ("unipc", "dpmpp_2m", "deis")  # The fit is compared with these samplers and the pipeline's own scheduler.
+POWERS = (1.0, 1.3, 1.7, 2.2)  # of the spacing of timesteps: with a larger power, more of them are near the end
 
 
 def tune_pipeline(
@@ -45,24 +45,27 @@ def tune_pipeline(
     progress: bool = True,
     **call: Any,
 ) -> Tuned:
-    """A step table for a pipeline of diffusers, whose samples end nearer to those of many steps than the pipeline's own
-    scheduler or a named sampler leads in as few; the best name's table where no fit is nearer.
+    """Fits a step table of few steps for a pipeline of diffusers.
 
-    The pipeline is run as it is, with another scheduler in its place, and stays as it was. The first runs record a
-    teacher: our "deis" in many steps at the scheduler's own levels. Then each row of the table is fitted by
-    least squares to where the teacher is at the next timestep, once all runs have come to it. Timesteps are the
-    teacher's, by the best of four powers. Other seeds tell which is nearest in the end. It takes about
+    The table's samples are nearer to those of many steps than the samples of the pipeline's own scheduler, or of a
+    named sampler, in as few steps. If no fit is nearer, the table is that of the nearest scheduler or sampler.
+
+    The runs are of a copy of the pipeline with another scheduler. The first runs record a teacher: the sampler "deis"
+    in many steps, at the scheduler's own levels. Then the rows of the table are fitted by least squares, one after the
+    other, each to the teacher's samples at the row's end. The timesteps are some of the teacher's, by the best of four
+    powers. Runs with other seeds decide which table is nearest. All this takes about
     2 * teacher_steps + 2 * steps^2 + 10 * steps steps of the pipeline for each seed.
 
     Args:
-        pipe: stays as it is. Its scheduler says what the model predicts, and which levels it has.
-        prompts: a run takes the next of them in turn; none for a pipeline without `prompt`.
+        pipe: the pipeline, which is not changed. Its scheduler tells the model's prediction and the levels.
+        prompts: the runs take these in turn; none for a pipeline without an argument `prompt`.
         steps: calls of the model, from 2 to teacher_steps / 4.
-        teacher_steps: at most the scheduler's training timesteps.
-        seeds: runs to fit to; as many others are held out. Each takes the memory of teacher_steps samples on the CPU.
-        first_seed: of the first run's generator; the others have the next ones.
-        progress: whether to show a progress bar on a terminal (where tqdm is installed).
-        call: further arguments of the pipeline, as in the calls that will take the table: guidance_scale, height,
+        teacher_steps: at most the number of the scheduler's training timesteps.
+        seeds: the number of runs to fit to; as many others are held out. Each takes the memory of teacher_steps samples
+            on the CPU.
+        first_seed: the seed of the first run's generator. The other runs have the seeds after it.
+        progress: whether to show a progress bar on a terminal (if tqdm is installed).
+        call: further arguments of the pipeline, as in the calls that will use the table: guidance_scale, height,
             num_images_per_prompt, batch_size, prompt_embeds and the like.
 
     Returns:
@@ -70,8 +73,8 @@ def tune_pipeline(
 
     Raises:
         TypeError: pipe is no pipeline with a scheduler of diffusers.
-        ValueError: an argument is out of range, a scheduler that does not tell its levels or prediction, or a teacher
-            that has not converged.
+        ValueError: an argument is out of range; the levels or the prediction of the scheduler can't be found; the
+            teacher has not converged.
 
     Examples:
         >>> from diffusers import DDPMPipeline
@@ -91,26 +94,26 @@ def tune_pipeline(
     planned += seeds * (len(POWERS) * steps * (steps + 1) // 2 + (2 * len(NAMES) + 2) * steps)
     with calls_bar(planned, "steps of the pipeline, about", progress) as runs.on_call:
         levels = runs.levels(_trailing(runs.scheduler) or runs.scheduler, teacher_steps)
-        teacher = _made(runs, SAMPLER, levels.grid())
+        teacher = _table(runs, SAMPLER, levels.grid())
         nodes = {seed: runs.record(teacher, seed).samples for seed in (*fitted_to, *held_out)}
-        fewer = runs.record(_made(runs, SAMPLER, levels.grid(slice(None, None, 2))), held_out[0]).samples[-1]
+        fewer = runs.record(_table(runs, SAMPLER, levels.grid(slice(None, None, 2))), held_out[0]).samples[-1]
         advice = "more teacher_steps may help, or less guidance"
         teacher_error = converged(fewer, nodes[held_out[0]][-1], len(levels), advice)
         fits = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
         table = min(fits, key=lambda fit: fit[1])[0]
-        own = _errors(runs, table, nodes, held_out)
+        errors = _errors(runs, table, nodes, held_out)
         fitting, names = runs.calls, []
-        for (sampler, spacing), other in _named_tables(runs, levels, steps):
-            far = _errors(runs, other, nodes, held_out)
-            named = Named(sampler=sampler, spacing=spacing, steps=steps, calls=steps, **vars(Errors.of(far)))
-            names.append((named, other, far))
+        for (sampler, spacing), named_table in _named_tables(runs, levels, steps):
+            named_errors = _errors(runs, named_table, nodes, held_out)
+            named = Named(sampler=sampler, spacing=spacing, steps=steps, calls=steps, **vars(Errors.of(named_errors)))
+            names.append((named, named_table, named_errors))
     names.sort(key=lambda each: each[0].error)
-    fitted_error = typical(own)
+    fitted_error = typical(errors)
     fitted = fitted_error < names[0][0].error
     if not fitted:
-        _, table, own = names[0]
+        _, table, errors = names[0]
     report = Report(
-        **vars(Errors.of(own)),
+        **vars(Errors.of(errors)),
         calls=steps,
         fitted=fitted,
         fitted_error=fitted_error,
@@ -118,11 +121,11 @@ def tune_pipeline(
         timesteps=table.timestep.tolist(),
         teacher=f"{len(levels)} steps of {SAMPLER}",
         teacher_error=teacher_error,
-        seeds=len(own),
-        held_out=len(own),
+        seeds=len(errors),
+        held_out=len(errors),
         model_calls=runs.calls,
         names_calls=runs.calls - fitting,
-        batch=len(own) // seeds,
+        batch=len(errors) // seeds,
     )
     return tuned(table, _notes(runs, fewer), report)
 
@@ -131,42 +134,51 @@ def tune_pipeline(
 
 
 def _trailing(scheduler: Any) -> Any:
-    """The scheduler over trailing timesteps, from the last of training; None where it has these or no choice."""
+    """A scheduler with trailing timesteps, the first of which is the last one of training.
+
+    None if `scheduler` has these already, or has no setting for the spacing.
+    """
     if "timestep_spacing" not in scheduler.config or scheduler.config.timestep_spacing == "trailing":
         return None
     return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
 
 
-def _made(runs: Runs, sampler: str, grid: Grid) -> StepTable:
+def _table(runs: Runs, sampler: str, grid: Grid) -> StepTable:
     return SAMPLERS[sampler](grid, prediction=runs.prediction)
 
 
 def _named_tables(runs: Runs, levels: OwnLevels, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
-    """The scheduler's own rows and those of NAMES, by the scheduler's own spacing and by trailing, in so many steps;
-    where both have other numbers of levels, as with Runge-Kutta steps, at even ones of the teacher's. Rows with noise
-    are left out: they end at other samples."""
-    own = runs.levels(runs.scheduler, steps)
-    spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
+    """The tables of `steps` steps that the fit is compared with, each with its (sampler, spacing).
+
+    The first is that of the scheduler itself, if its steps are rows without noise: noise leads to other samples. Then
+    come those of NAMES, with the scheduler's own_levels spacing and with trailing timesteps. If neither spacing has `steps`
+    levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
+    """
+    own_levels = runs.levels(runs.scheduler, steps)
+    spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own_levels"
     trailing = _trailing(runs.scheduler)
-    if len(own) == steps:
-        with contextlib.suppress(ValueError):  # what is no rows
-            traced = StepTable.trace(runs.scheduler, steps, **own.given)
-            euler = _made(runs, "euler", own.grid())
+    if len(own_levels) == steps:
+        with contextlib.suppress(ValueError):  # raised for a scheduler whose steps are no rows
+            traced = StepTable.trace(runs.scheduler, steps, **own_levels.given)
+            euler = _table(runs, "euler", own_levels.grid())
             if len(traced) == steps and not (traced.s != 0).any():
-                known = {name: getattr(euler, name) for name in LEVELS}
-                yield (type(runs.scheduler).__name__, spacing), replace(traced, **known)
-    every = [(spacing, own)]
+                columns = {name: getattr(euler, name) for name in LEVELS}
+                yield (type(runs.scheduler).__name__, spacing), replace(traced, **columns)
+    spacings = [(spacing, own_levels)]
     if trailing is not None:
-        every.append(("trailing", runs.levels(trailing, steps)))
-        every = every[1:] if torch.equal(every[1][1].noise, own.noise) else every
-    grids = [(name, each.grid()) for name, each in every if len(each) == steps]
+        spacings.append(("trailing", runs.levels(trailing, steps)))
+        spacings = spacings[1:] if torch.equal(spacings[1][1].noise, own_levels.noise) else spacings
+    grids = [(name, each.grid()) for name, each in spacings if len(each) == steps]
     for name, grid in grids or [("even", levels.grid(_spaced(len(levels), steps, 1.0)))]:
         for sampler in NAMES:
-            yield (sampler, name), _made(runs, sampler, grid)
+            yield (sampler, name), _table(runs, sampler, grid)
 
 
 def _spaced(levels: int, steps: int, power: float) -> list[int]:
-    """The teacher's steps at which a student's begin: the shares that remain are powers of evenly spaced ones."""
+    """The indices of the teacher's steps at which the steps of the fitted table begin.
+
+    Step i of n begins where the share (1 - i / n)^power of the teacher's steps remains.
+    """
     steps_at = [round(levels * (1 - (1 - step / steps) ** power)) for step in range(steps)]
     for step in range(1, steps):
         steps_at[step] = max(steps_at[step], steps_at[step - 1] + 1)
@@ -179,25 +191,28 @@ def _spaced(levels: int, steps: int, power: float) -> list[int]:
 def _fit(
     runs: Runs, levels: OwnLevels, nodes: dict[int, list[Tensor]], seeds: Sequence[int], rows: list[int]
 ) -> tuple[StepTable, float]:
-    """The rows that begin at these steps of the teacher, and their mean error.
+    """Fits a table whose rows begin at these steps of the teacher. Returns it with its typical error.
 
-    Each row starts where the rows before it arrive, and not where the teacher is, so that it corrects them.
+    Each row is fitted for the samples that the rows before it lead to, not for the teacher's samples. So it corrects
+    the errors of those rows.
     """
-    base = _made(runs, "euler", levels.grid(rows))
-    arrives = [*(at - 1 for at in rows[1:]), len(levels) - 1]  # the teacher's step that arrives there
+    base = _table(runs, "euler", levels.grid(rows))
+    last_steps = [*(step - 1 for step in rows[1:]), len(levels) - 1]  # the teacher's last step within each row
     weights: list[Tensor] = []
-    for row, at in enumerate(arrives):
+    for row, step in enumerate(last_steps):
         table, equations, parts = with_weights(base, weights), Equations(), []
         for seed in seeds:
-            parts.append((runs.record(table, seed, row).terms, nodes[seed][at]))
+            parts.append((runs.record(table, seed, row).terms, nodes[seed][step]))
             equations.add(*parts[-1])
         weights.append(equations.solve(euler_weights(base, row, 2 + min(row, HISTORY))))
-    ends = [(sum(w * x.double() for w, x in zip(weights[-1].tolist(), own, strict=True)), end) for own, end in parts]
+    ends = [
+        (sum(w * x.double() for w, x in zip(weights[-1].tolist(), terms, strict=True)), end) for terms, end in parts
+    ]
     return with_weights(base, weights), typical(torch.cat([distance(x, end) for x, end in ends]))
 
 
 def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds: Sequence[int]) -> Tensor:
-    """How far each sample ends from the teacher's."""
+    """The distance of each sample of a table from the teacher's sample."""
     return torch.cat([distance(runs.record(table, seed).samples[-1], nodes[seed][-1]) for seed in seeds])
 
 
