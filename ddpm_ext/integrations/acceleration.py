@@ -28,12 +28,13 @@ from ddpm_ext.ops.noise import (
 NOISES = ("torch", "philox")
 PROOF = "a first loop proves its rows"
 _log = logging.getLogger(__name__)
-BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
+# The position of a loop before its first step, and of a loop that has ended.
+BEFORE, OVER = -math.inf, math.inf
 
 
 if TYPE_CHECKING:
 
-    class AcceleratedObject(Any):  # no type says "and of obj's class", so all else of the object is Any
+    class AcceleratedObject(Any):  # Python has no intersection types, so all other attributes are Any.
         """What `accelerate` returns."""
 
         @property
@@ -55,45 +56,46 @@ else:
 class Acceleration:
     """An accelerated object's settings, `obj.accelerated`.
 
-    With noise "philox", two loops never share noise, unless they are given the same seed and ids:
+    With noise "philox", two loops never share noise, unless they have the same seed and sample ids:
 
-    - Without a seed, each loop draws one from torch's default CPU generator, when it first needs noise.
-    - With a seed, a loop's sample ids are those after the last loop's: 0 to 63, then 64 to 127.
-    - Ids that were given as a tensor are those of every loop. With a seed, all loops then have the same noise.
+    - Without a seed, each loop draws a seed from torch's default CPU generator, when it first needs noise.
+    - With a seed, each loop takes the sample ids after those of the loop before: 0 to 63, then 64 to 127.
+    - Sample ids in a tensor are those of every loop. With a seed, all loops then have the same noise.
 
-    Where a loop begins:
+    A loop begins as follows:
 
-    - Each call of a loop's method (p_sample_loop, ddim_sample_loop, ddim_sample, sample, interpolate) is a loop.
-    - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The steps that follow belong to it.
-    - A call of a pipeline begins a loop, to which its start noise and the steps after its first set_timesteps belong.
-    - A single step begins a loop if it goes back to an earlier place of a loop than the last step's: to a larger
-      timestep. A step at the last step's timestep stays in the loop and takes the ids after those that were used there,
-      as for a batch in parts.
-    - Timesteps on a GPU are not read back; the steps of diffusers' schedulers alone know them. Single steps of other
-      libraries then begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
-    - Nor are the timesteps of compiled single steps: with a seed, these need `begin_loop()` or set_timesteps. Without a
-      seed, each compiled step draws one.
+    - Each call of a method that is a whole loop (p_sample_loop, ddim_sample_loop, ddim_sample, sample, interpolate) is
+      a loop.
+    - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The steps after it belong to that loop.
+    - A call of a pipeline begins a loop. The call's start noise and the steps after its first set_timesteps belong to
+      that loop.
+    - A single step at a larger timestep than the last step's begins a loop. A step at the last step's timestep stays in
+      the loop, as for a batch in parts: it takes the sample ids after those that were used at this timestep.
+    - Timesteps on a GPU are not read back, except that the steps of diffusers' schedulers know them. In other libraries
+      such single steps begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
+    - Timesteps of compiled single steps are not read, either. With a seed, such a loop needs `begin_loop()` or
+      set_timesteps. Without a seed, each compiled step draws a seed.
 
     Attributes:
-        noise: "torch", the peer's own draws, or "philox", those of the noise contract.
-        seed: the seed of all loops, or None where each loop draws one. Setting it begins anew at the first sample ids.
-        rng: the ddpm_ext.Philox of "philox" that the current loop draws by, else None. It may be replaced by another
-            one without a draw or another stream, from which the loops then count on; setting anything else raises
-            TypeError or ValueError.
-        stream: that of the steps' noise. It is the reverse step's, but for the second and later schedulers of one
-            pipeline, which have one each, so that they share no noise though they have one seed and the same ids.
-        trace: whether steps that somebody wrote himself are replaced by rows, once these have been proven in his own
-            loop; see `accelerate`.
+        noise: "torch" for the peer's own draws, or "philox" for noise of the noise contract.
+        seed: the seed of all loops; None: each loop draws one. Setting it begins again at the first sample ids.
+        rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to another Philox
+            without a draw or another stream, whose seed and sample ids the next loops continue. Setting anything else
+            raises TypeError or ValueError.
+        stream: the stream of the steps' noise, by default that of reverse steps. The second and later schedulers of a
+            pipeline have other streams, so that they share no noise although they have the same seed and ids.
+        trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows; see
+            `accelerate`.
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
-        fused_calls, own_calls: how many calls of methods took their fused form, each mostly one launch, and how many
-            ran the peer's own code. diffusers' set_timesteps and scale_model_input are no fused calls. Code compiled by
-            torch.compile is not counted.
+        fused_calls: how many calls of methods took their fused form, which is mostly one launch.
+        own_calls: how many calls ran the peer's own code. Neither number counts diffusers' set_timesteps and
+            scale_model_input, and code compiled by torch.compile.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
-        >>> scheduler.accelerated.seed = 1  # begins anew, with the first sample ids
+        >>> scheduler.accelerated.seed = 1  # begins again at the first sample ids
         >>> scheduler.accelerated.begin_loop()
         >>> scheduler.accelerated.rng
         Philox(seed=1, ...)
@@ -114,7 +116,7 @@ class Acceleration:
         self.trace = trace
         self.stream = stream
         self.iteration = 0
-        self._calls = 0  # of a pipeline that are under way, one in another
+        self._calls = 0  # nested calls of pipelines that are running
         self.fallbacks: dict[str, str] = {}
         self.fused_calls = self.own_calls = 0
         self._warned: set[tuple[str, str]] = set()
@@ -122,7 +124,7 @@ class Acceleration:
 
     @classmethod
     def of(cls, noise: str, seed: int | None, sample_ids: int | Tensor, trace: bool = False) -> Acceleration:
-        """The settings that accelerate's arguments describe, after a check of these."""
+        """The settings of accelerate's arguments. Raises TypeError or ValueError for wrong arguments."""
         checks.one_of("noise", noise, NOISES)
         checks.flag("trace", trace)
         if noise == "philox":
@@ -135,7 +137,7 @@ class Acceleration:
         return cls(noise, trace=trace)
 
     def of_stream(self, stream: int) -> Acceleration:
-        """New settings with the same noise, seed and sample ids, whose steps draw their noise of this stream."""
+        """New settings with the same noise, seed and sample ids, but with another stream for the steps' noise."""
         return Acceleration(self.noise, self._seed, self._sample_ids, stream, self.trace)
 
     def __copy__(self) -> Acceleration:
@@ -144,17 +146,17 @@ class Acceleration:
         return copied
 
     def continued(self) -> Acceleration:
-        """A copy for another object, which goes on with the loops and has no fallbacks of its own yet."""
+        """A copy for another object, which continues the sample ids of the loops. It has no counts and fallbacks yet."""
         copied = copy.copy(self)
         vars(copied).update(fallbacks={}, fused_calls=0, own_calls=0, _calls=0, _warned=set())
         return copied
 
     def __repr__(self) -> str:
-        given = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
-        return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        shown = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
+        return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def summary(self) -> str:
-        """One line for people: the noise, and what was fused so far."""
+        """A line to print: the noise, and how many calls were fused or fell back so far."""
         seed = f" of seed {self._seed}" if self._seed is not None else ""
         reasons = "; ".join(f"{method}: {reason}" for method, reason in self.fallbacks.items())
         counts = f"fused calls: {self.fused_calls}, fallbacks: {self.own_calls}"
@@ -164,8 +166,8 @@ class Acceleration:
 
     def _set(self, seed: int | Tensor | None, sample_ids: int | Tensor) -> None:
         self._seed, self._sample_ids = seed, sample_ids
-        self._ids = sample_ids  # the current loop's, as Philox takes them
-        self._count = 0  # how many of them the loop has used
+        self._ids = sample_ids  # the sample ids of the current loop, in the form that Philox takes
+        self._count = 0  # how many sample ids the loop has used
         self._begin()
 
     @property
@@ -202,17 +204,17 @@ class Acceleration:
     # -------------------------------------------------------------------------------------------------------- loops
 
     def _begin(self) -> None:
-        self._place: float = BEFORE  # the last step's, rising along a loop
-        self._used_here = 0  # ids at this place
+        self._position: float = BEFORE  # the last step's position in the loop, a number that rises along it
+        self._used_at_position = 0  # sample ids that steps at this position have used
         self._unread = 0  # steps whose timesteps were not read
         self._starts = 0  # how often start noise was drawn
         self._rng = None
-        if self._seed is not None:  # made at once, so that a compiler finds it
+        if self._seed is not None:  # created here, so that compiled steps find it
             self._rng = self._philox(self._seed, self._ids)
 
     def begin_loop(self) -> None:
         """Begins a loop, which the following single steps belong to."""
-        if self.noise == "torch" or (self._calls and self._place == BEFORE):  # the call has begun it
+        if self.noise == "torch" or (self._calls and self._position == BEFORE):  # the pipeline's call has begun a loop
             return
         if self._seed is not None and not isinstance(self._ids, Tensor):
             self._ids += self._count
@@ -220,12 +222,12 @@ class Acceleration:
         self._begin()
 
     def end_loop(self) -> None:
-        """The next single step begins another loop."""
-        self._place = OVER
+        """Ends the loop: the next single step begins another one."""
+        self._position = OVER
 
     @contextlib.contextmanager
     def within_call(self) -> Iterator[None]:
-        """A call of a pipeline, which may draw its start noise before or after set_timesteps."""
+        """Wraps a call of a pipeline. It begins a loop, which the call's first set_timesteps does not begin again."""
         self.begin_loop()
         self._calls += 1
         try:
@@ -234,8 +236,11 @@ class Acceleration:
             self._calls -= 1
 
     def rng_of_start(self, batch: int) -> Philox:
-        """The generator of noise that the loop of `batch` samples starts from, another draw each time: the first one is
-        that of ddpm_ext's loops. Schedulers of one pipeline have draws of their own."""
+        """The generator of the start noise of a loop of `batch` samples.
+
+        Each call returns another draw. The first is the draw of ddpm_ext's own loops. The schedulers of a pipeline,
+        which differ in their streams, have different draws.
+        """
         assert self.rng is not None
         draw = 16 * self._starts + self.stream
         self._starts += 1
@@ -243,7 +248,7 @@ class Acceleration:
         return self.rng.of(STREAM_START, draw)
 
     def whole_loop(self, batch: int) -> Philox | None:
-        """The generator of a whole loop of `batch` samples, which begins here; None where the peer draws the noise."""
+        """Begins a whole loop of `batch` samples. Returns its generator; None if the peer draws the noise."""
         if self.noise == "torch":
             return None
         self.begin_loop()
@@ -252,25 +257,25 @@ class Acceleration:
         return self.rng
 
     def rng_of_step(self, batch: int, first: int, last: int | None = None) -> Philox | None:
-        """The generator of a single step of `batch` samples; None where the peer draws the noise.
+        """The generator of a single step of `batch` samples; None if the peer draws the noise.
 
         Args:
-            first, last: where the samples' steps lie in a loop, by numbers that rise along it. Mostly all samples are
-                at one place, `first`.
+            first, last: the range of the samples' positions in the loop, numbers that rise along it. Without `last`,
+                all samples are at `first`.
         """
         if self.noise == "torch":
             return None
         if torch.compiler.is_compiling():
             return self._rng_of_unread_step(batch)
         used = 0
-        if first <= self._place:
-            if first == self._place and last is None:
-                used = self._used_here
+        if first <= self._position:
+            if first == self._position and last is None:
+                used = self._used_at_position
             else:
                 self.begin_loop()
-        self._place = first if last is None else last
-        self._used_here = used + batch
-        self._count = max(self._count, self._used_here)
+        self._position = first if last is None else last
+        self._used_at_position = used + batch
+        self._count = max(self._count, self._used_at_position)
         rng = self._rng or self.rng
         if used and not isinstance(self._ids, Tensor):
             assert rng is not None
@@ -278,7 +283,7 @@ class Acceleration:
         return rng
 
     def rng_of_step_at(self, t: Tensor, timesteps: int) -> Philox | None:
-        """As rng_of_step, at each sample's timestep, (batch,), in a loop that descends from `timesteps` - 1 at most."""
+        """As rng_of_step, for each sample's timestep `t`, (batch,), in a loop of at most `timesteps` steps."""
         if self.noise == "torch":
             return None
         if torch.compiler.is_compiling():
@@ -288,7 +293,7 @@ class Acceleration:
             if values.count(values[0]) == len(values):
                 return self.rng_of_step(len(values), -values[0])
             return self.rng_of_step(len(values), -max(values), -min(values))
-        if self._place == OVER or self._unread >= timesteps:
+        if self._position == OVER or self._unread >= timesteps:
             self.begin_loop()
         self._unread += 1
         return self._rng_of_unread_step(len(t))
@@ -301,8 +306,10 @@ class Acceleration:
         return self._rng or self.rng
 
     def next_forward(self, device: torch.device) -> Philox | None:
-        """The generator of the noise of a training batch on `device`, another draw at each call; None where the peer
-        draws it."""
+        """The generator of a training batch's noise on `device`, with another draw at each call.
+
+        None if the peer draws the noise.
+        """
         if self.noise == "torch":
             return None
         draw, self.iteration = self.iteration, self.iteration + 1
@@ -312,10 +319,13 @@ class Acceleration:
     # ---------------------------------------------------------------------------------------------------- fallbacks
 
     def record_proof(self, library: str, method: str, failed: str | None, begins: bool) -> None:
-        """Notes a step of a first loop, which ran the object's own code beside its rows. Who asked for other noise than
-        that of the code is warned.
+        """Records a step of a loop that proves rows: it ran both the object's own code and its rows.
 
-        failed: why rows must not take it, if anything speaks against them. begins: whether it is the loop's first step.
+        With noise "philox" it warns that the loop has the noise of the object's code.
+
+        Args:
+            failed: why the rows must not take the step; None if they agree with the object's code.
+            begins: whether the step is the first of its loop.
         """
         if failed is not None or (begins and self.noise == "philox"):
             self.record_fallback(library, method, failed or PROOF)
@@ -325,7 +335,7 @@ class Acceleration:
         self.own_calls += 1
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
-        """Keeps why the peer's own code runs, and warns of it and logs it, once for each reason."""
+        """Records why the peer's own code runs. Warns and logs once for each reason."""
         self.fallbacks[method] = reason
         if not torch.compiler.is_compiling():
             self.own_calls += 1

@@ -1,4 +1,4 @@
-"""Whose code an object's methods are. Steps are replaced without being asked for where they are the library's own."""
+"""Whether the methods of an object are the library's own code. By default only such steps are replaced."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 DIFFUSERS = "diffusers"
-# What a subclass of a scheduler may define: a step calls none of these, and reads what they leave in attributes.
+# A subclass of a scheduler may override these: a step does not call them, it only reads the attributes that they set.
 FREE = {"__init__", "set_timesteps"}
 STEPS = ("step", "step_pred", "scale_model_input")
-HOOKS = ("__getattribute__", "__getattr__", "__setattr__", "__delattr__")  # these change what attributes are
+HOOKS = ("__getattribute__", "__getattr__", "__setattr__", "__delattr__")  # these may change any attribute access
 
 
 def is_code_of(function: Any, *packages: str) -> bool:
-    """Whether a function, and all functions that it decorates, are code of these packages or of torch."""
+    """Whether a function, and every function that it wraps, is code of these packages or of torch."""
     while function is not None:
         module = getattr(function, "__globals__", {}).get("__name__", "")
         if not any(module == name or module.startswith(f"{name}.") for name in (*packages, "torch")):
@@ -25,20 +25,21 @@ def is_code_of(function: Any, *packages: str) -> bool:
 
 
 def is_sampler_of_k_diffusion(function: Callable[..., Any]) -> bool:
-    """Whether a function is one of k-diffusion's samplers, or of a copy of them, as ComfyUI and Forge have."""
+    """Whether a function is a sampler of k-diffusion, or of a copy of k-diffusion, as ComfyUI and Forge have one."""
     home = "k_diffusion.sampling"
     name = getattr(function, "__module__", None) or ""
     return (name == home or name.endswith(f".{home}")) and is_code_of(function, name)
 
 
 def foreign_method(cls: type, state: Mapping[str, Any]) -> str | None:
-    """The name of a method by which a scheduler's step may run code that is not diffusers'; None where all is its own.
+    """The name of a method through which a scheduler's step may run code that is not diffusers'. None if there is none.
 
-    A subclass may have methods with new names, `__init__` and `set_timesteps`. Properties may stand for any attribute,
-    so they count as foreign.
+    A subclass may define methods with new names, `__init__` and `set_timesteps`. Its properties count as foreign,
+    because a property may replace any attribute.
 
     Args:
-        cls: the object's own class. state: its attributes.
+        cls: the object's own class.
+        state: the object's attributes.
     """
     names = _methods(cls)
     if not names.isdisjoint(state):
@@ -48,7 +49,7 @@ def foreign_method(cls: type, state: Mapping[str, Any]) -> str | None:
 
 
 def library_class(cls: type) -> type:
-    """The first class among a scheduler's ancestors that diffusers has defined."""
+    """The first class in a scheduler's MRO that diffusers defines."""
     return next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == DIFFUSERS)
 
 
@@ -63,17 +64,17 @@ def _methods(cls: type) -> frozenset[str]:
 
 @functools.lru_cache(256)
 def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str | None:
-    """foreign_method, for a class whose methods are these."""
+    """foreign_method for a class with these methods and hooks, which are in the arguments as cache keys."""
     for name, hook in zip(HOOKS, hooks, strict=True):
-        is_pythons = hook is None or isinstance(hook, types.WrapperDescriptorType)
-        if not is_pythons and not is_code_of(hook, DIFFUSERS, "huggingface_hub"):
+        is_default = hook is None or isinstance(hook, types.WrapperDescriptorType)
+        if not is_default and not is_code_of(hook, DIFFUSERS, "huggingface_hub"):
             return name
     known = library_class(cls)
     for base in cls.__mro__[: cls.__mro__.index(known)]:
         for name, value in vars(base).items():
             if not (name.startswith("__") or name in FREE or _is_new(name, value, known)):
                 return name
-    own_steps = [getattr(cls, name, None) for name in STEPS]  # also where no class of diffusers has one
+    own_steps = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks those that no class of diffusers has
     for method in (*methods, *[step for step in own_steps if step is not None]):
         if not is_code_of(getattr(method, "__func__", method), DIFFUSERS, "huggingface_hub"):
             return str(getattr(method, "__name__", method))

@@ -1,7 +1,7 @@
-"""The proof that rows do what somebody's own step does: on his samples, in his loop, beside his code.
+"""The proof that rows have the same results as a step that a user wrote, in a loop of the user's own samples.
 
-In a first loop the step's own code runs, and the loop gets its results. The rows are computed beside it, with the same
-noise. Where both agree in every step of that loop, the rows take the steps of the loops after it.
+In the first loop the step's own code runs, and the loop gets its results. The rows are also computed, with the same
+noise. If both agree in every step of that loop, the rows take the steps of later loops.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from ddpm_ext.integrations.tensors import version_of
 
 HOW = "accelerate(..., trace=True) replaces such steps, once it has compared them in a first loop"
-ROUNDED = 16  # roundings of the result's dtype by which both may differ, of the largest terms that they add up
-LARGE = 2**20  # bytes of an array that are compared
+ROUNDED = 16  # Both may differ by this many roundings, in the result's dtype, of the largest term that they add up.
+LARGE = 2**20  # Arrays of more bytes are compared by identity alone.
 
 
 class Proof:
-    """What is known of the rows for a kind of loop.
+    """The comparison of the rows with a step's own code, for one kind of loop.
 
     Attributes:
-        holds: the steps in which rows agreed with the step's own code.
-        failed: why rows must not be used; None: nothing speaks against them.
-        stores: the attributes that the step's own code has written.
+        holds: the steps in which the rows agreed with the step's own code.
+        failed: why the rows must not be used; None if no step has differed.
+        stores: the names of the attributes that the step's own code has written.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,11 @@ class Proof:
         self.failed: str | None = None
 
     def compare(self, step: int, of_rows: Iterable[Tensor | None], of_code: Iterable[Any], size: float) -> None:
-        """Notes whether the results of rows agree with those of a step's own code. size: of the largest terms."""
+        """Records whether the results of the rows agree with those of the step's own code.
+
+        Args:
+            size: the size of the largest term that they add up.
+        """
         of_rows, of_code = list(of_rows), list(of_code)
         if len(of_rows) != len(of_code):
             self.failed = f"step {step} returns something else than its rows"
@@ -48,17 +52,17 @@ class Proof:
                 self.failed = f"step {step} returns something else than its rows"
                 return
             bound = ROUNDED * torch.finfo(ours.dtype).eps * size
-            far = (theirs.detach().double() - ours.double()).abs().max().item() if ours.numel() else 0.0
-            if not far <= bound:
-                self.failed = f"step {step} differs from its rows by {far:.2g}, where {bound:.2g} is rounding"
+            error = (theirs.detach().double() - ours.double()).abs().max().item() if ours.numel() else 0.0
+            if not error <= bound:
+                self.failed = f"step {step} differs from its rows by {error:.2g}, where {bound:.2g} is rounding"
         self.holds.add(step)
 
 
 class Generators:
-    """The states of the random generators that a step may draw from, to be drawn from twice."""
+    """The states of the random generators that a step may draw from. After `rewind` they draw the same numbers again."""
 
     def __init__(self, device: torch.device, generator: Any = None) -> None:
-        """generator: that of a call, or several, beside torch's own."""
+        """generator: a call's argument, one generator or a list of them, besides torch's default generators."""
         generators = [torch.default_generator, *(generator if isinstance(generator, list | tuple) else [generator])]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
@@ -70,12 +74,15 @@ class Generators:
 
 
 def setting_of(x: Any) -> Hashable:
-    """A key of a setting: numbers and texts by their value, tensors by how often they were written to, containers by
-    what they hold, and other objects by their identity. Who keeps the key must hold x."""
+    """A cache key of a setting.
+
+    Numbers and strings count by value, tensors by identity and version, containers by their elements, and other objects
+    by identity. Whoever stores the key must keep x alive, because Python may reuse the id of a dead object.
+    """
     if isinstance(x, Tensor):
         return id(x), version_of(x)
     if isinstance(x, float):
-        return x.hex()  # by which NaN is the same, and -0 another
+        return x.hex()  # so that NaN equals NaN, and -0 differs from 0
     if isinstance(x, np.ndarray) and x.nbytes <= LARGE:
         return x.shape, x.tobytes()
     if isinstance(x, dict):
@@ -86,8 +93,10 @@ def setting_of(x: Any) -> Hashable:
 
 
 def kinds_of(arguments: Mapping[str, Any] | None) -> Hashable:
-    """A key of what a loop passes on to its model: as setting_of, but tensors, which each loop makes anew, by their
-    shape and dtype."""
+    """A cache key of the arguments that a loop passes on to its model.
+
+    As setting_of, except that tensors count by shape and dtype: each loop has new ones.
+    """
     return tuple([
         (name, x.shape, x.dtype) if isinstance(x, Tensor) else (name, setting_of(x))
         for name, x in (arguments or {}).items()
@@ -95,16 +104,16 @@ def kinds_of(arguments: Mapping[str, Any] | None) -> Hashable:
 
 
 def contents(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of an object with their keys, to be compared with by `changed`."""
+    """{name: (value, key)} of an object's attributes, for a later call of `changed`."""
     return {name: (x, setting_of(x)) for name, x in state.items()}
 
 
 def changed(before: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """The names of the attributes that a step has written to, or deleted, since `contents` was called."""
+    """The names of the attributes that were written or deleted since `contents` returned `before`."""
     names = [n for n, x in state.items() if n not in before or before[n][0] is not x or before[n][1] != setting_of(x)]
     return [*names, *(before.keys() - state.keys())]
 
 
 def why_left_alone(method: str, names: Iterable[str]) -> str:
-    """Of an object whose step changes these attributes, on which its rows depend, again and again."""
+    """The reason of a fallback: the rows depend on these attributes, and the object's step changes them in each loop."""
     return f"its {method} changes {', '.join(sorted(names))} in every loop, and runs as it is from now on"

@@ -37,8 +37,8 @@ KNOWN = (
     KnownClass("improved_diffusion.respace", "SpacedDiffusion", "guided_diffusion", "ImprovedSpaced"),
     KnownClass(f"{_LUCIDRAINS}.{_LUCIDRAINS}", "GaussianDiffusion", _LUCIDRAINS, "Denoising"),
 )
-# Mixins for classes of any name: the module, the mixin, and the module's function that tests a class. A class that is
-# not in KNOWN is tested by each in turn.
+# Mixins for classes of any name: the module, the mixin, and the module's function that checks a class. These functions
+# check a class that is not in KNOWN, in this order.
 RECOGNISED = (("diffusers.traced", "TracedScheduler", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
 
 
@@ -53,10 +53,10 @@ def support_table() -> list[Support]:
 
 
 def accelerated_class(peer: type) -> type:
-    """The accelerated subclass of a peer's class; diffusers' schedulers can be made by it directly.
+    """The accelerated subclass of a peer's class. For diffusers' schedulers it can be instantiated directly.
 
     Raises:
-        TypeError: the class is not a known one.
+        TypeError: the class is of no kind that can be accelerated.
     """
     peer = peer_class(peer)
     names = {(known.module, known.name): known for known in KNOWN}
@@ -65,7 +65,7 @@ def accelerated_class(peer: type) -> type:
         if known is not None:
             mixin = getattr(_integration(known.mixin_module), known.mixin)
             is_scheduler = known.module.startswith("diffusers.")
-            # A scheduler with other code, somebody's or a class's of diffusers, runs it, or is traced.
+            # A subclass that overrides methods, a user's or one of diffusers, is left to TracedScheduler.
             if not is_scheduler or (library_class(peer) is ancestor and foreign_method(peer, {}) is None):
                 return make_class(mixin, peer, ancestor, _restore)
     for name, mixin, test in RECOGNISED:
@@ -75,7 +75,7 @@ def accelerated_class(peer: type) -> type:
     libraries: dict[str, list[str]] = {}
     for known in KNOWN:
         libraries.setdefault(known.module.partition(".")[0], []).append(known.name)
-    del libraries["diffusers"]  # all of its schedulers are taken
+    del libraries["diffusers"]  # the message names them all as "any scheduler"
     others = "; ".join(f"a {' or '.join(classes)} of {library}" for library, classes in libraries.items())
     raise TypeError(
         f"obj is a {peer.__module__}.{peer.__qualname__}, expected any scheduler or pipeline of diffusers; {others}; "
@@ -84,5 +84,5 @@ def accelerated_class(peer: type) -> type:
 
 
 def _restore(peer: type) -> Any:
-    """What pickle calls: an accelerated object without its state."""
+    """An accelerated object without state, for pickle."""
     return new(accelerated_class(peer))

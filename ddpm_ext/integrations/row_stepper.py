@@ -1,4 +1,4 @@
-"""The rows of a table, each taken in one launch: what schedulers, samplers and traced loops share."""
+"""Takes the rows of a table, each in one launch, for schedulers, samplers and traced loops."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
-FACTORS = ("cu", "h1", "h2", "h3")  # of these and of the last result
-LARGEST_NORMAL = 8.0
+FACTORS = ("cu", "h1", "h2", "h3")  # the factors of the last result and of HISTORY
+LARGEST_NORMAL = 8.0  # no normal number is expected to be larger
 CPU = torch.device("cpu")
-# Of a row: the indices of the history that it reads and which inputs they are, whether it keeps a tensor, and whether
-# that is the model's output itself.
+# Of a row: (index in the history, name of the operator's argument) of the tensors that it reads; whether it keeps a
+# tensor; and whether it may keep the model's output itself in place of a copy.
 Reads = tuple[list[tuple[int, str]], bool, bool]
 
 
@@ -37,16 +37,16 @@ class RowStepper:
     """The rows of a step table.
 
     Args:
-        table: the numbers, or a function that makes them when they are first asked for.
-        clip: the range that predicted clean samples are clipped to.
-        threshold: what they are divided by before.
-        holds_outputs: whether a row that keeps the model's output holds that tensor, in place of a copy. Nobody may
-            write to it then.
-        packed: of the table, where it is there already.
+        table: the table, or a function that returns it, called when the table is first needed.
+        clip: the range to which predicted clean samples are clipped.
+        threshold: dynamic thresholding of predicted clean samples, before the clip.
+        holds_outputs: whether a row that keeps the model's output keeps that tensor in place of a copy. The caller must
+            not write to it then.
+        packed: the packed rows of the table, if they exist already.
 
     Attributes:
         clip, threshold: the arguments.
-        needs: what each row needs.
+        needs: the inputs that each row needs.
     """
 
     _c_in: Tensor | None = None
@@ -66,7 +66,7 @@ class RowStepper:
             with torch.inference_mode(False):
                 packed = self.table.packed("cpu")
         self._packed = {(CPU, torch.float32): packed}
-        # By dtype on a CPU, where to hash a device would take as long as a small launch.
+        # Steps without an rng. The key on a CPU is the dtype alone: hashing a device takes as long as a small launch.
         self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         kinds = {row.history for row in self.needs}
@@ -76,39 +76,39 @@ class RowStepper:
 
     @functools.cached_property
     def table(self) -> StepTable:
-        """The argument, made where it is a function."""
-        made = self._made_table
-        return made if isinstance(made, StepTable) else made()
+        table = self._made_table
+        return table if isinstance(table, StepTable) else table()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is for devices that may not be there when they are unpickled."""
+        """Leaves out tensors on devices that may not exist where the object is unpickled."""
         packed = {key: rows for key, rows in self._packed.items() if key[0].type == "cpu"}
         return {**self.__dict__, "_packed": packed, "_quiet_steps": {}}
 
     def for_inputs(self, c_in: Tensor) -> RowStepper:
-        """The same rows, which can also write the model's next input, by `model_input`: c_in[i] times row i's sample.
+        """The same rows, which can also write the model's next input to `model_input`: c_in[i] times row i's result.
 
-        c_in: (rows,).
+        Args:
+            c_in: (rows,).
         """
-        made, key = copy.copy(self), (CPU, torch.float32)
+        stepper, key = copy.copy(self), (CPU, torch.float32)
         with torch.inference_mode(False):
             packed = self._packed[key].clone()
             packed[:, ROW.index("c_in")] = c_in
-        made.__dict__.update(_c_in=c_in, _packed={key: packed}, _quiet_steps={})
-        return made
+        stepper.__dict__.update(_c_in=c_in, _packed={key: packed}, _quiet_steps={})
+        return stepper
 
     def take(
         self, i: int, x: Tensor, m: Tensor, history: Sequence[Tensor], inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Row i in one launch: the next sample, and what the row keeps. A threshold takes two.
+        """Takes row i in one launch, or two with a threshold. Returns the next sample and the tensor that is kept.
 
-        The compiled operators take the dtypes and devices that they know, and plain torch all others.
+        The compiled operators take float32, float16 and bfloat16 on CPU and CUDA devices, and plain torch all the rest.
 
         Args:
-            history: what earlier rows kept, the newest first.
-            inputs: further ones of a TableStep, such as noise and x0_out, in a dict of this call's own; `rng`, which
-                draws the row's noise: without it and without `noise`, none is added; `out`, where the next sample is
-                written.
+            history: the tensors that earlier rows kept, the newest first.
+            inputs: further arguments of TableStep.take, such as noise and x0_out. Also `rng`, which draws the row's
+                noise; without `rng` and `noise`, no noise is added. Also `out`, to which the next sample is written.
+                The dict is changed.
         """
         reads, keeps, keeps_output = self._reads[i]
         kept, dtype = None, x.dtype
@@ -128,8 +128,11 @@ class RowStepper:
         return step.take(x, m, None, i, out, **inputs), kept
 
     def largest_term(self, i: int, x: Tensor, m: Tensor, others: Sequence[Tensor]) -> float:
-        """The size of the largest number that row i adds up, for the rounding of its result. others: what it reads
-        beside sample and output."""
+        """The size of the largest term that row i adds up, on which the rounding error of its result depends.
+
+        Args:
+            others: the tensors that the row reads besides sample and output.
+        """
         row = {name: abs(float(getattr(self.table, name)[i])) for name in ("a", "b", "c0", "c1", "c2", "s", *FACTORS)}
         sample, output, *rest = (float(each.abs().max()) if each.numel() else 0.0 for each in (x, m, *others))
         clean = row["a"] * sample + row["b"] * output
@@ -138,7 +141,7 @@ class RowStepper:
         return max(clean, *terms)
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
-        """Takes the rows of such samples. Without `rng` no noise is added, unless it is given."""
+        """The step that takes rows of such samples. Without `rng`, noise is added only if `take` gets some."""
         key = dtype if device == CPU else (device, dtype)
         step = self._quiet_steps.get(key) if rng is None else None
         if step is None:
@@ -154,7 +157,7 @@ class RowStepper:
         return step
 
     def _rows(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The rows as the kernels read them, which are made once for each device."""
+        """The packed rows for the kernels, created once for each device and dtype."""
         rows = self._packed.get((device, dtype))
         if rows is None:
             check_card(device)
@@ -163,16 +166,16 @@ class RowStepper:
                 if self._c_in is not None:
                     rows[:, ROW.index("c_in")] = self._c_in
                 rows = rows.to(device)
-            # A tensor that was made within a function transform or a fake mode is of no use after it.
+            # A tensor that was created within a function transform or a fake mode can't be used after it.
             if checks.is_plain(rows):
                 self._packed[device, dtype] = rows
         return rows
 
 
 def clip_in_notes(table: StepTable, clip: Clip | None, threshold: DynamicThreshold | None = None) -> Clip | None:
-    """The clip that the table was made for; where its notes have none, `clip`.
+    """The clip in the table's notes; `clip` if they have none.
 
-    Raises ValueError where the notes have a threshold that is not the given one.
+    Raises ValueError if the notes have a threshold other than `threshold`.
     """
     noted = table.notes.get("clip", clip)
     if isinstance(noted, str) and noted != str(threshold):
@@ -191,8 +194,11 @@ def take_step(
     out: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """A step by the rows t of tables, for one of a kind. Noise is `rng`'s or the input `noise`, else there is none; the
-    other arguments are those of TableStep.take."""
+    """A single step by the rows t of `tables`.
+
+    The noise is drawn by `rng`, or is the input `noise`; else none is added. The other arguments are those of
+    TableStep.take.
+    """
     table = tables.get("steps", x.device, torch.float32)
     step = ops.TableStep(table, clip=clip, rng=rng, add_noise=rng is not None)
     return step.take(x, m, *checks.split_t(t), out, **inputs)

@@ -1,6 +1,6 @@
-"""What all accelerated classes share: how an accelerated class and object are made of a peer's.
+"""The base of all accelerated classes, and the functions that create an accelerated class or object.
 
-A peer is another library, or its class.
+A peer is another library, or a class of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
-# Attributes that no copy and no pickle has.
+# Attributes that copies and pickles leave out, because they are caches.
 CACHED = (
     "_changing_loops", "_fused_cache", "_host_timesteps", "_latest_rows", "_left_alone", "_next_input", "_own_loop",
     "_own_rows", "_stored",
@@ -24,7 +24,10 @@ CACHED = (
 class Support(NamedTuple):
     """A row of the table that `python -m ddpm_ext.integrations` prints.
 
-    cls, method: of the peer. fused: the options that are fused. own: those that run the peer's own code.
+    Attributes:
+        cls, method: the peer's class and method.
+        fused: the options that are fused.
+        own: the options that run the peer's own code.
     """
 
     cls: str
@@ -42,35 +45,35 @@ class Accelerated:
     Attributes:
         library: the peer's name, for warnings.
         replaces: the peer's methods that the mixin replaces.
-        relies_on: the peer's methods whose work the fused ones do, too. Where somebody has replaced any of the two, the
-            object's own code runs.
+        relies_on: the peer's methods that the replaced methods call, and whose work the fused code does, too. If a user
+            has overridden a method of `replaces` or `relies_on`, the object's own code runs.
     """
 
     library: ClassVar[str]
     replaces: ClassVar[tuple[str, ...]]
     relies_on: ClassVar[tuple[str, ...]] = ()
-    _peer: ClassVar[type]  # the class that this one is made of
-    _known: ClassVar[type]  # the library's class that it is, or that it is a subclass of
-    _restore: ClassVar[Callable[[type], Any]]  # of a peer's class: an accelerated object without state
+    _peer: ClassVar[type]  # the peer's class, which may be a user's subclass of a library's class
+    _known: ClassVar[type]  # the library's class: `_peer`, or the base of it for which the mixin was written
+    _restore: ClassVar[Callable[[type], Any]]  # returns an accelerated object without state for a peer's class
 
     @property
     def accelerated(self) -> Acceleration:
         """The settings: see Acceleration."""
-        found = self.__dict__.get("_acceleration")
-        if found is None:  # the object was made by its class, not by accelerate
-            found = self.__dict__["_acceleration"] = Acceleration()
-        return found
+        settings = self.__dict__.get("_acceleration")
+        if settings is None:  # the object was created by its class, not by accelerate
+            settings = self.__dict__["_acceleration"] = Acceleration()
+        return settings
 
     def __repr__(self) -> str:
         return f"{shown(self)}\n{super().__repr__()}"
 
     def _check(self) -> None:
-        """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
+        """Called once for each new object. Raises TypeError for an object that its mixin can't accelerate."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles name the peer's class, which can be imported, and leave out what is only cached.
+        """Pickles the peer's class, which can be imported, and the state without caches.
 
-        A copy has settings of its own, so that its loops and the original's are counted apart.
+        A copy has its own settings, so that its loops and those of the original are counted separately.
         """
         state = {name: value for name, value in self.__dict__.items() if name not in CACHED}
         if "_acceleration" in state:
@@ -79,12 +82,12 @@ class Accelerated:
 
 
 def shown(obj: Any) -> str:
-    """A line that says what is accelerated, and what came of it so far."""
+    """A line with the accelerated class, its noise, and its fused calls and fallbacks so far."""
     return f"# {type(obj).__name__}, accelerated by ddpm_ext: {obj.accelerated.summary()}"
 
 
 def peer_class(cls: type) -> type:
-    """The peer's class that an accelerated class is made of; any other class itself."""
+    """The peer's class of an accelerated class. For any other class, that class itself."""
     return getattr(cls, "_peer", cls)
 
 
@@ -94,27 +97,28 @@ def peer_method(obj: Any, name: str) -> Callable[..., Any]:
 
 
 def signature_text(function: Any) -> str:
-    """As "(self, x, noise=None)", without annotations."""
+    """The signature without annotations, such as "(self, x, noise=None)"."""
     signature = inspect.signature(function)
     plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
     return str(signature.replace(parameters=plain, return_annotation=signature.empty))
 
 
-def new(made: Any) -> Any:
-    """An object without its state."""
-    return made.__new__(made)
+def new(cls: Any) -> Any:
+    """An object of a class without state: __init__ is not called."""
+    return cls.__new__(cls)
 
 
-def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) -> Any:
-    """An object of the accelerated class `made` with the state of the peer's `obj`, which stays as it is.
+def accelerated_copy(obj: Any, cls: type[Accelerated], settings: Acceleration) -> Any:
+    """An object of the accelerated class `cls` with the state of the peer's `obj`, which is not changed.
 
-    Raises TypeError where obj has attributes in place of its class's methods, or is not what the class promises.
+    Raises TypeError if obj has attributes in place of its class's methods, or if the mixin can't accelerate it.
     """
-    for name in made.replaces:
+    for name in cls.replaces:
         if name in vars(obj):
             raise TypeError(f"obj has a {name} of its own, expected its class's")
-    accelerated = new(made)
-    for name, value in vars(obj).items():  # containers are written to, so they are copied; tensors are replaced
+    accelerated = new(cls)
+    # Containers are copied because methods write to them. Tensors are shared: methods only assign new ones.
+    for name, value in vars(obj).items():
         if name not in CACHED:
             accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
     accelerated.__dict__["_acceleration"] = settings
@@ -126,11 +130,11 @@ def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) 
 def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Callable[[type], Any]) -> type:
     """The accelerated class of `peer`, which is `known` or a subclass of it.
 
-    It has the peer's name, so that what the peer's library writes into files names a class of its own.
+    It has the peer's name, so that files that the library writes name the library's class.
 
     Args:
-        restore: a function that unpickling can import: of a peer's class, an accelerated object without state.
+        restore: returns an accelerated object without state for a peer's class. Pickles import it.
     """
-    own = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own |= {"_peer": peer, "_known": known, "_restore": staticmethod(restore)}
-    return types.new_class(peer.__name__, (mixin, peer), exec_body=lambda namespace: namespace.update(own))
+    attributes = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes |= {"_peer": peer, "_known": known, "_restore": staticmethod(restore)}
+    return types.new_class(peer.__name__, (mixin, peer), exec_body=lambda namespace: namespace.update(attributes))

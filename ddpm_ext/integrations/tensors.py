@@ -1,4 +1,4 @@
-"""Which tensors the fused operators take, and small questions about tensors."""
+"""Checks of the tensors that the fused operators take, and small helpers for tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ TRANSFORMED = "a transform of torch.func is at work"
 
 
 def is_plain_tensor(x: Any) -> bool:
-    """Whether x is a tensor, of no subclass and outside of function transforms; a compiler sees those itself."""
+    """Whether x is a tensor of no subclass, and no tensor of a function transform.
+
+    Under torch.compile only the type is checked: the compiler handles transforms itself.
+    """
     return type(x) is Tensor and (torch.compiler.is_compiling() or checks.is_plain(x))
 
 
@@ -27,9 +30,10 @@ def is_like(y: Any, x: Tensor) -> bool:
 
 
 def check_tensors(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Raises Fallback where the fused operators can't take x and the others, which are to have its shape.
+    """Raises Fallback if the fused operators can't take x and the others, which must have the shape of x.
 
-    dtypes: those that x may have.
+    Args:
+        dtypes: the dtypes that x may have.
     """
     if not torch.compiler.is_compiling():
         for y in (x, *others):
@@ -51,14 +55,14 @@ def check_tensors(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, 
 
 
 def check_pair(x: Tensor, other: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Raises Fallback where the operators can't take x and another tensor of its shape and dtype."""
+    """Raises Fallback if the operators can't take x and `other`, which must have the shape and dtype of x."""
     check_tensors(x, other, dtypes=dtypes)
     if other is not None and other.dtype != x.dtype:
         raise Fallback(f"its tensors are {dtype_name(x.dtype)} and {dtype_name(other.dtype)}")
 
 
 def check_batch(x: Tensor, t: Any, noise: Tensor | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Raises Fallback unless they can take samples with an int64 timestep each, and their noise, if there is any."""
+    """Raises Fallback if the operators can't take samples with these timesteps, (batch,) int64, and this noise."""
     check_pair(x, noise, dtypes)
     if not (isinstance(t, Tensor) and t.shape == x.shape[:1] and t.device == x.device):
         raise Fallback("t is not one int64 timestep a sample")
@@ -74,11 +78,11 @@ def check_output(
     allow_16_bits: bool = True,
     shape: torch.Size | None = None,
 ) -> None:
-    """Raises Fallback, with `instead`, where the operators can't take a model's output for samples x.
+    """Raises Fallback, with `instead`, if the operators can't take a model's output for samples x.
 
     Args:
-        allow_16_bits: whether it may have 16 bits where the samples have 32.
-        shape: what it is to have; None: x's.
+        allow_16_bits: whether the output may have 16 bits if the samples have 32.
+        shape: the shape that the output must have. Default: that of x.
     """
     if not is_plain_tensor(output):
         raise Fallback("the model's output is no plain tensor", instead)
@@ -98,8 +102,8 @@ _DRAWS = torch.randn, torch.randn_like
 def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The operators' arguments for noise that was just drawn for a step of samples x.
 
-    The next sample overwrites the noise, so that a step needs no more memory than one without noise; but not where
-    somebody has replaced torch's functions and may keep what they drew.
+    The next sample overwrites the noise, so that noise needs no memory of its own. But if torch's draws are replaced,
+    it does not: the replacement may keep its results.
     """
     unpatched = (torch.randn, torch.randn_like) == _DRAWS and torch._C._len_torch_function_stack() == 0
     if unpatched and x.is_contiguous() and noise.is_contiguous():
@@ -108,8 +112,11 @@ def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def layout_arguments(first: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """The operators' argument for a result of samples x that lies in memory as torch's arithmetic lays it out where
-    `first` comes first in the formula: torch.randn_like of it fills memory in this order. None where x lies so."""
+    """The operators' argument `out` for a result with the strides that the peer's own formula would give it.
+
+    These are the strides of a result of torch's arithmetic whose first operand is `first`. They matter because
+    torch.randn_like of the result draws in the order of its memory. Empty if x has these strides.
+    """
     if first.stride() == x.stride():
         return {}
     strides = torch.empty_like(first, device="meta").stride()
@@ -117,25 +124,25 @@ def layout_arguments(first: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
-    """The noise of operators' arguments for samples x, which a launch may have made without storing it."""
+    """The noise of the operators' arguments for samples x: stored noise, or noise of `rng`, which no launch stores."""
     if "rng" not in source:
         return source["noise"]
     return randn(x.shape, source["rng"], device=x.device, dtype=x.dtype)
 
 
 def version_of(x: Tensor) -> tuple[int, ...] | None:
-    """Changes whenever somebody writes to a tensor or gives it other memory. None: nobody counts that, as in inference
-    mode."""
+    """A value that changes when the tensor is written to or gets other memory. None for inference tensors, which do not
+    count writes."""
     return None if x.is_inference() else (x._version, x.data_ptr())
 
 
 def index_of(vector: Tensor, number: Tensor) -> int | None:
-    """The index of the element of a vector that `number` is a view of, or None. Neither is read."""
+    """The index of the element of a vector that `number` is a view of, or None. No tensor is read."""
     if vector.dim() != 1 or number.numel() != 1 or number.dtype is not vector.dtype or number.device != vector.device:
         return None
     try:
         offset = number.data_ptr() - vector.data_ptr()
-    except RuntimeError:  # one has no memory, as within torch.func
+    except RuntimeError:  # a tensor has no memory, as within torch.func
         return None
     index, rest = divmod(offset, max(vector.stride(0), 1) * vector.element_size())
     return index if rest == 0 and 0 <= index < len(vector) else None

@@ -146,7 +146,7 @@ def _accelerated_schedulers(pipeline: Any) -> Iterator[Any]:
 
 
 def _restore(peer: type) -> Any:
-    """What pickle calls: an accelerated pipeline without its state."""
+    """An accelerated pipeline without state, for pickle."""
     return new(make_class(Pipeline, peer, peer, _restore))
 
 

@@ -151,7 +151,7 @@ def _named_tables(runs: Runs, levels: OwnLevels, steps: int) -> Iterator[tuple[t
     """The tables of `steps` steps that the fit is compared with, each with its (sampler, spacing).
 
     The first is that of the scheduler itself, if its steps are rows without noise: noise leads to other samples. Then
-    come those of NAMES, with the scheduler's own_levels spacing and with trailing timesteps. If neither spacing has `steps`
+    come those of NAMES, with the scheduler's own spacing and with trailing timesteps. If neither spacing has `steps`
     levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
     """
     own_levels = runs.levels(runs.scheduler, steps)
