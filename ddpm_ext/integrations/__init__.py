@@ -1,4 +1,4 @@
-"""Other libraries' diffusion objects, accelerated: the same class and the same results, with one launch a step.
+"""accelerate() for the diffusion objects of other libraries: the same methods and results, with one launch a step.
 
 `python -m ddpm_ext.integrations` prints what is fused, class by class. ADDING.md says how to add a class.
 """
@@ -26,14 +26,14 @@ __all__ = ["AcceleratedObject", "Acceleration", "Support", "accelerate", "accele
 
 
 def __getattr__(name: str) -> Any:
-    """tune_pipeline, whose module needs diffusers, when it is asked for."""
+    """Imports tune_pipeline when it is first needed: its module imports diffusers."""
     if name == "tune_pipeline":
         return importlib.import_module("ddpm_ext.integrations.diffusers.tune_pipeline").tune_pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _OfDiffusers(Protocol):
-    """A pipeline or a scheduler, for type checkers: its own methods stay known, and `accelerated` is Any there."""
+    """A pipeline or scheduler of diffusers, for type checkers, which then keep its own type."""
 
     def save_config(self, save_directory: Any, /) -> Any: ...
 
@@ -74,52 +74,51 @@ def accelerate(
     sample_ids: int | Tensor = 0,
     trace: bool = False,
 ) -> AcceleratedObject:
-    """An object like `obj` whose steps take one launch each: `pipe = accelerate(pipe)`, as obj itself stays as it was.
+    """Returns an accelerated copy of `obj`, whose steps take one launch each: `pipe = accelerate(pipe)`.
 
-    It is of a subclass of obj's class and shares its model and parameters. A call that has no fused form runs the
-    library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks` keeps the reason. So does
-    a step whose code is not the library's, in obj or in its class. The repr says that the object is accelerated, with
-    the fused calls and fallbacks so far.
+    `obj` itself is not changed. The copy is of a subclass of obj's class and shares its model and parameters. A call
+    that has no fused form runs the library's own code, and so does a step that a user has overridden. A warning gives
+    the reason, once for each reason, and `.accelerated.fallbacks` has it, too. The repr shows that the object is
+    accelerated, with its fused calls and fallbacks so far.
 
     Args:
-        obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
-            denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline are accelerated, and those of
-            the pipelines in it, and those that are put in their places later on; modular pipelines are taken after
-            load_components.
-        table: a StepTable, or the path of a saved one: of a pipeline, `scheduler` is then a TableScheduler with its
-            rows, and so is the result for a scheduler.
-        noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
-            as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
-            timestep) alone and is made in the launch. What a pipeline starts from is, too, where it is given neither a
-            generator nor latents. Two loops never share noise unless they are given the same seed and ids; Acceleration
-            says where a loop begins.
-        seed: for "philox", 0 <= seed < 2^64: each loop takes the sample ids after the last loop's, and a new object
-            begins anew at sample_ids. None: each loop draws a seed from torch's default CPU generator, so that
+        obj: any scheduler or pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
+            denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline and of its inner pipelines are
+            accelerated, and also schedulers that replace them later. A modular pipeline must have its components; call
+            load_components first.
+        table: a StepTable, or the path of a saved one. A TableScheduler with its rows then replaces the pipeline's
+            `scheduler`; for a scheduler, the result is that TableScheduler.
+        noise: "torch": the library's own draws, from the same generators in the same order, so that the images are the
+            same as before, to float32 rounding. "philox": noise of the noise contract, which depends only on (seed,
+            sample id, timestep). The launch makes it. It is also a pipeline's start noise, if the call has neither a
+            generator nor latents. Two loops never share noise unless they have the same seed and sample ids; see
+            Acceleration for where a loop begins.
+        seed: for "philox", 0 <= seed < 2^64. Each loop takes the sample ids after those of the loop before, and a new
+            object begins at sample_ids. None: each loop draws a seed from torch's default CPU generator, so that
             torch.manual_seed makes a run repeatable.
-        sample_ids: for "philox", the first sample's id in the first loop; or an int64 tensor of shape (batch,), whose
-            ids every loop has: with a seed, the loops' noise is then the same.
-        trace: whether steps that somebody wrote himself are replaced, too, once they have been proven. In the first
-            loop of each shape, dtype and setting his code runs, and its results are what the loop gets. The rows take
-            later loops where both agreed in every step. What is not seen: a global that the step reads and that changes
-            later, a branch on the samples' values that the first loop did not take, and what the step does besides,
-            such as writing a log.
+        sample_ids: for "philox", the first sample's id in the first loop; or an int64 tensor, (batch,), with the ids of
+            every loop: with a seed, all loops then have the same noise.
+        trace: whether to replace steps that a user wrote, too. In the first loop of each shape, dtype and setting the
+            user's code runs, and the loop gets its results. If the traced rows agree in every step, they take later
+            loops. They miss later changes of a global that the step reads, branches on the samples' values that the
+            first loop did not take, and side effects such as writing a log.
 
     Returns:
-        The accelerated object. Its `accelerated` holds the settings, of which `rng` and `seed` may be set anew. A copy
-        continues where the original stands; from then on, each counts its own loops. sample and p_sample_loop of the
-        tutorial's and denoising-diffusion-pytorch's also take the options of GaussianDiffusion.p_sample_loop, such as
-        sampler="dpmpp_2m", steps=20, record="last": then that loop runs, with the noise that it draws.
+        The accelerated object. Its attribute `accelerated` has the settings, of which `rng` and `seed` may be set. A
+        copy of the object continues the original's loops; from then on, each counts its own. `sample` and
+        `p_sample_loop` of the tutorial's class and of denoising-diffusion-pytorch also take the options of
+        GaussianDiffusion.p_sample_loop, such as sampler="dpmpp_2m", steps=20, record="last". Then that loop runs, with
+        its own noise.
 
     Raises:
-        TypeError: obj is of another kind, or has an attribute in the place of a method that is replaced. Or obj is a
-            pipeline without a scheduler, or `table` comes with something else than a pipeline or a scheduler of
-            diffusers.
-        ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch"; a table that a
-            TableScheduler refuses, or whose notes have another prediction than the scheduler.
+        TypeError: obj is of another kind, or has an attribute in place of a method that is replaced; obj is a pipeline
+            without a scheduler; `table` is given for an obj that is neither a pipeline nor a scheduler of diffusers.
+        ValueError: an argument is out of range; seed or sample_ids is given with noise "torch"; TableScheduler rejects
+            the table, or its notes have another prediction than the scheduler.
 
     Examples:
         >>> scheduler = diffusers.DDIMScheduler()
-        >>> scheduler = accelerate(scheduler)  # the same images; where the result is not used, nothing is accelerated
+        >>> scheduler = accelerate(scheduler)  # use the result: the original scheduler stays as it was
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
     """
     settings = Acceleration.of(noise, seed, sample_ids, trace)
@@ -131,7 +130,7 @@ def accelerate(
 
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
-    if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):  # a class of ours
+    if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):  # a TableScheduler
         copied = copy.copy(obj)
         vars(copied)["_acceleration"] = settings
         return copied
@@ -142,19 +141,20 @@ Pipeline.accelerate_scheduler = _accelerated
 
 
 def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
-    """A pipeline whose `scheduler` has the rows of a table, or a scheduler that has them."""
-    own = vars(obj).get("scheduler") if is_pipeline(obj) else obj
-    if not is_scheduler(type(own)):
+    """An accelerated pipeline whose `scheduler` is a TableScheduler; for a scheduler, that TableScheduler."""
+    replaced = vars(obj).get("scheduler") if is_pipeline(obj) else obj
+    if not is_scheduler(type(replaced)):
         raise TypeError(f"table is given with a {type(obj).__name__}, expected a pipeline with a scheduler, or one")
 
-    def make(scheduler: Any, of_scheduler: Acceleration) -> Any:
-        if scheduler is own:  # the module needs diffusers
+    def make(scheduler: Any, scheduler_settings: Acceleration) -> Any:
+        if scheduler is replaced:
+            # Imported here, because the module imports diffusers.
             module = importlib.import_module("ddpm_ext.integrations.diffusers.table_scheduler")
-            return module.with_table(scheduler, table, of_scheduler)
-        return _accelerated(scheduler, of_scheduler)
+            return module.with_table(scheduler, table, scheduler_settings)
+        return _accelerated(scheduler, scheduler_settings)
 
-    if own is obj:
+    if replaced is obj:
         return make(obj, settings)
-    made = accelerated_pipeline(obj, settings, make)
-    made.register_modules(scheduler=made.scheduler)  # model_index.json names the class
-    return made
+    pipeline = accelerated_pipeline(obj, settings, make)
+    pipeline.register_modules(scheduler=pipeline.scheduler)  # so that model_index.json names the new class
+    return pipeline

@@ -146,7 +146,7 @@ class Acceleration:
         return copied
 
     def continued(self) -> Acceleration:
-        """A copy for another object, which continues the sample ids of the loops. It has no counts and fallbacks yet."""
+        """A copy for another object, which continues the sample ids of the loops. It has no counts and fallbacks."""
         copied = copy.copy(self)
         vars(copied).update(fallbacks={}, fused_calls=0, own_calls=0, _calls=0, _warned=set())
         return copied

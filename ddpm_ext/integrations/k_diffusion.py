@@ -4,8 +4,9 @@
     x = sample(model, x, sigmas, extra_args={"cond": cond}, rng=Philox(seed=0))
 
 The model is a denoiser, model(x, sigma, **extra_args), which returns the predicted clean sample; sigma has shape
-(batch,). k-diffusion itself is not needed: the rows are our samplers', for samples x0 + sigma eps. What we have no rows
-for is traced, where k-diffusion is installed or a function is given. A step table is a sampler, too.
+(batch,). k-diffusion need not be installed: the rows are those of ddpm_ext's samplers, for samples x0 + sigma eps.
+Other samplers of k-diffusion, if it is installed, and functions of the caller are traced. A step table can be a
+sampler, too.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Sampler = Callable[..., Tensor]
 
 @at_any_scale
 def _lcm(grid: Grid, *, prediction: str) -> StepTable:
-    """To x0, and back with fresh noise: a consistency model's denoiser has c_skip and c_out in it."""
+    """Steps to x0, then adds fresh noise. The denoiser of a consistency model includes c_skip and c_out."""
     none = torch.zeros_like(grid.now)
     return implicit(grid, prediction, (1 - grid.after).sqrt(), keep_eps=False, direction=none)
 
@@ -58,62 +59,65 @@ def _uni_pc(grid: Grid, *, prediction: str, solver: str) -> StepTable:
     return SAMPLERS["unipc"](grid, prediction=prediction, order=3, solver=solver)
 
 
-# The functions that make rows: ours, and those by a name of k-diffusion's or ComfyUI's, with its default.
+# The functions that make rows: ddpm_ext's samplers, and further names of k-diffusion and ComfyUI with their defaults.
 MAKERS: dict[str, Callable[..., StepTable]] = {
     **SAMPLERS,
     "dpmpp_2s_ancestral": partial(SAMPLERS["dpmpp_2s"], eta=1.0),
     "lcm": _lcm,
     **{f"uni_pc_{solver}": partial(_uni_pc, solver=solver) for solver in ("bh1", "bh2")},
 }
-GUIDED = CFG_PP  # they read an unconditional output
-# Those that are told their steps by timesteps, and that add steps of their own; "edm" is "heun" with churn.
+GUIDED = CFG_PP  # samplers that read an unconditional output
+# "tcd" needs timesteps, "restart" adds steps of its own, and "edm" is "heun" with churn.
 LEFT_OUT = ("tcd", "edm", "restart")
 NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
-CHURNED = ("euler", "heun", "dpm_2")  # Karras et al. 2022, algorithm 2, adds noise before their steps
+CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn: noise before each step (Karras et al. 2022, algorithm 2)
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
-FIXED = {"prediction": "x0", "lower_order_final": False}  # of all samplers that have these parameters
-NEEDLESS = ("keep_eps", "variance")  # there is no clip, and a denoiser has no variance
+FIXED = {"prediction": "x0", "lower_order_final": False}  # the values of these parameters, for all samplers with them
+NEEDLESS = ("keep_eps", "variance")  # parameters without effect: there is no clip, and a denoiser has no variance
 NOISE = ("noise_sampler", "rng")
 UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
-ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arguments that SAMPLERS do not have
-OTHER = 1e-3  # how far sigmas are from a table's that are others, relatively
+ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # k-diffusion's arguments, not in SAMPLERS
+OTHER = 1e-3  # the relative tolerance for sigmas that must be those of a table
 CACHED = 32
 
-_kept: BoundedCache[SigmaRows] = BoundedCache(CACHED)
+_rows_cache: BoundedCache[SigmaRows] = BoundedCache(CACHED)
 
 
 def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """A sampler with the signature of k-diffusion's: (model, x, sigmas, extra_args=None, callback=None, disable=None).
 
     Args:
-        which: a name of NAMES or GUIDED, also as others write it, such as "DPM++ 2M" or "euler_a"; another name of
-            k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is installed; or a function with this
-            signature, whose steps are found by StepTable.trace, while the attributes that it reads of the model are the
-            model's own; or a StepTable, or the path of a saved one (a text that ends in .json, or a Path).
+        which: one of the following.
 
-    A table has its own sigmas: the loop is given the same, `table_sigmas(table)`, or None. Its rows are for any
-    samples; those of x0 + sigma eps are taken, and (1 - sigma) x0 + sigma eps where it is a flow's. Predicted clean
-    samples are clipped where its notes have a clip.
+            - A name of NAMES or GUIDED, also in other spellings, such as "DPM++ 2M" or "euler_a".
+            - Another name of k-diffusion's, such as "dpmpp_sde" for sample_dpmpp_sde, if k-diffusion is installed.
+            - A function with this signature. StepTable.trace finds its rows. If it reads attributes of the model, it
+              reads those of the caller's model.
+            - A StepTable, or the path of a saved one (a string that ends in .json, or a Path).
 
-    The result has as further arguments those of the sampler: eta, s_churn, s_tmin, s_tmax, s_noise, order and the like,
-    with k-diffusion's defaults; and these:
+    A table has its own sigmas: the argument `sigmas` of the loop must be `table_sigmas(table)`, or None. The table may
+    be for any samples; its rows are converted for samples x0 + sigma eps, except that a flow's are for
+    (1 - sigma) x0 + sigma eps. Predicted clean samples are clipped if the table's notes have a clip.
 
-        rng: a Philox for the noise, without a draw or a stream of its own. None: one with a seed from torch's default
-            CPU generator in each call. So two loops share noise only where they are given the same seed and ids.
-        noise_sampler: as k-diffusion's, a function of two sigmas, that where a step begins and that to which its noise
-            leads, that returns this noise, in place of rng.
+    The returned function also takes the sampler's own arguments: eta, s_churn, s_tmin, s_tmax, s_noise, order and the
+    like, with k-diffusion's defaults. Further arguments:
+
+        rng: a Philox for the noise, without a draw or a stream of its own. None: a Philox with a seed from torch's
+            default CPU generator, in each call. So two loops share noise only if they have the same seed and ids.
+        noise_sampler: as in k-diffusion, a function that returns the noise of a step, in place of rng. Its arguments
+            are the sigma at which the step begins and the sigma to which the noise leads.
         flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0; only
             for NAMES and GUIDED.
-        unconditional: a function without arguments that returns the unconditional clean samples of the model's last
-            call, whose output is the guided ones; for GUIDED, which need it.
+        unconditional: only for GUIDED, which need it: a function without arguments that returns the unconditional clean
+            samples of the model's last call. The model's output must be the guided clean samples.
 
-    x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; elsewhere, and in float64, plain torch
-    takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step. No
-    tensor that the model or the callback gets is written to later on. It raises ValueError for sigmas or options out of
-    range, for noise_sampler beside rng, and for a function whose steps are not linear, and TypeError for an argument
-    that the sampler does not have.
+    x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; on other devices, and in float64, plain
+    torch takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step.
+    Tensors that the model or the callback gets are not written to later. The function raises ValueError for sigmas or
+    options out of range, for noise_sampler together with rng, and for a traced function whose steps are not linear;
+    and TypeError for an argument that the sampler does not have.
 
     Raises:
         TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
@@ -127,34 +131,34 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """
     if isinstance(which, os.PathLike) or (isinstance(which, str) and which.endswith(".json")):
         which = StepTable.load(which)
-    made: str | Sampler | OwnSampler | SigmaRows
+    chosen: str | Sampler | OwnSampler | SigmaRows
     if isinstance(which, StepTable):
-        made = _table_rows(which)
+        chosen = _table_rows(which)
     elif isinstance(which, str):
-        made = _named(which)
+        chosen = _named(which)
     elif callable(which):
         check_function(which)
-        made = which if is_sampler_of_k_diffusion(which) else OwnSampler(which)
+        chosen = which if is_sampler_of_k_diffusion(which) else OwnSampler(which)
     else:
         raise TypeError(f"sampler is a {type(which).__name__}, expected a name, a function, a StepTable or a path")
-    own: list[inspect.Parameter] = []
-    if isinstance(made, SigmaRows):
+    own_parameters: list[inspect.Parameter] = []
+    if isinstance(chosen, SigmaRows):
         name = "sample_table"
-    elif not isinstance(made, str):
-        function = made.function if isinstance(made, OwnSampler) else made
+    elif not isinstance(chosen, str):
+        function = chosen.function if isinstance(chosen, OwnSampler) else chosen
         name = getattr(function, "__name__", "sample")
         for each in list(inspect.signature(function).parameters.values())[3:]:  # some call x otherwise
             if each.name not in (*SIGNATURE, *NOISE) and each.kind is not inspect.Parameter.VAR_KEYWORD:
-                own.append(each)
+                own_parameters.append(each)
     else:
-        name = f"sample_{made}"
-        own = [_parameter(each, default) for each, default in {**_options(made), "flow": False}.items()]
-    needed = 2 if isinstance(made, SigmaRows) else 3  # a table has its own sigmas
+        name = f"sample_{chosen}"
+        own_parameters = [_parameter(each, default) for each, default in {**_options(chosen), "flow": False}.items()]
+    needed = 2 if isinstance(chosen, SigmaRows) else 3  # a table has its own sigmas
     first = [_parameter(each) for each in SIGNATURE[:needed]]
     first += [_parameter(each, None) for each in SIGNATURE[needed:]]
-    names = (*NOISE, UNCONDITIONAL) if made in GUIDED else NOISE
+    names = (*NOISE, UNCONDITIONAL) if chosen in GUIDED else NOISE
     last = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in names]
-    signature = inspect.Signature([*first, *own, *last])
+    signature = inspect.Signature([*first, *own_parameters, *last])
 
     def sample(*args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -165,10 +169,10 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
             raise TypeError(f"{name.removeprefix('sample_')}: {error}, expected {expected}") from None
         bound.apply_defaults()
         loop = dict(bound.arguments)
-        options = {each.name: loop.pop(each.name) for each in own}
-        if isinstance(made, SigmaRows):
-            loop["sigmas"] = _sigmas_of_table(made, loop["sigmas"], loop["x"])
-        return _sample(made, SamplerCall(options=options, **loop))
+        options = {each.name: loop.pop(each.name) for each in own_parameters}
+        if isinstance(chosen, SigmaRows):
+            loop["sigmas"] = _sigmas_of_table(chosen, loop["sigmas"], loop["x"])
+        return _sample(chosen, SamplerCall(options=options, **loop))
 
     sample.__name__ = sample.__qualname__ = name
     sample.__signature__ = signature  # type: ignore[attr-defined]
@@ -184,7 +188,7 @@ def _table_rows(table: StepTable) -> SigmaRows:
 
 
 def _sigmas_of_table(rows: SigmaRows, sigmas: Tensor | None, x: Tensor) -> Tensor:
-    """A table's own sigmas. Raises ValueError where others are given."""
+    """The sigmas of a table's loop. Raises ValueError if the caller's sigmas are others."""
     levels = torch.cat([rows.sigma, rows.arrives[-1:]])
     if sigmas is None:
         return levels.to(x.device, torch.float32)
@@ -195,7 +199,7 @@ def _sigmas_of_table(rows: SigmaRows, sigmas: Tensor | None, x: Tensor) -> Tenso
 
 
 def _named(name: str) -> str | Sampler:
-    """A name of ours, or else k-diffusion's own function. Raises ValueError where there is none."""
+    """The sampler's name in MAKERS, or else k-diffusion's function of this name. Raises ValueError if there is none."""
     ours = find_name(name, (*NAMES, *GUIDED))
     if ours is not None:
         return ours
@@ -219,35 +223,39 @@ def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Par
 
 @cache
 def _options(name: str) -> dict[str, Any]:
-    """The further arguments of a sampler of ours, with their defaults."""
+    """{name: default} of the own arguments of a sampler in MAKERS."""
     parameters = inspect.signature(MAKERS[name]).parameters
-    found = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)}
+    options = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)}
     added = [*CHURN] if name in CHURNED else []
-    added += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in found else []
+    added += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in options else []
     added += ["solver_type"] if name == "dpmpp_2m_sde" else []
-    return found | {key: ADDED[key] for key in added if key not in found}
+    return options | {key: ADDED[key] for key in added if key not in options}
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
 def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> StepTable:
-    """The rows of a sampler of ours between sigmas, (levels,)."""
+    """The rows of a sampler in MAKERS between sigmas, (levels,)."""
     if name in CHURNED and sigmas[-1] > 0:
-        # Our last step has one call of the model. Theirs has, unless it arrives at 0: so it is not the last one here.
+        # ddpm_ext's last step always has one call of the model, k-diffusion's only if it ends at 0. So a step to 0 is
+        # added, and its rows are cut off.
         zero = torch.zeros_like(sigmas[:1])
         rows = _own_table(name, torch.cat([sigmas, zero]), flow, options)
         return rows[: len(rows) - len(_own_table(name, torch.cat([sigmas[-1:], zero]), flow, options))]
     parameters = inspect.signature(MAKERS[name]).parameters
     fixed = {key: value for key, value in FIXED.items() if key in parameters}
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
-    # What the model is called with is a level's sigma.
+    # The timestep of a level, with which the model is called, is its sigma.
     table = MAKERS[name](grid_of_levels(lambda _, noise: noise, signal, sigmas, scale=scale), **fixed, **options)
     return replace(table, g0=None, g1=None, draw=torch.arange(len(table), device="cpu"))
 
 
 def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str, Any]) -> StepTable:
-    """The rows of a sampler that adds noise before its steps, up to sigma_hat: that noise is in the row before it."""
+    """The rows of a sampler with churn, which adds noise before each step, up to sigma_hat.
+
+    The noise before a step is the noise of the row before it. For the first step an additional row adds it.
+    """
     now = sigmas[:-1]
     noise = (hat**2 - now**2).sqrt()
     parts = []
@@ -304,7 +312,7 @@ def _sample(which: str | Sampler | OwnSampler | SigmaRows, call: SamplerCall) ->
         if not isinstance(result, SigmaRows):
             return result
         which = result
-    with torch.no_grad():  # a function of somebody's own ran as the caller has it
+    with torch.no_grad():  # but a caller's function, above, runs in the caller's grad mode
         return _take_rows(which, call)
 
 
@@ -322,35 +330,35 @@ def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
     batches = rows.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     ring: tuple[Tensor, ...] = ()
     for i in counter(len(rows.steps), None, call.disable):
-        told = callback is None
+        has_called_back = callback is None
         for number in rows.steps[i]:
             kind, m = rows.stepper.needs[number], x
             if kind.calls_model:
                 m = call.model(x, batches[number], **(call.extra_args or {}))
                 checks.tensor("the model's output", m)
-                if callback is not None and not told:
+                if callback is not None and not has_called_back:
                     hat = called_with[number]
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})
-                    told = True
-            more: dict[str, Any] = {}
+                    has_called_back = True
+            inputs: dict[str, Any] = {}
             x = x.to(torch.promote_types(x.dtype, m.dtype))
             if kind.noisy:
-                more = {"rng": rng}
+                inputs = {"rng": rng}
                 if call.noise_sampler is not None:
-                    more = {"noise": call.noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
+                    inputs = {"noise": call.noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
             if kind.guided and call.unconditional is not None:
-                more["uncond_output"] = call.unconditional().to(m.dtype)
-            x, kept = rows.stepper.take(number, x, m, ring, more)
+                inputs["uncond_output"] = call.unconditional().to(m.dtype)
+            x, kept = rows.stepper.take(number, x, m, ring, inputs)
             ring = ring if kept is None else (kept, *ring[:2])
     return x
 
 
 def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], model: object) -> SigmaRows:
-    """The rows of a loop, found in the cache where the same loop was taken before."""
+    """The rows of a loop, cached."""
     levels = checked_sigmas(sigmas)
     key: object = (which, tuple(levels.tolist()), tuple(sorted(options.items())))
     try:
-        cached = _kept.get(key)
+        cached = _rows_cache.get(key)
     except TypeError:  # an option that has no hash
         key, cached = None, None
     if cached is not None:
@@ -360,6 +368,6 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
             rows = _own_rows(which, levels, options)
         else:
             rows, traced = rows_of_function(which, levels, options, model)
-            if traced.asks:  # the rows may be others for another model
+            if traced.asks:  # The function reads attributes of the model, on which its rows may depend: not cached.
                 return rows
-    return rows if key is None else _kept.get_or_make(key, lambda: rows)
+    return rows if key is None else _rows_cache.get_or_make(key, lambda: rows)

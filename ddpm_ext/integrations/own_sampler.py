@@ -1,7 +1,8 @@
-"""A sampler that somebody wrote himself, with k-diffusion's signature.
+"""A sampler function that a user wrote, with k-diffusion's signature.
 
-In the first loop of each kind the function runs on the loop's own samples and model, and its result is what the loop
-gets. Its rows are compared with it between two calls of the model. Where they agree, they take the loops after it.
+In the first loop of each kind the function itself runs, and the caller gets its result. Its traced rows are computed,
+too: at each call of the model, the result of a row is compared with the function's sample. If all agree, the rows take
+later loops.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 def rows_of_function(
     function: Callable[..., Tensor], levels: Tensor, options: Mapping[str, Any], model: object
 ) -> tuple[SigmaRows, TraceResult]:
-    """The rows of a function's steps, and what tracing knows of them. Raises ValueError where the steps are no rows."""
+    """The rows of a function's steps, and the result of tracing it. Raises ValueError if the steps are no rows."""
     traced = follow_function(function, levels, options, model)
     table = StepTable(**traced.columns)
     return SigmaRows.of(table, list(traced.begins) or first_rows_untold(table, levels[:-1])), traced
 
 
 def _state(function: Callable[..., Any]) -> list[Any]:
-    """What a function reads besides its arguments and globals: the variables that it encloses, and its object's."""
+    """The values that a function reads besides arguments and globals: its closure, and its object's attributes."""
     cells = getattr(function, "__closure__", None) or ()
     return [*[cell.cell_contents for cell in cells], *vars(getattr(function, "__self__", SimpleNamespace())).values()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCall:
-    """What a sampler is called with: k_diffusion.sampler's arguments. options: those of the sampler itself."""
+    """The arguments of a call of a sampler; see k_diffusion.sampler. `options` are the sampler's own arguments."""
 
     options: dict[str, Any]
     model: Callable[..., Tensor]
@@ -62,12 +63,13 @@ class SamplerCall:
 
 
 class TracedLoop(NamedTuple):
-    """A function's loop over some sigmas.
+    """The loop of a function with these sigmas and options.
 
     Attributes:
-        rows, proofs: its rows, and their proofs by shape, dtype and device of the samples.
-        draws: of each row, the number of the draw that is its noise.
-        leads: whether the first row comes before the model is called.
+        rows: the traced rows; None if there are none.
+        proofs: the proofs of the rows by shape, dtype and device of the samples.
+        draws: for each row, the index of the draw that is its noise; None for no noise.
+        leads: whether the first row comes before the first call of the model.
         why_not: why there are no rows.
     """
 
@@ -79,12 +81,13 @@ class TracedLoop(NamedTuple):
 
 
 class OwnSampler:
-    """A function of somebody's own. Its rows belong to this object."""
+    """A user's sampler function, with a cache of its traced loops."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self._parameters = inspect.signature(function).parameters
-        self._loops: BoundedCache[tuple[TracedLoop, Any]] = BoundedCache(CACHED)  # with what the keys are of
+        # Each entry also has the objects of its key, to keep them alive: the key has their ids.
+        self._loops: BoundedCache[tuple[TracedLoop, Any]] = BoundedCache(CACHED)
         self._warned: set[str] = set()
 
     def _loop(self, call: SamplerCall) -> TracedLoop:
@@ -97,14 +100,14 @@ class OwnSampler:
     def _traced(self, levels: Tensor, call: SamplerCall) -> TracedLoop:
         try:
             rows, traced = rows_of_function(self.function, levels, call.options, call.model)
-        except Exception as error:  # somebody's code, on samples that are not his
+        except Exception as error:  # the user's code may raise anything on the samples of tracing
             return TracedLoop(None, {}, [], why_not=str(error))
         if traced.asks:
             return TracedLoop(None, {}, [], why_not="it reads attributes of the model")
         return TracedLoop(rows, {}, traced.noise, traced.leads)
 
     def rows_or_result(self, call: SamplerCall) -> Any:
-        """The rows that have been proven for such a call, or what the function returns."""
+        """The rows, if they have been proven for such calls. Else runs the function and returns its result."""
         loop, x = self._loop(call), call.x
         proof = None if loop.rows is None else loop.proofs.setdefault((x.shape, x.dtype, x.device), Proof())
         if proof is not None and len(proof.holds) == len(loop.draws):
@@ -138,24 +141,27 @@ class OwnSampler:
 
 
 class _SideBySideRun:
-    """A run of the function, and of its rows beside it. It hands out the noise, which both get.
+    """A run of the function, in which its rows are computed with the same noise and compared.
 
     Attributes:
-        observed: hands it out where the function draws it itself.
+        observed: replaces the function's own draws by this noise.
     """
 
     def __init__(self, loop: TracedLoop, proof: Proof | None, call: SamplerCall) -> None:
         self._loop, self._proof, self._call, self._drawn = loop, proof, call, 0
         self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), wide=False)
-        self._row = -1  # which is under way; -1 before the first
-        self._inputs: tuple[Tensor, Tensor] | None = None  # its sample and output
-        self._z: Tensor | None = None  # its noise
+        self._row = -1  # the current row; -1 before the first
+        self._inputs: tuple[Tensor, Tensor] | None = None  # the sample and model output of the current row
+        self._z: Tensor | None = None  # the noise of the current row
         self._ring: tuple[Tensor, ...] = ()
         if loop.leads:
             self._begin_row(call.x, call.x)
 
     def model_for(self, model: Callable[..., Any]) -> Any:
-        """The model, whose calls are seen. It has the model's class, which the function may ask for."""
+        """A wrapper of the model that observes its calls.
+
+        The wrapper's class is derived from the model's, because the function may check the model's class.
+        """
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             with self.observed.paused():
@@ -171,11 +177,11 @@ class _SideBySideRun:
             return functools.wraps(model)(call)
         cls = type(model)
         try:
-            seen: Any = object.__new__(type(cls.__name__, (cls,), {"__call__": staticmethod(call)}))
-            seen.__dict__ = model.__dict__
-        except (TypeError, AttributeError):  # a class that cannot be derived from, such as functools.partial
+            wrapper: Any = object.__new__(type(cls.__name__, (cls,), {"__call__": staticmethod(call)}))
+            wrapper.__dict__ = model.__dict__
+        except (TypeError, AttributeError):  # a class without subclasses or __dict__, such as functools.partial
             return ModelLike(call, model)
-        return seen
+        return wrapper
 
     def sampled(self, *levels: Any) -> Tensor:
         """The function's noise_sampler."""
@@ -185,7 +191,11 @@ class _SideBySideRun:
             return self._noise(count, levels)
 
     def _noise(self, count: int, levels: tuple[Any, ...] | None) -> Tensor:
-        """The noise of the count-th draw in a row. levels: given where the function asks its noise_sampler."""
+        """The noise of the draw number `count` in the current row.
+
+        Args:
+            levels: the arguments of a call of noise_sampler; None for a draw of the function itself.
+        """
         x, draws, call = self._call.x, self._loop.draws, self._call
         is_used = self._proof is not None and 0 <= self._row < len(draws) and draws[self._row] == count
         if call.noise_sampler is not None and (levels is not None or is_used):
@@ -201,7 +211,7 @@ class _SideBySideRun:
         return z
 
     def _levels_of(self, row: int) -> tuple[Tensor, Tensor]:
-        """The sigmas between which a row leads, as later loops give them to a noise_sampler."""
+        """The sigmas at which a row's step begins and the row ends: the arguments of noise_sampler in later loops."""
         rows, x = self._loop.rows, self._call.x
         assert rows is not None
         first = next(step[0] for step in rows.steps if row in step)
@@ -213,7 +223,7 @@ class _SideBySideRun:
         self._inputs = None if self._proof is None else (x.clone(), m.clone())
 
     def finish_row(self, x: Tensor) -> None:
-        """Compares the row that is under way with where the function has come to."""
+        """Compares the result of the current row with the function's sample x."""
         rows, proof, i = self._loop.rows, self._proof, self._row
         if rows is None or proof is None or proof.failed is not None or self._inputs is None:
             return

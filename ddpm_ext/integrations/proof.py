@@ -59,7 +59,7 @@ class Proof:
 
 
 class Generators:
-    """The states of the random generators that a step may draw from. After `rewind` they draw the same numbers again."""
+    """The states of the random generators that a step may draw from. `rewind` restores them for a second draw."""
 
     def __init__(self, device: torch.device, generator: Any = None) -> None:
         """generator: a call's argument, one generator or a list of them, besides torch's default generators."""
@@ -115,5 +115,5 @@ def changed(before: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
 
 
 def why_left_alone(method: str, names: Iterable[str]) -> str:
-    """The reason of a fallback: the rows depend on these attributes, and the object's step changes them in each loop."""
+    """The reason of a fallback: the rows depend on these attributes, and the step changes them in each loop."""
     return f"its {method} changes {', '.join(sorted(names))} in every loop, and runs as it is from now on"

@@ -85,7 +85,7 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
     """The weights of a scheduler of diffusers' class `cls` with this state, for timesteps of `dtype`.
 
     They are for the steps of a loop if `in_loop`. Else for all training timesteps, if the method accepts these, or for
-    the scheduler's timesteps timesteps.
+    the scheduler's own timesteps.
     """
     scheduler = new(cls)
     scheduler.__dict__.update(state)

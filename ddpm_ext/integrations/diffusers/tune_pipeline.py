@@ -155,7 +155,7 @@ def _named_tables(runs: Runs, levels: OwnLevels, steps: int) -> Iterator[tuple[t
     levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
     """
     own_levels = runs.levels(runs.scheduler, steps)
-    spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own_levels"
+    spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
     trailing = _trailing(runs.scheduler)
     if len(own_levels) == steps:
         with contextlib.suppress(ValueError):  # raised for a scheduler whose steps are no rows
