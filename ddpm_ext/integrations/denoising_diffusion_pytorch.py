@@ -1,7 +1,7 @@
 """denoising-diffusion-pytorch's GaussianDiffusion: a step of its loops in one launch, its training loss in two.
 
-Its callers see images in [0, 1]; inside they are in [-1, 1]. The library's own code converts them, where sample ends
-and forward begins.
+Callers pass and get images in [0, 1]; samples are in [-1, 1]. Loops convert their result by the library's
+`unnormalize`, and the library's own `forward` converts the training images.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ SUPPORT = tuple(
 OLDEST = (1, 10)
 PREDICTIONS = peer_predictions("denoising-diffusion-pytorch")
 _take_buffers = operator.itemgetter(*BUFFERS)
-Step = tuple[Tensor, Tensor | None]  # the next sample, and x_start where it is asked for
+Step = tuple[Tensor, Tensor | None]  # the next sample, and x_start if the caller needs it
 
 
 def _library() -> Any:
-    """The peer's module: its progress bar and its random number are looked up where they are used."""
+    """The peer's module. Its `tqdm` and `random` are looked up at each use, as in the library's own code."""
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
@@ -98,7 +98,7 @@ class Denoising(LoopOptionsTaker):
         "predict_v",
     )
     sample_calls = ("p_sample_loop", "ddim_sample")
-    # the peer's
+    # attributes of the peer
     objective: str
     self_condition: bool
     num_timesteps: int
@@ -111,13 +111,13 @@ class Denoising(LoopOptionsTaker):
     _buffers: dict[str, Tensor]
 
     def _check(self) -> None:
-        """Raises TypeError for an older version, some of whose methods do other things."""
-        found = _library().__version__
-        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        """Raises TypeError for versions older than OLDEST: some of their methods have other results."""
+        version = _library().__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise TypeError(f"obj is of denoising-diffusion-pytorch {found}, expected {oldest} or later")
+            raise TypeError(f"obj is of denoising-diffusion-pytorch {version}, expected {oldest} or later")
 
-    # ----------------------------------------------------------------------------------------------------- what fits
+    # ---------------------------------------------------------------------------------------------------------- rows
 
     def _prediction(self) -> str:
         self._check_methods()
@@ -126,10 +126,10 @@ class Denoising(LoopOptionsTaker):
         return PREDICTIONS[self.objective]
 
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
-        """The rows of the buffers as they are. Raises Fallback where there are none for samples of such a dtype."""
+        """The rows of the current buffers, cached. Raises Fallback if they have none for samples of this dtype."""
         buffers = _take_buffers(self._buffers)
         tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
-        if dtype not in tables.sample_dtypes:  # the results have more bits
+        if dtype not in tables.sample_dtypes:  # the library's results would have another dtype
             also = f" and its buffers {dtype_name(tables.dtype)}" if dtype in DTYPES else ""
             raise Fallback(f"its samples are {dtype_name(dtype)}{also}")
         if device != tables.device or device.type not in ("cpu", "cuda"):
@@ -139,7 +139,7 @@ class Denoising(LoopOptionsTaker):
         return tables
 
     def _returning(self, output: Any, **attributes: Any) -> Any:
-        """The peer's own object with a model that returns `output`."""
+        """An object of the peer's class with the same state and a model that returns `output`."""
         plain = new(self._peer)
         plain.__dict__.update(self.__dict__, model=returning(output), **attributes)
         return plain
@@ -167,10 +167,10 @@ class Denoising(LoopOptionsTaker):
     def _descend(
         self, method: str, steps: KernelTables, img: Tensor, rng: Philox | None, count: int, **bar: Any
     ) -> Iterator[Tensor]:
-        """The image, and what the rows from count - 1 to the end make of it one by one, with a progress bar."""
+        """Yields the image, then the result of each row from count - 1 down to 0, with a progress bar."""
         yield img
         x_start = None
-        # Each step's timesteps are made at once: the model gets a row of them.
+        # The timesteps of all steps are created at once; the model gets a row of this tensor.
         times = steps.timesteps(img.device)[:count, None].repeat(1, len(img))
         for row in _library().tqdm(range(count)[::-1], **bar):
             self_cond = x_start if self.self_condition else None
@@ -222,20 +222,20 @@ class Denoising(LoopOptionsTaker):
     # --------------------------------------------------------------------------------- loops with options of ddpm_ext's
 
     def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"record": "last", "self_condition": self.self_condition, "device": self.device}
+        defaults = {"record": "last", "self_condition": self.self_condition, "device": self.device}
         if method == "ddim_sample" and "sampler" not in ours:
-            own |= {"sampler": "ddim", "eta": self.ddim_sampling_eta}
-            own |= {} if "timesteps" in ours else {"steps": self.sampling_timesteps}
-        return own
+            defaults |= {"sampler": "ddim", "eta": self.ddim_sampling_eta}
+            defaults |= {} if "timesteps" in ours else {"steps": self.sampling_timesteps}
+        return defaults
 
     def _finish(self, images: Any) -> Any:
-        """In [0, 1]: the samples, or a list of each step's, as arrays."""
+        """Converts the samples, or the list of each step's samples, to [0, 1]."""
         return [self.unnormalize(each) for each in images] if isinstance(images, list) else self.unnormalize(images)
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def _steps_of_batch(self, x: Tensor, t: Any, noise: Tensor | None) -> KernelTables:
-        """The rows for a training batch. Raises Fallback where there are none."""
+        """The rows for a training batch. Raises Fallback if there are none."""
         check_batch(x, t, noise)
         return self._fused_tables(x.dtype, x.device).steps
 
@@ -292,7 +292,7 @@ class Denoising(LoopOptionsTaker):
         return loss
 
     def _offset(self, x: Tensor, source: dict[str, Any], strength: float) -> Tensor:
-        """The noise, to which each channel adds one more normal. A given noise is written to, by the peer, too."""
+        """The noise plus one more normal number for each channel. Writes to the caller's noise, as the peer does."""
         noise = noise_itself(source, x)
         rng = source["rng"] if "rng" in source else self.accelerated.next_forward(x.device)
         sizes = x.shape[:2]
@@ -305,7 +305,7 @@ class Denoising(LoopOptionsTaker):
 
     @with_fallback("p_losses")
     def _predict_start(self, steps: KernelTables, x: Tensor, t: Tensor) -> Tensor:
-        """The predicted clean sample for self-conditioning, which is not clipped."""
+        """The predicted clean sample for self-conditioning. It is not clipped."""
         output = self.model(x, t, None)
         if self.objective == "pred_x0":
             return output.detach()
@@ -324,7 +324,7 @@ def _step(
     rng: Philox | None,
     with_x0: bool,
 ) -> Step:
-    """A row in one launch; row 0 is the last step, which adds no noise."""
+    """Takes a row in one launch. Row 0 is the last step, which adds no noise."""
     output = gd.model(x, times, x_self_cond)
 
     def own_step() -> Step:
@@ -347,14 +347,14 @@ def _step(
     return take_step(steps, x, output, row, x0_out=x0, **noise), x0
 
 
-# By the peer's method, under whose name a step's fallback is known.
+# {name of the peer's method: takes a step of it}. Fallbacks are recorded under these names.
 STEPS: dict[str, Callable[..., Step]] = {
     method: with_fallback(method)(functools.partial(_step, method)) for method in ("p_sample", "ddim_sample")
 }
 
 
 def _index(t: Any) -> int:
-    """t as an int, or -1 where it is none."""
+    """t as an int; -1 if it is no integer."""
     try:
         return operator.index(t)
     except TypeError:

@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch's buffers as rows for the operators."""
+"""Rows for the operators, made from the buffers of denoising-diffusion-pytorch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
 
 
 class DenoisingTables:
-    """The rows that a prediction and the buffers make.
+    """The rows of an object with this prediction and these buffers.
 
     Attributes:
-        steps: those of own_tables.rows_of.
-        device, dtype: the buffers'.
-        sample_dtypes: the dtypes that samples have after a step, too.
+        steps: the rows of own_tables.rows_of.
+        device, dtype: the device and dtype of the buffers.
+        sample_dtypes: the dtypes of samples that a step of the library does not change.
 
     Raises Fallback for numbers that are not finite.
     """
@@ -40,18 +40,21 @@ class DenoisingTables:
         self.steps = rows_of(self._own, prediction, "buffers")
 
     def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """ddim_sample's steps, the last one first. Raises Fallback where they have no fused form."""
+        """The rows of ddim_sample, the last step first. Raises Fallback if they have no fused form."""
         return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """The rows of samplers.ddim, with noise derived by sqrt_recipm1_alphas_cumprod; the last step ends at x_0."""
+        """The rows of samplers.ddim, where eps follows from x_0 by sqrt_recipm1_alphas_cumprod.
+
+        The last step returns x_0.
+        """
         try:
             eta = samplers.check_eta(eta)
         except (TypeError, ValueError) as error:
             raise Fallback(str(error)) from None
         if not 0 < timesteps <= len(self.steps) or count < 1:
             raise Fallback(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
-        # In float32, as the peer's. The first is -1, where the last step arrives.
+        # In float32, as in the library. The first number, -1, is where the last step leads.
         t = torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().long()[1:]
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)
         c0, c1, s = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)
@@ -62,8 +65,8 @@ class DenoisingTables:
             grid = Jumps(t[1:], now, after, now / after)
             if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():
                 raise Fallback(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
-            made = samplers.ddim(grid, eta=eta, keep_eps=False)
-            direction = made.c1 * (1 - now).sqrt()  # what pred_noise is multiplied by
+            table = samplers.ddim(grid, eta=eta, keep_eps=False)
+            direction = table.c1 * (1 - now).sqrt()  # the factor of pred_noise
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
-            s[1:] = made.s
+            s[1:] = table.s
         return KernelTables(StepTable(t, a, b, c0, c1, s=s))

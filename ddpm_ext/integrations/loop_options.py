@@ -1,4 +1,4 @@
-"""Our sampling loop in place of an object's own: its methods take p_sample_loop's options beside their arguments."""
+"""Lets loops of other libraries' objects take options of GaussianDiffusion.p_sample_loop, which then runs instead."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ LOOP_OPTIONS = frozenset({"record", *SampleKeywords.__annotations__})
 
 
 class LoopOptionsTaker(PeerDiffusion):
-    """The base of mixins for objects whose tables are tensors, and whose loops and `sample` take the options.
+    """The base of mixins for objects whose tables are tensors, and whose loops and `sample` take such options.
 
     Attributes:
-        sample_calls: the methods of whole loops, of which the peer's `sample` calls one.
+        sample_calls: the peer's `sample` calls one of these methods, each of which is a whole loop.
     """
 
     sample_calls: tuple[str, ...] = ("p_sample_loop",)
-    model: Callable[..., Tensor]  # of a peer whose loops don't get it as an argument
+    model: Callable[..., Tensor]  # for peers whose loops have no argument `model`
 
     def _prediction(self) -> str:
-        """Our name of what its model predicts. Raises Fallback where there is none."""
+        """ddpm_ext's name of the model's prediction. Raises Fallback if there is none."""
         raise NotImplementedError
 
     def _diffusion(self) -> GaussianDiffusion:
-        """Ours with the object's levels, and its variance where that is "fixed_large". Raises Fallback where its tables
-        are no levels of betas."""
+        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if its tables do not belong to
+        betas."""
         prediction, tables = self._prediction(), {name: getattr(self, name) for name in TABLES}
 
         def make() -> GaussianDiffusion:
@@ -55,37 +55,47 @@ class LoopOptionsTaker(PeerDiffusion):
         return self._of_state((GaussianDiffusion, prediction, *tables.values()), make)
 
     def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
-        """The object's settings, as options that a call of the method need not give beside the given ones."""
+        """Defaults of the loop's options for a call of the peer's `method`, from the object's settings.
+
+        Args:
+            ours: the options that the caller gives.
+        """
         return {}
 
     def _finish(self, images: Any) -> Any:
-        """The images of our loop as the peer's loops return them."""
+        """Converts the images of ddpm_ext's loop to what the peer's loops return."""
         return images
 
     def sample(self, *args: Any, **options: Any) -> Any:
-        """The peer's own method; with p_sample_loop's options, the loop that it calls is ours."""
-        own = peer_method(self, "sample")
-        given, ours = _split(own, options)
+        """Runs the peer's own method. With options of p_sample_loop, the loop that it calls is ddpm_ext's."""
+        peers_sample = peer_method(self, "sample")
+        given, ours = _split(peers_sample, options)
         if not ours:
-            return own(*args, **options)
-        is_taken = False
+            return peers_sample(*args, **options)
+        has_run = False
 
         def loop(name: str, /, *args: Any, **options: Any) -> Any:
-            nonlocal is_taken
-            is_taken = True
+            nonlocal has_run
+            has_run = True
             return getattr(self, name)(*args, **(options | ours))
 
         view = new(type(self))
         view.__dict__.update(self.__dict__, **{name: functools.partial(loop, name) for name in self.sample_calls})
         images = peer_method(view, "sample")(*args, **given)
-        if not is_taken:
+        if not has_run:
             loops = " or ".join(self.sample_calls)
             raise TypeError(f"sample of {self.library} has no {sorted(ours)[0]}: it does not call {loops}")
         return images
 
-    def _run_loop(self, own: Any, args: tuple[Any, ...], given: dict[str, Any], ours: dict[str, Any]) -> Any:
-        """p_sample_loop of ours for a call of the peer's own method with these arguments."""
-        signature = inspect.signature(own)
+    def _run_loop(self, peers_method: Any, args: tuple[Any, ...], given: dict[str, Any], ours: dict[str, Any]) -> Any:
+        """Runs GaussianDiffusion.p_sample_loop in place of the peer's method.
+
+        Args:
+            own: the peer's method.
+            args, given: the arguments of the call that the peer's method takes.
+            ours: the options of p_sample_loop.
+        """
+        signature = inspect.signature(peers_method)
         arguments = signature.bind(*args, **given).arguments
         model, shape = arguments.pop("model", getattr(self, "model", None)), tuple(arguments.pop("shape"))
         for name, value in arguments.items():
@@ -99,28 +109,33 @@ class LoopOptionsTaker(PeerDiffusion):
             diffusion = self._diffusion()
         except Fallback as fallback:
             raise ValueError(f"{sorted(ours)[0]} is given, but no loop can be made: {fallback.reason}") from None
-        options = self._own_options(own.__name__, ours) | ours
+        options = self._own_options(peers_method.__name__, ours) | ours
         if options.get("rng") is None:
             options["rng"] = self.accelerated.whole_loop(shape[0])
         return self._finish(diffusion.p_sample_loop(model, shape, **options))
 
 
 def takes_loop_options(method: Method) -> Method:
-    """Decorates a LoopOptionsTaker's method of a whole loop, so that our loop runs where one of its options is given
-    that the peer's own method doesn't have."""
+    """Decorates a LoopOptionsTaker's method that is a whole loop.
+
+    If a call has an option of p_sample_loop that the peer's method doesn't have, ddpm_ext's loop runs instead.
+    """
 
     @functools.wraps(method)
     def call(self: LoopOptionsTaker, *args: Any, **options: Any) -> Any:
-        own = peer_method(self, method.__name__)
-        given, ours = _split(own, options)
-        return self._run_loop(own, args, given, ours) if ours else method(self, *args, **options)
+        peers_method = peer_method(self, method.__name__)
+        given, ours = _split(peers_method, options)
+        return self._run_loop(peers_method, args, given, ours) if ours else method(self, *args, **options)
 
     return call  # type: ignore[return-value]
 
 
-def _split(own: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a method of the peer takes itself, and what our loop does. One that takes any keyword takes all itself."""
-    parameters = inspect.signature(own).parameters
+def _split(peers_method: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits options into those that the peer's method takes, and those of p_sample_loop.
+
+    A method with **kwargs takes all of them.
+    """
+    parameters = inspect.signature(peers_method).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     ours = {name: options[name] for name in options.keys() & LOOP_OPTIONS if name not in parameters and not takes_any}
     return {name: value for name, value in options.items() if name not in ours}, ours

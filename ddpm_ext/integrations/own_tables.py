@@ -1,6 +1,6 @@
-"""Objects whose tables are tensors: the rows are made of the numbers that these hold.
+"""Rows made from the tables of other libraries' objects that have them as tensors.
 
-A number that a table holds is not derived again: near t = 0, 1 - alphas_cumprod loses digits in float32.
+A number in such a table is used as it is, not computed again: near t = 0, 1 - alphas_cumprod loses digits in float32.
 """
 
 from __future__ import annotations
@@ -26,32 +26,36 @@ TABLES = (
 
 
 def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> KernelTables:
-    """The rows that an object's TABLES make, and its loss_weight if it has one.
+    """The rows of an object with these TABLES, and with loss_weight if it has one.
 
-    "steps": row t draws from q(x_{t-1} | x_t, x_0). "q_sample": the weights of x_0 and the noise in x_t. "start": a, b
-    of x_0 = a x_t + b m. "loss": the weights of x_0 and the noise in what the model is trained to return, and the
-    loss's.
+    - "steps": row t draws from q(x_{t-1} | x_t, x_0).
+    - "q_sample": the weights of x_0 and of the noise in x_t.
+    - "start": a and b of x_0 = a x_t + b m.
+    - "loss": the weights of x_0 and of the noise in the model's target, and the weight of the loss.
 
-    Raises Fallback for numbers that are not finite. what: the library's word for the tables.
+    Raises Fallback for numbers that are not finite.
+
+    Args:
+        what: the library's word for the tables, for the error.
     """
-    own = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
-    signal, noise = own["sqrt_alphas_cumprod"], own["sqrt_one_minus_alphas_cumprod"]
+    in_float64 = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
+    signal, noise = in_float64["sqrt_alphas_cumprod"], in_float64["sqrt_one_minus_alphas_cumprod"]
     zeros, ones = torch.zeros_like(signal), torch.ones_like(signal)
     (a, b), target = {
-        "eps": ((own["sqrt_recip_alphas_cumprod"], -own["sqrt_recipm1_alphas_cumprod"]), (zeros, ones)),
+        "eps": ((in_float64["sqrt_recip_alphas_cumprod"], -in_float64["sqrt_recipm1_alphas_cumprod"]), (zeros, ones)),
         "x0": ((zeros, ones), (ones, zeros)),
         "v": ((signal, -noise), (-noise, signal)),
     }[prediction]
-    deviation = (own["posterior_log_variance_clipped"] / 2).exp()
-    deviation[0] = 0  # no noise there
+    deviation = (in_float64["posterior_log_variance_clipped"] / 2).exp()
+    deviation[0] = 0  # the last step adds no noise
     t = torch.arange(len(a), device="cpu")
     try:
-        steps = StepTable(t, a, b, own["posterior_mean_coef1"], own["posterior_mean_coef2"], s=deviation)
+        steps = StepTable(t, a, b, in_float64["posterior_mean_coef1"], in_float64["posterior_mean_coef2"], s=deviation)
     except ValueError as error:
         raise Fallback(f"its {what} make no rows: {error}") from None
     return KernelTables(
         steps,
         q_sample=torch.stack([signal, noise], 1),
         start=torch.stack([a, b], 1),
-        loss=torch.stack([*target, own.get("loss_weight", ones), zeros], 1),
+        loss=torch.stack([*target, in_float64.get("loss_weight", ones), zeros], 1),
     )

@@ -1,4 +1,4 @@
-"""What the mixins for other libraries' GaussianDiffusion share: rows that follow the object's state, and its noise."""
+"""The base of the mixins for other libraries' GaussianDiffusion: caches by the object's state, proofs, and noise."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ddpm_ext.integrations.tensors import DTYPES, TRANSFORMED
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 Make = Callable[[], Any]
-NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that no library's object has
-ROUNDED_TERMS = 4.0  # how many times as large as a result the terms may be that a step adds up, at no noise
+NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that this package adds
+ROUNDED_TERMS = 4.0  # Without noise, the terms that a step adds up may be this many times as large as its result.
 
 
 class PeerDiffusion(Accelerated):
     """The base of mixins for another library's GaussianDiffusion.
 
-    Its rows stand for the arithmetic of the library's own methods, so an object takes steps by rows only as long as
-    nobody has replaced one of these, on the object or in its class; or once they have been proven.
+    The rows replace the arithmetic of the library's own methods. If one of these is overridden, on the object or in its
+    class, the rows take no step before they have been proven.
     """
 
-    _methods: ClassVar[tuple[str, ...]]  # the names of those that the rows stand for
+    _methods: ClassVar[tuple[str, ...]]  # the names of the methods that the rows replace
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -36,41 +36,45 @@ class PeerDiffusion(Accelerated):
             cls._methods = (*cls.replaces, *cls.relies_on)
 
     def _own_methods(self) -> list[Any]:
-        """The functions that are called by these names, below the ones of the accelerated class."""
-        own, peer = self.__dict__, self._peer
-        return [own[name] if name in own else getattr(peer, name, None) for name in self._methods]
+        """The functions with the names in `_methods`, of the object or else of the peer's class."""
+        attributes, peer = self.__dict__, self._peer
+        return [attributes[name] if name in attributes else getattr(peer, name, None) for name in self._methods]
 
-    def _foreign_method(self, of: str = "p_sample") -> str | None:
-        """The name of a method that is not the library's own; None where all are. of: the method that would call it."""
-        known, library = self._known, self._known.__module__.partition(".")[0]
+    def _foreign_method(self, caller: str = "p_sample") -> str | None:
+        """The name of a method that is not the library's own; None if all are.
+
+        Args:
+            caller: the method that calls it. Only subclasses read it.
+        """
+        cls, library = self._known, self._known.__module__.partition(".")[0]
         for name, method in zip(self._methods, self._own_methods(), strict=True):
-            if method is not None and (method is not getattr(known, name, None) or not is_code_of(method, library)):
+            if method is not None and (method is not getattr(cls, name, None) or not is_code_of(method, library)):
                 return name
         return None
 
     def _check_methods(self) -> None:
-        """Raises Fallback where somebody has replaced one of them, unless a step is proven."""
+        """Raises Fallback if a method is not the library's own, except while a step by rows is being proven."""
         foreign = self._foreign_method()
         if foreign is not None and "_is_proving" not in self.__dict__:
             raise Fallback(self._refusal(foreign))
 
     def _refusal(self, foreign: str) -> str:
-        own = f"its {foreign} is not {self.library}'s own code"
-        return f"{own}: single steps are proven" if self.accelerated.trace else f"{own}; {HOW}"
+        reason = f"its {foreign} is not {self.library}'s own code"
+        return f"{reason}: single steps are proven" if self.accelerated.trace else f"{reason}; {HOW}"
 
     # ------------------------------------------------------------------------------------------------------- steps
 
     def _step(
         self, method: str, x: Tensor, timesteps: Make, options: tuple[Any, ...], by_rows: Make, by_code: Make
     ) -> Any:
-        """A step's result: by_rows(), where all methods are the library's own, or it has been proven.
+        """The result of a step: by_rows(), if all methods are the library's own or the rows have been proven.
 
-        In the first loop of a step of somebody's own, by_code() makes the result, and is compared with by_rows(): both
-        call the model. Raises Fallback.
+        In the first loop of an overridden step, the result is that of by_code(), and is compared with that of
+        by_rows(). Both call the model. Raises Fallback if the peer's code must run.
 
         Args:
-            timesteps: tells those of the samples, for which it may wait for a GPU.
-            options: what else the step depends on.
+            timesteps: returns the samples' timesteps. It may wait for a GPU.
+            options: the other arguments that the step depends on.
         """
         foreign = self._foreign_method(method)
         if foreign is None:
@@ -91,7 +95,7 @@ class PeerDiffusion(Accelerated):
         self, proof: Proof, method: str, x: Tensor, steps: Sequence[int], by_rows: Make, by_code: Make
     ) -> Any:
         generators = Generators(x.device)
-        ours = _tensors(self._proving(by_rows, Acceleration()))  # which draws as the code does
+        ours = _tensors(self._proving(by_rows, Acceleration()))  # default settings: the noise is drawn as by the code
         generators.rewind()
         before = contents(vars(self))
         result = by_code()
@@ -100,7 +104,7 @@ class PeerDiffusion(Accelerated):
         if stores:
             proof.failed = f"its {method} stores {', '.join(stores)}"
             stored = self.__dict__.setdefault("_stored", set())
-            if again := stored.intersection(stores):  # the state of each later step would be another one
+            if again := stored.intersection(stores):  # every later step would have another state
                 proof.failed = self.__dict__["_left_alone"] = why_left_alone(method, again)
             stored.update(stores)
         recip = self.sqrt_recip_alphas_cumprod[max(steps)]  # type: ignore[attr-defined]
@@ -111,19 +115,19 @@ class PeerDiffusion(Accelerated):
         return result
 
     def _proving(self, by_rows: Make, settings: Acceleration) -> Any:
-        """by_rows() with these settings, though a method is not the library's own."""
-        state, own = self.__dict__, self.accelerated
+        """by_rows() with these settings, where `_check_methods` accepts overridden methods."""
+        state, previous = self.__dict__, self.accelerated
         state.update(_acceleration=settings, _is_proving=True)
         try:
             return by_rows()
         finally:
-            state["_acceleration"] = own
+            state["_acceleration"] = previous
             del state["_is_proving"]
 
     # ------------------------------------------------------------------------------------------------------- state
 
     def _state(self) -> list[Any]:
-        """The values of all attributes, of the object and of the classes that are not the library's."""
+        """The values of all attributes of the object and of its classes that are not the library's."""
         state = self.__dict__
         values = [x for name, x in state.items() if name not in NO_STATE]
         values += state.get("_buffers", {}).values()
@@ -132,14 +136,14 @@ class PeerDiffusion(Accelerated):
         return values
 
     def _own_classes(self) -> Sequence[type]:
-        """Those of the object that are not the library's."""
+        """The classes in the object's MRO that are not the library's."""
         return self._peer.__mro__[: self._peer.__mro__.index(self._known)]
 
     def _of_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
-        """make(), once for these settings and this state. Raises Fallback.
+        """make(), cached by these settings and this state; see setting_of for the keys. Raises Fallback.
 
-        Both are the same with equal numbers and texts, and with the same other objects, as long as nobody has written
-        to a tensor among them. state: None: that of the methods.
+        Args:
+            state: the values that count as the state. Default: the methods.
         """
         values = (*settings, *(self._own_methods() if state is None else state), "_is_proving" in self.__dict__)
         if torch._C._functorch.peek_interpreter_stack() is not None and any(isinstance(x, Tensor) for x in values):
@@ -149,7 +153,7 @@ class PeerDiffusion(Accelerated):
     # ------------------------------------------------------------------------------------------------------- noise
 
     def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
-        """The operators' arguments for the noise of a training batch: the given one, or another draw at each call."""
+        """The operators' arguments for a training batch's noise: the given noise, or else another draw at each call."""
         rng = self.accelerated.next_forward(x.device) if noise is None else None
         if rng is not None:
             return {"rng": rng}
@@ -157,7 +161,7 @@ class PeerDiffusion(Accelerated):
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """Those that a step returns, alone, in a tuple or in a dict."""
+    """The tensors in a step's result, which is a tensor, a tuple or a dict."""
     if isinstance(result, Tensor):
         return [result]
     parts = result.values() if isinstance(result, dict) else result
@@ -165,7 +169,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def start_noise(shape: Iterable[int], rng: Philox | None, device: torch.device) -> Tensor:
-    """What a loop starts from: torch's draw where there is no rng."""
+    """The noise from which a loop starts: drawn by `rng`, or by torch if that is None."""
     dtype, sizes = torch.get_default_dtype(), tuple(map(int, shape))
     if rng is None or dtype not in DTYPES:
         return torch.randn(sizes, device=device)

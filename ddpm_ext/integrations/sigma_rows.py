@@ -1,4 +1,4 @@
-"""The rows of a loop over sigmas, and which of them belong to one step."""
+"""The rows of a loop over sigmas, and the rows of each of its steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.tables.step_table import StepTable
 
-ROUNDED = 1e-9  # how far a level is from its sigma, relatively
+ROUNDED = 1e-9  # Levels whose relative difference is at most this are the same level.
 
 
 class SigmaRows(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        stepper: takes them, in order.
-        sigma: float64 (rows,), what the model is called with.
-        arrives: float64 (rows,), the sigma where each row arrives.
-        steps: the rows of each step.
+        stepper: takes the rows, in order.
+        sigma: float64 (rows,), the sigma with which the model is called.
+        arrives: float64 (rows,), the sigma to which each row leads.
+        steps: the indices of the rows of each step.
     """
 
     stepper: RowStepper
@@ -29,15 +29,22 @@ class SigmaRows(NamedTuple):
 
     @classmethod
     def of(cls, table: StepTable, begins: list[int]) -> SigmaRows:
-        """begins: the row with which each step begins; rows before the first belong to it."""
+        """Groups the rows into steps.
+
+        Args:
+            begins: the row with which each step begins. Rows before the first of these belong to the first step.
+        """
         ends = [*begins[1:], len(table)]
         steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
         return cls(RowStepper(table), table.timestep, table.noise_after, steps)
 
 
 def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
-    """The rows with which steps from these sigmas begin. A second call of the model in a step is at another sigma, or
-    leads from a level to itself."""
+    """The rows with which the steps from these sigmas begin.
+
+    The row of a second call of the model within a step is none of these: it is at another sigma, or it leads from a
+    level to the same level.
+    """
     ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
     moves = (ratio - ratio_after).abs() > ROUNDED * ratio
     begins: list[int] = []
@@ -49,7 +56,9 @@ def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
 
 
 def first_rows_untold(table: StepTable, sigmas: Tensor) -> list[int]:
-    """first_rows of a function that does not tell its steps; where it calls the model at other sigmas, each row is
-    one."""
+    """first_rows for a function whose callback does not tell where its steps begin.
+
+    If the function does not call the model at these sigmas, each row counts as a step.
+    """
     begins = first_rows(table, sigmas)
     return begins if len(begins) == len(sigmas) else list(range(min(len(sigmas), len(table))))

@@ -1,4 +1,4 @@
-"""Which samples a step table is for, told by its levels; and its rows for other samples and models."""
+"""The kind of samples that a step table is for, found from its levels, and its rows for other samples and models."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ NEAR = 1e-5
 
 
 def scale_of(table: StepTable) -> str:
-    """SIGMA_SPACE, FLOW or OTHER, as variance-preserving samples are, and those whose levels are not known."""
+    """SIGMA_SPACE, FLOW or OTHER. Variance-preserving samples and tables without levels are OTHER."""
     signal, noise = table.signal_now, table.noise_now
-    for scale, one in ((SIGMA_SPACE, signal), (FLOW, signal + noise)):
-        if bool(((one - 1).abs() < NEAR).all()):
+    for scale, unit in ((SIGMA_SPACE, signal), (FLOW, signal + noise)):
+        if bool(((unit - 1).abs() < NEAR).all()):
             return scale
     return OTHER
 
 
 def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
-    """The sigmas between which the rows lie, float64 (rows + 1,): of a flow its own, of other samples the ratio of
-    noise and signal; and the table, for samples of x0 + sigma eps unless it is a flow's.
+    """The sigmas between the rows, float64 (rows + 1,), and the table for samples x0 + sigma eps.
+
+    For a flow these are the flow's own sigmas, and the table stays that of the flow. For other samples a sigma is the
+    noise divided by the signal.
 
     Raises:
-        ValueError: levels that are not known, that do not follow on one another, or without signal.
+        ValueError: the table has no levels; a level has no signal; a row does not start at the level where the row
+            before it ends.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim
@@ -52,10 +55,10 @@ def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
 
 
 def of_denoiser(table: StepTable) -> StepTable:
-    """The rows for a model that returns the predicted clean sample, x0 = a x + b m, in place of m.
+    """The rows for a denoiser, a model that returns the predicted clean sample x0 = a x + b m in place of m.
 
     Raises:
-        ValueError: rows that read more than that.
+        ValueError: a row reads more than x0.
     """
     m_of_x0 = torch.where(table.b != 0, 1 / table.b, 0)
     reads = (table.c2 != 0) | (table.k2 != 0)
@@ -63,11 +66,11 @@ def of_denoiser(table: StepTable) -> StepTable:
         raise ValueError("the table reads more of the model than its predicted clean sample, which a denoiser returns")
     if bool(reads.any()) and clip_in_notes(table, None) is not None:
         raise ValueError("the table reads what the model returned before the clip, expected rows that read x0 alone")
-    moved: dict[str, Any] = {
+    columns: dict[str, Any] = {
         "c0": table.c0 + table.c2 * m_of_x0,
         "c1": table.c1 - table.c2 * m_of_x0 * table.a,
         "k0": table.k0 + table.k2 * m_of_x0,
         "k1": table.k1 - table.k2 * m_of_x0 * table.a,
     }
     zeros, called = torch.zeros_like(table.a), (table.b != 0).to(table.a.dtype)
-    return replace(table, **moved, a=zeros, b=called, c2=zeros, k2=zeros, g0=None, g1=None)
+    return replace(table, **columns, a=zeros, b=called, c2=zeros, k2=zeros, g0=None, g1=None)

@@ -1,8 +1,8 @@
-"""The GaussianDiffusion of a well-known tutorial, found in many notebooks, recognised by its methods' parameters.
+"""The GaussianDiffusion of a well-known tutorial, which is in many notebooks. Its methods' parameters identify it.
 
-There are many variations of it. The rows are made of the object's own tables. Before a method is fused for samples of
-some shape, it runs on such samples and is compared with these rows: see tutorial_trial.py. A method that a subclass
-overrides runs as it is, or is proven in a first loop: see proof.py.
+There are many variations of the class. The rows are made from the object's own tables. Before a method is fused for
+samples of some shape, the method runs on trial samples of this shape, and the result is compared with that of the rows:
+see tutorial_trial.py. A method that a subclass overrides runs as it is, or is proven in a first loop: see proof.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 from ddpm_ext.tables.on_device import KernelTables
 
 Model = Callable[..., Tensor]
-METHODS = {  # their first parameters
+METHODS = {  # {method: its first parameters}
     "q_sample": "x_start, t, noise=None",
     "p_mean_variance": "model, x_t, t, clip_denoised=True",
     "p_sample": "model, x_t, t, clip_denoised=True",
@@ -43,13 +43,13 @@ METHODS = {  # their first parameters
 
 TRAINING = ("q_sample", "train_losses")
 LOOPS = {"sample", "p_sample_loop"}
-NOT_CALLED = {  # by these methods
+NOT_CALLED = {  # {method: methods that it never calls}
     "p_sample": LOOPS | {*TRAINING},
     "q_sample": LOOPS | {"train_losses", "p_sample", "p_mean_variance"},
     "train_losses": LOOPS | {"p_sample", "p_mean_variance"},
 }
-NOT_TRIED = {*CACHED, "_acceleration"}  # attributes that no copy of the tutorial's has
-PROBED = (2, 3, 8, 8)  # the shape of samples by which another sampler knows what the model predicts
+NOT_TRIED = {*CACHED, "_acceleration"}  # attributes that the plain copy for a trial does not have
+PROBED = (2, 3, 8, 8)  # the shape of the trial samples before ddpm_ext's own loop runs
 
 SUPPORT = tuple(
     Support("the tutorial's class", *row)
@@ -80,49 +80,54 @@ SUPPORT = tuple(
 
 
 def resembles(cls: type) -> bool:
-    """Whether a class has the tutorial's methods: by the names, order and defaults of their first parameters."""
-    if issubclass(cls, GaussianDiffusion):  # ours
+    """Whether a class has the tutorial's methods, with the same names, order and defaults of their first parameters."""
+    if issubclass(cls, GaussianDiffusion):  # ddpm_ext's own class
         return False
     for name, expected in METHODS.items():
         method = getattr(cls, name, None)
         if not inspect.isfunction(method):
             return False
-        _, _, found = signature_text(method)[:-1].partition(", ")  # after self
-        if found != expected and not found.startswith(f"{expected}, "):
+        _, _, parameters = signature_text(method)[:-1].partition(", ")  # after self
+        if parameters != expected and not parameters.startswith(f"{expected}, "):
             return False
     return True
 
 
 @functools.lru_cache(64)
-def _methods(of: str, classes: tuple[type, ...], counts: tuple[int, ...]) -> tuple[frozenset[str], str | None]:
-    """The methods of these classes that `of` may call, and the first of them that one class has from another. counts:
-    of the classes' attributes, which somebody may add to."""
+def _methods(caller: str, classes: tuple[type, ...], counts: tuple[int, ...]) -> tuple[frozenset[str], str | None]:
+    """The methods of these classes that the method `caller` may call, and the first one that a class overrides, if any.
+
+    Args:
+        counts: the numbers of the classes' attributes, as a part of the cache key: methods may be added to a class.
+    """
     names: set[str] = set()
     overridden = None
     for base in classes:
         methods = {name for name, each in vars(base).items() if inspect.isfunction(each) and not name.startswith("__")}
-        overridden = overridden or min(names & methods - NOT_CALLED[of], default=None)
+        overridden = overridden or min(names & methods - NOT_CALLED[caller], default=None)
         names |= methods
-    return frozenset(names - NOT_CALLED[of]), overridden
+    return frozenset(names - NOT_CALLED[caller]), overridden
 
 
 class Tried(NamedTuple):
-    """What a trial told: the rows of the object's tables, and the mode in which its method runs."""
+    """The result of a trial: the rows of the object's tables, and the grad mode in which its method runs."""
 
     rows: KernelTables
     grad_mode: GradMode
 
 
 class _StartNoise(TorchFunctionMode):
-    """Gives the noise contract's numbers to the first torch.randn of a loop, until the loop takes its first step."""
+    """Makes the first torch.randn of a loop, before its first step, return noise of the noise contract."""
 
     def __init__(self, rng: Philox) -> None:
         super().__init__()
         self.rng, self.used, self.active = rng, False, ExitStack()
 
     def end(self) -> None:
-        """Is called before the first step. Torch leaves the mode that was entered last, which another one may be: then
-        this one stays until the loop ends, and does nothing."""
+        """Called before the first step. It exits this mode, if that is the mode that was entered last.
+
+        Torch can exit no other mode. If there is a later one, this mode stays until the loop ends, and does nothing.
+        """
         self.used = True
         if torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is self:
             self.active.close()
@@ -146,32 +151,34 @@ class Tutorial(LoopOptionsTaker):
     library = "the tutorial's class"
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
 
-    # ----------------------------------------------------------------------------------------------------- what fits
+    # ------------------------------------------------------------------------------------------------ rows and trials
 
     def _own_classes(self) -> Sequence[type]:
         return [base for base in self._peer.__mro__ if base not in (nn.Module, object)]
 
-    def _foreign_method(self, of: str = "p_sample") -> str | None:
-        """The name of a method that `of` may call and that a subclass overrides, or the object; None where none is."""
+    def _foreign_method(self, caller: str = "p_sample") -> str | None:
+        """The name of a method that `caller` may call, and that a subclass or the object overrides; None if none is."""
         classes = tuple(self._own_classes())
-        methods, overridden = _methods(of, classes, tuple([len(vars(base)) for base in classes]))
+        methods, overridden = _methods(caller, classes, tuple([len(vars(base)) for base in classes]))
         return min(methods & self.__dict__.keys(), default=overridden)
 
     def _check(self) -> None:
-        """Raises TypeError where the tables are not the tutorial's."""
+        """Raises TypeError if the tables are not the tutorial's."""
         rows = attempt(self._rows)
         if isinstance(rows, Fallback):
             name = f"{self._peer.__module__}.{self._peer.__qualname__}"
             raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {rows.reason}")
 
     def _rows(self) -> KernelTables:
-        """The rows of the tables as they are. Raises Fallback."""
+        """The rows of the object's current tables, cached. Raises Fallback if they are not the tutorial's."""
         tables = {name: getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES}
         return self._of_state(tables.values(), lambda: checked_rows(tables))
 
     def _tried(self, method: str, shape: Sequence[int], device: torch.device, *clip: bool) -> Tried:
-        """Tries a method on samples of this shape, once for each state of the object. Raises Fallback where it differs
-        from the tutorial's."""
+        """Tries a method on samples of this shape, once for each state of the object.
+
+        Raises Fallback if its results differ from those of the tutorial's method.
+        """
 
         def run() -> Tried:
             rows = self._rows()
@@ -184,9 +191,10 @@ class Tutorial(LoopOptionsTaker):
         return self._of_state((method, torch.Size(shape), device, *clip), run, self._state())
 
     def _rows_for_training(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> KernelTables:
-        """Raises Fallback where a call of a method of training has no fused form.
+        """The rows for a call of a training method. Raises Fallback if the call has no fused form.
 
-        more: whether the call has arguments that the tutorial's method doesn't have.
+        Args:
+            more: whether the call has arguments that the tutorial's method doesn't have.
         """
         if more:
             raise Fallback("it has arguments that the tutorial's hasn't")
@@ -214,14 +222,14 @@ class Tutorial(LoopOptionsTaker):
             raise Fallback("it has arguments that the tutorial's hasn't")
         check_batch(x_t, t, None, (torch.float32,))
         trial = x_t.device, bool(clip_denoised)
-        own = peer_method(self, "p_sample")
+        peers_step = peer_method(self, "p_sample")
 
         def by_rows() -> Tensor:
             is_proven = "_is_proving" in self.__dict__
             tried = Tried(self._rows(), torch.no_grad) if is_proven else self._tried("p_sample", x_t.shape, *trial)
             with tried.grad_mode():
                 output = model(x_t, t)
-                check_output(x_t, output, lambda: own(returning(output), x_t, t, clip_denoised))
+                check_output(x_t, output, lambda: peers_step(returning(output), x_t, t, clip_denoised))
                 clip = (-1.0, 1.0) if clip_denoised else None
                 rng = self.accelerated.rng_of_step_at(t, len(tried.rows))
                 source: dict[str, Any] = {"rng": rng}
@@ -231,29 +239,31 @@ class Tutorial(LoopOptionsTaker):
                 table = tried.rows.get("steps", x_t.device, torch.float32)
                 return ops.reverse_step(x_t, output, table, t, clip=clip, **source)
 
-        by_code = functools.partial(own, model, x_t, t, clip_denoised)
+        by_code = functools.partial(peers_step, model, x_t, t, clip_denoised)
         return self._step("p_sample", x_t, t.tolist, (clip_denoised,), by_rows, by_code)
 
     @takes_loop_options
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise.
-        With options of GaussianDiffusion.p_sample_loop, that loop."""
-        settings, own = self.accelerated, peer_method(self, "p_sample_loop")
+        """Runs the class's own loop, whose steps are fused. With options of GaussianDiffusion.p_sample_loop, runs that.
+
+        With noise="philox" the loop's start noise is also that of the noise contract.
+        """
+        settings, peers_loop = self.accelerated, peer_method(self, "p_sample_loop")
         if settings.noise == "torch" or torch.compiler.is_compiling() or self._foreign_method() is not None:
-            return own(model, shape, *args, **kwargs)  # each step says why it falls back
+            return peers_loop(model, shape, *args, **kwargs)  # each step records why it falls back
         settings.begin_loop()
         assert settings.rng is not None
         start = self.__dict__["_start_noise"] = _StartNoise(settings.rng)
         with start.active:
             start.active.enter_context(start)
             try:
-                return own(model, shape, *args, **kwargs)
+                return peers_loop(model, shape, *args, **kwargs)
             finally:
                 self.__dict__.pop("_start_noise", None)
                 settings.end_loop()
 
     def _prediction(self) -> str:
-        """By a step of the object's own, of which another sampler takes the tables alone."""
+        """The model's prediction, which is "eps". Raises Fallback if a trial of p_sample does not confirm it."""
         foreign = self._foreign_method()
         if foreign is not None:
             raise Fallback(f"its {foreign} overrides another")

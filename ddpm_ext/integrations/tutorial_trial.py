@@ -1,8 +1,8 @@
-"""Whether a class that resembles the tutorial's does the same: its methods run beside the rows of its tables.
+"""Trials of a class that resembles the tutorial's: are the results of its methods those of the rows of its tables?
 
-They run on samples of the caller's own shape and device, at the timesteps of both ends and of the middle, and at every
-timestep on one sample. There are many variations of the class: one may scale a single channel, look at the size of its
-samples, or change its guidance for a few timesteps.
+A method runs on samples of the caller's shape and device, at timesteps of both ends and of the middle, and at every
+timestep on one sample. So much is needed because there are many variations of the class: one may scale a single
+channel, depend on the size of its samples, or change its guidance for a few timesteps.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from ddpm_ext.integrations.proof import Generators, changed, contents
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.tables.on_device import KernelTables
 
-TOLERANCE = 1e-5  # relative to the terms of a sum in float32, added in any order
-SCALES = ((1.0, -1 / 256), (-1.0, 4.0))  # by turns; with the smallest, no predicted clean sample is clipped
+TOLERANCE = 1e-5  # relative to the size of the terms: float32 sums of them, in any order, differ by less
+SCALES = ((1.0, -1 / 256), (-1.0, 4.0))  # of samples, in turn; at the smallest no predicted clean sample is clipped
 GradMode = Callable[[], AbstractContextManager[Any]]
 
 
 def checked_rows(tables: Mapping[str, Any]) -> KernelTables:
-    """The rows of an object's tables. Raises Fallback where these are not the tutorial's."""
-    own = {name: tables[name] for name in TABLES}
-    shape = getattr(own[TABLES[0]], "shape", ())
-    for name, table in own.items():
+    """The rows of an object's tables. Raises Fallback if these are not the tutorial's."""
+    needed = {name: tables[name] for name in TABLES}
+    shape = getattr(needed[TABLES[0]], "shape", ())
+    for name, table in needed.items():
         if not isinstance(table, Tensor) or table.dtype not in (torch.float32, torch.float64):
             raise Fallback(f"its {name} is no tensor of float32 or float64")
         if table.shape != shape or table.dim() != 1:
             raise Fallback(f"its {name} has shape {tuple(table.shape)}, no number a timestep")
-    return rows_of(own, "eps")
+    return rows_of(needed, "eps")
 
 
 def copied(x: Any) -> Any:
-    """A copy, also of the containers and tensors in it: what methods of a trial write to these is not the caller's."""
+    """A copy, also of the containers and tensors in x, so that a trial does not write to the caller's objects."""
     if isinstance(x, dict):
         return type(x)({key: copied(value) for key, value in x.items()})
     if isinstance(x, list):
@@ -51,14 +51,17 @@ def copied(x: Any) -> Any:
 
 @torch.enable_grad()
 def try_step(plain: Any, rows: KernelTables, shape: Sequence[int], device: torch.device, clip: bool) -> GradMode:
-    """The mode in which the object's p_sample runs: with gradients or without. Raises Fallback where its p_sample
-    differs from the rows, or stores something. Each timestep is tried, most of them with one sample."""
+    """Tries the object's p_sample at each timestep, most of them with one sample.
+
+    Returns the grad mode in which p_sample runs its code: with gradients or without. Raises Fallback if its results
+    differ from those of the rows, or if it stores something.
+    """
     count, last = len(rows), len(rows) - 1
     ends = sorted({0, 1, count // 2, last - 1, last} & set(range(count)))
     times = [torch.full(shape[:1], t, device=device) for t in ends]
-    every = torch.arange(shape[0], device=device)
-    times.append(every * max(1, last // max(1, shape[0] - 1)) % count)  # a timestep each
-    times += torch.arange(count, device=device)[:, None]  # all, with a single sample
+    samples = torch.arange(shape[0], device=device)
+    times.append(samples * max(1, last // max(1, shape[0] - 1)) % count)  # each sample with another timestep
+    times += torch.arange(count, device=device)[:, None]  # all timesteps, each with a single sample
     trial = _Trial(plain, device)
     table = rows.get("steps", device, torch.float32)
     for i, t in enumerate(times):
@@ -78,9 +81,9 @@ def try_step(plain: Any, rows: KernelTables, shape: Sequence[int], device: torch
 
 @torch.enable_grad()
 def try_training(plain: Any, rows: KernelTables, method: str, shape: Sequence[int], device: torch.device) -> GradMode:
-    """Raises Fallback where q_sample or train_losses differs from the rows, or stores something."""
-    trial, every = _Trial(plain, device), torch.arange(shape[0], device=device) % len(rows)
-    for t in (every, len(rows) - 1 - every):
+    """Tries q_sample or train_losses. Raises Fallback if its results differ from the rows', or it stores anything."""
+    trial, rising = _Trial(plain, device), torch.arange(shape[0], device=device) % len(rows)
+    for t in (rising, len(rows) - 1 - rising):
         for x in trial.samples(shape, *SCALES[1]):
             trial.rewind()
             z = torch.randn_like(x)
@@ -98,7 +101,7 @@ def try_training(plain: Any, rows: KernelTables, method: str, shape: Sequence[in
 
 
 class _Probe(nn.Module):
-    """A model with a parameter. It draws a number before it returns, so that the order of draws shows."""
+    """A model with a parameter. It draws a number, so that a step that draws its noise before the call differs."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -123,11 +126,11 @@ class _Trial:
         return [scale * (normal + 0.5) for scale in scales]
 
     def call(self, name: str, *args: Any, **options: Any) -> Tensor:
-        """What the object's method gives. Raises Fallback for an error of its code."""
+        """The result of the object's method. Raises Fallback if the method raises an error or returns no tensor."""
         self.rewind()
         try:
             result = getattr(self._plain, name)(*args, **options)
-        except Exception as error:  # anybody's code
+        except Exception as error:  # a user's code may raise anything
             raise Fallback(f"its {name} raises {type(error).__name__}: {error}") from None
         finally:
             self.rewind()
@@ -148,12 +151,12 @@ class _Trial:
 
 
 def _compare(name: str, result: Tensor, of_rows: Tensor, size: Tensor, t: Tensor) -> None:
-    """Raises Fallback where a result differs by more than the rounding of terms of a size."""
+    """Raises Fallback if a result differs from that of the rows by more than the rounding of terms of this size."""
     if result.shape != of_rows.shape or result.dtype != of_rows.dtype:
         raise Fallback(f"its {name} gives {result.dtype} of shape {tuple(result.shape)}")
     ours, theirs = of_rows.flatten(), result.detach().flatten()
     wrong = ~((theirs - ours).abs() <= TOLERANCE * size.flatten())  # NaN is wrong
     if wrong.any():
-        at = int(wrong.nonzero()[0])
-        where = f" at t = {int(t[at * len(t) // len(wrong)])}" if len(wrong) > 1 else ""
-        raise Fallback(f"its {name} gives {theirs[at]:.6g}{where}, where the tutorial's gives {ours[at]:.6g}")
+        i = int(wrong.nonzero()[0])
+        where = f" at t = {int(t[i * len(t) // len(wrong)])}" if len(wrong) > 1 else ""
+        raise Fallback(f"its {name} gives {theirs[i]:.6g}{where}, where the tutorial's gives {ours[i]:.6g}")

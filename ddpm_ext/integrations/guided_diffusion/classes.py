@@ -1,4 +1,4 @@
-"""The mixins for guided-diffusion's classes and for improved-diffusion's, whose methods have no cond_fn."""
+"""The mixins for the classes of guided-diffusion and of improved-diffusion. The latter's methods have no cond_fn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _without_cond_fn(parameters: str) -> str:
     return parameters.replace(" cond_fn=None,", "")
 
 
-# The parameters of guided-diffusion's methods, but for self. Forks of its code may have others.
+# The parameters of guided-diffusion's methods, without self. Forks of its code may have others.
 PARAMETERS = {
     "q_sample": "x_start, t, noise=None",
     "p_sample": STEP,
@@ -45,7 +45,7 @@ PARAMETERS = {
 class Guided(PeerDiffusion):
     """Mixin placed before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
 
-    The steps and loops are made for each accelerated class, with the signatures of the peer's own methods.
+    __init_subclass__ adds the steps and loops to each accelerated class, with the signatures of the peer's methods.
     """
 
     library = "guided-diffusion"
@@ -64,23 +64,23 @@ class Guided(PeerDiffusion):
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raises TypeError for a fork, which goes by the same names, whose methods take other arguments."""
+        """Adds the steps and loops. Raises TypeError for a fork of the library whose methods have other arguments."""
         super().__init_subclass__(**kwargs)
         peer = cls.__dict__.get("_peer")
         if peer is None:
             return
         for name, parameters in cls._peer_parameters.items():
-            # Where it is first defined: a subclass passes on (*args, **kwargs).
-            own = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
-            found = "()" if own is None else signature_text(own)
+            # The method of the base class: a subclass's may have (*args, **kwargs), which it passes on.
+            method = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
+            actual = "()" if method is None else signature_text(method)
             expected = f"(self, {parameters})"
-            if found != expected:
+            if actual != expected:
                 raise TypeError(
-                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes {found}, expected "
+                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes {actual}, expected "
                     f"{cls.library}'s, {expected}"
                 )
-            if own is not None and name not in vars(Guided):  # a step or a loop
-                setattr(cls, name, _fused(own))
+            if method is not None and name not in vars(Guided):  # a step or a loop
+                setattr(cls, name, _fused(method))
 
     @with_fallback()
     def q_sample(self: Any, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -106,15 +106,16 @@ class Guided(PeerDiffusion):
             raise Fallback("a gradient is asked for by x_start or noise")
 
         with_bound = tables.learned or not tables.with_error
-        # The samples whose term the peer computes. Finding them waits for a GPU; the peer waits for each table.
+        # The peer's code computes the bound's term at t = 0. To find these samples, the host waits for a GPU once. The
+        # peer's own code waits at each of its tables.
         at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
         source = self._training_noise(x_start, noise)
         x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)
         output = model(x_t, timesteps_for(self, tables, model, t), **(model_kwargs or {}))
 
         def own_losses() -> Any:
-            own = peer_method(self, "training_losses")
-            return own(returning(output), x_start, t, model_kwargs, noise_itself(source, x_start))
+            losses = peer_method(self, "training_losses")
+            return losses(returning(output), x_start, t, model_kwargs, noise_itself(source, x_start))
 
         prediction, _ = split_output(tables, x_start, output, own_losses)
         terms: dict[str, Tensor] = {}
@@ -122,13 +123,13 @@ class Guided(PeerDiffusion):
             options: dict[str, Any] = {"reduction": "none", "variational": True, "detach_mean": tables.with_error}
             vb = ops.diffusion_loss(output, x_start, tables.get("bound", device), t, **options, **source)
             if len(at_zero) > 0:
-                own_output = output[at_zero]
+                output_at_zero = output[at_zero]
                 if tables.with_error:  # the prediction gets no gradient from the bound
                     channels = x_start.shape[1]
-                    own_output = torch.cat([own_output[:, :channels].detach(), own_output[:, channels:]], 1)
+                    output_at_zero = torch.cat([output_at_zero[:, :channels].detach(), output_at_zero[:, channels:]], 1)
                 inputs = (x_start[at_zero], x_t[at_zero], t[at_zero])
-                own_terms = self._vb_terms_bpd(returning(own_output), *inputs, clip_denoised=False)["output"]
-                vb = vb.index_add(0, at_zero, (own_terms * tables.bound_factor).to(vb.dtype))
+                terms_at_zero = self._vb_terms_bpd(returning(output_at_zero), *inputs, clip_denoised=False)["output"]
+                vb = vb.index_add(0, at_zero, (terms_at_zero * tables.bound_factor).to(vb.dtype))
             terms["vb"] = vb
         if not tables.with_error:
             return {"loss": terms["vb"]}
@@ -140,33 +141,33 @@ class Guided(PeerDiffusion):
         return terms
 
 
-def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The method that replaces the peer's `own`, a step or a loop, with the same signature."""
-    method = own.__name__
-    of_step = next(name for name in STEPS if method.startswith(name))
-    take_step, (_, *parameters) = STEPS[of_step], inspect.signature(own).parameters.values()
-    # Binds a call's arguments as a function does, at a tenth of the cost of inspect.Signature.bind.
+def _fused(peers_method: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of the peer's method, a step or a loop, with the same signature."""
+    method = peers_method.__name__
+    name_of_step = next(name for name in STEPS if method.startswith(name))
+    take_step, (_, *parameters) = STEPS[name_of_step], inspect.signature(peers_method).parameters.values()
+    # A named tuple binds a call's arguments as a function does, at a tenth of the cost of inspect.Signature.bind.
     defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
     bind: Any = namedtuple("bind", [parameter.name for parameter in parameters], defaults=defaults)  # type: ignore[misc]
 
     is_loop, progressive = "loop" in method, method.endswith("_progressive")
 
-    @functools.wraps(own)
+    @functools.wraps(peers_method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            given: Any = bind(*args, **kwargs)
+            arguments: Any = bind(*args, **kwargs)
         except TypeError:
-            given = None
-        if given is None:
-            return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
+            arguments = None
+        if arguments is None:
+            return peer_method(self, method)(*args, **kwargs)  # raises the TypeError
         if not is_loop:
-            return take_step(self, given, given.x, given.t)
+            return take_step(self, arguments, arguments.x, arguments.t)
         foreign = self._foreign_method()
         if foreign is not None:
-            if not self.accelerated.trace:  # else its steps are proven one by one
+            if not self.accelerated.trace:  # with trace=True the steps are proven one by one
                 self.accelerated.record_fallback(self.library, method, self._refusal(foreign))
             return peer_method(self, method)(*args, **kwargs)
-        steps = take_loop(self, of_step, given, with_x0=progressive)
+        steps = take_loop(self, name_of_step, arguments, with_x0=progressive)
         if progressive:
             return steps
         for step in steps:
@@ -186,8 +187,10 @@ class Improved(Guided):
 
 
 class Spaced(Guided):
-    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases: it goes over some of the
-    timesteps, and its models get those of the original one."""
+    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases.
+
+    A SpacedDiffusion has some of another diffusion's timesteps. Its models get the other diffusion's timesteps.
+    """
 
     relies_on = (*Guided.relies_on, "_wrap_model")
 

@@ -1,4 +1,4 @@
-"""A step of an accelerated object: the peer's p_sample, ddim_sample or ddim_reverse_sample in one launch; and loops."""
+"""Steps in one launch, for the peer's p_sample, ddim_sample and ddim_reverse_sample, and loops of these steps."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-FLOAT32 = (torch.float32,)  # the peer's float32 tables make float32 of other dtypes
+FLOAT32 = (torch.float32,)  # The peer's results are float32 for other dtypes, too, because of its float32 tables.
 OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
 GRADIENT = "a gradient is asked for through a step"
 
 
 class DrawnNoise(TorchFunctionMode):
-    """Gives noise that was drawn already to the peer's own code, where that draws it."""
+    """Makes torch.randn_like return noise that was drawn already, while the peer's own code runs."""
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class DrawnNoise(TorchFunctionMode):
 
 
 def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = None) -> None:
-    """Raises Fallback where the operators can't take samples x, timesteps t and the noise."""
+    """Raises Fallback if the operators can't take samples x, timesteps t and the noise."""
     check_tensors(x, dtypes=FLOAT32)
     if not isinstance(t, Tensor) or t.shape != (len(x),) or (noise is not None and noise.shape != x.shape):
         raise Fallback  # the peer raises an error
@@ -64,15 +64,15 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
 def split_output(
     tables: FusedTables, x: Tensor, output: Any, instead: Function | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """A model's output as its prediction and its variance, which is None where it is not learned.
+    """Splits a model's output into its prediction and its variance, which is None unless it is learned.
 
-    x has a dimension of channels. Raises Fallback, with `instead`, where the output is none that the operators take.
+    x must have a dimension of channels. Raises Fallback, with `instead`, if the operators can't take the output.
     """
     batch, channels, *others = x.shape
     shape = torch.Size((batch, 2 * channels, *others)) if tables.learned else x.shape
     if isinstance(output, Tensor) and output.shape != shape:
         raise Fallback(None, instead)  # the peer raises an error
-    # The predicted clean sample is returned in the dtype in which the model predicts it.
+    # A predicted clean sample must have the samples' dtype, because the peer returns it in the model's dtype.
     check_output(x, output, instead, allow_16_bits=tables.prediction != "x0", shape=shape)
     return (output[:, :channels], output[:, channels:]) if tables.learned else (output, None)
 
@@ -80,7 +80,7 @@ def split_output(
 def _take_step(
     method: str,
     peer: Any,
-    given: Any,
+    args: Any,
     x: Tensor,
     t: Tensor,
     row: int | None = None,
@@ -91,18 +91,20 @@ def _take_step(
     """One step by `method`. Raises Fallback.
 
     Args:
-        given: the arguments of the peer's method or loop, as attributes.
-        row, model_t, rng: in a loop, the timestep as an int, what a model gets for it, (batch,), and the loop's noise.
-        with_x0: whether the predicted clean samples are returned, too.
+        args: the arguments of the peer's method or loop, as attributes.
+        row: in a loop, the timestep as an int.
+        model_t: in a loop, the timesteps that the model gets, (batch,).
+        rng: in a loop, the generator of its noise.
+        with_x0: whether to return the predicted clean samples, too.
     """
-    clip = (-1.0, 1.0) if given.clip_denoised else None
-    denoised_fn, cond_fn, model_kwargs = given.denoised_fn, getattr(given, "cond_fn", None), given.model_kwargs
-    eta: Any = getattr(given, "eta", None)
+    clip = (-1.0, 1.0) if args.clip_denoised else None
+    denoised_fn, cond_fn, model_kwargs = args.denoised_fn, getattr(args, "cond_fn", None), args.model_kwargs
+    eta: Any = getattr(args, "eta", None)
     fused, ddpm = tables_of(peer), method == "p_sample"
     tables = fused.rows(method, eta, clip is not None or denoised_fn is not None)
     if row is None:
         check_inputs(fused, x, t)
-    else:  # t is the loop's own
+    else:  # t was made by take_loop
         check_tensors(x, dtypes=FLOAT32)
         if x.shape[0] != t.shape[0] or x.device != t.device:
             raise Fallback
@@ -115,14 +117,14 @@ def _take_step(
     if model_t is None:
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
 
-    output = given.model(x, timesteps_for(peer, fused, given.model, t, model_t), **kwargs)
-    results: dict[str, Any] = {"model": output}  # of functions that must not be called again
+    output = args.model(x, timesteps_for(peer, fused, args.model, t, model_t), **kwargs)
+    results: dict[str, Any] = {"model": output}  # of the caller's functions, which own_step must not call again
     noise: Tensor | None = None
 
     def own_step() -> Any:
         functions = {name: returning(result) for name, result in results.items()}
         with contextlib.nullcontext() if noise is None else DrawnNoise(noise):
-            return _take_own_step(method, peer, given._replace(**functions), x, t)
+            return _take_own_step(method, peer, args._replace(**functions), x, t)
 
     if isinstance(output, Tensor) and wants_gradient(output):
         raise Fallback(GRADIENT, own_step)
@@ -146,7 +148,7 @@ def _take_step(
         needed = prediction if ddpm and fused.prediction == "x_prev" else None
 
     draws = method != "ddim_reverse_sample" and peer.accelerated.noise == "torch"
-    if draws and ddpm:  # before cond_fn, which may draw, too
+    if draws and ddpm:  # drawn before the call of cond_fn, as in the peer, because cond_fn may draw, too
         noise = torch.randn_like(x)
     if cond_fn is not None:
         gradient = results["cond_fn"] = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)
@@ -163,7 +165,8 @@ def _take_step(
             extras |= noise_arguments(noise, x)
         else:
             extras["rng"] = peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng
-    first = x  # in the peer's formula, which a cond_fn begins anew in DDIM
+    # The first operand of the peer's formula for the next sample; see layout_arguments. With a cond_fn, DDIM's is x.
+    first = x
     if cond_fn is None or ddpm:
         first = results["denoised_fn"] if needed is None else x if fused.prediction == "eps" else prediction
     extras |= layout_arguments(first, x)
@@ -172,54 +175,56 @@ def _take_step(
     return {"sample": sample} if x0 is None else {"sample": sample, "pred_xstart": x0}
 
 
-def _take_own_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in given._asdict().items() if name not in OF_CALL}
-    return peer_method(peer, method)(given.model, x, t, **options)
+def _take_own_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
+    options = {name: value for name, value in args._asdict().items() if name not in OF_CALL}
+    return peer_method(peer, method)(args.model, x, t, **options)
 
 
-def _take_any_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *of_loop: Any) -> dict[str, Tensor]:
-    """One step, by the rows or by a method of somebody's own. Raises Fallback."""
-    functions = given.denoised_fn, getattr(given, "cond_fn", None)
-    code = [getattr(function, "__code__", function) for function in functions]  # the same of a lambda in each call
-    options = (given.clip_denoised, *code, kinds_of(given.model_kwargs))
+def _take_any_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *of_loop: Any) -> dict[str, Tensor]:
+    """One step, by the rows or by an overridden method. Raises Fallback."""
+    functions = args.denoised_fn, getattr(args, "cond_fn", None)
+    # The code is the cache key: callers may create the same lambda in each call.
+    code = [getattr(function, "__code__", function) for function in functions]
+    options = (args.clip_denoised, *code, kinds_of(args.model_kwargs))
     return peer._step(  # noqa: SLF001 (of this package)
         method,
         x,
         lambda: t.tolist(),
-        (*options, getattr(given, "eta", None)),
-        functools.partial(_take_step, method, peer, given, x, t, *of_loop),
-        functools.partial(_take_own_step, method, peer, given, x, t),
+        (*options, getattr(args, "eta", None)),
+        functools.partial(_take_step, method, peer, args, x, t, *of_loop),
+        functools.partial(_take_own_step, method, peer, args, x, t),
     )
 
 
-# By the peer's method: (peer, given, x, t, ...) takes a step, fused or by the peer's own code.
+# {name of the peer's method: (peer, args, x, t, ...) takes a step of it, fused or by the peer's own code}.
 STEPS: dict[str, Function] = {
     method: with_fallback(method, _take_own_step)(functools.partial(_take_any_step, method))
     for method in ("p_sample", "ddim_sample", "ddim_reverse_sample")
 }
 
 
-def take_loop(peer: Any, method: str, given: Any, with_x0: bool = True) -> Iterator[dict[str, Tensor]]:
-    """A loop's steps by `method`, as the peer's progressive loops yield them.
+def take_loop(peer: Any, method: str, args: Any, with_x0: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Yields the results of a loop's steps by `method`, as the peer's progressive loops do.
 
-    given: the arguments of the peer's loop, as attributes.
+    Args:
+        args: the arguments of the peer's loop, as attributes.
     """
-    device, shape, noise = given.device, given.shape, given.noise
+    device, shape, noise = args.device, args.shape, args.noise
     if device is None:
-        device = next(given.model.parameters()).device
+        device = next(args.model.parameters()).device
     assert isinstance(shape, tuple | list)
     x, rng = noise, peer.accelerated.whole_loop(int(shape[0]) if noise is None else len(noise))
     if x is None:
         x = start_noise(shape, rng, device)
     rows: Any = range(peer.num_timesteps)[::-1]
-    if given.progress:
+    if args.progress:
         from tqdm.auto import tqdm
 
         rows = tqdm(rows)
-    # All steps' timesteps are made at once: the model gets a row of these, so no step makes a tensor or waits for one.
+    # The timesteps of all steps are created at once. The model gets a row of this tensor, so no step creates a tensor.
     timesteps = torch.arange(peer.num_timesteps, device=device)[:, None].repeat(1, shape[0])
     model_timesteps = timesteps
-    with contextlib.suppress(Fallback):  # each step says why it falls back
+    with contextlib.suppress(Fallback):  # each step records why it falls back
         fused = tables_of(peer)
         if not fused.model_gets_t:
             model_timesteps = fused.model_timesteps(timesteps.device)[:, None].repeat(1, shape[0])
@@ -227,6 +232,6 @@ def take_loop(peer: Any, method: str, given: Any, with_x0: bool = True) -> Itera
         with torch.no_grad():
             t = timesteps[row]
             model_t = t if model_timesteps is timesteps else model_timesteps[row]
-            out = STEPS[method](peer, given, x, t, row, model_t, rng, with_x0)
+            out = STEPS[method](peer, args, x, t, row, model_t, rng, with_x0)
             yield out
             x = out["sample"]

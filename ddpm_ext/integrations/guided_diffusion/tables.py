@@ -1,4 +1,4 @@
-"""An object's rows for the operators, made of its betas and compared with its own arrays."""
+"""Rows for the operators, made from an object's betas. Its other arrays must be those that follow from the betas."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ddpm_ext.tables.variances import peer_variances
 
 PREDICTIONS = peer_predictions("guided-diffusion")
 VARIANCES = peer_variances("guided-diffusion")
-# Of each loss_type: whether it includes the squared error, and the factor of the variational term in bits, as a
-# function of the number of timesteps.
+# {loss_type: (whether it includes the squared error, the factor of the variational term in bits as a function of the
+# number of timesteps)}.
 LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "MSE": (True, lambda timesteps: 1.0),
     "RESCALED_MSE": (True, lambda timesteps: timesteps / 1000.0),
@@ -34,30 +34,30 @@ LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "RESCALED_KL": (False, float),
 }
 NOT_COMPARED = ("alphas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
-SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # also in ddpm_ext
+SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # arrays named as in ddpm_ext
 ARRAYS = (*SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
 OPTIONS = ("num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
 SPACED_OPTIONS = ("timestep_map", "original_num_steps")
-LEAST = 1e-30  # of alphas_cumprod: below it, float32 is at the end of its range
+LEAST = 1e-30  # the least alphas_cumprod: smaller ones are near the end of float32's range
 
 
 class FusedTables:
     """The tables of one state of a peer's object.
 
     Attributes:
-        prediction: the name of what the model predicts.
-        learned: whether its output has twice the channels, for a variance.
-        model_gets_t: whether a model gets the timesteps as they are.
+        prediction: ddpm_ext's name of the model's prediction.
+        learned: whether the model's output has twice the channels, for a learned variance.
+        model_gets_t: whether the model gets the timesteps t unchanged.
         with_error: whether the loss includes the squared error.
-        bound_factor: that of the variational terms in bits; None for an unknown loss.
+        bound_factor: the factor of the variational terms in bits; None for an unknown loss.
 
-    Raises Fallback where the peer's own code has to run.
+    Raises Fallback if the peer's own code has to run.
     """
 
     def __init__(self, peer: Any) -> None:
         peer._check_methods()  # noqa: SLF001 (of PeerDiffusion)
         types = (peer.model_mean_type, peer.model_var_type, peer.loss_type)
-        mean, var, loss_type = (getattr(of, "name", "") for of in types)
+        mean, var, loss_type = (getattr(each, "name", "") for each in types)
         prediction, variance, loss = PREDICTIONS.get(mean), VARIANCES.get(var), LOSSES.get(loss_type)
         if prediction is None or variance is None:
             raise Fallback
@@ -66,7 +66,7 @@ class FusedTables:
         self.learned = process.variance_entry.learned
         timesteps, spaced = torch.arange(process.timesteps, device="cpu"), _is_spaced(peer)
         with torch.device("cpu"):
-            # The peer's own code maps a timestep to what a model gets.
+            # The peer's own code maps the timesteps to those that a model gets.
             model = peer._wrap_model(lambda x, t: t) if spaced else lambda x, t: t
             self._model_timesteps = model(None, peer._scale_timesteps(timesteps))
         self._draws = torch.tensor(peer.timestep_map, device="cpu") if spaced else timesteps
@@ -74,7 +74,7 @@ class FusedTables:
 
         steps = ddpm(process.grid(), prediction=prediction, variance=variance)[::-1]
         self._a, self._b = steps.a, steps.b
-        if prediction == "x_prev":  # the model's output is the mean itself, whatever a clip makes of x_0
+        if prediction == "x_prev":  # The model's output is the mean itself. A clip of x_0 does not change it.
             zeros = torch.zeros_like(steps.a)
             steps = replace(steps, c0=zeros, c1=zeros, c2=zeros + 1)
         self.with_error = loss is not None and loss[0]
@@ -90,24 +90,30 @@ class FusedTables:
         return KernelTables(for_peer, predict=torch.stack([self._a, self._b], 1), **tables)
 
     def get(self, name: str, device: torch.device) -> Tensor:
-        """A table of timesteps' rows: "steps", p_sample's; "q_sample", the weights of x_start and of the noise in x_t;
-        "error", of the model's mean squared error; "bound", of the variational bound, with zeros at t = 0."""
+        """A table with a row for each timestep.
+
+        - "steps": the steps of p_sample.
+        - "q_sample": the weights of x_start and of the noise in x_t.
+        - "error": the loss rows of the model's mean squared error.
+        - "bound": the loss rows of the variational bound, with zeros at t = 0.
+        """
         return self._ddpm.get(name, device, torch.float32)
 
     def model_timesteps(self, device: torch.device) -> Tensor:
-        """(timesteps,), what a model gets for each timestep."""
+        """The timestep that a model gets for each timestep t, (timesteps,)."""
         return self._ddpm.timesteps(device)
 
     def rows(self, method: str, eta: object, x0_changes: bool) -> KernelTables:
-        """The rows of a peer's method: row t is that of timestep t. Raises Fallback for an eta without a fused form.
+        """The rows of a peer's method, one for each timestep. Raises Fallback for an eta without a fused form.
 
-        x0_changes: whether the predicted x_0 is changed (clipped, say) before the step goes on with it.
+        Args:
+            x0_changes: whether the predicted x_0 is changed, such as clipped, before the step uses it.
         """
         if method == "p_sample":
             return self._ddpm
         if isinstance(eta, bool) or not isinstance(eta, int | float):
             raise Fallback("its eta is no Python number")
-        # The eps that a model predicts is more exact than the one derived from an x_0 that is nearly x.
+        # The eps that the model predicts is more exact than an eps that is computed from x and an x_0 near x.
         inverse = method == "ddim_reverse_sample"
         keep_eps = inverse and self.prediction == "eps" and not x0_changes
         make = self._inverse if inverse else self._ddim
@@ -131,7 +137,7 @@ class FusedTables:
 
 
 def _process_of(peer: Any, **kinds: str) -> Process:
-    """The process of the peer's betas. Raises Fallback where its arrays are not those that follow from them."""
+    """The process of the peer's betas. Raises Fallback if its arrays are not those that follow from the betas."""
     arrays = {name: np.asarray(getattr(peer, name)) for name in ARRAYS}
     if any(array.shape != (peer.num_timesteps,) for array in arrays.values()):
         raise Fallback("its tables have other lengths than num_timesteps")
@@ -153,15 +159,14 @@ _STATE, _SPACED_STATE = attrgetter(*ARRAYS, *OPTIONS), attrgetter(*ARRAYS, *OPTI
 
 
 def _is_spaced(peer: Any) -> bool:
-    """Whether it is a SpacedDiffusion, over some of the timesteps of another diffusion, which its models get."""
+    """Whether the object is a SpacedDiffusion: it has some of another diffusion's timesteps, which its models get."""
     return hasattr(peer, "timestep_map")
 
 
 def tables_of(peer: Any) -> FusedTables:
-    """The tables of an object's state, of which the latest are cached. Raises Fallback.
+    """The tables of an object's current state, cached. Raises Fallback.
 
-    The state is known by the identity of the object's arrays, options and methods, so an array that is written to in
-    place goes unnoticed.
+    The cache key is made of the object's arrays, options and methods; see setting_of.
     """
     state = (_SPACED_STATE if _is_spaced(peer) else _STATE)(peer)
     return peer._of_state(state, lambda: FusedTables(peer))  # noqa: SLF001 (of PeerDiffusion)
@@ -170,7 +175,11 @@ def tables_of(peer: Any) -> FusedTables:
 def timesteps_for(
     peer: Any, tables: FusedTables, function: Callable[..., Any], t: Tensor, model_t: Tensor | None = None
 ) -> Tensor:
-    """What a model or a cond_fn gets for timesteps t: these, where it maps them itself. model_t: what it gets else."""
+    """The timesteps that a model or a cond_fn gets for t: t itself, if the function maps timesteps itself.
+
+    Args:
+        model_t: the mapped timesteps, if the caller has them already.
+    """
     if tables.model_gets_t or (_is_spaced(peer) and peer._wrap_model(function) is function):
         return t
     return tables.model_timesteps(t.device)[t] if model_t is None else model_t
