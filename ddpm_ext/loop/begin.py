@@ -1,4 +1,4 @@
-"""What a sampling loop begins from: the device, the samples before the first step, and the model as it is called."""
+"""The beginning of a sampling loop: its device, the samples before the first step, and the compiled model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, is_differentiated
 
 
 def check_model(model: object) -> None:
-    """Raises TypeError for a model that is no function, and NotImplementedError where no loop can run."""
+    """Raises TypeError for a model that is no function, and NotImplementedError in contexts where no loop can run."""
     if not callable(model):
         raise TypeError(f"model is {model!r}, expected a function")
     if torch.compiler.is_compiling():
@@ -32,7 +32,7 @@ def check_model(model: object) -> None:
 
 
 def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
-    """The model as p_sample_loop's option `compile` asks for it."""
+    """The model, compiled as p_sample_loop's option `compile` says."""
     if isinstance(how, str) or how is True:
         _check_compiler(how, device)
     if isinstance(how, str):
@@ -46,13 +46,16 @@ def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
 
 
 def _check_compiler(how: bool | str, device: torch.device) -> None:
-    """torch.compile itself looks for a C++ compiler in the first step, and ends that with pages of its own errors."""
+    """Raises ValueError if there is no C++ compiler: torch.compile would fail in the first step, with pages of errors.
+
+    On CUDA devices nothing is checked.
+    """
     if device.type != "cpu":
         return
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
-    except ImportError:  # a torch that has other names for them
+    except ImportError:  # these are private names, which a version of torch may not have
         return
     try:
         get_cpp_compiler()
@@ -61,7 +64,7 @@ def _check_compiler(how: bool | str, device: torch.device) -> None:
 
 
 def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
-    """The same noise, with seed and sample ids in tensors on the device, which a CUDA graph reads at each replay."""
+    """A Philox of the same noise with seed and sample ids in tensors, which a CUDA graph reads at each replay."""
     seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
     ids = rng.sample_ids
     if ids is None:
@@ -70,12 +73,12 @@ def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
 
 
 class InitialSamples:
-    """Makes the samples before a loop's first step.
+    """Creates the samples before a loop's first step.
 
     Args:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
-        rows: of the loop.
+        rows: the rows of the loop.
     """
 
     def __init__(
@@ -126,7 +129,7 @@ class InitialSamples:
 
 
 def _device(options: LoopOptions, model: Any) -> torch.device:
-    """The one that is given; else that of start or noise, else of the model's parameters, else the CPU."""
+    """The device of the options; else that of start or noise, else that of the model's parameters, else the CPU."""
     if options.device is not None:
         return checks.device(options.device)
     image = options.noise if options.start is None else options.start

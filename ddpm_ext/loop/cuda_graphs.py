@@ -1,6 +1,6 @@
-"""CUDA graphs of a loop's steps: the kernels that a step launches, the model's and ours, are captured and replayed.
+"""CUDA graphs of a loop's steps: the kernels that a step launches, also those of the model, are captured and replayed.
 
-Where nothing can be captured, a warning says why, and the step's calls are made each time.
+If a step can't be captured, a warning gives the reason, and the steps run without a graph.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _log = logging.getLogger(__name__)
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
 _MANY_NODES = 20_000
-# Torch's function by which an allocator leaves a graph's pool, by the name that torch 2.7 has for it or by today's.
+# Torch's function that ends the allocation in a graph's pool. Its name in torch 2.7 is another one.
 _OLD_NAME = "_cuda_endAllocateCurrentStreamToPool"
 END_ALLOCATE = _OLD_NAME if _OLD_NAME in vars(torch._C) else "_cuda_endAllocateToPool"
 
 
 def restorer(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """Copies what tensors hold; the function that it returns copies it back."""
-    changing = [x.detach() for x in tensors]
-    before = [x.clone() for x in changing]
+    """Copies the tensors. Returns a function that copies the values back."""
+    targets = [x.detach() for x in tensors]
+    copies = [x.clone() for x in targets]
 
     def restore() -> None:
-        for x, value in zip(changing, before, strict=True):
+        for x, value in zip(targets, copies, strict=True):
             x.copy_(value)
 
     return restore
 
 
 class CudaGraphs:
-    """Captured graphs by key, all in one memory pool of their own."""
+    """CUDA graphs by key. All share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,14 +46,16 @@ class CudaGraphs:
         self._possible = device.type == "cuda"
         if self._possible:
             self._pool = torch.cuda.graph_pool_handle()
-            # torch's own stream for captures belongs to the device that was current at the process's first capture.
+            # Torch's default stream for captures is on the device that was current at the first capture of the process.
             self._stream = torch.cuda.Stream(device)
         else:
             self._fall_back(f"the samples are on {device}, where there are none")
 
     def warn_of_many_nodes(self, model: object, steps: int) -> None:
-        """Warns where one graph with nodes of each step would have tens of thousands of them, of which each layer of a
-        Module is counted as one: it takes long to make, and much memory."""
+        """Warns if one graph of all steps would have tens of thousands of nodes, which takes much time and memory.
+
+        Each layer of a Module counts as one node in each step.
+        """
         layers = [m for m in model.modules() if not any(m.children())] if isinstance(model, nn.Module) else []
         nodes = len(layers) * steps
         if self._possible and nodes >= _MANY_NODES:
@@ -64,18 +66,21 @@ class CudaGraphs:
             )
 
     def run(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
-        """Does what `step` does, by replaying its graph, which is captured the first time that a key is used.
+        """Runs `step` by a replay of its CUDA graph, which is captured at the first use of the key.
 
-        `step` must read all that changes between calls from memory that stays where it is. It runs once before it is
-        captured, so that libraries set themselves up; what `save` returned before then undoes what it did, also to what
-        it reads.
+        Args:
+            key: the key of the graph.
+            step: must read everything that changes between calls from memory with fixed addresses. It runs once before
+                the capture, so that libraries initialize themselves.
+            save: called before that first run. The function that it returns is called after the run, and restores all
+                memory that `step` has changed and that it reads.
         """
         if self._possible and key not in self._graphs:
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             try:
                 self._capture(key, step, save)
-            finally:  # whatever ends it: the buffers that the step writes may be freed next
+            finally:  # also after an error: the caller may free the buffers that the stream still writes
                 current.wait_stream(self._stream)
         if self._possible:
             self._graphs[key].replay()
@@ -87,26 +92,26 @@ class CudaGraphs:
             restore = save()
             step()
             restore()
-        del restore  # with its copies, whose memory the graph may need
+        del restore  # frees its copies before the capture
         reason = self._record(key, step)
         if reason is not None:
             self._possible = False
             self._fall_back(reason)
 
     def _record(self, key: Hashable, step: Callable[[], None]) -> str | None:
-        """Captures the graph of a key. Returns None, or why that failed."""
+        """Captures the graph of a key. Returns None, or the reason if it failed."""
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         try:
             with (
-                torch.cuda.stream(self._stream),  # which some versions of torch.cuda.graph don't leave after a failure
-                # Other threads, as the one that pins a DataLoader's batches, may go on with what a capture forbids.
+                torch.cuda.stream(self._stream),  # some versions of torch.cuda.graph don't exit it after a failure
+                # Other threads may call what a capture forbids, such as the thread that pins a DataLoader's batches.
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 try:
                     step()
                 except Exception as error:
-                    cause = error  # ending the failed capture raises an error of its own
+                    cause = error  # the end of the failed capture raises another error
                     raise
         except RuntimeError as error:
             if _FAILURES_LEAVE_TRACES:
@@ -117,11 +122,13 @@ class CudaGraphs:
         return None
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends for torch's allocator and generator a capture that failed: to them it would go on, so that freed memory
-        stayed in the pool, and each random number of torch's own raised an error."""
+        """Tells torch's allocator and generator that a failed capture has ended.
+
+        Otherwise freed memory would stay in the graph's pool, and each draw of torch's generator would raise an error.
+        """
         _FAILED.append(graph)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # it never began
+        with suppress(RuntimeError):  # raised if the allocation in the pool has not begun
             getattr(torch._C, END_ALLOCATE)(index, self._pool)
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())

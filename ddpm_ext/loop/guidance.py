@@ -15,17 +15,17 @@ from ddpm_ext.base import checks
 
 @dataclass(frozen=True)
 class Guidance:
-    """The model's output m becomes u + scale (m - u), with u its unconditional output (Ho & Salimans 2022, eq. 6).
+    """Replaces the model's output m by u + scale (m - u), with u the unconditional output (Ho & Salimans 2022, eq. 6).
 
     Args:
         scale: as diffusers' guidance_scale: 1 is no guidance; the paper's scale is scale - 1.
         unconditional: unconditional(x_t, t) -> u, of x_t's shape. None: the model gets the batch twice, (2 batch, ...),
             and returns u in the first half and m in the second, as in diffusers. Tensors in model_kwargs then have 2
-            batch rows; where the model gets the batch only once, it gets their second half.
-        rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1: how much of the growth of the output's standard
-            deviation is taken back; the paper recommends 0.7.
-        interval: (low, high), the timesteps at which to guide, both included (Kynkäänniemi et al. 2024); None: all. At
-            the others the model is called once.
+            batch rows; a call with a single batch gets their second half.
+        rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1. Guidance increases the standard deviation of the
+            output, and this share of the increase is undone. The paper recommends 0.7.
+        interval: (low, high), the range of timesteps with guidance, both included (Kynkäänniemi et al. 2024); None: all
+            timesteps. At other timesteps the model gets the batch once.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range.
@@ -62,7 +62,7 @@ class Guidance:
 
 
 def as_guidance(guidance: Guidance | float | None) -> Guidance | None:
-    """The guidance that p_sample_loop's option means: a number is a scale."""
+    """The Guidance of p_sample_loop's option, which may be a number, its scale."""
     if guidance is None or isinstance(guidance, Guidance):
         return guidance
     if isinstance(guidance, numbers.Real):

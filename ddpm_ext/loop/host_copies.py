@@ -1,4 +1,4 @@
-"""Copies of a loop's samples on the host, made while the loop goes on."""
+"""Copies of a loop's samples to the host, while the loop continues."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """A copy on the host; bfloat16, which numpy does not have, becomes float32."""
+    """A copy on the host. bfloat16 becomes float32, because numpy has no bfloat16."""
     x = x.float() if x.dtype == torch.bfloat16 else x
     return np.array(x.cpu().numpy())
 
 
 class HostCopies:
-    """Collects copies as arrays. From a GPU, a stream of its own copies into two pinned buffers in turn; each becomes
-    an array before it is used again.
+    """Collects copies of samples as arrays.
+
+    Samples on a GPU are copied by a separate stream into two pinned buffers in turn. A buffer is converted to an array
+    before it is used again.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,8 +27,8 @@ class HostCopies:
         self._arrays: list[np.ndarray] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: list[Tensor] = []
-        # An address, the buffer for its copy, and when that is done
-        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
+        # Of each copy: the address of the source, the pinned buffer, and an event that is recorded after the copy.
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, x: Tensor) -> None:
         if self._stream is None:
@@ -34,7 +36,7 @@ class HostCopies:
             return
         if not self._pinned:
             self._pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True, device="cpu") for _ in range(2)]
-        if len(self._under_way) == len(self._pinned):
+        if len(self._pending) == len(self._pinned):
             self._finish_oldest()
         host = self._pinned[0]
         self._pinned.reverse()
@@ -43,21 +45,21 @@ class HostCopies:
         with torch.cuda.stream(self._stream):
             host.copy_(x, non_blocking=True)
             done.record(self._stream)
-        self._under_way.append((x.data_ptr(), host, done))
+        self._pending.append((x.data_ptr(), host, done))
 
     def before_overwriting(self, x: Tensor) -> None:
         """Makes the current stream wait until copies from x are done; the host does not wait."""
-        for address, _, done in self._under_way:
+        for address, _, done in self._pending:
             if address == x.data_ptr():
                 done.wait(torch.cuda.current_stream(self._device))
 
     def arrays(self) -> list[np.ndarray]:
-        """All copies, in order; waits for those under way."""
-        while self._under_way:
+        """All copies, in order. Waits for copies that are not done."""
+        while self._pending:
             self._finish_oldest()
         return self._arrays
 
     def _finish_oldest(self) -> None:
-        _, host, done = self._under_way.popleft()
+        _, host, done = self._pending.popleft()
         done.synchronize()
         self._arrays.append(to_numpy(host))

@@ -1,4 +1,4 @@
-"""Inpainting: samples of which a part is known, as an option of the sampling loop."""
+"""Inpainting, as an option of the sampling loop: a part of the samples is known."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ddpm_ext.base import checks
 
 @dataclass(frozen=True)
 class Inpaint:
-    """Samples of which a part is known: each step replaces that part by the known one, noised to the step's new level.
+    """Inpainting. Each step replaces the known part of the samples by `known`, with noise of the step's new level.
 
     Args:
-        known: (batch, ...), the clean samples, of the loop's shape.
-        mask: 1 where they are known, 0 where they are not, and a mixture between the two; a bool or a float tensor that
-            broadcasts to `known`'s shape.
-        jump_length, jump_n_sample: RePaint's resampling (Lugmayr et al. 2022, section 4.2): each stretch of
-            `jump_length` steps is taken `jump_n_sample` times, and noise is added again in between. 1: once.
+        known: (batch, ...), clean samples, of the loop's shape.
+        mask: 1 where the samples are known, 0 where they are not; in between, a mixture. A bool or floating tensor that
+            broadcasts to the shape of `known`.
+        jump_length, jump_n_sample: RePaint's resampling (Lugmayr et al. 2022, section 4.2). Each sequence of
+            `jump_length` steps is taken `jump_n_sample` times, and noise is added again in between. 1: no resampling.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, or out of range.
@@ -56,6 +56,6 @@ class Inpaint:
         checks.integer("jump_n_sample", self.jump_n_sample, 2**31, "2^31", start=1)
 
     def tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """known and mask as the kernel takes them, like the loop's samples x."""
+        """`known` and `mask` for the kernels, with the shape of the loop's samples x and contiguous."""
         checks.like("known", self.known, "x_t", x)
         return self.known.contiguous(), self.mask.to(x.dtype).expand(x.shape).contiguous()

@@ -13,8 +13,9 @@ from ddpm_ext.base import checks
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Begins between two images: both get noise of their own, up to the level of the first step that is taken, and are
-    mixed there (Ho et al. 2020, section 4.3; Song et al. 2021, appendix D.5).
+    """Begins a loop between two images (Ho et al. 2020, section 4.3; Song et al. 2021, appendix D.5).
+
+    Different noise is added to each image, up to the level where the first step begins. The noisy images are mixed.
 
     Args:
         first, second: (batch, ...), clean samples of the loop's shape.
@@ -53,12 +54,12 @@ class Interpolation:
             raise ValueError(f"weight is {self.weight}, expected 0 <= weight <= 1")
 
     def mix(self, first: Tensor, second: Tensor) -> Tensor:
-        """A mixture of the noised images."""
+        """The mixture of the noisy images."""
         return slerp(first, second, self.weight) if self.method == "slerp" else _lerp(first, second, self.weight)
 
 
 def _of_samples(weight: float | Tensor, x: Tensor) -> Tensor:
-    """(batch, 1, ...), on x's device."""
+    """The weight as (batch, 1, ...) or (1, 1, ...), on x's device."""
     weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
     return weight.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -69,7 +70,7 @@ def _lerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
-    """Spherical interpolation of each sample (Song et al. 2021, eq. 67); linear where both point the same way.
+    """Spherical interpolation of each sample (Song et al. 2021, eq. 67); linear for parallel samples.
 
     Args:
         first, second: (batch, ...).
@@ -87,7 +88,7 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     w = _of_samples(weight, a)
     cosine = torch.nn.functional.cosine_similarity(a[:, None].flatten(1), b[:, None].flatten(1), dim=1)
     angle = _of_samples(cosine.clamp(-1, 1).acos(), a)
-    along = angle.sin() < 1e-4
-    sine = torch.where(along, 1, angle.sin())
+    is_parallel = angle.sin() < 1e-4
+    sine = torch.where(is_parallel, 1, angle.sin())
     mixed = ((1 - w) * angle).sin() / sine * a + (w * angle).sin() / sine * b
-    return torch.where(along, _lerp(a, b, w.flatten()), mixed).to(first.dtype)
+    return torch.where(is_parallel, _lerp(a, b, w.flatten()), mixed).to(first.dtype)

@@ -1,4 +1,4 @@
-"""From an image to the noise that leads to it: the rows of DDIM's inversion, for the way that a loop comes back."""
+"""DDIM inversion: the rows that lead an image to the noise from which a DDIM loop returns to the image."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 def inversion_table(process: Process, steps: int | None = None, spacing: str | None = None) -> StepTable:
-    """The rows that lead an image to the samples from which "ddim", with the same steps and spacing, comes back to it.
+    """The rows that lead an image to noise, from which "ddim" with the same steps and spacing returns to the image.
 
-    They go up through the levels of that loop and end where it begins. The image counts as a sample at timestep 0, or
-    at the loop's last level if that is lower. p_sample_loop takes them as `sampler`, and the image as `noise`.
+    The rows go up through the levels of that loop and end where it begins. The image counts as a sample at timestep 0,
+    or at the loop's last level if that is lower. p_sample_loop takes the table as `sampler`, and the image as `noise`.
 
     Args:
-        process: of the model; its prediction is not "x_prev".
+        process: the process of the model, whose prediction must not be "x_prev".
         steps, spacing: as p_sample_loop's.
 
     Raises:
-        TypeError, ValueError: `steps` or `spacing` is unknown or out of range, or there is no step up.
+        TypeError, ValueError: `steps` or `spacing` is unknown or out of range, or the only level is that of the image.
 
     Examples:
         >>> up = inversion_table(gd, steps=10)

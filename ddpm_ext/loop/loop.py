@@ -1,4 +1,4 @@
-"""A loop: samples on their way through the rows of a table."""
+"""A sampling loop: takes the rows of a table, one after the other."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ddpm_ext.ops.noise import Philox, rng_of_many
 
 
 class Loop:
-    """Samples on their way through the rows of a table. All memory that it needs beside the model's is allocated here.
+    """A sampling loop. All its memory is allocated here, apart from the model's.
 
     Args:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
-        rows: of the loop.
+        rows: the rows of the loop.
 
     Attributes:
         whole: whether all steps are one CUDA graph.
@@ -48,7 +48,7 @@ class Loop:
             rng = rng_in_memory(rng, len(x), x.device)
             kwargs = {name: y.detach().clone() if isinstance(y, Tensor) else y for name, y in kwargs.items()}
         self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options, kwargs)
-        self._position = 0  # of the next row
+        self._position = 0  # the index of the next row
         batch = len(self._step.calls[0].twice)
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
@@ -58,22 +58,22 @@ class Loop:
         if options.graph and not self.whole:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
         else:
-            # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
-            of_all = self._timesteps[:, None].expand(-1, batch)
-            self._timesteps_at = of_all.clone(memory_format=torch.contiguous_format).unbind()
+            # The timesteps of all steps are created at once; the model gets a row of this tensor.
+            timesteps = self._timesteps[:, None].expand(-1, batch)
+            self._timesteps_at = timesteps.clone(memory_format=torch.contiguous_format).unbind()
 
     def __len__(self) -> int:
-        """Steps."""
+        """The number of steps."""
         return len(self.rows)
 
     @property
     def doubled(self) -> bool:
-        """Whether the model gets the batch twice, at a guided step: then the other half is behind the samples."""
+        """Whether the model gets the batch twice in a guided step. Then `x` is a part of a doubled batch's memory."""
         return self._step.doubled
 
     @property
     def x(self) -> Tensor:
-        """The samples, in a buffer that the next step but one overwrites."""
+        """The current samples. The step after the next one overwrites them."""
         calls, position = self._step.calls, self._position
         return calls[position].x if position < len(calls) else calls[-1].out
 
@@ -84,7 +84,7 @@ class Loop:
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Goes back to the first step of a captured loop, in the same memory."""
+        """Goes back to the first step of a captured loop, with new samples in the same memory."""
         skipped = self.rows.skipped
         if start is None and skipped > 0:
             raise ValueError(f"start is None, expected one: the loop leaves out the first {skipped} steps")
@@ -96,23 +96,23 @@ class Loop:
         checks.per_sample("sample_ids", new.sample_ids, len(x), x.device, 2**56 - 1)
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise TypeError(f"model_kwargs is a {type(model_kwargs).__name__}, expected a dict")
-        given = dict(model_kwargs or {})
-        own = self._step.kwargs
-        for name, value in given.items():
-            if not isinstance(own.get(name), Tensor):
+        new_kwargs = dict(model_kwargs or {})
+        captured_kwargs = self._step.kwargs
+        for name, value in new_kwargs.items():
+            if not isinstance(captured_kwargs.get(name), Tensor):
                 raise ValueError(f"model_kwargs has {name!r}, expected tensors that were given when the loop was made")
-            checks.like(f"model_kwargs[{name!r}]", value, "the one given before", own[name])
+            checks.like(f"model_kwargs[{name!r}]", value, "the one given before", captured_kwargs[name])
         captured.seed.copy_(new.seed)
         captured.sample_ids.copy_(new.sample_ids)
-        for name, value in given.items():
-            own[name].copy_(value.detach())
+        for name, value in new_kwargs.items():
+            captured_kwargs[name].copy_(value.detach())
         self._step.restart(x)
         self._position = 0
         if not self.whole:
             self._row.zero_()
 
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
-        """The steps, each taken when it is asked for."""
+        """Yields a Record after each step. A step is taken when its Record is requested."""
         step, timesteps, returns_x0 = self._step, self.rows.timesteps, self._step.options.x0
         for row in _steps(len(self), step.calls[0].x.size(0), progress):
             call = step.calls[row]
@@ -120,7 +120,7 @@ class Loop:
                 copies.before_overwriting(call.out)
                 if "x0_out" in call.inputs:
                     copies.before_overwriting(call.inputs["x0_out"])
-            # Not around the loop: what runs between two steps is the caller's.
+            # Gradients are disabled around each step, not around the loop: between two steps the caller's code runs.
             recording = torch.is_grad_enabled()
             try:
                 torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
@@ -138,7 +138,7 @@ class Loop:
 
     @torch.no_grad()
     def run_whole(self) -> Tensor:
-        """All steps in one graph; the samples."""
+        """Takes all steps in one CUDA graph and returns the samples."""
         assert self._graphs is not None
         step = self._step
 
@@ -151,18 +151,18 @@ class Loop:
         return self.x
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
-        # What a row keeps may take the place of the oldest tensor of history, which it reads.
+        # A row may read the oldest tensor of history and then overwrite it, so that tensor is restored, too.
         kept = [call.inputs["history_out"]] if "history_out" in call.inputs else []
         graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *kept]))
 
     def _take_next(self, call: StepCall) -> None:
-        """The step of the row whose number is in memory."""
+        """Takes the step of the row whose index is in `self._row`, which a CUDA graph reads at each replay."""
         self._step.take(call, self._row[: len(call.x)], 0, self._timesteps.index_select(0, self._row))
         self._row.add_(1)
 
 
 def _note_fraction(error: Exception, timestep: int | float) -> None:
-    """Says with an error of a step, from Python 3.11 on, that its timestep lies between those of the schedule."""
+    """Adds a note to the error of a step at a fractional timestep, from Python 3.11 on."""
     if isinstance(timestep, float) and hasattr(error, "add_note"):
         error.add_note(
             f"The loop called the model at timestep {timestep:g}, in a float tensor. A model that looks timesteps up "
@@ -176,7 +176,7 @@ def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
 
 
 def _with_rate(bar: Any, count: int, batch: int) -> Iterator[int]:
-    """Shows whole images a second, by the steps so far."""
+    """Yields the steps of a progress bar, which shows finished images per second, estimated from the steps so far."""
     begin = time.perf_counter()
     for step in bar:
         yield step

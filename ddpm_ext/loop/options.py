@@ -1,7 +1,7 @@
-"""The options of a sampling loop, which GaussianDiffusion.p_sample_loop explains: one object, checked when it is made.
+"""The options of a sampling loop. GaussianDiffusion.p_sample_loop documents them.
 
-The same names stand here twice: once with their defaults, and once for editors and type checkers, as the keywords of
-the methods that pass them on.
+The names are here twice: in LoopOptions, with their defaults, and in TypedDicts for editors and type checkers, as the
+keywords of the methods that pass them on.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """The options of GaussianDiffusion.p_sample_loop, by the same names, with their defaults.
+    """The options of GaussianDiffusion.p_sample_loop, with the same names and defaults. They are checked here.
 
-    sampler, spacing: by their own names, also where they were given by others, or together as "DPM++ 2M Karras".
-    clip: the fixed range to clip to, or None. threshold: how to find each sample's own range for the clip, or None.
-    guide: the guidance, also where its scale was given, or None.
+    Attributes:
+        sampler, spacing: the names of ddpm_ext, if the caller gave other names or both together, such as
+            "DPM++ 2M Karras".
+        clip: the fixed range to clip to, or None.
+        threshold: the dynamic thresholding, or None.
+        guide: the Guidance, or None.
 
     Raises:
-        TypeError, ValueError: an option of another type, or out of range, as far as it can be seen without the model
-        and the schedule.
+        TypeError, ValueError: an option has another type or is out of range. Checks that need the model or the schedule
+            are made later.
     """
 
     sampler: str | StepTable = "ddpm"
@@ -71,7 +74,7 @@ class LoopOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LoopOptions:
-        """Those of keywords. Raises TypeError for an unknown one, beside what the class raises."""
+        """The options with these keywords. Raises TypeError for an unknown keyword, and what LoopOptions raises."""
         check_options(options, _names(), "a loop")
         return cls(**options)
 
@@ -126,23 +129,26 @@ class LoopOptions:
 
     @property
     def doubled_kwargs(self) -> bool:
-        """Whether tensors in model_kwargs have two rows a sample, of which a call with a single batch gets the second
-        half."""
+        """Whether tensors in model_kwargs have 2 batch rows. A call with a single batch gets the second half."""
         return self.guide is not None and self.guide.unconditional is None
 
 
 @cache
 def _names() -> frozenset[str]:
-    """Of the options."""
+    """The names of the options."""
     return frozenset(each.name for each in fields(LoopOptions) if each.init)
 
 
 class Record(NamedTuple):
-    """A loop after one of its steps.
+    """The state of a loop after a step.
 
-    step: 0 for the first. timestep: where the step started. x_t: the samples after it. x0: the predicted clean samples,
-    or None where they were not asked for. Both tensors are on the loop's device, in buffers that later steps overwrite:
-    copy what you want to keep.
+    Both tensors are on the loop's device, in buffers that later steps overwrite: copy what you want to keep.
+
+    Attributes:
+        step: the number of the step, 0 for the first.
+        timestep: the timestep at which the step started.
+        x_t: the samples after the step.
+        x0: the predicted clean samples; None unless the loop has x0=True.
 
     Examples:
         >>> for record in gd.sample_progressive(model, images.shape, sampler="ddim", steps=3, x0=True):
@@ -155,7 +161,7 @@ class Record(NamedTuple):
     step: int
     timestep: int | float
     x_t: Tensor
-    x0: Tensor | Any = None  # "| Any": who has asked for it need not tell type checkers so
+    x0: Tensor | Any = None  # "| Any": with x0=True callers need no check for None
 
 
 Recorded: TypeAlias = Literal["all", "x0"] | int | Sequence[int]
@@ -163,7 +169,7 @@ Recorded: TypeAlias = Literal["all", "x0"] | int | Sequence[int]
 
 
 class CaptureKeywords(TypedDict, total=False):
-    """Those of `capture`."""
+    """The keywords of `capture`."""
 
     sampler: str | StepTable
     steps: int | None
@@ -189,37 +195,38 @@ class CaptureKeywords(TypedDict, total=False):
 
 
 class ProgressiveKeywords(CaptureKeywords, total=False):
-    """Those of `sample_progressive`."""
+    """The keywords of `sample_progressive`."""
 
     x0: bool
     graph: bool | str
 
 
 class SampleKeywords(ProgressiveKeywords, total=False):
-    """Those of `sample`, which are all but `record`, by which the result's type is known."""
+    """The keywords of `sample`, without `record`, on which the result's type depends."""
 
     callback: Callable[[Record], object] | None
     progress: bool
 
 
 def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Method], Method]:
-    """Shows, in the signature of a method that takes **options, the keywords of `source` that it passes on, so that
-    help() lists them with their defaults.
+    """Decorates a method with **options that it passes on to `source`: its signature then lists these options.
+
+    So help() shows them with their defaults.
 
     Args:
-        source: what takes the options in the end.
-        without: those that the method refuses; its own arguments are left out, too.
+        source: the function that takes the options.
+        without: options that the method does not take. The method's own arguments are left out, too.
     """
 
     def decorate(method: Method) -> Method:
-        own = signature(method)
-        given = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
-        names = {*without, *(each.name for each in given)}
+        method_signature = signature(method)
+        own = [each for each in method_signature.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        names = {*without, *(each.name for each in own)}
         passed = [each for each in signature(source).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
         options = [each for each in passed if each.name not in names]
-        positional = sum(each.kind is not Parameter.KEYWORD_ONLY for each in given)
-        parameters = [*given[:positional], *options, *given[positional:]]
-        method.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        positional = sum(each.kind is not Parameter.KEYWORD_ONLY for each in own)
+        parameters = [*own[:positional], *options, *own[positional:]]
+        method.__signature__ = method_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return method
 
     return decorate

@@ -1,4 +1,4 @@
-"""What a sampling loop returns: the last samples, or those of chosen steps; and a loop to call again."""
+"""The results of a sampling loop: the last samples, or those of chosen steps. Also loops that can run again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm_ext.ops.result_memory import empty_like
 
 
 def _recorded_steps(record: str | int | Sequence[int], steps: int) -> set[int] | None:
-    """Which steps to record; None for the last alone, as a tensor."""
+    """The steps to record; None for record="last", whose result is a tensor."""
     if isinstance(record, str):
         if record not in ("all", "last", "x0"):
             raise ValueError(
@@ -47,7 +47,8 @@ def collect(
     """Runs a loop to its end, or until `callback` returns true: see GaussianDiffusion.p_sample_loop.
 
     Args:
-        make: makes the loop, which has so many steps.
+        make: creates the loop.
+        steps: the number of its steps.
         whole: whether all steps are one CUDA graph.
     """
     chosen = _recorded_steps(record, steps)
@@ -70,13 +71,14 @@ def collect(
             break
     if copies is not None:
         return copies.arrays()
-    # The other half of doubled samples is in the same memory, which the caller need not keep.
+    # With doubled batches, x_t is a half of a larger allocation, which the caller's reference would keep alive.
     return empty_like(now.x_t).copy_(now.x_t) if loop.doubled else now.x_t
 
 
 class CapturedLoop:
-    """A loop to run again and again, with other seeds and conditioning, in the same memory: by a CUDA graph of its
-    step, or of all its steps. GaussianDiffusion.capture makes it.
+    """A loop that can run many times, with other seeds and conditioning, in the same memory.
+
+    It replays a CUDA graph of one step, or of all steps. GaussianDiffusion.capture returns it.
 
     Examples:
         >>> captured = gd.capture(model, images.shape, steps=10, device="cuda")
@@ -95,13 +97,13 @@ class CapturedLoop:
         model_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Samples, in a tensor of their own.
+        """Runs the loop. Returns the samples in a new tensor.
 
         Args:
-            rng: seed and sample ids; None: a seed from torch's default CPU generator.
+            rng: the seed and sample ids. None: a seed from torch's default CPU generator.
             start, noise: as p_sample_loop's.
-            model_kwargs: tensors that replace those that the loop was made with; None: the same again.
-            progress: whether to show a bar over the steps; a graph of all steps has none.
+            model_kwargs: tensors that replace those of `capture`. None: no change.
+            progress: whether to show a progress bar; a graph of all steps has none.
 
         Raises:
             TypeError, ValueError: as p_sample_loop.

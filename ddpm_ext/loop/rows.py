@@ -1,4 +1,4 @@
-"""The rows of a sampling loop: the table that its options choose, on the devices where the loop runs."""
+"""The rows of a sampling loop: the table that its options select, in the memory of the loop's device."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
-CACHED = 8  # loops whose rows a GaussianDiffusion holds
+CACHED = 8  # loops whose rows a GaussianDiffusion caches
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
 
 
 @dataclass(frozen=True, eq=False)
 class LoopRows:
-    """The rows of the steps that a loop takes.
+    """The rows of a loop's steps.
 
-    table: as a StepTable. skipped: how many of the sampler's steps come before them, where the loop begins later than
-    with the first. device: for the kernels. needs, timesteps: of each row, on the host. variance: how the rows
-    read the model's variance output, "log" or "direct"; None where they don't. learned: whether the model returns one
-    beside its prediction. pure_noise: the standard deviation of drawn samples to begin from.
+    Attributes:
+        table: the rows as a StepTable.
+        skipped: the number of the sampler's steps that the loop leaves out at its beginning; see `strength`.
+        device: the rows for the kernels.
+        needs, timesteps: the needs and the timestep of each row, on the host.
+        variance: how the rows read the model's variance output, "log" or "direct"; None if they don't read it.
+        learned: whether the model returns a variance besides its prediction.
+        pure_noise: the standard deviation of the noise from which the loop starts.
     """
 
     table: StepTable
@@ -53,17 +57,17 @@ class LoopRows:
         return any(needs.guided for needs in self.needs)
 
     def doubles(self, options: LoopOptions) -> bool:
-        """Whether the model gets the batch twice, at a guided step."""
+        """Whether the model gets the batch twice in a guided step."""
         guide = options.guide
         return guide is not None and guide.unconditional is None and (guide.scale != 1 or self.guided)
 
 
-# Each entry holds its sampler, so that no other StepTable gets its id.
+# Each entry keeps its sampler alive: a StepTable's id is in the cache key, and Python could give it to a new one.
 LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
 
 def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
-    """kept_loop_rows, after a check that they have what the options need."""
+    """kept_loop_rows, with a check that the rows have what the options need."""
     rows = kept_loop_rows(cache, process, options)
     check_notes(process, options)
     _check_rows(rows, options)
@@ -71,13 +75,15 @@ def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptio
 
 
 def kept_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
-    """make_loop_rows(process, options), made once for the last few loops of the process, whose cache it is: a second
-    loop copies nothing to the device, and so can be captured in a CUDA graph."""
+    """make_loop_rows(process, options), cached for the latest loops of the process.
+
+    A second loop with the same options copies nothing to the device, so it can be captured in a CUDA graph.
+    """
     return cache.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
 def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
-    """That the table has what the options need."""
+    """Raises ValueError if the table lacks what the options need."""
     table = rows.table
     if options.inpaint is not None and not bool((table.signal_after + table.noise_after).any()):
         raise ValueError(
@@ -94,13 +100,13 @@ def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
 
 
 def _key(options: LoopOptions) -> object:
-    """What the rows depend on, by more than equality: 1.0 and True must not pass for the 1 of an earlier loop."""
+    """The cache key: the options that the rows depend on. It distinguishes 1, 1.0 and True, although they are equal."""
     sampler = id(options.sampler) if isinstance(options.sampler, StepTable) else repr(options.sampler)
     guidance, timesteps = options.guide, options.timesteps
     if not (timesteps is None or isinstance(timesteps, Tensor)):
         try:
             timesteps = torch.as_tensor(timesteps, device="cpu")
-        except (TypeError, ValueError, RuntimeError):  # what torch says of a dict, of lists of two lengths, of 2^70
+        except (TypeError, ValueError, RuntimeError):  # torch's errors for a dict, for ragged lists, for 2^70
             raise TypeError(f"timesteps is {options.timesteps!r}, expected ints (steps,), or int64") from None
     return (
         sampler,
@@ -120,14 +126,14 @@ def _jumps(options: LoopOptions) -> Jumps | None:
 
 
 def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
-    """The rows that a loop's options choose.
+    """The rows that a loop's options select.
 
     Raises:
         TypeError, ValueError: an option that is unknown, out of range, or does not fit the process.
     """
     guidance, jumps, learned = options.guide, _jumps(options), False
     if isinstance(options.sampler, StepTable):
-        for name in ("steps", "spacing", "timesteps", "eta"):  # a table says all that these would
+        for name in ("steps", "spacing", "timesteps", "eta"):  # the table determines these
             if (value := getattr(options, name)) is not None:
                 raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
         check_schedule(process, options.sampler.to("cpu"))
@@ -143,7 +149,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     if guidance is not None:
         guides = guidance.guides(table.timestep)
         scales[guides], unguided[guides] = float(guidance.scale), 0
-    # Where there is no guidance, the unconditional output is the output.
+    # In a row without guidance, the model's output takes the place of the unconditional output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
     needs, levels = row_needs(table, scales), _levels(process, table)
     _check_history(table, needs, skipped)
@@ -154,7 +160,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
 
 
 def _skipped(steps: int, strength: float) -> int:
-    """How many steps come before the last `strength` of them."""
+    """The number of steps to leave out, so that the share `strength` remains."""
     taken = int(steps * strength + 1e-9)  # 0.29 of 100 is 29
     if taken == 0:
         raise ValueError(f"strength is {strength}, of {steps} steps not one, expected at least {1 / steps:.3g}")
@@ -162,7 +168,7 @@ def _skipped(steps: int, strength: float) -> int:
 
 
 def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, int]:
-    """The rows that the loop takes of a sampler by its name, and how many of its steps come before."""
+    """The rows of a named sampler that the loop takes, and the number of the sampler's steps before these."""
     sampler = options.sampler
     if not isinstance(sampler, str):
         raise ValueError(f"sampler is {sampler!r}, expected a name such as 'ddpm' or 'dpmpp_2m', or a StepTable")
@@ -177,15 +183,15 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     if skipped and len(table) == len(grid) and not table.history:
         table = table[skipped:]
     elif skipped:
-        # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
+        # A sampler of higher order begins at first order again, as k-diffusion's do with sigmas[k:].
         table = make(grid[skipped:], **arguments)
     return process.for_model(table if any_step else _for_schedule_steps(process, table)), skipped
 
 
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
-    """Rows for a model that predicts x0 as rows for a prediction of the schedule's own steps.
+    """Converts rows for a model that predicts x0 to rows for the process's prediction, which depends on the step.
 
-    a and b are those of the schedule's steps, also where the loop leaves some of them out.
+    Such a prediction, "x_prev", is of one step of the schedule, also if the loop has larger steps.
     """
     t = table.timestep
     if t.is_floating_point():
@@ -204,7 +210,7 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
 
 
 def _check_history(table: StepTable, needs: Sequence[RowNeeds], skipped: int) -> None:
-    """That every row that reads a tensor of history comes after as many that keep one."""
+    """Raises ValueError if a row reads a tensor of history that no earlier row of the loop keeps."""
     kept = 0
     for i, row in enumerate(needs):
         for slot, reads in enumerate(row.history, start=1):
@@ -217,10 +223,14 @@ def _check_history(table: StepTable, needs: Sequence[RowNeeds], skipped: int) ->
 
 
 def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
-    """How the rows read the model's variance output. `learned`: that they do."""
+    """How the rows read the model's variance output: "log", "direct", or None.
+
+    Args:
+        learned: whether it is known that they read it.
+    """
     variance = process.variance_entry
     log = bool((table.l1 != 0).any())
-    # A row's s of 1 stands for no deviation of its own: it only multiplies the model's.
+    # In rows that read the variance itself, s is 1: it is the factor of the model's deviation.
     learned = learned or log or (variance.learned and not variance.logarithm and bool((table.s == 1).any()))
     if log and not variance.logarithm:
         raise ValueError(
@@ -233,13 +243,16 @@ def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
 
 
 def _levels(process: Process, table: StepTable) -> Tensor | None:
-    """(rows, 2), signal and noise where each row starts: the table's, or else those of the schedule's own timesteps."""
+    """The signal and noise where each row starts, (rows, 2), of the table, or else of the schedule at its timesteps.
+
+    None if the table has no levels and its timesteps are not the schedule's.
+    """
     levels = torch.stack([table.signal_now, table.noise_now], 1)
     if bool(levels.any()):
         return levels
     t = table.timestep
-    own = not t.is_floating_point() and bool(((t >= 0) & (t < process.timesteps)).all())
-    return process.tables.get("q_sample", t.device, torch.float64)[t] if own else None
+    in_schedule = not t.is_floating_point() and bool(((t >= 0) & (t < process.timesteps)).all())
+    return process.tables.get("q_sample", t.device, torch.float64)[t] if in_schedule else None
 
 
 def _grid(process: Process, options: LoopOptions) -> Grid:

@@ -1,4 +1,4 @@
-"""One step of a sampling loop: the call of the model, and the launch that makes the next samples of its output."""
+"""One step of a sampling loop: the call of the model, and the launch that computes the next samples."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ HISTORY = ("history1", "history2", "history3")
 
 @dataclass(frozen=True, eq=False)
 class StepCall:
-    """What rows that need the same take, in the buffers whose turn it is.
+    """The buffers and arguments of a step. Rows with the same needs and the same buffers share one.
 
     Attributes:
-        needs: of the rows.
-        step: the TableStep that takes them, with or without noise.
+        needs: the needs of the rows.
+        step: the TableStep that takes the rows, with or without noise.
         x: the samples.
-        once, twice: what the model is called with: the samples, and where it gets the batch twice the samples and again
-            the samples behind them; elsewhere once. They have the dtype that the model asks for.
+        once: the model's input, of the dtype that the model asks for.
+        twice: the model's input for a doubled batch: the samples twice, one batch after the other. In a loop without
+            doubled batches, the same as `once`.
         out: the next samples.
-        last_x0, x0: the predicted clean samples before and after the step, where the loop has them.
+        last_x0, x0: the predicted clean samples before and after the step, or None if the loop does not need them.
         inputs: further arguments of the TableStep.
     """
 
@@ -48,10 +49,10 @@ class StepCall:
 
 
 class _Buffers(NamedTuple):
-    """The samples, and what the model is called with at them: `x`, `once` and `twice` of a StepCall.
+    """The samples and the model's inputs: `x`, `once` and `twice` of a StepCall.
 
-    They are one memory where the model gets the samples themselves. For a batch that it gets twice, the second half
-    alone, `again`, is written beside x.
+    If the model's inputs have the dtype of the samples, `once` and the first half of `twice` are the memory of `x`.
+    Then the step before a doubled batch writes its result to x, and also to `again`, the second half of `twice`.
     """
 
     x: Tensor
@@ -62,7 +63,7 @@ class _Buffers(NamedTuple):
     @classmethod
     def like(cls, x: Tensor, doubled: bool, dtype: torch.dtype) -> _Buffers:
         whole = x.expand(2, *x.shape) if doubled else x
-        # In memory of the pool, which torch.cat does not have
+        # Allocated in the pool of results (see ops.result_memory), which torch.cat does not use.
         twice = empty_like(whole) if dtype is x.dtype else torch.empty_like(whole, dtype=dtype)
         once, again = twice, None
         if doubled:
@@ -73,13 +74,13 @@ class _Buffers(NamedTuple):
         return cls(empty_like(x), once, twice, None)
 
     def fill(self, x: Tensor) -> None:
-        twice, x = self.twice, x.detach()  # what the steps write has no gradient in it
+        twice, x = self.twice, x.detach()  # the steps write to these buffers without gradients
         (twice if len(twice) == len(x) else twice.unflatten(0, (-1, len(x)))).copy_(x)
         if self.once is not self.x:
             self.x.copy_(x)
 
     def model_input(self, following: RowNeeds | None) -> Tensor | None:
-        """What the step that makes these samples writes beside them, for the row that follows it."""
+        """The further tensor that the step to these samples writes, as model input of the row `following`, or None."""
         if following is None or not following.calls_model:
             return None
         if self.once is not self.x:
@@ -92,12 +93,12 @@ def _has_rows(value: object, rows: int) -> bool:
 
 
 class LoopStep:
-    """Takes a loop's steps one by one. All memory that it needs beside the model's is allocated before the first.
+    """Takes the steps of a loop one by one. Its memory is allocated here, apart from the model's.
 
     Attributes:
-        calls: of each row.
-        kwargs: what the model gets besides, by name.
-        doubled: whether it gets the batch twice, at a guided step.
+        calls: the StepCall of each row.
+        kwargs: the model's keyword arguments.
+        doubled: whether the model gets the batch twice in a guided step.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class LoopStep:
         if options.denoised_fn is not None:
             self._to_x0 = ops.TableStep(tables.get("x0", x.device, dtype), clip=None, add_noise=False)
             self._x_start = empty_like(x)
-        # A row without noise takes the kernels without: they have less to find out, and hold fewer registers. A known
-        # part of the samples has noise of its own.
+        # Rows without noise are taken by kernels without noise, which have fewer branches and use fewer registers. In
+        # inpainting, the known part of the samples has noise in every row.
         steps, on_host = (tables.get("steps", device, dtype) for device in (x.device, torch.device("cpu")))
         quiet = ops.TableStep(steps, on_host=on_host, clip=options.clip, add_noise=False)
         noisy = ops.TableStep(steps, on_host=on_host, clip=options.clip, rng=rng)
@@ -134,8 +135,11 @@ class LoopStep:
         self.calls = self._calls(rows, x, quiet, noisy)
 
     def _calls(self, rows: LoopRows, x: Tensor, quiet: Any, noisy: Any) -> list[StepCall]:
-        """Lays out the loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads
-        one and writes the other; and three tensors of history, of which the newest replaces the oldest."""
+        """Allocates the loop's buffers and assigns them to the rows.
+
+        There are two buffers of samples, and two of predicted clean samples: a step reads one and writes the other.
+        There are three tensors of history: a row that keeps a tensor overwrites the oldest.
+        """
         options = self.options
         samples = [_Buffers.like(x, self.doubled, self._dtype) for _ in range(2)]
         samples[0].fill(x)
@@ -149,15 +153,15 @@ class LoopStep:
             constant |= {"quantile": options.threshold.quantile, "maximum": float(options.threshold.maximum)}
         step_of = {False: noisy if options.inpaint is not None else quiet, True: noisy}
         writes_input = self.doubled or self._dtype is not x.dtype
-        made: dict[Any, StepCall] = {}
+        by_key: dict[Any, StepCall] = {}
         calls = []
         for needs, following in zip(rows.needs, [*rows.needs[1:], None], strict=True):
             model_input = samples[1].model_input(following) if writes_input else None
             key = needs, id(samples[0]), id(clean[0]), id(history[0]) if history else 0, id(model_input)
-            if key not in made:
-                own = constant if model_input is None else constant | {"model_input": model_input}
-                made[key] = self._call(needs, step_of[needs.noisy], samples, clean, history, own)
-            calls.append(made[key])
+            if key not in by_key:
+                inputs = constant if model_input is None else constant | {"model_input": model_input}
+                by_key[key] = self._call(needs, step_of[needs.noisy], samples, clean, history, inputs)
+            calls.append(by_key[key])
             samples = samples[::-1]
             if needs.calls_model:
                 clean = clean[::-1]
@@ -188,11 +192,11 @@ class LoopStep:
         return StepCall(needs, step, *samples[0][:3], samples[1].x, clean[0], x0, inputs)
 
     def take(self, call: StepCall, row: Tensor | None, index: int, t: Tensor) -> None:
-        """One step.
+        """Takes one step.
 
         Args:
-            row, index: the row's number, as checks.split_t returns it.
-            t: the timesteps for the model, (batch,), or twice that where it gets the batch twice.
+            row, index: the row's index, in the form that checks.split_t returns.
+            t: the timesteps for the model, (batch,), or (2 batch,) in a loop with doubled batches.
         """
         x, options, inputs = call.x, self.options, call.inputs
         if not call.needs.calls_model:
@@ -211,7 +215,7 @@ class LoopStep:
         if options.denoised_fn is not None:
             guided = {name: inputs[name] for name in ("uncond_output", "guidance", "rescale") if name in inputs}
             x_start = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guided))
-            checks.tensor("what denoised_fn returns", x_start)  # None would count as not given
+            checks.tensor("what denoised_fn returns", x_start)  # the operator would take None for a missing x_start
             inputs["x_start"] = x_start
             if not call.needs.needs_output:
                 m = None
@@ -226,7 +230,7 @@ class LoopStep:
         return t[: self._batch] if self.doubled else t
 
     def _outputs(self, call: StepCall, t: Tensor) -> tuple[Any, Any]:
-        """What the model returns with its condition and without; None where the row does not need the latter."""
+        """The model's conditional and unconditional output. The latter is None if the row does not need it."""
         guidance = self.options.guide
         if not call.needs.guided or guidance is None:
             return self._output(call, call.once, self._once(t), self.model, self._kwargs), None
@@ -243,11 +247,11 @@ class LoopStep:
         else:
             with torch.autocast(x.device.type, self.options.autocast, cache_enabled=False):
                 output = model(x, t, *last_x0, **kwargs)
-        torch._C._set_grad_enabled(False)  # a model may have switched them on
+        torch._C._set_grad_enabled(False)  # the model may have enabled gradients
         return output if type(output) is Tensor else unwrap(output)
 
     def restart(self, x: Tensor) -> None:
-        """Begins again with new samples, in the same buffers."""
+        """Goes back to the first step with new samples, in the same buffers."""
         first = self.calls[0]
         _Buffers(first.x, first.once, first.twice, None).fill(x)
         if first.last_x0 is not None:
