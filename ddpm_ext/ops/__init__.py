@@ -1,6 +1,6 @@
-"""The operators: one kernel launch each, and a twin of each in plain torch (`reference`). They know no diffusion.
+"""The operators: one kernel launch each, and a twin of each in plain torch (`reference`). They depend on no schedule.
 
-Eager calls go through pybind11, compiled ones through torch.ops.ddpm_ext; `fused` has both.
+Eager calls go through pybind11, compiled calls through torch.ops.ddpm_ext; `fused` has both.
 """
 
 from ddpm_ext.ops.fused import (

@@ -1,6 +1,7 @@
-"""The compiled module, as `C`. Where it can't be loaded, an ImportError says why and which command helps.
+"""The compiled module, as `C`. If it can't be loaded, an ImportError gives the reason and the command that helps.
 
-`BUILT` is what setup.py wrote beside the module: the torch and CUDA versions it was built for, or why it has no CUDA.
+`BUILT` is the JSON that setup.py writes beside the module: the versions of torch and CUDA for which it was built, or
+why it has no CUDA.
 """
 
 from __future__ import annotations
@@ -16,39 +17,40 @@ from typing import Any
 import torch
 
 NAME = "ddpm_ext._C"
-FOLDER = Path(__file__).resolve().parents[1]  # the package's, where setup.py puts the module
+FOLDER = Path(__file__).resolve().parents[1]  # the package's folder, where setup.py puts the module
 
 
 def in_sources() -> bool:
-    """Whether this package lies in its source folder, from where Python imports it if it is run there."""
+    """Whether this package is in its source folder. Python imports it from there if it runs in that folder."""
     return (FOLDER.parent / "setup.py").is_file() and (FOLDER.parent / "csrc").is_dir()
 
 
 def mend(variables: str = "") -> str:
-    """The command that builds the module again. For the package in the source folder, only an editable install does.
+    """The command that builds the module again. In the source folder this must be an editable install.
 
-    variables: what stands before it, as "NAME=VALUE ".
+    Args:
+        variables: environment variables before the command, such as "NAME=VALUE ".
     """
     install = f"{variables}{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps"
     return f"run: {install} -e {FOLDER.parent}" if in_sources() else f"run in ddpm_ext's source folder: {install} ."
 
 
 def installed() -> Path | None:
-    """Where on sys.path another, compiled ddpm_ext lies: seen from a source folder, what `pip install .` installed."""
-    for place in map(Path, sys.path):
-        package = place / FOLDER.name
+    """The folder on sys.path of another, compiled ddpm_ext, such as one that `pip install .` installed; or None."""
+    for folder in map(Path, sys.path):
+        package = folder / FOLDER.name
         if package.resolve() != FOLDER and PathFinder.find_spec(NAME, [str(package)]) is not None:
             return package
     return None
 
 
 def missing() -> str:
-    """What to say where there is no compiled module."""
+    """The error message for a missing compiled module."""
     python = ".".join(map(str, sys.version_info[:2]))
-    says = f"ddpm_ext has no compiled module for Python {python} in {FOLDER}; {mend()}"
+    message = f"ddpm_ext has no compiled module for Python {python} in {FOLDER}; {mend()}"
     other = installed() if in_sources() else None
     if other is None:
-        return says
+        return message
     return (
         f"ddpm_ext: you stand in the source folder {FOLDER.parent}, whose sources are not compiled and hide what is "
         f"installed in {other}; run Python in another folder (cd ..), or to use the sources, {mend()}"
@@ -60,7 +62,7 @@ def describe(version: str, cuda: str | None) -> str:
 
 
 def fits(built: dict[str, Any]) -> bool:
-    """Whether it can run with this torch, whose C++ interface changes from one minor version to the next."""
+    """Whether the module can run with this torch. Torch's C++ interface changes with each minor version."""
     if built["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
         return False
     if built["cuda"] is None:
@@ -69,7 +71,7 @@ def fits(built: dict[str, Any]) -> bool:
 
 
 def load() -> tuple[ModuleType, dict[str, Any]]:
-    # In this package's folder alone: the finder of an editable install offers its own module to any other copy.
+    # Only in this package's folder: the finder of an editable install would return its module for any other copy, too.
     spec = PathFinder.find_spec(NAME, sys.modules["ddpm_ext"].__path__)
     if spec is None or spec.origin is None:
         raise ImportError(missing(), name=NAME)

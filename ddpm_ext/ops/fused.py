@@ -1,7 +1,7 @@
-"""The operators in Python: one launch each, on the CPU or a GPU. `reference` has a twin of each, by the same name.
+"""The operators in Python: one launch each, on a CPU or a GPU. `reference` has a twin of each, with the same name.
 
-Eager calls go through pybind11, and from there through torch's dispatcher only where it is needed: for gradients,
-tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
+Eager calls go through pybind11. They use torch's dispatcher only for gradients, tensor subclasses and modes. Compiled
+calls go through torch.ops.ddpm_ext.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def reverse_step(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One step of the reverse process by row t of a step table: see StepTable for the equation.
+    """One step of the reverse process, by row t of a step table. The equation is in StepTable.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
         model_output: as x_t, or of a lower precision.
         table: float32 (rows, 24): StepTable.packed.
-        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not read back to be
-            checked: the kernel takes the nearest row.
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not checked: for a
+            value out of range the kernel takes the nearest row.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
         noise: as x_t: used instead of drawn noise.
         rng: the source of drawn noise (stream 0, the row's draw); None: a seed from torch's default CPU generator.
@@ -90,22 +90,24 @@ def _step(*arguments: Any, out: Tensor | None, on_host: Tensor | None = None) ->
 
 
 class TableStep(CalledTableStep):
-    """The steps of a table: reverse_step, or step_with_options where a call has its inputs. What is done for the table,
-    the clip and the noise is done once. Without noise and rng each call draws a seed from torch's default generator.
+    """Takes the steps of a table, by reverse_step, or by step_with_options for calls with its inputs.
+
+    The table, the clip and the noise are prepared once. Without noise and rng, each call draws a seed from torch's
+    default generator.
 
     Args:
-        table, clip, noise, rng, add_noise: reverse_step's.
-        on_host: the same table on the CPU, which nobody changes: the row of an int t is then a part of the launch, and
-            a GPU waits for no load of it.
+        table, clip, noise, rng, add_noise: as reverse_step's.
+        on_host: the same table on the CPU, which must not be changed. For an int t, the row is then an argument of the
+            launch, and the kernel does not load it from memory.
 
     Attributes:
-        check: (x_t, row, index, out=None) raises what take would raise for these arguments, before a model is called;
-            nothing where torch.compile or torch.jit.trace records. `row` and `index` are split_t's.
+        check: (x_t, row, index, out=None) raises the errors that `take` would raise for these arguments, so that they
+            come before a model is called. It does nothing if torch.compile or torch.jit.trace records. `row` and
+            `index` are the results of split_t.
         take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, as reverse_step. The inputs are
-            those of step_with_options that are tensors or flags, of which None counts as not given, and a noise of
-            this call. `quantile` and `maximum` stand for the x_start_scale that they make, `guidance` and `rescale`
-            for the output_scale, each computed in a launch before the step. With any input but noise no gradients are
-            recorded.
+            the tensors and flags of step_with_options, where None counts as missing, and `noise`. `quantile` and
+            `maximum` replace x_start_scale, and `guidance` and `rescale` replace output_scale: another launch before
+            the step computes these factors. With any input but noise, no gradients are recorded.
     """
 
     operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
@@ -121,10 +123,10 @@ class TableStep(CalledTableStep):
         add_noise: bool = True,
     ) -> None:
         super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
-        self._on_host = None if on_host is table else on_host  # a CPU's kernels read the row where it lies
+        self._on_host = None if on_host is table else on_host  # kernels on a CPU read the table itself
         self._ends = checks.clip_range(clip) or NO_CLIP
         self._fresh = add_noise and noise is None and rng is None
-        source = Philox(0) if self._fresh else rng  # each call has a fresh seed in place of this one
+        source = Philox(0) if self._fresh else rng  # with `_fresh`, each call replaces this seed
         self._source = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
@@ -172,7 +174,7 @@ def forward_process(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """k0 x_start + k1 z by row t of a table (rows, 2): x_t, or anything else that is linear in x_start and its noise.
+    """k0 x_start + k1 z, by row t of a table (rows, 2): x_t, or any other linear function of x_start and its noise.
 
     Args:
         x_start: (batch, ...), float32, float16 or bfloat16.
@@ -211,9 +213,9 @@ def forward_process(
 
 
 def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_t + k1 noise by row t of a table (rows, 2): the clean sample that x_t was made of with this noise.
+    """k0 x_t + k1 noise, by row t of a table (rows, 2): the clean sample of which x_t with this noise was made.
 
-    Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
+    Arguments and errors are those of reverse_step, with `noise` as model_output. Differentiable in x_t and noise.
 
     Examples:
         >>> clean = predict_start(x_t, 0.1 * x_t, torch.tensor([[1.25, -0.75]]), 0)
@@ -222,9 +224,9 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_start + k1 x_t by row t of a table (rows, 2): the mean of q(x_{t-1} | x_t, x_0).
+    """k0 x_start + k1 x_t, by row t of a table (rows, 2): the mean of q(x_{t-1} | x_t, x_0).
 
-    Args, raises: as reverse_step. Differentiable in x_start and x_t.
+    Arguments and errors are those of reverse_step. Differentiable in x_start and x_t.
 
     Examples:
         >>> mean = posterior_mean(images, x_t, torch.tensor([[0.2, 0.8]]), 0)

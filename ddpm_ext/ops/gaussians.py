@@ -1,7 +1,7 @@
-"""Kullback-Leibler divergences and log-likelihoods of Gaussians, of which the variational bound is made.
+"""Kullback-Leibler divergences and log-likelihoods of Gaussians: the terms of the variational bound.
 
 All functions are elementwise and differentiable. Arguments broadcast, and may be numbers. Arithmetic and results are
-float64 where a tensor is float64, else float32.
+float64 if a tensor is float64, else float32.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ddpm_ext.base import checks
 
 __all__ = ["discretized_gaussian_log_likelihood", "normal_kl"]
 
-HALF_BIN = 1 / 255  # of an 8-bit image's levels in [-1, 1]
-_EDGE = 0.999  # beyond it lie the first and the last of them alone
-# Of e^d - 1 - d = d^2 / 2 (1 + d / 3 + d^2 / 12 + ...), enough of it in float64 for |d| < 1/2
+HALF_BIN = 1 / 255  # half the distance between the levels of an 8-bit image in [-1, 1]
+_EDGE = 0.999  # only the first and the last level are larger in size
+# The coefficients of the series in e^d - 1 - d = d^2 / 2 (1 + d / 3 + d^2 / 12 + ...), for float64 and |d| < 1/2.
 _EXPM1_REST = [2 / math.factorial(k + 2) for k in range(15)]
 _NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leggauss(8))  # the positive half
 
@@ -57,16 +57,18 @@ def normal_kl(
 
         (e^d - 1 - d + (mean1 - mean2)^2 / variance2) / 2,    d = log_variance1 - log_variance2
 
-    Nothing cancels in it where the two nearly agree.
+    It is accurate, without cancellation, also if the two Gaussians are nearly the same.
 
     Args:
-        mean1, log_variance1, mean2, log_variance2: of any float dtype, broadcast; numbers, too, but for one.
+        mean1, log_variance1, mean2, log_variance2: of any float dtype, broadcast. At least one must be a tensor; the
+            others may be numbers.
 
     Returns:
-        Their broadcast shape, float32 (float64 where one of them is), at least 0.
+        A tensor of the broadcast shape, float32 (float64 if an argument is), at least 0.
 
     Raises:
-        TypeError, ValueError: none is a tensor, one is of another type, dtype or device, or the shapes don't broadcast.
+        TypeError, ValueError: no argument is a tensor, one has another type, dtype or device, or the shapes don't
+            broadcast.
 
     Examples:
         >>> normal_kl(torch.tensor(0.5), 0.0, 0.0, 0.0)
@@ -89,22 +91,22 @@ def normal_kl(
 def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_scale: Tensor | float) -> Tensor:
     """log P(x) of an 8-bit image in [-1, 1] under N(mean, exp(2 log_scale)), in nats: Ho et al. 2020, eq. (13).
 
-    Each level has the probability of the interval of width 2/255 around it; the first reaches down to minus infinity,
-    the last up to infinity. The logarithm is accurate, and its slope finite, however far x lies from the mean and
-    however narrow the Gaussian is, as long as the dtype holds their numbers (means in [-1, 1] down to a log_scale of
-    -43, in float64 -350): nothing is clamped.
+    Each level has the probability of the interval of width 2/255 around it. The interval of the first level begins at
+    minus infinity, and that of the last ends at infinity. The logarithm is accurate and its slope finite for any
+    distance of x from the mean and for any narrow Gaussian, as long as the dtype can represent the numbers (for means
+    in [-1, 1] down to a log_scale of -43, in float64 -350). Nothing is clamped.
 
     Args:
-        x: in [-1, 1], of any float dtype (16 bits don't hold the levels); below -0.999 it counts as the first level,
-            above 0.999 as the last.
+        x: in [-1, 1], of any float dtype (16 bits can't represent the levels). Below -0.999 it counts as the first
+            level, above 0.999 as the last.
         mean, log_scale: broadcast against x; log_scale is the logarithm of the standard deviation.
 
     Returns:
-        Their broadcast shape, float32 (float64 where one of them is), at most 0. Differentiable in mean and log_scale;
-        in x, too, as if it weren't a level.
+        A tensor of the broadcast shape, float32 (float64 if an argument is), at most 0. Differentiable in mean and
+        log_scale, and also in x, as if x were continuous.
 
     Raises:
-        TypeError, ValueError: x is no tensor, one of them is of another type, dtype or device, or the shapes don't
+        TypeError, ValueError: x is no tensor, an argument has another type, dtype or device, or the shapes don't
             broadcast.
 
     Examples:
@@ -113,25 +115,27 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     checks.tensor("x", x)
     x, mean, log_scale = _tensors({"x": x, "mean": mean, "log_scale": log_scale})
     inverse = (-log_scale).exp()
-    # The ends of a bin many times wider than the scale are differences to be scaled up: in float64 those are exact.
+    # In a bin much wider than the scale, the differences below are multiplied by a large number. In float64 they are
+    # exact.
     center = x.double() - mean.double()
     distance = center.abs()
 
     def scaled(value: Tensor) -> Tensor:
         return value.to(x.dtype) * inverse
 
-    # In standard deviations, on the side of the mean where the bin's middle is not negative: its ends, its middle
+    # The ends and the middle of the bin in standard deviations from the mean, mirrored so that the middle is >= 0.
     low, high, middle = scaled(distance - HALF_BIN), scaled(distance + HALF_BIN), scaled(distance)
     half = HALF_BIN * inverse
     edge = x.abs() > _EDGE
     narrow = (half < 0.5) & (middle * half < 1)
-    around = ~narrow & (low <= 0)  # the mean lies in the bin
+    around = ~narrow & (low <= 0)  # the bin contains the mean
     beside = ~narrow & ~around
 
-    # Each formula gets numbers of its own range in place of the others', whose slopes would be infinite
+    # Outside of its own range, each formula gets a harmless number: its slope might be infinite there, and the gradient
+    # of torch.where would be NaN.
     in_narrow = _log_of_narrow(torch.where(narrow, middle, 0.0), torch.where(narrow, half, 0.1), log_scale)
     outside = _tail(torch.where(around, high, 1.0)) + _tail(torch.where(around, -low, 1.0))
-    # Of the tail from the bin's near end on, how much lies beyond its far end; high^2 - low^2 = 4 middle half
+    # The logarithm of tail(high) / tail(low), with high^2 - low^2 = 4 middle half.
     far_end, near_end = torch.where(beside, high, 2.0), torch.where(beside, low, 1.0)
     beyond = _log_erfcx(far_end) - _log_erfcx(near_end) - 2 * torch.where(beside, middle * half, 1.0)
     open_end = scaled(torch.where(x > 0, center, -center) - HALF_BIN)
@@ -151,8 +155,11 @@ def _log_erfcx(z: Tensor) -> Tensor:
 
 
 def _log_tail(z: Tensor) -> Tensor:
-    """log of the probability that a standard normal exceeds z. torch.special.log_ndtr(-z) has the same value, but its
-    slope is the exponential of a difference of squares: far out it is wrong in float32, and further infinite."""
+    """The logarithm of the probability that a standard normal exceeds z.
+
+    torch.special.log_ndtr(-z) has the same value, but its slope is the exponential of a difference of squares: for
+    large z it is wrong in float32, and for larger z infinite.
+    """
     far = z > 1
     beyond = torch.where(far, z, 1.0)
     return torch.where(
@@ -161,8 +168,10 @@ def _log_tail(z: Tensor) -> Tensor:
 
 
 def _log_of_narrow(middle: Tensor, half: Tensor, log_scale: Tensor) -> Tensor:
-    """log of the probability of [middle - half, middle + half]: the density at its middle, times its width, times
-    the mean of exp(-middle u - u^2 / 2) over |u| < half, by Gauss and Legendre: exact for half < 1/2, middle half < 1.
+    """The logarithm of the probability of [middle - half, middle + half].
+
+    It is the density at the middle, times the width, times the mean of exp(-middle u - u^2 / 2) over |u| < half. The
+    mean is computed by Gauss-Legendre quadrature, which is accurate for half < 1/2 and middle half < 1.
     """
     mean = torch.zeros_like(middle)
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):

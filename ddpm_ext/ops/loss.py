@@ -1,5 +1,5 @@
-"""The training loss as an operator: the target is made in registers, and its noise can be drawn again in place of
-being stored."""
+"""The training loss as an operator. The kernel computes the target in registers, and can draw its noise a second time,
+so that the noise need not be stored."""
 
 from __future__ import annotations
 
@@ -31,30 +31,31 @@ def diffusion_loss(
     variational: bool = False,
     detach_mean: bool = False,
 ) -> Tensor:
-    """The loss of a model's output against its target k0 x_start + k1 z, and its gradient, in one launch.
+    """The loss of a model's output with the target k0 x_start + k1 z, and its gradient, in one launch.
 
-    A sample's loss is the mean over its elements, times its row's weight. It is summed in one fixed order, so that its
-    bits are the same in every batch, with every number of threads, on the CPU and on a GPU.
+    A sample's loss is the mean over its elements, times its row's weight. The sum has one fixed order, so that its bits
+    are the same in every batch, with every number of threads, on the CPU and on a GPU.
 
     Args:
         model_output: (batch, ...), float32, float16 or bfloat16; it may have a lower precision than x_start.
-        x_start: (batch, ...); None where k0 is 0 in all rows, as for a model that predicts the noise.
+        x_start: (batch, ...); None if k0 is 0 in all rows, as for a model that predicts the noise.
         table: float32 (rows, 4): k0, k1, the weight, and a zero; with `variational` (rows, 8), see csrc/core/loss.h.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        loss: of the difference d, "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
+        loss: the loss of a difference d: "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
             delta (|d| - delta / 2), as torch's).
-        noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), the one that made the model's input.
+        noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), which must be the rng of the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
-        variational: whether a term of the variational bound is added, which needs x_start; the model's output may then
-            have twice the channels, the second half for the variance.
+        variational: whether to add a term of the variational bound, which needs x_start. The model's output may then
+            have twice the channels, with the variance in the second half.
         detach_mean: whether that term has no gradient in the first half.
 
     Returns:
         A scalar, or (batch,); float32. Differentiable once, in model_output.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; x_start or noise
-            that requires a gradient. RuntimeError: a second derivative is asked for (backend="reference" has it).
+        TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range; x_start or
+            noise requires a gradient.
+        RuntimeError: in a second derivative (backend="reference" has it).
 
     Examples:
         >>> from ddpm_ext import ops
@@ -73,20 +74,22 @@ def diffusion_loss(
 
 
 class LossStep:
-    """A training step's two launches, x_t of q(x_t | x_0) and diffusion_loss, with all that is known before the model's
-    call.
+    """The two launches of a training step: x_t of q(x_t | x_0), and diffusion_loss of the model's output.
+
+    All arguments that are known before the model's call are prepared here.
 
     Args:
-        device: of the samples.
-        noise, rng: as diffusion_loss's; neither: a seed from torch's default generator.
-        loss, delta, reduction: as diffusion_loss's, and checked by check_options.
-        The others are diffusion_loss's.
+        device: the samples' device.
+        noise, rng: as diffusion_loss's. Without both, a seed is drawn from torch's default generator.
+        loss, delta, reduction: as diffusion_loss's; the caller has checked them by check_options.
+        The other arguments are those of diffusion_loss.
 
     Attributes:
-        noise: the given one, or one that is kept; None where it is drawn again.
+        noise: the noise, if the caller gave it or `noised` has stored it. None: both launches draw it.
 
     Raises:
-        TypeError, ValueError: t, noise or rng is of another type or out of range; x_start or noise requires a gradient.
+        TypeError, ValueError: t, noise or rng has another type or is out of range; x_start or noise requires a
+            gradient.
     """
 
     def __init__(
@@ -124,11 +127,12 @@ class LossStep:
         self._overwrite_noise = False
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
-        """forward_process by the step's t and noise.
+        """x_t by forward_process, with the step's t and noise.
 
-        keep_noise: the noise of a float32 x_t that is made on a CPU, and neither recorded nor differentiated, stays in
-        memory, where reading it takes less time than drawing it again. The gradient is written over it, so that it
-        takes no more memory at the peak of the two launches.
+        Args:
+            keep_noise: whether to store the noise on a CPU, where reading it takes less time than drawing it again.
+                It is stored for a float32 x_t that is neither recorded nor differentiated. The loss's launch overwrites
+                it with the gradient, so the peak of memory does not rise.
         """
         if self._recorded:
             return torch.ops.ddpm_ext.forward_process(
@@ -155,13 +159,13 @@ class LossStep:
 
 
 class _DiffusionLoss(torch.autograd.Function):
-    """For eager calls, where the dispatcher would take longer than a small loss."""
+    """The loss in eager calls. The dispatcher would take longer than a small loss."""
 
     @staticmethod
     def forward(ctx: Any, how: tuple[int, bool, bool, bool, bool], *arguments: Any) -> Tensor:
         loss, slope = C.diffusion_loss(*arguments, *how)
         ctx.save_for_backward(slope)
-        # Somebody's hooks may keep the very tensor that is saved here.
+        # Hooks of saved tensors may keep the tensor that is saved here, so that backward must not write to it.
         ctx.hooked = C.has_saved_tensors_hooks()
         ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
@@ -174,8 +178,10 @@ class _DiffusionLoss(torch.autograd.Function):
 
 
 def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
-    """slope times grad as `dtype`, by one operation, in the slope's own memory unless that is `shared` or the graph is
-    kept."""
+    """slope times grad as `dtype`, by one operation.
+
+    The result has the slope's memory, unless that is `shared` or the graph is retained.
+    """
     plain = checks.is_plain(grad)
     # A retained graph may need the slope again.
     retained = shared or not plain or torch._C._autograd._get_current_graph_task_keep_graph()

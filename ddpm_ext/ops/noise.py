@@ -12,34 +12,34 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops import cards
 from ddpm_ext.ops.extension import C
 
-# What noise is for. 16 and up are the caller's.
+# The streams: one for each purpose of noise. Streams from 16 on are for callers.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
-STREAMS_REVERSE_MORE = range(6, 16)  # the reverse steps of a pipeline's second scheduler, of its third, ...
+STREAMS_REVERSE_MORE = range(6, 16)  # for reverse steps of the second and later schedulers of a pipeline
 
 
-# seed, seed_value, sample_ids, first_id, stream, draw, draw_data, as the operators take them
+# The operators' arguments seed, seed_value, sample_ids, first_id, stream, draw and draw_data.
 RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int, Tensor | None]
 
 
 class Philox:
-    """A source of noise for a batch, by who its samples are and not by where they lie.
+    """A source of noise for a batch, in which each sample's noise depends on its id and not on its position.
 
-    The same (seed, sample id) gets the same noise in any batch, on any device, in any dtype and memory layout.
+    A (seed, sample id) has the same noise in any batch, on any device, in any dtype and memory layout.
 
     Args:
-        seed: 0 <= seed < 2^64, or an int64 tensor of shape () that holds those 64 bits.
-        sample_ids: the first sample's id, the others counting up from it; or an int64 tensor of shape (batch,) on the
-            samples' device. 0 <= id < 2^56.
-        draw: 0 <= draw < 2^32, used instead of the timestep; or an int64 tensor of shape () on the samples' device or
-            on the CPU, which each launch reads: a captured training step adds one to it. A sampling loop refuses it.
-        stream: 0 <= stream < 256, used instead of the operation's own (0 the reverse step, 1 the starting noise, 2 the
-            forward process; 16 and up are yours). A sampling loop refuses it. The timesteps of training (3), offset
-            noise (4) and input perturbation (5) always have their own.
+        seed: 0 <= seed < 2^64, or an int64 tensor of shape () with those 64 bits.
+        sample_ids: the id of the first sample, the others counting up from it; or an int64 tensor of shape (batch,) on
+            the samples' device. 0 <= id < 2^56.
+        draw: 0 <= draw < 2^32, used in place of the timestep; or an int64 tensor of shape () on the samples' device or
+            on the CPU, which each launch reads: a captured training step adds one to it. Sampling loops reject it.
+        stream: 0 <= stream < 256, used in place of the operation's own stream (0 for the reverse step, 1 for the
+            starting noise, 2 for the forward process; 16 and up are for callers). Sampling loops reject it. Timesteps
+            of training (3), offset noise (4) and input perturbation (5) always have their own streams.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range. A tensor's values are checked where it is
-            used, and only on the CPU.
+        TypeError, ValueError: an argument has another type or is out of range. The values of a tensor are checked at
+            its use, and only on the CPU.
 
     Examples:
         >>> Philox(seed=7, sample_ids=64)  # for a batch that begins with sample 64
@@ -91,19 +91,19 @@ class Philox:
         return Philox(*self.seed_and_ids(), stream=stream, draw=draw)
 
     def seed_and_ids(self) -> tuple[int | Tensor, int | Tensor]:
-        """seed and sample_ids, as they were given."""
+        """The arguments `seed` and `sample_ids`."""
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
         return seed, self.first_id if self.sample_ids is None else self.sample_ids
 
     def numbers(self) -> tuple[int | None, ...] | None:
-        """What its noise follows from; None where a tensor is among it, whose values may change."""
+        """The numbers that determine the noise, as a cache key. None if one is a tensor, whose values may change."""
         draw = self.draw
         if self.seed is not None or self.sample_ids is not None or (draw is not None and isinstance(draw, Tensor)):
             return None
         return self.seed_value, self.first_id, self.stream, draw
 
     def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
-        """What the operators take. The object's own stream and draw take precedence over the arguments."""
+        """The operators' arguments. The object's own stream and draw take precedence over those given here."""
         if self.stream is not None:
             stream = self.stream
         draw_data = self.draw if isinstance(self.draw, Tensor) else None
@@ -121,18 +121,18 @@ def _check_number(name: str, given: Tensor) -> None:
 
 
 def check_rng(rng: object) -> None:
-    """TypeError unless rng is a Philox."""
+    """Raises TypeError unless rng is a Philox."""
     if not isinstance(rng, Philox):
         raise TypeError(f"rng is a {type(rng).__name__}, expected a ddpm_ext.Philox")
 
 
 def rng_of_many(rng: Philox | None, device: torch.device) -> Philox:
-    """The rng of a loop, which draws at every step; None: a fresh one. Raises TypeError and ValueError."""
+    """The checked rng of a loop, or a fresh one for None. Raises as check_rng_of_many."""
     return fresh_rng(device) if rng is None else check_rng_of_many(rng)
 
 
 def check_rng_of_many(rng: object) -> Philox:
-    """Returns rng. TypeError unless it is a Philox; ValueError if it has a draw or a stream of its own."""
+    """Returns rng. Raises TypeError unless it is a Philox, and ValueError if it has its own draw or stream."""
     check_rng(rng)
     assert isinstance(rng, Philox)
     if rng.draw is not None or rng.stream is not None:
@@ -146,33 +146,37 @@ def random_seed() -> int:
 
 
 def in_transform(*kinds: TransformType) -> bool:
-    """Whether a torch.func transform of these kinds is at work, also around another one."""
+    """Whether a torch.func transform of these kinds is active, at any level of nested transforms."""
     stack = get_interpreter_stack()
     return stack is not None and any(interpreter.key() in kinds for interpreter in stack)
 
 
 def is_differentiated() -> bool:
-    """Whether torch.func takes a derivative, by grad, vjp, jvp and what is made of these."""
+    """Whether torch.func takes a derivative, by grad, vjp, jvp or a function that is made of these."""
     return in_transform(TransformType.Grad, TransformType.Jvp)
 
 
 def _seed_of_torch() -> Tensor:
-    """A seed by torch's own operator, int64 (). torch.jit draws it anew in each call of a traced function, and vmap as
-    its randomness says: "error" is torch's RuntimeError, "same" gives one, and "different" one for each slice."""
+    """A seed drawn by torch's own operator, int64 ().
+
+    A function traced by torch.jit draws a new seed in each call. In vmap it depends on the option `randomness`: "error"
+    raises torch's RuntimeError, "same" draws one seed, "different" draws one for each slice.
+    """
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None:
-    """A fresh seed, int64 (), where an int would become a constant of a graph; elsewhere None.
+    """A fresh seed, int64 (), if an int would become a constant of a recorded graph. Otherwise None.
 
-    Compiled code draws it by an operator. In a CUDA graph that is being captured it is drawn on the device, by torch's
-    default generator there, so that each replay draws another one.
+    Compiled code draws it by an operator. During the capture of a CUDA graph, torch's default generator of the device
+    draws it there, so that each replay draws another seed.
 
-    recorded: False where the caller knows that neither torch.compile nor torch.jit.trace records.
+    Args:
+        recorded: False if the caller has checked that neither torch.compile nor torch.jit.trace records.
     """
     if recorded and torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
-    # To look first whether there is any transform saves a call of Python's.
+    # The first test, whether there is any transform, saves a call in most cases.
     if (recorded and torch._C._is_tracing()) or (
         get_interpreter_stack() is not None and in_transform(TransformType.Vmap)
     ):
@@ -183,13 +187,16 @@ def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None
 
 
 def fresh_rng(device: torch.device) -> Philox:
-    """A Philox for samples on `device`, with a seed from torch's default generator: the CPU's, except in a graph."""
+    """A Philox with a fresh seed for samples on `device`.
+
+    The seed is from torch's default CPU generator, or during the capture of a CUDA graph from the device's.
+    """
     seed = seed_in_memory(device)
     return Philox(random_seed() if seed is None else seed)
 
 
 def fresh_arguments(stream: int, device: torch.device, recorded: bool = True) -> RngArguments:
-    """fresh_rng(device).arguments(stream), without the object."""
+    """fresh_rng(device).arguments(stream), without creating the Philox."""
     seed = seed_in_memory(device, recorded)
     return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1, None
 
@@ -200,7 +207,7 @@ NO_RNG: RngArguments = (None, 0, None, 0, 0, -1, None)
 def noise_arguments(
     noise: Tensor | None, rng: Philox | None, add_noise: bool, stream: int, device: torch.device
 ) -> tuple[Any, ...]:
-    """noise, draw_noise and the rng's arguments, as the operators take them for samples on `device`."""
+    """The operators' arguments for the noise of samples on `device`: noise, draw_noise, then the RngArguments."""
     checks.flag("add_noise", add_noise)
     if rng is not None:
         check_rng(rng)
@@ -216,7 +223,7 @@ def noise_arguments(
 
 
 def check_randn(shape: object, draw: object, stream: object, dtype: object) -> tuple[int, ...]:
-    """Checks randn's arguments except rng and device; returns the shape."""
+    """Checks the arguments of randn, except rng and device. Returns the shape."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype!r}, expected a floating torch.dtype")
     if draw is not None:
@@ -240,15 +247,16 @@ def randn(
     Args:
         shape: (batch, ...).
         rng: seed and sample ids; None draws a seed from torch's default CPU generator.
-        draw, stream: which noise; None means the rng's own, else 0.
-        device: where the result is made; its values are the same on every device.
-        dtype: float32, float16 or bfloat16: drawn in float32, then rounded.
+        draw, stream: the draw and stream of the noise. None: those of rng, or 0 if it has none.
+        device: the result's device; the values are the same on every device.
+        dtype: float32, float16 or bfloat16. The noise is drawn in float32, then rounded.
 
     Returns:
         z of `shape`.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range. NotImplementedError: inside torch.jit.trace.
+        TypeError, ValueError: an argument has another type or is out of range.
+        NotImplementedError: within torch.jit.trace.
 
     Examples:
         >>> z = randn((8, 3, 32, 32), Philox(seed=7))
@@ -266,14 +274,14 @@ def randn(
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("randn: torch.jit.trace cannot record it; expected noise as an input of the function")
     arguments = fresh_arguments(0, device) if rng is None else rng.arguments(0, 0)
-    seed, seed_value, ids, first_id, own_stream, own_draw, draw_data = arguments
-    # Checked here, since without a sample the dispatcher goes by these tensors' device.
+    seed, seed_value, ids, first_id, rng_stream, rng_draw, draw_data = arguments
+    # Checked here, because without samples among the arguments the dispatcher selects a backend by these tensors.
     if ids is not None and ids.device.type != device.type:
         raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")
     for name, number in (("seed", seed), ("draw", draw_data)):
         if number is not None and number.device.type not in ("cpu", device.type):
             raise ValueError(f"{name} is on {number.device}, expected cpu or {device}")
-    stream = own_stream if stream is None else stream
-    draw, draw_data = (max(own_draw, 0), draw_data) if draw is None else (draw, None)
+    stream = rng_stream if stream is None else stream
+    draw, draw_data = (max(rng_draw, 0), draw_data) if draw is None else (draw, None)
     source = (seed, seed_value, ids, first_id, stream, draw, draw_data)
     return torch.ops.ddpm_ext.randn(list(sizes), *source, dtype=dtype, device=device)

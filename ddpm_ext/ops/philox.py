@@ -13,7 +13,7 @@ WORD = 0xFFFFFFFF
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of two words, in int64 without overflow."""
+    """The high and low 32 bits of the product of two 32-bit words, computed in int64 without overflow."""
     low = a * (b & 0xFFFF)  # 48 bits
     high = a * (b >> 16)
     middle = high + (low >> 16)
@@ -24,14 +24,15 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Philox4x32-10 of Salmon et al. 2011.
 
     Args:
-        counter: int64 (..., 4), of which the lower 32 bits count.
+        counter: int64 (..., 4). Only the lower 32 bits of each number are used.
         key: int64 (..., 2), likewise; broadcast against counter.
 
     Returns:
         int64 (..., 4), words in [0, 2^32).
 
     Raises:
-        TypeError: no tensor, or another dtype. ValueError: another number of words, or shapes that don't broadcast.
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: an argument has another number of words, or the shapes don't broadcast.
     """
     for name, words, count in (("counter", counter, 4), ("key", key, 2)):
         checks.tensor(name, words)
@@ -55,15 +56,20 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words to two standard normals, in float64: the noise contract's formula, w int64 in [0, 2^32)."""
-    # u is a float32 number: both roundings (to float32, of the fma) belong to the contract
+    """Two standard normals, float64, of two words, int64 in [0, 2^32), by the noise contract's formula."""
+    # u is a float32 number. Both roundings, of w0 to float32 and of the fma, belong to the contract.
     u = (w0.float().double() * 2.0**-32 + 2.0**-33).float().double()
     radius, angle = (-2 * u.log()).sqrt(), w1.double() * (2 * math.pi / 2**32)
     return radius * angle.cos(), radius * angle.sin()
 
 
 def normals(shape: torch.Size, seed: int | Tensor, ids: Tensor, stream: int, draw: Tensor) -> Tensor:
-    """float64 z of `shape` (batch, ...), for sample ids and draws (batch,) and a seed, in [0, 2^64) or int64 ()."""
+    """Standard normals z, float64 of `shape` (batch, ...).
+
+    Args:
+        seed: in [0, 2^64), or an int64 tensor ().
+        ids, draw: int64 (batch,).
+    """
     numel = math.prod(shape[1:])
     blocks = torch.arange((numel + 3) // 4, device=ids.device)
     words = (blocks, draw[:, None], ids[:, None] & WORD, (ids[:, None] >> 32) + (stream << 24))

@@ -1,8 +1,8 @@
-"""The operators in plain torch: slow, obvious, for any float dtype. Tests compare with them, and they are what
-`backend="reference"` runs.
+"""The operators in plain torch: slow, simple, for any float dtype. Tests compare with them, and `backend="reference"`
+runs them.
 
-Each function is the twin of the one of the same name in `ops`, with the same arguments. Arithmetic is float64 for
-float64 samples and float32 for all others; so are the tables.
+Each function has the name and the arguments of its twin in `ops`. Arithmetic and tables are float64 for float64 samples
+and float32 for all others.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def diffusion_loss(
     variational: bool = False,
     detach_mean: bool = False,
 ) -> Tensor:
-    """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too."""
+    """Twin of ops.diffusion_loss. It is float64 for float64 samples, and twice differentiable in all tensors."""
     checks.tensor("model_output", model_output)
     variance = None
     if variational:
@@ -126,7 +126,7 @@ def diffusion_loss(
 
 
 class LossStep:
-    """Twin of ops.loss.LossStep; it draws the noise again."""
+    """Twin of ops.loss.LossStep. Both calls draw the noise."""
 
     def __init__(
         self,
@@ -151,10 +151,10 @@ class LossStep:
 
 
 def _bound(x_start: Tensor, d: Tensor, v: Tensor | float, row: Sequence[Tensor]) -> Tensor:
-    """The row's weight times an element's term of the variational bound, eq. (5) of Ho et al. 2020; in the decoder's
-    row, eq. (13)."""
+    """The row's weight times each element's term of the variational bound: eq. (5) of Ho et al. 2020, or in the
+    decoder's row eq. (13)."""
     weight, l0, l1, scale, decoder = row
-    log_variance = l0 + l1 * v  # relative to the posterior's, except in the decoder's row
+    log_variance = l0 + l1 * v  # minus that of the posterior, except in the decoder's row
     g = -log_variance.clamp(-88, 87)
     divergence = (g.expm1() - g + g.exp() * scale * d**2) / 2
     likelihood = discretized_gaussian_log_likelihood(x_start, mean=x_start + scale * d, log_scale=log_variance / 2)

@@ -1,4 +1,4 @@
-"""What the operators of `reference` have in common: their checks, their rows and their noise."""
+"""Helpers of the operators in `reference`: checks of arguments, rows of samples, and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm_ext.ops.philox import normals
 
 
 def ids_of_samples(rng: Philox, batch: int, device: torch.device) -> Tensor:
-    """int64 (batch,) on device."""
+    """The sample ids, int64 (batch,), on `device`."""
     check_rng(rng)
     if rng.sample_ids is not None:
         checks.per_sample("sample_ids", rng.sample_ids, batch, device, 2**56 - 1)
@@ -37,20 +37,20 @@ def randn(
     if rng is None:
         rng = fresh_rng(device)
     ids = ids_of_samples(rng, batch, device)
-    own_seed, seed_value, _, _, own_stream, own_draw, draw_data = rng.arguments(0, 0)
-    seed = seed_value % 2**64 if own_seed is None else own_seed
+    seed_tensor, seed_value, _, _, rng_stream, rng_draw, draw_data = rng.arguments(0, 0)
+    seed = seed_value % 2**64 if seed_tensor is None else seed_tensor
     if draw is None:
-        draw = own_draw if draw_data is None else checks.integer("draw", int(draw_data), 2**32, "2^32")
+        draw = rng_draw if draw_data is None else checks.integer("draw", int(draw_data), 2**32, "2^32")
     if not isinstance(draw, Tensor):
         draw = torch.full((batch,), draw, device=device)
-    z = normals(torch.Size(sizes), seed, ids, own_stream if stream is None else stream, draw)
+    z = normals(torch.Size(sizes), seed, ids, rng_stream if stream is None else stream, draw)
     return z.to(dtype)
 
 
 def check_samples(
     x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None], lower: str = ""
 ) -> None:
-    """Checks what the compiled operators check; `lower` names the tensor that may have a lower precision than x."""
+    """Makes the checks of the compiled operators. `lower` names the tensor that may have a lower precision than x."""
     checks.samples(x_name, x)
     checks.tensor("table", table)
     row, index = split_t(t)
@@ -91,7 +91,7 @@ def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
 
 
 def affine(k0: Tensor, x: Tensor, k1: Tensor, y: Tensor) -> Tensor:
-    """k0 x + k1 y. Where k1 is -k0, the difference is taken first, as in csrc/core/forward.h."""
+    """k0 x + k1 y. For k1 = -k0 it is k0 (x - y), as in csrc/core/forward.h."""
     return torch.where(k1 == -k0, k0 * (x - y), k0 * x + k1 * y)
 
 
@@ -100,8 +100,8 @@ def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: i
     if noise is not None:
         return noise.to(dtype)
     rng = fresh_rng(x.device) if rng is None else rng
-    own_draw, own_stream = draw if rng.draw is None else None, stream if rng.stream is None else None
-    return randn(x.shape, rng, draw=own_draw, stream=own_stream, device=x.device, dtype=dtype)
+    draw_argument, stream_argument = draw if rng.draw is None else None, stream if rng.stream is None else None
+    return randn(x.shape, rng, draw=draw_argument, stream=stream_argument, device=x.device, dtype=dtype)
 
 
 def finish(result: Tensor, x: Tensor, out: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ def x_start_scale(
         raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected no empty samples")
     if len(x_t) == 0:
         return x0.new_empty(0)
-    # This is torch.quantile's value, which sorts all elements and takes at most 2^24 of them.
+    # The value of torch.quantile, which would sort all elements and takes at most 2^24.
     sizes = x0.reshape(len(x_t), -1).abs()
     position = quantile * (sizes.shape[1] - 1)
     low = math.floor(position)
@@ -83,6 +83,8 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
 
 
 def _spread(x: Tensor) -> Tensor:
-    """The standard deviation of each row, times a factor that depends on the row's length alone. On a CPU, torch.std
-    takes ten times as long."""
+    """The standard deviation of each row, times a factor that depends only on the row's length.
+
+    On a CPU, torch.std takes ten times as long.
+    """
     return torch.linalg.vector_norm(x - x.mean(1, keepdim=True), dim=1)

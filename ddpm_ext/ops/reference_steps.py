@@ -1,4 +1,4 @@
-"""The steps in plain torch: see reference.py, from which they are imported."""
+"""The steps in plain torch. reference.py imports them."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def reverse_step(
     x_start = affine(row.a, x, row.b, m)
     if clip is not None:
         x_start = x_start.clamp(*clip)
-    # Where c2 is 0, an infinite m must not make a NaN of a result that the clip keeps finite.
-    # The terms are added in the order of step_with_options, whose bits these are.
+    # If c2 is 0, m is not multiplied: an infinite m would give NaN, although the clip has made x_start finite. The
+    # terms have the order of step_with_options, so that both have the same bits.
     prev = row.c0 * x_start + (row.c1 * x + torch.where(row.c2 == 0, 0.0, row.c2 * m))
     if add_noise or noise is not None or rng is not None:
         prev = prev + row.s * resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
@@ -60,7 +60,7 @@ def reverse_step(
 
 
 def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str, Tensor | None]) -> None:
-    """Checks the arguments that step_with_options has beyond reverse_step's, by their names."""
+    """Checks the arguments of step_with_options that reverse_step does not have."""
     for name in names(InputKind.LIKE_X, InputKind.RESULT):
         given = inputs[name]
         if given is not None:
@@ -87,7 +87,7 @@ def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str,
 
 
 def _factor(given: Tensor | None, x_t: Tensor) -> Tensor | float:
-    """One number for each sample, (batch, 1, ...)."""
+    """A factor of each sample as (batch, 1, ...), or 1.0 for None."""
     if given is None:
         return 1.0
     return given.to(checks.compute_dtype(x_t.dtype)).reshape(-1, *[1] * (x_t.dim() - 1))
@@ -143,7 +143,7 @@ def step_with_options(
     x, zero = x_t.to(dtype), torch.zeros((), dtype=dtype, device=x_t.device)
 
     def term(factor: Tensor, given: Tensor | None) -> Tensor:
-        """Where the factor is 0, the tensor may be infinite, or memory that was never written."""
+        """factor times given. A factor of 0 gives 0, also if the tensor is infinite or was never written."""
         return zero if given is None else torch.where(factor == 0, zero, factor * given.to(dtype))
 
     m = guided_output(x_t, model_output, uncond_output, output_scale, row.w)
@@ -165,7 +165,7 @@ def step_with_options(
     z = zero
     if add_noise or noise is not None or rng is not None:
         z = resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
-        # As in the plain step, given noise counts in every row.
+        # As in the plain step, noise that the caller gives is multiplied in every row, even if s is 0.
         prev = prev + z * (row.s * deviation if noise is not None else term(row.s, deviation))
     if mask is not None and known is not None:
         share = mask.to(dtype)

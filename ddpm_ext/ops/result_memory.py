@@ -1,11 +1,11 @@
-"""The memory of large results on a CPU, which the operators keep when it is freed, for the results that follow.
+"""A pool of memory for large results on a CPU. Operators take the memory of freed results for later ones.
 
-The C library returns the memory of large blocks to the system when they are freed. A loop such as
-x = p_sample(model, x, t) would receive all pages of each result anew, which takes several times as long as the step. So
-results of 256 KiB and more come from a pool, which keeps up to eight freed blocks and gives all of them back to the
-system as soon as a result has a size that is not among them. The tensors are ordinary ones.
+The C library returns large blocks to the system when they are freed. A loop such as x = p_sample(model, x, t) would
+then get new pages for each result, which takes several times as long as the step. So results of 256 KiB and more come
+from a pool. It keeps up to eight freed blocks. If a result has a size that is not among them, the pool returns all of
+them to the system. The tensors are ordinary tensors.
 
-The environment variable DDPM_EXT_RESULT_MEMORY is the bound on what is kept, in MiB: 1024 without it; 0 keeps nothing.
+The environment variable DDPM_EXT_RESULT_MEMORY limits the pool's free memory, in MiB. Default: 1024; 0: no pool.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ VARIABLE = "DDPM_EXT_RESULT_MEMORY"
 
 
 def _limit() -> int:
-    """The bound in bytes.
+    """The limit in bytes.
 
     Raises:
         ValueError: the variable is not a whole number of MiB.
     """
-    given = os.environ.get(VARIABLE, "") or "1024"
-    if not (given.isascii() and given.isdigit() and int(given) < 2**40):
-        raise ValueError(f"{VARIABLE} is {given!r}, expected a whole number of MiB, or 0 to keep nothing")
-    return int(given) * 2**20
+    value = os.environ.get(VARIABLE, "") or "1024"
+    if not (value.isascii() and value.isdigit() and int(value) < 2**40):
+        raise ValueError(f"{VARIABLE} is {value!r}, expected a whole number of MiB, or 0 to keep nothing")
+    return int(value) * 2**20
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """As torch.empty_like, with memory of the pool where x is large and on a CPU."""
+    """As torch.empty_like, but with memory of the pool for a large x on a CPU."""
     if is_compiling():
         return torch.empty_like(x)
-    made: Tensor = C.empty_result_like(x)
-    return made
+    result: Tensor = C.empty_result_like(x)
+    return result
 
 
 def memory_info() -> dict[str, int]:
-    """What the pool of results on the CPU holds, in bytes.
+    """The size of the pool of results on a CPU, in bytes.
 
     Returns:
-        limit: how much is kept at most; 0 means that results come from torch's allocator. kept: how much is free and
-        kept. kept_blocks: the number of blocks in it. used: how much the results take that are alive.
+        limit: the limit of free memory in the pool; 0 means that results come from torch's allocator. kept: the free
+        memory in the pool. kept_blocks: the number of free blocks. used: the memory of results that are alive.
 
     Examples:
         >>> sorted(memory_info())
@@ -57,7 +57,7 @@ def memory_info() -> dict[str, int]:
 
 
 def release_memory() -> None:
-    """Returns the memory that is kept for results on the CPU to the system. Tensors keep theirs.
+    """Returns the free memory of the pool to the system. Results that are alive keep their memory.
 
     Examples:
         >>> release_memory()

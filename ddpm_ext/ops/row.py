@@ -1,7 +1,6 @@
-"""The numbers of a step's row, in the order in which the kernels read them: Python's only list of it.
+"""The numbers of a step's row, in the order in which the kernels read them: Python's only list of this order.
 
-csrc/core/step_row.def is the list of the C++ side, and a test holds the two to each other. Everything else takes a
-number by its name.
+csrc/core/step_row.def is the list of the C++ side, and a test compares the two. All other code uses the numbers' names.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class RowNumbers(NamedTuple):
     c1: Tensor
     c2: Tensor
     s: Tensor
-    draw: Tensor  # packed as an integer's bits
+    draw: Tensor  # an integer, packed as its bits
     w: Tensor  # the scale of classifier-free guidance
     cu: Tensor
     h1: Tensor
@@ -42,22 +41,22 @@ class RowNumbers(NamedTuple):
 
 
 ROW = RowNumbers._fields
-WIDTH = 24  # numbers of a packed row, of which those after ROW are zeros
+WIDTH = 24  # the length of a packed row: the numbers of ROW, then zeros
 
 
 def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -> RowNumbers:
     """The numbers of each sample's row of a packed table, (rows, WIDTH), float32 or float64.
 
     Args:
-        t: int64 (batch,), or one int for all. A tensor's values out of range, which nobody sees on a GPU, count as the
-            nearest in it, as in the kernels.
+        t: int64 (batch,), or one int for all. Values of a tensor that are out of range count as the nearest row, as in
+            the kernels.
         x: the samples, (batch, ...).
 
     Returns:
-        each number as `dtype` (batch, 1, ...), but the draw as int64 (batch,).
+        each number as `dtype` (batch, 1, ...), except the draw, which is int64 (batch,).
 
     Raises:
-        ValueError: a table of another shape.
+        ValueError: the table has another shape.
     """
     if table.dim() != 2 or table.shape[1] != WIDTH:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected (rows, {WIDTH})")

@@ -1,4 +1,4 @@
-"""The factors of a step that follow from the statistics of each sample: one launch each."""
+"""Factors of a step that depend on the statistics of each sample: one launch each."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def x_start_scale(
 ) -> Tensor:
     """1 / bound of each sample: a step's x_start_scale for dynamic thresholding (Saharia et al. 2022, section 2.3).
 
-    The bound is the quantile of |x0|, interpolated like torch.quantile's, but at least 1 and at most `maximum`. x0 is
-    that of a step with these arguments, in float32, before it is scaled and clipped. It is not stored. A
-    sample with a NaN has NaN. The bits are the same in every batch and on every device.
+    The bound is the quantile of |x0|, interpolated as in torch.quantile, but at least 1 and at most `maximum`. x0 is
+    the predicted clean sample of a step with these arguments, in float32, before it is scaled and clipped. It is not
+    stored. For a sample with a NaN the result is NaN. The bits are the same in every batch and on every device.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16, at least one element a sample.
         model_output: as x_t, or of a lower precision. None: the magnitudes are those of x_t itself.
         table: float32 (rows, 24): StepTable.packed; None without model_output.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        quantile: which quantile, in (0, 1].
+        quantile: in (0, 1].
         maximum: the largest bound, at least 1.
-        uncond_output, output_scale: step_with_options's.
+        uncond_output, output_scale: as step_with_options's.
 
     Returns:
-        float32 (batch,). Differentiable, by torch's own operators, where an argument requires a gradient.
+        float32 (batch,). If an argument requires a gradient, torch's own operators compute it, differentiably.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
@@ -70,8 +70,8 @@ def x_start_scale(
 def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float, rescale: float) -> Tensor:
     """1 + rescale (std(m) / std(u + guidance (m - u)) - 1) of each sample: a step's output_scale for rescaled guidance.
 
-    This is Lin et al. 2024, section 3.4. Sums are made in one fixed order, so that their bits are the same in every
-    batch, with every number of threads, on the CPU and on a GPU.
+    See Lin et al. 2024, section 3.4. Sums have one fixed order, so that their bits are the same in every batch, with
+    every number of threads, on the CPU and on a GPU.
 
     Args:
         model_output: (batch, ...): m, float32, float16 or bfloat16, at least two elements a sample.
@@ -80,7 +80,7 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
         rescale: phi of the paper, in [0, 1].
 
     Returns:
-        float32 (batch,). Differentiable, by torch's own operators, where an argument requires a gradient.
+        float32 (batch,). If an argument requires a gradient, torch's own operators compute it, differentiably.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.

@@ -1,7 +1,7 @@
-"""The inputs and results of step_with_options beside those of a plain step, declared once for Python.
+"""The further inputs and results of step_with_options, which a plain step does not have: Python's list of them.
 
-A test holds the signatures of ops.step_with_options and of its twin in `reference`, and the compiled operator's schema,
-to this list; csrc/core/step_inputs.def is the list of the C++ side.
+A test compares the list with the signatures of ops.step_with_options and of its twin in `reference`, and with the
+compiled operator's schema. csrc/core/step_inputs.def is the list of the C++ side.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class InputKind(Enum):
-    """What a tensor must be like."""
+    """The required kind of an input: its shape and dtype, and whether it is written."""
 
     LIKE_X = "x_t's shape and dtype"
     OF_MODEL = "x_t's shape, the model output's dtype"

@@ -1,4 +1,4 @@
-"""The step with optional tensors, whose inputs step_inputs.py lists."""
+"""The step with optional tensors. step_inputs.py lists them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddpm_ext.ops.torch_library import NO_CLIP, is_recorded
 
 
 def refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
-    """Makes a compiled call refuse what the C++ side refuses in an eager one."""
+    """Raises ValueError for gradients in a compiled call, as the C++ side does in an eager call."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
@@ -50,52 +50,53 @@ def step_with_options(
     x0_out: Tensor | None = None,
     history_out: Tensor | None = None,
 ) -> Tensor:
-    """reverse_step with every option of a loop and the history of multistep samplers, in one launch.
+    """reverse_step with all options of a loop and the history of multistep samplers, in one launch.
 
     The row's equation is in ddpm_ext.tables.step_table; its u, v, g and H1 are uncond_output, model_variance, gradient
-    and history1. Around it, with w the row's scale of guidance, p the row's a x + b m or the given x_start, and
-    signal_after and noise_after the level at which the row arrives:
+    and history1. Further equations apply before, within and after it. In these, w is the row's scale of guidance, p is
+    the row's a x + b m or x_start if that is given, and signal_after and noise_after are the level at the row's end:
 
         m    = output_scale (u + w (m - u))                               before the row
         x0   = clip(x_start_scale p) + g0 g                               in place of the row's x0
         prev = mask (signal_after known + noise_after z) + (1 - mask) prev     after the row
 
-    An input that isn't given is not read, and its term is left out. Where a number of the row is 0, or w is 1, the
-    tensor that it multiplies has no influence, even if it is infinite. A call with none of these inputs is the plain
-    step. What a history holds is the row's choice: k0 keeps the predicted clean sample, k2 the model's output, and so
-    on.
+    The term of a missing input is left out. If a number of the row is 0, or w is 1, the tensor that it multiplies has
+    no influence, even if it is infinite. A call with none of these inputs is the plain step. The row decides what its
+    history holds: with k0 it is the predicted clean sample, with k2 the model's output, and so on.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
-        model_output: as x_t, or of a lower precision. None counts as 0: for rows that don't need it, or with x_start.
+        model_output: as x_t, or of a lower precision. None counts as 0, for rows that don't need it or with x_start.
         table: float32 (rows, 24): StepTable.packed.
         t, noise, rng, add_noise: as reverse_step's.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
         uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
         output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
-        model_variance: as model_output: what the model returns for its variance.
-        log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]; else v is the
-            variance itself, clamped to [2^-100, 2^100].
+        model_variance: as model_output: v, the model's output for its variance.
+        log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]. Otherwise v is
+            the variance itself, clamped to [2^-100, 2^100].
         x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
         x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic
             thresholding (Saharia et al. 2022, section 2.3).
-        history1, history2, history3: as x_t: what earlier steps wrote to their history_out, the latest first.
-        gradient: as x_t: that of a classifier's log-probability (Dhariwal & Nichol 2021).
-        known, mask: as x_t: a clean sample, and how much of it to keep, from 0 to 1. It gets the step's own noise z.
-        out: as x_t: where the result is written.
-        model_input: as x_t, or with twice its batch, and of any of the three dtypes: what the model is called with
-            next, c_in prev, is written here, and again to the second half of the batch.
+        history1, history2, history3: as x_t: the history_out of earlier steps, the latest first.
+        gradient: as x_t: the gradient of a classifier's log-probability (Dhariwal & Nichol 2021).
+        known, mask: as x_t: a clean sample, and the share of it in the result, from 0 to 1. The known sample gets the
+            same noise z as the step.
+        out: as x_t: the result is written here.
+        model_input: as x_t, or with twice its batch, and of any of the three dtypes: the next input of the model,
+            c_in prev, is written here. With twice the batch it is written to both halves.
         x0_out: as x_t: the predicted clean sample, with the gradient's term, is written here.
-        history_out: as x_t: what the row keeps, k0 x0 + k1 x + k2 m, is written here.
+        history_out: as x_t: the tensor that the row keeps, k0 x0 + k1 x + k2 m, is written here.
 
-    Each of these four that is as x_t may be one of the arguments, element by element: history_out may be history3.
+    Each of these four results that is as x_t may have the memory of an input with the same elements at the same
+    addresses: history_out may be history3.
 
     Returns:
         x_{t-1}, as x_t. Gradients are not recorded.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
-            gradient; a mask without known or known without a mask; uncond_output without model_output.
+        TypeError, ValueError: an argument has another type, shape, dtype or device, is out of range, or requires a
+            gradient; mask is given without known, known without mask, or uncond_output without model_output.
 
     Examples:
         >>> table = gd.table("steps", "x_t", x_t)

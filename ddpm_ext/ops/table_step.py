@@ -1,4 +1,4 @@
-"""What a TableStep does, by calls of operators."""
+"""A TableStep that calls operators by name: the base of the fused and the reference TableStep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind
 
-# What take computes beside the step follows from these numbers: x_start_scale, and output_scale.
+# `take` computes x_start_scale from the first two of these numbers, and output_scale from the last two.
 NUMBERS = ("quantile", "maximum", "guidance", "rescale")
 CHECKS: dict[str, Callable[[str, Any], object]] = {
     "noise": checks.tensor,
@@ -27,7 +27,11 @@ def operators_by_name(*operators: Callable[..., Any]) -> dict[str, Callable[...,
 
 
 class CalledTableStep:
-    """A TableStep that calls `operators`, functions by their names. See ops.fused.TableStep."""
+    """See ops.fused.TableStep.
+
+    Attributes:
+        operators: {name: operator} of the operators that it calls.
+    """
 
     operators: ClassVar[dict[str, Callable[..., Any]]]
 
@@ -47,7 +51,7 @@ class CalledTableStep:
         self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        """Where calls are recorded, their arguments are checked when they run."""
+        """Does nothing: the operators check their arguments. Subclasses check earlier."""
 
     def take(
         self,
@@ -65,7 +69,7 @@ class CalledTableStep:
     def _with_scales(
         self, x_t: Tensor, model_output: Tensor | None, t: int | Tensor, inputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The inputs but None, with the scales in place of the numbers that they are computed from."""
+        """The inputs without None, and with the scales in place of the numbers that they are computed from."""
         tensors: dict[str, Any] = {}
         numbers: dict[str, float] = {}
         call = self.operators
@@ -83,7 +87,7 @@ class CalledTableStep:
             spread = {"guidance": numbers.get("guidance", 1.0), "rescale": numbers.get("rescale", 0.0)}
             tensors["output_scale"] = call["output_scale"](model_output, uncond, **spread)
         if "quantile" in numbers or "maximum" in numbers:
-            # An operator refuses the quantile 0.
+            # Without a quantile it is 0, which the operator rejects.
             bound = {"quantile": numbers.get("quantile", 0.0), "maximum": numbers.get("maximum", math.inf)}
             if "x_start" in tensors:
                 scale = call["x_start_scale"](tensors["x_start"], **bound)

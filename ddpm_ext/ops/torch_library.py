@@ -1,4 +1,4 @@
-"""What torch must know of the operators besides how to run them: the shapes of their results, and their gradients."""
+"""Registers the shapes of the operators' results and their gradients with torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm_ext.ops.row import row_numbers
 
 NO_CLIP = (-math.inf, math.inf)
 _lib = torch.library
-_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # looking them up takes longer
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # saves the look-up in each call
 
 
 def is_recorded() -> bool:
@@ -22,7 +22,7 @@ def is_recorded() -> bool:
     return _is_compiling() or _is_tracing()
 
 
-# ------------------------------------------------------------------------------------------ shapes without data
+# ---------------------------------------------------------------------------------------- shapes of the results
 
 
 def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -62,7 +62,7 @@ def _() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-if TORCH < (2, 15):  # inductor, seen with 2.11, draws seeds in another order than the code, and so other noise
+if TORCH < (2, 15):  # Inductor (seen in 2.11) reorders the draws of seeds, so that the noise differs from eager code's.
     from torch._higher_order_ops import effects
 
     effects._register_effectful_op(torch.ops.ddpm_ext.draw_seed.default, effects._EffectType.ORDERED)
@@ -137,7 +137,7 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     row = row_numbers(table, ctx.index if t is None else t, x_t, torch.float32)
     clipped = row.c0 * grad
     if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
-        # The step's own operation, so that the gradient is 0 exactly where the step clipped.
+        # This has the bits of the step's own x_start, so that the gradient is 0 exactly where the step has clipped.
         x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
         inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
         if _EDGES_INSIDE:
@@ -157,13 +157,13 @@ _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_
 
 
 def refuse_second_derivative() -> None:
-    """Raises RuntimeError in a backward pass with create_graph=True, which would treat the gradient as a constant."""
+    """Raises RuntimeError in a backward pass with create_graph=True, where the gradient would count as a constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
 
 
 def by_sample(grad: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of a loss, a scalar or (batch,), in a shape that multiplies its slope."""
+    """The gradient of a loss, a scalar or (batch,), in a shape that broadcasts against the slope."""
     return grad.reshape(-1, *[1] * (slope.dim() - 1))
 
 
