@@ -10,9 +10,9 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """Values by key, at most `size` of them: a new one takes the place of the oldest.
+    """A cache of at most `size` values by key. A new value replaces the oldest.
 
-    Threads may share it. A lookup that finds its value takes no lock. Copies and pickles of it are empty.
+    Threads may share it. A lookup of an existing key takes no lock. Copies and pickles of the cache are empty.
 
     Raises ValueError: size is below 1.
     """
@@ -24,7 +24,7 @@ class BoundedCache(Generic[Value]):
         self._values: dict[Hashable, Value] = {}
         self._lock = threading.Lock()
         self.get: Callable[[Hashable], Value | None] = self._values.get
-        """The key's value, or None where it has none."""
+        """The value of a key, or None."""
 
     def __len__(self) -> int:
         return len(self._values)
@@ -33,17 +33,17 @@ class BoundedCache(Generic[Value]):
         return type(self), (self.size,)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The key's value; where it has none, make(), which is stored and must not be None.
+        """The value of a key. A missing value is made by make(), which must not return None, and stored.
 
-        make() runs without the lock, so it may use the cache itself. Threads that make a value for one key at the same
-        time all get the one that was stored first. What make() raises is passed on, and nothing is stored.
+        make() runs without the lock, so it may use the cache. If several threads make a value of the same key at the
+        same time, all get the value that was stored first. If make() raises an error, nothing is stored.
         """
-        found = self._values.get(key)
-        if found is not None:
-            return found
-        made = make()
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        new_value = make()
         with self._lock:
-            found = self._values.setdefault(key, made)
+            value = self._values.setdefault(key, new_value)
             while len(self._values) > self.size:
                 del self._values[next(iter(self._values))]
-        return found
+        return value

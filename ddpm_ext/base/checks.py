@@ -1,7 +1,7 @@
-"""Checks of arguments. An error names the argument, the value that was given, and what is expected.
+"""Checks of arguments. An error names the argument, its value, and what is expected.
 
-The compiled operators themselves check that their tensors fit one another. Here are the checks that must be made before
-an operator is called, and those that `reference` makes in place of the operators.
+The compiled operators check themselves that their tensors fit together. This module has the checks that must be made
+before an operator is called, and those of `reference`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
+# Older versions of torch.compile can't trace unions of types, nor any(): hence tuples here, and loops below.
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)
-_REALS: Any = (float, int, numbers.Real)  # the first two alone are found without a call
+_REALS: Any = (float, int, numbers.Real)  # float and int first: isinstance with an abstract class calls a function
 
 
 def as_int(name: str, value: object) -> int:
@@ -43,8 +43,7 @@ def flag(name: str, value: object) -> None:
 
 
 def real(name: str, value: Any) -> float:
-    """Returns `value` as a float, which is infinite where it is too large for one. Raises TypeError unless it is a
-    number."""
+    """Returns `value` as a float; infinity if it is too large for a float. Raises TypeError unless it is a number."""
     if isinstance(value, bool) or not isinstance(value, _REALS):
         raise TypeError(f"{name} is {value!r}, expected a number")
     try:
@@ -101,29 +100,36 @@ def tensor(name: str, value: object) -> None:
 
 
 def tensors(**values: object) -> None:
-    """Raises TypeError for the first that is neither a tensor nor None."""
+    """Raises TypeError for the first value that is neither a tensor nor None."""
     for name, value in values.items():
         if value is not None:
             tensor(name, value)
 
 
 def floating(name: str, value: Any) -> None:
-    """Raises TypeError for what is no tensor of floating-point numbers."""
+    """Raises TypeError unless `value` is a tensor of floating-point numbers."""
     tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating one")
 
 
 def refuse(name: str, values: Any, bad: Any, expected: str) -> None:
-    """Raises ValueError, which names the first of them, if any value is bad; both are arrays, or tensors on the CPU."""
+    """Raises ValueError, which names the first bad value, if any value is bad.
+
+    Args:
+        values, bad: arrays, or tensors on the CPU.
+    """
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise ValueError(f"{name}[{i}] is {values[i]}, expected {expected}")
 
 
 def floats(name: str, values: Tensor, shape: str) -> Tensor:
-    """Returns numbers as float64 (n,) on the CPU. Raises TypeError unless it is a floating tensor, ValueError unless it
-    has one dimension and a number at least, with `shape` as what is expected."""
+    """Returns numbers as float64 (n,) on the CPU.
+
+    Raises TypeError unless `values` is a floating tensor, and ValueError unless it has one dimension and at least one
+    number. `shape` is the expected shape in the error's text.
+    """
     floating(name, values)
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {shape}")
@@ -161,7 +167,7 @@ def shape(value: object, least: int = 0) -> tuple[int, ...]:
 
 
 def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
-    """Splits t into what the operators take: (t, 0) for a tensor, and (None, t) for an int."""
+    """Splits t into the operators' two arguments: (t, 0) for a tensor, and (None, t) for an int."""
     if isinstance(t, Tensor):
         return t, 0
     if type(t) is not int:
@@ -175,14 +181,14 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
 
 
 def device(value: object) -> torch.device:
-    """Returns `value` as a device. A CUDA device gets its index, so that it equals the `device` of tensors there."""
+    """Returns `value` as a device. A CUDA device gets its index, so that it equals the `device` of its tensors."""
     try:
-        found = torch.device(value)  # type: ignore[call-overload]
+        result = torch.device(value)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {value!r}, expected a torch device such as 'cpu' or 'cuda:0'") from None
-    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+    if result.type == "cuda" and result.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    return found
+    return result
 
 
 def samples(name: str, x: Tensor) -> None:
@@ -196,7 +202,8 @@ def samples(name: str, x: Tensor) -> None:
 def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -> None:
     """Raises TypeError or ValueError unless y is a tensor of x's shape, device and dtype.
 
-    lower: accept float16 and bfloat16 as well where x is float32.
+    Args:
+        lower: whether to accept float16 and bfloat16 as well if x is float32.
     """
     if not isinstance(y, Tensor):
         tensor(name, y)
@@ -214,8 +221,8 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int) -> None:
     """Raises TypeError or ValueError unless v is int64 (batch,) with values in [0, last].
 
-    The values are not checked on a GPU, because reading them there would synchronise, nor in a transform of
-    torch.func, where they cannot be read.
+    Values on a GPU are not checked, because reading them would synchronise. Nor are values in a transform of
+    torch.func, because they cannot be read.
     """
     if v.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {v.dtype}, expected int64")
@@ -223,7 +230,7 @@ def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int
         raise ValueError(f"{name} has shape {tuple(v.shape)}, expected ({batch},), one a sample")
     if v.device != device:
         raise ValueError(f"{name} is on {v.device}, expected the samples' device, {device}")
-    # A compiler knows no such function, and breaks its graph there.
+    # torch.compile can't trace is_functorch_wrapped_tensor, and would break its graph.
     readable = v.is_cpu and (torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(v))
     if readable and v.numel() and not (v.min() >= 0 and v.max() <= last):
         refuse(name, v, (v < 0) | (v > last), f"0 <= {name} <= {last}")

@@ -21,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 _LARGEST_JSON = 2**28
-_ABANDONED = 3600.0  # seconds after which nobody writes to a file any more
+_ABANDONED = 3600.0  # A temporary file that was not written for so many seconds is left from a killed process.
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    # Where the path is a symbolic link, the file that it points to is replaced, and the link stays.
+    # For a symbolic link, the file that it points to is replaced, and the link stays.
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ValueError(f"out: {path} is a folder, expected a file")
@@ -35,7 +35,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _beside(target: Path) -> Path:
-    """Another name in its folder, hidden, no longer than a name can be, and with its ending."""
+    """A hidden temporary name in the folder of `target`, with the same ending, not longer than names may be."""
     return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
 
 
@@ -44,8 +44,8 @@ def _short_stem(target: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes a rename to the disk, on systems that can."""
-    with suppress(OSError):  # Windows opens no folders, and some network file systems flush none
+    """Flushes a rename to the disk, if the system can."""
+    with suppress(OSError):  # Windows can't open folders, and some network file systems can't flush them
         opened = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -58,13 +58,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a new name beside `path`, with the same ending, to write to.
 
     When the block ends without an exception, the file is flushed to the disk and renamed to `path`. Otherwise it is
-    removed, and a file that was at `path` before stays as it was. Missing parent folders are made.
+    removed, and a file that was at `path` before is not changed. Missing parent folders are created.
 
-    Raises ValueError if `path` is a folder or a device, OSError, which names `path`, if it can't be written.
+    Raises ValueError if `path` is a folder or a device, and an OSError that names `path` if it can't be written.
     """
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not by tempfile: only the owner can read its files, and the rename would not change that.
+    # Not created by tempfile: only the owner can read its files, and the rename would not change their mode.
     beside = _beside(target)
     try:
         with errors_that_name(path, beside):
@@ -78,21 +78,27 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -math.inf) -> None:
-    """Removes from a folder what killed processes left that were writing `of`, or any file. No other may be writing.
+    """Removes temporary files from a folder that killed processes left while they wrote `of`, or any file.
 
-    untouched: for how many seconds it must not have been written to.
+    No other process may be writing such files.
+
+    Args:
+        of: the file that was to be written; None: any file.
+        untouched: remove only files that were not written for so many seconds.
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
-        status = leftover.lstat()  # not of what a link points to, which may be nowhere
+        status = leftover.lstat()  # of a link itself: its target may not exist
         if time.time() - status.st_mtime > untouched:
             shutil.rmtree(leftover) if stat.S_ISDIR(status.st_mode) else leftover.unlink()
 
 
 @contextmanager
 def errors_that_name(path: str | os.PathLike[str], hidden: Path) -> Iterator[None]:
-    """Raises an OSError that names no file, as write() does where a disk is full, or the file or folder `hidden`, which
-    nobody knows, as one that names `path`."""
+    """Makes OSErrors in the block name `path` if they name no file, or the temporary file or folder `hidden`.
+
+    An error of write() on a full disk names no file, for example.
+    """
     try:
         yield
     except OSError as error:
@@ -120,20 +126,21 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 def write_array(path: str | os.PathLike[str], array: npt.NDArray[Any]) -> None:
     """Writes an .npy, atomically."""
-    # A file that is open for writing alone is written by numpy's own C code: on a full disk its error doesn't say why,
-    # and what was left in its buffer is lost without any.
+    # Opened for reading, too: numpy's C code writes files that are open only for writing. On a full disk its error does
+    # not give the reason, and the rest of its buffer is lost without an error.
     with atomic_path(path) as beside, open(beside, "w+b") as opened:
         np.save(opened, array)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads JSON in UTF-8, of a regular file of at most 256 MiB.
+    """Reads JSON in UTF-8 from a regular file of at most 256 MiB.
 
     Raises:
-        OSError: it can't be read. ValueError: it is no such file, or no JSON, or nested too deeply.
+        OSError: the file can't be read.
+        ValueError: it is no regular file, too large, no JSON, or nested too deeply.
     """
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write to it
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
         raise ValueError("it is not a regular file")
     if status.st_size > _LARGEST_JSON:
         raise ValueError(f"it has {status.st_size} bytes, expected at most {_LARGEST_JSON}")
@@ -144,11 +151,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError, naming the reason, if a file could not be written to `path`; leaves no file behind.
+    """Raises ValueError with the reason if a file could not be written to `path`. Leaves no file behind.
 
-    With it, a command can report a wrong path before hours of work in place of afterwards. The file's folder is made
-    where the one above it exists: a mistyped path makes no others. What earlier commands left that were killed while
-    they wrote this file is removed.
+    With this check, a command can report a wrong path before hours of work. The file's folder is created if its parent
+    exists; no other folders are, so that a mistyped path creates none. Temporary files of earlier commands that were
+    killed while they wrote this file are removed.
     """
     try:
         target = _target(path)
@@ -158,7 +165,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.touch()
         finally:
             probe.unlink(missing_ok=True)
-        with suppress(OSError):  # it is another user's, or another command has finished the file meanwhile
+        with suppress(OSError):  # a file is another user's, or another command has renamed it meanwhile
             remove_leftovers(target.parent, target, untouched=_ABANDONED)
     except FileExistsError as error:
         raise ValueError(f"out: cannot write {path}: {error.filename} is no folder") from error
@@ -170,8 +177,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def errors_name(option: str, path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
-    """Makes an OSError in the block name the file that cannot be written; the message begins with `option`, and ends
-    with `more`."""
+    """Makes OSErrors in the block name `path`. The message begins with `option` and ends with `more`."""
     try:
         yield
     except OSError as error:
@@ -180,12 +186,12 @@ def errors_name(option: str, path: str | os.PathLike[str], more: str = "") -> It
 
 @contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Locks a file, which keeps a second run out of its folder. The lock ends with the process, even if it is killed.
+    """Locks a file, so that no second run works in its folder. The lock ends with the process, even if it is killed.
 
-    On file systems without locks it does nothing. Raises ValueError if another run has the lock.
+    On file systems without locks this does nothing. Raises ValueError if another run has the lock.
     """
     with open(path, "rb") as opened:
-        # A worker that is forked later inherits the open file, and would hold the lock for seconds after a killed run.
+        # Forked workers inherit the open file, and would hold the lock for seconds after the run was killed.
         register_after_fork(opened, type(opened).close)
         try:
             import fcntl

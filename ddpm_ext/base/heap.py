@@ -1,4 +1,4 @@
-"""How the C library treats memory that is freed."""
+"""A setting of the C library for freed memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-# Parameters of glibc's mallopt(3), with the environment variables that set them, and the greatest values it takes.
+# {environment variable: (parameter of glibc's mallopt(3) that it sets, the largest value of the parameter)}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 VARIABLES = {
     "MALLOC_MMAP_THRESHOLD_": (M_MMAP_THRESHOLD, 2**25),
@@ -15,15 +15,14 @@ VARIABLES = {
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep the memory of freed blocks up to 32 MiB for this process, instead of returning it to the
-    system.
+    """Tells glibc to keep freed blocks of up to 32 MiB in this process, instead of returning them to the system.
 
-    A model's temporary tensors are freed and allocated at every step, and pages that went back to the system are
-    received one by one again, which can take longer than the arithmetic. A parameter that the environment sets stays as
-    it is.
+    A model's temporary tensors are freed and allocated in every step. If their pages went back to the system, it would
+    provide them again one by one, which can take longer than the arithmetic. Parameters that the environment sets are
+    not changed.
 
     Returns:
-        Whether the C library took it: False where it is not glibc.
+        Whether the C library accepted the setting; False for other libraries than glibc.
     """
     if sys.platform != "linux":
         return False

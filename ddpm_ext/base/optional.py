@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used. The error for a missing one has the command that installs it."""
+"""Optional packages, imported when they are used. The error for a missing package has the command that installs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 ALL_EXTRAS = ', or for all commands, in ddpm_ext\'s source folder, pip install --no-build-isolation ".[demo]"'
-_told = False  # that tqdm would show a progress bar
+_told = False  # whether the line about a missing tqdm was printed
 _INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
@@ -18,12 +18,14 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
-    """Imports and returns a module. Raises MissingExtra, with the pip command, if its package is not installed, or a
-    package that this one imports.
+    """Imports and returns a module.
+
+    Raises MissingExtra, with the pip command, if its package is not installed, or if a package is missing that this
+    package imports.
 
     Args:
-        purpose: what it is needed for, as the start of the error's sentence.
-        in_demo: whether the extra "demo" installs it, which the error then says.
+        purpose: what needs the module; the error's sentence begins with it.
+        in_demo: whether the extra "demo" installs it. The error then says so.
     """
     try:
         return importlib.import_module(module)
@@ -38,8 +40,12 @@ def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
 
 
 def counter(count: int, what: str | None, disable: bool | None = None) -> Iterable[int]:
-    """range(count), with a progress bar labelled `what` if tqdm is installed; disable is tqdm's, None: where standard
-    error is no terminal."""
+    """range(count), with a progress bar if tqdm is installed.
+
+    Args:
+        what: the label of the bar.
+        disable: as tqdm's: None shows the bar only if standard error is a terminal.
+    """
     if disable or not has_bars():
         return range(count)
     from tqdm.auto import tqdm
@@ -49,8 +55,14 @@ def counter(count: int, what: str | None, disable: bool | None = None) -> Iterab
 
 @contextlib.contextmanager
 def calls_bar(most: int, what: str, shown: bool) -> Iterator[Callable[..., object]]:
-    """A function to call after each of at most `most` calls, or with their number after several; if `shown` and tqdm is
-    installed, it moves a progress bar labelled `what`."""
+    """Yields a function that advances a progress bar, by 1 or by a number of calls.
+
+    Without `shown` or tqdm, the function does nothing.
+
+    Args:
+        most: the largest number of calls.
+        what: the label of the bar.
+    """
     if not (shown and has_bars()):
         yield lambda *_: None
         return
@@ -61,7 +73,7 @@ def calls_bar(most: int, what: str, shown: bool) -> Iterator[Callable[..., objec
 
 
 def has_bars(*, tell: bool = True) -> bool:
-    """Whether tqdm is installed; if not, and `tell`, a line on a terminal says once what would show a progress bar."""
+    """Whether tqdm is installed. If not, and with `tell`, a line on a terminal says once how to install it."""
     global _told
     try:
         importlib.import_module("tqdm.auto")

@@ -1,6 +1,6 @@
-"""Several processes that share one task, as torchrun starts them: which one this is, and how they communicate.
+"""Several processes that share one task, as torchrun starts them: the rank of this process, and communication.
 
-They exchange objects over gloo, on the CPU. While samples are drawn they communicate only at the start and at the end,
+Ranks exchange objects over gloo, on the CPU. When samples are drawn, they communicate only at the start and at the end,
 so that no GPU waits for another. Gradients of models on GPUs are averaged over NCCL.
 """
 
@@ -22,29 +22,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-_MEETING = timedelta(minutes=30)  # until all ranks must have started and loaded their models
-_WORK = timedelta(days=365)  # no limit in practice: a rank that dies is noticed at once, by its closed connections
+_MEETING = timedelta(minutes=30)  # the timeout for all ranks to start and load their models
+_WORK = timedelta(days=365)  # no limit in practice: closed connections show at once that a rank has died
 _POLL = 0.1  # seconds
 KEPT = "what was finished is kept: run the same command again to go on"
-"""What a message says where a run has ended early."""
+"""The end of the message of a run that has ended early."""
 _LOST = f"another rank ended before the work was done (its own message, if it had one, says why); {KEPT}"
-# Barriers that another rank never reached, with their groups: to free them would wait for that rank.
+# Barriers that another rank never reached, with their groups. They are kept because freeing them would wait for it.
 _UNFINISHED: list[Any] = []
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size`, and number `local` of those on its machine. By default it is alone."""
+    """This process is number `rank` of `size` processes, and number `local` on its machine. By default it is alone."""
 
     rank: int = 0
     size: int = 1
     local: int = 0
-    # The process group for objects, or None for the default one; and the group on which ranks wait for the end.
+    # The process group for objects, or None for the default group; and the group on which ranks wait for the end.
     _talk: Any = field(default=None, repr=False, compare=False)
     _at_the_end: Any = field(default=None, repr=False, compare=False)
 
     def device(self, name: str) -> str:
-        """The device that this rank uses: `name`, but for a plain "cuda" among several ranks the local rank's GPU."""
+        """The device of this rank: `name`, except that "cuda" with several ranks is the local rank's GPU."""
         count = torch.cuda.device_count() if name == "cuda" and self.size > 1 else 0
         return f"cuda:{self.local % count}" if count else name
 
@@ -91,10 +91,10 @@ class Ranks:
         """Returns the largest of the values of all ranks, on each rank. Raises ConnectionError if a rank is lost."""
         if self.size == 1:
             return value
-        found = torch.tensor(value, device="cpu")
+        largest = torch.tensor(value, device="cpu")
         with _lost_ranks():
-            distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._talk)
-        return int(found)
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._talk)
+        return int(largest)
 
     def parallel(self, model: Module, device: torch.device) -> Module:
         """Wraps a model so that the gradients of all ranks are averaged in each backward pass.
@@ -141,7 +141,7 @@ class Ranks:
 
 @contextmanager
 def _lost_ranks() -> Iterator[None]:
-    """Turns RuntimeErrors of torch.distributed, which speak of sockets, into a ConnectionError that says what to do."""
+    """Converts RuntimeErrors of torch.distributed, which are about sockets, to a ConnectionError with advice."""
     try:
         yield
     except RuntimeError as error:
@@ -149,9 +149,9 @@ def _lost_ranks() -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """This process's rank, from the environment variables that torchrun sets; without them it is alone.
+    """The Ranks of this process, from the environment variables that torchrun sets; without these it is alone.
 
-    Raises ValueError if WORLD_SIZE, RANK and LOCAL_RANK make no sense.
+    Raises ValueError if WORLD_SIZE, RANK and LOCAL_RANK do not fit together.
     """
     size = _number("WORLD_SIZE", 1, 1, 2**31)
     rank = _number("RANK", 0 if size == 1 else None, 0, size)
@@ -163,36 +163,36 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal() or not low <= int(text) < high:
-        came = "nothing" if text is None else text
-        raise ValueError(f"{name}: got {came} in the environment, expected a whole number in [{low}, {high})")
+        shown = "nothing" if text is None else text
+        raise ValueError(f"{name}: got {shown} in the environment, expected a whole number in [{low}, {high})")
     return int(text)
 
 
 def part_of(samples: range, part: int, parts: int) -> range:
-    """One of `parts` parts of `samples`, whose sizes differ by at most 1."""
+    """Part number `part` of `samples`, which is divided into `parts` parts whose sizes differ by at most 1."""
     count = len(samples)
     return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)
 
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """Yields this process's rank. If there are several ranks, they have a process group while the block runs.
+    """Yields the Ranks of this process. Several ranks have a process group while the block runs.
 
-    A process group that is initialized already is used and stays. Raises ValueError if WORLD_SIZE, RANK and LOCAL_RANK
-    make no sense, ConnectionError if the other ranks don't start.
+    A process group that the caller has initialized is used and not destroyed. Raises ValueError if WORLD_SIZE, RANK and
+    LOCAL_RANK do not fit together, and ConnectionError if the other ranks don't start.
     """
-    here = ranks()
-    if here.size == 1:
-        yield here
+    this = ranks()
+    if this.size == 1:
+        yield this
         return
-    if distributed.is_initialized():  # by the caller, who also destroys it; it may be one for GPUs only
+    if distributed.is_initialized():  # The caller's group may be for GPUs only, so groups for objects are created.
         talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_MEETING, _WORK))
-        yield replace(here, _talk=talk, _at_the_end=at_the_end)
+        yield replace(this, _talk=talk, _at_the_end=at_the_end)
         return
     with _lost_ranks():
         distributed.init_process_group("gloo", timeout=_MEETING)
-        here = replace(here, _at_the_end=distributed.new_group(timeout=_WORK))
+        this = replace(this, _at_the_end=distributed.new_group(timeout=_WORK))
     try:
-        yield here
+        yield this
     finally:
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The version of torch at run time, and what is not the same in all of them."""
+"""The version of torch at run time, and a function for a difference between versions."""
 
 import torch
 
@@ -6,6 +6,8 @@ TORCH: tuple[int, int] = tuple(map(int, torch.__version__.split(".")[:2]))  # ty
 
 
 def torch_default_device() -> torch.device:
-    """Where torch makes a tensor that no device is given for. torch.get_default_device() of torch 2.7 does not know of
-    `with torch.device(...)`."""
+    """The device of new tensors without a `device` argument.
+
+    torch.get_default_device() of torch 2.7 ignores `with torch.device(...)`.
+    """
     return torch.empty(0, device=None).device

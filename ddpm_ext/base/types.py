@@ -1,4 +1,4 @@
-"""Types that several packages name in their signatures."""
+"""Types that several packages use in their signatures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's samples as the files that evaluation scripts read: one .npz (`--npz`), or a folder of pictures (`--png`)."""
+"""Writes the samples of a run as files for evaluation scripts: an .npz (`--npz`), or a folder of pictures (`--png`)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def write_npz(
     labels: npt.NDArray[np.int64] | None = None,
     more: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> None:
-    """Writes all samples to an .npz as arr_0, uint8 (count, height, width, channels), one shard in memory at a time,
-    labels, (count,), as arr_1, and `more` by their names.
+    """Writes all samples to an .npz as arr_0, uint8 (count, height, width, channels).
 
-    The same samples give the same bytes.
+    Only one shard is in memory at a time. The same samples give the same bytes.
+
+    Args:
+        labels: (count,), written as arr_1.
+        more: {name: array} of further arrays.
 
     Examples:
         >>> from pathlib import Path
@@ -59,8 +62,8 @@ def write_npz(
 def write_pngs(shards: Shards, folder: Path) -> None:
     """Writes all samples to `folder` as 000000.png, 000001.png and so on.
 
-    A new folder appears once all pictures are written. One that has all of them is left as it is. One with the first of
-    them, as of a smaller number of samples, gets the others in ascending order.
+    A new folder appears once all pictures are written. An existing folder that has all pictures is not changed. If it
+    has the first ones only, as from a smaller number of samples, the others are added in ascending order.
 
     Raises ValueError as check_png_folder.
 
@@ -74,8 +77,8 @@ def write_pngs(shards: Shards, folder: Path) -> None:
         >>> write_pngs(shards, Path("pictures"))
     """
     folder = Path(os.path.realpath(folder))
-    there = check_png_folder(shards, folder)
-    if there == shards.count:
+    existing = check_png_folder(shards, folder)
+    if existing == shards.count:
         return
     files.remove_leftovers(folder.parent, of=folder)
     image = require("PIL.Image", "writing pictures")
@@ -87,8 +90,8 @@ def write_pngs(shards: Shards, folder: Path) -> None:
     try:
         with files.errors_that_name(folder, beside), ThreadPoolExecutor(_THREADS) as pool:
             beside.mkdir()
-            # From the beginning of a shard, since one that was not full has been drawn again.
-            for index in range(there // shards.size, len(shards)):
+            # From the beginning of the shard of the last picture: if it was not full, it has been drawn again.
+            for index in range(existing // shards.size, len(shards)):
                 list(pool.map(save, shards.ids(index), shards.read(index)))
         if folder.exists():
             for path in sorted(beside.iterdir()):
@@ -100,17 +103,17 @@ def write_pngs(shards: Shards, folder: Path) -> None:
 
 
 def check_png_folder(shards: Shards, folder: Path) -> int:
-    """How many pictures the folder has, which are the first ones; 0 if it does not exist.
+    """The number of pictures in the folder; 0 if it does not exist.
 
-    Raises ValueError if the channels are not 1 or 3, or the folder has other pictures.
+    Raises ValueError if the channels are not 1 or 3, or if the pictures are not the first ones of the run.
     """
     if shards.shape[-1] not in (1, 3):
         raise ValueError(f"png: got samples of {shards.shape[-1]} channels, expected 1 or 3")
-    found = {path.name for path in folder.glob("*.png")}
-    if len(found) > shards.count or found != {_picture(shards, sample) for sample in range(len(found))}:
+    names = {path.name for path in folder.glob("*.png")}
+    if len(names) > shards.count or names != {_picture(shards, sample) for sample in range(len(names))}:
         expected = f"the {shards.count} from {_picture(shards, 0)} on, or the first of them"
-        raise ValueError(f"png: {folder} has {len(found)} pictures, expected {expected}; remove it for new ones")
-    return len(found)
+        raise ValueError(f"png: {folder} has {len(names)} pictures, expected {expected}; remove it for new ones")
+    return len(names)
 
 
 def _picture(shards: Shards, sample: int) -> str:

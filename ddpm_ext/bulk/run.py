@@ -1,7 +1,7 @@
-"""Draws the samples that a folder lacks, by one process or several. A run that was killed continues where it was, and
-one with a larger number of samples adds to those of a smaller one.
+"""Draws the samples that are missing in a folder, by one process or several.
 
-The ranks take turns at the missing shards: with R ranks, rank r draws every R-th of them, starting with the r-th.
+A run that was killed continues where it stopped, and a run with a larger number of samples adds the missing ones. The
+ranks take turns at the missing shards: with R ranks, rank r draws every R-th of them, starting with the r-th.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 _log = logging.getLogger(__name__)
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
-_PATIENCE = 600.0  # seconds, plus ten times what a rank needs for a shard: how long the others may write none
-_STOPPED = 60.0  # seconds between two looks of a rank that waits: it was stopped, as by Ctrl-Z, and the others, too
-_VISIBLE_WITHIN = 60.0  # seconds until a new file shows on another machine's mount of the same file system
+# A waiting rank gives up if no shard is written for so many seconds, plus ten times the duration of its slowest shard.
+_PATIENCE = 600.0
+_STOPPED = 60.0  # If a waiting rank did not run for so many seconds, all ranks were stopped, as by Ctrl-Z.
+_VISIBLE_WITHIN = 60.0  # the limit in seconds until a new file is visible on another machine's mount
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did.
+    """The result of a run.
 
-    drawn: how many samples were missing at its start. seconds: the time until all ranks had drawn them. not_finite: how
-    many samples in the folder had NaN or infinities.
+    Attributes:
+        drawn: the number of samples that were missing at the start of the run.
+        seconds: the time until all ranks had drawn them.
+        not_finite: the number of samples in the folder that had NaN or infinities.
     """
 
     drawn: int
@@ -58,23 +61,24 @@ def sample_many(
 ) -> Result:
     """Draws the shards that are missing in the folder. When it returns, the folder has all of them.
 
-    A folder of fewer samples grows. It keeps its shards, but a last one that was not full is drawn again.
+    A folder with fewer samples keeps its shards, except that a last shard that was not full is drawn again.
 
     Args:
-        settings: what determines the samples, as JSON. A folder holds samples of one set of settings only.
+        settings: the settings that determine the samples, as JSON. A folder has samples of one set of settings only.
         draw: draw(first sample, count) -> uint8 (count, height, width, channels).
-        batch_size: how many samples to draw at a time; a batch never goes past the end of a shard.
-        ranks: the processes at work, all with the same arguments and the same folder; None: this one alone.
+        batch_size: the number of samples to draw at a time; a batch never goes past the end of a shard.
+        ranks: the processes of the run, all with the same arguments and the same folder. None: this process alone.
         about: further entries of the manifest, which later runs do not compare.
         progress: whether rank 0 shows a progress bar on a terminal, over the samples of all ranks; it needs tqdm.
-        not_finite: the numbers of samples in which `draw` has found NaN or infinities; it is asked after each shard.
-            Their count is written to the manifest.
+        not_finite: the numbers of samples in which `draw` has found NaN or infinities. It is read after each shard, and
+            the count is written to the manifest.
 
     Raises:
-        ValueError: the folder has samples of other settings, more samples, another run at work or a damaged shard, or
-            the ranks do not share it; draw returned something else.
-        OSError: a shard cannot be written, as on a full disk; those that are finished stay.
-        ConnectionError: another rank was lost. TimeoutError: another rank has stopped writing shards.
+        ValueError: the folder has samples of other settings, more samples or a damaged shard, is in use by another run,
+            or is not shared by the ranks; or draw returned another array.
+        OSError: a shard cannot be written, as on a full disk. Finished shards stay.
+        ConnectionError: another rank was lost.
+        TimeoutError: another rank has stopped writing shards.
 
     Examples:
         >>> from pathlib import Path
@@ -113,14 +117,15 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
         raise ValueError(f"out: {shards.folder} is a file, expected a folder")
     if shards.manifest.exists():
         until_the_end.enter_context(files.lock(shards.manifest))
-        found = _check_same(shards.manifest, settings)
-        if found["settings"]["num_images"] < shards.count:
+        manifest = _check_same(shards.manifest, settings)
+        if manifest["settings"]["num_images"] < shards.count:
             files.check_writable(shards.manifest)
-            before = replace(shards, count=found["settings"]["num_images"])
+            before = replace(shards, count=manifest["settings"]["num_images"])
             if before.path(len(before) - 1) != shards.path(len(before) - 1):
-                before.remove(len(before) - 1)  # first: until the manifest is written, the folder is a smaller one's
-            files.write_json(shards.manifest, {**found, "settings": settings})
-            until_the_end.enter_context(files.lock(shards.manifest))  # which is another file now
+                # Removed before the new manifest is written, so that a killed run leaves a valid smaller folder.
+                before.remove(len(before) - 1)
+            files.write_json(shards.manifest, {**manifest, "settings": settings})
+            until_the_end.enter_context(files.lock(shards.manifest))  # the manifest is a new file, without a lock
     elif shards.inside.exists():
         raise ValueError(f"out: {shards.folder} has shards but no {MANIFEST}, expected both or neither")
     else:
@@ -139,7 +144,7 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
 
 
 def _count_not_finite(shards: Shards) -> int:
-    """Rank 0's: how many samples were not finite, which the manifest gets, too."""
+    """Called on rank 0: counts the samples that were not finite, and writes their number to the manifest."""
     manifest, count = files.read_json(shards.manifest), len(shards.not_finite())
     if manifest.get("not_finite") != count:
         files.write_json(shards.manifest, {**manifest, "not_finite": count})
@@ -149,16 +154,16 @@ def _count_not_finite(shards: Shards) -> int:
 def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The manifest. Raises ValueError, naming what differs, if the folder has other settings, or more samples."""
     try:
-        found = files.read_json(manifest)
-        form, there = found["format"], found["settings"]
+        content = files.read_json(manifest)
+        form, stored = content["format"], content["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {manifest} is no manifest of samples") from error
     if form != _FORMAT:
         raise ValueError(f"out: {manifest} has format {form!r}, expected {_FORMAT!r}")
-    if not isinstance(there, dict):
-        raise ValueError(f"out: {manifest} has settings {there!r}, expected an object")
-    names = [name for name in {**settings, **there} if settings.get(name) != there.get(name)]
-    count, wanted = there.get("num_images"), settings["num_images"]
+    if not isinstance(stored, dict):
+        raise ValueError(f"out: {manifest} has settings {stored!r}, expected an object")
+    names = [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
+    count, wanted = stored.get("num_images"), settings["num_images"]
     if isinstance(count, int) and 0 < count < wanted:
         names.remove("num_images")
     if names == ["num_images"]:
@@ -167,13 +172,13 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "at least as many, or another folder"
         )
     if names:
-        differ = "; ".join(f"{name} is {there.get(name)} there and {settings.get(name)} here" for name in names)
+        differ = "; ".join(f"{name} is {stored.get(name)} there and {settings.get(name)} here" for name in names)
         raise ValueError(f"out: {manifest.parent} has samples of other settings: {differ}; expected another folder")
-    return dict(found)
+    return dict(content)
 
 
 def _wait_until_visible(path: Path) -> None:
-    """Waits until a file that another rank wrote can be seen here; raises ValueError if it doesn't appear."""
+    """Waits until a file that another rank wrote is visible on this machine. Raises ValueError if it doesn't appear."""
     deadline, late = time.monotonic() + _VISIBLE_WITHIN, False
     while not path.exists():
         if late:
@@ -181,14 +186,16 @@ def _wait_until_visible(path: Path) -> None:
                 f"out: another rank wrote {path}, but here it is not; expected a folder that all share, and that no "
                 "other program removes files from"
             )
-        late = time.monotonic() > deadline  # then one more look: this process may have been stopped since the last
+        late = time.monotonic() > deadline  # the loop looks once more: this process may have been stopped meanwhile
         time.sleep(0.1)
 
 
 class _Watch:
     """One rank's view of the folder: which shards are still missing, and whether the other ranks make progress.
 
-    bar: whether to show a progress bar. every: seconds between two looks into the folder.
+    Args:
+        bar: whether to show a progress bar.
+        every: seconds between two looks into the folder.
     """
 
     def __init__(self, shards: Shards, missing: list[int], *, bar: bool, every: float) -> None:
@@ -198,21 +205,22 @@ class _Watch:
         self.start = self.own_start = self.last_change = self.last_look = time.monotonic()
         self.last_wait = math.inf
         self.remaining = len(missing)
-        self.slowest = 0.0  # seconds, of this rank's shards
+        self.slowest = 0.0  # the longest duration of a shard of this rank, in seconds
         self.bar = None
         if bar:
             tqdm = require("tqdm", "the progress bar").tqdm
-            made = shards.count - self.wanted
-            self.bar = tqdm(total=shards.count, initial=made, desc="samples", unit="image", disable=None)
+            existing = shards.count - self.wanted
+            self.bar = tqdm(total=shards.count, initial=existing, desc="samples", unit="image", disable=None)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def look(self, own: int = 0, *, now: bool = False) -> None:
-        """Counts the shards in the folder if the last look is long enough ago, or `now`.
+        """Counts the shards in the folder, if the last look is long enough ago or with `now`.
 
-        own: how many samples of the shard that this rank is at are drawn.
+        Args:
+            own: the number of samples of this rank's current shard that are drawn.
         """
         if not now and time.monotonic() - self.last_look < self.every:
             return
@@ -228,10 +236,10 @@ class _Watch:
         self.slowest, self.own_start = max(self.slowest, now - self.own_start), now
 
     def wait(self) -> None:
-        """Called again and again while this rank waits for the others.
+        """Called repeatedly while this rank waits for the others.
 
-        Raises TimeoutError if they write nothing for long. A rank that drew no shard cannot estimate how long one
-        takes, and waits without a limit.
+        Raises TimeoutError if the others write no shard for too long. A rank that drew no shard cannot estimate the
+        duration of one, and waits without a limit.
         """
         self.look()
         now = time.monotonic()

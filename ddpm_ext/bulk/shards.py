@@ -1,7 +1,7 @@
-"""The folder of a run of many samples. A sample's number, from 0 to count - 1, is its identity.
+"""The folder of a run of many samples, which are numbered from 0 to count - 1.
 
-The samples are divided into shards of consecutive numbers. The division depends neither on how many ranks draw them nor
-on the batch size. In the folder:
+The samples are divided into shards of consecutive numbers. The division depends neither on the number of ranks nor on
+the batch size. In the folder:
 
     manifest.json                       the settings that determine the samples; written first
     shards/000000000-000000511.npy      uint8 (samples, height, width, channels); a file that exists is complete
@@ -29,7 +29,8 @@ Pixels = npt.NDArray[np.uint8]
 class Shards:
     """Samples 0 to `count` - 1 in files of `size` samples; the last file holds what remains.
 
-    shape: (height, width, channels) of a sample.
+    Args:
+        shape: (height, width, channels) of a sample.
 
     Examples:
         >>> from pathlib import Path
@@ -53,7 +54,7 @@ class Shards:
 
     @property
     def inside(self) -> Path:
-        """The folder that holds the shards' files."""
+        """The folder of the shards' files."""
         return self.folder / "shards"
 
     def ids(self, index: int) -> range:
@@ -74,15 +75,15 @@ class Shards:
         Raises ValueError unless images is uint8 (samples, height, width, channels).
         """
         self._check(index, images, "draw gave")
-        list_of_them = self.path(index).with_suffix(_NOT_FINITE)
-        if not_finite:  # before the shard, which counts as complete from then on
-            files.write_json(list_of_them, list(not_finite))
+        numbers_path = self.path(index).with_suffix(_NOT_FINITE)
+        if not_finite:  # written before the shard: a shard that exists counts as complete
+            files.write_json(numbers_path, list(not_finite))
         else:
-            list_of_them.unlink(missing_ok=True)
+            numbers_path.unlink(missing_ok=True)
         files.write_array(self.path(index), images)
 
     def remove(self, index: int) -> None:
-        """Removes a shard, if it is there, and the numbers of its samples that were not finite."""
+        """Removes a shard, if it exists, and the list of its samples that were not finite."""
         self.path(index).unlink(missing_ok=True)
         self.path(index).with_suffix(_NOT_FINITE).unlink(missing_ok=True)
 
