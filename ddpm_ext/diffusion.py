@@ -37,31 +37,34 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
 
     Args:
-        timesteps: steps of the forward process, at least 1.
+        timesteps: the number of steps of the forward process, at least 1.
         beta_schedule: "linear", "cosine", "sigmoid", "scaled_linear", or betas of shape (timesteps,) in (0, 1), of
             which the last may be 1; "flow" for rectified flow, x_t = (1 - sigma) x_0 + sigma eps with sigma = (t + 1) /
             timesteps; or a ddpm_ext.tables.schedules.NoiseSchedule, whose levels are any pairs of signal and noise.
-        prediction: what the model returns: the noise "eps", the clean sample "x0",
+        prediction: the model's output: the noise "eps", the clean sample "x0",
             "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0, "flow" = eps - x0, "edm", the output of EDM's
-            network, or "x_prev", the mean of q(x_{t-1} | x_t, x_0), which is for betas alone.
-        variance: of a reverse step: "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model returns it,
-            in twice the channels: "learned" (its logarithm), "learned_range" (where its logarithm lies between those
-            two, from -1 to 1; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (itself, as diffusers' "learned").
+            network, or "x_prev", the mean of q(x_{t-1} | x_t, x_0), only for schedules of betas.
+        variance: the variance of a reverse step: "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model
+            returns the variance, in further channels, as many as the samples have: "learned" (its logarithm),
+            "learned_range" (a number from -1 to 1, the position of its logarithm between those of "fixed_small" and
+            "fixed_large"; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (the variance itself, as diffusers'
+            "learned").
         backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
 
     In all methods, samples have shape (batch, ...). `t` is int64 of shape (batch,) on the samples' device, or an int
-    for all samples; a tensor on a GPU is not read back, and values out of range count as the nearest. `model(x_t, t)`
-    returns a tensor of x_t's shape, or an object that holds it as `.sample`; it must not write to its arguments, which
-    are views and buffers that later steps use again.
+    for all samples. A tensor on a GPU is not read back; its values out of range count as the nearest timestep.
+    `model(x_t, t)` returns a tensor of x_t's shape, or an object with such a tensor as `.sample`. It must not write to
+    its arguments, which are views and buffers that later steps use.
 
-    The arguments but beta_schedule are attributes, and so are the schedule's betas, alphas, alphas_cumprod,
-    alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
-    sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped,
-    posterior_mean_coef1 and posterior_mean_coef2, float64 (timesteps,), on the CPU. Where levels are no betas, they are
-    those of x_t / sqrt(signal^2 + noise^2), while methods take x_t itself, and give the model the schedule's timesteps.
+    All arguments except beta_schedule are attributes. Further attributes, float64 (timesteps,) on the CPU, are the
+    schedule's betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
+    log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
+    posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2. For a schedule without betas they
+    belong to x_t / sqrt(signal^2 + noise^2). The methods take x_t itself, and pass the schedule's timesteps to the
+    model.
 
     Raises:
-        TypeError, ValueError: an argument of another type, an unknown name, or out of range.
+        TypeError, ValueError: an argument has another type, an unknown name, or is out of range.
 
     Examples:
         >>> gd = GaussianDiffusion(1000, "cosine", prediction="v")
@@ -112,64 +115,64 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         progress: bool = True,
         **options: Unpack[ProgressiveKeywords],
     ) -> list[np.ndarray] | Tensor:
-        """Samples from pure noise, by algorithm 2 or that of another sampler.
+        """Samples from pure noise, by algorithm 2 or another sampler.
 
         Args:
-            model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels where the variance is learned.
-                Its inputs are buffers that later steps overwrite: it must copy what it wants to keep.
+            model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels for a learned variance. Its
+                inputs are buffers that later steps overwrite: it must copy tensors that it keeps.
             shape: (batch, ...).
-            sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS, also by
-                other libraries' names and with a spacing after it, as "DPM++ 2M Karras"; or a StepTable,
+            sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS. Names of
+                other libraries are accepted, too, also with a spacing, such as "DPM++ 2M Karras". Or a StepTable,
                 whose rows are the steps.
-            steps: the number of timesteps to visit; None: all.
-            spacing: which timesteps; None: "trailing", evenly down from the last. "linspace" (evenly, with both ends)
-                or another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the like; or
-                "karras" or another of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, which lie between the schedule's
-                timesteps, so that the model gets float32 timesteps.
-            timesteps: these timesteps, int64, descending, instead of steps and spacing.
-            eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: the
-                sampler's own, which is 0 for ddim and 1 for most others.
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step, as it is by default; or a range
+            steps: the number of timesteps to visit. Default: all.
+            spacing: the timesteps to visit. Default: "trailing", evenly down from the last. "linspace" (evenly, with
+                both ends) or another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the
+                like. Or "karras" or another of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, whose timesteps are fractional,
+                so that the model gets float32 timesteps.
+            timesteps: the timesteps to visit, int64, descending, in place of steps and spacing.
+            eta: the amount of noise, for samplers with this argument: 0 for none, 1 for ddpm's, or more. Default: the
+                sampler's own default, which is 0 for ddim and 1 for most others.
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step (the default); or a range
                 (low, high) to clip it to; or a DynamicThreshold.
             guidance: a Guidance, for classifier-free guidance, or its scale.
             cond_fn: cond_fn(x_t, t, **model_kwargs) -> (batch, ...), the gradient of a classifier's log-probability
-                (Dhariwal & Nichol 2021). It changes the mean of ddpm's step (algorithm 1) and the eps of every other
-                sampler's (algorithm 2).
+                (Dhariwal & Nichol 2021). It changes the mean of ddpm's steps (algorithm 1), and the eps of other
+                samplers' steps (algorithm 2).
             denoised_fn: denoised_fn(x_0) -> x_0, applied to each prediction before it is clipped.
             inpaint: an Inpaint, for samples of which a part is known.
-            self_condition: whether the model's third argument is the x_0 that the step before predicted, zeros at first
+            self_condition: whether the model's third argument is the predicted x_0 of the step before, at first zeros
                 (Chen et al. 2023, "Analog Bits").
             model_kwargs: further arguments of model and cond_fn.
-            start: samples of `shape` to begin from instead of pure noise. They get the noise of the first step that is
-                taken (stream 1, that of pure noise), and the last `strength` of the steps remove it (Meng et al. 2022,
-                "SDEdit"); or an Interpolation between two.
+            start: samples of `shape` to begin from instead of pure noise. Noise is added to them up to the level of the
+                first step that is taken (stream 1, as for pure noise), and the last `strength` of the steps remove it
+                (Meng et al. 2022, "SDEdit"). Or an Interpolation between two such samples.
             strength: the share of the steps that is taken, above 0 to 1, at least one step; 1 without a start.
-            noise: of `shape`: the first step begins from it instead of drawn noise. That is standard normal, or has the
-                standard deviation of the first level where levels are no betas.
-            rng: seed and sample ids; None: a seed from torch's default CPU generator. A Philox with a draw or a stream
-                of its own is refused: it would give each step the same noise.
-            record: what is returned: "all": each step's samples; an int k: those of every k-th step and of the last;
-                a list of ints: those of these steps, 0 being the first; "x0": each step's predicted clean samples;
-                "last": the last samples alone.
+            noise: of `shape`: start noise in place of drawn noise. Drawn noise is standard normal, or for a schedule
+                without betas it has the standard deviation of the first level.
+            rng: the seed and sample ids. None: a seed from torch's default CPU generator. A Philox with its own draw or
+                stream is rejected: it would give each step the same noise.
+            record: the results to return: "all": each step's samples; an int k: those of every k-th step and of the
+                last; a list of ints: those of these steps, with 0 for the first; "x0": each step's predicted clean
+                samples; "last": only the last samples.
             x0: whether a Record has the predicted clean samples as well.
-            callback: called with a Record (step, timestep, x_t, x0) after each step; the loop ends when it returns
-                true.
-            progress: whether to show a progress bar on a terminal (where tqdm is installed).
-            device: where to sample; None: where start or noise are, or the model's parameters, else the CPU.
-            dtype: of the samples; torch.float32 by default.
+            callback: called with a Record (step, timestep, x_t, x0) after each step. If it returns true, the loop ends.
+            progress: whether to show a progress bar on a terminal (if tqdm is installed).
+            device: the samples' device. Default: that of start, of noise, or of the model's parameters, else the CPU.
+            dtype: the samples' dtype; torch.float32 by default.
             compile: whether to compile the model by torch.compile; or the mode to compile it with.
-            autocast: float16 or bfloat16, to which torch.autocast lowers the model's arithmetic; the steps' stays
-                float32.
-            input_dtype: float16 or bfloat16, in which the model gets the samples, where its parameters have that dtype;
-                the steps' stay float32, and write both. cond_fn and self-conditioning have those of the steps.
+            autocast: float16 or bfloat16, for the model's arithmetic by torch.autocast. The steps compute in float32.
+            input_dtype: float16 or bfloat16, the dtype of the model's input, for models whose parameters have it. The
+                samples of the steps stay float32, and so do those for cond_fn and self-conditioning; a launch writes
+                both.
             graph: True or "step": one step, with the model, is captured in a CUDA graph and replayed; "loop": all steps
-                are one graph. Where that is impossible, a warning says why, and the loop runs without.
+                are one graph. If a capture is impossible, a warning gives the reason, and the loop runs without a
+                graph.
 
         Returns:
-            A list of numpy arrays of `shape` (bfloat16 as float32), or with record="last" a tensor.
+            A list of numpy arrays of `shape` (float32 for bfloat16), or with record="last" a tensor.
 
         Raises:
-            TypeError, ValueError: an argument of another type, an unknown name, or out of range.
+            TypeError, ValueError: an argument has another type, an unknown name, or is out of range.
 
         Examples:
             >>> gd, options = GaussianDiffusion(1000), {"rng": Philox(seed=0), "progress": False, "record": "last"}
@@ -192,15 +195,15 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     def sample_progressive(
         self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Unpack[ProgressiveKeywords]
     ) -> Iterator[Record]:
-        """p_sample_loop as an iterator: each step is taken when its Record (step, timestep, x_t, x0) is asked for.
+        """p_sample_loop as an iterator: each step is taken when its Record (step, timestep, x_t, x0) is requested.
 
-        Both tensors are buffers that later steps overwrite: copy what you want to keep. Gradients are not recorded.
+        The two tensors are buffers that later steps overwrite: copy those that you keep. Gradients are not recorded.
 
         Args:
             options: p_sample_loop's, except record, callback and graph="loop".
 
         Raises:
-            TypeError, ValueError: as p_sample_loop, and before the first step.
+            TypeError, ValueError: as p_sample_loop, before the first step.
 
         Examples:
             >>> loop = GaussianDiffusion(1000).sample_progressive(model, (4, 3, 8, 8), sampler="ddim", steps=4)
@@ -216,11 +219,12 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     def capture(
         self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Unpack[CaptureKeywords]
     ) -> CapturedLoop:
-        """A loop to run again and again, by a CUDA graph that is captured once: `captured(rng)` returns samples.
+        """A loop that can run many times, by a CUDA graph that is captured once: `captured(rng)` returns samples.
 
         Args:
             options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and
-                each call can replace them; other conditioning, but no Inpaint, can be tensors that the caller changes.
+                each call can replace them. Other conditioning can read tensors that the caller changes between calls,
+                except that an Inpaint can't.
 
         Raises:
             TypeError, ValueError: as p_sample_loop.
@@ -245,10 +249,10 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         clip_denoised: bool | Clip = True,
         reduction: str = "mean",
     ) -> StepLogProb:
-        """The log-probability of the steps of a loop, by the options of p_sample_loop that decide its rows.
+        """The log-probability of the steps of a loop, for the options of p_sample_loop that determine its rows.
 
         Args:
-            sampler, steps, spacing, timesteps, eta, clip_denoised: the loop's.
+            sampler, steps, spacing, timesteps, eta, clip_denoised: the options of the loop.
             reduction: as StepLogProb's.
 
         Raises:
@@ -268,7 +272,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         return StepLogProb(table, clip_denoised=clip_denoised, reduction=reduction, backend=self.backend)
 
     def _checked(self, model: Model, options: ProgressiveKeywords) -> tuple[LoopOptions, LoopRows]:
-        """A loop's options, and the rows that they choose."""
+        """The checked options of a loop, and the rows that they select."""
         check_model(model)
         checked = LoopOptions.of(options)
         return checked, checked_loop_rows(self._loop_rows, self, checked)

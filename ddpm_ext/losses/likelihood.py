@@ -1,9 +1,9 @@
 """The variational bound of a sample's negative log-likelihood, in bits per dimension: Ho et al. 2020, eq. (5).
 
-It has one term for each timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the negative
-log-likelihood of the image's levels (eq. 13) for t = 0; and the prior's term KL(q(x_T | x_0) || N(0, 1)), which does
-not depend on the model. A sample's term is the mean over its elements, divided by ln 2; it is float32 (float64 for
-float64 samples).
+The bound has one term for each timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the negative
+log-likelihood of the image's levels (eq. 13) for t = 0. The prior's term, KL(q(x_T | x_0) || N(0, 1)), does not depend
+on the model. A sample's term is the mean over its elements, divided by ln 2. It is float32 (float64 for float64
+samples).
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ __all__ = ["BitsPerDim", "VlbTerms"]
 
 
 class VlbTerms(NamedTuple):
-    """output: (batch,), in bits per dimension; pred_xstart: (batch, ...), the predicted x_0, without gradients.
+    """A term of the bound for each sample.
+
+    Attributes:
+        output: (batch,), in bits per dimension.
+        pred_xstart: (batch, ...), the predicted x_0, without gradients.
 
     Examples:
         >>> terms = GaussianDiffusion(20).vlb_terms(model, images, 5, rng=Philox(seed=0))
@@ -41,11 +45,14 @@ class VlbTerms(NamedTuple):
 
 
 class BitsPerDim(NamedTuple):
-    """Column t is timestep t.
+    """The bound and its terms, in bits per dimension. Column t is timestep t.
 
-    total: (batch,), the bound: the prior's term and the sum of vlb's row. prior: (batch,). vlb: (batch, timesteps), the
-    terms. x_start_mse, mse: (batch, timesteps), the mean squared error of the predicted x_0, and of the noise that it
-    implies.
+    Attributes:
+        total: (batch,), the bound: the prior's term plus the sum of vlb's row.
+        prior: (batch,), the prior's term.
+        vlb: (batch, timesteps), the terms.
+        x_start_mse: (batch, timesteps), the mean squared error of the predicted x_0.
+        mse: (batch, timesteps), the mean squared error of the noise that follows from the predicted x_0.
 
     Examples:
         >>> bound = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0))
@@ -83,11 +90,12 @@ class LikelihoodMethods(ReverseMethods):
     ) -> VlbTerms:
         """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
-        At t = 0, a "fixed_small" variance is replaced by that of t = 1, so that the log-likelihood is finite.
+        At t = 0, the variance of "fixed_small" is replaced by that of t = 1, so that the log-likelihood is finite.
 
         Args:
-            model: as everywhere in GaussianDiffusion.
-            x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype; only the model computes in 16 bits.
+            model: as in all methods of GaussianDiffusion.
+            x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype. The bound is computed in float32, also
+                for 16-bit images.
             t: int64 (batch,) or int, in [0, timesteps).
             noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
@@ -96,7 +104,7 @@ class LikelihoodMethods(ReverseMethods):
             VlbTerms; its output is differentiable through the model.
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
         """
         clip = as_fixed_clip(clip_denoised)
         x_t = self.q_sample(x_start, t, noise, rng=rng)
@@ -129,14 +137,13 @@ class LikelihoodMethods(ReverseMethods):
         return VlbTerms(output, pred_xstart)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """The prior's term, (batch,): how far the last x_t is from the pure noise that a loop begins from, in bits per
-        dimension.
+        """The prior's term, (batch,), in bits per dimension: the divergence of the last x_t from a loop's start noise.
 
         Args:
             x_start: (batch, ...), of any float dtype.
 
         Raises:
-            TypeError, ValueError: x_start is of another type or dtype.
+            TypeError, ValueError: x_start has another type or dtype.
         """
         checks.samples("x_start", x_start)
         x_start = x_start.to(checks.compute_dtype(x_start.dtype))
@@ -154,19 +161,18 @@ class LikelihoodMethods(ReverseMethods):
         clip_denoised: bool | Clip = True,
         progress: bool = False,
     ) -> BitsPerDim:
-        """The whole bound of each sample's negative log-likelihood, in bits per dimension, by one call of the model a
-        timestep; without gradients.
+        """The bound of each sample's negative log-likelihood, in bits per dimension, without gradients.
 
-        A sample's bound depends on the seed and on its id, and not on the batch that it is in.
+        The model is called once for each timestep. A sample's bound depends on the seed and its id, not on its batch.
 
         Args:
             model, x_start, clip_denoised: as vlb_terms'.
-            rng: seed and sample ids (stream 2, draw t); None: a seed from torch's default generator. One with a draw or
-                a stream of its own is refused: it would give each timestep the same noise.
-            progress: whether to show a progress bar on a terminal (where tqdm is installed).
+            rng: the seed and sample ids (stream 2, draw t). None: a seed from torch's default generator. An rng with
+                its own draw or stream is rejected: it would give each timestep the same noise.
+            progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
 
         Examples:
             >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)
@@ -181,7 +187,7 @@ class LikelihoodMethods(ReverseMethods):
             error = pred_xstart - x_start
             vlb.append(output)
             x_start_mse.append(_mean_flat(error**2))
-            # x_t is made of x_start and noise, so the noise's error is that of x_0 times the root of their ratio.
+            # x_t is fixed, so the error of the noise is that of x_0 times the ratio of signal and noise in x_t.
             mse.append(_mean_flat((error * math.sqrt(levels[t] / (1 - levels[t]))) ** 2))
         terms = torch.stack(vlb, 1)
         total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)

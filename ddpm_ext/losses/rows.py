@@ -1,4 +1,4 @@
-"""Rows of a training loss: what a model is trained to return, and how much each timestep counts."""
+"""The rows of a training loss: the model's target and the weight of each timestep."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.weightings import check_given, names, weights
 
-CACHED = 8  # given weightings, with their factors of the bound, and scales of the perturbation
+CACHED = 8  # cache entries: rows of a caller's weights or of a factor of the bound, or of a scale of the perturbation
 
 
 def _log_variance(process: Process) -> Tensor:
-    """(timesteps, 2): l0, l1 of the log-variance l0 + l1 v of p(x_{t-1} | x_t), with the model's v."""
+    """l0 and l1 of the log-variance l0 + l1 v of p(x_{t-1} | x_t), with the model's v: (timesteps, 2)."""
     cpu, dtype = process.betas.device, process.betas.dtype
     if process.variance_entry.learned:
         return process.tables.get("learned_log_variance", cpu, dtype)
@@ -27,7 +27,8 @@ def _log_variance(process: Process) -> Tensor:
 
 
 def _bound(process: Process) -> Tensor:
-    """(timesteps, 4): l0, l1, the scale of the error, and whether the row is the decoder's. See csrc/core/loss.h.
+    """The bound's columns, (timesteps, 4): l0, l1, the scale of the error, and 1 in the decoder's row. See
+    csrc/core/loss.h.
 
     The means of the posterior and of the model differ by the model's error times mean_slope.
     """
@@ -51,11 +52,15 @@ def _rows(target: Tensor, weight: Tensor) -> Tensor:
 
 
 class LossRows:
-    """The rows of one process's losses: of every weighting that has a name, and of the last few given weights for as
-    long as nobody writes to these. They stay on the devices where they were used.
+    """The rows of a process's losses, for each named weighting and for the latest weights of callers.
 
-    bounded: whether the variational bound is finite. An eps says nothing of x_0 at an alphas_cumprod of 0.
-    needs_x_start, needs_noise: whether the target is made of x_start, and of the noise.
+    Rows of a caller's weights are made again when torch has written to the weights. The rows stay on the devices where
+    they were used.
+
+    Attributes:
+        bounded: whether the variational bound is finite. With the prediction "eps" it is infinite if an alphas_cumprod
+            is 0, where x_0 does not follow from eps.
+        needs_x_start, needs_noise: whether the target depends on x_start, and on the noise.
     """
 
     def __init__(self, process: Process) -> None:
@@ -75,11 +80,11 @@ class LossRows:
         error: bool = True,
         bound: float | None = None,
     ) -> Tensor:
-        """(timesteps, 4): k0, k1, the weight and a zero; or (timesteps, 8), with the bound's term.
+        """The rows of a weighting, (timesteps, 4): k0, k1, the weight and a zero; with a bound (timesteps, 8).
 
         Args:
             error: whether the loss includes the weighted error of the prediction.
-            bound: the factor of a timestep's term of the variational bound in nats, or None.
+            bound: the factor of a timestep's term of the variational bound in nats; None for no bound.
 
         Raises TypeError and ValueError as weightings.weights.
         """
@@ -88,31 +93,32 @@ class LossRows:
         elif isinstance(weighting, str) and weighting in self._names and bound is None:
             return self._named.get(weighting, device, dtype)
         name: object = weighting if isinstance(weighting, str) else None
-        # Inference tensors count no versions, so that a later write to them would go unseen.
+        # Inference tensors have no version, so a later write to them could not be noticed: their rows are not cached.
         if isinstance(weighting, Tensor) and not (torch.compiler.is_compiling() or weighting.is_inference()):
             name = id(weighting), weighting._version
         key = None if name is None else (name, error, bound)
-        return self._kept(key, partial(self._make, weighting, error, bound), weighting, device, dtype)
+        return self._cached(key, partial(self._make, weighting, error, bound), weighting, device, dtype)
 
-    def _kept(
+    def _cached(
         self, key: Hashable, make: Callable[..., Tensor], held: object, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """make(device, dtype), made once for a key; for None, in each call.
+        """make(device, dtype), cached by the key; with None as key, not cached.
 
-        held: what the key has the id of, so that no other tensor gets it.
+        Args:
+            held: the object whose id is in the key. The cache keeps it alive: Python could give its id to a new object.
         """
         if torch.compiler.is_compiling():
-            # A compiled graph can't see whether somebody has written to the weights. Rounded at the end, as below, the
-            # rows have the same bits.
+            # A compiled graph can't notice writes to the weights, so it makes the rows in each call. They are rounded
+            # at the end, as below, so that they have the same bits.
             return make(device, torch.float64).to(dtype)
-        found = None if key is None else self._given.get(key)
-        if found is None:
+        entry = None if key is None else self._given.get(key)
+        if entry is None:
             on_host = torch.device("cpu"), torch.float64
-            found = made = DeviceTables(rows=make(*on_host)), held
-            # What a function transform or a fake mode made is of no use after it.
-            if key is not None and is_plain(made[0].get("rows", *on_host)):
-                found = self._given.get_or_make(key, lambda: made)
-        return found[0].get("rows", device, dtype)
+            entry = new_entry = DeviceTables(rows=make(*on_host)), held
+            # Tensors that were created in a function transform or a fake mode can't be used after it.
+            if key is not None and is_plain(new_entry[0].get("rows", *on_host)):
+                entry = self._given.get_or_make(key, lambda: new_entry)
+        return entry[0].get("rows", device, dtype)
 
     def _make(
         self, weighting: str | Tensor, error: bool, bound: float | None, device: torch.device, dtype: torch.dtype
@@ -125,15 +131,15 @@ class LossRows:
         if bound is None:
             return rows
         weight = rows[:, 2:3] if error else torch.zeros_like(rows[:, 2:3])
-        # The factor is multiplied, so that torch.compile makes one graph for all factors.
+        # Multiplied by ones, not filled in, so that torch.compile makes one graph for all factors.
         factor = torch.ones_like(weight) * bound
         return torch.cat([rows[:, :2], weight, factor, self._named.get("bound", device, dtype)], 1)
 
     def perturbation(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(timesteps, 2): 1, and `scale` times the standard deviation of x_t's noise."""
+        """1, and `scale` times the standard deviation of x_t's noise, (timesteps, 2)."""
 
         def make(device: torch.device, dtype: torch.dtype) -> Tensor:
             noise = self._named.get("noise", device, dtype)
             return torch.stack([torch.ones_like(noise), noise * scale], 1)
 
-        return self._kept(("perturbation", scale), make, None, device, dtype)
+        return self._cached(("perturbation", scale), make, None, device, dtype)

@@ -1,8 +1,8 @@
 """The log-probability of a sampler's steps, for policy gradients (Black et al. 2024, "DDPO"; Liu et al. 2025).
 
-A row's step is a draw from a normal distribution whose mean is linear in x and the model's output m, as long as nothing
-is clipped: mean = A x + B m. So the squared error of the next sample is that of m against (prev - A x) / B, times B^2,
-which is diffusion_loss's own form, with prev and x in place of x_start and the noise.
+A row's step is a draw from a normal distribution. If nothing is clipped, its mean is linear in x and the model's output
+m: mean = A x + B m. So the squared error of the next sample is B^2 times the squared error of m with the target
+(prev - A x) / B. This is the form of diffusion_loss, with prev and x in place of x_start and the noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
-CACHED = 8  # sizes of samples, with their rows
+CACHED = 8  # cache entries: the rows for a size of samples
 REDUCTIONS = ("mean", "sum")
 
 
@@ -32,24 +32,24 @@ class StepLogProb:
 
     Args:
         table: rows of a sampler with noise, such as ddpm, ddim with an eta above 0, or flow_sde.
-        clip_denoised: as the loop's that made the samples: whether the predicted x_0 is clipped to [-1, 1], or a range
-            (low, high). An element whose x_0 is clipped has the probability of the step from the clipped x_0, and no
-            gradient through it.
+        clip_denoised: as in the loop of the samples: whether the predicted x_0 is clipped to [-1, 1], or a range
+            (low, high). For an element whose x_0 is clipped, the mean is that of the clipped x_0, and there is no
+            gradient through x_0.
         reduction: "mean" over a sample's elements, as in Flow-GRPO, or their "sum", the sample's log-probability.
         backend: "fused", or "reference", in plain torch.
 
-    `GaussianDiffusion.step_log_prob` makes one by the options of a loop.
+    `GaussianDiffusion.step_log_prob` returns a StepLogProb for the options of a loop.
 
-    Without a clip, the values and the gradient are one launch; a clip takes another, for the mean. A sample's bits
-    depend neither on the batch that it is in nor on the other samples' rows, so a replay of a rollout gives the bits of
-    the rollout, if the model does. In 16 bits prev is a rounded draw: keep x and prev in float32.
+    Without a clip, the values and the gradient are one launch; with a clip, another launch computes the mean. A
+    sample's bits depend neither on its batch nor on the other samples' rows. So a replay of a rollout has the bits of
+    the rollout, if the model's output has. In 16 bits prev is a rounded draw: keep x and prev in float32.
 
-    A loop's further options are not in its table: with guidance, give the guided m; a cond_fn and a known part change
-    the steps.
+    The table does not have further options of a loop. With guidance, pass the guided m. A cond_fn and inpainting are
+    not supported, because they change the steps.
 
     Raises:
-        TypeError, ValueError: an argument of another type, an unknown name, or rows that are no draw from a normal
-            distribution around a mean of x and m: with history, with a learned variance, or all of them without noise.
+        TypeError, ValueError: an argument has another type, or a name is unknown; a row is no draw from a normal
+            distribution around a mean of x and m, because it has history or a learned variance; no row has noise.
 
     Examples:
         >>> from ddpm_ext.losses.step_log_prob import StepLogProb
@@ -95,16 +95,16 @@ class StepLogProb:
             model_output: m, (batch, ...), as x, or of a lower precision; guided already, where guidance is used.
             x: (batch, ...), float32, float16 or bfloat16: where the step starts.
             prev: as x: where it arrived.
-            row: of the table, of each sample, int64 (batch,), or one int for all.
+            row: the table's row of each sample, int64 (batch,), or one int for all.
 
         Returns:
             float32 (batch,) (float64 for the reference's float64 samples), differentiable once, in model_output. The
             reference is differentiable in all three.
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; a row without
-                noise, or whose step does not depend on m; x or prev that requires a gradient. Rows on a GPU are not
-                read back: there, a row without noise gives NaN or infinity.
+            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range; a row has
+                no noise, or its step does not depend on m; x or prev requires a gradient. Rows on a GPU are not
+                checked: there, a row without noise gives NaN or infinity.
         """
         checks.samples("x", x)
         checks.like("prev", prev, "x", x)
@@ -132,10 +132,10 @@ class StepLogProb:
         rows = len(self.table)
         if isinstance(row, Tensor):
             checks.per_sample("row", row, len(x), x.device, rows - 1)
-            asked = sorted(set(row.tolist())) if row.device.type == "cpu" else []
+            indices = sorted(set(row.tolist())) if row.device.type == "cpu" else []
         else:
-            asked = [checks.integer("row", row, rows, f"{rows}, of which the table has {rows}")]
-        for i in asked:
+            indices = [checks.integer("row", row, rows, f"{rows}, of which the table has {rows}")]
+        for i in indices:
             if self._silent[i]:
                 raise ValueError(
                     f"row {i} has s {self.table.s[i]} and a weight of m of {self._of_output[i]}, expected both above 0 "
@@ -143,7 +143,7 @@ class StepLogProb:
                 )
 
     def _make(self, elements: int) -> DeviceTables:
-        """The rows for samples of so many elements; the loss is a mean over them."""
+        """The rows for samples of so many elements. They contain this factor, because the loss is a mean."""
         table, of_output = self.table, self._of_output
         of_x = table.c0 * table.a + table.c1
         zeros, ones = torch.zeros_like(table.s), torch.ones_like(table.s)

@@ -1,9 +1,9 @@
-"""Which timesteps a training iteration takes, and how much each of its losses then counts.
+"""Timestep samplers: the timesteps of a training iteration, and the weights of its losses.
 
-All have one interface. A sample's timestep follows from the seed, the iteration and the sample's place in the batch
-over all ranks, by the noise contract (stream 3, draw iteration, id place), so it does not depend on the number of ranks
-or of smaller batches. The expectation of a loss times its timestep's weight is the mean over all timesteps, except for
-LogitNormal and Mode: there the density is meant to weight the loss, so all weights are 1.
+A sample's timestep depends on the seed, the iteration and the sample's place in the batch over all ranks, by the noise
+contract (stream 3, draw iteration, id place). So it does not depend on the number of ranks, nor on a division into
+smaller batches. The expectation of a loss times its timestep's weight is the mean over all timesteps. LogitNormal and
+Mode are exceptions: their density itself is meant to weight the loss, so all weights are 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLACES = 2**56
 
 
 def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
-    """A number for each place, float64 in (0, 1): (w0 + 1/2) / 2^32."""
+    """A uniform number for each place, float64 in (0, 1): (w0 + 1/2) / 2^32, with w0 Philox's first word."""
     word = torch.zeros_like(places)
     counter = torch.stack([word, word + iteration, places & 0xFFFFFFFF, (places >> 32) + (STREAM_TIMESTEPS << 24)], -1)
     key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=places.device)
@@ -31,17 +31,20 @@ def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
 
 
 class TimestepSampler:
-    """The base of all timestep samplers. `learns`: whether update() changes what they draw.
+    """The base of all timestep samplers.
 
     Args:
-        timesteps: of the diffusion, at least 1.
+        timesteps: the number of timesteps of the diffusion, at least 1.
+
+    Attributes:
+        learns: whether update() changes the probabilities of timesteps.
 
     Examples:
         >>> from ddpm_ext.losses.timestep_samplers import Uniform
         >>> sampler = Uniform(1000)
         >>> t, weights = sampler.sample(4, seed=0, iteration=17)
-        >>> sampler.update(t, torch.rand(4))  # with the losses at t, for those that learn from them
-        >>> sampler.load_state_dict(sampler.state_dict())  # of a checkpoint
+        >>> sampler.update(t, torch.rand(4))  # the losses at t, for samplers that learn
+        >>> sampler.load_state_dict(sampler.state_dict())  # for checkpoints
     """
 
     learns = False
@@ -74,7 +77,7 @@ class TimestepSampler:
             iteration: 0 <= iteration < 2^32.
             first: the first sample's place in the batch over all ranks.
             total: the size of that batch; None: first + batch_size.
-            device: where the results go; they are made on the CPU.
+            device: the device of the results, which are computed on the CPU.
 
         Returns:
             t, int64 (batch_size,), and their weights, float32 (batch_size,): 1 / (timesteps p(t)), or all 1 for
@@ -97,30 +100,34 @@ class TimestepSampler:
         return t.to(device), weights.to(device)
 
     def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
-        """A number for each place, float64 in [0, 1)."""
+        """A number for each place, float64 in [0, 1); see _pick."""
         return _uniforms(seed, iteration, places)
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The timesteps in whose part of [0, 1) the positions lie, by their probabilities; and the weights."""
+        """The timesteps and weights of positions in [0, 1).
+
+        The timesteps divide this interval into parts in proportion to their probabilities.
+        """
         t = (positions * self.timesteps).long().clamp(max=self.timesteps - 1)
         return t, torch.ones_like(t, dtype=torch.float32)
 
     def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
-        """Learns from the losses of an iteration, without weights; the base class learns nothing.
+        """Learns from the unweighted losses of an iteration. The base class learns nothing.
 
         Args:
             t: int64 (n,).
             losses: (n,), on any device.
-            local: whether they are this rank's alone: then all ranks of torch.distributed must call this, and each
-                learns from the losses of all, in the order of ranks. False: they are those of the whole batch.
+            local: whether the losses are those of this rank alone. Then all ranks of torch.distributed must call this
+                method, and each learns from the losses of all ranks, in their order. False: the losses are those of the
+                whole batch.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What update() has learned, as tensors by name; none in the base class."""
+        """The state that update() has learned, {name: tensor}; empty in the base class."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what state_dict returned. Raises ValueError if that belongs to another sampler."""
+        """Restores the result of state_dict. Raises ValueError if it is of another sampler."""
         if state:
             raise ValueError(
                 f"state has {', '.join(state)}, expected nothing, as a {type(self).__name__} learns nothing"
@@ -128,7 +135,7 @@ class TimestepSampler:
 
 
 class Uniform(TimestepSampler):
-    """Each timestep is drawn independently, all with the same probability: Ho et al. 2020, algorithm 1.
+    """Draws each timestep independently, all with the same probability: Ho et al. 2020, algorithm 1.
 
     Examples:
         >>> t, weights = Uniform(1000).sample(4, seed=0, iteration=17)
@@ -136,10 +143,10 @@ class Uniform(TimestepSampler):
 
 
 class LowDiscrepancy(TimestepSampler):
-    """Evenly spread over the batch: sample i of B lies at (u + i / B) mod 1 of all timesteps, with one u for all.
+    """Spreads the timesteps evenly over the batch: sample i of B is at (u + i / B) mod 1 of all timesteps, with one u.
 
-    Each sample's timestep is uniform, and each of B equal stretches of timesteps gets one sample, so that the loss
-    varies less between iterations. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
+    Each sample's timestep is uniform, and each of B equal ranges of timesteps has one sample, so that the loss varies
+    less between iterations. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
 
     Examples:
         >>> t, weights = LowDiscrepancy(1000).sample(4, seed=0, iteration=17)
@@ -153,7 +160,7 @@ class LowDiscrepancy(TimestepSampler):
 
 
 class _Weighted(TimestepSampler):
-    """Each timestep is drawn independently, by probabilities of its own."""
+    """Draws each timestep independently, by `probabilities()`."""
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = self.probabilities()
@@ -163,7 +170,7 @@ class _Weighted(TimestepSampler):
 
 
 class Importance(_Weighted):
-    """Draws by given probabilities.
+    """Draws timesteps with the caller's probabilities.
 
     Args:
         density: (timesteps,), finite and above 0, of any real dtype; divided by its sum.
@@ -172,7 +179,7 @@ class Importance(_Weighted):
         TypeError, ValueError: density is no such tensor.
 
     Examples:
-        >>> sampler = Importance(torch.linspace(2, 1, 1000))  # more of the timesteps with little noise
+        >>> sampler = Importance(torch.linspace(2, 1, 1000))  # prefers timesteps with little noise
     """
 
     def __init__(self, density: Tensor) -> None:
@@ -184,7 +191,7 @@ class Importance(_Weighted):
         super().__init__(len(density))
         density = density.detach().to("cpu", torch.float64)
         checks.refuse("density", density, ~((density > 0) & density.isfinite()), "finite numbers above 0")
-        density = density / density.max()  # so that no sum overflows
+        density = density / density.max()  # so that the sum can't overflow
         self._probabilities = density / density.sum()
 
     def probabilities(self) -> Tensor:
@@ -192,14 +199,13 @@ class Importance(_Weighted):
 
 
 class LossSecondMoment(_Weighted):
-    """Draws by the root of the mean square of each timestep's last losses: Nichol & Dhariwal 2021, section 3.3,
-    eq. (18).
+    """Draws timesteps in proportion to the root mean square of their last losses: Nichol & Dhariwal 2021, eq. (18).
 
-    It is uniform until each timestep has `history` losses. Losses that are not finite are ignored.
+    The probabilities are uniform until each timestep has `history` losses. Losses that are not finite are ignored.
 
     Args:
-        timesteps: of the diffusion, at least 1.
-        history: how many losses of a timestep count, at least 1.
+        timesteps: the number of timesteps of the diffusion, at least 1.
+        history: the number of each timestep's last losses that count, at least 1.
         uniform_probability: the share of the probability that is spread evenly over all timesteps, in (0, 1].
 
     Raises:
@@ -219,8 +225,8 @@ class LossSecondMoment(_Weighted):
         if not 0 < checks.real("uniform_probability", uniform_probability) <= 1:
             raise ValueError(f"uniform_probability is {uniform_probability}, expected 0 < uniform_probability <= 1")
         self.uniform_probability = float(uniform_probability)
-        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")  # rings
-        self._counts = torch.zeros(self.timesteps, dtype=torch.int64, device="cpu")  # of losses so far
+        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")  # ring buffers
+        self._counts = torch.zeros(self.timesteps, dtype=torch.int64, device="cpu")  # losses of each timestep so far
 
     def probabilities(self) -> Tensor:
         uniform = super().probabilities()
@@ -228,12 +234,12 @@ class LossSecondMoment(_Weighted):
             return uniform
         root = self._losses.square().mean(1).sqrt()
         total = root.sum()
-        if not 0 < total < math.inf:  # nothing but zeros, or nothing that squares
+        if not 0 < total < math.inf:  # all losses are 0, or their squares underflow or overflow
             return uniform
         return (1 - self.uniform_probability) * root / total + self.uniform_probability * uniform
 
     def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
-        """Raises TypeError and ValueError for arguments of another type, shape, dtype, or out of range."""
+        """Raises TypeError and ValueError for arguments that have another type, shape or dtype, or are out of range."""
         checks.tensor("t", t)
         checks.samples("losses", losses)
         if losses.dim() != 1:
@@ -252,42 +258,44 @@ class LossSecondMoment(_Weighted):
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        own = self.state_dict()
-        if set(state) != set(own):
-            raise ValueError(f"state has {', '.join(state) or 'nothing'}, expected {' and '.join(own)}")
-        for name, value in own.items():
+        current = self.state_dict()
+        if set(state) != set(current):
+            raise ValueError(f"state has {', '.join(state) or 'nothing'}, expected {' and '.join(current)}")
+        for name, value in current.items():
             checks.tensor(name, state[name])
-            found = state[name].dtype, tuple(state[name].shape)
-            if found != (value.dtype, tuple(value.shape)):
+            kind = state[name].dtype, tuple(state[name].shape)
+            if kind != (value.dtype, tuple(value.shape)):
                 raise ValueError(
-                    f"{name} is {found[0]} of shape {found[1]}, expected {value.dtype} of shape {tuple(value.shape)}"
+                    f"{name} is {kind[0]} of shape {kind[1]}, expected {value.dtype} of shape {tuple(value.shape)}"
                 )
-        self._losses, self._counts = (state[name].to("cpu", copy=True) for name in own)
+        self._losses, self._counts = (state[name].to("cpu", copy=True) for name in current)
 
 
 class _Density(TimestepSampler):
-    """Draws a time in (0, 1), from little noise to much, by a density of its own. Timestep k is that of the times from
-    k / timesteps to (k + 1) / timesteps."""
+    """Draws a time in (0, 1), from little noise to much, by a density.
+
+    The times from k / timesteps to (k + 1) / timesteps belong to timestep k.
+    """
 
     def _quantile(self, positions: Tensor) -> Tensor:
-        """The times that have these probabilities below them, float64."""
+        """The quantile function of the density: the times below which these probabilities lie, float64."""
         raise NotImplementedError
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return super()._pick(self._quantile(positions))
 
     def _edges(self) -> Tensor:
-        """Where timesteps begin and end, float64 (timesteps + 1,)."""
+        """The times at which timesteps begin and end, float64 (timesteps + 1,)."""
         return torch.arange(self.timesteps + 1, dtype=torch.float64, device="cpu") / self.timesteps
 
 
 class LogitNormal(_Density):
-    """The time's logit is normal: Esser et al. 2024, section 3.1.
+    """Draws times whose logit is normal: Esser et al. 2024, section 3.1.
 
     Args:
-        timesteps: of the diffusion, at least 1.
-        logit_mean: finite; above 0 for more noise. diffusers' training scripts index timesteps that descend, so their
-            logit_mean has the other sign.
+        timesteps: the number of timesteps of the diffusion, at least 1.
+        logit_mean: finite; above 0 for more noise. In diffusers' training scripts it has the other sign, because they
+            index descending timesteps.
         logit_std: finite, above 0.
 
     Raises:
@@ -309,18 +317,19 @@ class LogitNormal(_Density):
 
     def probabilities(self) -> Tensor:
         ends = (torch.logit(self._edges()) - self.logit_mean) / self.logit_std
-        # Above the mean from the other side, where no digits are lost.
+        # Above the mean, the complementary probabilities are subtracted, so that no digits are lost.
         sign = torch.where(ends[:-1] > 0, -1.0, 1.0)
         low, high = (torch.special.ndtr(sign * end) for end in (ends[:-1], ends[1:]))
         return (high - low).abs()
 
 
 class Mode(_Density):
-    """Times near 1/2 are drawn more often for a scale above 0, those at both ends for one below 0: "mode sampling with
-    heavy tails", Esser et al. 2024, section 3.1. At 0 it is uniform.
+    """Draws times near 1/2 more often for a scale above 0, and times near 0 and 1 more often for a scale below 0.
+
+    At 0 it is uniform. This is "mode sampling with heavy tails" of Esser et al. 2024, section 3.1.
 
     Args:
-        timesteps: of the diffusion, at least 1.
+        timesteps: the number of timesteps of the diffusion, at least 1.
         mode_scale: in [-1, 2 / (pi - 2)].
 
     Raises:
@@ -339,7 +348,7 @@ class Mode(_Density):
             raise ValueError(f"mode_scale is {mode_scale}, expected -1 <= mode_scale <= 2 / (pi - 2)")
 
     def _quantile(self, positions: Tensor) -> Tensor:
-        """The paper's function at u = 1 - positions, so that it rises."""
+        """The paper's function at u = 1 - positions, which increases."""
         return positions - self.mode_scale * (torch.sin(math.pi / 2 * positions) ** 2 - positions)
 
     def probabilities(self) -> Tensor:
@@ -353,14 +362,14 @@ class Mode(_Density):
 
 
 def _of_all_ranks(own: Any) -> list[Any]:
-    """`own` of all ranks of torch.distributed, in their order; of this process alone without it."""
+    """The values `own` of all ranks of torch.distributed, in their order. Without it, that of this process alone."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
-    given: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(given, own)
-    return given
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, own)
+    return values
 
 
 TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
@@ -373,8 +382,9 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
 
 
 def make_timestep_sampler(name: str, timesteps: int, **options: Any) -> TimestepSampler:
-    """The sampler of that name in TIMESTEP_SAMPLERS, with its class's `options`. Raises TypeError and ValueError as its
-    class, and for no such name.
+    """A sampler by its name in TIMESTEP_SAMPLERS, with the options of its class.
+
+    Raises TypeError and ValueError as the class, and ValueError for an unknown name.
 
     Examples:
         >>> from ddpm_ext.losses.timestep_samplers import make_timestep_sampler

@@ -1,4 +1,4 @@
-"""The loss that a model is trained with, in two launches beside the model's own."""
+"""The training loss, in two launches besides those of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddpm_ext.tables.variances import Variance
 
 
 class LossMethods(Process):
-    """What a model is trained by: a method of GaussianDiffusion."""
+    """The training loss: a method of GaussianDiffusion."""
 
     _loss_rows: LossRows
 
@@ -41,38 +41,39 @@ class LossMethods(Process):
         reduction: str = "mean",
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
-        model's: one makes x_t, the other the loss and its gradient. On a GPU the loss draws the noise again; on a CPU
-        the noise stays in the memory that the gradient is then written to.
+        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches.
 
-        Where the variance is learned, a term of the variational bound is added, L_simple + vlb_weight L_vlb with the
-        mean detached (Nichol & Dhariwal 2021, eq. 16); `model` then returns twice the channels.
+        One launch makes x_t, the other the loss and its gradient. On a GPU the second launch draws the noise again. On
+        a CPU the noise is stored, and later overwritten by the gradient.
+
+        With a learned variance, a term of the variational bound is added: L_simple + vlb_weight L_vlb with the mean
+        detached (Nichol & Dhariwal 2021, eq. 16). The model then returns twice the channels.
 
         Args:
             model: model(x_t, t, **model_kwargs) -> (batch, ...).
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
             noise, rng: as in q_sample.
-            loss: "mse", "l1" or "huber"; or the variational bound alone, whose term moves the mean too: "vlb", in bits
-                per dimension, or "rescaled_vlb", `timesteps` times that. The mean of the latter over uniform t is the
-                bound without the prior's term, which no model changes.
+            loss: "mse", "l1" or "huber"; or the variational bound alone, with a gradient in the mean, too: "vlb", in
+                bits per dimension, or "rescaled_vlb", `timesteps` times that. The mean of "rescaled_vlb" over uniform t
+                is the bound without the prior's term, which does not depend on the model.
             delta: the difference up to which "huber" is quadratic, above 0.
-            weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
-                another of ddpm_ext.tables.weightings; or weights (timesteps,), which are read anew when torch has
-                written to them (writes by others go unseen).
-            vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
-            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, whatever
-                stream rng has), at least 0. The noise is made as a tensor then.
-            input_perturbation: standard deviation of further noise in x_t alone (stream 5, whatever stream rng has),
-                relative to that of its noise, at least 0: Ning et al. 2023, "Input perturbation reduces exposure
-                bias". It costs one launch more.
+            weighting: the weight of each timestep's error: "simple" (all the same), "min_snr" (Hang et al. 2023) or
+                another of ddpm_ext.tables.weightings; or weights (timesteps,). These are read again when torch has
+                written to them; writes that bypass torch are not noticed.
+            vlb_weight: the weight of the bound, in bits per dimension, with a learned variance; at least 0.
+            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, for any stream
+                of rng), at least 0. The noise is then stored in a tensor.
+            input_perturbation: standard deviation of further noise in x_t, which is not in the target (stream 5, for
+                any stream of rng), relative to that of x_t's noise, at least 0: Ning et al. 2023, "Input perturbation
+                reduces exposure bias". It takes one more launch.
             reduction: "mean" or "sum" of the samples' losses, or "none".
 
         Returns:
             A scalar loss, or (batch,), float32 (float64 for float64 samples).
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
 
         Examples:
             >>> gd = GaussianDiffusion(1000)
@@ -92,7 +93,7 @@ class LossMethods(Process):
         table = self.table("q_sample", "x_start", x_start)
         rows = self._loss_rows.get(weighting, x_start.device, table.dtype, error, bound)
         if noise is None and rng is None and (offset_noise or input_perturbation):
-            rng = fresh_rng(x_start.device)  # which several launches share
+            rng = fresh_rng(x_start.device)  # drawn here, because several launches need the same one
         source: dict[str, Any] = {"noise": noise, "rng": rng}
         if offset_noise:
             source = {"noise": _offset_noise(self, x_start, t, noise, rng, offset_noise), "rng": None}
@@ -120,7 +121,7 @@ class LossMethods(Process):
         return step.loss(model_output)
 
     def _bound_factor(self, variance: Variance, loss: str, weighting: str | Tensor, vlb_weight: float) -> float:
-        """The factor of the variational bound's term, in nats, of a loss that includes it."""
+        """The factor of the variational bound's term, in nats, for a loss that includes it."""
         if not variance.bound:
             raise ValueError(f"variance is {self.variance!r}, expected 'learned' or 'learned_range', which have a loss")
         if not self._loss_rows.bounded:
@@ -153,7 +154,11 @@ def _offset_noise(
 
 
 def _perturbed(process: Process, x_t: Tensor, t: int | Tensor, rng: Philox | None, rows: Tensor) -> Tensor:
-    """x_t with more noise, by LossRows.perturbation."""
+    """x_t plus the noise of an input perturbation.
+
+    Args:
+        rows: the result of LossRows.perturbation.
+    """
     out = None if x_t.requires_grad and torch.is_grad_enabled() else x_t
     rng = fresh_rng(x_t.device) if rng is None else rng
     return process.ops.forward_process(x_t, rows, t, rng=rng.of(STREAM_PERTURBATION, rng.draw), out=out)

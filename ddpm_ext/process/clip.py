@@ -1,4 +1,4 @@
-"""The range that the predicted clean sample is clipped to: none, a fixed one, or each sample's own."""
+"""The range to which predicted clean samples are clipped: none, a fixed range, or a range of each sample."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Each sample's x_0 is clipped to [-bound, bound] and divided by it, the bound being a quantile of |x_0|, but at
-    least 1 (Saharia et al. 2022, section 2.3).
+    """Clips each sample's x_0 to [-bound, bound] and divides it by the bound (Saharia et al. 2022, section 2.3).
+
+    The bound is a quantile of the sample's |x_0|, but at least 1.
 
     Args:
-        quantile: which quantile, in (0, 1].
+        quantile: in (0, 1].
         maximum: the largest bound, at least 1; diffusers' sample_max_value.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has another type or is out of range.
 
     Examples:
         >>> clip = DynamicThreshold(quantile=0.995, maximum=10.0)
@@ -46,13 +47,13 @@ class DynamicThreshold:
             raise ValueError(f"maximum is {self.maximum!r}, expected at least 1")
 
     def x_start_scale(self, x_start: Tensor) -> Tensor:
-        """1 / bound of each sample, (batch,), float32 or for float64 samples float64."""
+        """1 / bound of each sample, (batch,), float32 (float64 for float64 samples)."""
         operators = reference if x_start.dtype == torch.float64 else ops
         return operators.x_start_scale(x_start, quantile=self.quantile, maximum=self.maximum)
 
 
 def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None, DynamicThreshold | None]:
-    """The range to clip to, or None; and how to find each sample's own range, or None."""
+    """The fixed range to clip to, or None; and the dynamic threshold, or None."""
     if isinstance(clip_denoised, DynamicThreshold):
         return (-1.0, 1.0), clip_denoised
     if isinstance(clip_denoised, bool):
@@ -70,7 +71,7 @@ def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None,
 
 
 def as_fixed_clip(clip_denoised: bool | Clip) -> Clip | None:
-    """The range to clip to in a single step, which takes no DynamicThreshold."""
+    """The range to clip to, or None, in a single step. Raises TypeError for a DynamicThreshold."""
     clip, threshold = as_clip(clip_denoised)
     if threshold is not None:
         raise TypeError(f"clip_denoised is {threshold}, expected a bool or a range (low, high) outside of a loop")

@@ -1,4 +1,4 @@
-"""What a model returns, as the operators take it."""
+"""Converts a model's output to tensors for the operators."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def unwrap(model_output: Any) -> Tensor:
 
 
 def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction and the variance, as views: the halves of a model's output (batch, 2 channels, ...) where the
-    variance is learned."""
+    """The prediction and the learned variance: views of the halves of a model's output (batch, 2 channels, ...)."""
     channels = x_t.shape[1] if x_t.dim() > 1 else 0
     if channels == 0:
         raise ValueError(
@@ -31,18 +30,20 @@ def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
             f"model_output has shape {tuple(model_output.shape)}, expected {expected}, twice x_t's channels, where "
             "the variance is learned"
         )
-    prediction, variance = model_output.chunk(2, 1)  # one call of torch, which two slices would take twice
+    prediction, variance = model_output.chunk(2, 1)  # one call of torch, where two slices would be two
     return prediction, variance
 
 
 def split_batch(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The output with the condition and without, as views: the second half of a batch that the model got twice, and the
-    first."""
+    """The conditional and the unconditional output, as views, of a model that got the batch twice.
+
+    They are the second and the first half of its output.
+    """
     batch, returned = x_t.shape[0], model_output.shape[0]
     if returned != 2 * batch:
         raise ValueError(
             f"the model's output has {returned} samples, expected {2 * batch}: guidance without a function "
             "for the unconditional output gives it the batch twice"
         )
-    without, conditional = model_output.chunk(2)
-    return conditional, without
+    unconditional, conditional = model_output.chunk(2)
+    return conditional, unconditional

@@ -1,4 +1,4 @@
-"""A Gaussian diffusion in one small object: a noise schedule, its tables, and the operators that take them."""
+"""A Gaussian diffusion process: a noise schedule, its tables, and the operators that take them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-KEPT_STEPS = 8  # of which devices, clips and numbers of a Philox the step is kept
+KEPT_STEPS = 8  # cached TableSteps, each for a device, a clip and the numbers of a Philox
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
 SCHEDULE_ATTRIBUTES = (
@@ -49,21 +49,21 @@ SCHEDULE_ATTRIBUTES = (
 
 
 class Process:
-    """A schedule with its tables and operators: what steps, loops, losses and likelihoods are computed with.
+    """A schedule with its tables and operators, for steps, loops, losses and likelihoods.
 
-    Args: as GaussianDiffusion's, which adds methods for training and sampling.
+    The arguments are those of GaussianDiffusion, which adds methods for training and sampling.
 
     Attributes:
-        timesteps, prediction, variance, backend: as given.
-        schedule: a ForwardLevels: the levels, what the model is called with at each, and the scale of samples.
-        magnitude, magnitude_before: float64 (timesteps,), r of x_t = r x, with x variance preserving, and r of x_{t-1},
-            which is 1 for clean data; ones for a schedule of betas.
-        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "x0"), and rows or
+        timesteps, prediction, variance, backend: the arguments.
+        schedule: a ForwardLevels: the levels, the model's timestep at each level, and the scale of samples.
+        magnitude: float64 (timesteps,), r of x_t = r x, where x is variance-preserving; ones for a schedule of betas.
+        magnitude_before: float64 (timesteps,), r of x_{t-1}, which is 1 for clean data.
+        tables: the tables that the kernels read, by name and device: the rows of the steps ("steps", "x0"), and rows or
             numbers for each timestep.
-        The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, of x / r.
+        The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, for the variance-preserving x.
 
     Raises:
-        TypeError, ValueError: an argument of another type, an unknown name, or out of range.
+        TypeError, ValueError: an argument has another type, an unknown name, or is out of range.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Process:
             self.magnitude = torch.hypot(schedule.signal, schedule.noise)
         self.magnitude_before = F.pad(self.magnitude[:-1], (1, 0), value=1.0)
 
-        # q(x_{t-1} | x_t, x_0), eq. (6) and (7); its variance at t = 0 is 0, whose logarithm is clipped
+        # q(x_{t-1} | x_t, x_0), eq. (6) and (7). Its variance at t = 0 is 0, so the logarithm is clipped.
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
@@ -154,47 +154,49 @@ class Process:
 
     @property
     def levels(self) -> Levels:
-        """Of x / r at each timestep, (timesteps,) float64."""
+        """The levels of the variance-preserving x = x_t / r at each timestep, float64 (timesteps,)."""
         return Levels(self.alphas_cumprod, self.posterior_mean_coef1, self.posterior_mean_coef2)
 
     def grid(self) -> Grid:
-        """All timesteps, from the noisiest on."""
+        """The grid of all timesteps, from the noisiest to the cleanest."""
         all_timesteps = torch.arange(self.timesteps - 1, -1, -1, device="cpu")
         return self.scaled(make_grid(self.alphas_cumprod, all_timesteps, betas=self.betas))
 
     def scaled(self, grid: Grid) -> Grid:
-        """A grid of alphas_cumprod, for the schedule's own samples."""
+        """A grid of alphas_cumprod, converted to the scale of the schedule's samples."""
         return replace(grid, scale=self.schedule.scale)
 
     def for_model(self, rows: StepTable) -> StepTable:
-        """Rows whose timesteps are the schedule's, or lie between, with what the model is called with there."""
-        own = self.schedule.timestep
-        if own is None:
+        """Replaces the rows' timesteps, which may be fractional, by the timesteps that the model is called with."""
+        timestep = self.schedule.timestep
+        if timestep is None:
             return rows
         t = rows.timestep
         if not t.is_floating_point():
-            return replace(rows, timestep=own[t])
+            return replace(rows, timestep=timestep[t])
         if self.schedule.timestep_of is not None:
-            # A row that starts at clean data calls no model, and belongs to the step that the row before it began.
-            begun = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
-            levels = rows.signal_now[begun], rows.noise_now[begun]
+            # A row that starts at clean data does not call the model. It has the timestep of the row before it.
+            begins = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
+            levels = rows.signal_now[begins], rows.noise_now[begins]
             return replace(rows, timestep=timesteps_by(self.schedule.timestep_of, *levels))
         low = t.floor().long()
         high = (low + 1).clamp(max=self.timesteps - 1)
-        return replace(rows, timestep=torch.lerp(own.double()[low], own.double()[high], t - low))
+        return replace(rows, timestep=torch.lerp(timestep.double()[low], timestep.double()[high], t - low))
 
     # ------------------------------------------------------------------------------------------------- tables
 
     def table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """The table of that name for an operator with samples x, on x's device; the fused ones take float32 alone."""
+        """A table by its name, for an operator with samples x, on x's device. Fused operators take float32 tables."""
         if not isinstance(x, Tensor):
             checks.tensor(x_name, x)
         dtype = torch.float32 if self.backend == "fused" else checks.compute_dtype(x.dtype)
         return self.tables.get(name, x.device, dtype)
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's TableStep by the rows of this process; kept for the next call where the backend has one dtype
-        of tables and the step holds no tensors of the caller's."""
+        """The backend's TableStep with the rows of this process.
+
+        It is cached for the fused backend, whose tables have one dtype, if it has no tensors of the caller.
+        """
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
             numbers = rng.numbers() if type(rng) is Philox else None
@@ -205,7 +207,7 @@ class Process:
         key = (x_t.is_cpu or x_t.device, clip, numbers)
         step = self._reverse_steps.get(key)
         if step is None:
-            # A copy, since the caller may change the attributes of theirs.
+            # A copy of rng, because the caller may change its attributes.
             step = self._make_reverse_step(x_t, clip, None, copy(rng))
             if self.backend == "fused" and checks.is_plain(self.table("steps", "x_t", x_t)):
                 self._reverse_steps.get_or_make(key, lambda: step)
@@ -217,17 +219,17 @@ class Process:
         return self.ops.TableStep(table, on_host=on_host, clip=clip, noise=noise, rng=rng)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
-        """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
+        """The values of a table at t, (batch, 1, ...), float32 (float64 for float64 samples)."""
         return self.at(self.tables.get(name, x.device, checks.compute_dtype(x.dtype)), t, x)
 
     @staticmethod
     def at(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-        """values[t], of shape (batch, 1, ...); for a t out of range, which is not seen on a GPU, the nearest one's."""
+        """values[t], of shape (batch, 1, ...). Values of a tensor t that are out of range count as the nearest one."""
         picked = values[t.clamp(0, len(values) - 1)] if isinstance(t, Tensor) else values[t].expand(len(x))
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's output; an int t is passed as a tensor that is kept, which costs no launch."""
+        """The model's output. An int t is passed as a cached tensor, without a launch."""
         if not isinstance(t, Tensor):
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
@@ -246,8 +248,9 @@ class Process:
         rng: Philox | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4), or the schedule's
-        own levels of signal and noise in their place.
+        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4).
+
+        A schedule of levels has its levels of signal and noise in place of these two factors.
 
         Args:
             x_start: (batch, ...), in [-1, 1] by custom.
@@ -259,7 +262,7 @@ class Process:
             x_t, as x_start. Differentiable in x_start and noise.
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
         """
         table = self.table("q_sample", "x_start", x_start)
         return self.ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)
@@ -287,9 +290,9 @@ class Process:
         )
 
     def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """The x_0 of which x_t is made with this noise: the inverse of q_sample.
+        """The x_0 from which q_sample makes x_t with this noise: the inverse of q_sample.
 
-        Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), of which only the sign has a
-        meaning.
+        If alphas_cumprod is 0, there is no such x_0. The result is then 2^100 (x_t - noise), of which only the sign has
+        a meaning.
         """
         return self.ops.predict_start(x_t, noise, self.table("predict_start_from_noise", "x_t", x_t), t)

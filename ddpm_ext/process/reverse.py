@@ -15,7 +15,7 @@ from ddpm_ext.process.process import Process
 
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 
-# As ops.step_with_options's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
+# The ranges of ops.step_with_options, where a standard deviation is in [e^-87, e^88] and a variance in VARIANCE_RANGE.
 LOG_VARIANCE_RANGE, VARIANCE_RANGE = (-174.0, 176.0), (2.0**-100, 2.0**100)
 
 
@@ -25,16 +25,16 @@ class ReverseMethods(Process):
     def p_mean_variance(
         self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t), by the model's prediction.
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), from the model's output.
 
         Args:
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
 
         Returns:
             mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
-            (batch, 1, ...), or of x_t's where they are learned. A learned log-variance is clamped to [-174, 176], and a
-            variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
-            dtype's largest number.
+            (batch, 1, ...), or of x_t's shape if they are learned. As in p_sample, a learned log-variance is clamped to
+            [-174, 176], and a variance that the model returns to [2^-100, 2^100]. The variance is at most the dtype's
+            largest number.
         """
         table, clip = self.table("steps", "x_t", x_t), as_fixed_clip(clip_denoised)
         self.reverse_step(x_t, clip, None, None).check(x_t, *checks.split_t(t))
@@ -49,7 +49,7 @@ class ReverseMethods(Process):
         returned = returned.to(checks.compute_dtype(x_t.dtype))
         if not variance.logarithm:
             returned = returned.clamp(*VARIANCE_RANGE)
-            if self.schedule.scale is not None:  # the model's is that of a variance-preserving sample
+            if self.schedule.scale is not None:  # the model returns the variance of a variance-preserving sample
                 returned = returned * self.extract("variance_before", t, x_t)
             return mean, returned, returned.log()
         columns = self.tables.get("learned_log_variance", x_t.device, checks.compute_dtype(x_t.dtype)).unbind(1)
@@ -79,10 +79,11 @@ class ReverseMethods(Process):
             out: as x_t: where the result is written; it may be x_t.
 
         Returns:
-            x_{t-1}, as x_t, without gradients, but for torch.func's by backend="reference"; at t = 0 no noise is added.
+            x_{t-1}, as x_t, without gradients, except those of torch.func with backend="reference". At t = 0 no noise
+            is added.
 
         Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
             NotImplementedError: torch.func takes a derivative through a fused step.
 
         Examples:
@@ -97,12 +98,12 @@ class ReverseMethods(Process):
             raise NotImplementedError("p_sample: torch.func takes a derivative, expected none, or backend='reference'")
         recording = _is_grad_enabled()
         try:
-            # Not torch.no_grad(), whose Python can be interrupted before it restores the mode.
+            # Not torch.no_grad(), whose Python code can be interrupted before it restores the grad mode.
             _set_grad_enabled(differentiated and recording)
             row, index = checks.split_t(t)
             step.check(x_t, row, index, out)
             model_output = self.call_model(model, x_t, t)
-            _set_grad_enabled(differentiated and recording)  # a model may have switched them on
+            _set_grad_enabled(differentiated and recording)  # the model may have enabled gradients
             if not self.variance_entry.learned:
                 return step.take(x_t, model_output, row, index, out)
             model_output, returned = split_variance(x_t, model_output)
