@@ -34,7 +34,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _beside(target: Path) -> Path:
+def _temporary_name(target: Path) -> Path:
     """A hidden temporary name in the folder of `target`, with the same ending, not longer than names may be."""
     return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
 
@@ -65,16 +65,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not created by tempfile: only the owner can read its files, and the rename would not change their mode.
-    beside = _beside(target)
+    temporary = _temporary_name(target)
     try:
-        with errors_that_name(path, beside):
-            yield beside
-            with open(beside, "rb") as written:
+        with errors_that_name(path, temporary):
+            yield temporary
+            with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
-            os.replace(beside, target)
+            os.replace(temporary, target)
             _sync_folder(target.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -math.inf) -> None:
@@ -110,8 +110,8 @@ def errors_that_name(path: str | os.PathLike[str], hidden: Path) -> Iterator[Non
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` to `path`, atomically."""
-    with atomic_path(path) as beside:
-        beside.write_bytes(content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
@@ -128,7 +128,7 @@ def write_array(path: str | os.PathLike[str], array: npt.NDArray[Any]) -> None:
     """Writes an .npy, atomically."""
     # Opened for reading, too: numpy's C code writes files that are open only for writing. On a full disk its error does
     # not give the reason, and the rest of its buffer is lost without an error.
-    with atomic_path(path) as beside, open(beside, "w+b") as opened:
+    with atomic_path(path) as temporary, open(temporary, "w+b") as opened:
         np.save(opened, array)
 
 
@@ -160,7 +160,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     try:
         target = _target(path)
         target.parent.mkdir(exist_ok=True)
-        probe = _beside(target)
+        probe = _temporary_name(target)
         try:
             probe.touch()
         finally:

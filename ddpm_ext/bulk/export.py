@@ -49,7 +49,7 @@ def write_npz(
     target = Path(path)
     files.remove_leftovers(target.parent, of=target)
     header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, *shards.shape)}
-    with files.atomic_path(target) as beside, zipfile.ZipFile(beside, "w") as archive:
+    with files.atomic_path(target) as hidden, zipfile.ZipFile(hidden, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as opened:
             np.lib.format.write_array_header_1_0(opened, header)
             for images in shards.images():
@@ -82,24 +82,24 @@ def write_pngs(shards: Shards, folder: Path) -> None:
         return
     files.remove_leftovers(folder.parent, of=folder)
     image = require("PIL.Image", "writing pictures")
-    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
     def save(sample: int, pixels: Pixels) -> None:
-        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / _picture(shards, sample))
+        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(hidden / _picture(shards, sample))
 
     try:
-        with files.errors_that_name(folder, beside), ThreadPoolExecutor(_THREADS) as pool:
-            beside.mkdir()
+        with files.errors_that_name(folder, hidden), ThreadPoolExecutor(_THREADS) as pool:
+            hidden.mkdir()
             # From the beginning of the shard of the last picture: if it was not full, it has been drawn again.
             for index in range(existing // shards.size, len(shards)):
                 list(pool.map(save, shards.ids(index), shards.read(index)))
         if folder.exists():
-            for path in sorted(beside.iterdir()):
+            for path in sorted(hidden.iterdir()):
                 os.replace(path, folder / path.name)
         else:
-            os.replace(beside, folder)
+            os.replace(hidden, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def check_png_folder(shards: Shards, folder: Path) -> int:

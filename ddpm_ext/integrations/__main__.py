@@ -16,8 +16,8 @@ def main() -> None:
         cells = [textwrap.wrap(cell, WIDTH) or [""] for cell in row[2:]]
         for i in range(max(map(len, cells))):
             cls, method = (row[0], row[1]) if i == 0 else ("", "")
-            fused, own = (cell[i] if i < len(cell) else "" for cell in cells)
-            print(f"{cls:{first}}  {method:{second}}  {fused:{WIDTH}}  {own}".rstrip())
+            fused, unfused = (cell[i] if i < len(cell) else "" for cell in cells)
+            print(f"{cls:{first}}  {method:{second}}  {fused:{WIDTH}}  {unfused}".rstrip())
 
 
 main()

@@ -38,19 +38,20 @@ class Fallback(Exception):
 
 
 def with_fallback(
-    method: str | None = None, own: Function | None = None, *, compiles: bool = True
+    method: str | None = None, peers_code: Function | None = None, *, compiles: bool = True
 ) -> Callable[[Function], Function]:
     """Decorates a method of an Accelerated class. Where the method raises a Fallback, the peer's own method runs.
 
     Args:
         method: the peer's name of the method. Default: the name of the decorated function.
-        own: runs after a Fallback, as own(method, obj, ...) with the call's arguments. Default: the peer's method.
+        peers_code: runs after a Fallback, as peers_code(method, obj, ...) with the call's arguments. Default: the
+            peer's method.
         compiles: whether torch.compile may trace the method. If not, compiled code runs the peer's method.
     """
 
     def decorate(function: Function) -> Function:
         name = function.__name__ if method is None else method
-        run_own = _run_own if own is None else own
+        run_own = _run_own if peers_code is None else peers_code
 
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:

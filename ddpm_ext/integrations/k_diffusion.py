@@ -192,9 +192,9 @@ def _sigmas_of_table(rows: SigmaRows, sigmas: Tensor | None, x: Tensor) -> Tenso
     levels = torch.cat([rows.sigma, rows.arrives[-1:]])
     if sigmas is None:
         return levels.to(x.device, torch.float32)
-    given = checked_sigmas(sigmas)
-    if given.shape != levels.shape or not torch.allclose(given, levels, rtol=OTHER, atol=OTHER * 1e-3):
-        raise ValueError(f"sigmas are {given.tolist()}, expected those of the table, {levels.tolist()}, or None")
+    checked = checked_sigmas(sigmas)
+    if checked.shape != levels.shape or not torch.allclose(checked, levels, rtol=OTHER, atol=OTHER * 1e-3):
+        raise ValueError(f"sigmas are {checked.tolist()}, expected those of the table, {levels.tolist()}, or None")
     return sigmas
 
 
@@ -273,7 +273,7 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
 
 def _own_rows(name: str, sigmas: Tensor, options: Mapping[str, Any]) -> SigmaRows:
     parameters, flow = inspect.signature(MAKERS[name]).parameters, options["flow"]
-    own = {key: value for key, value in options.items() if key in parameters}
+    sampler_options = {key: value for key, value in options.items() if key in parameters}
     added = ADDED | {key: value for key, value in options.items() if key not in parameters}
     churn, tmin, tmax = (added[key] for key in CHURN)
     checks.nonnegative("s_churn", churn)
@@ -293,7 +293,11 @@ def _own_rows(name: str, sigmas: Tensor, options: Mapping[str, Any]) -> SigmaRow
     gamma = min(churn / len(now), math.sqrt(2) - 1)
     hat = torch.where((now >= tmin) & (now <= tmax), now * (1 + gamma), now)
     is_churned = bool((hat > now).any())
-    table = _churned_table(name, sigmas, hat, own) if is_churned else _own_table(name, sigmas, flow, own)
+    table = (
+        _churned_table(name, sigmas, hat, sampler_options)
+        if is_churned
+        else _own_table(name, sigmas, flow, sampler_options)
+    )
     return SigmaRows.of(replace(table, s=table.s * added["s_noise"]), first_rows(table, hat))
 
 

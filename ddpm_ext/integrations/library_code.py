@@ -56,9 +56,11 @@ def library_class(cls: type) -> type:
 @functools.cache
 def _methods(cls: type) -> frozenset[str]:
     """The names of the methods of diffusers' class that a step may call."""
-    known = library_class(cls)
+    diffusers_class = library_class(cls)
     return frozenset(
-        name for name in dir(known) if callable(getattr(known, name)) and not name.startswith("__") and name not in FREE
+        name
+        for name in dir(diffusers_class)
+        if callable(getattr(diffusers_class, name)) and not name.startswith("__") and name not in FREE
     )
 
 
@@ -69,10 +71,10 @@ def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str
         is_default = hook is None or isinstance(hook, types.WrapperDescriptorType)
         if not is_default and not is_code_of(hook, DIFFUSERS, "huggingface_hub"):
             return name
-    known = library_class(cls)
-    for base in cls.__mro__[: cls.__mro__.index(known)]:
+    diffusers_class = library_class(cls)
+    for base in cls.__mro__[: cls.__mro__.index(diffusers_class)]:
         for name, value in vars(base).items():
-            if not (name.startswith("__") or name in FREE or _is_new(name, value, known)):
+            if not (name.startswith("__") or name in FREE or _is_new(name, value, diffusers_class)):
                 return name
     own_steps = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks those that no class of diffusers has
     for method in (*methods, *[step for step in own_steps if step is not None]):
@@ -81,9 +83,9 @@ def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str
     return None
 
 
-def _is_new(name: str, value: Any, known: type) -> bool:
+def _is_new(name: str, value: Any, diffusers_class: type) -> bool:
     """Whether an attribute of a subclass overrides nothing of diffusers' class."""
-    if isinstance(getattr(known, name, None), property) or isinstance(value, property):
+    if isinstance(getattr(diffusers_class, name, None), property) or isinstance(value, property):
         return False
     is_plain = not hasattr(value, "__get__")  # a number, a list
-    return (is_plain and not callable(getattr(known, name, None))) or not hasattr(known, name)
+    return (is_plain and not callable(getattr(diffusers_class, name, None))) or not hasattr(diffusers_class, name)

@@ -69,7 +69,7 @@ class LoopOptionsTaker(PeerDiffusion):
     def sample(self, *args: Any, **options: Any) -> Any:
         """Runs the peer's own method. With options of p_sample_loop, the loop that it calls is ddpm_ext's."""
         peers_sample = peer_method(self, "sample")
-        given, ours = _split(peers_sample, options)
+        peers_options, ours = _split(peers_sample, options)
         if not ours:
             return peers_sample(*args, **options)
         has_run = False
@@ -81,22 +81,24 @@ class LoopOptionsTaker(PeerDiffusion):
 
         view = new(type(self))
         view.__dict__.update(self.__dict__, **{name: functools.partial(loop, name) for name in self.sample_calls})
-        images = peer_method(view, "sample")(*args, **given)
+        images = peer_method(view, "sample")(*args, **peers_options)
         if not has_run:
             loops = " or ".join(self.sample_calls)
             raise TypeError(f"sample of {self.library} has no {sorted(ours)[0]}: it does not call {loops}")
         return images
 
-    def _run_loop(self, peers_method: Any, args: tuple[Any, ...], given: dict[str, Any], ours: dict[str, Any]) -> Any:
+    def _run_loop(
+        self, peers_method: Any, args: tuple[Any, ...], peers_options: dict[str, Any], ours: dict[str, Any]
+    ) -> Any:
         """Runs GaussianDiffusion.p_sample_loop in place of the peer's method.
 
         Args:
-            own: the peer's method.
-            args, given: the arguments of the call that the peer's method takes.
+            peers_method: the peer's method.
+            args, peers_options: the arguments of the call that the peer's method takes.
             ours: the options of p_sample_loop.
         """
         signature = inspect.signature(peers_method)
-        arguments = signature.bind(*args, **given).arguments
+        arguments = signature.bind(*args, **peers_options).arguments
         model, shape = arguments.pop("model", getattr(self, "model", None)), tuple(arguments.pop("shape"))
         for name, value in arguments.items():
             if name in LOOP_OPTIONS:
@@ -124,8 +126,8 @@ def takes_loop_options(method: Method) -> Method:
     @functools.wraps(method)
     def call(self: LoopOptionsTaker, *args: Any, **options: Any) -> Any:
         peers_method = peer_method(self, method.__name__)
-        given, ours = _split(peers_method, options)
-        return self._run_loop(peers_method, args, given, ours) if ours else method(self, *args, **options)
+        peers_options, ours = _split(peers_method, options)
+        return self._run_loop(peers_method, args, peers_options, ours) if ours else method(self, *args, **options)
 
     return call  # type: ignore[return-value]
 

@@ -31,21 +31,21 @@ def check_model(model: object) -> None:
         )
 
 
-def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
+def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
     """The model, compiled as p_sample_loop's option `compile` says."""
-    if isinstance(how, str) or how is True:
-        _check_compiler(how, device)
-    if isinstance(how, str):
+    if isinstance(mode, str) or mode is True:
+        _check_compiler(mode, device)
+    if isinstance(mode, str):
         try:
-            return torch.compile(model, mode=how)
+            return torch.compile(model, mode=mode)
         except RuntimeError as error:
-            raise ValueError(f"compile is {how!r}, expected a bool or a mode of torch.compile: {error}") from None
-    if not isinstance(how, bool):
-        raise TypeError(f"compile is {how!r}, expected a bool or a mode of torch.compile")
-    return torch.compile(model) if how else model
+            raise ValueError(f"compile is {mode!r}, expected a bool or a mode of torch.compile: {error}") from None
+    if not isinstance(mode, bool):
+        raise TypeError(f"compile is {mode!r}, expected a bool or a mode of torch.compile")
+    return torch.compile(model) if mode else model
 
 
-def _check_compiler(how: bool | str, device: torch.device) -> None:
+def _check_compiler(mode: bool | str, device: torch.device) -> None:
     """Raises ValueError if there is no C++ compiler: torch.compile would fail in the first step, with pages of errors.
 
     On CUDA devices nothing is checked.
@@ -60,7 +60,7 @@ def _check_compiler(how: bool | str, device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        raise ValueError(f"compile is {how!r}, expected False: torch.compile finds no C++ compiler here") from None
+        raise ValueError(f"compile is {mode!r}, expected False: torch.compile finds no C++ compiler here") from None
 
 
 def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:

@@ -48,12 +48,12 @@ def missing() -> str:
     """The error message for a missing compiled module."""
     python = ".".join(map(str, sys.version_info[:2]))
     message = f"ddpm_ext has no compiled module for Python {python} in {FOLDER}; {mend()}"
-    other = installed() if in_sources() else None
-    if other is None:
+    installed_package = installed() if in_sources() else None
+    if installed_package is None:
         return message
     return (
         f"ddpm_ext: you stand in the source folder {FOLDER.parent}, whose sources are not compiled and hide what is "
-        f"installed in {other}; run Python in another folder (cd ..), or to use the sources, {mend()}"
+        f"installed in {installed_package}; run Python in another folder (cd ..), or to use the sources, {mend()}"
     )
 
 

@@ -68,9 +68,9 @@ def diffusion_loss(
             checks.tensor(name, given)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
-    how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
-    how.update(variational=variational, detach_mean=detach_mean)  # not |=, which torch.compile of 2.7 does not take
-    return LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how).loss(model_output)
+    options: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
+    options.update(variational=variational, detach_mean=detach_mean)  # not |=, which torch.compile of 2.7 does not take
+    return LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **options).loss(model_output)
 
 
 class LossStep:
@@ -151,8 +151,8 @@ class LossStep:
         reduction, variational, detach_mean = self._how
         want_slope = torch.is_grad_enabled() and model_output.requires_grad
         if not self._recorded:
-            how = (reduction, want_slope, variational, detach_mean, self._overwrite_noise)
-            return _DiffusionLoss.apply(how, *arguments)
+            flags = (reduction, want_slope, variational, detach_mean, self._overwrite_noise)
+            return _DiffusionLoss.apply(flags, *arguments)
         return torch.ops.ddpm_ext.diffusion_loss(
             *arguments, reduction=reduction, want_slope=want_slope, variational=variational, detach_mean=detach_mean
         )[0]
@@ -162,8 +162,8 @@ class _DiffusionLoss(torch.autograd.Function):
     """The loss in eager calls. The dispatcher would take longer than a small loss."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[int, bool, bool, bool, bool], *arguments: Any) -> Tensor:
-        loss, slope = C.diffusion_loss(*arguments, *how)
+    def forward(ctx: Any, flags: tuple[int, bool, bool, bool, bool], *arguments: Any) -> Tensor:
+        loss, slope = C.diffusion_loss(*arguments, *flags)
         ctx.save_for_backward(slope)
         # Hooks of saved tensors may keep the tensor that is saved here, so that backward must not write to it.
         ctx.hooked = C.has_saved_tensors_hooks()

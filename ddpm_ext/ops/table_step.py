@@ -107,9 +107,9 @@ class CalledTableStep:
         noise: Tensor | None,
         inputs: dict[str, Any],
     ) -> Tensor:
-        t, how = index if row is None else row, {**self._given, "out": out}
+        t, arguments = index if row is None else row, {**self._given, "out": out}
         if noise is not None:
-            how["noise"] = noise
+            arguments["noise"] = noise
         if model_output is not None and not inputs:
-            return self.operators["reverse_step"](x_t, model_output, self._table, t, **how)
-        return self.operators["step_with_options"](x_t, model_output, self._table, t, **how, **inputs)
+            return self.operators["reverse_step"](x_t, model_output, self._table, t, **arguments)
+        return self.operators["step_with_options"](x_t, model_output, self._table, t, **arguments, **inputs)

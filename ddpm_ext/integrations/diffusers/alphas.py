@@ -166,8 +166,8 @@ class Alphas(Forward):
             if not z.is_floating_point() or torch.promote_types(z.dtype, sample.dtype) != sample.dtype:
                 raise Fallback(f"variance_noise is {dtype_name(z.dtype)}")
             noise = {"noise": z.to(sample.dtype)}
-        result, known = self._take(rows, row, sample, model_output, noise, **extras), self._known
-        return imported(known.__module__, f"{known.__name__}Output")(*result) if return_dict else result
+        result, cls = self._take(rows, row, sample, model_output, noise, **extras), self._known
+        return imported(cls.__module__, f"{cls.__name__}Output")(*result) if return_dict else result
 
 
 class DDPM(Alphas):

@@ -107,11 +107,13 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
             return Weights(DeviceTables(weights=of_all), TIMESTEP)
     timesteps = timesteps.to(torch.promote_types(timesteps.dtype, dtype))
     weights = forward_trial(scheduler, method, timesteps)
-    other = attempt(forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=timesteps.dtype, device="cpu"))
-    if isinstance(other, Fallback):
-        other = torch.full_like(weights[:1], torch.nan)
-    tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=timesteps)
-    return Weights(tables, LISTED, not bool(other.isnan().any()))
+    elsewhere = attempt(
+        forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=timesteps.dtype, device="cpu")
+    )
+    if isinstance(elsewhere, Fallback):
+        elsewhere = torch.full_like(weights[:1], torch.nan)
+    tables = DeviceTables(weights=torch.cat([weights, elsewhere]), timesteps=timesteps)
+    return Weights(tables, LISTED, not bool(elsewhere.isnan().any()))
 
 
 class Forward(Scheduler):
@@ -119,8 +121,8 @@ class Forward(Scheduler):
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
         state = vars(self)
-        own: Any = state.get("timesteps")
-        if not are_tensors(x, noise, timesteps, own) or own.dim() != 1:
+        own_timesteps: Any = state.get("timesteps")
+        if not are_tensors(x, noise, timesteps, own_timesteps) or own_timesteps.dim() != 1:
             raise Fallback
         check_tensors(x, noise)
         if x.dtype != noise.dtype:
@@ -133,7 +135,7 @@ class Forward(Scheduler):
             raise Fallback(f"its {foreign} is not diffusers' own code")
         options = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
         # The weights depend on nothing else of the state.
-        key = (_weights, cls, options), own, state.get("sigmas"), state.get("alphas_cumprod")
+        key = (_weights, cls, options), own_timesteps, state.get("sigmas"), state.get("alphas_cumprod")
         weights = self._cached(key, _weights, (cls, state, *options))
         if weights.of == STEP:
             step = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]

@@ -247,11 +247,11 @@ class TracedScheduler(Forward):
         self, position: Position, dtypes: LoopDtypes, call: Call, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """The result of the scheduler's own step. The proof records whether the row has the same result."""
-        proof, rows, at = position.proof, position.rows, position.at
+        proof, rows, row = position.proof, position.rows, position.at
         assert proof is not None
         generators = Generators(call.x.device, call.others.get("generator"))
-        others = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
-        size = rows.stepper.largest_term(at, call.x, call.m, others)
+        inputs = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
+        size = rows.stepper.largest_term(row, call.x, call.m, inputs)
         results, after, _ = self._launched(position, dtypes, call)
         generators.rewind()
         before = contents(self._library_state())
@@ -262,9 +262,9 @@ class TracedScheduler(Forward):
         if stores:
             proof.failed = f"its step stores {', '.join(stores)}, which no scheduler of diffusers has"
         _, prev, second = parts_of(result)
-        proof.compare(at, results, (prev, second), size)
+        proof.compare(row, results, (prev, second), size)
         self._position = after if proof.failed is None else proof.failed
-        self.accelerated.record_proof(self.library, "step", proof.failed, at == 0)
+        self.accelerated.record_proof(self.library, "step", proof.failed, row == 0)
         return result
 
     def _library_state(self) -> dict[str, Any]:

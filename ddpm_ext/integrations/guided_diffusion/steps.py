@@ -113,7 +113,7 @@ def _take_step(
     if x.dim() < 2 or (cond_fn is not None and model_kwargs is None):
         raise Fallback
     device, kwargs = x.device, model_kwargs or {}
-    at: int | Tensor = t if row is None else row
+    row_or_t: int | Tensor = t if row is None else row
     if model_t is None:
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
 
@@ -137,7 +137,7 @@ def _take_step(
     if denoised_fn is not None:
         x_start = prediction
         if fused.prediction != "x0":
-            x_start = ops.predict_start(x, prediction, tables.get("predict", device, torch.float32), at)
+            x_start = ops.predict_start(x, prediction, tables.get("predict", device, torch.float32), row_or_t)
         if fused.prediction == "x_prev" and (laid := layout_arguments(prediction, x)):
             x_start = laid["out"].copy_(x_start)
         x_start = results["denoised_fn"] = denoised_fn(x_start)
@@ -171,7 +171,7 @@ def _take_step(
         first = results["denoised_fn"] if needed is None else x if fused.prediction == "eps" else prediction
     extras |= layout_arguments(first, x)
     x0 = empty_like(extras.get("out", x)) if with_x0 else None
-    sample = take_step(tables, x, needed, at, clip, x0_out=x0, **extras)
+    sample = take_step(tables, x, needed, row_or_t, clip, x0_out=x0, **extras)
     return {"sample": sample} if x0 is None else {"sample": sample, "pred_xstart": x0}
 
 
