@@ -1,1 +1,1 @@
-"""General helpers that know nothing of diffusion: argument checks, files, seeds, optional packages, ranks, types."""
+"""General helpers that do not depend on diffusion: argument checks, files, seeds, optional packages, ranks, types."""

@@ -1,1 +1,1 @@
-"""What a model is trained towards, and how good it is."""
+"""Training losses, timestep samplers, and the likelihood of a model."""

@@ -1,1 +1,1 @@
-"""One schedule with its tables and operators, and the single steps that are taken with them."""
+"""A schedule with its tables and operators, and single steps of the reverse process."""
