@@ -1,0 +1,115 @@
+"""Two objects that get the same calls, drawn one by one: after each, both have returned the same and drawn the same
+noise, whatever was called before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from support.choices import Choose
+from torch import Tensor
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "the same": lambda x: x,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+}
+
+
+REFUSALS = (AssertionError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+class Life:
+    """An object with the samples and generators of the calls it gets. Each method whose name begins with `do_` is a
+    call that can be drawn: it takes a `choose`, and returns tensors, numbers or None.
+
+    The second of two lives repeats the choices of the first (Replay).
+    """
+
+    def __init__(self, diffusion: Any) -> None:
+        self.diffusion = diffusion
+        self.generator = torch.Generator().manual_seed(0)
+        self.global_states = torch.Generator().manual_seed(1).get_state(), random.Random(1).getstate()
+
+    def state(self) -> list[Any]:
+        """What the two objects have in common after each call."""
+        return [self.generator.get_state(), *self.global_states]
+
+    def normal(self, *shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def do_copy(self, choose: Choose) -> None:
+        self.diffusion = COPIES[choose.one_of([*COPIES], "how")](self.diffusion)
+
+    def call(self, name: str, choose: Choose) -> list[Any] | None:
+        """The results of a call and the state after it; None where it raises an error."""
+        before = random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.global_states[0])
+            random.setstate(self.global_states[1])
+            try:
+                result = getattr(self, name)(choose)
+            except REFUSALS:
+                return None
+            finally:
+                self.global_states = torch.get_rng_state(), random.getstate()
+                random.setstate(before)
+        return [*(result if isinstance(result, list | tuple) else [result]), *self.state()]
+
+
+class Recorded:
+    """Choices of a `Choose`, and the list of them."""
+
+    def __init__(self, choose: Choose) -> None:
+        self.choose, self.choices = choose, []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def choice(*arguments: Any, **options: Any) -> Any:
+            self.choices.append(getattr(self.choose, name)(*arguments, **options))
+            return self.choices[-1]
+
+        return choice
+
+
+class Replay:
+    """The same choices again."""
+
+    def __init__(self, choices: list[Any]) -> None:
+        self.choices = iter(choices)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments, **options: next(self.choices)
+
+
+def same(ours: Any, theirs: Any, bound: float, what: str) -> None:
+    assert type(ours) is type(theirs), what
+    if not isinstance(theirs, Tensor):
+        assert ours == theirs, what
+    elif not theirs.is_floating_point():
+        assert torch.equal(ours, theirs), what
+    else:
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), what
+        size = max(1.0, theirs.abs().nan_to_num(posinf=0.0).max().item())
+        options = {"rtol": 0, "atol": bound * size, "equal_nan": True}
+        torch.testing.assert_close(ours, theirs, msg=lambda text: f"{what}: {text}", **options)
+
+
+def live(choose: Choose, ours: Life, theirs: Life, calls: int, bound: float) -> None:
+    """So many calls of both. bound: how far results may be apart, relative to the largest number, or to 1."""
+    names, history = [name for name in dir(theirs) if name.startswith("do_")], []
+    for _ in range(choose.integer(calls // 2, calls, "calls")):
+        name = choose.one_of(names, "call")
+        recorded = Recorded(choose)
+        expected = theirs.call(name, recorded)
+        history.append(f"{name[3:]}{tuple(recorded.choices)}")
+        found = ours.call(name, Replay(recorded.choices))
+        if expected is None or found is None:
+            assert expected is found, ", ".join(history)
+            return  # a library's own step may have done a part of its work
+        assert len(found) == len(expected)
+        for mine, other in zip(found, expected, strict=True):
+            same(mine, other, bound, ", ".join(history))
