@@ -9,7 +9,7 @@ from support.loop_cases import PART, SHAPE, TIMESTEPS, given, make_diffusion, mo
 from support.refusals import backends
 from support.tutorial import Tutorial
 
-from ddpm_ext import Philox
+from ddpm_ext import Guidance, Philox
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.variances import VARIANCES
@@ -92,6 +92,32 @@ def test_other_samplers_leave_the_variance_and_tables_take_it(device, backend, v
     assert torch.equal(loop(learned, both, sampler=table, timesteps=None), loop(learned, both))
     implicit = {"sampler": ddim(grid, eta=1.0), "timesteps": None}
     assert torch.equal(loop(learned, both, **implicit), loop(plain, model, **implicit))
+
+
+@backends
+@variances
+def test_guidance_takes_the_variance_of_the_conditional_output(device, backend, variance):
+    """guided-diffusion's classifier-free loops: only the predictions of the two outputs are combined."""
+    gd, conditional = make_diffusion(backend=backend, variance=variance), with_variance(variance)
+
+    def unconditional(x, t):
+        return torch.cat([0.5 * model(x, t), torch.full_like(x, 0.9)], 1)
+
+    def guided(x, t):
+        m, v = conditional(x, t).chunk(2, 1)
+        u, _ = unconditional(x, t).chunk(2, 1)
+        return torch.cat([u + 2.0 * (m - u), v], 1)
+
+    def both(x, t):
+        x, t = x.chunk(2)[0], t.chunk(2)[0]
+        return torch.cat([unconditional(x, t), conditional(x, t)])
+
+    def loop(model, guidance=None):
+        return gd.p_sample_loop(**ours(gd, "plain", model=model, guidance=guidance, device=device), record="last")
+
+    expected = loop(guided)
+    for found in (loop(conditional, Guidance(2.0, unconditional)), loop(both, 2.0)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("own", ["fixed_small", "fixed_large", "learned_variance"])

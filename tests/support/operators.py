@@ -98,19 +98,17 @@ class Inputs:
         return self.choose.integer(0, self.rows - 1, "row")
 
     def t(self) -> int | torch.Tensor:
-        kind = self.choose.one_of(["int", "tensor", "expanded", "strided"], "t")
-        if kind == "int":
+        if self.choose.one_of([True, False], "one t"):
             return self.row()
-        if kind == "expanded":
-            return torch.tensor([self.row()], device=self.device).expand(self.batch)
         values = torch.tensor([self.row() for _ in range(self.batch)], dtype=torch.int64, device=self.device)
-        return torch.stack([values, values - 1], 1)[:, 0] if kind == "strided" else values
+        return in_some_memory(values, torch.int64, self.choose)
 
     def philox(self) -> Philox:
         choose = self.choose
         ids: int | torch.Tensor = choose.integer(0, 2**56 - 1 - self.batch, "id")
         if choose.one_of([False, True], "ids"):
             ids = (torch.arange(self.batch, device=self.device) * 0x9E3779B97F4A7C + ids) % 2**56
+            ids = in_some_memory(ids, torch.int64, choose)
         draw = choose.integer(0, 2**32 - 1, "draw") if choose.one_of([False, True], "own draw") else None
         stream = choose.integer(0, 255, "stream") if choose.one_of([False, True], "own stream") else None
         return Philox(choose.integer(0, 2**64 - 1, "seed"), ids, draw=draw, stream=stream)
