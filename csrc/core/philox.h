@@ -49,7 +49,8 @@ DDPM_HD PhiloxSample philox_sample(const PhiloxKeys& keys, const SampleCounter& 
 }
 
 // Computes the four words w[0..3] of the counter (block, draw, id_low, id_high). p0 is the product of block and
-// kPhiloxM0. A vector's words are joined in the last round, where joining takes the fewest instructions.
+// kPhiloxM0. A vector type may keep its words in two halves, even and odd. The last round joins the halves, since there
+// joining takes the fewest instructions.
 template <class Product, class U>
 DDPM_HD void philox_words(const PhiloxKeys& keys, const PhiloxSample& sample, Product p0, U (&w)[4]) {
   auto p1 = multiply_wide(high(p0) ^ sample.c3_key, kPhiloxM1);

@@ -62,7 +62,7 @@ class Guidance:
 
 
 def as_guidance(guidance: Guidance | float | None) -> Guidance | None:
-    """The Guidance of p_sample_loop's option, which may be a number, its scale."""
+    """The option `guidance` of p_sample_loop as a Guidance, or None. A number is the scale."""
     if guidance is None or isinstance(guidance, Guidance):
         return guidance
     if isinstance(guidance, numbers.Real):

@@ -28,7 +28,7 @@ __all__ = ["BitsPerDim", "VlbTerms"]
 
 
 class VlbTerms(NamedTuple):
-    """A term of the bound for each sample.
+    """For each sample, the bound's term at the sample's timestep.
 
     Attributes:
         output: (batch,), in bits per dimension.

@@ -50,10 +50,10 @@ def reverse_step(
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not checked: for a
             value out of range the kernel takes the nearest row.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
-        noise: as x_t: used instead of drawn noise.
+        noise: as x_t; used instead of drawn noise.
         rng: the source of drawn noise (stream 0, the row's draw); None: a seed from torch's default CPU generator.
         add_noise: False gives the mean.
-        out: as x_t: where the result is written; it may be x_t. Gradients are not recorded then.
+        out: as x_t; the result is written there. It may be x_t. With `out`, gradients are not recorded.
 
     Returns:
         x_{t-1}, as x_t. Differentiable in x_t, model_output and noise.
@@ -174,16 +174,16 @@ def forward_process(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """k0 x_start + k1 z, by row t of a table (rows, 2): x_t, or any other linear function of x_start and its noise.
+    """k0 x_start + k1 z, where row t of the table is (k0, k1): x_t, or another linear function of x_start and noise.
 
     Args:
         x_start: (batch, ...), float32, float16 or bfloat16.
         table: float32 (rows, 2).
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        noise: as x_start: used instead of drawn noise.
+        noise: as x_start; used instead of drawn noise.
         rng: the source of drawn noise (stream 2, draw t); None: a seed from torch's default CPU generator.
         add_noise: False gives k0 x_start.
-        out: as x_start: where the result is written; it may be x_start. Gradients are not recorded then.
+        out: as x_start; the result is written there. It may be x_start. With `out`, gradients are not recorded.
 
     Returns:
         as x_start. Differentiable in x_start and noise.

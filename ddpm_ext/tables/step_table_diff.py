@@ -35,8 +35,10 @@ class ColumnDiff(NamedTuple):
 class TableDiff:
     """The difference between two tables: false if they are equal; as a string, a report.
 
-    rows: the number of rows of each table. dtypes: the dtypes of their timesteps. columns: the columns that differ, by
-    name.
+    Attributes:
+        rows: the number of rows of each table.
+        dtypes: the dtypes of their timesteps.
+        columns: the columns that differ, by name.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim

@@ -24,12 +24,12 @@ Bound = Callable[[Array], Array]  # clips clean samples
 
 HISTORY = 3  # the number of history tensors that a row may read
 READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that rows keep"
-LAGS = 5  # how many steps back a step may read; more than HISTORY, since a step may keep nothing (PNDM's second)
+LAGS = 5  # how many steps back a step may read: more than HISTORY, because some steps keep nothing (PNDM's second)
 DRAWS = 16  # the most tensors of noise that a step may draw
 LINEAR = 1e-9  # the largest relative residual of a linear step
-ROUNDED = 1e-5  # the same for a sampler that computes in float32 although its inputs are float64
+ROUNDED = 1e-5  # the largest relative residual for a sampler that computes in float32 although its inputs are float64
 NEGLIGIBLE = 1e-12  # a factor counts as 0 if it is smaller than this, relative to the numbers it is computed from
-CANCELS = 30.0  # the largest ratio of c1 to the sample's whole factor for which the output goes by the clean sample
+CANCELS = 30.0  # rows use c0, not c2, if |c1| is at most this many times the sample's whole factor: else terms cancel
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "of_last")
 
 
@@ -332,7 +332,9 @@ def rings_of(keeps: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
 def columns_of(x: Array, m: Array, clean: Array) -> Columns:
     """The columns a, b, c0, c1 and c2 of rows with these factors of sample and output, (steps,) each.
 
-    The output enters by the clean sample (c0) where possible, and else by c2. clean: (steps, 2), a and b.
+    The output enters through the clean sample (c0), or through c2 where b is 0 or the terms would cancel.
+
+    clean: (steps, 2), a and b.
     """
     a, b = clean.T.copy()
     c0 = np.divide(m, b, out=np.zeros(len(x)), where=b != 0)

@@ -12,7 +12,7 @@ _NOT_THEIRS = (str(Path(__file__).resolve().parents[1]), str(importlib.__file__)
 
 
 class UserCodeError(Exception):
-    """A function or module of the user raised an exception: the cause, with a traceback that begins in their code."""
+    """The user's function or module raised an exception: the cause, whose traceback begins in the user's code."""
 
 
 def theirs(option: str, name: str, error: Exception) -> UserCodeError:

@@ -225,10 +225,9 @@ class TrainOptions:
 
 
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
-    """Raises ValueError, naming the first entry of `now` that differs from `then`, with which `path` was made.
+    """Raises ValueError, naming the first entry that differs between `now` and `then`. `path` was made with `then`.
 
-    An option that `then` lacks is newer than the run: it counts as having its default, which is what older versions
-    did.
+    An option that `then` lacks is newer than the run. It counts as its default, which is what older versions did.
 
     change: the names of options that may differ.
     """

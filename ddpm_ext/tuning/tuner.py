@@ -134,8 +134,8 @@ class Tuner:
         self._checked: list[Trajectory] = []
         self._held_out: list[Trajectory] = []
         self._teacher_calls, self._names_calls = 0, dict[int, int]()
-        self._names: dict[int, list[Named]] = {}  # by the number of calls, as the next one
-        self._tables: dict[int, dict[Name, StepTable]] = {}
+        self._names: dict[int, list[Named]] = {}  # by the number of calls
+        self._tables: dict[int, dict[Name, StepTable]] = {}  # by the number of calls
         self.teacher_error = 0.0
         self.whole_timesteps = False
         self._tried_fractions = False

@@ -140,7 +140,10 @@ TENSOR = {
 
 
 def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wraps torch.tensor or torch.as_tensor: both create on the host and hide the copy to a card from modes."""
+    """Wraps torch.tensor or torch.as_tensor, which create on the host and copy to a card where modes do not see it.
+
+    Here the copy is a call of `to`, which modes see.
+    """
 
     def make(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> Tensor:
         result = function(data, **options)

@@ -35,7 +35,7 @@ def make_table(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32, **n
 
 
 def make_row(**numbers: float) -> Tensor:
-    """A table (1, 24): no guidance, no change of the model's input, and zeros for all others that are not given."""
+    """A table of one row, (1, 24). Unless `numbers` says otherwise, w and c_in are 1 (no effect), all others 0."""
     row = torch.zeros(1, WIDTH)
     for name, value in {"w": 1.0, "c_in": 1.0, **numbers}.items():
         row[0, ROW.index(name)] = value

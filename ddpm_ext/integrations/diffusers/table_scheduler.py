@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin  # DiffusionPipeline.from_pretrained checks for a class so named
+from diffusers import ConfigMixin, SchedulerMixin  # a pipeline's from_pretrained looks up SchedulerMixin here
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor

@@ -90,7 +90,10 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
 
 
 def merged(parts: Sequence[tuple[Tensor, StepTable]]) -> StepTable:
-    """Merges the rows of several tables into one table. Rows are sorted by the keys: int64 (rows,) for each table."""
+    """Merges the rows of several tables into one table, sorted by keys. Each row gets the merged table's default draw.
+
+    parts: keys, int64 (rows,), and the table that they belong to.
+    """
     order = torch.cat([keys for keys, _ in parts]).argsort()
     return StepTable(
         **{name: torch.cat([getattr(table, name) for _, table in parts])[order] for name in COLUMNS if name != "draw"}
