@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 _LARGEST_JSON = 2**28
-_ABANDONED = 3600.0  # A temporary file that was not written for so many seconds is left from a killed process.
+_ABANDONED = 3600.0  # A killed process left any temporary file that was not written for this many seconds.
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -84,7 +84,7 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
 
     Args:
         of: the file that was to be written; None: any file.
-        untouched: remove only files that were not written for so many seconds.
+        untouched: remove only files that were not written for this many seconds.
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):

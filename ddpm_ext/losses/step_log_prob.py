@@ -143,7 +143,7 @@ class StepLogProb:
                 )
 
     def _make(self, elements: int) -> DeviceTables:
-        """The rows for samples of so many elements. They contain this factor, because the loss is a mean."""
+        """The rows for samples of this many elements. They contain this factor, because the loss is a mean."""
         table, of_output = self.table, self._of_output
         of_x = table.c0 * table.a + table.c1
         zeros, ones = torch.zeros_like(table.s), torch.ones_like(table.s)

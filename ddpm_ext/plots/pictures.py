@@ -324,7 +324,7 @@ def save_strips(
 
 
 def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds: float = 6.0) -> None:
-    """Writes frames as a GIF that repeats for ever; the last frame is shown for two seconds.
+    """Writes frames as a GIF that repeats forever; the last frame is shown for two seconds.
 
     Equal consecutive frames are merged into one, which is shown for the sum of their times. A frame of a GIF has up to
     256 colours; further colours are approximated.

@@ -115,7 +115,7 @@ class TrainingStep:
         the same.
 
         Raises:
-            ValueError: a parameter gets no gradient; the second pass would wait for its gradient for ever.
+            ValueError: a parameter gets no gradient; the second pass would wait for its gradient forever.
         """
         model = self.state.model
         before = [value.clone() for value in model.buffers()]

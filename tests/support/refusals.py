@@ -75,7 +75,7 @@ def raises(error, words, call, device=CPU):
 
 
 def refuse(method, backend, device, error, words, /, calls=0, **changes):
-    """The call raises `error` as in `raises`, changes no argument, and calls the model so many times."""
+    """The call raises `error` as in `raises`, changes no argument, and calls the model this many times."""
     gd, _, arguments = call(method, backend, device, **changes)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
     copies = {k: v.clone() for k, v in tensors.items()}

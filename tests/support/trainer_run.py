@@ -115,7 +115,7 @@ def before_steps(act) -> None:
 
 
 def die_after(monkeypatch, steps) -> None:
-    """A run in this process ends after so many steps and writes nothing more, as one that is killed."""
+    """A run in this process ends after this many steps and writes nothing more, as one that is killed."""
     take = TrainingStep.take
 
     def die(self, images, labels):
@@ -127,7 +127,7 @@ def die_after(monkeypatch, steps) -> None:
 
 
 def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arguments=None, **options) -> None:
-    """Trains, or runs `ddpm-ext train` with `arguments`. After so many steps the process is killed (die_at), gets a
+    """Trains, or runs `ddpm-ext train` with `arguments`. After this many steps the process is killed (die_at), gets a
     SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before."""
     if arguments is not None:
         from ddpm_ext import cli

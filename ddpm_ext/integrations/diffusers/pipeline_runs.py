@@ -74,7 +74,7 @@ class Runs:
         self.on_call: Callable[..., object] = lambda _: None
 
     def levels(self, scheduler: Any, steps: int) -> OwnLevels:
-        """The levels of the pipeline's loop of so many steps with this scheduler. Takes one step of the pipeline."""
+        """The levels of the pipeline's loop of `steps` steps with this scheduler. Takes one step of the pipeline."""
         probe, given = copy.deepcopy(scheduler), {}
         set_timesteps = probe.set_timesteps
 

@@ -23,7 +23,7 @@ from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import CONFIG, CONSTANT, observe, setting
 
-SETTINGS = 16  # the cache has the rows of so many settings for each kind of loop
+SETTINGS = 16  # the cache has the rows of this many settings for each kind of loop
 OURS = {*CACHED, "_acceleration", "_position", "_scales_inputs"}  # the attributes that this package adds
 FEW = 3  # The dtypes of a loop in float32 follow from its first three steps.
 WRITTEN = ("_class_name", "_diffusers_version")  # items that diffusers adds to a config when it is printed or saved
