@@ -27,7 +27,7 @@ from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 _log = logging.getLogger(__name__)
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
-# A waiting rank gives up if no shard is written for this many seconds, plus ten times the duration of its slowest shard.
+# A waiting rank gives up if no shard is written for this many seconds plus ten times the duration of its slowest one.
 _PATIENCE = 600.0
 _STOPPED = 60.0  # If a waiting rank did not run for this many seconds, all ranks were stopped, as by Ctrl-Z.
 _VISIBLE_WITHIN = 60.0  # the limit in seconds until a new file is visible on another machine's mount

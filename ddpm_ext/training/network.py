@@ -145,8 +145,8 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tenso
     """Calls model(x, t), or model(x, t, labels), in evaluation mode and returns its output.
 
     Raises:
-        ValueError: the model fails, or its output does not have the shape of x (for a learned variance, of x with twice the
-            channels).
+        ValueError: the model fails, or its output does not have the shape of x (for a learned variance, of x with twice
+            the channels).
     """
     shape, training = tuple(x.shape), model.training
     try:

@@ -99,7 +99,10 @@ def same(ours: Any, theirs: Any, bound: float, what: str) -> None:
 
 
 def live(choose: Choose, ours: Life, theirs: Life, calls: int, bound: float) -> None:
-    """Makes up to `calls` calls of both objects. bound: how far results may be apart, relative to the largest number, or to 1."""
+    """Makes up to `calls` calls of both objects.
+
+    bound: how far results may be apart, relative to the largest number, or to 1.
+    """
     names, history = [name for name in dir(theirs) if name.startswith("do_")], []
     for _ in range(choose.integer(calls // 2, calls, "calls")):
         name = choose.one_of(names, "call")
