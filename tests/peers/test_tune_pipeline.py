@@ -78,7 +78,7 @@ def test_the_best_name_where_no_fit_is_nearer(monkeypatch):
     pipe = of_pixels(make("DDIM", timestep_spacing="trailing"))
 
     def poor(runs, levels, *_):
-        return module._made(runs, "euler", levels.grid([0, 1, 2, 3])), 0.0
+        return module._table(runs, "euler", levels.grid([0, 1, 2, 3])), 0.0
 
     monkeypatch.setattr(module, "_fit", poor)
     tuned = tune_pipeline(pipe, batch_size=2, **FEW)
