@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,10 +201,6 @@ def cifar(sampler: str, section: str = "without guidance") -> list[str]:
     return [cells[f"{count} calls"].split(" ")[0] for count in ("4", "6", "8", "10", "20")]
 
 
-def guided_cifar(sampler: str) -> list[str]:
-    return cifar(sampler, "guidance 2")
-
-
 def exact(model: str, count: str) -> list[str]:
     """The errors of the tuned table and of the best name: of one tuning, or the range over several tunings."""
     begins = {"five": "mixture, 16", "a mi": "mixture, 64", "a fl": "flow", "1,00": "1,000 digits"}[model[:4]]
@@ -326,7 +322,7 @@ def claims() -> list[Sentence | Table]:
             [rows("training", "", 1)[case,]["ratio"] for case in ("digits", "images")],
         ),
         Table("docs/cifar10.md", "| without guidance | 4 calls |", 1, cifar),
-        Table("docs/cifar10.md", "| guidance 2 | 4 calls |", 1, guided_cifar),
+        Table("docs/cifar10.md", "| guidance 2 | 4 calls |", 1, partial(cifar, section="guidance 2")),
         Table("docs/tuning.md", "| model | calls | tuned |", 2, exact),
         Sentence(
             "docs/tuning.md",

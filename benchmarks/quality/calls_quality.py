@@ -77,7 +77,7 @@ def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor
 
 
 def of_images(count: int) -> float:
-    """The mean distance of so many training digits, drawn with replacement, to all: what a perfect model has."""
+    """The mean distance of `count` training digits, drawn with replacement, to all: what a perfect model has."""
     _, real = of_digits()
     draws = (np.random.default_rng(seed).integers(len(real), size=count) for seed in range(DRAWS))
     return sum(frechet(real[draw], real) for draw in draws) / DRAWS

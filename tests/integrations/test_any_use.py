@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import eager_tutorial
 from support.accelerated_tutorial import SHAPE, record_bars
-from support.any_use import Life, live
+from support.any_use import Subject, same_calls
 from support.choices import for_many
 from support.eager_tutorial import GaussianDiffusion
 from torch import nn
@@ -24,7 +24,7 @@ class Net(nn.Module):
         return torch.tanh(self.scale * x) + t.reshape(-1, 1, 1, 1) / 100
 
 
-class Tutorial(Life):
+class Tutorial(Subject):
     """The object draws from torch's global generator."""
 
     def __init__(self, diffusion):
@@ -67,4 +67,4 @@ def test_any_calls(choose):
     ours, theirs = (GaussianDiffusion(20, "cosine", dtype) for _ in range(2))
     with pytest.MonkeyPatch.context() as patch:
         record_bars(patch, eager_tutorial)
-        live(choose, Tutorial(accelerate(ours)), Tutorial(theirs), 12, 1e-4)
+        same_calls(choose, Tutorial(accelerate(ours)), Tutorial(theirs), 12, 1e-4)

@@ -2,7 +2,7 @@
 
 import torch
 from support.accelerated_denoising import OBJECTIVES, SHAPE, Net, make
-from support.any_use import Life, live
+from support.any_use import Subject, same_calls
 from support.choices import for_many
 
 from ddpm_ext import accelerate
@@ -10,7 +10,7 @@ from ddpm_ext import accelerate
 BUFFERS = ("posterior_mean_coef1", "sqrt_recip_alphas_cumprod", "loss_weight", "alphas_cumprod")
 
 
-class Denoising(Life):
+class Denoising(Subject):
     """The object draws from the global generators of torch and of Python."""
 
     def do_sample(self, choose):
@@ -57,4 +57,4 @@ def test_any_calls(choose):
     options = {"offset_noise_strength": choose.one_of([0.0, 0.2], "offset"), "timesteps": 20}
     self_condition, objective = choose.one_of([False, True], "self_condition"), choose.one_of(OBJECTIVES, "objective")
     theirs, ours = (make(objective, Net(self_condition), **options) for _ in range(2))
-    live(choose, Denoising(accelerate(ours)), Denoising(theirs), 12, 1e-4)
+    same_calls(choose, Denoising(accelerate(ours)), Denoising(theirs), 12, 1e-4)

@@ -5,7 +5,7 @@ import itertools
 
 import torch
 from support.accelerated_guided import LIBRARIES, PREDICTIONS, SHAPE, VARIANCES, cond_fn, make, model_of
-from support.any_use import Life, live
+from support.any_use import Subject, same_calls
 from support.choices import for_many
 
 from ddpm_ext import accelerate
@@ -13,7 +13,7 @@ from ddpm_ext import accelerate
 TABLES = ("posterior_log_variance_clipped", "posterior_mean_coef1", "sqrt_alphas_cumprod")
 
 
-class Guided(Life):
+class Guided(Subject):
     """The object draws from torch's global generator alone."""
 
     def __init__(self, diffusion, library, variance, prediction):
@@ -75,8 +75,8 @@ def test_any_calls(choose):
     prediction, spacing = choose.one_of(PREDICTIONS, "prediction"), choose.one_of([None, "5,3,2"], "spacing")
     timesteps = 10 if spacing is None else 100
 
-    def life(of=lambda diffusion: diffusion):
+    def subject(of=lambda diffusion: diffusion):
         diffusion = make(prediction, variance, spacing=spacing, timesteps=timesteps, library=library, schedule="cosine")
         return Guided(of(diffusion), library, variance, prediction)
 
-    live(choose, life(accelerate), life(), 12, 1e-4)
+    same_calls(choose, subject(accelerate), subject(), 12, 1e-4)

@@ -4,7 +4,7 @@ import itertools
 import warnings
 
 import torch
-from support.any_use import Life, live
+from support.any_use import Subject, same_calls
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox
@@ -34,15 +34,17 @@ class Breaks:
         return model(x, t, shift)
 
 
-class Diffusion(Life):
+class Diffusion(Subject):
     """The object, a loop that waits at a step, a captured loop, and a Philox whose seed somebody changes."""
+
+    refusals = (ValueError,)  # of samplers between timesteps, by prediction="x_prev"
 
     def __init__(self, make):
         super().__init__(make())
         self.rng, self.waiting, self.captured = Philox(3), iter(()), None
 
     def random(self, choose, count):
-        """The noise's address for so many samples: the Philox that changes, another one, or torch's generator."""
+        """The noise's address for `count` samples: the Philox that changes, another one, or torch's generator."""
         kind = choose.one_of(["the same", "its first", "ids", "torch"], "rng")
         ids = Philox(4, torch.arange(2 * count)[::2])
         return {"the same": self.rng, "its first": Philox(3), "ids": ids, "torch": None}[kind]
@@ -136,4 +138,4 @@ def test_any_calls(choose):
         return GaussianDiffusion(50, schedule, prediction=prediction)
 
     with warnings.catch_warnings(action="ignore"):  # capture() on the CPU
-        live(choose, Diffusion(make), New(make), 24, 0.0)
+        same_calls(choose, Diffusion(make), New(make), 24, 0.0)

@@ -20,15 +20,14 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-REFUSALS = (AssertionError, AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-
-class Life:
+class Subject:
     """An object with the samples and generators of the calls it gets. Each method whose name begins with `do_` is a
     call that can be drawn: it takes a `choose`, and returns tensors, numbers or None.
 
-    The second of two lives repeats the choices of the first (Replay).
+    The second of two subjects repeats the choices of the first (Replay).
     """
+
+    refusals: tuple[type[Exception], ...] = ()  # errors that a drawn call may raise, where both subjects raise them
 
     def __init__(self, diffusion: Any) -> None:
         self.diffusion = diffusion
@@ -46,14 +45,14 @@ class Life:
         self.diffusion = COPIES[choose.one_of([*COPIES], "how")](self.diffusion)
 
     def call(self, name: str, choose: Choose) -> list[Any] | None:
-        """The results of a call and the state after it; None where it raises an error."""
+        """The results of a call and the state after it; None where it raises one of `refusals`."""
         before = random.getstate()
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.global_states[0])
             random.setstate(self.global_states[1])
             try:
                 result = getattr(self, name)(choose)
-            except REFUSALS:
+            except self.refusals:
                 return None
             finally:
                 self.global_states = torch.get_rng_state(), random.getstate()
@@ -98,7 +97,7 @@ def same(ours: Any, theirs: Any, bound: float, what: str) -> None:
         torch.testing.assert_close(ours, theirs, msg=lambda text: f"{what}: {text}", **options)
 
 
-def live(choose: Choose, ours: Life, theirs: Life, calls: int, bound: float) -> None:
+def same_calls(choose: Choose, ours: Subject, theirs: Subject, calls: int, bound: float) -> None:
     """Makes up to `calls` calls of both objects.
 
     bound: how far results may be apart, relative to the largest number, or to 1.
