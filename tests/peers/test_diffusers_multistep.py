@@ -54,13 +54,15 @@ NOISY = [("linspace", "sigma_min"), ("leading", "sigma_min")]
 ENDS = {"unipc": ANY, "dpmpp_2m": ANY, "dpmpp_3m": ANY, "deis": NOISY, "dpm_solver_2m": NOISY}
 ENDS["lms"] = ENDS["euler"] = [("leading", "zero"), ("trailing", "zero")]
 ENDS["plms"] = [("leading", "sigma_min"), ("leading", "zero"), ("trailing", "zero")]
+# The orders of the last steps depend on whether there are 15. PNDM's stride divides the number of timesteps.
+STEPS = (2, 14, 15), (2, 5, 20)
 EACH = [
     (*case, ends, how, steps)
     for case in CASES
     for ends in (NOISY if case[1].get("solver") == "bh1" else ENDS[case[0]])
     for how in [*PREDICTIONS, "clipped"]
     if case[0] != "plms" or how == "eps"  # PNDM has no x0, and means of v where the prediction is v
-    for steps in ((5, 20) if how in ("eps", "clipped") else (5,))  # orders differ from 15 steps on, predictions do not
+    for steps in (STEPS[case[0] == "plms"] if how in ("eps", "clipped") else (5,))
 ]
 
 
@@ -109,7 +111,7 @@ def compare(table, scheduler, start, outputs, *, clip=None, by_sigma=False, nois
         expected = (theirs * (row.signal_after if by_sigma else 1)).numpy()
         assert np.isfinite(expected).all()
         worst, largest = max(worst, abs(x - expected).max()), max(largest, abs(expected).max())
-    assert worst > 0
+    assert worst > 0 or len(table) < 3
     return worst / largest
 
 

@@ -84,8 +84,15 @@ class Diffusion(Subject):
     def do_captured_loop(self, choose):
         if self.captured is None or choose.one_of([False, True], "a new one"):
             shape, options = self.loop(choose)
-            self.captured = self.capture(shape, {**options, "rng": Philox(9)})
-        return self.captured(Philox(choose.integer(0, 9, "seed"), choose.integer(0, 9, "first id")))
+            kwargs = {"shift": torch.tensor(options["model_kwargs"]["shift"])}
+            self.captured = self.capture(shape, {**options, "rng": Philox(9), "model_kwargs": kwargs})
+        kwargs = {"shift": torch.tensor(choose.one_of([0.0, 0.5], "shift"))}
+        kwargs = choose.one_of([None, kwargs, kwargs | {"of another model": torch.zeros(2)}], "model_kwargs")
+        rng = Philox(choose.integer(0, 9, "seed"), choose.integer(0, 9, "first id"))
+        try:
+            return self.captured(rng, model_kwargs=kwargs)
+        except ValueError as refusal:
+            assert "expected tensors that were given when the loop was made" in str(refusal)
 
     def do_change_of_the_rng(self, choose):
         self.rng.seed_value, self.rng.first_id = choose.integer(3, 4, "seed"), choose.integer(0, 1, "first_id")
@@ -125,7 +132,14 @@ class New(Diffusion):
 
     def capture(self, shape, options):
         options |= {"record": "last", "progress": False}
-        return lambda rng: self.diffusion.p_sample_loop(model, shape, **{**options, "rng": rng})
+
+        def loop(rng, model_kwargs):
+            if model_kwargs is not None and len(model_kwargs) == 1:
+                options["model_kwargs"] = model_kwargs
+            samples = self.diffusion.p_sample_loop(model, shape, **{**options, "rng": rng})
+            return None if model_kwargs is not None and len(model_kwargs) == 2 else samples
+
+        return loop
 
 
 @for_many(60)
