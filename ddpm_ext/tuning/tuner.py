@@ -133,7 +133,7 @@ class Tuner:
         self._fitted: list[Trajectory] = []
         self._checked: list[Trajectory] = []
         self._held_out: list[Trajectory] = []
-        self._teacher_calls, self._names_calls = 0, dict[int, int]()
+        self._shared_calls, self._names_calls = 0, dict[int, int]()
         self._names: dict[int, list[Named]] = {}  # by the number of calls
         self._tables: dict[int, dict[Name, StepTable]] = {}  # by the number of calls
         self.teacher_error = 0.0
@@ -203,7 +203,7 @@ class Tuner:
                 errors = self._errors(table)
             bfloat16_errors = [each.errors_of(table, torch.bfloat16) for each in self._held_out]
             as_near = self._as_near(names, errors) if fitted else None
-            cost = self._teacher_calls + self._names_calls[steps] + self.calls - calls_before
+            cost = self._shared_calls + self._names_calls[steps] + self.calls - calls_before
         report = Report(
             **vars(Errors.of(errors)),
             calls=steps,
@@ -286,7 +286,7 @@ class Tuner:
             self._held_out = held_out
         if fit and not self._fitted:
             self._fitted, self._checked = trajectories(count, 0), trajectories(self._half, 2 * count)
-        self._teacher_calls += self.calls - calls_before
+        self._shared_calls += self.calls - calls_before
 
     def _try_fractions(self, calls: int) -> None:
         """Tests, before the teacher runs, whether the model takes timesteps between the schedule's."""
@@ -295,10 +295,11 @@ class Tuner:
         tables = self._named_tables(calls).values()
         between = next((table for table in tables if table.timestep.is_floating_point()), None)
         if between is not None:
-            self._tried_fractions = True
+            self._tried_fractions, calls_before = True, self.calls
             # The teacher of a flow takes such timesteps itself: then an error is not about them, and is raised later.
             is_usual = Teacher(self._diffusion).between
             self.whole_timesteps = not is_usual and self._loops.fails(between, self._loops.batch(0))
+            self._shared_calls += self.calls - calls_before
 
     def _takes(self, table: StepTable) -> bool:
         return not (self.whole_timesteps and table.timestep.is_floating_point())

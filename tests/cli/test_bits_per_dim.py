@@ -1,6 +1,7 @@
 """`ddpm-ext bits-per-dim`: what it prints and writes is the bound of GaussianDiffusion."""
 
 import inspect
+import re
 import shutil
 
 import numpy as np
@@ -31,7 +32,9 @@ def test_bound(tiny, pets, tmp_path, capsys, options, labels):
     lines = capsys.readouterr().out.splitlines()
     whose = {None: "", (): " without classes"}.get(options, " of class dog,cat")
     assert lines[0].startswith(f"3 images{whose}: ")
-    assert abs(float(lines[0].partition(": ")[2].split()[0]) - expected.total.mean()) < 1e-3
+    mean, error = re.fullmatch(r".*: (\S+) bits per dimension \+- (\S+) \(standard error\)", lines[0]).groups()
+    assert abs(float(mean) - expected.total.mean()) < 1e-3
+    assert float(error) == pytest.approx(expected.total.std().item() / 3**0.5, rel=1e-2, abs=1e-4)
     assert abs(sum([float(part.rpartition(" ")[2]) for part in lines[1].split(",")]) - expected.total.mean()) < 1e-3
 
 

@@ -1,5 +1,6 @@
 """No step that reads the whole tensor passes for the tutorial's, whichever steps of a loop do so."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -100,20 +101,20 @@ def test_a_step_that_stores_something_runs_as_it_is(stored):
 
 
 @pytest.mark.filterwarnings("ignore:p_sample runs the own code")
-def test_each_shape_is_tried():
-    """A factor on a channel that other samples do not have."""
+def test_each_shape_and_clip_is_tried():
+    """A factor on a channel that other samples do not have, and on samples that are not clipped."""
 
     def p_sample(self, model, x_t, t, clip_denoised=True):
         x = GaussianDiffusion.p_sample(self, model, x_t, t, clip_denoised).clone()
-        x[:, 3:] *= 1.1
+        x[:, 3 if clip_denoised else 0 :] *= 1.1
         return x
 
     made = with_method(p_sample)
     plain, fast, model = made(STEPS), accelerate(made(STEPS)), lambda x, t: 0.5 * x
-    for channels, fused in ((3, True), (4, False), (3, True)):
+    for channels, clip, fused in ((3, True, True), (4, True, False), (3, False, False), (3, True, True)):
         x, t = torch.ones(2, channels, 8, 8), torch.tensor([3, 7])
         before = fast.accelerated.fused_calls
-        ours, theirs = (seeded(1, lambda gd=gd, x=x, t=t: gd.p_sample(model, x, t))[0] for gd in (fast, plain))
+        ours, theirs = (seeded(1, functools.partial(gd.p_sample, model, x, t, clip))[0] for gd in (fast, plain))
         torch.testing.assert_close(ours, theirs)
         assert (fast.accelerated.fused_calls > before) == fused
 

@@ -52,6 +52,7 @@ def test_another_scheduler_by_the_line_of_every_guide(sd):
         with launches() as called:
             ours(**PROMPT, num_inference_steps=3, output_type="latent")
         assert len([name for name in called if name != "forward_process"]) == 3
+        assert ours.accelerated.fused_calls == 3  # those of the scheduler before it do not count
     for each in (ours, copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(each) is type(ours)
         for cls in (DDIMScheduler, accelerated_class(DDIMScheduler)):

@@ -153,6 +153,36 @@ def test_nobody_reads_the_private_names_of_another_module():
     )
 
 
+def written_in_place(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and code of calls that write a file, except to the hidden file of a `with atomic_path(...) as name`."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    hidden = [
+        (item.optional_vars.id, node.lineno, node.end_lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        for item in node.items
+        if isinstance(item.optional_vars, ast.Name) and "atomic_path(" in ast.unparse(item.context_expr)
+    ]
+    for call in calls:
+        function, arguments = ast.unparse(call.func), [ast.unparse(each) for each in call.args] or [""]
+        opens = function == "open" and arguments[1:2] and set(arguments[1]) & set("wx+")
+        writes = function.endswith((".write_text", ".write_bytes")) and not function.startswith("files.")
+        is_hidden = any(name == arguments[0] and first <= call.lineno <= last for name, first, last in hidden)
+        if (opens or writes) and not is_hidden:
+            yield call.lineno, ast.unparse(call)
+
+
+def test_files_are_written_beside_and_renamed():
+    """A write that fails or is killed leaves the earlier file as it was. base/files.py is what does that."""
+    written = [
+        (name, *found)
+        for name, module in modules().items()
+        if name != "ddpm_ext.base.files"
+        for found in written_in_place(module.tree)
+    ]
+    report([f"{name}:{line} writes in place: {code}" for name, line, code in written])
+
+
 @pytest.mark.subprocess
 def test_import_needs_only_torch_and_numpy():
     """What torch and numpy import themselves does not count."""

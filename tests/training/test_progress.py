@@ -1,5 +1,6 @@
 """The progress bar of a run: it counts the steps, and shows the smoothed loss without a wait of its own."""
 
+import re
 import sys
 
 import pytest
@@ -64,3 +65,18 @@ def test_bar_waits_for_no_step(tmp_path, monkeypatch):
         make(tmp_path / str(progress), progress=progress, steps=20).fit()
         counts.append(len(seen))
     assert counts[0] == counts[1] > 0
+
+
+def test_lines_of_the_log_say_what_losses_csv_says(tmp_path):
+    """The mean loss since the last line, and the learning rate of the step."""
+    lines = []
+    options = {"steps": 12, "log_every": 4, "lr": 0.01, "lr_schedule": "linear", "warmup": 6}
+    make(tmp_path / "run", report=lines.append, **options).fit()
+    shown = [re.match(r"step +(\d+)/12  loss ([\d.]+) \(.*\)  lr (\S+)  ", line) for line in lines]
+    shown = [match.groups() for match in shown if match]
+    assert [int(step) for step, _, _ in shown] == [4, 8, 12]
+    logged = rows(tmp_path / "run")
+    for at, loss, lr in shown:
+        part = logged[int(at) - 4 : int(at)]
+        assert float(lr) == pytest.approx(part[-1]["lr"], rel=1e-2)
+        assert float(loss) == pytest.approx(sum(row["loss"] for row in part) / 4, abs=1e-4)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import warnings
 
 import numpy as np
@@ -127,6 +128,27 @@ def test_samples_are_the_rngs_and_each_has_one_purpose():
         seed, first = each.batch.rng.seed_and_ids()
         drawn = GD.ops.randn(SHAPE, Philox(3, sample_ids=first).of(STREAM_START, 0), device="cpu")
         assert seed == 3 and torch.equal(each.batch.noise, drawn)
+
+
+def test_the_report_says_what_tuning_cost():
+    """All calls of the model, the teacher's among them for each table. It pays when loops have saved as many."""
+    calls, model = [], mixture()
+
+    def counted(x, t):
+        calls.append(len(x))
+        return model(x, t)
+
+    tuner = Tuner(GD, counted, SHAPE, seeds=16, progress=False)
+    three = tuner.tune(3).report
+    assert three.model_calls == len(calls) == tuner.calls and set(calls) == {three.batch}
+    four = tuner.tune(4).report
+    alone = Tuner(GD, counted, SHAPE, seeds=16, progress=False).tune(4).report
+    assert alone.model_calls == len(calls) - tuner.calls and four.names_calls == alone.names_calls
+    assert abs(four.model_calls - alone.model_calls) < 5  # the trial between timesteps is of the first table
+    for report in (three, four):
+        saved = report.as_near.calls - report.calls
+        images = int(re.search(r"pays after ([\d,]+) images", report.pays)[1].replace(",", ""))
+        assert images * saved == pytest.approx(report.model_calls * report.batch, rel=0.05)
 
 
 def test_the_notes_name_the_nearest(tuned):
