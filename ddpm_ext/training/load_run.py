@@ -25,6 +25,10 @@ from ddpm_ext.training.options import with_defaults_of
 from ddpm_ext.training.run_options import LATENTS, OF_MODEL, SHAPE, settings_by
 
 
+# Options of p_sample_loop that Trained.sample sets itself, and what it takes in their place.
+_CHOSEN_HERE = {"rng": "seed and first", "model_kwargs": "classes", "record": "none: the last samples are returned"}
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained model that is ready to sample, with its diffusion, shape and classes.
@@ -66,7 +70,13 @@ class Trained:
 
         Returns:
             (count, channels, height, width), about in [-1, 1], on the model's device; or latents.
+
+        Raises:
+            TypeError, ValueError: as p_sample_loop; or rng, model_kwargs or record is given.
         """
+        for name, expected in _CHOSEN_HERE.items():
+            if name in loop:
+                raise TypeError(f"{name} is given, expected {expected}")
         model, device, labels = self.model, next(self.model.parameters()).device, {}
         if self.classes is not None:
             guidance = as_guidance(loop.get("guidance"))
