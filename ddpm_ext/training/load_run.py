@@ -24,7 +24,6 @@ from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.options import with_defaults_of
 from ddpm_ext.training.run_options import LATENTS, OF_MODEL, SHAPE, settings_by
 
-
 # Options of p_sample_loop that Trained.sample sets itself, and what it takes in their place.
 _CHOSEN_HERE = {"rng": "seed and first", "model_kwargs": "classes", "record": "none: the last samples are returned"}
 

@@ -10,7 +10,6 @@ from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Int
 from ddpm_ext.integrations.loop_options import LOOP_OPTIONS
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
-from ddpm_ext.losses.step_log_prob import StepLogProb
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.training import Trained

@@ -4,11 +4,14 @@ A test reads the names of the options from a signature, a dataclass or a parser,
 dictionary. So an option that somebody adds fails the test until the dictionary has a value for it.
 """
 
+import argparse
 import inspect
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from ddpm_ext.cli.main import build_parser
 
 
 class Another(NamedTuple):
@@ -73,3 +76,11 @@ def equal(one, other):
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(equal, one, other))
     return bool(one == other)
+
+
+def options_of(*command):
+    """The names of a command's options, such as ("plot", "grid"), as its parser stores them."""
+    parser = build_parser()
+    for word in command:
+        parser = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction)).choices[word]
+    return [action.dest for action in parser._actions if action.dest != "help"]
