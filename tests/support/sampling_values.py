@@ -91,6 +91,9 @@ def write_inputs(folder):
     np.save(folder / "noise.npy", random.standard_normal((3, *SHAPE)).astype(np.float32))
     np.save(folder / "small.npy", np.zeros((1, 3, 4, 4), np.float32))
     np.save(folder / "huge.npy", np.full((1, *SHAPE), 1e300))
+    many = random.integers(0, 256, (5, 8, 12, 3), dtype=np.uint8)
+    np.savez(folder / "five.npz", arr_0=many, arr_1=np.array([0, 1, 2, 0, 1]))
+    np.save(folder / "five.npy", unit(many[::-1] // 2).numpy())
     (folder / "text.txt").touch()
     return folder
 
@@ -151,5 +154,10 @@ SAMPLING = {
     "backend": Same(("--backend", "reference"), "plain torch has the same equations"),
     "autocast": Drawn(("--autocast", "bfloat16"), lambda f: {"autocast": torch.bfloat16}),
     "channels_last": Same(("--channels-last",), "a layout of the weights"),
-    "quiet": Same((), "it shows no bar"),  # all commands here have it
+    "quiet": Same(("--quiet",), "it shows no bar"),
 }
+
+
+def features(images):
+    """Features of images for `ddpm-ext score`."""
+    return images.flatten(1)[:, :8]
