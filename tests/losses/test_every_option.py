@@ -9,7 +9,7 @@ from ddpm_ext.losses.step_log_prob import StepLogProb
 
 X, M, PREV = 0.5 * randn((3, 2, 3, 4, 4), Philox(5))
 VALUES = {
-    "sampler": Another({"sampler": "euler_ancestral"}),
+    "sampler": Another({"sampler": "ddpm", "eta": None}),
     "steps": Another({"steps": 5}),
     "spacing": Another({"spacing": "linspace"}),
     "timesteps": Another({"timesteps": [15, 9, 2], "steps": None}),
