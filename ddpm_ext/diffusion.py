@@ -39,16 +39,16 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     Args:
         timesteps: the number of steps of the forward process, at least 1.
         beta_schedule: "linear", "cosine", "sigmoid", "scaled_linear", or betas of shape (timesteps,) in (0, 1), of
-            which the last may be 1; "flow" for rectified flow, x_t = (1 - sigma) x_0 + sigma eps with sigma = (t + 1) /
-            timesteps; or a ddpm_ext.tables.schedules.NoiseSchedule, whose levels are any pairs of signal and noise.
-        prediction: the model's output: the noise "eps", the clean sample "x0",
-            "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0, "flow" = eps - x0, "edm", the output of EDM's
-            network, or "x_prev", the mean of q(x_{t-1} | x_t, x_0), only for schedules of betas.
-        variance: the variance of a reverse step: "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model
-            returns the variance, in further channels, as many as the samples have: "learned" (its logarithm),
-            "learned_range" (a number from -1 to 1, the position of its logarithm between those of "fixed_small" and
-            "fixed_large"; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (the variance itself, as diffusers'
-            "learned").
+            which the last may be 1. "flow" is rectified flow, x_t = (1 - sigma) x_0 + sigma eps with sigma = (t + 1) /
+            timesteps. A ddpm_ext.tables.schedules.NoiseSchedule has any pairs of signal and noise.
+        prediction: the model's output. "eps" is the noise, "x0" the clean sample, "v" is sqrt(alphas_cumprod) eps -
+            sqrt(1 - alphas_cumprod) x0, and "flow" is eps - x0. "edm" is the output of EDM's network. "x_prev" is the
+            mean of q(x_{t-1} | x_t, x_0), only for schedules of betas.
+        variance: the variance of a reverse step, "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model
+            returns the variance in further channels, as many as the samples have. "learned" is its logarithm.
+            "learned_range" is a number from -1 to 1, the position of its logarithm between those of "fixed_small" and
+            "fixed_large" (Nichol & Dhariwal 2021, eq. 15). "learned_variance" is the variance itself, diffusers'
+            "learned".
         backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
 
     In all methods, samples have shape (batch, ...). `t` is int64 of shape (batch,) on the samples' device, or an int
@@ -119,21 +119,21 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
 
         Args:
             model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels for a learned variance. Its
-                inputs are buffers that later steps overwrite: it must copy tensors that it keeps.
+                inputs are buffers that later steps overwrite. It must copy tensors that it keeps.
             shape: (batch, ...).
             sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS. Names of
                 other libraries are accepted, too, also with a spacing, such as "DPM++ 2M Karras". Or a StepTable,
                 whose rows are the steps.
             steps: the number of timesteps to visit. Default: all.
             spacing: the timesteps to visit. Default: "trailing", evenly down from the last. "linspace" (evenly, with
-                both ends) or another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the
-                like. Or "karras" or another of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, whose timesteps are fractional,
+                both ends), another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, "ddim25", "10,15,20" and the like are
+                accepted. "karras" and the others of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS have fractional timesteps,
                 so that the model gets float32 timesteps.
             timesteps: the timesteps to visit, int64, descending, in place of steps and spacing.
-            eta: the amount of noise, for samplers with this argument: 0 for none, 1 for ddpm's, or more. Default: the
-                sampler's own default, which is 0 for ddim and 1 for most others.
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step (the default); or a range
-                (low, high) to clip it to; or a DynamicThreshold.
+            eta: the amount of noise, for samplers with this argument. 0 gives none, 1 ddpm's; it may be larger.
+                Default: the sampler's own, which is 0 for ddim and 1 for most others.
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step (the default). Or a range (low,
+                high) to clip it to, or a DynamicThreshold.
             guidance: a Guidance, for classifier-free guidance, or its scale.
             cond_fn: cond_fn(x_t, t, **model_kwargs) -> (batch, ...), the gradient of a classifier's log-probability
                 (Dhariwal & Nichol 2021). It changes the mean of ddpm's steps (algorithm 1), and the eps of other
@@ -146,27 +146,28 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             start: samples of `shape` to begin from instead of pure noise. Noise is added to them up to the level of the
                 first step that is taken (stream 1, as for pure noise), and the last `strength` of the steps remove it
                 (Meng et al. 2022, "SDEdit"). Or an Interpolation between two such samples.
-            strength: the share of the steps that is taken, above 0 to 1, at least one step; 1 without a start.
-            noise: of `shape`: start noise in place of drawn noise. Drawn noise is standard normal, or for a schedule
+            strength: the share of the steps that is taken, above 0 to 1, at least one step. It must be 1 without a
+                start.
+            noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for a schedule
                 without betas it has the standard deviation of the first level.
-            rng: the seed and sample ids. None: a seed from torch's default CPU generator. A Philox with its own draw or
-                stream is rejected: it would give each step the same noise.
-            record: the results to return: "all": each step's samples; an int k: those of every k-th step and of the
-                last; a list of ints: those of these steps, with 0 for the first; "x0": each step's predicted clean
-                samples; "last": only the last samples.
+            rng: the seed and sample ids. With None, torch's default CPU generator draws a seed. A Philox with its own
+                draw or stream is rejected, because it would give each step the same noise.
+            record: the results to return. "all" returns each step's samples, an int k those of every k-th step and of
+                the last. A list of ints returns the samples of these steps, with 0 for the first. "x0" returns each
+                step's predicted clean samples, "last" only the last samples.
             x0: whether a Record has the predicted clean samples as well.
             callback: called with a Record (step, timestep, x_t, x0) after each step. If it returns true, the loop ends.
             progress: whether to show a progress bar on a terminal (if tqdm is installed).
             device: the samples' device. Default: that of start, of noise, or of the model's parameters, else the CPU.
-            dtype: the samples' dtype; torch.float32 by default.
-            compile: whether to compile the model by torch.compile; or the mode to compile it with.
+            dtype: the samples' dtype, torch.float32 by default.
+            compile: whether torch.compile compiles the model, or the mode of torch.compile.
             autocast: float16 or bfloat16, for the model's arithmetic by torch.autocast. The steps compute in float32.
             input_dtype: float16 or bfloat16, the dtype of the model's input, for models whose parameters have it. The
-                samples of the steps stay float32, and so do those for cond_fn and self-conditioning; a launch writes
+                samples of the steps stay float32, as do the inputs of cond_fn and self-conditioning. One launch writes
                 both.
-            graph: True or "step": one step, with the model, is captured in a CUDA graph and replayed; "loop": all steps
-                are one graph. If a capture is impossible, a warning gives the reason, and the loop runs without a
-                graph.
+            graph: with True or "step", one step, with the model, is captured in a CUDA graph and replayed. With "loop",
+                all steps are one graph. If a capture is impossible, a warning gives the reason, and the loop runs
+                without a graph.
 
         Returns:
             A list of numpy arrays of `shape` (float32 for bfloat16), or with record="last" a tensor.

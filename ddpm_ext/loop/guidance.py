@@ -18,14 +18,14 @@ class Guidance:
     """Replaces the model's output m by u + scale (m - u), with u the unconditional output (Ho & Salimans 2022, eq. 6).
 
     Args:
-        scale: as diffusers' guidance_scale: 1 is no guidance; the paper's scale is scale - 1.
-        unconditional: unconditional(x_t, t) -> u, of x_t's shape. None: the model gets the batch twice, (2 batch, ...),
-            and returns u in the first half and m in the second, as in diffusers. Tensors in model_kwargs then have 2
-            batch rows; a call with a single batch gets their second half.
+        scale: diffusers' guidance_scale, where 1 is no guidance. The paper's scale is lower by 1.
+        unconditional: unconditional(x_t, t) -> u, of x_t's shape. With None, the model gets the batch twice, (2 batch,
+            ...), and returns u in the first half and m in the second, as in diffusers. Tensors in model_kwargs then
+            have 2 batch rows. A call with a single batch gets their second half.
         rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1. Guidance increases the standard deviation of the
             output, and this share of the increase is undone. The paper recommends 0.7.
-        interval: (low, high), the range of timesteps with guidance, both included (Kynkäänniemi et al. 2024); None: all
-            timesteps. At other timesteps the model gets the batch once.
+        interval: (low, high), the range of timesteps with guidance, both included (Kynkäänniemi et al. 2024). At other
+            timesteps the model gets the batch once. None includes all timesteps.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range.

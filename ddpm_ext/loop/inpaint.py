@@ -16,10 +16,11 @@ class Inpaint:
 
     Args:
         known: (batch, ...), clean samples, of the loop's shape.
-        mask: 1 where the samples are known, 0 where they are not; in between, a mixture. A bool or floating tensor that
-            broadcasts to the shape of `known`.
+        mask: 1 where the samples are known, 0 where they are not. Values in between mix the two. A bool or floating
+            tensor that broadcasts to the shape of `known`.
         jump_length, jump_n_sample: RePaint's resampling (Lugmayr et al. 2022, section 4.2). Each sequence of
-            `jump_length` steps is taken `jump_n_sample` times, and noise is added again in between. 1: no resampling.
+            `jump_length` steps is taken `jump_n_sample` times, and noise is added again in between. A jump_n_sample of
+            1 means no resampling.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, or out of range.

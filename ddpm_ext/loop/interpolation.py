@@ -19,8 +19,8 @@ class Interpolation:
 
     Args:
         first, second: (batch, ...), clean samples of the loop's shape.
-        weight: of `second`, from 0 to 1; a float, or a tensor (batch,).
-        method: "slerp", along the great circle, which preserves the noise's variance; or "lerp".
+        weight: the weight of `second`, from 0 to 1, a float or a tensor (batch,).
+        method: "slerp", along the great circle, which preserves the noise's variance, or "lerp".
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.

@@ -148,7 +148,7 @@ class Record(NamedTuple):
         step: the number of the step, 0 for the first.
         timestep: the timestep at which the step started.
         x_t: the samples after the step.
-        x0: the predicted clean samples; None unless the loop has x0=True.
+        x0: the predicted clean samples, or None unless the loop has x0=True.
 
     Examples:
         >>> for record in gd.sample_progressive(model, images.shape, sampler="ddim", steps=3, x0=True):

@@ -100,10 +100,10 @@ class CapturedLoop:
         """Runs the loop. Returns the samples in a new tensor.
 
         Args:
-            rng: the seed and sample ids. None: a seed from torch's default CPU generator.
+            rng: the seed and sample ids. With None, torch's default CPU generator draws a seed.
             start, noise: as p_sample_loop's.
-            model_kwargs: tensors that replace those of `capture`. None: no change.
-            progress: whether to show a progress bar; a graph of all steps has none.
+            model_kwargs: tensors that replace those of `capture`. None changes nothing.
+            progress: whether to show a progress bar. A graph of all steps has none.
 
         Raises:
             TypeError, ValueError: as p_sample_loop.

@@ -31,10 +31,10 @@ class LoopRows:
 
     Attributes:
         table: the rows as a StepTable.
-        skipped: the number of the sampler's steps that the loop leaves out at its beginning; see `strength`.
+        skipped: how many of the sampler's first steps the loop leaves out, see `strength`.
         device: the rows for the kernels.
         needs, timesteps: the needs and the timestep of each row, on the host.
-        variance: how the rows read the model's variance output, "log" or "direct"; None if they don't read it.
+        variance: how the rows read the model's variance output, "log" or "direct", or None if they don't read it.
         learned: whether the model returns a variance besides its prediction.
         pure_noise: the standard deviation of the noise from which the loop starts.
     """

@@ -30,7 +30,7 @@ class StepCall:
         step: the TableStep that takes the rows, with or without noise.
         x: the samples.
         once: the model's input, of the dtype that the model asks for.
-        twice: the model's input for a doubled batch: the samples twice, one batch after the other. In a loop without
+        twice: the model's input for a doubled batch, the samples twice, one batch after the other. In a loop without
             doubled batches, the same as `once`.
         out: the next samples.
         last_x0, x0: the predicted clean samples before and after the step, or None if the loop does not need them.

@@ -46,14 +46,15 @@ def reverse_step(
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
         model_output: as x_t, or of a lower precision.
-        table: float32 (rows, 24): StepTable.packed.
-        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not checked: for a
+        table: StepTable.packed, float32 (rows, 24).
+        t: each sample's row, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not checked. For a
             value out of range the kernel takes the nearest row.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
-        noise: as x_t; used instead of drawn noise.
-        rng: the source of drawn noise (stream 0, the row's draw); None: a seed from torch's default CPU generator.
+        noise: replaces drawn noise, as x_t.
+        rng: the source of drawn noise (stream 0, the row's draw). With None, torch's default CPU generator draws a
+            seed.
         add_noise: False gives the mean.
-        out: as x_t; the result is written there. It may be x_t. With `out`, gradients are not recorded.
+        out: receives the result, as x_t. It may be x_t. With `out`, gradients are not recorded.
 
     Returns:
         x_{t-1}, as x_t. Differentiable in x_t, model_output and noise.
@@ -180,10 +181,10 @@ def forward_process(
         x_start: (batch, ...), float32, float16 or bfloat16.
         table: float32 (rows, 2).
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        noise: as x_start; used instead of drawn noise.
-        rng: the source of drawn noise (stream 2, draw t); None: a seed from torch's default CPU generator.
+        noise: replaces drawn noise, as x_start.
+        rng: the source of drawn noise (stream 2, draw t). With None, torch's default CPU generator draws a seed.
         add_noise: False gives k0 x_start.
-        out: as x_start; the result is written there. It may be x_start. With `out`, gradients are not recorded.
+        out: receives the result, as x_start. It may be x_start. With `out`, gradients are not recorded.
 
     Returns:
         as x_start. Differentiable in x_start and noise.

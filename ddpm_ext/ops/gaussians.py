@@ -99,7 +99,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     Args:
         x: in [-1, 1], of any float dtype (16 bits can't represent the levels). Below -0.999 it counts as the first
             level, above 0.999 as the last.
-        mean, log_scale: broadcast against x; log_scale is the logarithm of the standard deviation.
+        mean, log_scale: broadcast against x. log_scale is the logarithm of the standard deviation.
 
     Returns:
         A tensor of the broadcast shape, float32 (float64 if an argument is), at most 0. Differentiable in mean and

@@ -37,13 +37,14 @@ def diffusion_loss(
     are the same in every batch, with every number of threads, on the CPU and on a GPU.
 
     Args:
-        model_output: (batch, ...), float32, float16 or bfloat16; it may have a lower precision than x_start.
-        x_start: (batch, ...); None if k0 is 0 in all rows, as for a model that predicts the noise.
-        table: float32 (rows, 4): k0, k1, the weight, and a zero; with `variational` (rows, 8), see csrc/core/loss.h.
+        model_output: (batch, ...), float32, float16 or bfloat16. Its precision may be lower than x_start's.
+        x_start: (batch, ...). It may be None if k0 is 0 in all rows, as for a model that predicts the noise.
+        table: float32 (rows, 4), with k0, k1, the weight and a zero. With `variational` it is (rows, 8), see
+            csrc/core/loss.h.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        loss: the loss of a difference d: "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
-            delta (|d| - delta / 2), as torch's).
-        noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), which must be the rng of the model's input.
+        loss: the function of a difference d. "mse" is d^2, "l1" is |d|, and "huber", as torch's, is d^2 / 2 where |d|
+            <= delta, else delta (|d| - delta / 2).
+        noise: z, as x_start. With None, `rng` draws it (stream 2, draw t), which must be the rng of the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
         variational: whether to add a term of the variational bound, which needs x_start. The model's output may then
             have twice the channels, with the variance in the second half.
@@ -81,7 +82,7 @@ class LossStep:
     Args:
         device: the samples' device.
         noise, rng: as diffusion_loss's. Without both, a seed is drawn from torch's default generator.
-        loss, delta, reduction: as diffusion_loss's; the caller has checked them by check_options.
+        loss, delta, reduction: as diffusion_loss's. The caller has checked them by check_options.
         The other arguments are those of diffusion_loss.
 
     Attributes:

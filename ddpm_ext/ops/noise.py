@@ -29,13 +29,13 @@ class Philox:
 
     Args:
         seed: 0 <= seed < 2^64, or an int64 tensor of shape () with those 64 bits.
-        sample_ids: the id of the first sample, the others counting up from it; or an int64 tensor of shape (batch,) on
-            the samples' device. 0 <= id < 2^56.
-        draw: 0 <= draw < 2^32, used in place of the timestep; or an int64 tensor of shape () on the samples' device or
-            on the CPU, which each launch reads: a captured training step adds one to it. Sampling loops reject it.
-        stream: 0 <= stream < 256, used in place of the operation's own stream (0 for the reverse step, 1 for the
-            starting noise, 2 for the forward process; 16 and up are for callers). Sampling loops reject it. Timesteps
-            of training (3), offset noise (4) and input perturbation (5) always have their own streams.
+        sample_ids: the id of the first sample; the other samples count up from it. Or an int64 tensor of shape (batch,)
+            on the samples' device. 0 <= id < 2^56.
+        draw: replaces the timestep, 0 <= draw < 2^32. Or an int64 tensor of shape () on the samples' device or on the
+            CPU, which each launch reads; a captured training step adds one to it. Sampling loops reject it.
+        stream: replaces the operation's own stream, 0 <= stream < 256. The reverse step has stream 0, the starting
+            noise 1, the forward process 2; callers may use 16 and up. Sampling loops reject it. Timesteps of training
+            (3), offset noise (4) and input perturbation (5) always have their own streams.
 
     Raises:
         TypeError, ValueError: an argument has another type or is out of range. The values of a tensor are checked at
@@ -246,9 +246,9 @@ def randn(
 
     Args:
         shape: (batch, ...).
-        rng: seed and sample ids; None draws a seed from torch's default CPU generator.
-        draw, stream: the draw and stream of the noise. None: those of rng, or 0 if it has none.
-        device: the result's device; the values are the same on every device.
+        rng: seed and sample ids. With None, torch's default CPU generator draws a seed.
+        draw, stream: the draw and stream of the noise. With None, those of rng, or 0 if it has none.
+        device: the result's device. The values are the same on every device.
         dtype: float32, float16 or bfloat16. The noise is drawn in float32, then rounded.
 
     Returns:

@@ -25,7 +25,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
     Args:
         counter: int64 (..., 4). Only the lower 32 bits of each number are used.
-        key: int64 (..., 2), likewise; broadcast against counter.
+        key: int64 (..., 2), of which also only the lower 32 bits are used. It is broadcast against counter.
 
     Returns:
         int64 (..., 4), words in [0, 2^32).

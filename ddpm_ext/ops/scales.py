@@ -37,8 +37,8 @@ def x_start_scale(
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16, at least one element a sample.
-        model_output: as x_t, or of a lower precision. None: the magnitudes are those of x_t itself.
-        table: float32 (rows, 24): StepTable.packed; None without model_output.
+        model_output: as x_t, or of a lower precision. With None, the magnitudes are those of x_t itself.
+        table: StepTable.packed, float32 (rows, 24), or None without model_output.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         quantile: in (0, 1].
         maximum: the largest bound, at least 1.
@@ -74,8 +74,8 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
     every number of threads, on the CPU and on a GPU.
 
     Args:
-        model_output: (batch, ...): m, float32, float16 or bfloat16, at least two elements a sample.
-        uncond_output: as model_output: u.
+        model_output: m, (batch, ...), float32, float16 or bfloat16, at least two elements a sample.
+        uncond_output: u, as model_output.
         guidance: the scale of classifier-free guidance.
         rescale: phi of the paper, in [0, 1].
 

@@ -60,7 +60,7 @@ def flow_shift(sigma: Tensor, shift: float) -> Tensor:
 
     Args:
         sigma: of any shape, floating, in [0, 1].
-        shift: above 0; above 1 for more noise. Flux states mu, the logarithm of the shift.
+        shift: above 0. A shift above 1 gives more noise. Flux states mu, the logarithm of the shift.
 
     Examples:
         >>> flow_shift(torch.tensor([0.75, 0.5, 0.25]), 3.0)
@@ -120,14 +120,14 @@ def flow_sigmas(
 
     Args:
         steps: how many, at least 1.
-        least: the sigmas start evenly spaced from 1 down to `least`, in (0, 1]; the other options then change them.
-            None: 1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler uses
-            flow_shift(1 / timesteps, shift) unless the caller passes sigmas.
+        least: the sigmas start evenly spaced from 1 down to `least`, in (0, 1]. The other options then change them.
+            None means 1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler uses flow_shift(1 /
+            timesteps, shift) unless the caller passes sigmas.
         shift: the shift of flow_shift.
-        mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it; `shift` must then be 1. With
-            diffusers' time_shift_type "linear", mu is the shift itself: pass it as `shift`.
-        terminal: the last sigma, by `stretched`; None: no stretch.
-        curve: a name of SIGMA_CURVES: the sigmas follow this curve from the first to the last; None: no curve.
+        mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it. With mu, `shift` must be 1. With
+            diffusers' time_shift_type "linear", mu is the shift itself, to pass as `shift`.
+        terminal: the last sigma, by `stretched`. None means no stretch.
+        curve: a name of SIGMA_CURVES. The sigmas follow this curve from the first to the last. None means no curve.
 
     Returns:
         float64 (steps,) on the CPU, falling, the first 1.
@@ -158,7 +158,7 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
     """The grid of a flow's sigmas. The model is called with timesteps * sigma, also between the grid's sigmas.
 
     Args:
-        sigma: (steps,), where each step starts: falling, in (0, 1].
+        sigma: (steps,), falling, in (0, 1], where each step starts.
         timesteps: the factor of sigma in the model's timestep, at least 1.
         final: sigma where the last step arrives, at least 0.
 
@@ -182,11 +182,11 @@ def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
     """The grid of a spacing that places a flow's sigmas, from the schedule's largest sigma to its smallest.
 
     Args:
-        alphas_cumprod: (timesteps,), falling: that of the schedule's variance-preserving samples x / r
+        alphas_cumprod: (timesteps,), falling, of the schedule's variance-preserving samples x / r
             (ddpm_ext.tables.levels).
         steps: how many, at least 1.
         spacing: a name of FLOW_SPACINGS. "karras", "exponential" and "beta_sigmas" are use_karras_sigmas,
-            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler; "sgm_uniform" and
+            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler. "sgm_uniform" and
             "linear_quadratic" are ComfyUI's.
 
     Returns:

@@ -39,12 +39,12 @@ class Grid:
 
     Attributes:
         timestep: int64 (rows,), or float64 where timesteps lie between those of the schedule.
-        alphas_cumprod: float64 (rows + 1,), at each timestep; the last entry is where the last step arrives.
+        alphas_cumprod: float64 (rows + 1,), at each timestep. The last entry is where the last step arrives.
         betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]. Between neighbouring timesteps it is the
             schedule's beta, since the difference would lose digits.
-        schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None: there is no schedule.
-        scale: the samples' scale, from which a level's signal and noise follow; None: 1 at all levels.
-        timestep_of: the function that returns the model's timestep at a level between those of the grid; None: the
+        schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule, or None without a schedule.
+        scale: the samples' scale, from which a level's signal and noise follow. None means 1 at all levels.
+        timestep_of: the function that returns the model's timestep at a level between those of the grid. With None, the
             timestep is interpolated in the schedule.
 
     Examples:
@@ -164,9 +164,9 @@ def make_grid(
 
     Args:
         alphas_cumprod: (timesteps,), in [0, 1].
-        timestep: int64 (rows,), in the loop's order: descending, unless the loop goes up.
-        betas: the schedule's betas, (timesteps,); None: computed from alphas_cumprod.
-        final: alphas_cumprod where the last step arrives: 1 for clean data; diffusers ends at alphas_cumprod[0] where
+        timestep: int64 (rows,), in the loop's order. It descends, unless the loop goes up.
+        betas: the schedule's betas, (timesteps,). With None, they are computed from alphas_cumprod.
+        final: alphas_cumprod where the last step arrives, 1 for clean data. diffusers ends at alphas_cumprod[0] where
             set_alpha_to_one is off.
 
     Raises:
@@ -216,10 +216,10 @@ def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor,
             signal and noise, float64 (n,) each, that returns the timesteps of any levels, floating (n,). Samplers that
             call the model between the grid's levels need the function: for flow matching, lambda signal, noise:
             1000 * noise.
-        signal, noise: (rows + 1,), the level where each step starts; the last entry is where the last step arrives.
-            Finite, at least 0.
-        scale: the samples' scale at levels between those of the grid; None: levels lie on the straight line through
-            the two nearest levels of the grid.
+        signal, noise: (rows + 1,), finite, at least 0, the level where each step starts. The last entry is where the
+            last step arrives.
+        scale: the samples' scale at levels between those of the grid. With None, levels lie on the straight line
+            through the two nearest levels of the grid.
 
     Raises:
         TypeError: an argument of another type or dtype.

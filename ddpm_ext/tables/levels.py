@@ -154,8 +154,8 @@ def betas_between(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor] | 
     """1 - alphas_cumprod before / alphas_cumprod after, without subtracting numbers near 1.
 
     Args:
-        before, after: levels (signal, noise). None for `after`: the level one timestep earlier, which is clean data for
-            the first timestep.
+        before, after: levels (signal, noise). With None, `after` is the level one timestep earlier, which is clean data
+            for the first timestep.
     """
     signal, noise = before
     if after is None:

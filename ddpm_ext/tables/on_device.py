@@ -55,7 +55,7 @@ class KernelTables(DeviceTables):
 
     Args:
         steps: the step table.
-        guidance: (rows,), scales of classifier-free guidance; None: ones.
+        guidance: (rows,), scales of classifier-free guidance. None means ones.
         tables: further tables, by name.
     """
 

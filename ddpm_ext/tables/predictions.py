@@ -53,11 +53,11 @@ class Prediction:
         eps: p, q of eps = p x + q m, the noise that the prediction implies.
         target: k0, k1 of k0 x_start + k1 noise, which the model is trained to return.
         error: the factor from the squared error of x0 to the squared error of m, as a function of the signal-to-noise
-            ratio a_t / (1 - a_t). None where the factor depends on more than this ratio: then only the weighting
+            ratio a_t / (1 - a_t). None where the factor depends on more than this ratio. Then only the weighting
             "simple" has a name.
         without_signal: whether m determines x0 where alphas_cumprod is 0.
         any_step: whether the prediction also works in loops of fewer steps, where rows follow from their levels alone.
-            The mean of q(x_{t-1} | x_t, x_0) does not: it belongs to the steps of the schedule.
+            The mean of q(x_{t-1} | x_t, x_0) does not, because it belongs to the steps of the schedule.
         peers: other libraries' names of the prediction.
     """
 
@@ -106,8 +106,8 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     """What EDM's network F predicts: x0 = c_skip x + c_out F, for x with a signal of 1 (Karras et al. 2022, table 1).
 
     Args:
-        sigma_data: the data's standard deviation, above 0. PREDICTIONS["edm"] has the paper's 0.5. For another, add an
-            entry: PREDICTIONS["my_edm"] = edm(0.25).
+        sigma_data: the data's standard deviation, above 0. PREDICTIONS["edm"] has the paper's 0.5. To use another, add
+            an entry such as PREDICTIONS["my_edm"] = edm(0.25).
 
     Raises:
         TypeError, ValueError: `sigma_data` is not a number, or not above 0.

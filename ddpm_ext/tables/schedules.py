@@ -72,11 +72,12 @@ class NoiseSchedule:
     Args:
         signal, noise: floating, (timesteps,), finite and at least 0. noise / signal is above 0 and rises. Before the
             first level, the data is clean and has a signal of 1.
-        timestep: (timesteps,), the timesteps that the model is called with: float32, or int64 for integers. Or a
+        timestep: (timesteps,), the timesteps that the model is called with, float32, or int64 for integers. Or a
             function of signal and noise, float64 (n,) each, that returns the timesteps of any levels, floating (n,).
-            None: 0, 1, ... Without a function, timesteps between the levels are interpolated in log(noise / signal).
-        scale: the samples' scale at levels between these (ddpm_ext.tables.levels); None: levels lie on the straight
-            line through the two nearest levels.
+            None means 0, 1, ... Without a function, timesteps between the levels are interpolated in log(noise /
+            signal).
+        scale: the samples' scale at levels between these (ddpm_ext.tables.levels). With None, levels lie on the
+            straight line through the two nearest levels.
 
     The attributes have the names of the arguments: float64 on the CPU, but int64 for timesteps that are integers.
 
@@ -192,8 +193,8 @@ class ForwardLevels(NamedTuple):
     Attributes:
         betas, alphas_cumprod: (timesteps,), of the samples x / r, with r^2 = signal^2 + noise^2.
         signal, noise: (timesteps,).
-        scale: the function that returns r at a level; None: r is 1.
-        timestep: (timesteps,), the timesteps that the model is called with; None: 0, 1, ...
+        scale: the function that returns r at a level. With None, r is 1.
+        timestep: (timesteps,), the timesteps that the model is called with. None means 0, 1, ...
         timestep_of: the function that returns the model's timesteps between these levels, or None.
     """
 
@@ -281,7 +282,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     sqrt(alphas_cumprod) is shifted and scaled so that it ends at 0 and its first value stays.
 
     Args:
-        betas: floating, (timesteps,) with at least two, in (0, 1); the last may be 1.
+        betas: floating, (timesteps,) with at least two, in (0, 1). The last may be 1.
 
     Returns:
         float64 (timesteps,) on the CPU, the last exactly 1. A model for these betas should predict v or x0, since eps

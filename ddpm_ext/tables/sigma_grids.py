@@ -69,7 +69,7 @@ def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
     """The timesteps of these sigmas, interpolated in log sigma and clamped to the schedule's ends.
 
     Args:
-        alphas_cumprod: float64 (timesteps,), falling: the schedule's.
+        alphas_cumprod: the schedule's, float64 (timesteps,), falling.
         sigma: float64 (n,), finite and above 0.
 
     Returns:
@@ -139,7 +139,7 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
     Args:
         steps: how many, at least 1.
         threshold: by how much the linear part falls.
-        linear_steps: the number of steps in the linear part, 1 to `steps`; None: half of the steps.
+        linear_steps: the number of steps in the linear part, 1 to `steps`. None means half of the steps.
 
     Returns:
         float64 (steps,).

@@ -92,18 +92,18 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
 
     Args:
         timesteps: how many the schedule has.
-        steps: how many to take; None: all, or as many as `spacing` says.
+        steps: how many to take. None means all, or as many as `spacing` says.
         spacing: None means "trailing". If `steps` is `timesteps`, all names return the same. Lin et al. 2024, table 2,
             compare the first three.
-            "linspace": evenly, both ends included (one step: the last timestep);
-            "leading": evenly up from 0;
-            "trailing": evenly down from timesteps - 1;
-            "quadratic": down from 0.8 timesteps and closer together towards 0 (Song et al. 2021, appendix D.2), made
-            distinct;
-            "simple": "trailing" with the rounding of k-diffusion and ComfyUI;
-            "beta": closer together towards both ends, at quantiles of a beta distribution with parameters 0.6 (Lee et
-            al. 2024, "Beta Sampling is All You Need"; also in ComfyUI), made distinct;
-            "ddim25" and the like, or counts of sections such as "10,15,20": see section_timesteps.
+            "linspace" is even, both ends included (one step: the last timestep).
+            "leading" is even, up from 0.
+            "trailing" is even, down from timesteps - 1.
+            "quadratic" goes down from 0.8 timesteps, closer together towards 0 (Song et al. 2021, appendix D.2), made
+            distinct.
+            "simple" is "trailing" with the rounding of k-diffusion and ComfyUI.
+            "beta" is closer together towards both ends, at quantiles of a beta distribution with parameters 0.6 (Lee et
+            al. 2024, "Beta Sampling is All You Need", and ComfyUI), made distinct.
+            "ddim25" and the like, and counts of sections such as "10,15,20", are for section_timesteps.
 
     Returns:
         int64 (steps,) on the CPU.
@@ -141,7 +141,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
 
     Args:
         timesteps: how many the schedule has.
-        sections: "ddimN" for every k-th timestep from 0 on, with the k that takes N timesteps; or a list of counts, one
+        sections: "ddimN" takes every k-th timestep from 0 on, with the k that takes N timesteps. A list has one count
             for each section. The sections divide the timesteps evenly. Each section contributes its count of timesteps,
             evenly spaced, both of the section's ends included.
 
@@ -181,9 +181,9 @@ def spaced_grid(
 
     Args:
         alphas_cumprod, betas: the schedule's, (timesteps,).
-        scale: the samples' scale. SIGMA_GRIDS space levels by noise / signal; for the scale `flow` they are spaced by
-            the flow's sigma.
-        steps: how many; None: as for spaced_timesteps.
+        scale: the samples' scale. SIGMA_GRIDS space levels by noise / signal, or for the scale `flow` by the flow's
+            sigma.
+        steps: how many. None as for spaced_timesteps.
         spacing: a name of SPACINGS, or sections or None as for spaced_timesteps.
 
     Raises:

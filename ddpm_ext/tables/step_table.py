@@ -73,20 +73,20 @@ class StepTable:
     Each column is (rows,): a tensor on any device, an array or a list. The table copies it.
 
     Args:
-        timestep: the timesteps that the model is called with: integers, or floats for a sampler that visits timesteps
-            between the integers.
+        timestep: the timesteps that the model is called with. They are integers, or floats for a sampler that visits
+            timesteps between the integers.
         a, b, c0, c1: real numbers, finite.
-        c2, s: real numbers, finite; None: zeros.
-        draw: integers, 0 <= draw < 2^32: the number of the noise that each row draws. None: the timestep, plus visit *
-            (largest timestep + 1) at the second and later visits of a timestep; if any timestep is fractional or
-            negative, the row's number.
-        l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
-        signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
-        signal_after, noise_after: the level where the row arrives; at least 0. For all four, None: zeros. If signal and
-            noise are both 0, the level is unknown.
-        notes: information for a reader of the table, by name: texts, numbers, lists, as in JSON. Files store the notes;
-            slices and `dataclasses.replace` keep them. A loop warns if its guidance, clip or prediction differs from
-            the notes. They change nothing else: tables with different notes may be equal.
+        c2, s: real numbers, finite. None means zeros.
+        draw: the number of the noise that each row draws, integers, 0 <= draw < 2^32. None means the timestep, plus
+            visit * (largest timestep + 1) at the second and later visits of a timestep. If any timestep is fractional
+            or negative, None means the row's number.
+        l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite. None means zeros.
+        signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps. Both are at least 0.
+        signal_after, noise_after: the level where the row arrives, at least 0. For all four, None means zeros. If
+            signal and noise are both 0, the level is unknown.
+        notes: information for a reader of the table, {name: text, number or list}, as in JSON. Files, slices and
+            `dataclasses.replace` keep the notes. A loop warns if its guidance, clip or prediction differs from the
+            notes. They change nothing else, and tables with different notes may be equal.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were passed.
@@ -248,7 +248,7 @@ class StepTable:
 
         Args:
             dtype: float32, or float64 for the reference. The bits of `draw` are an integer of the same width.
-            guidance: (rows,), finite: w, the scale of classifier-free guidance; None: ones.
+            guidance: w, the scale of classifier-free guidance, (rows,), finite. None means ones.
 
         Raises:
             TypeError: another dtype, or a guidance that holds anything but numbers.
@@ -349,11 +349,11 @@ class StepTable:
         A second run, on random samples of several channels and pixels, proves the rows.
 
         Args:
-            scheduler: any object with diffusers' methods: `set_timesteps(steps, **arguments)`, `timesteps`, and
-                `step(model_output, timestep, sample)`, which returns an object with a `prev_sample`, or a tuple. A copy
-                of it runs. Or a function like k-diffusion's samplers, `scheduler(model, x, sigmas, **arguments)`, whose
-                model takes a sample and its sigma and returns the clean sample.
-            steps, arguments: the arguments of set_timesteps. For a function: its sigmas, (levels,), as a tensor or a
+            scheduler: any object with diffusers' methods, of which a copy runs. They are `set_timesteps(steps,
+                **arguments)`, `timesteps`, and `step(model_output, timestep, sample)`, which returns an object with a
+                `prev_sample`, or a tuple. Or a function like k-diffusion's samplers, `scheduler(model, x, sigmas,
+                **arguments)`, whose model takes a sample and its sigma and returns the clean sample.
+            steps, arguments: the arguments of set_timesteps. A function gets its sigmas, (levels,), as a tensor or a
                 list, and its further arguments.
 
         The columns a and b describe the `pred_original_sample` or `denoised` that the steps return, or the output of a
@@ -428,7 +428,7 @@ WITHIN = 2.0**127  # numbers below fit float32, however they are rounded
 def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
     """Makes a table from columns that need no check. The columns are not copied, so the caller must not keep them.
 
-    columns: float64 (rows,), finite; timestep and draw have the dtypes of StepTable's. Missing columns are zeros.
+    columns: float64 (rows,), finite. timestep and draw have the dtypes of StepTable's. Missing columns are zeros.
     """
     table = object.__new__(StepTable)
     with torch.inference_mode(False):

@@ -43,7 +43,7 @@ def numbers(name: str, values: Values, rows: int | None = None) -> Array:
     """A copy of a column's values, (rows,): int64 for integers, float64 for floats.
 
     Args:
-        rows: the expected number of rows; None: any number from 1 up.
+        rows: the expected number of rows. None accepts any number from 1 up.
 
     Raises:
         TypeError: values that are not numbers, or not integers for draw.

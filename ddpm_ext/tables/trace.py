@@ -55,16 +55,16 @@ class TraceResult(NamedTuple):
     """A scheduler's steps as rows, and further results of tracing.
 
     Attributes:
-        columns: the columns of a StepTable: timestep and NAMES, (rows,) each.
+        columns: the columns of a StepTable, timestep and NAMES, (rows,) each.
         clip: the range to which the predicted clean sample is clipped, or None.
         residual: the largest relative difference between a step of the scheduler and its row.
         steps: what each step did on random numbers.
-        noise: for each step, the number of the draw that is its z; None for a step without noise.
+        noise: for each step, the number of the draw that is its z, or None for a step without noise.
         history_draws: for each step, the numbers of the draws that it reads as its history, the first one as H1.
-        second: whether the second tensor that steps return is a x + b m, clipped; False if they return only one.
+        second: whether the second tensor that steps return is a x + b m, clipped. False if they return only one.
         of_last: (rows,), the part of each row's c1 that multiplies the previous step's result. If nobody edits samples,
             that result is the row's sample, and the two factors can't be told apart.
-        scales: for each step, the factor of its sample in the model's input; None: the input is no such multiple.
+        scales: for each step, the factor of its sample in the model's input, or None if the input is no such multiple.
         begins: the rows at which a function calls its callback, that is, at which its steps begin.
         leads: whether a function has a row before its first call of the model.
         asks: whether a function read attributes of the model.
@@ -118,9 +118,9 @@ def follow(
         scheduler: it stays unchanged. If it divides the predicted clean sample by a quantile, the rows are for that
             division followed by a clip to [-1, 1].
         times: the timesteps with which the steps are called, in order.
-        options: further arguments of every step. GIVEN stands for a tensor of the samples' shape; a list has a value
+        options: further arguments of every step. GIVEN stands for a tensor of the samples' shape. A list has a value
             for each step.
-        second: the names under which steps may return a x + b m in addition to the next sample; None: any name.
+        second: the names under which steps may return a x + b m in addition to the next sample. None accepts any name.
         dims: the samples' number of dimensions.
 
     Raises:
@@ -217,7 +217,7 @@ class _FirstRun:
         """The rows of steps that clip the predicted clean sample to this range.
 
         of_clean: makes the first run of the same scheduler for a model that predicts the clean sample. The steps of
-            that run show what the scheduler does after the clip. None: the scheduler does not support such models.
+            that run show what the scheduler does after the clip. None if the scheduler does not support such models.
         """
         factors = factors_of(self.run, self.short)
         has_history = bool(factors.past.any() or factors.of_last.any())

@@ -39,8 +39,8 @@ class Numbers(NamedTuple):
     Attributes:
         x, m, prev: (steps, count), the samples, model outputs and next samples.
         z: (steps, draws, count), the noise.
-        second: (steps, count), the second tensors that steps return; None if a step returns none.
-        scaled: (steps, count), the results of scale_model_input; None if it returned a sample itself.
+        second: (steps, count), the second tensors that steps return, or None if a step returns none.
+        scaled: (steps, count), the results of scale_model_input, or None if it returned a sample itself.
         level: (steps,), the factor that makes samples larger than outputs. Rows are fitted to samples divided by it.
         wide: whether results are float64.
     """
@@ -80,8 +80,8 @@ def numbers_of(
 ) -> tuple[Numbers, list[Step]]:
     """Runs a loop.
 
-    inputs: inputs(kind) makes random numbers (steps, count): samples for kind 0, model outputs for kind 1, and each
-        step's k-th draw of noise for kind 2 + k.
+    inputs: inputs(kind) makes random numbers (steps, count). Kind 0 is samples, kind 1 model outputs, and kind 2 + k
+        each step's k-th draw of noise.
     """
     kinds = {0: inputs(0) * level[:, None], 1: inputs(1)}
 
@@ -122,7 +122,7 @@ class Factors(NamedTuple):
     """The factors of the terms whose sum is a step's result.
 
     Attributes:
-        x0: (steps,), of the clean sample; 0 if it is not clipped.
+        x0: (steps,), of the clean sample, or 0 if it is not clipped.
         x, m: (steps,), of the step's sample and model output.
         z: (steps, draws), of its draws of noise.
         past: (steps, LAGS, 2), of the samples and outputs of earlier steps.

@@ -66,7 +66,7 @@ class ObservedFunction:
 
     Attributes:
         run: the function's loop.
-        begins: the numbers of the steps before which the function calls its callback; empty if it never does.
+        begins: the numbers of the steps before which the function calls its callback, empty if it never does.
         leads: whether there is a step before the first call of the model.
         asks: whether the function reads attributes of the model.
 

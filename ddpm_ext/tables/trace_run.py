@@ -59,10 +59,10 @@ class Step(NamedTuple):
         prev, second: the next sample, and the other tensor that it returned.
         draws: the dtypes of the tensors that were passed to the step for GIVEN options, then of the normal numbers that
             it drew, in order.
-        state: the attributes of the scheduler that the step changed, if they are simple (is_simple): numbers, also in
-            tensors, strings or None.
+        state: the attributes of the scheduler that the step changed, if they are simple (is_simple), which are numbers,
+            also in tensors, strings or None.
         stores: whether the step stores anything else, such as a tensor.
-        scaled: the result of scale_model_input for the step's sample; None if it returned the sample itself.
+        scaled: the result of scale_model_input for the step's sample, or None if it returned the sample itself.
         scale_counts: whether scale_model_input changed an attribute.
     """
 
@@ -87,7 +87,7 @@ class Run(NamedTuple):
         unit: "timestep" or "sigma", for messages.
         observe: runs the loop and returns its steps. Its arguments are the samples of all steps (a step's sample is not
             the previous step's result), the model's outputs, and a Draw. The loop may write to samples and outputs.
-        clip: the bound of the range to which the loop clips; None: it does not clip.
+        clip: the bound of the range to which the loop clips, or None if it does not clip.
         dims: the samples' number of dimensions.
         given: the number of tensors that each step gets for GIVEN options.
         follows: whether callers cannot edit a sample between two steps.
@@ -196,11 +196,11 @@ def observe(
     """Runs the steps of a copy of `scheduler` and records them.
 
     Args:
-        scheduler: in the state in which a loop begins; it stays unchanged.
-        times: the timesteps with which the steps are called: each a number, or (1,), for all samples.
+        scheduler: in the state in which a loop begins. It stays unchanged.
+        times: the timesteps with which the steps are called, each a number, or (1,), for all samples.
         samples, outputs, noise: as for Run's observe.
         options: arguments of every step in addition to the model output, the timestep and the sample. GIVEN stands for
-            a tensor of the samples' shape, which `noise` makes; a list has a value for each step.
+            a tensor of the samples' shape, which `noise` makes. A list has a value for each step.
         wide: whether casts to a lower precision are ignored, so that numbers stay float64.
 
     Raises:

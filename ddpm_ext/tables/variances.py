@@ -76,7 +76,7 @@ class Variance:
         logarithm: for a learned variance, whether the model returns v of the log-variance 2 (l0 + l1 v). Otherwise v is
             the variance itself.
         bound: whether the variational bound can train a model for this variance.
-        peers: other libraries' names; if there are several, the first is the one to write.
+        peers: other libraries' names, the first of which is the one to write.
     """
 
     meaning: str

@@ -139,7 +139,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
     Args:
         alphas_cumprod: (timesteps,).
         prediction: a name of PREDICTIONS.
-        weighting: "simple", which is 1 everywhere; a name of WEIGHTINGS; or the weights, (timesteps,) and finite.
+        weighting: "simple", which is 1 everywhere, a name of WEIGHTINGS, or the weights, (timesteps,) and finite.
 
     Raises:
         TypeError: `weighting` is neither a name nor a tensor.

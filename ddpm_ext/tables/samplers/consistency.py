@@ -26,7 +26,7 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
     Args:
         grid: descending.
         prediction: as for ddpm.
-        timestep_scaling: the factor of the timestep in c_skip and c_out; 10 in diffusers.
+        timestep_scaling: the factor of the timestep in c_skip and c_out, 10 in diffusers.
 
     Raises:
         ValueError: an unknown `prediction`.
@@ -51,7 +51,7 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
     Args:
         grid: descending, with a schedule.
         prediction: as for ddpm.
-        eta: gamma of the paper, in [0, 1]: 0 for the deterministic sampler, 1 for fresh noise in place of the model's.
+        eta: gamma of the paper, in [0, 1]. 0 is the deterministic sampler. With 1, fresh noise replaces the model's.
 
     Raises:
         TypeError: `eta` is not a number.

@@ -44,10 +44,10 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: 0 for the deterministic sampler, 1 for DDPM's posterior; finite, >= 0. From some value above 1, which
-            depends on the grid, a step would add more noise than the level where it arrives has.
-        keep_eps: the eps of the step if x0 has been clipped: the model's (True: the tutorial, diffusers), or the eps
-            that leads from the clipped x0 to x_t (False: guided-diffusion, lucidrains, diffusers with
+        eta: finite, >= 0. 0 is the deterministic sampler, 1 DDPM's posterior. From some value above 1, which depends on
+            the grid, a step would add more noise than the level where it arrives has.
+        keep_eps: the eps of the step if x0 has been clipped. True keeps the model's (the tutorial, diffusers). False
+            takes the eps that leads from the clipped x0 to x_t (guided-diffusion, lucidrains, diffusers with
             use_clipped_model_output).
 
     Raises:
@@ -83,8 +83,9 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
     step upwards, so the inversion is exact in the limit of short steps.
 
     Args:
-        grid: ascending: make_grid(alphas_cumprod, timesteps from low to high, final=alphas_cumprod of the last).
-        prediction, keep_eps: as for ddim; "x_prev" is refused.
+        grid: ascending, as from make_grid(alphas_cumprod, timesteps from low to high, final=alphas_cumprod of the
+            last).
+        prediction, keep_eps: as for ddim. "x_prev" is refused.
 
     Raises:
         ValueError: an unknown `prediction`, "x_prev", or a grid that does not ascend.

@@ -19,15 +19,15 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
     On a subset of the timesteps, beta = 1 - a_t / a_s: Nichol & Dhariwal 2021, section 4.
 
     Args:
-        grid: descending. The last row of a Grid adds no noise; with Jumps, every row does.
-        prediction: what the model predicts, a name of PREDICTIONS: "eps", "x0", "v", "flow", "edm" or "x_prev".
-        variance: the variance of the noise:
-            "fixed_small": the posterior's, at least 1e-20;
-            "fixed_large": beta;
-            "learned": the model returns the log-variance in addition to m;
-            "learned_range": the model returns the position of the log-variance between those of "fixed_small" (-1) and
-            "fixed_large" (1): Nichol & Dhariwal 2021, eq. 15, as guided-diffusion scales it;
-            "learned_variance": the model returns the variance itself, as with diffusers' "learned".
+        grid: descending. The last row of a Grid adds no noise. With Jumps, every row does.
+        prediction: what the model predicts, a name of PREDICTIONS such as "eps", "x0", "v", "flow", "edm" or "x_prev".
+        variance: the variance of the noise.
+            "fixed_small" is the posterior's, at least 1e-20.
+            "fixed_large" is beta.
+            With "learned", the model returns the log-variance in addition to m.
+            With "learned_range", the model returns the position of the log-variance between those of "fixed_small" (-1)
+            and "fixed_large" (1) (Nichol & Dhariwal 2021, eq. 15, as guided-diffusion scales it).
+            With "learned_variance", the model returns the variance itself, as with diffusers' "learned".
 
     A classifier's gradient moves the mean by the variance times the gradient, also in the last step. As in
     guided-diffusion, this variance is not clipped for "fixed_small": it is 0 in a step that arrives at clean data. For

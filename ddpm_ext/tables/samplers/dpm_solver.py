@@ -61,7 +61,7 @@ def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: 1 for the SDE, 0 for dpmpp_2m; finite, >= 0.
+        eta: finite, >= 0. 1 is the SDE, 0 is dpmpp_2m.
         lower_order_final: as for dpmpp_2m.
 
     Raises:
@@ -111,7 +111,7 @@ def dpmpp_3m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = T
     Args:
         grid: descending.
         prediction: as for ddpm.
-        lower_order_final: whether the last two of fewer than 15 steps are of lower order; k-diffusion's are not.
+        lower_order_final: whether the last two of fewer than 15 steps are of lower order. k-diffusion's are not.
 
     Raises:
         ValueError: an unknown `prediction`.
@@ -132,7 +132,7 @@ def dpmpp_3m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: 1 for the SDE, 0 for dpmpp_3m; finite, >= 0.
+        eta: finite, >= 0. 1 is the SDE, 0 is dpmpp_3m.
         lower_order_final: as for dpmpp_3m.
 
     Raises:

@@ -38,10 +38,10 @@ def edm(
     noise; for the first step, a row without a call of the model does. Without churn the rows are heun's.
 
     Args:
-        grid: descending; with churn, it needs a schedule or a timestep_of.
-        prediction: as for ddpm; "x_prev" is refused.
+        grid: descending. With churn, it needs a schedule or a timestep_of.
+        prediction: as for ddpm. "x_prev" is refused.
         s_churn: how much noise all steps together add, finite, >= 0.
-        s_tmin, s_tmax: the range of sigmas, noise over signal, of the steps with churn, >= 0; s_tmax may be infinite.
+        s_tmin, s_tmax: the range of sigmas, noise over signal, of the steps with churn, >= 0. s_tmax may be infinite.
         s_noise: a factor of the noise's standard deviation, finite, >= 0.
 
     Raises:

@@ -26,7 +26,7 @@ def eta_argument(sampler: Callable[..., object], eta: float | None) -> dict[str,
     """The keyword arguments that pass an option `eta` to `sampler`, a function of SAMPLERS.
 
     Args:
-        eta: finite, >= 0; None for the sampler's default. For a sampler without eta, 0 is accepted as well.
+        eta: finite, >= 0, or None for the sampler's default. For a sampler without eta, 0 is accepted as well.
 
     Returns:
         {"eta": eta}, or {} where the sampler has no eta or `eta` is None.

@@ -38,7 +38,7 @@ def flow_sde(
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: the scale of the noise, Flow-GRPO's noise_level; finite, >= 0. 0 gives Euler's method.
+        eta: the scale of the noise, Flow-GRPO's noise_level, finite, >= 0. 0 gives Euler's method.
         variant: "flow_grpo": d = eta sqrt(t / (1 - t)); if t is 1, the denominator has t' in place of t, as in the
             authors' code. "dance_grpo": d = eta (Xue et al. 2025).
         last_noise: whether the step to clean data adds noise, as it does in both papers' code. Without noise the step

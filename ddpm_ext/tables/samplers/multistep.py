@@ -72,7 +72,7 @@ def extrapolated(
     """Each row's weights: the mean over the step of the polynomial through the last values, as many as its order.
 
     Args:
-        nodes: (rows + 1,), where each step starts; the last entry is where the last step arrives.
+        nodes: (rows + 1,), where each step starts. The last entry is where the last step arrives.
         used: (rows,), the order of each step.
         density: as for lagrange_weights.
     """
@@ -101,7 +101,7 @@ def of_sde(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
     samples.
 
     Args:
-        extra: (rows,), the step in lambda times the square of the amount of noise; 0 for the probability flow.
+        extra: (rows,), the step in lambda times the square of the amount of noise. It is 0 for the probability flow.
     """
     of_x = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
     return of_x, (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()

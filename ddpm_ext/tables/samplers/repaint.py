@@ -24,7 +24,7 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     Args:
         table: descending, without history, with the columns of levels.
         jump_length: how many rows a jump goes back, at least 1.
-        jump_n_sample: how many times each stretch is taken, at least 1; 1 means no jumps.
+        jump_n_sample: how many times each stretch is taken, at least 1. 1 means no jumps.
 
     Raises:
         TypeError: `table` is not a StepTable, or `jump_length` or `jump_n_sample` is not an int.

@@ -35,10 +35,10 @@ def restart(
 
     Args:
         grid: descending, with a schedule or a timestep_of.
-        prediction: as for ddpm; "x_prev" is refused.
-        intervals: (n, k, t_min, t_max) each, the columns of the paper's tables: n sigmas, both ends included, spaced as
-            karras_grid spaces them; k repetitions; t_min and t_max are sigmas, noise over signal. The default is the
-            authors' example for CIFAR-10.
+        prediction: as for ddpm. "x_prev" is refused.
+        intervals: tuples (n, k, t_min, t_max), the columns of the paper's tables. n is the number of sigmas, both ends
+            included, spaced as karras_grid spaces them. k is the number of repetitions. t_min and t_max are sigmas,
+            noise over signal. The default is the authors' example for CIFAR-10.
         s_noise: a factor of the noise's standard deviation, finite, >= 0.
 
     Raises:

@@ -41,9 +41,9 @@ def sa_solver(
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: tau of the paper, the amount of noise: 0 for the probability flow, 1 for the SDE; finite, >= 0.
-        interval: (low, high): tau is eta at timesteps from low to high, both included, and 0 at all others. None: tau
-            is eta everywhere. diffusers uses (200, 800) unless the caller passes a function for tau.
+        eta: tau of the paper, the amount of noise, finite, >= 0. 0 is the probability flow, 1 the SDE.
+        interval: (low, high). tau is eta at timesteps from low to high, both included, and 0 at all others. With None,
+            tau is eta everywhere. diffusers uses (200, 800) unless the caller passes a function for tau.
         predictor_order: how many predicted clean samples the predictor uses, 1 to 3.
         corrector_order: how many the corrector uses, including the one at the step's end, 1 to 4.
         lower_order_final: whether the orders fall over the last steps.

@@ -24,8 +24,8 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 
     Args:
         grid: descending, with a schedule or a timestep_of.
-        prediction: as for ddpm; "x_prev" is refused.
-        eta: 0 for the probability flow, 1 for the ancestral sampler; finite, >= 0.
+        prediction: as for ddpm. "x_prev" is refused.
+        eta: finite, >= 0. 0 is the probability flow, 1 the ancestral sampler.
 
     Raises:
         TypeError: `eta` is not a number.

@@ -32,8 +32,8 @@ def unipc(
     Args:
         grid: descending.
         prediction: as for ddpm.
-        order: the predictor's order, 1 to 3; the corrector's is higher by one.
-        solver: B(h) of the paper: "bh1" is h, "bh2" is e^h - 1.
+        order: the predictor's order, 1 to 3. The corrector's is higher by one.
+        solver: B(h) of the paper. "bh1" is h, "bh2" is e^h - 1.
         lower_order_final: whether the order falls to 1 over the last steps.
 
     Raises:
