@@ -83,7 +83,7 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
     No other process may be writing such files.
 
     Args:
-        of: the file that was to be written; None: any file.
+        of: the file that was to be written. None means any file.
         untouched: remove only files that were not written for this many seconds.
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))

@@ -24,7 +24,7 @@ def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
     package imports.
 
     Args:
-        purpose: what needs the module; the error's sentence begins with it.
+        purpose: what needs the module. The error's sentence begins with it.
         in_demo: whether the extra "demo" installs it. The error then says so.
     """
     try:
@@ -44,7 +44,7 @@ def counter(count: int, what: str | None, disable: bool | None = None) -> Iterab
 
     Args:
         what: the label of the bar.
-        disable: as tqdm's: None shows the bar only if standard error is a terminal.
+        disable: as tqdm's. None shows the bar only if standard error is a terminal.
     """
     if disable or not has_bars():
         return range(count)

@@ -66,10 +66,10 @@ def sample_many(
     Args:
         settings: the settings that determine the samples, as JSON. A folder has samples of one set of settings only.
         draw: draw(first sample, count) -> uint8 (count, height, width, channels).
-        batch_size: the number of samples to draw at a time; a batch never goes past the end of a shard.
-        ranks: the processes of the run, all with the same arguments and the same folder. None: this process alone.
+        batch_size: the number of samples to draw at a time. A batch never goes past the end of a shard.
+        ranks: the processes of the run, all with the same arguments and the same folder. None means this process alone.
         about: further entries of the manifest, which later runs do not compare.
-        progress: whether rank 0 shows a progress bar on a terminal, over the samples of all ranks; it needs tqdm.
+        progress: whether rank 0 shows a progress bar on a terminal, over the samples of all ranks. It needs tqdm.
         not_finite: the numbers of samples in which `draw` has found NaN or infinities. It is read after each shard, and
             the count is written to the manifest.
 

@@ -27,7 +27,7 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
 
     Args:
         path: a picture, an .npz or .npy as for read_pixels, or a folder of pictures. Pictures are cropped around their
-            middle and resized to `shape`; samples must already have this shape.
+            middle and resized to `shape`. Samples must already have this shape.
         shape: (channels, height, width) of a sample.
         name: the option's name, with which error messages begin.
 
@@ -54,7 +54,7 @@ class Samples:
     of pictures, which are resized to the size of the first one.
 
     Attributes:
-        about: the settings with which the folder's samples were drawn; empty if they are not known.
+        about: the settings with which the folder's samples were drawn, empty if they are not known.
 
     Raises:
         ValueError: there is no such file or folder, or it is damaged, empty or not finished.

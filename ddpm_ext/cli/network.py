@@ -45,7 +45,7 @@ def is_run(model: str) -> bool:
 def load_run_model(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
     """Loads the averaged weights of a run for which is_run is true.
 
-    network: "module:name" of a class or function that makes the module; None: the module is a UNet2DModel.
+    network: "module:name" of a class or function that makes the module. With None, the module is a UNet2DModel.
 
     Raises:
         ValueError: the name is missing or wrong, or as training.load.

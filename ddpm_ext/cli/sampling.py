@@ -32,8 +32,8 @@ from ddpm_ext.training.options import DTYPES
 class Loaded:
     """A model on its device, and its diffusion.
 
-    classes: the model's classes, with the null class of the options; None: the model is unconditional.
-    chosen: the numbers of the classes that are assigned to samples in turn; empty: all.
+    classes: the model's classes, with the null class of the options, or None if the model is unconditional.
+    chosen: the numbers of the classes that are assigned to samples in turn, empty for all.
     captured: the loops that last_samples has captured, with the options of the capture.
     """
 
@@ -87,7 +87,7 @@ class Loaded:
 class Prepared(Loaded):
     """A model with everything that a loop needs besides the options, and the number of the loop's steps.
 
-    said: a line that names the default sampler that was chosen; None if the options name a sampler.
+    said: a line that names the default sampler that was chosen, or None if the options name a sampler.
     """
 
     steps: int

@@ -60,8 +60,8 @@ def add_running(
     """Adds the options of "how to run": the device, how the model is called, the batch size.
 
     Args:
-        batches: a description of a batch, for the help. None: the command draws all samples at once and records the
-            model's outputs, so that the model can be neither compiled nor captured.
+        batches: a description of a batch, for the help. With None, the command draws all samples at once and records
+            the model's outputs, so that the model can be neither compiled nor captured.
         by_ranks: whether several ranks can run the command.
         loop: whether the command runs a sampling loop.
         capture: whether the loop's model can be compiled, and its steps captured.
@@ -104,7 +104,7 @@ def add_sampling(
         out, out_help: the default of --out and its help text.
         by_ranks: whether the command can also draw many images in batches, by several ranks.
         model: the default of --model.
-        scales: the default of --guidance if it takes several numbers; None: it takes one number.
+        scales: the default of --guidance if it takes several numbers, or None if it takes one number.
 
     Returns:
         The function that adds a further option to the group of output options.

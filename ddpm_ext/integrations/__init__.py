@@ -84,20 +84,20 @@ def accelerate(
     Args:
         obj: any scheduler or pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
             denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline and of its inner pipelines are
-            accelerated, and also schedulers that replace them later. A modular pipeline must have its components; call
-            load_components first.
+            accelerated, and also schedulers that replace them later. A modular pipeline must have its components, so
+            call load_components first.
         table: a StepTable, or the path of a saved one. A TableScheduler with its rows then replaces the pipeline's
-            `scheduler`; for a scheduler, the result is that TableScheduler.
-        noise: "torch": the library's own draws, from the same generators in the same order, so that the images are the
-            same as before, to float32 rounding. "philox": noise of the noise contract, which depends only on (seed,
-            sample id, timestep). The launch makes it. It is also a pipeline's start noise, if the call has neither a
-            generator nor latents. Two loops never share noise unless they have the same seed and sample ids; see
-            Acceleration for where a loop begins.
+            `scheduler`. For a scheduler, the result is that TableScheduler.
+        noise: "torch" takes the library's own draws, from the same generators in the same order, so that the images are
+            the same as before, to float32 rounding. "philox" takes noise of the noise contract, which depends only on
+            (seed, sample id, timestep). The launch makes it. It is also a pipeline's start noise, if the call has
+            neither a generator nor latents. Two loops never share noise unless they have the same seed and sample ids.
+            Acceleration says where a loop begins.
         seed: for "philox", 0 <= seed < 2^64. Each loop takes the sample ids after those of the loop before, and a new
-            object begins at sample_ids. None: each loop draws a seed from torch's default CPU generator, so that
+            object begins at sample_ids. With None, each loop draws a seed from torch's default CPU generator, so that
             torch.manual_seed makes a run repeatable.
-        sample_ids: for "philox", the first sample's id in the first loop; or an int64 tensor, (batch,), with the ids of
-            every loop: with a seed, all loops then have the same noise.
+        sample_ids: for "philox", the first sample's id in the first loop. Or an int64 tensor, (batch,), with the ids of
+            every loop. With a seed, all loops then have the same noise.
         trace: whether to replace steps that a user wrote, too. In the first loop of each shape, dtype and setting the
             user's code runs, and the loop gets its results. If the traced rows agree in every step, they take later
             loops. They miss later changes of a global that the step reads, branches on the samples' values that the

@@ -78,14 +78,14 @@ class Acceleration:
 
     Attributes:
         noise: "torch" for the peer's own draws, or "philox" for noise of the noise contract.
-        seed: the seed of all loops; None: each loop draws one. Setting it begins again at the first sample ids.
+        seed: the seed of all loops. With None, each loop draws one. Setting it begins again at the first sample ids.
         rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to another Philox
             without a draw or another stream, whose seed and sample ids the next loops continue. Setting anything else
             raises TypeError or ValueError.
         stream: the stream of the steps' noise, by default that of reverse steps. The second and later schedulers of a
             pipeline have other streams, so that they share no noise although they have the same seed and ids.
-        trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows; see
-            `accelerate`.
+        trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows (see
+            `accelerate`).
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
@@ -324,7 +324,7 @@ class Acceleration:
         With noise "philox" it warns that the loop has the noise of the object's code.
 
         Args:
-            failed: why the rows must not take the step; None if they agree with the object's code.
+            failed: why the rows must not take the step, or None if they agree with the object's code.
             begins: whether the step is the first of its loop.
         """
         if failed is not None or (begins and self.noise == "philox"):

@@ -125,8 +125,8 @@ def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any
     Raises the Fallback that make() raises, which is cached, too.
 
     Args:
-        values: the objects whose ids are in the key. The cache keeps them alive: Python could give the id of a dead
-            object to a new one.
+        values: the objects whose ids are in the key. The cache keeps them alive, because Python could give the id of a
+            dead object to a new one.
     """
     cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
     entry = None if cache is None else cache.get(key)

@@ -104,14 +104,14 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     The returned function also takes the sampler's own arguments: eta, s_churn, s_tmin, s_tmax, s_noise, order and the
     like, with k-diffusion's defaults. Further arguments:
 
-        rng: a Philox for the noise, without a draw or a stream of its own. None: a Philox with a seed from torch's
-            default CPU generator, in each call. So two loops share noise only if they have the same seed and ids.
+        rng: a Philox for the noise, without a draw or a stream of its own. With None, each call draws a seed from
+            torch's default CPU generator. Two loops share noise only if they have the same seed and ids.
         noise_sampler: as in k-diffusion, a function that returns the noise of a step, in place of rng. Its arguments
             are the sigma at which the step begins and the sigma to which the noise leads.
-        flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0; only
+        flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0. Only
             for NAMES and GUIDED.
-        unconditional: only for GUIDED, which need it: a function without arguments that returns the unconditional clean
-            samples of the model's last call. The model's output must be the guided clean samples.
+        unconditional: a function without arguments that returns the unconditional clean samples of the model's last
+            call. Only GUIDED take it, and need it. The model's output must be the guided clean samples.
 
     x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; on other devices, and in float64, plain
     torch takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step.

@@ -66,9 +66,9 @@ class TracedLoop(NamedTuple):
     """The loop of a function with these sigmas and options.
 
     Attributes:
-        rows: the traced rows; None if there are none.
+        rows: the traced rows, or None if there are none.
         proofs: the proofs of the rows by shape, dtype and device of the samples.
-        draws: for each row, the index of the draw that is its noise; None for no noise.
+        draws: for each row, the index of the draw that is its noise, or None for no noise.
         leads: whether the first row comes before the first call of the model.
         why_not: why there are no rows.
     """
@@ -194,7 +194,7 @@ class _SideBySideRun:
         """The noise of the draw number `count` in the current row.
 
         Args:
-            levels: the arguments of a call of noise_sampler; None for a draw of the function itself.
+            levels: the arguments of a call of noise_sampler, or None for a draw of the function itself.
         """
         x, draws, call = self._call.x, self._loop.draws, self._call
         is_used = self._proof is not None and 0 <= self._row < len(draws) and draws[self._row] == count

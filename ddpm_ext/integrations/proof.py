@@ -26,7 +26,7 @@ class Proof:
 
     Attributes:
         holds: the steps in which the rows agreed with the step's own code.
-        failed: why the rows must not be used; None if no step has differed.
+        failed: why the rows must not be used, or None if no step has differed.
         stores: the names of the attributes that the step's own code has written.
     """
 

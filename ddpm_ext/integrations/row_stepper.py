@@ -107,7 +107,7 @@ class RowStepper:
         Args:
             history: the tensors that earlier rows kept, the newest first.
             inputs: further arguments of TableStep.take, such as noise and x0_out. Also `rng`, which draws the row's
-                noise; without `rng` and `noise`, no noise is added. Also `out`, to which the next sample is written.
+                noise. Without `rng` and `noise`, no noise is added. Also `out`, to which the next sample is written.
                 The dict is changed.
         """
         reads, keeps, keeps_output = self._reads[i]

@@ -98,7 +98,8 @@ def _methods(caller: str, classes: tuple[type, ...], counts: tuple[int, ...]) ->
     """The methods of these classes that the method `caller` may call, and the first one that a class overrides, if any.
 
     Args:
-        counts: the numbers of the classes' attributes, as a part of the cache key: methods may be added to a class.
+        counts: the numbers of the classes' attributes. They are part of the cache key, because methods may be added to
+            a class.
     """
     names: set[str] = set()
     overridden = None

@@ -48,7 +48,7 @@ class BitsPerDim(NamedTuple):
     """The bound and its terms, in bits per dimension. Column t is timestep t.
 
     Attributes:
-        total: (batch,), the bound: the prior's term plus the sum of vlb's row.
+        total: (batch,), the bound, which is the prior's term plus the sum of vlb's row.
         prior: (batch,), the prior's term.
         vlb: (batch, timesteps), the terms.
         x_start_mse: (batch, timesteps), the mean squared error of the predicted x_0.
@@ -97,7 +97,8 @@ class LikelihoodMethods(ReverseMethods):
             x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype. The bound is computed in float32, also
                 for 16-bit images.
             t: int64 (batch,) or int, in [0, timesteps).
-            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
+            noise: as x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
+                generator.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
 
         Returns:
@@ -167,8 +168,8 @@ class LikelihoodMethods(ReverseMethods):
 
         Args:
             model, x_start, clip_denoised: as vlb_terms'.
-            rng: the seed and sample ids (stream 2, draw t). None: a seed from torch's default generator. An rng with
-                its own draw or stream is rejected: it would give each timestep the same noise.
+            rng: the seed and sample ids (stream 2, draw t). With None, torch's default generator draws a seed. An rng
+                with its own draw or stream is rejected, because it would give each timestep the same noise.
             progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
         Raises:

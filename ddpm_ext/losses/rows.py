@@ -84,7 +84,7 @@ class LossRows:
 
         Args:
             error: whether the loss includes the weighted error of the prediction.
-            bound: the factor of a timestep's term of the variational bound in nats; None for no bound.
+            bound: the factor of a timestep's term of the variational bound in nats, or None for no bound.
 
         Raises TypeError and ValueError as weightings.weights.
         """
@@ -105,7 +105,8 @@ class LossRows:
         """make(device, dtype), cached by the key; with None as key, not cached.
 
         Args:
-            held: the object whose id is in the key. The cache keeps it alive: Python could give its id to a new object.
+            held: the object whose id is in the key. The cache keeps it alive, because Python could give its id to a new
+                object.
         """
         if torch.compiler.is_compiling():
             # A compiled graph can't notice writes to the weights, so it makes the rows in each call. They are rounded

@@ -32,9 +32,9 @@ class StepLogProb:
 
     Args:
         table: rows of a sampler with noise, such as ddpm, ddim with an eta above 0, or flow_sde.
-        clip_denoised: as in the loop of the samples: whether the predicted x_0 is clipped to [-1, 1], or a range
-            (low, high). For an element whose x_0 is clipped, the mean is that of the clipped x_0, and there is no
-            gradient through x_0.
+        clip_denoised: as in the loop of the samples, whether the predicted x_0 is clipped to [-1, 1], or a range (low,
+            high). For an element whose x_0 is clipped, the mean is that of the clipped x_0, and there is no gradient
+            through x_0.
         reduction: "mean" over a sample's elements, as in Flow-GRPO, or their "sum", the sample's log-probability.
         backend: "fused", or "reference", in plain torch.
 
@@ -92,9 +92,9 @@ class StepLogProb:
         """The log-probability of each sample's step from x to prev.
 
         Args:
-            model_output: m, (batch, ...), as x, or of a lower precision; guided already, where guidance is used.
-            x: (batch, ...), float32, float16 or bfloat16: where the step starts.
-            prev: as x: where it arrived.
+            model_output: m, (batch, ...), as x, or of a lower precision. Where guidance is used, the guided output.
+            x: where the step starts, (batch, ...), float32, float16 or bfloat16.
+            prev: where the step arrived, as x.
             row: the table's row of each sample, int64 (batch,), or one int for all.
 
         Returns:

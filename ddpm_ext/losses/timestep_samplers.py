@@ -76,7 +76,7 @@ class TimestepSampler:
             seed: 0 <= seed < 2^64.
             iteration: 0 <= iteration < 2^32.
             first: the first sample's place in the batch over all ranks.
-            total: the size of that batch; None: first + batch_size.
+            total: the size of that batch. None means first + batch_size.
             device: the device of the results, which are computed on the CPU.
 
         Returns:
@@ -118,8 +118,8 @@ class TimestepSampler:
             t: int64 (n,).
             losses: (n,), on any device.
             local: whether the losses are those of this rank alone. Then all ranks of torch.distributed must call this
-                method, and each learns from the losses of all ranks, in their order. False: the losses are those of the
-                whole batch.
+                method, and each learns from the losses of all ranks, in their order. With False, the losses are those
+                of the whole batch.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class Importance(_Weighted):
     """Draws timesteps with the caller's probabilities.
 
     Args:
-        density: (timesteps,), finite and above 0, of any real dtype; divided by its sum.
+        density: (timesteps,), finite and above 0, of any real dtype. It is divided by its sum.
 
     Raises:
         TypeError, ValueError: density is no such tensor.
@@ -294,8 +294,8 @@ class LogitNormal(_Density):
 
     Args:
         timesteps: the number of timesteps of the diffusion, at least 1.
-        logit_mean: finite; above 0 for more noise. In diffusers' training scripts it has the other sign, because they
-            index descending timesteps.
+        logit_mean: finite. Above 0 there is more noise. In diffusers' training scripts it has the other sign, because
+            they index descending timesteps.
         logit_std: finite, above 0.
 
     Raises:

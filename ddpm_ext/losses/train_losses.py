@@ -54,19 +54,19 @@ class LossMethods(Process):
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
             noise, rng: as in q_sample.
-            loss: "mse", "l1" or "huber"; or the variational bound alone, with a gradient in the mean, too: "vlb", in
-                bits per dimension, or "rescaled_vlb", `timesteps` times that. The mean of "rescaled_vlb" over uniform t
-                is the bound without the prior's term, which does not depend on the model.
+            loss: "mse", "l1" or "huber". Or the variational bound alone, with a gradient in the mean as well. "vlb" is
+                the bound in bits per dimension, "rescaled_vlb" is `timesteps` times that. The mean of "rescaled_vlb"
+                over uniform t is the bound without the prior's term, which does not depend on the model.
             delta: the difference up to which "huber" is quadratic, above 0.
-            weighting: the weight of each timestep's error: "simple" (all the same), "min_snr" (Hang et al. 2023) or
-                another of ddpm_ext.tables.weightings; or weights (timesteps,). These are read again when torch has
-                written to them; writes that bypass torch are not noticed.
-            vlb_weight: the weight of the bound, in bits per dimension, with a learned variance; at least 0.
+            weighting: the weight of each timestep's error. "simple" (all the same), "min_snr" (Hang et al. 2023) or
+                another of ddpm_ext.tables.weightings. Or weights (timesteps,), which are read again when torch has
+                written to them. Writes that bypass torch are not noticed.
+            vlb_weight: the weight of the bound, in bits per dimension, with a learned variance. At least 0.
             offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, for any stream
                 of rng), at least 0. The noise is then stored in a tensor.
-            input_perturbation: standard deviation of further noise in x_t, which is not in the target (stream 5, for
-                any stream of rng), relative to that of x_t's noise, at least 0: Ning et al. 2023, "Input perturbation
-                reduces exposure bias". It takes one more launch.
+            input_perturbation: standard deviation of further noise in x_t, relative to that of x_t's noise, at least 0
+                (Ning et al. 2023, "Input perturbation reduces exposure bias"). The target does not have this noise, of
+                stream 5 for any stream of rng. It takes one more launch.
             reduction: "mean" or "sum" of the samples' losses, or "none".
 
         Returns:

@@ -21,7 +21,7 @@ class Classes:
     """The classes of a model, by number.
 
     names: the names of the classes 0, 1, and so on.
-    null: the null class, for samples without a class, which classifier-free guidance needs; None: there is none.
+    null: the null class, for samples without a class, which classifier-free guidance needs. None if there is none.
 
     Examples:
         >>> from ddpm_ext.models import Classes
@@ -62,7 +62,7 @@ class Classes:
 
         Classes depend only on the ids, so that a sample has the same class in any batch and on any rank.
 
-        chosen: numbers of classes; empty: all classes.
+        chosen: numbers of classes, empty for all classes.
         """
         cycle = torch.tensor(chosen or range(len(self.names)), device="cpu")
         ids = samples.start + samples.step * torch.arange(len(samples), device="cpu")
@@ -76,7 +76,7 @@ class Classes:
         Args:
             samples, chosen: as in labels_of.
             guided: whether there is classifier-free guidance. Then the model gets the batch twice, first with the null
-                class and then with the samples' classes: the labels are (2 samples,).
+                class and then with the samples' classes, so that the labels are (2 samples,).
             device: the device of the samples.
 
         Raises:

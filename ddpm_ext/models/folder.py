@@ -48,10 +48,10 @@ class LoadedModel:
     """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for.
 
     unet: a UNet2DModel, or a DiTTransformer2DModel.
-    classes: the classes of a class-conditional model, which is called with class_labels; None for another model.
+    classes: the classes of a class-conditional model, which is called with class_labels, or None for another model.
     shape: (channels, height, width) of one sample, as the denoiser takes it.
     clip: whether samples are in [-1, 1], for a loop's clip_denoised. Latents are not.
-    decoder: for a model of latents: decoder(latents) returns their images; None: there is no vae/.
+    decoder: for a model of latents, decoder(latents) returns their images. None if there is no vae/.
 
     Examples:
         >>> digits = load_model("digits")
@@ -176,7 +176,7 @@ def save_model(
 ) -> None:
     """Writes `unet`, with weights rounded to `dtype`, the configuration of its scheduler, and its classes to `folder`.
 
-    clip: whether samples are in [-1, 1]; latents are not.
+    clip: whether samples are in [-1, 1]. Latents are not.
 
     diffusers reads the files with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
 

@@ -22,7 +22,7 @@ _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecode
 class LatentDecoder:
     """Decodes latents into images; a call takes and returns (batch, channels, height, width).
 
-    vae: diffusers' AutoencoderKL, in float32: the usual ones overflow in 16 bits.
+    vae: diffusers' AutoencoderKL, in float32, since the usual ones overflow in 16 bits.
     scale, shift: latents are the autoencoder's latents minus `shift`, times `scale`.
     shape: (channels, height, width) of an image.
     folder: the autoencoder's folder.

@@ -32,12 +32,13 @@ def histogram_figure(
     is 0. On the right are the densities of x_t at the highest timestep, of the samples, and of the standard normal.
 
     Args:
-        x_t: the noisy samples at each timestep, of any shape. They must be copies: a loop overwrites its tensor.
+        x_t: the noisy samples at each timestep, of any shape. They must be copies, because a loop overwrites its
+            tensor.
         timesteps: one for each x_t, all different, rising or falling.
-        path: if not None, the figure is also written to this file; the ending determines the format.
-        samples: the result of the loop. None: x_t at the lowest timestep.
+        path: if not None, the figure is also written to this file. The ending determines the format.
+        samples: the result of the loop. None means x_t at the lowest timestep.
         bins: the number of bins between -limit and limit, at least 1.
-        limit: values from -limit to limit are shown. None: all values.
+        limit: values from -limit to limit are shown. None shows all values.
         name: the sampler's name, for the title.
 
     Raises:

@@ -25,8 +25,8 @@ def save_loss_curve(
         losses: (steps,).
         path: the picture's file.
         title: the text above the picture.
-        quarters: (steps, 4): each step's loss by quarter of the timesteps, NaN for a quarter without samples. Their
-            moving means over a hundredth of the run are drawn, too.
+        quarters: (steps, 4), each step's loss by quarter of the timesteps, NaN for a quarter without samples. Their
+            moving means over a hundredth of the run are also drawn.
 
     Raises:
         ValueError: there are no losses, or not four `quarters` for each of them.

@@ -117,7 +117,7 @@ def strips(
         images: the samples at each step, (samples, height, width, channels) uint8.
         labels: one for each step.
         scale: as in grid.
-        names: the samples' names, left of their rows; empty: no names.
+        names: the samples' names, left of their rows, or empty for no names.
 
     Returns:
         (height, width, 3) uint8.
@@ -333,8 +333,8 @@ def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds:
         frames: (height, width, 3) uint8 each, all of one size.
         path: the file, which is written atomically.
         seconds: the time of all frames together, not counting the last frame's extra time. A frame's time is rounded to
-            hundredths of a second, the unit of the format, and is at least 20 ms: viewers show shorter frames more
-            slowly.
+            hundredths of a second, the unit of the format. It is at least 20 ms, because viewers show shorter frames
+            more slowly.
 
     Raises:
         ValueError: there are no frames, they differ in shape, or `seconds` is not above 0.

@@ -19,7 +19,7 @@ def schedule_figure(schedules: Mapping[str, Values], path: PathLike | None = Non
     Args:
         schedules: alphas_cumprod, (timesteps,) in [0, 1], of each schedule, by the names for the legend. If their
             lengths differ, the horizontal axis is t / timesteps.
-        path: if not None, the figure is also written to this file; the ending determines the format.
+        path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
         ValueError: there are no schedules, or a schedule has another shape or values outside [0, 1].

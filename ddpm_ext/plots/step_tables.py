@@ -37,11 +37,11 @@ def step_table_figure(
     The columns for draws, levels, learned variances and gradients are not drawn.
 
     Args:
-        tables: a StepTable, or tables by their names. The legend shows the names; a single table's name is the title.
-        path: if not None, the figure is also written to this file; the ending determines the format.
-        against: the horizontal axis. "step" is the number of the row; "timestep", which falls from left to right, suits
+        tables: a StepTable, or tables by their names. The legend shows the names. A single table's name is the title.
+        path: if not None, the figure is also written to this file. The ending determines the format.
+        against: the horizontal axis. "step" is the number of the row. "timestep", which falls from left to right, suits
             tables with different numbers of rows.
-        panels: the panels of several tables: "columns", one for each column; or "tables", one for each table, with the
+        panels: the panels of several tables. "columns" gives one for each column, "tables" one for each table, with the
             factors of the next sample.
 
     Raises:

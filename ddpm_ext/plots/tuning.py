@@ -47,7 +47,7 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
 
     Args:
         names: the results of Tuner.compare, by the number of calls.
-        path: if not None, the figure is also written to this file; the ending determines the format.
+        path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
         ValueError: there are no names. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
@@ -73,7 +73,7 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
 
     Args:
         reports: of tables that were tuned to one model, in any order.
-        path: if not None, the figure is also written to this file; the ending determines the format.
+        path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
         ValueError: there are no reports. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.

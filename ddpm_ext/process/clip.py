@@ -25,7 +25,7 @@ class DynamicThreshold:
 
     Args:
         quantile: in (0, 1].
-        maximum: the largest bound, at least 1; diffusers' sample_max_value.
+        maximum: the largest bound, at least 1, which is diffusers' sample_max_value.
 
     Raises:
         TypeError, ValueError: an argument has another type or is out of range.

@@ -55,11 +55,11 @@ class Process:
 
     Attributes:
         timesteps, prediction, variance, backend: the arguments.
-        schedule: a ForwardLevels: the levels, the model's timestep at each level, and the scale of samples.
-        magnitude: float64 (timesteps,), r of x_t = r x, where x is variance-preserving; ones for a schedule of betas.
+        schedule: a ForwardLevels, with the levels, the model's timestep at each level, and the scale of samples.
+        magnitude: float64 (timesteps,), r of x_t = r x, where x is variance-preserving. Ones for a schedule of betas.
         magnitude_before: float64 (timesteps,), r of x_{t-1}, which is 1 for clean data.
-        tables: the tables that the kernels read, by name and device: the rows of the steps ("steps", "x0"), and rows or
-            numbers for each timestep.
+        tables: the tables that the kernels read, by name and device. They are the rows of the steps ("steps", "x0"),
+            and rows or numbers for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, for the variance-preserving x.
 
     Raises:
@@ -255,8 +255,9 @@ class Process:
         Args:
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
-            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
-            out: as x_start: where the result is written; it may be x_start. Gradients are not recorded then.
+            noise: as x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
+                generator.
+            out: receives the result, as x_start. It may be x_start. Gradients are not recorded then.
 
         Returns:
             x_t, as x_start. Differentiable in x_start and noise.

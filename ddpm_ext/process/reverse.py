@@ -75,8 +75,9 @@ class ReverseMethods(Process):
             x_t: (batch, ...).
             t: int64 (batch,) or int, in [0, timesteps).
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
-            noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
-            out: as x_t: where the result is written; it may be x_t.
+            noise: as x_t. With None, it is drawn by `rng` (stream 0, draw t), or by a seed from torch's default
+                generator.
+            out: receives the result, as x_t. It may be x_t.
 
         Returns:
             x_{t-1}, as x_t, without gradients, except those of torch.func with backend="reference". At t = 0 no noise

@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 
     images: (samples, channels, height, width) float32.
     skipped: the error messages of images that could not be read.
-    labels: (samples,) int64, the images' classes; a random share of them, class_dropout, is replaced by the null class.
-        None for images without classes.
+    labels: the images' classes, (samples,) int64, or None for images without classes. The null class replaces a random
+        share of them, class_dropout.
     """
 
     images: Tensor
@@ -45,7 +45,8 @@ class StepBatches(Dataset):
         images: the source.
         options: batch size, seed, flip, skip_corrupt, workers, class_dropout.
         start, stop: this rank's samples of each batch are those from `start` to `stop` - 1.
-        labels: the classes of the images; the null class is the number after the last. None: batches have no labels.
+        labels: the classes of the images. The null class is the number after the last. With None, batches have no
+            labels.
     """
 
     def __init__(

@@ -34,10 +34,10 @@ def push_to_hub(
     Args:
         run: the folder of a finished run, or its best/.
         repo: "name" or "organisation/name".
-        model: for a run of another class of diffusers: a model with the run's weights, as training.load returns it. Its
+        model: a model with the run's weights, as training.load returns it, for a run of another class of diffusers. Its
             method push_to_hub is called.
-        private: whether a new repository is private; None: the organisation's default.
-        token: the Hub's token; None: the token that `hf auth login` has stored, or HF_TOKEN.
+        private: whether a new repository is private. None means the organisation's default.
+        token: the Hub's token. None means the token that `hf auth login` has stored, or HF_TOKEN.
 
     Returns:
         The address of the upload, as diffusers returns it.

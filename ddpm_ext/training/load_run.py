@@ -33,11 +33,11 @@ class Trained:
     """A trained model that is ready to sample, with its diffusion, shape and classes.
 
     model: in evaluation mode, without gradients. It is called as model(x, t), or with classes as model(x, t, labels).
-    settings: the settings of its diffusion; settings.diffusion() makes the diffusion.
+    settings: the settings of its diffusion. settings.diffusion() makes the diffusion.
     shape: (channels, height, width) of one sample.
-    classes: the classes of a class-conditional model; None for an unconditional model.
-    diffusion: the diffusion to sample with; None: settings.diffusion().
-    clip: whether samples are in [-1, 1]; latents are not.
+    classes: the classes of a class-conditional model, or None for an unconditional model.
+    diffusion: the diffusion to sample with. None means settings.diffusion().
+    clip: whether samples are in [-1, 1]. Latents are not.
 
     Examples:
         >>> from ddpm_ext.models.scheduler import DiffusionSettings
@@ -61,11 +61,10 @@ class Trained:
 
         Args:
             count: the number of samples.
-            seed, first: of the noise: the samples have the ids `first`, `first` + 1 and so on.
-            classes: the numbers of the samples' classes, which are assigned in turn by the samples' ids; empty: all
-                classes.
-            loop: as in GaussianDiffusion.p_sample_loop: sampler, steps, spacing, eta and more. `guidance` uses the
-                null class unless it has an unconditional model.
+            seed, first: the noise has this seed, and the samples have the ids `first`, `first` + 1 and so on.
+            classes: the numbers of the samples' classes, assigned in turn by the samples' ids. Empty means all classes.
+            loop: options of GaussianDiffusion.p_sample_loop, such as sampler, steps, spacing and eta. `guidance` uses
+                the null class unless it has an unconditional model.
 
         Returns:
             (count, channels, height, width), about in [-1, 1], on the model's device; or latents.
@@ -121,9 +120,9 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
 
     Args:
         run: the folder of the run. If the run is not finished, the weights are those of its newest checkpoint.
-        model: a module of the trained module's architecture, into which the weights are copied. None: the run's model
-            is of a class that a folder can hold, such as UNet2DModel, and is built from the configuration in the folder
-            or the checkpoint.
+        model: a module of the trained module's architecture, into which the weights are copied. With None, the run's
+            model must be of a class that a folder can hold, such as UNet2DModel. It is built from the configuration in
+            the folder or the checkpoint.
         device: the model's device.
 
     Returns:

@@ -56,7 +56,7 @@ class Log:
     Args:
         folder: the run's folder.
         step: how many steps the run has taken.
-        trackers: they get the means between two calls of `write`, scores and pictures; `close` closes them.
+        trackers: they get the means between two calls of `write`, scores and pictures. `close` closes them.
 
     Raises:
         OSError: a file can't be written; the message is one sentence.

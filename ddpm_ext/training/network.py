@@ -30,11 +30,11 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
     """Makes a UNet2DModel with random weights, or a DiTTransformer2DModel whose blocks begin as the identity.
 
     Args:
-        source: a configuration, or a JSON file that holds one; for a DiT it has `_class_name`. None: the options
+        source: a configuration, or a JSON file that holds one. For a DiT it has `_class_name`. With None, the options
             determine a UNet2DModel.
         options: the options of the run.
         shape: (channels, height, width) of the images.
-        classes: the number of class embeddings; None for an unconditional model.
+        classes: the number of class embeddings, or None for an unconditional model.
 
     Raises:
         ValueError: the configuration is damaged, or doesn't fit the images or the options.
@@ -205,7 +205,7 @@ def save_result(
         settings: of the diffusion.
         dtype: the dtype to which weights are rounded.
         shape: (channels, height, width) of the samples.
-        clip: whether samples are clipped; latents are not.
+        clip: whether samples are clipped. Latents are not.
 
     Returns:
         A sentence that says which programs can read the folder.

@@ -60,7 +60,7 @@ def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tu
 
     Args:
         images, samples: features, (count, features) float64, more than `neighbours` of each.
-        neighbours: k; the paper takes 3.
+        neighbours: k, 3 in the paper.
 
     Raises:
         ValueError: there are too few images or samples.

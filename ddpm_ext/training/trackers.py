@@ -41,7 +41,7 @@ class WandB:
     """A run of Weights & Biases, under the same id when it is resumed.
 
     Args:
-        folder: the run's folder; its wandb.json has the id, and its wandb/ the package's files.
+        folder: the run's folder. Its wandb.json has the id, and its wandb/ the package's files.
         project: the project's name.
         options: the run's options, which W&B shows.
 

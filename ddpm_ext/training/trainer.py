@@ -48,23 +48,24 @@ class Trainer:
 
     Args:
         model: a Module that is called as model(x, t) and returns (batch, channels, height, width), or an object with
-            this tensor as `.sample`; for a learned variance, with twice the channels. With options.classes it is called
-            as model(x, t, labels), with int64 labels (batch,); images whose label is dropped have the null class, whose
-            number is the number of classes. The module is moved to the device and trained. Or the configuration of a
-            UNet2DModel or a DiTTransformer2DModel, or a JSON file that holds one. None: the options determine it.
-        diffusion: the schedule, the prediction and the variance. None: the options determine it.
+            this tensor as `.sample`. For a learned variance it returns twice the channels. With options.classes it is
+            called as model(x, t, labels), with int64 labels (batch,). Images whose label is dropped have the null
+            class, whose number is the number of classes. The module is moved to the device and trained. Or the
+            configuration of a UNet2DModel or a DiTTransformer2DModel, or a JSON file that holds one. With None, the
+            options determine the model.
+        diffusion: the schedule, the prediction and the variance. With None, the options determine it.
         data: "digits", "shapes", a folder of images, an .npz of latents, a tensor (count, channels, height, width), or
-            a map-style torch Dataset of images: see ddpm_ext.training.data.as_images. None: `options.data`.
+            a map-style torch Dataset of images (see ddpm_ext.training.data.as_images). None means `options.data`.
         out: the folder for the model, the checkpoints and the log.
-        options: the options; None: the defaults.
+        options: the options. None means the defaults.
         resume: whether to continue from the newest checkpoint of the run in `out`. There must be a run.
-        change: at a resume, the names of options that may differ from the run's: some of CHANGEABLE in
+        change: at a resume, the names of options that may differ from the run's, some of CHANGEABLE in
             ddpm_ext.training.options. `steps` may always differ. The new options determine the learning rate.
         command: the command to record in training.json.
         report: called with lines of text, on rank 0.
-        progress: whether rank 0 shows a progress bar on a terminal; it needs tqdm.
-        features: for `score_every`: a function or network that takes images, (batch, channels, height, width) in
-            [-1, 1] on the device, and returns (batch, features). None: `options.features`.
+        progress: whether rank 0 shows a progress bar on a terminal. It needs tqdm.
+        features: a function or network for `score_every`. It takes images, (batch, channels, height, width) in [-1, 1]
+            on the device, and returns (batch, features). None means `options.features`.
         keywords: options that replace those in `options`.
 
     Raises:

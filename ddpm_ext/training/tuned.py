@@ -37,7 +37,7 @@ def tune_run(
 
     Args:
         folder: the folder to which the model was written.
-        average: the module with the model's weights; it stays unchanged.
+        average: the module with the model's weights. It stays unchanged.
         calls: the number of model calls of each table.
     """
     if known_kind(average) is not None:

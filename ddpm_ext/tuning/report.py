@@ -18,14 +18,14 @@ class Report(Errors):
     """The errors of a tuned table and of the named samplers, on samples that nothing was fitted to.
 
     Attributes:
-        error, standard_error, mean, median: of the table; see Errors.
+        error, standard_error, mean, median: of the table (see Errors).
         calls: the number of model calls in a loop with the table.
-        fitted: whether the table is the fitted one; False: it is the best name's, since the fit was not nearer.
+        fitted: whether the table is the fitted one. If False, it is the best name's, since the fit was not nearer.
         fitted_error: the error of the fitted table, also where `table` is the best name's.
         names: the named samplers, the nearest first.
-        as_near: a named sampler that is as near in more calls; None: there is none. It was looked for in up to `looked`
-            times as many calls (0: not looked for, as for a pipeline).
-        bfloat16_error: the table's error in a loop with samples in bfloat16; None: not measured.
+        as_near: a named sampler that is as near in more calls, or None. It was looked for in up to `looked` times as
+            many calls. `looked` is 0 if it was not looked for, as for a pipeline.
+        bfloat16_error: the table's error in a loop with samples in bfloat16, or None if it was not measured.
         timesteps: of the table.
         teacher: a description of the teacher.
         teacher_error: the distance between the samples of the teacher with half its steps and with all, relative to the

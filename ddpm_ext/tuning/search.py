@@ -19,7 +19,7 @@ def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: f
 
     Args:
         timesteps: the schedule's number of timesteps.
-        steps: how many; at most `timesteps`.
+        steps: how many, at most `timesteps`.
         largest, smallest: the ends, as shares of the schedule's last timestep, in [0, 1].
         power: above 0. The larger it is, the more timesteps are near the smallest.
     """

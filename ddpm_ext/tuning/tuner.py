@@ -148,7 +148,7 @@ class Tuner:
     def planned_calls(self, steps: Sequence[int], *, fit: bool = True) -> int:
         """The most model calls that tuning takes for tables of these numbers of steps.
 
-        fit: whether tables are fitted; False: only the named samplers are compared.
+        fit: whether tables are fitted. With False, only the named samplers are compared.
 
         Raises:
             TypeError, ValueError: steps are not ints, or out of range.
@@ -336,15 +336,15 @@ def tune(
     mean of the nearest 90 %.
 
     Args:
-        diffusion, model: as for p_sample_loop. The model is called in its current mode: call eval() on a network.
+        diffusion, model: as for p_sample_loop. The model is called in its current mode, so call eval() on a network.
         shape: of a batch, (batch, ...).
         steps: the number of model calls in a loop with the table, from 1 to the diffusion's timesteps.
         guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: as for p_sample_loop. Use the values of
-            the loops that will take the table: the table is fitted to them, and a loop with another guidance or clip
+            the loops that will take the table. The table is fitted to them, and a loop with another guidance or clip
             warns.
         seeds: the number of samples to fit to, rounded up to whole batches. As many again are held out, and half as
             many decide which fit is best. Each takes the memory of 100 samples.
-        rng: seed and first sample id of the samples; None: Philox(seed=0). The same seed gives the same table.
+        rng: seed and first sample id of the samples. None means Philox(seed=0). The same seed gives the same table.
         progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
     Returns:

@@ -72,11 +72,11 @@ def _make(
     """The rows of all steps.
 
     Args:
-        to: a stride, for steps from each timestep t to t - stride; or the timesteps of a loop, for steps from each of
+        to: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, for steps from each of
             these to the next one.
         end: alphas_cumprod at the negative timesteps, to which the last steps lead.
         eta, keep_eps: options of DDIM's steps. For DDPM's steps eta must be 1.
-        variance_type: diffusers' name of the variance of DDPM's steps; None for DDIM's steps.
+        variance_type: diffusers' name of the variance of DDPM's steps, or None for DDIM's steps.
     """
     if variance_type == "fixed_large_log":  # diffusers takes the square root of a logarithm
         raise Fallback("variance_type is 'fixed_large_log'")
@@ -154,7 +154,7 @@ class Alphas(Forward):
 
         Args:
             located: the return value of `_located`.
-            z: the noise of the step; None to draw it.
+            z: the noise of the step, or None to draw it.
         """
         rows, t, row = located
         self._check_step(sample, model_output, z, timestep=timestep)

@@ -37,8 +37,8 @@ class Weights(NamedTuple):
     Attributes:
         tables: "weights", (rows, 2), has k0 and k1. If `of` is LISTED, "timesteps", (rows - 1,), has the timesteps of
             all rows but the last.
-        of: what row i stands for. STEP: step i of a loop, whatever its timestep. TIMESTEP: timestep i. LISTED: the
-            timestep at index i of "timesteps"; the last row stands for all other timesteps.
+        of: what row i stands for. STEP is step i of a loop, whatever its timestep. TIMESTEP is timestep i. LISTED is
+            the timestep at index i of "timesteps", and the last row stands for all other timesteps.
         is_total: whether the last row of LISTED has numbers. If diffusers rejects other timesteps, it has NaN.
     """
 

@@ -204,7 +204,7 @@ def pipeline_with(pipeline: Any, copies: dict[int, Any], copied_of: Callable[[An
     """A copy of a pipeline in which some objects are replaced.
 
     Args:
-        copies: {id of an object: its replacement}. Receives the copies of the pipeline and of inner pipelines, too.
+        copies: {id of an object: its replacement}. Receives the copies of the pipeline and of inner pipelines.
         copied_of: returns the copy of a pipeline.
     """
     copied = copies[id(pipeline)] = copied_of(pipeline)

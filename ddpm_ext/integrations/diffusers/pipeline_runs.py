@@ -29,8 +29,8 @@ class Recorder(TableScheduler):
 
     Attributes:
         samples: the result of each row, on the CPU.
-        terms: the terms that row `last` adds up: its predicted clean sample, its sample, and the tensors that earlier
-            rows kept, on the CPU.
+        terms: the terms that row `last` adds up, on the CPU. They are its predicted clean sample, its sample, and the
+            tensors that earlier rows kept.
     """
 
     last: int
@@ -54,7 +54,7 @@ class Runs:
         scheduler: a new scheduler of diffusers' class with the config of the pipeline's scheduler.
         name: the name of the pipeline's class.
         prediction: ddpm_ext's name of the model's prediction.
-        guidance: the note of the guidance of its calls; see guidance_of_call.
+        guidance: the note of the guidance of its calls, see guidance_of_call.
         calls: the number of steps taken so far.
     """
 

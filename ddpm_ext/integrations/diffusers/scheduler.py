@@ -51,7 +51,7 @@ class FusedRows(NamedTuple):
     """The rows of a scheduler with given settings.
 
     Attributes:
-        rows: the rows; None if no timestep has a fused form.
+        rows: the rows, or None if no timestep has a fused form.
         row: {timestep: index of its row, or UNFUSED}.
     """
 
@@ -256,7 +256,7 @@ def make_rows(
     """The rows of `steps`. Raises Fallback for a clip that has no fused form.
 
     Args:
-        steps: the table of all timesteps with a fused form; None if there are none.
+        steps: the table of all timesteps with a fused form, or None if there are none.
         unfused: the timesteps without a fused form.
     """
     row = dict.fromkeys(unfused, UNFUSED)

@@ -35,7 +35,8 @@ class Signature(NamedTuple):
     Attributes:
         inputs: the names of the parameters for the model's output, the timestep and the sample.
         are_known: whether tracing can call the step with these names.
-        defaults: {name: default} of all parameters. EMPTY: there is no default, or rows do not depend on the argument.
+        defaults: {name: default} of all parameters. EMPTY means that there is no default, or that rows do not depend on
+            the argument.
     """
 
     inputs: tuple[str, ...]

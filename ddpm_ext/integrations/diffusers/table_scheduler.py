@@ -41,14 +41,14 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     Args:
         table: a StepTable, the path of a saved StepTable, or the value of `config.table`.
-        num_train_timesteps, prediction_type: for pipelines that read them; the rows don't depend on them.
+        num_train_timesteps, prediction_type: for pipelines that read them. The rows don't depend on them.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: how predicted clean
             samples are clipped, as in DDPMScheduler. A clip in the table's notes is used in place of these.
 
     Attributes:
         timesteps: the timesteps of the rows, (rows,), int64 or float32.
         table: the StepTable.
-        accelerated: the settings of the noise, as for accelerated schedulers; see Acceleration.
+        accelerated: the settings of the noise, as for accelerated schedulers (see Acceleration).
 
     For samples with a signal of 1, x0 + sigma eps, the model's input is x / sqrt(1 + sigma^2), as with diffusers'
     EulerDiscreteScheduler. For all other samples it is x itself.

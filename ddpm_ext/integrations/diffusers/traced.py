@@ -63,8 +63,8 @@ class Position(NamedTuple):
     Attributes:
         rows: the rows of the loop.
         at: the index of the next row.
-        settings: the settings that must not change until the loop ends; see _settings_of.
-        proof: the proof of a step that a user wrote; None for diffusers' own steps.
+        settings: the settings that must not change until the loop ends, see _settings_of.
+        proof: the proof of a step that a user wrote, or None for diffusers' own steps.
         ring: the tensors that rows kept, the newest first, at most three.
         last: a private copy of the last step's result, if the next row reads it.
         shape: the shape of the samples.

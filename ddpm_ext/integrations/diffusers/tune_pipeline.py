@@ -58,15 +58,15 @@ def tune_pipeline(
 
     Args:
         pipe: the pipeline, which is not changed. Its scheduler tells the model's prediction and the levels.
-        prompts: the runs take these in turn; none for a pipeline without an argument `prompt`.
+        prompts: the runs take these in turn. None for a pipeline without an argument `prompt`.
         steps: calls of the model, from 2 to teacher_steps / 4.
         teacher_steps: at most the number of the scheduler's training timesteps.
-        seeds: the number of runs to fit to; as many others are held out. Each takes the memory of teacher_steps samples
+        seeds: the number of runs to fit to. As many others are held out. Each takes the memory of teacher_steps samples
             on the CPU.
         first_seed: the seed of the first run's generator. The other runs have the seeds after it.
         progress: whether to show a progress bar on a terminal (if tqdm is installed).
-        call: further arguments of the pipeline, as in the calls that will use the table: guidance_scale, height,
-            num_images_per_prompt, batch_size, prompt_embeds and the like.
+        call: further arguments of the pipeline, as in the calls that will use the table, such as guidance_scale,
+            height, num_images_per_prompt, batch_size and prompt_embeds.
 
     Returns:
         Tuned: its table is for `accelerate(pipe, table=tuned.table)`.

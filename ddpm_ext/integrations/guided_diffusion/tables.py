@@ -49,7 +49,7 @@ class FusedTables:
         learned: whether the model's output has twice the channels, for a learned variance.
         model_gets_t: whether the model gets the timesteps t unchanged.
         with_error: whether the loss includes the squared error.
-        bound_factor: the factor of the variational terms in bits; None for an unknown loss.
+        bound_factor: the factor of the variational terms in bits, or None for an unknown loss.
 
     Raises Fallback if the peer's own code has to run.
     """

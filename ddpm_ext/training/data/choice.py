@@ -27,12 +27,12 @@ def load_images(
     """Opens images by name.
 
     Args:
-        source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; a folder of images;
-            or an .npz of latents, as read_latents takes it.
-        size: height and width in pixels. None: for a folder, the size that all its images have; for shapes, 16. Digits
-            are 8 by 8.
-        channels: 1 (grey) or 3 (colour). None: 1 for digits, else 3.
-        random_crop: as in FolderImages; only for a folder.
+        source: "digits", the training part of scikit-learn's digits, "shapes", coloured shapes, a folder of images, or
+            an .npz of latents, as read_latents takes it.
+        size: height and width in pixels. None means for a folder the size that all its images have, and for shapes 16.
+            Digits are 8 by 8.
+        channels: 1 (grey) or 3 (colour). None means 1 for digits, else 3.
+        random_crop: as in FolderImages, only for a folder.
 
     Raises:
         ValueError: `size`, `channels` or `random_crop` doesn't fit, or the folder is missing or has no images.
@@ -70,7 +70,7 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None, r
     Args:
         data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, which is returned
             unchanged.
-        size, channels, random_crop: as in load_images; only for a name.
+        size, channels, random_crop: as in load_images, only for a name.
 
     Raises:
         TypeError: `data` is something else.

@@ -32,8 +32,8 @@ class FolderImages:
 
     Args:
         folder: the folder.
-        size: height and width of the images in pixels. None: the size of the files, which all must be squares of that
-            size.
+        size: height and width of the images in pixels. None means the size of the files, which all must be squares of
+            that size.
         channels: 1 (grey) or 3 (colour).
         random_crop: 0 takes the square in the middle. Otherwise the square is at a random position, and its side is a
             random share of the image's shorter side, from random_crop to 1.
@@ -154,7 +154,7 @@ def common_side(paths: list[Path]) -> int:
 def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, smooth: bool = True) -> Tensor:
     """Reads an image file, cropped around its middle and resized to `shape`, (channels, height, width).
 
-    smooth: whether resizing interpolates between pixels; if False, it takes the nearest pixel.
+    smooth: whether resizing interpolates between pixels. If False, it takes the nearest pixel.
 
     Returns:
         uint8, of that shape.
