@@ -30,7 +30,7 @@ from ddpm_ext.tables.schedules import NoiseSchedule
 from ddpm_ext.tables.step_table import StepTable
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # torch needs typing_extensions, too
+    from typing_extensions import Unpack  # torch also needs typing_extensions
 
 
 class GaussianDiffusion(LossMethods, LikelihoodMethods):
@@ -122,8 +122,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
                 inputs are buffers that later steps overwrite. It must copy tensors that it keeps.
             shape: (batch, ...).
             sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS. Names of
-                other libraries are accepted, too, also with a spacing, such as "DPM++ 2M Karras". Or a StepTable,
-                whose rows are the steps.
+                other libraries are accepted, also with a spacing, such as "DPM++ 2M Karras". Or a StepTable, whose rows
+                are the steps.
             steps: the number of timesteps to visit. Default: all.
             spacing: the timesteps to visit. Default: "trailing", evenly down from the last. "linspace" (evenly, with
                 both ends), another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, "ddim25", "10,15,20" and the like are

@@ -37,9 +37,13 @@ def build_info() -> dict[str, Any]:
     """How this build was made and what it uses.
 
     Returns:
-        version: that of ddpm_ext. torch: the version that it was built for. cuda: the version of the toolkit, or None.
-        cuda_architectures: those that it was built for, or "". why_cpu: why it was built without CUDA, or "".
-        compiler: the C++ compiler. cpu: the CPU instruction set in use, "avx512", "avx2", "sse2", "neon" or "portable".
+        version: the version of ddpm_ext.
+        torch: the version of torch for which it was built.
+        cuda: the version of the CUDA toolkit, or None.
+        cuda_architectures: the GPU architectures for which it was built, or "".
+        why_cpu: why it was built without CUDA, or "".
+        compiler: the C++ compiler.
+        cpu: the CPU instruction set in use, "avx512", "avx2", "sse2", "neon" or "portable".
 
     Examples:
         >>> instruction_set, cuda_toolkit = build_info()["cpu"], build_info()["cuda"]

@@ -13,7 +13,7 @@
 //   multiply_wide, high, low, xor3, Words ^ uint32_t, Products + uint64_t
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
 //   words_in_order(U)                U as Words, such that join() returns the same U
-//   join(Words), join_high(Products) the words, or the products' high words, as a U; xor3 takes a U, too
+//   join(Words), join_high(Products) the words, or the products' high words, as a U; xor3 also takes a U
 //   transpose(F (&z)[4])             brings the elements of kLanes blocks to memory order; z[k] has each block's k-th
 //   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even
 #pragma once
@@ -81,7 +81,7 @@ DDPM_HD F polynomial(F x, float highest, Floats... others) {
   return sum;
 }
 
-// Multiplies 32 by 32 bits to 64. Vector types hold this product in one lane of 64 bits, too.
+// Multiplies 32 by 32 bits to 64. Vector types also hold this product in one lane of 64 bits.
 DDPM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 DDPM_HD uint32_t high(uint64_t p) { return static_cast<uint32_t>(p >> 32); }
 DDPM_HD uint32_t low(uint64_t p) { return static_cast<uint32_t>(p); }

@@ -24,7 +24,7 @@ int64_t scratch_of_one(int64_t numel) {
 bool one_by_one(int64_t batch, int64_t numel) { return batch < at::get_num_threads() && numel >= 4 * 8192; }
 
 // Writes elements `first` to `last` of a sample's magnitudes, and the maxima of their groups. `first` is a multiple of
-// kTile; `last` is one, too, or the end of the sample.
+// kTile, `last` is a multiple of kTile or the end of the sample.
 void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int64_t last, float* magnitudes,
                      int32_t* maxima) {
   const auto kernel = kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];

@@ -126,7 +126,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 def write_array(path: str | os.PathLike[str], array: npt.NDArray[Any]) -> None:
     """Writes an .npy, atomically."""
-    # Opened for reading, too: numpy's C code writes files that are open only for writing. On a full disk its error does
+    # Also opened for reading: numpy's C code writes files that are open only for writing. On a full disk its error does
     # not give the reason, and the rest of its buffer is lost without an error.
     with atomic_path(path) as temporary, open(temporary, "w+b") as opened:
         np.save(opened, array)

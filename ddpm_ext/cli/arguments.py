@@ -93,8 +93,9 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Adds a command, such as "sample" or "plot grid", to the parsers of commands or of a command's kinds.
 
-    summary: the command's line in the list of commands; None: the line of COMMANDS. takes: the arguments before the
-    options in the usage line.
+    Args:
+        summary: the command's line in the list of commands. None means the line of COMMANDS.
+        takes: the arguments before the options in the usage line.
     """
     return subparsers.add_parser(
         command.split()[-1],

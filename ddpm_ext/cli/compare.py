@@ -42,8 +42,9 @@ def add_parser(commands: Subparsers) -> None:
 def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, *, seeds: str) -> Any:
     """Adds the options that `compare` and `tune` share, and returns the group of output options.
 
-    counts: the name of the option for the numbers of calls; counts_help: its help text. seeds: the help text of
-    --seeds.
+    Args:
+        counts, counts_help: the name and the help text of the option for the numbers of calls.
+        seeds: the help text of --seeds.
     """
     group = parser.add_argument_group("what to sample")
     add_model(group)

@@ -28,7 +28,9 @@ _TAKES = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpain
 def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
     """Adds the options of clipping the predicted x_0 to a group.
 
-    threshold: whether dynamic thresholding is one of them. clips: whether x_0 is clipped by default.
+    Args:
+        threshold: whether dynamic thresholding is one of them.
+        clips: whether x_0 is clipped by default.
     """
     ways = group.add_mutually_exclusive_group()
     clip = f"range that the predicted x_0 is clipped to (default: {'-1 1' if clips else 'none'})"

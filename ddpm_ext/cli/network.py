@@ -20,7 +20,7 @@ from ddpm_ext.training.load_run import TakesClassLabels, network_of
 
 @dataclass(frozen=True, kw_only=True)
 class RunModel(LoadedModel):
-    """A model that training.load has loaded. sha256: of its diffusion's settings and weights."""
+    """A model that training.load has loaded. `sha256` is the hash of its diffusion's settings and weights."""
 
     sha256: str
 

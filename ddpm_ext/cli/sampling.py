@@ -139,7 +139,9 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     options.num becomes the number of samples to draw. If the options have neither a sampler nor a table, a default is
     chosen, which tell_choice prints.
 
-    pictures: whether the command will write pictures, which need pillow. latents: as for load.
+    Args:
+        pictures: whether the command will write pictures, which need pillow.
+        latents: as for load.
     """
     check_device(options.device)
     if pictures:
@@ -249,7 +251,9 @@ def are_finite(samples: torch.Tensor) -> list[bool]:
 def refuse_not_finite(wrong: int, count: int, out: str | os.PathLike[str]) -> None:
     """Raises ValueError if `wrong`, the number of samples that are not finite, is above 0.
 
-    count: the number of all samples. out: the file or folder to which all samples have been written.
+    Args:
+        count: the number of all samples.
+        out: the file or folder to which all samples have been written.
     """
     if wrong:
         raise ValueError(

@@ -93,7 +93,9 @@ def _given(line: list[str], names: set[str]) -> dict[str, Any]:
 def _add_option(standard: training.TrainOptions, group: Any, name: str, help_text: str, **more: Any) -> None:
     """Adds a field of TrainOptions to a group of options, with its default and its limits or choices.
 
-    standard: the options that have the defaults. more: further or overriding arguments of argparse's add_argument.
+    Args:
+        standard: the options that have the defaults.
+        more: further or overriding arguments of argparse's add_argument.
     """
     default = getattr(standard, name)
     if name in CHOICES:

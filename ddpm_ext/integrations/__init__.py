@@ -78,7 +78,7 @@ def accelerate(
 
     `obj` itself is not changed. The copy is of a subclass of obj's class and shares its model and parameters. A call
     that has no fused form runs the library's own code, and so does a step that a user has overridden. A warning gives
-    the reason, once for each reason, and `.accelerated.fallbacks` has it, too. The repr shows that the object is
+    the reason, once for each reason, and `.accelerated.fallbacks` stores it. The repr shows that the object is
     accelerated, with its fused calls and fallbacks so far.
 
     Args:
@@ -98,7 +98,7 @@ def accelerate(
             torch.manual_seed makes a run repeatable.
         sample_ids: for "philox", the first sample's id in the first loop. Or an int64 tensor, (batch,), with the ids of
             every loop. With a seed, all loops then have the same noise.
-        trace: whether to replace steps that a user wrote, too. In the first loop of each shape, dtype and setting the
+        trace: whether to replace also steps that a user wrote. In the first loop of each shape, dtype and setting the
             user's code runs, and the loop gets its results. If the traced rows agree in every step, they take later
             loops. They miss later changes of a global that the step reads, branches on the samples' values that the
             first loop did not take, and side effects such as writing a log.

@@ -122,7 +122,7 @@ def result_of(attempted: Result | Fallback) -> Result:
 def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any = None) -> Result:
     """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object have no such cache.
 
-    Raises the Fallback that make() raises, which is cached, too.
+    Raises the Fallback that make() raises, and caches it.
 
     Args:
         values: the objects whose ids are in the key. The cache keeps them alive, because Python could give the id of a

@@ -5,8 +5,8 @@
 
 The model is a denoiser, model(x, sigma, **extra_args), which returns the predicted clean sample; sigma has shape
 (batch,). k-diffusion need not be installed: the rows are those of ddpm_ext's samplers, for samples x0 + sigma eps.
-Other samplers of k-diffusion, if it is installed, and functions of the caller are traced. A step table can be a
-sampler, too.
+Other samplers of k-diffusion, if it is installed, and functions of the caller are traced. A step table can also
+be a sampler.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _state(function: Callable[..., Any]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCall:
-    """The arguments of a call of a sampler; see k_diffusion.sampler. `options` are the sampler's own arguments."""
+    """The arguments of a call of a sampler, see k_diffusion.sampler. `options` are the sampler's own arguments."""
 
     options: dict[str, Any]
     model: Callable[..., Tensor]

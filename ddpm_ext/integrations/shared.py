@@ -45,7 +45,7 @@ class Accelerated:
     Attributes:
         library: the peer's name, for warnings.
         replaces: the peer's methods that the mixin replaces.
-        relies_on: the peer's methods that the replaced methods call, and whose work the fused code does, too. If a user
+        relies_on: the peer's methods that the replaced methods call, and whose work the fused code also does. If a user
             has overridden a method of `replaces` or `relies_on`, the object's own code runs.
     """
 

@@ -151,7 +151,7 @@ class Loop:
         return self.x
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
-        # A row may read the oldest tensor of history and then overwrite it, so that tensor is restored, too.
+        # A row may read the oldest tensor of history and then overwrite it, so that tensor is also restored.
         kept = [call.inputs["history_out"]] if "history_out" in call.inputs else []
         graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *kept]))
 

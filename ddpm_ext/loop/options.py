@@ -215,7 +215,7 @@ def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Met
 
     Args:
         source: the function that takes the options.
-        without: options that the method does not take. The method's own arguments are left out, too.
+        without: options that the method does not take. The method's own arguments are also left out.
     """
 
     def decorate(method: Method) -> Method:

@@ -120,7 +120,10 @@ def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
 def _check_sample(kept: int, products: int, text: str, name: str) -> None:
     """Raises ValueError, naming `name`, if a sample takes too much memory or time.
 
-    kept: the float32 numbers in memory. products: the multiplications. text: the sample's size, for the message.
+    Args:
+        kept: how many float32 numbers are in memory.
+        products: how many multiplications a sample takes.
+        text: the sample's size, for the message.
     """
     if 4 * kept > _BYTES:
         raise ValueError(

@@ -71,7 +71,7 @@ def fits(built: dict[str, Any]) -> bool:
 
 
 def load() -> tuple[ModuleType, dict[str, Any]]:
-    # Only in this package's folder: the finder of an editable install would return its module for any other copy, too.
+    # Searches only this package's folder: an editable install's finder would return its module for any other copy.
     spec = PathFinder.find_spec(NAME, sys.modules["ddpm_ext"].__path__)
     if spec is None or spec.origin is None:
         raise ImportError(missing(), name=NAME)

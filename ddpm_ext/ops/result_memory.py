@@ -45,8 +45,10 @@ def memory_info() -> dict[str, int]:
     """The size of the pool of results on a CPU, in bytes.
 
     Returns:
-        limit: the limit of free memory in the pool; 0 means that results come from torch's allocator. kept: the free
-        memory in the pool. kept_blocks: the number of free blocks. used: the memory of results that are alive.
+        limit: the limit of free memory in the pool. 0 means that results come from torch's allocator.
+        kept: the free memory in the pool.
+        kept_blocks: the number of free blocks.
+        used: the memory of results that are alive.
 
     Examples:
         >>> sorted(memory_info())

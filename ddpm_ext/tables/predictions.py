@@ -23,8 +23,9 @@ HUGE = 2.0**100
 class Levels(NamedTuple):
     """The levels of signal and noise where steps start.
 
-    alphas_cumprod: (rows,). of_x0, of_x: (rows,), the weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), eq. (7)
-    of Ho et al. 2020.
+    Attributes:
+        alphas_cumprod: (rows,).
+        of_x0, of_x: (rows,), the weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020.
     """
 
     alphas_cumprod: Tensor

@@ -14,8 +14,12 @@ from torch import Tensor
 class ColumnDiff(NamedTuple):
     """The difference between one column of two tables.
 
-    rows: the number of rows that differ; first: the first of them; here, there: its values in both tables; absolute:
-    the largest |here - there| of all rows; relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
+    Attributes:
+        rows: the number of rows that differ.
+        first: the first row that differs.
+        here, there: the first row's values in the two tables.
+        absolute: the largest |here - there| of all rows.
+        relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim
@@ -33,7 +37,7 @@ class ColumnDiff(NamedTuple):
 
 @dataclass(frozen=True)
 class TableDiff:
-    """The difference between two tables: false if they are equal; as a string, a report.
+    """The difference between two tables. It is false if they are equal. As a string, it is a report.
 
     Attributes:
         rows: the number of rows of each table.

@@ -3,7 +3,7 @@
 The function is called with a model of ours. A step lies between two calls of this model: the result of the step is the
 sample of the next call, or the function's return value. To choose a step's sample, our model writes it into the tensor
 that it was called with. If that tensor is a copy, the function does not see the write: the step goes on with the
-previous step's result. Tracing can handle that, too, but may refuse steps that read several earlier samples.
+previous step's result. Tracing can also handle that, but may refuse steps that read several earlier samples.
 """
 
 from __future__ import annotations

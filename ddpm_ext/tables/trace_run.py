@@ -45,7 +45,7 @@ class GIVEN:
 
 
 class Result(NamedTuple):
-    """What a step returned: the class, and the name of its second tensor; None if it returned only the next sample."""
+    """The class of a step's result, and the name of its second tensor, None if there is only the next sample."""
 
     cls: type
     name: str | None

@@ -15,8 +15,10 @@ LEAST = 1e-20  # a variance is clamped to this before its logarithm is taken
 class Posterior(NamedTuple):
     """The bounds of a reverse step's variance, for descending rows: (rows,), float64.
 
-    small: the variance of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020. large: beta. ends: whether the last row is the
-    last step of a process, which adds no noise.
+    Attributes:
+        small: the variance of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020.
+        large: beta.
+        ends: whether the last row is the last step of a process, which adds no noise.
     """
 
     small: Tensor
@@ -40,8 +42,10 @@ class NoiseColumns(NamedTuple):
 class FixedVariance(NamedTuple):
     """The variances of a schedule's reverse steps where the model doesn't return them: (timesteps,), float64.
 
-    variance: the posterior's is 0 at t = 0. log_variance: the logarithm; the posterior's is clamped at t = 0. finite:
-    the variance, but at t = 0 the posterior's variance of t = 1, so that the log-likelihood at t = 0 is finite.
+    Attributes:
+        variance: the posterior's is 0 at t = 0.
+        log_variance: the logarithm. The posterior's is clamped at t = 0.
+        finite: the variance, at t = 0 the posterior's variance of t = 1, so that the log-likelihood is finite there.
     """
 
     variance: Tensor

@@ -189,7 +189,9 @@ def _described(folder: Path) -> dict[str, Any]:
 class _Parts(NamedTuple):
     """The parts of a model.
 
-    path: the file with the weights. config: the model's class ("class") and, if known, its configuration.
+    Attributes:
+        path: the file with the weights.
+        config: the model's class ("class") and, if known, its configuration.
     """
 
     weights: dict[str, Tensor]

@@ -66,7 +66,9 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
 def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> dict[str, Any]:
     """The configuration of a UNet2DModel that the options describe.
 
-    shape: (channels, height, width) of the images. classes: the number of class embeddings, or None.
+    Args:
+        shape: (channels, height, width) of the images.
+        classes: the number of class embeddings, or None.
     """
     _, height, width = shape
     smallest = 2 ** (len(options.widths) - 1)
@@ -76,7 +78,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
             f"{smallest} for {len(options.widths)} widths"
         )
     levels = range(len(options.widths))
-    for level in {*options.attention, levels[-1]}:  # the middle block, at the last level, has attention, too
+    for level in {*options.attention, levels[-1]}:  # the middle block, at the last level, also has attention
         if options.widths[level] < options.head_channels:
             raise ValueError(
                 f"widths: got {options.widths[level]} at level {level}, which has attention, expected at least "

@@ -134,7 +134,8 @@ class TrainingStep:
     ) -> tuple[Tensor, Tensor]:
         """Updates the model; returns the losses before the multiplication by `weights`, and the gradient's norm.
 
-        weights: of the losses, (samples,). draw: the number of the noise's draw.
+        weights: the weights of the losses, (samples,).
+        draw: the number of the noise's draw.
         """
         self.state.optimizer.zero_grad(set_to_none=True)
         losses = torch.cat([self._backward(part, x_start, t, weights, draw, labels) for part in self.parts])

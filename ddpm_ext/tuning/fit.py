@@ -71,7 +71,9 @@ def inverse_errors(error: Tensor) -> Tensor:
 class State:
     """The state of a batch before a row.
 
-    x: the samples. kept: the clean samples that earlier rows predicted, the newest first.
+    Attributes:
+        x: the samples.
+        kept: the clean samples that earlier rows predicted, the newest first.
     """
 
     loops: Loops

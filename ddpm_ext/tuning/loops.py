@@ -34,7 +34,7 @@ class CountedModel:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one batch. noise: standard normal; the first level's deviation multiplies it."""
+    """The samples of one batch. `noise` is standard normal, before the first level's deviation multiplies it."""
 
     loops: Loops
     rng: Philox

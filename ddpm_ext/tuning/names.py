@@ -30,8 +30,9 @@ Name = tuple[str, str, int]  # sampler, spacing, steps
 class Named(Errors):
     """The errors of a named sampler.
 
-    sampler, spacing, steps, eta: the options of its loop; eta is None for a sampler without it. calls: the number of
-    model calls.
+    Attributes:
+        sampler, spacing, steps, eta: the options of its loop. eta is None for a sampler without it.
+        calls: the number of model calls.
 
     Examples:
         >>> from ddpm_ext.tuning import Tuner

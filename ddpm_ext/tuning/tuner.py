@@ -46,7 +46,9 @@ REACHED, MORE = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 class Tuned:
     """A tuned table and its report.
 
-    table: for `sampler=` of a loop, or StepTable.save. report: the table's errors, and those of the named samplers.
+    Attributes:
+        table: for `sampler=` of a loop, or StepTable.save.
+        report: the table's errors, and those of the named samplers.
 
     Examples:
         >>> from ddpm_ext.tuning import tune

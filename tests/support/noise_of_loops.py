@@ -41,7 +41,7 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1], strict=True))
         if seed is None:
             unrelated([*runs[0], *runs[2]])
-            torch.manual_seed(1)  # repeats with the same object, too
+            torch.manual_seed(1)  # repeats also with the same object
             assert torch.equal(loop(obj), runs[0][0])
         else:
             assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[2], strict=True))

@@ -27,8 +27,8 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
   const PhiloxKeys keys = *run.keys;
   const int64_t count = run.count;
   if constexpr (kNoise == Noise::drawn && std::is_base_of_v<PixelsRun, Run>) {
-    // A large body is faster if it comes before the next draw. So the step with options takes this path in logical
-    // order, too.
+    // A large body is faster if it comes before the next draw. So the step with options also takes this path in
+    // logical order.
     if (std::is_same_v<Run, StepRun> || run.channels > 1) {
       NoiseByPixels noise(run);
       const auto next = [&]() __attribute__((always_inline)) { return noise.next(); };

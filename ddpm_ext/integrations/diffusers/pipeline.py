@@ -70,7 +70,7 @@ class Pipeline(Accelerated):
         """
         reason, replaced = None, vars(self).get(name)
         self._note_end_of(replaced)
-        # An accelerated scheduler that its own class has created has no settings yet, so it is new, too.
+        # An accelerated scheduler that its own class has created has no settings yet, so it also is new.
         is_new = "_acceleration" not in vars(value) if isinstance(value, Accelerated) else True
         if is_scheduler(type(value)) and is_new:
             settings = self._settings_in_place_of(replaced)

@@ -136,7 +136,7 @@ class CachedRows(NamedTuple):
 def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: BoundedCache[Any]) -> CachedRows:
     """The cache entry of a loop's rows. If no scheduler had the same state before, the loop is traced.
 
-    A loop that could not be traced has an entry, too, and is not tried again.
+    A loop that could not be traced also has an entry, and is not tried again.
 
     Args:
         state: the attributes of an accelerated object of the class.
@@ -212,7 +212,7 @@ def _content(value: Any) -> object:
 def _recording_reads(scheduler: Any, read: set[str]) -> Any:
     """Makes the scheduler add to `read` the names of attributes that are read before they are written.
 
-    Copies of the scheduler add them, too.
+    Copies of the scheduler also add them.
     """
     cls, written = type(scheduler), set()
 

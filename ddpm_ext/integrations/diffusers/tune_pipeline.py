@@ -58,7 +58,7 @@ def tune_pipeline(
 
     Args:
         pipe: the pipeline, which is not changed. Its scheduler tells the model's prediction and the levels.
-        prompts: the runs take these in turn. None for a pipeline without an argument `prompt`.
+        prompts: the runs take these in turn. Empty for a pipeline without an argument `prompt`.
         steps: calls of the model, from 2 to teacher_steps / 4.
         teacher_steps: at most the number of the scheduler's training timesteps.
         seeds: the number of runs to fit to. As many others are held out. Each takes the memory of teacher_steps samples

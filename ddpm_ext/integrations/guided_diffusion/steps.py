@@ -31,7 +31,7 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-FLOAT32 = (torch.float32,)  # The peer's results are float32 for other dtypes, too, because of its float32 tables.
+FLOAT32 = (torch.float32,)  # The peer's results are also float32 for other dtypes, because of its float32 tables.
 OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
 GRADIENT = "a gradient is asked for through a step"
 
@@ -95,7 +95,7 @@ def _take_step(
         row: in a loop, the timestep as an int.
         model_t: in a loop, the timesteps that the model gets, (batch,).
         rng: in a loop, the generator of its noise.
-        with_x0: whether to return the predicted clean samples, too.
+        with_x0: whether to also return the predicted clean samples.
     """
     clip = (-1.0, 1.0) if args.clip_denoised else None
     denoised_fn, cond_fn, model_kwargs = args.denoised_fn, getattr(args, "cond_fn", None), args.model_kwargs
@@ -148,7 +148,7 @@ def _take_step(
         needed = prediction if ddpm and fused.prediction == "x_prev" else None
 
     draws = method != "ddim_reverse_sample" and peer.accelerated.noise == "torch"
-    if draws and ddpm:  # drawn before the call of cond_fn, as in the peer, because cond_fn may draw, too
+    if draws and ddpm:  # drawn before the call of cond_fn, as in the peer, because cond_fn may also draw
         noise = torch.randn_like(x)
     if cond_fn is not None:
         gradient = results["cond_fn"] = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)

@@ -46,8 +46,10 @@ def jumps(timestep: Tensor, now: Tensor, after: Tensor) -> Jumps:
 class Correction(NamedTuple):
     """The second rows of the n steps that have two rows, (n,) each.
 
-    calls: the levels where the model is called. of_x0, of_x, of_first: the weights of x0, x and the first row's x0, for
-    x and the next sample divided by sqrt(alphas_cumprod).
+    Attributes:
+        calls: the levels where the model is called.
+        of_x0, of_x, of_first: the weights of x0, x and the first row's x0, for x and the next sample divided by
+            sqrt(alphas_cumprod).
     """
 
     calls: Jumps
