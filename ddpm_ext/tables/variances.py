@@ -45,7 +45,7 @@ class FixedVariance(NamedTuple):
     Attributes:
         variance: the posterior's is 0 at t = 0.
         log_variance: the logarithm. The posterior's is clamped at t = 0.
-        finite: the variance, at t = 0 the posterior's variance of t = 1, so that the log-likelihood is finite there.
+        finite: the variance, but at t = 0 the posterior's variance of t = 1. This makes the log-likelihood finite.
     """
 
     variance: Tensor
