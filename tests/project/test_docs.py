@@ -1,5 +1,6 @@
 """The code in the documentation runs, and its tables are right."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -87,3 +88,14 @@ def test_every_promise_has_a_test(root):
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (root / "docs" / "developers" / "guarantees.md").read_text())
     assert len(named) > 20
     assert not [f"{path}::{name}" for path, name in named if f"def {name}(" not in (root / path).read_text()]
+
+
+def test_messages_on_the_page_of_troubles_are_in_the_source(root):
+    """In both, three dots stand for each part that varies."""
+    texts = []
+    for tree in (ast.parse(path.read_text()) for path in (root / "ddpm_ext").rglob("*.py")):
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)):
+            texts.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+    quoted = re.findall(r"^\| `([^`]+)`", (root / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) == 10
+    assert [message for message in quoted if not any(message.strip(" .") in text for text in texts)] == []
