@@ -103,6 +103,7 @@ ARGUMENTS = [
     (lambda: repaint(StepTable([1, 0], *[[0, 0]] * 4)), ValueError, "table does not descend"),
     (lambda: repaint(SAMPLERS["dpmpp_2m"](GRID)), ValueError, "table has history"),
     (lambda: ddim(GRID, eta=MOST + 1e-4), ValueError, rf"in step 0, from timestep 900, .* expected at most {MOST}$"),
+    (lambda: ddim(GRID, eta=3 * MOST), ValueError, rf"expected at most {MOST}$"),
     (lambda: ddim(UP, eta=0.5), ValueError, "grid's step 0, from timestep 1, goes up to more noise"),
     (lambda: ddpm(UP), ValueError, "grid's step 0, from timestep 1, goes up to more noise, expected steps down"),
     (lambda: linear_quadratic(4, linear_steps=5), ValueError, "linear_steps is 5, expected 1 <= linear_steps < 5"),

@@ -104,7 +104,8 @@ def test_edm(grid, clip, churn):
 @clips
 @grids
 @pytest.mark.parametrize(
-    "intervals", [None, [(4, 1, 0.5, 3.0)], [(3, 2, 0.06, 0.3), (2, 3, 1.0, 2.0)], [(5, 1, 2.0, 90.0)], []]
+    "intervals",
+    [None, [(4, 1, 0.5, 3.0)], [(3, 2, 0.06, 0.3), (2, 3, 1.0, 2.0), (2, 1, 0.055, 1.0)], [(5, 1, 2.0, 90.0)], []],
 )
 def test_restart(grid, clip, intervals):
     """Xu et al. 2023, section 3. Noise leads from t_min to t_max in the launch of the step before."""
