@@ -13,7 +13,7 @@ from support import fake_cuda
 from support.command_line import call, check_refused, save_tiny
 from support.sampling_values import write_inputs
 
-from ddpm_ext import GaussianDiffusion, Guidance
+from ddpm_ext import GaussianDiffusion
 from ddpm_ext.cli import loop_inputs
 from ddpm_ext.cli.main import build_parser
 from ddpm_ext.loop import loop
@@ -115,13 +115,8 @@ def test_one_capture_for_each_shape(pets, files, tmp_path, monkeypatch, captures
     assert np.array_equal(*found) and len(captures) == 2 and len(np.unique(found[0].reshape(3, -1), axis=0)) == 3
 
 
-def test_guidance_with_its_options_and_no_clip():
-    parse = build_parser().parse_args
-    assert loop_inputs.clip_of(parse(["sample", "--no-clip"])) is False
-    assert loop_inputs.clip_of(parse(["invert", "a.png"])) is False
-    assert loop_inputs.clip_of(parse(["bits-per-dim", "a.png"])) is True
-    given = ["sample", "--guidance", "2", "--guidance-rescale", "0.7", "--guidance-interval", "5", "9"]
-    assert loop_inputs.guidance_of(parse(given)) == Guidance(2.0, rescale=0.7, interval=(5.0, 9.0))
+def test_inversion_clips_nothing_by_default():
+    assert loop_inputs.clip_of(build_parser().parse_args(["invert", "a.png"])) is False
 
 
 BAD = [

@@ -13,21 +13,6 @@ from ddpm_ext.models.folder import WEIGHTS
 Image = pytest.importorskip("PIL.Image")
 
 
-def test_seed_and_sampler_decide(tiny, tmp_path):
-    def drawn(*more):
-        assert call("sample", "--model", tiny, "--num", 2, "--out", tmp_path / "a.npz", "--quiet", *more) == 0
-        return np.load(tmp_path / "a.npz")["arr_0"].astype(int)
-
-    first = drawn()
-    assert np.array_equal(drawn("--seed", 0), first)
-    ddim = ("--sampler", "ddim", "--steps", 4)
-    others = [("--seed", 1), ("--steps", 7), ddim, (*ddim, "--eta", 1.0), (*ddim, "--spacing", "trailing")]
-    for other in (*others, ("--spacing", "3,4")):
-        assert abs(drawn(*other) - first).max() > 5
-    assert abs(drawn("--backend", "reference") - first).max() <= 1
-    assert abs(drawn("--dtype", "bfloat16") - first).mean() < 10
-
-
 @pytest.mark.slow
 def test_compiled_model_draws_the_same_and_the_process_ends(tiny, tmp_path, monkeypatch):
     """Also where torch finds the compiled code of an earlier run; its workers for compiling leave no error behind."""

@@ -163,8 +163,6 @@ def test_compare_shows_the_best_and_where_the_others_are(model, tmp_path, capsys
     errors = [float(line[-1].rstrip("*")) for line in shown]
     assert 1 < len(shown) <= 10 and errors == sorted(errors) and shown[0][-1].endswith("*")
     assert lines[-1] == str(tmp_path / "compare.png") and (tmp_path / "compare.png").is_file()
-    assert call("compare", "--model", model, *given, "--autocast", "bfloat16") == 0
-    assert capsys.readouterr().out.splitlines()[1] != lines[1]  # the error of the many steps
 
 
 def test_wrong_input_is_found_before_the_model_runs(model, tiny, tmp_path, capsys):

@@ -65,8 +65,10 @@ def loop(gd):
     return x
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("change", CHANGES)
+# Each change at one step, which is harder to see than at every step, and one change at each of WHEN.
+@pytest.mark.parametrize(
+    "change, when", [*((change, "one step") for change in CHANGES), *(("std", when) for when in WHEN)]
+)
 @pytest.mark.filterwarnings("ignore:p_sample runs the own code")
 def test_a_step_that_is_no_row_runs_as_it_is(change, when):
     """Otherwise the rows would give other images than the class does."""

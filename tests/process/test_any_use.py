@@ -148,8 +148,11 @@ def test_any_calls(choose):
     by_betas = not PREDICTIONS[prediction].any_step  # which the flow schedule has none of
     schedule = choose.one_of([name for name in SCHEDULES if not (by_betas and name == "flow")], "schedule")
 
+    variance = choose.one_of(["fixed_small", "fixed_large"], "variance")
+    backend = choose.one_of(["fused", "fused", "reference"], "backend")
+
     def make():
-        return GaussianDiffusion(50, schedule, prediction=prediction)
+        return GaussianDiffusion(50, schedule, prediction=prediction, variance=variance, backend=backend)
 
     with warnings.catch_warnings(action="ignore"):  # capture() on the CPU
         same_calls(choose, Diffusion(make), New(make), 24, 0.0)

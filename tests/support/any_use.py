@@ -15,6 +15,7 @@ from torch import Tensor
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "the same": lambda x: x,
+    "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
 }
