@@ -239,23 +239,10 @@ def test_other_tables_are_refused():
 
 
 @own_code
-def test_rows_are_the_objects_own_tables():
-    """Whatever numbers the tables hold, as the class's code reads them; after a change, the methods are tried again."""
+def test_a_table_that_becomes_half_is_the_classs_own():
     plain, model = GaussianDiffusion(50), Net()
-    plain.posterior_log_variance_clipped = plain.betas.log()  # the larger variance
-    plain.posterior_mean_coef1 = plain.posterior_mean_coef1 * 1.5
     x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
-
-    def step():
-        return same(fast, plain, lambda gd: gd.p_sample(model, x, t))[0]
-
-    first = step()
-    fast.posterior_mean_coef2 = plain.posterior_mean_coef2 = plain.posterior_mean_coef2 * 0.5
-    second = step()
-    fast.posterior_mean_coef2.mul_(3)  # shared, like all of them
-    assert not torch.equal(first, second) and not torch.equal(step(), second)
-    assert fast.accelerated.fallbacks == {}
     fast.posterior_mean_coef2 = plain.posterior_mean_coef2 = plain.posterior_mean_coef2.half()
-    step()
+    same(fast, plain, lambda gd: gd.p_sample(model, x, t))
     assert fast.accelerated.fallbacks == {"p_sample": "its posterior_mean_coef2 is no tensor of float32 or float64"}

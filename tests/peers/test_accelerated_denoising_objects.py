@@ -256,30 +256,11 @@ def test_the_object(device):
     assert plain.training and plain.betas.dtype == torch.float32 and type(plain) is peer.GaussianDiffusion
 
 
-def test_rows_follow_the_buffers_and_the_objective():
-    """Also where a buffer is replaced, written to or loaded; the rows from before are found again."""
-    plain, other = make(timesteps=20), make(timesteps=20, beta_schedule="cosine")
-    fast = accelerate(plain)
-    x = torch.randn(SHAPE)
-
-    def same(gd):
-        ours, theirs = (seeded(1, lambda gd=gd: gd.p_sample(x, 10)[0])[0] for gd in (fast, gd))
-        torch.testing.assert_close(ours, theirs)
-        return ours
-
-    first = same(plain)
-    fast.load_state_dict(other.state_dict())
-    other.model = plain.model
-    assert not torch.equal(same(other), first)
-    fast.posterior_mean_coef1 = other.posterior_mean_coef1 = other.posterior_mean_coef1 * 0.5
-    same(other)
-    fast.posterior_mean_coef1.mul_(2)
-    same(other)
-    fast.objective = other.objective = "pred_noise"
-    same(other)
+def test_an_unknown_objective_fails_as_in_the_peer():
+    fast = accelerate(make(timesteps=20))
     fast.objective = "pred_else"
     with pytest.raises(UnboundLocalError), pytest.warns(match="its objective is 'pred_else'"):
-        fast.p_sample(x, 10)
+        fast.p_sample(torch.randn(SHAPE), 10)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])

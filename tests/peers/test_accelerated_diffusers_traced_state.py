@@ -166,17 +166,6 @@ def test_another_loop_without_set_timesteps(name):
     same(run(ours), run(plain))
 
 
-@pytest.mark.parametrize("name", TRACED)
-@pytest.mark.filterwarnings("error:step runs the own code")
-def test_set_timesteps_in_the_middle_of_a_loop(name):
-    """What the steps before left is not read by the loop after it."""
-    results = []
-    for scheduler in (make(name), accelerate(make(name))):
-        loop(scheduler, 10, stop=3)
-        results.append([x[0] for x in loop(scheduler, 10)[0]])
-    same(*reversed(results))
-
-
 @pytest.mark.parametrize("name", [HISTORY, ALONE, "KDPM2DiscreteScheduler"])
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.filterwarnings("error:step runs the own code")

@@ -4,7 +4,7 @@ library's own."""
 import itertools
 
 import torch
-from support.accelerated_guided import LIBRARIES, PREDICTIONS, SHAPE, VARIANCES, cond_fn, make, model_of
+from support.accelerated_guided import LIBRARIES, PREDICTIONS, SHAPE, VARIANCES, cond_fn, learned, make, model_of
 from support.any_use import Subject, same_calls
 from support.choices import for_many
 
@@ -19,7 +19,7 @@ class Guided(Subject):
     def __init__(self, diffusion, library, variance, prediction):
         super().__init__(diffusion)
         self.variance, self.guided = variance, library == "guided_diffusion"
-        self.from_x = prediction == "PREVIOUS_X"
+        self.from_x, self.follow_from_betas = prediction == "PREVIOUS_X", True
         self.x, self.model = self.normal(*SHAPE, seed=2), model_of(variance)
 
     def options(self, choose):
@@ -29,14 +29,17 @@ class Guided(Subject):
             options["cond_fn"] = cond_fn
         return options
 
-    def loop(self, choose):
+    def loop(self, choose, kind="_progressive"):
         name = choose.one_of(["p_sample_loop", "ddim_sample_loop"], "loop")
         options = self.options(choose)
         if name == "ddim_sample_loop" and not self.from_x:
             options["eta"] = choose.one_of([0.0, 0.5], "eta")
-        return getattr(self.diffusion, name + "_progressive")(self.model, SHAPE, device="cpu", **options)
+        return getattr(self.diffusion, name + kind)(self.model, SHAPE, device="cpu", **options)
 
     def do_loop(self, choose):
+        return self.loop(choose, kind="")
+
+    def do_progressive_loop(self, choose):
         *_, last = self.loop(choose)
         return [last["sample"], last["pred_xstart"]]
 
@@ -62,11 +65,26 @@ class Guided(Subject):
         return [losses[key] for key in sorted(losses)]
 
     def do_change_of_a_table(self, choose):
+        self.follow_from_betas = False
         name, by_hand = choose.one_of(TABLES, "table"), choose.one_of([True, False], "in place")
         if by_hand:
             getattr(self.diffusion, name)[3:6] *= 0.99
         else:
             setattr(self.diffusion, name, getattr(self.diffusion, name) * 0.99)
+
+    def do_change_of_a_setting(self, choose):
+        name, kinds = choose.one_of(["variance", "prediction", "rescale", "betas"], "setting"), self.diffusion
+        if name == "variance":
+            found = choose.one_of([kind for kind in VARIANCES if learned(kind) == learned(self.variance)], name)
+            kinds.model_var_type = type(kinds.model_var_type)[found]
+        elif name == "prediction":
+            found = choose.one_of(PREDICTIONS, name)
+            kinds.model_mean_type, self.from_x = type(kinds.model_mean_type)[found], found == "PREVIOUS_X"
+        elif name == "rescale":
+            kinds.rescale_timesteps = choose.one_of([False, True], name)
+        elif not hasattr(kinds, "timestep_map"):
+            same = {name: getattr(kinds, name) for name in ("model_mean_type", "model_var_type", "loss_type")}
+            kinds.__init__(betas=0.9 * kinds.betas, **same)
 
 
 @for_many(60)
@@ -79,4 +97,6 @@ def test_any_calls(choose):
         diffusion = make(prediction, variance, spacing=spacing, timesteps=timesteps, library=library, schedule="cosine")
         return Guided(of(diffusion), library, variance, prediction)
 
-    same_calls(choose, subject(accelerate), subject(), 12, 1e-4)
+    ours = subject(accelerate)
+    same_calls(choose, ours, subject(), 12, 1e-4)
+    assert not ours.follow_from_betas or ours.diffusion.accelerated.fallbacks == {}
