@@ -46,8 +46,10 @@ def test_every_step_is_the_plain_loops(device, backend, sampler, case):
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance", "fixed_large"])
-@pytest.mark.parametrize("case", ["plain", "guidance", "cond_fn", "denoised_fn", "inpaint jumps"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    "case, sampler",
+    [*((c, "ddpm") for c in ("plain", "guidance", "cond_fn", "inpaint jumps")), ("denoised_fn", "ddim")],
+)
 @backends
 def test_variances(device, backend, sampler, case, variance):
     gd = make_diffusion(backend=backend, variance=variance)
@@ -62,13 +64,12 @@ def test_variances(device, backend, sampler, case, variance):
     check(gd, options, truth(gd, case, sampler, **expected), device, x0=case != "plain")
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @cases
-def test_split_batches(device, case, sampler):
+def test_split_batches(device, case):
     """The first two samples and the last two, with their ids, have the same bits alone and in one batch."""
     gd = make_diffusion()
     whole, first, second = (
-        gd.p_sample_loop(**ours(gd, case, sampler, device=device, part=part, record="all"))
+        gd.p_sample_loop(**ours(gd, case, device=device, part=part, record="all"))
         for part in (PART, slice(0, 2), slice(2, 4))
     )
     for x, *parts in zip(whole, first, second, strict=True):
