@@ -1,7 +1,9 @@
 """Accelerated objects of denoising-diffusion-pytorch: whatever was called before, they go on as the library's own."""
 
+import pytest
 import torch
-from support.accelerated_denoising import OBJECTIVES, SHAPE, Net, make
+from support.accelerated_denoising import OBJECTIVES, SHAPE, Net, make, peer
+from support.accelerated_tutorial import record_bars
 from support.any_use import Subject, same_calls
 from support.choices import for_many
 
@@ -12,6 +14,9 @@ BUFFERS = ("posterior_mean_coef1", "sqrt_recip_alphas_cumprod", "loss_weight", "
 
 class Denoising(Subject):
     """The object draws from the global generators of torch and of Python."""
+
+    def state(self):
+        return [*super().state(), self.diffusion.model.calls]
 
     def do_sample(self, choose):
         self.diffusion.sampling_timesteps = choose.one_of([20, 7, 3], "sampling_timesteps")
@@ -37,7 +42,8 @@ class Denoising(Subject):
         return [loss.detach(), self.diffusion.model.last.weight.grad.clone()]
 
     def do_interpolate(self, choose):
-        return self.diffusion.interpolate(*self.normal(2, *SHAPE, seed=5), t=choose.integer(1, 19, "t"), lam=0.3)
+        t = choose.one_of([None, *range(1, 20)], "t")
+        return self.diffusion.interpolate(*self.normal(2, *SHAPE, seed=5), t=t, lam=0.3)
 
     def do_change_of_a_buffer(self, choose):
         name, by_hand = choose.one_of(BUFFERS, "buffer"), choose.one_of([True, False], "in place")
@@ -58,5 +64,7 @@ def test_any_calls(choose):
     self_condition, objective = choose.one_of([False, True], "self_condition"), choose.one_of(OBJECTIVES, "objective")
     theirs, ours = (make(objective, Net(self_condition), **options) for _ in range(2))
     ours = Denoising(accelerate(ours))
-    same_calls(choose, ours, Denoising(theirs), 12, 1e-4)
-    assert ours.diffusion.accelerated.fallbacks == {}
+    with pytest.MonkeyPatch.context() as patch:
+        bars = record_bars(patch, peer)
+        same_calls(choose, ours, Denoising(theirs), 12, 1e-4)
+    assert bars[::2] == bars[1::2] and ours.diffusion.accelerated.fallbacks == {}

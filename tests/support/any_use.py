@@ -92,7 +92,8 @@ def same(ours: Any, theirs: Any, bound: float, what: str) -> None:
     elif not theirs.is_floating_point():
         assert torch.equal(ours, theirs), what
     else:
-        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), what
+        kinds = [(x.dtype, x.shape, x.is_inference()) for x in (ours, theirs)]
+        assert kinds[0] == kinds[1], what
         size = max(1.0, theirs.abs().nan_to_num(posinf=0.0).max().item())
         options = {"rtol": 0, "atol": bound * size, "equal_nan": True}
         torch.testing.assert_close(ours, theirs, msg=lambda text: f"{what}: {text}", **options)
