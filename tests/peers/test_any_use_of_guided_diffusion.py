@@ -4,7 +4,17 @@ library's own."""
 import itertools
 
 import torch
-from support.accelerated_guided import LIBRARIES, PREDICTIONS, SHAPE, VARIANCES, cond_fn, learned, make, model_of
+from support.accelerated_guided import (
+    LIBRARIES,
+    LOSSES,
+    PREDICTIONS,
+    SHAPE,
+    VARIANCES,
+    cond_fn,
+    learned,
+    make,
+    model_of,
+)
 from support.any_use import Subject, same_calls
 from support.choices import for_many
 
@@ -62,7 +72,7 @@ class Guided(Subject):
 
     def do_training_losses(self, choose):
         losses = self.diffusion.training_losses(self.model, self.normal(*SHAPE, seed=5).clamp(-1, 1), self.t(choose))
-        return [losses[key] for key in sorted(losses)]
+        return [list(losses), losses["loss"] is losses.get("mse"), *losses.values()]
 
     def do_change_of_a_table(self, choose):
         self.follow_from_betas = False
@@ -91,10 +101,12 @@ class Guided(Subject):
 def test_any_calls(choose):
     library, variance = choose.one_of(LIBRARIES, "library"), choose.one_of(VARIANCES, "variance")
     prediction, spacing = choose.one_of(PREDICTIONS, "prediction"), choose.one_of([None, "5,3,2"], "spacing")
+    loss = choose.one_of(LOSSES, "loss")
     timesteps = 10 if spacing is None else 100
 
     def subject(of=lambda diffusion: diffusion):
-        diffusion = make(prediction, variance, spacing=spacing, timesteps=timesteps, library=library, schedule="cosine")
+        how = {"spacing": spacing, "timesteps": timesteps, "library": library, "schedule": "cosine"}
+        diffusion = make(prediction, variance, loss, **how)
         return Guided(of(diffusion), library, variance, prediction)
 
     ours = subject(accelerate)
