@@ -97,7 +97,7 @@ class Guided(Subject):
             kinds.__init__(betas=0.9 * kinds.betas, **same)
 
 
-@for_many(60)
+@for_many(150)
 def test_any_calls(choose):
     library, variance = choose.one_of(LIBRARIES, "library"), choose.one_of(VARIANCES, "variance")
     prediction, spacing = choose.one_of(PREDICTIONS, "prediction"), choose.one_of([None, "5,3,2"], "spacing")
