@@ -35,7 +35,7 @@ def test_a_pipeline_of_pixels():
     assert pipe.scheduler is scheduler and scheduler.num_inference_steps is None
     assert report.fitted and report.error < 0.8 * report.best.error and report.seeds == report.held_out == 8
     assert {each.sampler for each in report.names} == {"unipc", "dpmpp_2m", "deis"}  # its own adds noise
-    assert report.names_calls == 3 * FEW["steps"] * FEW["seeds"] < report.model_calls
+    assert 0 < report.names_calls < report.model_calls - report.names_calls
     assert tuned.table.notes["prediction"] == "eps" and tuned.table.notes["clip"] == [-1.0, 1.0]
 
     # Another seed than any that it has seen, against many steps of another sampler.
