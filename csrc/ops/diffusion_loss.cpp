@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const Tensor& x = x_start.has_value() ? *x_start : noise.has_value() ? *noise : model_output;
   const char* x_name = x_start.has_value() ? "x_start" : noise.has_value() ? "noise" : "model_output";
   call.x_start.dtype = call.noise.dtype = check_sample(op, x_name, x);
-  CHECK_VALUE(!variational || x_start.has_value(), "x_start", " is missing, expected one beside variational");
+  CHECK_VALUE(!variational || x_start.has_value(), "x_start", " is missing, expected a tensor with variational");
   const bool doubled = variational && model_output.dim() > 1 && x.dim() > 1 && model_output.size(1) == 2 * x.size(1);
   const auto half = [&](const Tensor& whole, int64_t i) { return whole.narrow(1, i * x.size(1), x.size(1)); };
   const Tensor mean = doubled ? half(model_output, 0) : model_output;

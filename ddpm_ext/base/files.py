@@ -55,7 +55,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a new name beside `path`, with the same ending, to write to.
+    """Yields a new path to write to, in the folder of `path` and with the same ending.
 
     When the block ends without an exception, the file is flushed to the disk and renamed to `path`. Otherwise it is
     removed, and a file that was at `path` before is not changed. Missing parent folders are created.

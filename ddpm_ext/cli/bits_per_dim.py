@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_out(options.out, (".npz",))
     if options.no_classes and options.classes is not None:
-        raise ValueError(f"no-classes: got class {options.classes} beside it, expected one of the two")
+        raise ValueError(f"no-classes: got --class {options.classes}, expected one of the two")
     loaded = load(options)
     images, labels = _data(options, loaded.model.shape)
     # The bound is about the likelihood of 8-bit images, so images are rounded to 256 levels.

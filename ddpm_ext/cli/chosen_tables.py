@@ -82,7 +82,7 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
     for name, is_conflict in (conflicts | {"steps": options.table is not None and options.steps is not None}).items():
         if is_conflict:
             table_option = "a tuned table" if options.table is None else f"--table {options.table}"
-            raise ValueError(f"{name}: got {getattr(options, name)} beside {table_option}, which has rows of its own")
+            raise ValueError(f"{name}: got {getattr(options, name)}, expected none with {table_option}")
     scales = scales_of(options)
     if options.table is not None:
         tables = dict.fromkeys(scales, load_table(options.table))
@@ -102,7 +102,7 @@ def _tuned(options: argparse.Namespace, model: LoadedModel, scale: float | None)
         names, fitting = tuned.tables_in(model.folder), tuned.calls_in(model.folder, scale)
         makes = f"{tune_command(options, '4,6,8,10', scale)} makes some"
         raise ValueError(
-            f"steps: expected that of a tuned table beside --sampler tuned; {options.model} has "
+            f"steps: got none with --sampler tuned, expected a tuned table's; {options.model} has "
             f"{', '.join(names) or 'none'}; {f'type --steps {max(fitting)}' if fitting else makes}"
         )
     try:

@@ -48,7 +48,7 @@ def add_parser(commands: Subparsers) -> None:
         "to at most 16 by 16; or a function of yours, (batch, channels, height, width) in [-1, 1] -> (batch, features)"
     )
     parser.add_argument("--features", default=NAME, metavar=f"{NAME}|pixels|MODULE:FUNCTION", help=features)
-    out = "ends in .json (default: score.json in the folder, or beside the file)"
+    out = "ends in .json (default: score.json in the folder, or next to the file)"
     parser.add_argument("--out", metavar="FILE", help=out)
     parser.add_argument("--device", metavar="NAME", help=arguments.DEVICES)
     batch = "images at a time"
@@ -103,7 +103,7 @@ def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:
         images = Samples(data, "data")
     else:
         if height != width:
-            raise ValueError(f"samples: they are of {width} by {height} pixels, expected square ones beside {data}")
+            raise ValueError(f"samples: got {width} by {height} pixels, expected square ones with data {data}")
         images = load_images(data, height, channels)
     if images.shape != shape:
         kinds = ("x".join(map(str, sizes)) for sizes in (images.shape, shape))

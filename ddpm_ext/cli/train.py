@@ -182,7 +182,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("logit_mean", "mean of logit_normal; above 0 for more noise")
     add("logit_std", "standard deviation of logit_normal")
     add("mode_scale", "how much more often mode draws middle timesteps, -1 to 1.75")
-    add("vlb_weight", "weight of the variational bound beside the loss, for a learned variance")
+    add("vlb_weight", "weight of the variational bound in the loss, for a learned variance")
     add("offset_noise", "strength of noise that all pixels of a channel share")
     add("input_perturbation", "strength of further noise on the model's input only")
 

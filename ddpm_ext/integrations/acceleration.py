@@ -131,9 +131,9 @@ class Acceleration:
             Philox(0 if seed is None else seed, sample_ids)  # checks them
             return cls(noise, seed, sample_ids, trace=trace)
         if seed is not None:
-            raise ValueError(f"seed is {seed!r} beside noise 'torch', whose draws are the peer's: expected None")
+            raise ValueError(f"seed is {seed!r} with noise 'torch', expected None: torch draws the noise")
         if isinstance(sample_ids, Tensor) or sample_ids != 0:
-            raise ValueError(f"sample_ids is {sample_ids!r} beside noise 'torch', which has no sample ids: expected 0")
+            raise ValueError(f"sample_ids is {sample_ids!r} with noise 'torch', expected 0: torch draws the noise")
         return cls(noise, trace=trace)
 
     def of_stream(self, stream: int) -> Acceleration:
@@ -177,7 +177,7 @@ class Acceleration:
     @seed.setter
     def seed(self, seed: int | Tensor | None) -> None:
         if self.noise == "torch":
-            raise ValueError(f"seed is {seed!r} beside noise 'torch', whose draws are the peer's: expected 'philox'")
+            raise ValueError(f"seed is {seed!r} with noise 'torch', expected noise 'philox': torch draws the noise")
         if seed is not None:
             Philox(seed)  # checks it
         self._set(seed, self._sample_ids)
@@ -191,7 +191,7 @@ class Acceleration:
     @rng.setter
     def rng(self, rng: Philox | None) -> None:
         if (rng is None) != (self.noise == "torch"):
-            raise ValueError(f"rng is {rng} beside noise {self.noise!r}, expected one beside 'philox' alone")
+            raise ValueError(f"rng is {rng} with noise {self.noise!r}, expected a Philox with 'philox', else None")
         if rng is not None:
             if isinstance(rng, Philox) and rng.stream == self.stream:
                 rng = Philox(*rng.seed_and_ids(), draw=rng.draw)

@@ -104,9 +104,7 @@ class LoopOptionsTaker(PeerDiffusion):
             if name in LOOP_OPTIONS:
                 ours[name] = value
             elif value is not signature.parameters[name].default:
-                raise TypeError(
-                    f"{name} is {value!r} beside {sorted(ours)[0]}, expected options of p_sample_loop alone"
-                )
+                raise TypeError(f"{name} is {value!r} with {sorted(ours)[0]}, expected only options of p_sample_loop")
         try:
             diffusion = self._diffusion()
         except Fallback as fallback:

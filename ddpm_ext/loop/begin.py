@@ -109,9 +109,8 @@ class InitialSamples:
             levels = self._rows.device.find("start", image.device, checks.compute_dtype(self._dtype))
             if levels is None:
                 raise ValueError(
-                    "start is given beside a sampler whose table has no level (signal_now, noise_now) where its steps "
-                    "start, and whose timesteps are not the schedule's own; expected one that has, or a sampler by its "
-                    "name"
+                    "start is given with a sampler whose table has neither the levels signal_now and noise_now nor the "
+                    "schedule's timesteps, expected a table that has them, or a sampler's name"
                 )
             with torch.no_grad():
                 noised.append(self._ops.forward_process(image, levels, 0, rng=rng.of(STREAM_START, draw)))

@@ -99,7 +99,7 @@ class LoopOptions:
             raise ValueError(f"graph is {self.graph!r}, expected False, True, 'step' or 'loop'")
         if self.graph and self.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
-                f"compile is {self.compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
+                f"compile is {self.compile!r} with graph, expected one of the two: compile makes CUDA graphs itself"
             )
         self._check_strength()
         if self.sampler == "tuned":

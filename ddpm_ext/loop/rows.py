@@ -94,7 +94,7 @@ def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
         raise ValueError("cond_fn is given, expected a sampler whose table says g0 or g1, a gradient's weights")
     if options.self_condition and rows.doubles(options):
         raise ValueError(
-            "self_condition is given beside guidance without a function for the unconditional output, expected a "
+            "self_condition is True with guidance that has no function for the unconditional output, expected a "
             "Guidance that has one"
         )
 
@@ -135,7 +135,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     if isinstance(options.sampler, StepTable):
         for name in ("steps", "spacing", "timesteps", "eta"):  # the table determines these
             if (value := getattr(options, name)) is not None:
-                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
+                raise ValueError(f"{name} is {value!r} with a StepTable as sampler, expected None")
         check_schedule(process, options.sampler.to("cpu"))
         skipped = _skipped(len(options.sampler), options.strength)
         table = options.sampler[skipped:]
@@ -259,7 +259,7 @@ def _grid(process: Process, options: LoopOptions) -> Grid:
     steps, spacing = options.steps, options.spacing
     if options.timesteps is not None:
         if steps is not None or spacing is not None:
-            raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
+            raise ValueError(f"timesteps are given with steps={steps!r} and spacing={spacing!r}, expected both None")
         grid = process.scaled(make_grid(process.alphas_cumprod, options.timesteps, betas=process.betas))
         for now, after in pairwise(grid.timestep.tolist()):
             if after >= now:

@@ -132,7 +132,7 @@ class LossMethods(Process):
         if loss not in BOUNDS:
             return vlb_weight * self.timesteps / math.log(2)
         if not isinstance(weighting, str) or weighting != "simple":
-            raise ValueError(f"weighting is given beside loss {loss!r}, expected 'simple'")
+            raise ValueError(f"weighting is given with loss {loss!r}, expected 'simple'")
         return (self.timesteps if loss == "rescaled_vlb" else 1) / math.log(2)
 
 
@@ -141,7 +141,7 @@ def _offset_noise(
 ) -> Tensor:
     """The noise of the forward process, plus one normal for each channel."""
     if noise is not None or rng is None:
-        raise ValueError("offset_noise is given beside noise, expected noise that has its offset already")
+        raise ValueError("offset_noise is given with noise, expected noise that has its offset already")
     check_rng(rng)
     if x.dim() < 2:
         raise ValueError(f"offset_noise: x_start has shape {tuple(x.shape)}, expected (batch, channels, ...)")

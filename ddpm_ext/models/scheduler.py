@@ -96,8 +96,8 @@ class DiffusionSettings:
         if "flow" in (self.beta_schedule, self.prediction):
             if (self.beta_schedule, self.prediction) != ("flow", "flow"):
                 raise ValueError(
-                    f"prediction is {self.prediction!r}, expected 'flow' beside beta_schedule 'flow', and nowhere "
-                    "else: diffusers has no scheduler for one of them alone"
+                    f"prediction is {self.prediction!r}, expected 'flow' with beta_schedule 'flow' and with no "
+                    "other: diffusers has no scheduler for one of them alone"
                 )
             return {
                 "_class_name": _FLOW,

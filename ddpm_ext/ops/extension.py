@@ -1,6 +1,6 @@
 """The compiled module, as `C`. If it can't be loaded, an ImportError gives the reason and the command that helps.
 
-`BUILT` is the JSON that setup.py writes beside the module: the versions of torch and CUDA for which it was built, or
+`BUILT` is the JSON that setup.py writes next to the module: the versions of torch and CUDA for which it was built, or
 why it has no CUDA.
 """
 

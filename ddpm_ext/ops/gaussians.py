@@ -129,15 +129,15 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     edge = x.abs() > _EDGE
     narrow = (half < 0.5) & (middle * half < 1)
     around = ~narrow & (low <= 0)  # the bin contains the mean
-    beside = ~narrow & ~around
+    one_sided = ~narrow & ~around
 
     # Outside of its own range, each formula gets a harmless number: its slope might be infinite there, and the gradient
     # of torch.where would be NaN.
     in_narrow = _log_of_narrow(torch.where(narrow, middle, 0.0), torch.where(narrow, half, 0.1), log_scale)
     outside = _tail(torch.where(around, high, 1.0)) + _tail(torch.where(around, -low, 1.0))
     # The logarithm of tail(high) / tail(low), with high^2 - low^2 = 4 middle half.
-    far_end, near_end = torch.where(beside, high, 2.0), torch.where(beside, low, 1.0)
-    beyond = _log_erfcx(far_end) - _log_erfcx(near_end) - 2 * torch.where(beside, middle * half, 1.0)
+    far_end, near_end = torch.where(one_sided, high, 2.0), torch.where(one_sided, low, 1.0)
+    beyond = _log_erfcx(far_end) - _log_erfcx(near_end) - 2 * torch.where(one_sided, middle * half, 1.0)
     open_end = scaled(torch.where(x > 0, center, -center) - HALF_BIN)
     tail = _log_tail(torch.where(edge, open_end, low))
     inner = torch.where(around, torch.log1p(-outside), tail + torch.log1p(-beyond.exp()))

@@ -92,7 +92,7 @@ def diffusion_loss(
     variance = None
     if variational:
         if x_start is None:
-            raise ValueError("x_start is missing, expected one beside variational")
+            raise ValueError("x_start is missing, expected a tensor with variational")
         checks.tensor("x_start", x_start)
         if model_output.dim() > 1 and x_start.dim() > 1 and model_output.shape[1] == 2 * x_start.shape[1]:
             model_output, variance = model_output.chunk(2, 1)

@@ -82,7 +82,7 @@ class Process:
         self.variance: str = checks.one_of("variance", variance, VARIANCES)
         self.backend: str = checks.one_of("backend", backend, BACKENDS)
         if schedule.scale is not None and not self.prediction_entry.any_step:
-            raise ValueError(f"prediction is {prediction!r} beside levels in place of betas, expected another")
+            raise ValueError(f"prediction is {prediction!r} with levels in place of betas, expected another")
 
         self.alphas = 1 - betas
         self.alphas_cumprod = alphas_cumprod = schedule.alphas_cumprod

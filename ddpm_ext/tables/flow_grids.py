@@ -144,7 +144,7 @@ def flow_sigmas(
         raise ValueError(f"least is {least}, expected 0 < least <= 1")
     if mu is not None:
         if shift != 1:
-            raise ValueError(f"mu is {mu} beside shift {shift}, expected one of the two")
+            raise ValueError(f"mu is {mu} with shift {shift}, expected one of the two")
         shift = math.exp(checks.finite("mu", mu))
     sigma = flow_shift(_even(1, 1 / steps if least is None else least, steps), shift)
     if terminal is not None:

@@ -72,9 +72,7 @@ def sampler_and_spacing(
         sampler = find_name(key.removesuffix(_key(name)), samplers) if key.endswith(_key(name)) else None
         if sampler is not None:
             if spacing not in (None, name):
-                raise ValueError(
-                    f"spacing is {spacing!r} beside sampler {given!r}, expected {name!r} or none beside it"
-                )
+                raise ValueError(f"spacing is {spacing!r} with sampler {given!r}, expected {name!r} or None")
             return sampler, name
     raise ValueError(f"sampler is {given!r}, expected a name such as {nearest_names(given, samplers)}")
 

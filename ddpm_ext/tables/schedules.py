@@ -106,7 +106,7 @@ class NoiseSchedule:
         bad = power >= torch.cat([power.new_ones(1), power[:-1]])
         if bad.any():
             i = int(bad.nonzero()[0])
-            raise ValueError(f"noise[{i}] is {noise[i]} beside a signal of {signal[i]}, expected more than before it")
+            raise ValueError(f"noise[{i}] is {noise[i]} with signal {signal[i]}, expected more noise than before")
         attributes: dict[str, object] = {"signal": signal, "noise": noise}
         if self.timestep is not None:
             expected = f"that of signal, {tuple(signal.shape)}"

@@ -124,7 +124,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
         raise TypeError(f"spacing is {spacing!r}, expected a string")
     if _SECTIONS.fullmatch(spacing):
         if steps is not None:
-            raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says how many, expected None")
+            raise ValueError(f"steps is {steps!r} with spacing {spacing!r}, expected None: the spacing says how many")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
     spacing = _known(spacing, TIMESTEP_SPACINGS)

@@ -6,7 +6,7 @@ A row takes x, the sample at its timestep, to the next sample. With m the model'
     prev = c0 x0 + c1 x + c2 m + s z            next sample
 
 That is the plain step. With options and history, a row also reads u, the model's unconditional output; g, a
-classifier's gradient; v, which the model returns beside m for its variance; and up to three tensors that earlier rows
+classifier's gradient; v, the model's output for its variance; and up to three tensors that earlier rows
 kept, H1 the latest. If a tensor is not passed, its term is left out:
 
     x0   = clip(a x + b m) + g0 g

@@ -165,7 +165,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
         return torch.ones_like(alphas_cumprod)
     error = PREDICTIONS[prediction].error
     if error is None:
-        raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
+        raise ValueError(f"weighting is {weighting!r} with prediction {prediction!r}, expected 'simple' or a tensor")
     if weighting not in names(alphas_cumprod, prediction):
         raise ValueError(
             f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps does not determine x_0, expected "

@@ -145,7 +145,7 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         loaded = load_model(folder, device=device)
         if model is not None:
             kind = type(loaded.unet).__name__
-            raise ValueError(f"model: that of {folder} is a {kind}, expected no model= beside it")
+            raise ValueError(f"model: {folder} holds a {kind}, expected no model=")
         return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes, clip=loaded.clip)
     described = _described(folder)
     parts = _finished(folder, described) if described else _unfinished(folder)

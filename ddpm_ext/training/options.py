@@ -211,15 +211,15 @@ class TrainOptions:
         good = all(1 <= calls <= self.timesteps for calls in self.tune) and (not self.tune or self.timesteps >= STEPS)
         _require("tune", self.tune, good, f"numbers from 1 to the timesteps, and at least {STEPS} timesteps")
         if self.tune and VARIANCES[self.variance].learned:
-            raise ValueError(f"tune: got variance {self.variance} beside it, expected a fixed one")
+            raise ValueError(f"tune: got variance {self.variance}, expected a fixed one")
         if self.graph and self.accumulate > 1:
-            raise ValueError(f"graph: got accumulate {self.accumulate} beside it, expected 1")
+            raise ValueError(f"graph: got accumulate {self.accumulate}, expected 1")
         if self.graph and self.autocast == "float16":
             raise ValueError("graph: got autocast float16, whose loss scale the host sets, expected another")
         if self.graph and self.gradient_checkpointing:
-            raise ValueError("graph: got gradient_checkpointing beside it, which reads the state of random numbers")
+            raise ValueError("graph: got gradient_checkpointing, which reads random states, expected one of the two")
         if self.hub_private and not self.push_to_hub:
-            raise ValueError("hub_private: expected push_to_hub beside it, the repository's name")
+            raise ValueError("hub_private: got no push_to_hub, expected the repository's name")
         if self.flip and self.data == "digits":
             raise ValueError("flip: digits are not to be mirrored")
 

@@ -67,7 +67,7 @@ def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tu
     """
     if min(len(images), len(samples)) <= neighbours:
         raise ValueError(
-            f"precision: got {len(samples)} samples beside {len(images)} images, expected at least {neighbours + 1} of "
+            f"precision: got {len(samples)} samples and {len(images)} images, expected at least {neighbours + 1} of "
             f"both, since each is compared with its {neighbours} nearest neighbours of its own kind"
         )
     return _share_among(images, samples, neighbours), _share_among(samples, images, neighbours)

@@ -118,7 +118,7 @@ class Trainer:
         self.report = checkpoints.discard if not first else above_bar(report) if self.progress else report
         for name in change:
             if not resume or name not in CHANGEABLE:
-                expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
+                expected = "resume=True" if not resume else f"some of {', '.join(CHANGEABLE)}"
                 raise ValueError(f"change: got {name}, expected {expected}")
         check_extras(self.options)
         if self.progress:

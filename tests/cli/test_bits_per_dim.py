@@ -88,6 +88,6 @@ def test_classes_that_the_model_does_not_know(pets, tmp_path, capsys):
         ("photos", (), "cow is none of the model's classes, expected 0 to 2 or a name: cat, dog, hen; or --class"),
         ("short.npz", (), "holds arr_1, int64 of shape (1,), expected whole numbers >= 0 of shape (2,)"),
         ("floats.npz", (), "holds arr_1, float64 of shape (2,), expected whole numbers >= 0"),
-        ("photos", ("--no-classes", "--class", "cat"), "no-classes: got class cat beside it, expected one of the two"),
+        ("photos", ("--no-classes", "--class", "cat"), "no-classes: got --class cat, expected one of the two"),
     ):
         check_refused(capsys, message, "bits-per-dim", tmp_path / data, "--model", pets, *options)

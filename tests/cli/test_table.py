@@ -76,7 +76,7 @@ BAD = [
     (("--sampler", "Euler Karras", "--spacing", "beta"), "got beta, but the name of the sampler has karras"),
     (
         ("--sampler", "euler", "--diff", "Euler Karras", "--spacing", "beta"),
-        "spacing is 'beta' beside sampler 'euler ka",
+        "spacing is 'beta' with sampler 'euler ka",
     ),
     (("--sampler", "euler", "--mu", "1"), "mu: got 1.0, but there is no scheduler that it is for"),
     (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),

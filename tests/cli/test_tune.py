@@ -105,9 +105,9 @@ def test_missing_tables_and_options_beside_them(model, tmp_path, capsys):
     makes = f"ddpm-ext tune --model {model} --steps 5 makes it"
     none = f"there is no tuned table for 5 calls; {there}; {makes}"
     check_refused(capsys, none, *sample, "--sampler", "tuned", "--steps", 5)
-    expected = f"steps: expected that of a tuned table beside --sampler tuned; {model} has 2, 4 with guidance 2.5; "
+    expected = f"steps: got none with --sampler tuned, expected a tuned table's; {model} has 2, 4 with guidance 2.5; "
     check_refused(capsys, f"{expected}type --steps 2\n", *sample, "--sampler", "tuned")
-    check_refused(capsys, "steps: got 2 beside --table", *sample, "--table", guided, "--steps", 2)
+    check_refused(capsys, "steps: got 2, expected none with --table", *sample, "--table", guided, "--steps", 2)
     check_refused(capsys, "eta: got 0.5", *sample, "--table", guided, "--eta", 0.5)
     check_refused(capsys, "not allowed with argument", *sample, "--table", guided, "--sampler", "ddim")
     check_refused(capsys, "table: cannot read", *sample, "--table", tmp_path / "none.json")

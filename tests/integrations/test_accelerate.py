@@ -46,9 +46,9 @@ def test_nothing_is_logged_where_nobody_has_set_up_logging():
     "options, kind, message",
     [
         ({"noise": "gaussian"}, ValueError, "noise is 'gaussian', expected"),
-        ({"seed": 3}, ValueError, "seed is 3 beside noise 'torch', whose draws are the peer's: expected None"),
-        ({"sample_ids": 3}, ValueError, "sample_ids is 3 beside noise 'torch', which has no sample ids: expected 0"),
-        ({"sample_ids": torch.arange(2)}, ValueError, "beside noise 'torch'"),
+        ({"seed": 3}, ValueError, "seed is 3 with noise 'torch', expected None: torch draws the noise"),
+        ({"sample_ids": 3}, ValueError, "sample_ids is 3 with noise 'torch', expected 0: torch draws the noise"),
+        ({"sample_ids": torch.arange(2)}, ValueError, "with noise 'torch'"),
         ({"noise": "philox", "seed": -1}, ValueError, "seed is -1"),
         ({"noise": "philox", "seed": 0, "sample_ids": -1}, ValueError, "sample_ids is -1"),
         ({"noise": "philox", "seed": 0, "sample_ids": 2**56}, ValueError, "sample_ids is 72057594037927936"),
@@ -329,5 +329,5 @@ def test_an_rng_is_checked_where_it_is_set():
         with pytest.raises(error, match="rng is"):
             settings.rng = wrong
     assert repr(settings.rng) == repr(Philox(1))
-    with pytest.raises(ValueError, match=r"rng is .* beside noise 'torch'"):
+    with pytest.raises(ValueError, match=r"rng is .* with noise 'torch'"):
         accelerate(EagerTutorial(50)).accelerated.rng = Philox(1)

@@ -71,7 +71,7 @@ def test_seed_and_rng_set_anew():
     for wrong, error in ((-1, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="seed is"):
             settings.seed = wrong
-    with pytest.raises(ValueError, match="seed is 3 beside noise 'torch'"):
+    with pytest.raises(ValueError, match="seed is 3 with noise 'torch'"):
         Acceleration().seed = 3
 
 

@@ -225,7 +225,7 @@ def test_refusals(backend, rows, device):
     bad = functools.partial(refuse, "train_losses", backend, device)
     bad(ValueError, ["loss is 'kl'", "'vlb' or 'rescaled_vlb'"], loss="kl")
     for weighting in ("snr", torch.ones(50), torch.ones(50).numpy(), None):
-        bad(ValueError, ["weighting is given beside loss 'vlb'", "'simple'"], loss="vlb", weighting=weighting)
+        bad(ValueError, ["weighting is given with loss 'vlb'", "'simple'"], loss="vlb", weighting=weighting)
     for value, kind in ((-1, ValueError), (float("nan"), ValueError), (math.inf, ValueError), ("1", TypeError)):
         bad(kind, [f"vlb_weight is {value!r}"], vlb_weight=value)
     x, t = images(device), TIMESTEPS.to(device)
@@ -240,5 +240,5 @@ def test_refusals(backend, rows, device):
         gd = GaussianDiffusion(backend=backend, **options)
         raises(ValueError, [message], lambda gd=gd, model=model: gd.train_losses(model, x, t))
         assert model.calls == (output is not None)
-    with pytest.raises(ValueError, match="x_start is missing, expected one beside variational"):
+    with pytest.raises(ValueError, match="x_start is missing, expected a tensor with variational"):
         gd.ops.diffusion_loss(outputs("learned", device), None, rows, t, rng=Philox(0), variational=True)

@@ -122,7 +122,7 @@ NOISE, FLAT = torch.ones(3, 2, 4), torch.ones(3)
         (ValueError, ["offset_noise is inf", "number"], {"offset_noise": math.inf}),
         (TypeError, ["offset_noise is True", "a number"], {"offset_noise": True}),
         (ValueError, ["input_perturbation is -0.1", "number"], {"input_perturbation": -0.1}),
-        (ValueError, ["offset_noise is given beside noise", "offset already"], {"offset_noise": 0.1, "noise": NOISE}),
+        (ValueError, ["offset_noise is given with noise", "offset already"], {"offset_noise": 0.1, "noise": NOISE}),
         (ValueError, [r"offset_noise: x_start has shape \(3,\)"], {"offset_noise": 0.1, "x_start": FLAT}),
     ],
 )

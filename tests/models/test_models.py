@@ -235,8 +235,8 @@ def test_rectified_flow_is_a_scheduler_of_diffusers():
     ours = read_settings(config, "s").diffusion().schedule.noise
     torch.testing.assert_close(sigmas.double().flip(0), ours, rtol=1e-6, atol=0)
     for settings, message in (
-        (DiffusionSettings(beta_schedule="flow"), "prediction is 'eps', expected 'flow' beside beta_schedule 'flow'"),
-        (DiffusionSettings(prediction="flow"), "prediction is 'flow', expected 'flow' beside beta_schedule 'flow'"),
+        (DiffusionSettings(beta_schedule="flow"), "prediction is 'eps', expected 'flow' with beta_schedule 'flow'"),
+        (DiffusionSettings(prediction="flow"), "prediction is 'flow', expected 'flow' with beta_schedule 'flow'"),
         (DiffusionSettings(prediction="edm"), "prediction is 'edm', expected one of eps"),
     ):
         refused(ValueError, message, settings.to_scheduler_config)

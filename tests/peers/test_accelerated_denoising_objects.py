@@ -86,7 +86,7 @@ def test_options_of_our_loop(own, steps, device):
     expected = gd.p_sample_loop(plain.model, SHAPE, **options)
     torch.testing.assert_close(fast.sample(4, **given), (expected + 1) / 2, rtol=0, atol=1e-4)
     assert len(fast.sample(4, record="all")) == steps
-    with pytest.raises(TypeError, match="return_all_timesteps is True beside steps"):
+    with pytest.raises(TypeError, match="return_all_timesteps is True with steps"):
         fast.sample(4, True, steps=5)
 
 

@@ -153,7 +153,7 @@ def test_a_pipeline_with_arguments_for_its_own_scheduler():
     plain = of_pixels(make("DDIM"), ddim=True)
     assert type(plain) is DDIMPipeline
     assert samples(accelerate(plain, table=table_of())).std() > 0.01
-    refused(ValueError, "expected none beside a table", samples, accelerate(plain, table=table_of()), eta=0.5)
+    refused(ValueError, "expected none with a table", samples, accelerate(plain, table=table_of()), eta=0.5)
 
 
 def test_a_pipeline_takes_as_many_steps_as_its_table_has():

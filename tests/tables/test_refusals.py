@@ -66,7 +66,7 @@ GRIDS = [
     (lambda: flow_shift(SIGMA, 0), ValueError, "shift is 0, expected shift > 0"),
     (lambda: flow_sigmas(0), ValueError, "steps is 0"),
     (lambda: flow_sigmas(5, least=0), ValueError, "least is 0, expected 0 < least <= 1"),
-    (lambda: flow_sigmas(5, shift=3.0, mu=1.0), ValueError, "mu is 1.0 beside shift 3.0"),
+    (lambda: flow_sigmas(5, shift=3.0, mu=1.0), ValueError, "mu is 1.0 with shift 3.0"),
     (lambda: flow_sigmas(5, terminal=1.0), ValueError, "terminal is 1.0, expected 0 < terminal < 1"),
     (lambda: flow_sigmas(1, terminal=0.1), ValueError, "sigma ends at 1.0, expected less than 1"),
     (lambda: flow_sigmas(5, curve="lu"), ValueError, "curve is 'lu', expected 'karras' or 'exponential' or 'beta'"),

@@ -98,7 +98,7 @@ def test_names_as_people_type_them():
     for (sampler, spacing), expected in found.items():
         options = LoopOptions(sampler=sampler, spacing=spacing)
         assert (options.sampler, options.spacing) == expected
-    with pytest.raises(ValueError, match="spacing is 'beta' beside sampler 'Euler Karras', expected 'karras' or none"):
+    with pytest.raises(ValueError, match="spacing is 'beta' with sampler 'Euler Karras', expected 'karras' or None"):
         LoopOptions(sampler="Euler Karras", spacing="beta")
     with pytest.raises(ValueError, match=r"^sampler is 'dpmpp_4m', expected a name such as ('\w+', ){2}'\w+'$"):
         LoopOptions(sampler="dpmpp_4m")

@@ -53,7 +53,7 @@ def test_each_average_has_its_decay_or_length(tmp_path, monkeypatch):
         assert bool((off <= most + 1e-6).all()) and (direct - recorded[-1]).abs().max() > 1e-4
     make(tmp_path / "plain", steps=STEPS, lr_schedule="constant").fit()
     trainer_run.assert_same(tmp_path / "plain", folder)
-    refused(ValueError, "change: got lr, expected resume=True beside it", make, folder, change=["lr"])
+    refused(ValueError, "change: got lr, expected resume=True", make, folder, change=["lr"])
     refused(ValueError, "change: got seed, expected some of", make, folder, change=["seed"], resume=True)
 
 

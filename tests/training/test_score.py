@@ -53,7 +53,7 @@ def test_precision_and_recall_are_the_papers(monkeypatch, distances):
         inside = [any((point - one).norm() <= r for one, r in zip(among, reach, strict=True)) for point in points]
         expected.append(sum(inside) / len(points))
     assert precision_recall(images, samples) == tuple(expected) and 0.1 < expected[0] < expected[1]
-    with pytest.raises(ValueError, match="got 3 samples beside 40 images, expected at least 4 of both, since"):
+    with pytest.raises(ValueError, match="got 3 samples and 40 images, expected at least 4 of both, since"):
         precision_recall(images, samples[:3])
 
 

@@ -85,7 +85,7 @@ def test_unet_needs_no_module(tmp_path):
     trainer = make_unet(tmp_path / "run", sample_steps=5)
     trainer.fit()
     assert torch.allclose(training.load(tmp_path / "run").sample(16, **LOOP), trainer.sample(), atol=1e-5)
-    refused(ValueError, "is a UNet2DModel, expected no model= beside it", training.load, tmp_path / "run", Tiny())
+    refused(ValueError, "holds a UNet2DModel, expected no model=", training.load, tmp_path / "run", Tiny())
     shutil.rmtree(tmp_path / "run" / "unet")  # then from the checkpoint
     assert training.load(tmp_path / "run").shape == (1, 8, 8)
     tensors, header = checkpoints.load(checkpoints.newest(tmp_path / "run"))

@@ -82,7 +82,7 @@ BAD = [
     ({"model": {"in_channels": 3}}, "model: config has in_channels 3, expected 1 for images"),
     ({"model": {"num_class_embeds": 4}}, "num_class_embeds 4, expected None for .* without classes"),
     ({"model": {}, "widths": (8,), "groups": 4, "attention": ()}, r"widths: got \(8,\), but the model's"),
-    ({"loss": "vlb", "weighting": "snr", "beta_schedule": "cosine"}, "weighting is given beside loss"),
+    ({"loss": "vlb", "weighting": "snr", "beta_schedule": "cosine"}, "weighting is given with loss"),
     ({"weighting": "min_snr"}, "weighting is 'min_snr', but alphas_cumprod ends at 0"),
     ({"sample_every": 1, "sample_steps": 5, "data": torch.zeros(2, 2, 8, 8)}, "images have 2 channels"),
     ({"colour": "red"}, "colour"),

@@ -65,7 +65,7 @@ def test_pipelines_of_a_learned_variance_and_of_a_rectified_flow(tmp_path):
     loaded, pipeline = load_model(tmp_path / "run"), diffusers.DDPMPipeline.from_pretrained(tmp_path / "run")
     assert (loaded.settings.beta_schedule, loaded.settings.prediction) == ("flow", "flow")
     assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
-    refused(ValueError, "prediction is 'eps', expected 'flow' beside beta_schedule 'f", run, tmp_path / "other", **flow)
+    refused(ValueError, "prediction is 'eps', expected 'flow' with beta_schedule 'f", run, tmp_path / "other", **flow)
     assert not (tmp_path / "other").exists()
 
 
@@ -191,9 +191,9 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
         ({"sample_every": 5, "timesteps": 20}, "sample_steps: got 50, expected at most 20"),
         ({"flip": True}, "flip: digits"),
         ({"extra_emas": (0.9, 0.9)}, r"extra_emas: got .*, expected different numbers in \[0, 1\)"),
-        ({"hub_private": True}, "hub_private: expected push_to_hub beside it"),
-        ({"graph": True, "gradient_checkpointing": True}, "graph: got gradient_checkpointing beside it"),
-        ({"graph": True, "accumulate": 2}, "graph: got accumulate 2 beside it, expected 1"),
+        ({"hub_private": True}, "hub_private: got no push_to_hub"),
+        ({"graph": True, "gradient_checkpointing": True}, "graph: got gradient_checkpointing"),
+        ({"graph": True, "accumulate": 2}, "graph: got accumulate 2, expected 1"),
         ({"graph": True, "autocast": "float16"}, "graph: got autocast float16, .* expected another"),
     ],
 )

@@ -211,7 +211,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
                 reads tensors of earlier rows; eta or use_clipped_model_output is set.
         """
         if eta or use_clipped_model_output:
-            raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none beside a table")
+            raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none with a table")
         row = self._row_of(timestep)
         if self._step_index is None and "shape" in self.table.notes:
             check_note(self.table, "shape", list(sample.shape[1:]), "the loop's samples have")
