@@ -26,8 +26,8 @@ def _version() -> str:
     except metadata.PackageNotFoundError:
         project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     text = project.read_text(encoding="utf-8") if project.is_file() else ""
-    found = re.search(r'^name = "ddpm-ext"\nversion = "(.+?)"', text, re.MULTILINE)
-    return f"{found[1]}+source" if found else "0+unknown"
+    match = re.search(r'^name = "ddpm-ext"\nversion = "(.+?)"', text, re.MULTILINE)
+    return f"{match[1]}+source" if match else "0+unknown"
 
 
 __version__ = _version()

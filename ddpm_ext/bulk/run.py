@@ -163,12 +163,12 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise ValueError(f"out: {manifest} has settings {stored!r}, expected an object")
     names = [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
-    count, wanted = stored.get("num_images"), settings["num_images"]
-    if isinstance(count, int) and 0 < count < wanted:
+    count, target = stored.get("num_images"), settings["num_images"]
+    if isinstance(count, int) and 0 < count < target:
         names.remove("num_images")
     if names == ["num_images"]:
         raise ValueError(
-            f"out: {manifest.parent} has {count} samples, of which none is removed; got num_images {wanted}, expected "
+            f"out: {manifest.parent} has {count} samples, of which none is removed; got num_images {target}, expected "
             "at least as many, or another folder"
         )
     if names:
@@ -201,7 +201,7 @@ class _Watch:
     def __init__(self, shards: Shards, missing: list[int], *, bar: bool, every: float) -> None:
         self.shards, self.every = shards, every
         self.sizes = {shards.path(index).name: len(shards.ids(index)) for index in missing}
-        self.wanted = sum(self.sizes.values())
+        self.missing_samples = sum(self.sizes.values())
         self.start = self.own_start = self.last_change = self.last_look = time.monotonic()
         self.last_wait = math.inf
         self.remaining = len(missing)
@@ -209,18 +209,18 @@ class _Watch:
         self.bar = None
         if bar:
             tqdm = require("tqdm", "the progress bar").tqdm
-            existing = shards.count - self.wanted
+            existing = shards.count - self.missing_samples
             self.bar = tqdm(total=shards.count, initial=existing, desc="samples", unit="image", disable=None)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def look(self, own: int = 0, *, now: bool = False) -> None:
+    def look(self, drawn: int = 0, *, now: bool = False) -> None:
         """Counts the shards in the folder, if the last look is long enough ago or with `now`.
 
         Args:
-            own: the number of samples of this rank's current shard that are drawn.
+            drawn: the number of samples of this rank's current shard that are drawn.
         """
         if not now and time.monotonic() - self.last_look < self.every:
             return
@@ -229,7 +229,7 @@ class _Watch:
         if len(names) != self.remaining:
             self.remaining, self.last_change = len(names), self.last_look
         if self.bar is not None:
-            self.bar.update(self.shards.count - sum(self.sizes[name] for name in names) + own - self.bar.n)
+            self.bar.update(self.shards.count - sum(self.sizes[name] for name in names) + drawn - self.bar.n)
 
     def own_shard_is_done(self) -> None:
         now = time.monotonic()
@@ -256,4 +256,4 @@ class _Watch:
         for name in self.sizes:
             _wait_until_visible(self.shards.inside / name)
         self.look(now=True)
-        return Result(self.wanted, time.monotonic() - self.start)
+        return Result(self.missing_samples, time.monotonic() - self.start)

@@ -32,12 +32,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
-        self._given: list[str] = []
+        self._words: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         """Reports an unknown option first: it may be a misspelling of the option that the message says is missing."""
         if self._subparsers is None:  # otherwise most of the arguments belong to a command
-            before = takewhile(lambda word: word != "--", self._given)
+            before = takewhile(lambda word: word != "--", self._words)
             options = [word for word in before if word.startswith("--") and " " not in word]
             unknown = [option for option in options if option.partition("=")[0] not in self._option_string_actions]
             message = self._unrecognized(unknown) if unknown else message
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuses unknown arguments. argparse's message would refer to the help of ddpm-ext, not of the command."""
-        self._given = list(sys.argv[1:] if args is None else args)
+        self._words = list(sys.argv[1:] if args is None else args)
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._unrecognized(unknown))
@@ -177,10 +177,10 @@ class SamplerName(argparse.Action):
         super().__init__(*args, **kwargs)
         self.known = known
 
-    def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
+    def __call__(self, parser: Any, options: argparse.Namespace, text: Any, _: str | None = None) -> None:
         explicit_spacing = None if isinstance(options.spacing, OfSampler) else options.spacing
         try:
-            options.sampler, spacing = sampler_and_spacing(given, explicit_spacing, self.known, SPACINGS)
+            options.sampler, spacing = sampler_and_spacing(text, explicit_spacing, self.known, SPACINGS)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
         options.spacing = OfSampler(spacing) if explicit_spacing is None and spacing is not None else spacing
@@ -189,10 +189,10 @@ class SamplerName(argparse.Action):
 class SpacingName(argparse.Action):
     """Stores the known name of a spacing, or any other text."""
 
-    def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
-        spacing = find_name(given, SPACINGS) or given
+    def __call__(self, parser: Any, options: argparse.Namespace, text: Any, _: str | None = None) -> None:
+        spacing = find_name(text, SPACINGS) or text
         if isinstance(options.spacing, OfSampler) and spacing != options.spacing:
-            raise argparse.ArgumentError(self, f"got {given}, but the name of the sampler has {options.spacing}")
+            raise argparse.ArgumentError(self, f"got {text}, but the name of the sampler has {options.spacing}")
         options.spacing = spacing
 
 

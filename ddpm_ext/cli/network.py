@@ -75,7 +75,7 @@ def network_for(folder: Path, network: str | None) -> nn.Module | None:
     """
     if network is not None:
         find_modules_here()
-        return _made(network)
+        return _network_from(network)
     if (kind := network_of(folder)) is not None:
         name = kind if ":" in kind else f"MODULE:{kind}"
         raise ValueError(
@@ -85,7 +85,7 @@ def network_for(folder: Path, network: str | None) -> nn.Module | None:
     return None
 
 
-def _made(network: str) -> nn.Module:
+def _network_from(network: str) -> nn.Module:
     make = import_by_name(network, "network", "MODULE:NAME", "a class or a function")
     expected = "expected a class or a function without arguments that makes a module like the one that was trained"
     try:

@@ -42,10 +42,10 @@ def run(options: argparse.Namespace) -> None:
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
         _, header = run_options.find(Path(options.out))
-        options_given = _given(options.arguments, names)
-        _check_repeated(Path(options.out), header["options"], options_given)
-        chosen = training.with_defaults_of(header["options"], options_given)
-        change = [name for name in options_given if options.change and name in CHANGEABLE]
+        typed_options = _on_command_line(options.arguments, names)
+        _check_repeated(Path(options.out), header["options"], typed_options)
+        chosen = training.with_defaults_of(header["options"], typed_options)
+        change = [name for name in typed_options if options.change and name in CHANGEABLE]
     arguments.check_device(chosen.device)
     if chosen.score_every and chosen.features != training.TrainOptions.features:
         arguments.find_modules_here()
@@ -65,14 +65,14 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any]) -> None:
+def _check_repeated(folder: Path, of_run: dict[str, Any], repeated: dict[str, Any]) -> None:
     """Raises ValueError if an option of the run imports code or sends data, and is not repeated on the command line.
 
     The run's folder may be untrusted.
     """
     for name in ("features", "wandb", "push_to_hub"):
         value = of_run.get(name)
-        if name not in given and value is not None and value != getattr(training.TrainOptions, name):
+        if name not in repeated and value is not None and value != getattr(training.TrainOptions, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"resume: the run in {folder} has {option} {value}, which imports code or sends data, expected "
@@ -80,7 +80,7 @@ def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any])
             )
 
 
-def _given(line: list[str], names: set[str]) -> dict[str, Any]:
+def _on_command_line(line: list[str], names: set[str]) -> dict[str, Any]:
     """The named options that are on the command line, without the defaults of the rest."""
     parser = arguments.Parser(prog="ddpm-ext train")
     _add_options(parser)

@@ -90,7 +90,7 @@ class Acceleration:
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
         fused_calls: how many calls of methods took their fused form, which is mostly one launch.
-        own_calls: how many calls ran the peer's own code. Neither number counts diffusers' set_timesteps and
+        fallback_calls: how many calls ran the peer's own code. Neither number counts diffusers' set_timesteps and
             scale_model_input, and code compiled by torch.compile.
 
     Examples:
@@ -118,7 +118,7 @@ class Acceleration:
         self.iteration = 0
         self._calls = 0  # nested calls of pipelines that are running
         self.fallbacks: dict[str, str] = {}
-        self.fused_calls = self.own_calls = 0
+        self.fused_calls = self.fallback_calls = 0
         self._warned: set[tuple[str, str]] = set()
         self._set(seed, sample_ids)
 
@@ -148,7 +148,7 @@ class Acceleration:
     def continued(self) -> Acceleration:
         """A copy for another object, which continues the sample ids of the loops. It has no counts and fallbacks."""
         copied = copy.copy(self)
-        vars(copied).update(fallbacks={}, fused_calls=0, own_calls=0, _calls=0, _warned=set())
+        vars(copied).update(fallbacks={}, fused_calls=0, fallback_calls=0, _calls=0, _warned=set())
         return copied
 
     def __repr__(self) -> str:
@@ -159,7 +159,7 @@ class Acceleration:
         """A line to print: the noise, and how many calls were fused or fell back so far."""
         seed = f" of seed {self._seed}" if self._seed is not None else ""
         reasons = "; ".join(f"{method}: {reason}" for method, reason in self.fallbacks.items())
-        counts = f"fused calls: {self.fused_calls}, fallbacks: {self.own_calls}"
+        counts = f"fused calls: {self.fused_calls}, fallbacks: {self.fallback_calls}"
         return f"noise {self.noise!r}{seed}, {counts}" + (f" ({reasons})" if reasons else "")
 
     # ------------------------------------------------------------------------------------------------- seed and ids
@@ -332,13 +332,13 @@ class Acceleration:
             return
         if begins:
             self.fallbacks[method] = PROOF
-        self.own_calls += 1
+        self.fallback_calls += 1
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
         """Records why the peer's own code runs. Warns and logs once for each reason."""
         self.fallbacks[method] = reason
         if not torch.compiler.is_compiling():
-            self.own_calls += 1
+            self.fallback_calls += 1
         if (method, reason) not in self._warned:
             self._warned.add((method, reason))
             noise = " and noise" if self.noise == "philox" else ""

@@ -230,7 +230,7 @@ class Denoising(LoopOptionsTaker):
 
     def _finish(self, images: Any) -> Any:
         """Converts the samples, or the list of each step's samples, to [0, 1]."""
-        return [self.unnormalize(each) for each in images] if isinstance(images, list) else self.unnormalize(images)
+        return [self.unnormalize(image) for image in images] if isinstance(images, list) else self.unnormalize(images)
 
     # ------------------------------------------------------------------------------------------------------ training
 

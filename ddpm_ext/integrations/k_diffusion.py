@@ -147,17 +147,19 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     elif not isinstance(chosen, str):
         function = chosen.function if isinstance(chosen, OwnSampler) else chosen
         name = getattr(function, "__name__", "sample")
-        for each in list(inspect.signature(function).parameters.values())[3:]:  # some call x otherwise
-            if each.name not in (*SIGNATURE, *NOISE) and each.kind is not inspect.Parameter.VAR_KEYWORD:
-                own_parameters.append(each)
+        for parameter in list(inspect.signature(function).parameters.values())[3:]:  # some call x otherwise
+            if parameter.name not in (*SIGNATURE, *NOISE) and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                own_parameters.append(parameter)
     else:
         name = f"sample_{chosen}"
-        own_parameters = [_parameter(each, default) for each, default in {**_options(chosen), "flow": False}.items()]
+        own_parameters = [
+            _parameter(option, default) for option, default in {**_options(chosen), "flow": False}.items()
+        ]
     needed = 2 if isinstance(chosen, SigmaRows) else 3  # a table has its own sigmas
-    first = [_parameter(each) for each in SIGNATURE[:needed]]
-    first += [_parameter(each, None) for each in SIGNATURE[needed:]]
+    first = [_parameter(argument) for argument in SIGNATURE[:needed]]
+    first += [_parameter(argument, None) for argument in SIGNATURE[needed:]]
     names = (*NOISE, UNCONDITIONAL) if chosen in GUIDED else NOISE
-    last = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in names]
+    last = [inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=None) for argument in names]
     signature = inspect.Signature([*first, *own_parameters, *last])
 
     def sample(*args: Any, **kwargs: Any) -> Tensor:
@@ -169,7 +171,7 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
             raise TypeError(f"{name.removeprefix('sample_')}: {error}, expected {expected}") from None
         bound.apply_defaults()
         loop = dict(bound.arguments)
-        options = {each.name: loop.pop(each.name) for each in own_parameters}
+        options = {parameter.name: loop.pop(parameter.name) for parameter in own_parameters}
         if isinstance(chosen, SigmaRows):
             loop["sigmas"] = _sigmas_of_table(chosen, loop["sigmas"], loop["x"])
         return _sample(chosen, SamplerCall(options=options, **loop))
@@ -330,7 +332,7 @@ def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
         )
     if call.noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
-    called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (rows.sigma, rows.arrives))
+    called_with, arrives = (sigma.to(sigmas.device, sigmas.dtype) for sigma in (rows.sigma, rows.arrives))
     batches = rows.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     ring: tuple[Tensor, ...] = ()
     for i in counter(len(rows.steps), None, call.disable):
@@ -352,8 +354,8 @@ def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
                     inputs = {"noise": call.noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
             if kind.guided and call.unconditional is not None:
                 inputs["uncond_output"] = call.unconditional().to(m.dtype)
-            x, kept = rows.stepper.take(number, x, m, ring, inputs)
-            ring = ring if kept is None else (kept, *ring[:2])
+            x, stored = rows.stepper.take(number, x, m, ring, inputs)
+            ring = ring if stored is None else (stored, *ring[:2])
     return x
 
 
@@ -372,6 +374,8 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
             rows = _own_rows(which, levels, options)
         else:
             rows, traced = rows_of_function(which, levels, options, model)
-            if traced.asks:  # The function reads attributes of the model, on which its rows may depend: not cached.
+            if (
+                traced.reads_model
+            ):  # The function reads attributes of the model, on which its rows may depend: not cached.
                 return rows
     return rows if key is None else _rows_cache.get_or_make(key, lambda: rows)

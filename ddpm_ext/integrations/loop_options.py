@@ -136,6 +136,6 @@ def _split(peers_method: Callable[..., Any], options: Mapping[str, Any]) -> tupl
     A method with **kwargs takes all of them.
     """
     parameters = inspect.signature(peers_method).parameters
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     ours = {name: options[name] for name in options.keys() & LOOP_OPTIONS if name not in parameters and not takes_any}
     return {name: value for name, value in options.items() if name not in ours}, ours

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.proof import Proof, kinds_of, setting_of
+from ddpm_ext.integrations.proof import Proof, kinds_of, setting_key
 from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows_untold
 from ddpm_ext.ops.noise import Philox, randn, rng_of_many
 from ddpm_ext.tables.step_table import StepTable
@@ -37,7 +37,7 @@ def rows_of_function(
     """The rows of a function's steps, and the result of tracing it. Raises ValueError if the steps are no rows."""
     traced = follow_function(function, levels, options, model)
     table = StepTable(**traced.columns)
-    return SigmaRows.of(table, list(traced.begins) or first_rows_untold(table, levels[:-1])), traced
+    return SigmaRows.of(table, list(traced.step_starts) or first_rows_untold(table, levels[:-1])), traced
 
 
 def _state(function: Callable[..., Any]) -> list[Any]:
@@ -69,14 +69,14 @@ class TracedLoop(NamedTuple):
         rows: the traced rows, or None if there are none.
         proofs: the proofs of the rows by shape, dtype and device of the samples.
         draws: for each row, the index of the draw that is its noise, or None for no noise.
-        leads: whether the first row comes before the first call of the model.
+        row_before_model: whether the first row comes before the first call of the model.
         why_not: why there are no rows.
     """
 
     rows: SigmaRows | None
     proofs: dict[object, Proof]
     draws: list[int | None]
-    leads: bool = False
+    row_before_model: bool = False
     why_not: str = ""
 
 
@@ -94,7 +94,7 @@ class OwnSampler:
         """The loop of a call's settings."""
         levels, values = checked_sigmas(call.sigmas), [*call.options.values(), *_state(self.function)]
         passed_on = kinds_of(call.extra_args), call.callback is None, call.disable
-        key = (tuple(levels.tolist()), *call.options, *map(setting_of, values), *passed_on)
+        key = (tuple(levels.tolist()), *call.options, *map(setting_key, values), *passed_on)
         return self._loops.get_or_make(key, lambda: (self._traced(levels, call), values))[0]
 
     def _traced(self, levels: Tensor, call: SamplerCall) -> TracedLoop:
@@ -102,9 +102,9 @@ class OwnSampler:
             rows, traced = rows_of_function(self.function, levels, call.options, call.model)
         except Exception as error:  # the user's code may raise anything on the samples of tracing
             return TracedLoop(None, {}, [], why_not=str(error))
-        if traced.asks:
+        if traced.reads_model:
             return TracedLoop(None, {}, [], why_not="it reads attributes of the model")
-        return TracedLoop(rows, {}, traced.noise, traced.leads)
+        return TracedLoop(rows, {}, traced.noise, traced.row_before_model)
 
     def rows_or_result(self, call: SamplerCall) -> Any:
         """The rows, if they have been proven for such calls. Else runs the function and returns its result."""
@@ -154,7 +154,7 @@ class _SideBySideRun:
         self._inputs: tuple[Tensor, Tensor] | None = None  # the sample and model output of the current row
         self._z: Tensor | None = None  # the noise of the current row
         self._ring: tuple[Tensor, ...] = ()
-        if loop.leads:
+        if loop.row_before_model:
             self._begin_row(call.x, call.x)
 
     def model_for(self, model: Callable[..., Any]) -> Any:
@@ -233,7 +233,7 @@ class _SideBySideRun:
         sample, m = self._inputs
         sample = sample.to(torch.promote_types(sample.dtype, m.dtype))
         inputs = {} if self._z is None else {"noise": self._z.to(sample.dtype)}
-        prev, kept = rows.stepper.take(i, sample, m, self._ring, inputs)
+        prev, stored = rows.stepper.take(i, sample, m, self._ring, inputs)
         size = rows.stepper.largest_term(i, sample, m, self._ring)
-        self._ring = self._ring if kept is None else (kept, *self._ring[:2])
+        self._ring = self._ring if stored is None else (stored, *self._ring[:2])
         proof.compare(i, (prev,), (x,), size)

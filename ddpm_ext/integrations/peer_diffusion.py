@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, cached_with
 from ddpm_ext.integrations.library_code import is_code_of
-from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, setting_of, why_left_alone
+from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, setting_key, why_left_alone
 from ddpm_ext.integrations.shared import CACHED, Accelerated
 from ddpm_ext.integrations.tensors import DTYPES, TRANSFORMED
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
@@ -108,7 +108,7 @@ class PeerDiffusion(Accelerated):
                 proof.failed = self.__dict__["_left_alone"] = why_left_alone(method, again)
             stored.update(stores)
         recip = self.sqrt_recip_alphas_cumprod[max(steps)]  # type: ignore[attr-defined]
-        size = max(1.0, *(float(each.abs().max()) for each in (x, *ours)))
+        size = max(1.0, *(float(tensor.abs().max()) for tensor in (x, *ours)))
         for step in steps:
             proof.compare(step, ours, theirs, ROUNDED_TERMS * size * float(recip))
         self.accelerated.record_proof(self.library, method, proof.failed, len(proof.holds) == len(set(steps)))
@@ -140,7 +140,7 @@ class PeerDiffusion(Accelerated):
         return self._peer.__mro__[: self._peer.__mro__.index(self._known)]
 
     def _of_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
-        """make(), cached by these settings and this state; see setting_of for the keys. Raises Fallback.
+        """make(), cached by these settings and this state; see setting_key for the keys. Raises Fallback.
 
         Args:
             state: the values that count as the state. Default: the methods.
@@ -148,7 +148,7 @@ class PeerDiffusion(Accelerated):
         values = (*settings, *(self._own_methods() if state is None else state), "_is_proving" in self.__dict__)
         if torch._C._functorch.peek_interpreter_stack() is not None and any(isinstance(x, Tensor) for x in values):
             raise Fallback(TRANSFORMED)
-        return cached_with(self, tuple([setting_of(x) for x in values]), make, values)
+        return cached_with(self, tuple([setting_key(x) for x in values]), make, values)
 
     # ------------------------------------------------------------------------------------------------------- noise
 

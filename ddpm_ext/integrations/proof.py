@@ -66,14 +66,16 @@ class Generators:
         generators = [torch.default_generator, *(generator if isinstance(generator, list | tuple) else [generator])]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
-        self._states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
+        self._states = [
+            (generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)
+        ]
 
     def rewind(self) -> None:
         for generator, state in self._states:
             generator.set_state(state)
 
 
-def setting_of(x: Any) -> Hashable:
+def setting_key(x: Any) -> Hashable:
     """A cache key of a setting.
 
     Numbers and strings count by value, tensors by identity and version, containers by their elements, and other objects
@@ -86,31 +88,31 @@ def setting_of(x: Any) -> Hashable:
     if isinstance(x, np.ndarray) and x.nbytes <= LARGE:
         return x.shape, x.tobytes()
     if isinstance(x, dict):
-        return "dict", *[(setting_of(key), setting_of(value)) for key, value in x.items()]
+        return "dict", *[(setting_key(key), setting_key(value)) for key, value in x.items()]
     if isinstance(x, list | tuple | SimpleNamespace):
-        return type(x), *map(setting_of, vars(x).items() if isinstance(x, SimpleNamespace) else x)
+        return type(x), *map(setting_key, vars(x).items() if isinstance(x, SimpleNamespace) else x)
     return (type(x), x) if isinstance(x, int | str | torch.dtype | torch.device) else id(x)
 
 
 def kinds_of(arguments: Mapping[str, Any] | None) -> Hashable:
     """A cache key of the arguments that a loop passes on to its model.
 
-    As setting_of, except that tensors count by shape and dtype: each loop has new ones.
+    As setting_key, except that tensors count by shape and dtype: each loop has new ones.
     """
     return tuple([
-        (name, x.shape, x.dtype) if isinstance(x, Tensor) else (name, setting_of(x))
+        (name, x.shape, x.dtype) if isinstance(x, Tensor) else (name, setting_key(x))
         for name, x in (arguments or {}).items()
     ])  # fmt: skip
 
 
 def contents(state: Mapping[str, Any]) -> dict[str, Any]:
     """{name: (value, key)} of an object's attributes, for a later call of `changed`."""
-    return {name: (x, setting_of(x)) for name, x in state.items()}
+    return {name: (x, setting_key(x)) for name, x in state.items()}
 
 
 def changed(before: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """The names of the attributes that were written or deleted since `contents` returned `before`."""
-    names = [n for n, x in state.items() if n not in before or before[n][0] is not x or before[n][1] != setting_of(x)]
+    names = [n for n, x in state.items() if n not in before or before[n][0] is not x or before[n][1] != setting_key(x)]
     return [*names, *(before.keys() - state.keys())]
 
 

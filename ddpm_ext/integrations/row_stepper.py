@@ -111,21 +111,21 @@ class RowStepper:
                 The dict is changed.
         """
         reads, keeps, keeps_output = self._reads[i]
-        kept, dtype = None, x.dtype
+        stored, dtype = None, x.dtype
         for k, name in reads:
             read = history[k]
             inputs[name] = read if read.dtype is dtype else read.to(dtype)
         if keeps:
-            kept = m if keeps_output and m.dtype is dtype else empty_like(x)
-            if kept is not m:
-                inputs["history_out"] = kept
+            stored = m if keeps_output and m.dtype is dtype else empty_like(x)
+            if stored is not m:
+                inputs["history_out"] = stored
         if self._bound:
             inputs.update(self._bound)
         rng, out = inputs.pop("rng", None), inputs.pop("out", None)
         step = self._quiet_steps.get(dtype) if rng is None and x.is_cpu else None
         if step is None:
             step = self._step_for(x.device, dtype, rng)
-        return step.take(x, m, None, i, out, **inputs), kept
+        return step.take(x, m, None, i, out, **inputs), stored
 
     def largest_term(self, i: int, x: Tensor, m: Tensor, others: Sequence[Tensor]) -> float:
         """The size of the largest term that row i adds up, on which the rounding error of its result depends.
@@ -134,7 +134,7 @@ class RowStepper:
             others: the tensors that the row reads besides sample and output.
         """
         row = {name: abs(float(getattr(self.table, name)[i])) for name in ("a", "b", "c0", "c1", "c2", "s", *FACTORS)}
-        sample, output, *rest = (float(each.abs().max()) if each.numel() else 0.0 for each in (x, m, *others))
+        sample, output, *rest = (float(tensor.abs().max()) if tensor.numel() else 0.0 for tensor in (x, m, *others))
         clean = row["a"] * sample + row["b"] * output
         others_read = max(row[name] for name in FACTORS) * max(rest, default=0.0)
         terms = row["c0"] * clean, row["c1"] * sample, row["c2"] * output, row["s"] * LARGEST_NORMAL, others_read

@@ -118,11 +118,11 @@ class _Trial:
     def __init__(self, plain: Any, device: torch.device) -> None:
         self.model = _Probe(device)
         self._plain, self._device, self._before = plain, device, contents(vars(plain))
-        self._generators, self._made = Generators(device), torch.Generator("cpu").manual_seed(0)
+        self._generators, self._noise_generator = Generators(device), torch.Generator("cpu").manual_seed(0)
         self.rewind = self._generators.rewind
 
     def samples(self, shape: Sequence[int], *scales: float) -> list[Tensor]:
-        normal = torch.randn(tuple(shape), generator=self._made, device="cpu").to(self._device)
+        normal = torch.randn(tuple(shape), generator=self._noise_generator, device="cpu").to(self._device)
         return [scale * (normal + 0.5) for scale in scales]
 
     def call(self, name: str, *args: Any, **options: Any) -> Tensor:

@@ -116,15 +116,15 @@ class InitialSamples:
                 noised.append(self._ops.forward_process(image, levels, 0, rng=rng.of(STREAM_START, draw)))
         return start.mix(*noised) if isinstance(start, Interpolation) else noised[0]
 
-    def _check(self, name: str, given: object) -> None:
-        checks.tensor(name, given)
-        assert isinstance(given, Tensor)
-        if given.shape != self._shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {self._shape}")
-        if given.dtype != self._dtype:
-            raise TypeError(f"{name} has dtype {given.dtype}, expected that of the samples, {self._dtype}")
-        if given.device != self.device:
-            raise ValueError(f"{name} is on {given.device}, expected the samples' device, {self.device}")
+    def _check(self, name: str, tensor: object) -> None:
+        checks.tensor(name, tensor)
+        assert isinstance(tensor, Tensor)
+        if tensor.shape != self._shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {self._shape}")
+        if tensor.dtype != self._dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected that of the samples, {self._dtype}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected the samples' device, {self.device}")
 
 
 def _device(options: LoopOptions, model: Any) -> torch.device:

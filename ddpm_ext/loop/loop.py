@@ -152,8 +152,8 @@ class Loop:
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
         # A row may read the oldest tensor of history and then overwrite it, so that tensor is also restored.
-        kept = [call.inputs["history_out"]] if "history_out" in call.inputs else []
-        graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *kept]))
+        history_out = [call.inputs["history_out"]] if "history_out" in call.inputs else []
+        graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *history_out]))
 
     def _take_next(self, call: StepCall) -> None:
         """Takes the step of the row whose index is in `self._row`, which a CUDA graph reads at each replay."""

@@ -45,18 +45,18 @@ def check_notes(process: Process, options: LoopOptions) -> None:
         check_note(options.sampler, name, value, "the loop has")
 
 
-def check_note(table: StepTable, name: str, found: Any, has: str) -> None:
+def check_note(table: StepTable, name: str, loop_value: Any, has: str) -> None:
     """Warns if the table's note `name` differs from the loop's value.
 
     Args:
-        found: the loop's value.
+        loop_value: the loop's value.
         has: the subject and verb of the warning, such as "the loop has".
     """
-    made_for = table.notes.get(name, found)
-    if made_for != found:
+    made_for = table.notes.get(name, loop_value)
+    if made_for != loop_value:
         warnings.warn(
-            f"the table was made for {name} {made_for!r}, and {has} {found!r}: named samplers may come "
-            f"nearer than it does{_OF_GUIDANCE if name == 'guidance' and made_for and found else ''}",
+            f"the table was made for {name} {made_for!r}, and {has} {loop_value!r}: named samplers may come "
+            f"nearer than it does{_OF_GUIDANCE if name == 'guidance' and made_for and loop_value else ''}",
             stacklevel=3,
         )
 

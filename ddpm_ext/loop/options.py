@@ -136,7 +136,7 @@ class LoopOptions:
 @cache
 def _names() -> frozenset[str]:
     """The names of the options."""
-    return frozenset(each.name for each in fields(LoopOptions) if each.init)
+    return frozenset(option.name for option in fields(LoopOptions) if option.init)
 
 
 class Record(NamedTuple):
@@ -220,12 +220,18 @@ def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Met
 
     def decorate(method: Method) -> Method:
         method_signature = signature(method)
-        own = [each for each in method_signature.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
-        names = {*without, *(each.name for each in own)}
-        passed = [each for each in signature(source).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
-        options = [each for each in passed if each.name not in names]
-        positional = sum(each.kind is not Parameter.KEYWORD_ONLY for each in own)
-        parameters = [*own[:positional], *options, *own[positional:]]
+        method_parameters = [
+            parameter
+            for parameter in method_signature.parameters.values()
+            if parameter.kind is not Parameter.VAR_KEYWORD
+        ]
+        names = {*without, *(parameter.name for parameter in method_parameters)}
+        source_parameters = [
+            parameter for parameter in signature(source).parameters.values() if parameter.kind is Parameter.KEYWORD_ONLY
+        ]
+        options = [parameter for parameter in source_parameters if parameter.name not in names]
+        positional = sum(parameter.kind is not Parameter.KEYWORD_ONLY for parameter in method_parameters)
+        parameters = [*method_parameters[:positional], *options, *method_parameters[positional:]]
         method.__signature__ = method_signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return method
 

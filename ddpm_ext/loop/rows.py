@@ -211,15 +211,15 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
 
 def _check_history(table: StepTable, needs: Sequence[RowNeeds], skipped: int) -> None:
     """Raises ValueError if a row reads a tensor of history that no earlier row of the loop keeps."""
-    kept = 0
+    count = 0
     for i, row in enumerate(needs):
         for slot, reads in enumerate(row.history, start=1):
-            if reads and kept < slot:
+            if reads and count < slot:
                 raise ValueError(
-                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept} rows of the "
+                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {count} rows of the "
                     "loop before it keep a tensor, expected 0"
                 )
-        kept += row.keeps
+        count += row.keeps
 
 
 def _variance(process: Process, table: StepTable, learned: bool) -> str | None:

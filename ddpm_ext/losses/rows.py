@@ -70,7 +70,7 @@ class LossRows:
         self.needs_x_start, self.needs_noise = (target != 0).any(0).tolist()
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
         self._named = DeviceTables(**named, bound=_bound(process), noise=process.schedule.noise)
-        self._given: BoundedCache[tuple[DeviceTables, object]] = BoundedCache(CACHED)
+        self._by_key: BoundedCache[tuple[DeviceTables, object]] = BoundedCache(CACHED)
 
     def get(
         self,
@@ -100,25 +100,25 @@ class LossRows:
         return self._cached(key, partial(self._make, weighting, error, bound), weighting, device, dtype)
 
     def _cached(
-        self, key: Hashable, make: Callable[..., Tensor], held: object, device: torch.device, dtype: torch.dtype
+        self, key: Hashable, make: Callable[..., Tensor], keep_alive: object, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """make(device, dtype), cached by the key; with None as key, not cached.
 
         Args:
-            held: the object whose id is in the key. The cache keeps it alive, because Python could give its id to a new
-                object.
+            keep_alive: the object whose id is in the key. The cache references it, because Python could give the id of
+                a dead object to a new one.
         """
         if torch.compiler.is_compiling():
             # A compiled graph can't notice writes to the weights, so it makes the rows in each call. They are rounded
             # at the end, as below, so that they have the same bits.
             return make(device, torch.float64).to(dtype)
-        entry = None if key is None else self._given.get(key)
+        entry = None if key is None else self._by_key.get(key)
         if entry is None:
             on_host = torch.device("cpu"), torch.float64
-            entry = new_entry = DeviceTables(rows=make(*on_host)), held
+            entry = new_entry = DeviceTables(rows=make(*on_host)), keep_alive
             # Tensors that were created in a function transform or a fake mode can't be used after it.
             if key is not None and is_plain(new_entry[0].get("rows", *on_host)):
-                entry = self._given.get_or_make(key, lambda: new_entry)
+                entry = self._by_key.get_or_make(key, lambda: new_entry)
         return entry[0].get("rows", device, dtype)
 
     def _make(

@@ -246,8 +246,8 @@ class LossSecondMoment(_Weighted):
             raise ValueError(f"losses has shape {tuple(losses.shape)}, expected (n,)")
         t, losses = t.detach().cpu(), losses.detach().to("cpu", torch.float64)
         checks.per_sample("t", t, len(losses), t.device, self.timesteps - 1)
-        own = t.tolist(), losses.tolist()
-        for timesteps, values in _of_all_ranks(own) if local else [own]:
+        local_losses = t.tolist(), losses.tolist()
+        for timesteps, values in _of_all_ranks(local_losses) if local else [local_losses]:
             for timestep, loss in zip(timesteps, values, strict=True):
                 if math.isfinite(loss):
                     self._losses[timestep, self._counts[timestep] % self._losses.shape[1]] = loss
@@ -361,14 +361,14 @@ class Mode(_Density):
         return high.diff()
 
 
-def _of_all_ranks(own: Any) -> list[Any]:
-    """The values `own` of all ranks of torch.distributed, in their order. Without it, that of this process alone."""
+def _of_all_ranks(value: Any) -> list[Any]:
+    """The `value` of every rank of torch.distributed, by rank; of this process alone without torch.distributed."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
+        return [value]
     values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, own)
+    distributed.all_gather_object(values, value)
     return values
 
 

@@ -48,14 +48,14 @@ class Classes:
         """The number of class embeddings that the model needs, the null class included."""
         return max(len(self.names), -1 if self.null is None else self.null + 1)
 
-    def find(self, wanted: str) -> int:
+    def find(self, name_or_number: str) -> int:
         """The number of a class, from its name or from its number as text. Raises ValueError for an unknown class."""
-        if wanted in self.names:
-            return self.names.index(wanted)
-        if wanted.isdecimal() and int(wanted) < len(self.names):
-            return int(wanted)
+        if name_or_number in self.names:
+            return self.names.index(name_or_number)
+        if name_or_number.isdecimal() and int(name_or_number) < len(self.names):
+            return int(name_or_number)
         few = ", ".join(self.names[:_SHOWN]) + (", ..." if len(self.names) > _SHOWN else "")
-        raise ValueError(f"class: got {wanted}, expected 0 to {len(self.names) - 1} or a name: {few}")
+        raise ValueError(f"class: got {name_or_number}, expected 0 to {len(self.names) - 1} or a name: {few}")
 
     def labels_of(self, samples: range, chosen: Sequence[int] = ()) -> Tensor:
         """The classes of samples by their ids, (samples,) int64: sample i has chosen[i mod len(chosen)].

@@ -52,12 +52,12 @@ def check_unet(unet: Any, size: tuple[int, int], name: str) -> None:
     # The outputs of the down blocks are kept for the up blocks, and a few tensors are in use at a time. Up blocks have
     # one more layer.
     values = [width * count for width, count in zip(widths, pixels, strict=True)]
-    kept = (layers + 1) * sum(values) + 6 * max(values) + (config.in_channels + config.out_channels) * pixels[0]
+    numbers = (layers + 1) * sum(values) + 6 * max(values) + (config.in_channels + config.out_channels) * pixels[0]
     products = sum(
         (2 * layers + 1) * (2 * 9 * width**2 * count + attended * 2 * width * count**2)
         for width, count, attended in zip(widths, pixels, attends, strict=True)
     )
-    _check_sample(kept, products, text, name)
+    _check_sample(numbers, products, text, name)
 
 
 DIT = {
@@ -92,9 +92,9 @@ def check_transformer(config: dict[str, Any], name: str) -> None:
         )
     tokens, width = (size // entries["patch_size"]) ** 2, entries["num_attention_heads"] * entries["attention_head_dim"]
     # A block's activations, with a hidden layer of four times the width; the products of queries and keys; the sample.
-    kept = 12 * tokens * width + entries["num_attention_heads"] * tokens**2 + 3 * channels * size**2
+    numbers = 12 * tokens * width + entries["num_attention_heads"] * tokens**2 + 3 * channels * size**2
     products = entries["num_layers"] * (12 * tokens * width**2 + 2 * width * tokens**2 + 6 * width**2)
-    _check_sample(kept, products, f"{size} by {size}", name)
+    _check_sample(numbers, products, f"{size} by {size}", name)
 
 
 def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
@@ -109,25 +109,25 @@ def check_decoder(vae: Any, size: tuple[int, int], name: str) -> None:
     # Each block but the last doubles the sides at its end: pixels inside the blocks, and after them.
     inside = [latents * 4**level for level in range(len(widths))]
     after = [*inside[1:], inside[-1]]
-    kept = 6 * max(width * count for width, count in zip(widths, after, strict=True)) + latents**2
+    numbers = 6 * max(width * count for width, count in zip(widths, after, strict=True)) + latents**2
     products = 2 * widths[0] * latents**2 + sum(
         9 * width**2 * (2 * (layers + 2) * count + above)
         for width, count, above in zip(widths, inside, after, strict=True)
     )
-    _check_sample(kept, products, f"latents of {size[0]} by {size[1]}", name)
+    _check_sample(numbers, products, f"latents of {size[0]} by {size[1]}", name)
 
 
-def _check_sample(kept: int, products: int, text: str, name: str) -> None:
+def _check_sample(numbers: int, products: int, text: str, name: str) -> None:
     """Raises ValueError, naming `name`, if a sample takes too much memory or time.
 
     Args:
-        kept: how many float32 numbers are in memory.
+        numbers: how many float32 numbers are in memory.
         products: how many multiplications a sample takes.
         text: the sample's size, for the message.
     """
-    if 4 * kept > _BYTES:
+    if 4 * numbers > _BYTES:
         raise ValueError(
-            f"model: {name} has samples of {text}, of which one takes about {_gib(4 * kept)}, expected at most "
+            f"model: {name} has samples of {text}, of which one takes about {_gib(4 * numbers)}, expected at most "
             f"{_gib(_BYTES)}"
         )
     if products > _PRODUCTS:

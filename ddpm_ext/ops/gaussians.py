@@ -24,13 +24,13 @@ _EXPM1_REST = [2 / math.factorial(k + 2) for k in range(15)]
 _NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leggauss(8))  # the positive half
 
 
-def _tensors(given: Mapping[str, Tensor | float]) -> list[Tensor]:
+def _tensors(arguments: Mapping[str, Tensor | float]) -> list[Tensor]:
     """The values as tensors of one device and dtype. Raises TypeError and ValueError."""
-    tensors = [value for value in given.values() if isinstance(value, Tensor)]
-    names = f"{', '.join(list(given)[:-1])} and {list(given)[-1]}"
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    names = f"{', '.join(list(arguments)[:-1])} and {list(arguments)[-1]}"
     if not tensors:
         raise TypeError(f"{names} are no tensors, expected one at least")
-    for name, value in given.items():
+    for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor or a number")
         if isinstance(value, Tensor) and not value.is_floating_point():
@@ -46,7 +46,7 @@ def _tensors(given: Mapping[str, Tensor | float]) -> list[Tensor]:
     dtype, device = torch.float64 if wide else torch.float32, tensors[0].device
     return [
         value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
-        for value in given.values()
+        for value in arguments.values()
     ]
 
 

@@ -64,9 +64,9 @@ def diffusion_loss(
         >>> loss = ops.diffusion_loss(model(x_t, 0), None, of_the_noise, 0, rng=Philox(seed=0))
     """
     check_options(loss, delta, reduction)
-    for name, given in (("model_output", model_output), ("table", table), ("x_start", x_start)):
-        if given is not None or name != "x_start":
-            checks.tensor(name, given)
+    for name, value in (("model_output", model_output), ("table", table), ("x_start", x_start)):
+        if value is not None or name != "x_start":
+            checks.tensor(name, value)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     options: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
@@ -141,9 +141,9 @@ class LossStep:
             )
         if not (keep_noise and self.noise is None):
             return C.forward_process(x_start, table, *self._t, self.noise, self.noise is None, *self._rng)
-        x_t, kept = C.forward_process_and_noise(x_start, table, *self._t, None, True, *self._rng)
-        if kept is not None:
-            self.noise, self._rng, self._overwrite_noise = kept, NO_RNG, True
+        x_t, noise = C.forward_process_and_noise(x_start, table, *self._t, None, True, *self._rng)
+        if noise is not None:
+            self.noise, self._rng, self._overwrite_noise = noise, NO_RNG, True
         return x_t
 
     def loss(self, model_output: Tensor) -> Tensor:

@@ -113,10 +113,10 @@ class Philox:
         return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, draw, draw_data
 
 
-def _check_number(name: str, given: Tensor) -> None:
-    if given.dtype != torch.int64 or given.dim() != 0:
+def _check_number(name: str, value: Tensor) -> None:
+    if value.dtype != torch.int64 or value.dim() != 0:
         raise TypeError(
-            f"{name} is a tensor of dtype {given.dtype} and shape {tuple(given.shape)}, expected int64 and ()"
+            f"{name} is a tensor of dtype {value.dtype} and shape {tuple(value.shape)}, expected int64 and ()"
         )
 
 

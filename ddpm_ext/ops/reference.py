@@ -30,7 +30,7 @@ class TableStep(CalledTableStep):
     operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        noise, rng = self._given["noise"], self._given["rng"]
+        noise, rng = self._arguments["noise"], self._arguments["rng"]
         check_plain_step(x_t, self._table, index if row is None else row, noise, rng, out)
 
 
@@ -141,13 +141,13 @@ class LossStep:
     ) -> None:
         source = {"noise": noise, "rng": fresh_rng(device) if noise is None and rng is None else rng}
         self._forward: dict[str, Any] = {"t": t, **source}
-        self._given: dict[str, Any] = {"x_start": x_start, "table": table, **self._forward, **how}
+        self._arguments: dict[str, Any] = {"x_start": x_start, "table": table, **self._forward, **how}
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
         return forward_process(x_start, table, **self._forward)
 
     def loss(self, model_output: Tensor) -> Tensor:
-        return diffusion_loss(model_output, **self._given)
+        return diffusion_loss(model_output, **self._arguments)
 
 
 def _bound(x_start: Tensor, d: Tensor, v: Tensor | float, row: Sequence[Tensor]) -> Tensor:

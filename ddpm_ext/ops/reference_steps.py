@@ -62,9 +62,9 @@ def reverse_step(
 def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str, Tensor | None]) -> None:
     """Checks the arguments of step_with_options that reverse_step does not have."""
     for name in names(InputKind.LIKE_X, InputKind.RESULT):
-        given = inputs[name]
-        if given is not None:
-            checks.like(name, given, "x_t", x_t)
+        tensor = inputs[name]
+        if tensor is not None:
+            checks.like(name, tensor, "x_t", x_t)
     model_input = inputs["model_input"]
     if model_input is not None:
         checks.floating("model_input", model_input)
@@ -73,10 +73,10 @@ def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str,
         twice = x_t.expand(2, *x_t.shape).flatten(0, 1) if len(model_input) == 2 * len(x_t) else x_t
         checks.like("model_input", model_input, "x_t", twice.to(model_input.dtype))
     of_model = {"model_output": model_output} | {name: inputs[name] for name in names(InputKind.OF_MODEL)}
-    first, *others = [(name, given) for name, given in of_model.items() if given is not None] or [("x_t", x_t)]
+    first, *others = [(name, tensor) for name, tensor in of_model.items() if tensor is not None] or [("x_t", x_t)]
     checks.like(*first, "x_t", x_t, lower=True)
-    for name, given in others:
-        checks.like(name, given, *first)
+    for name, tensor in others:
+        checks.like(name, tensor, *first)
     for name in names(InputKind.PER_SAMPLE):
         check_scale(name, inputs[name], x_t)
     if inputs["uncond_output"] is not None and model_output is None:
@@ -86,11 +86,11 @@ def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str,
             raise ValueError(f"{one} is given without {other}, expected both")
 
 
-def _factor(given: Tensor | None, x_t: Tensor) -> Tensor | float:
+def _factor(value: Tensor | None, x_t: Tensor) -> Tensor | float:
     """A factor of each sample as (batch, 1, ...), or 1.0 for None."""
-    if given is None:
+    if value is None:
         return 1.0
-    return given.to(checks.compute_dtype(x_t.dtype)).reshape(-1, *[1] * (x_t.dim() - 1))
+    return value.to(checks.compute_dtype(x_t.dtype)).reshape(-1, *[1] * (x_t.dim() - 1))
 
 
 def guided_output(
@@ -142,9 +142,9 @@ def step_with_options(
     row = row_numbers(table, t, x_t, dtype)
     x, zero = x_t.to(dtype), torch.zeros((), dtype=dtype, device=x_t.device)
 
-    def term(factor: Tensor, given: Tensor | None) -> Tensor:
-        """factor times given. A factor of 0 gives 0, also if the tensor is infinite or was never written."""
-        return zero if given is None else torch.where(factor == 0, zero, factor * given.to(dtype))
+    def term(factor: Tensor, tensor: Tensor | None) -> Tensor:
+        """factor times tensor. A factor of 0 gives 0, also if the tensor is infinite or was never written."""
+        return zero if tensor is None else torch.where(factor == 0, zero, factor * tensor.to(dtype))
 
     m = guided_output(x_t, model_output, uncond_output, output_scale, row.w)
     x0 = (affine(row.a, x, row.b, m) if x_start is None else x_start.to(dtype)) * _factor(x_start_scale, x_t)
@@ -170,8 +170,8 @@ def step_with_options(
     if mask is not None and known is not None:
         share = mask.to(dtype)
         prev = share * (row.signal_after * known.to(dtype) + row.noise_after * z) + (1 - share) * prev
-    kept = term(row.k0, x0) + term(row.k1, x) + term(row.k2, m)
-    for result, value in ((history_out, kept), (x0_out, x0)):
+    history = term(row.k0, x0) + term(row.k1, x) + term(row.k2, m)
+    for result, value in ((history_out, history), (x0_out, x0)):
         if result is not None:
             result.copy_(value)
     if model_input is not None and len(x):

@@ -48,7 +48,7 @@ class CalledTableStep:
         checks.tensor("table", table)
         self._table = table
         checks.flag("add_noise", add_noise)
-        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
+        self._arguments: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
         """Does nothing: the operators check their arguments. Subclasses check earlier."""
@@ -107,7 +107,7 @@ class CalledTableStep:
         noise: Tensor | None,
         inputs: dict[str, Any],
     ) -> Tensor:
-        t, arguments = index if row is None else row, {**self._given, "out": out}
+        t, arguments = index if row is None else row, {**self._arguments, "out": out}
         if noise is not None:
             arguments["noise"] = noise
         if model_output is not None and not inputs:

@@ -55,11 +55,11 @@ def histogram_figure(
     t, values = _in_loop_order(x_t, timesteps)
     last = values[-1] if samples is None else _flat("samples", samples)
     if limit is None:
-        limit = float(math.ceil(max(np.abs(each).max() for each in (*values, last)))) or 1.0
+        limit = float(math.ceil(max(np.abs(array).max() for array in (*values, last)))) or 1.0
     if not 0 < limit < math.inf:
         raise ValueError(f"limit is {limit}, expected a finite number above 0")
     edges = np.linspace(-limit, limit, bins + 1)
-    density = np.stack([_density(each, edges) for each in values], axis=1)
+    density = np.stack([_density(array, edges) for array in values], axis=1)
     with new_figure(9, 4.4, path, "drawing a histogram") as figure:
         over_time, ends = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         colors = require("matplotlib.colors", "drawing a histogram")

@@ -114,17 +114,17 @@ def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
 def _one_table(label: str, table: StepTable, path: PathLike | None, against: str) -> Figure:
     noisy, noise = _column(table, "s").any(), "s exp(l0 + l1 v)" if _learned(table) else "s"
     plain = _drawn([table], ("c0", "c1", "c2", "cu")) or ["c0"]
-    read, kept = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
+    read, stored = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
     further = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
     following = f"{_sum(plain)}{further if len(plain) < 5 else f'{chr(10)}{further}'}{_explained(plain)}"
     panels: list[tuple[str, Sequence[str], str]] = [
         ("predicted x0 = clip(a x + b m)", ("a", "b"), "factor (no unit)"),
         (f"next sample = {following}", plain, "factor (no unit)"),
     ]
-    if read or kept:
+    if read or stored:
         panels += [
             (f"history = {_sum(read)}{_explained(read)}", read, "factor (no unit)"),
-            (f"kept for later rows = {_sum(kept)}", kept, "factor (no unit)"),
+            (f"kept for later rows = {_sum(stored)}", stored, "factor (no unit)"),
         ]
     if noisy:
         spread = _SPREAD if noise == "s" else "s\n(factor of the learned deviation)"

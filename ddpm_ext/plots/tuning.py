@@ -29,9 +29,9 @@ def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, 
     """
     errors_of: dict[str, dict[int, float]] = {}
     for calls, named in names.items():
-        for each in named:
-            of_name = errors_of.setdefault(each.label, {})
-            of_name[calls] = min(each.error, of_name.get(calls, math.inf))
+        for sampler in named:
+            of_name = errors_of.setdefault(sampler.label, {})
+            of_name[calls] = min(sampler.error, of_name.get(calls, math.inf))
     best = {calls: min(errors[calls] for errors in errors_of.values() if calls in errors) for calls in names}
 
     def rank(name: str) -> tuple[int, float]:
@@ -82,10 +82,10 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
         >>> from ddpm_ext.tuning import Named, Report
         >>> errors = {"error": 0.04, "standard_error": 0.002, "mean": 0.05, "median": 0.03}
         >>> names = [Named(sampler="unipc", spacing="trailing", steps=6, calls=6, **errors | {"error": 0.1})]
-        >>> found = {"fitted": True, "fitted_error": 0.04, "names": names, "timesteps": [999, 800, 600, 400, 200, 20]}
+        >>> fit = {"fitted": True, "fitted_error": 0.04, "names": names, "timesteps": [999, 800, 600, 400, 200, 20]}
         >>> by = {"teacher": "100 steps of deis", "teacher_error": 0.001, "seeds": 32, "held_out": 32}
         >>> cost = {"model_calls": 9000, "names_calls": 1000, "batch": 32}
-        >>> report = Report(calls=6, **errors, **found, **by, **cost)
+        >>> report = Report(calls=6, **errors, **fit, **by, **cost)
         >>> figure = plots.tuning_figure([report], "tuned.png")
     """
     if not reports:

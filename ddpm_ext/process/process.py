@@ -28,7 +28,7 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-KEPT_STEPS = 8  # cached TableSteps, each for a device, a clip and the numbers of a Philox
+CACHED_STEPS = 8  # cached TableSteps, each for a device, a clip and the numbers of a Philox
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
 SCHEDULE_ATTRIBUTES = (
@@ -107,7 +107,7 @@ class Process:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self.tables = self._make_tables()
-        self._reverse_steps: BoundedCache[Any] = BoundedCache(KEPT_STEPS)
+        self._reverse_steps: BoundedCache[Any] = BoundedCache(CACHED_STEPS)
 
     def __repr__(self) -> str:
         return (

@@ -24,39 +24,39 @@ AFFIXES = ("^$", "^(k|sample)|(scheduler|gpu)$", "^(k|sample)|(discrete|multiste
 SHOWN = 3
 
 
-def find_name(given: str, known: Collection[str]) -> str | None:
-    """The known name that `given` means, or None."""
-    if given in known:
-        return given
+def find_name(input_name: str, known: Collection[str]) -> str | None:
+    """The known name that `input_name` means, or None."""
+    if input_name in known:
+        return input_name
     names = {_key(name): name for name in known}
     names |= {key: name for key, name in OTHER_NAMES.items() if name in known}
-    return next((names[key] for affix in AFFIXES if (key := re.sub(affix, "", _key(given))) in names), None)
+    return next((names[key] for affix in AFFIXES if (key := re.sub(affix, "", _key(input_name))) in names), None)
 
 
-def nearest_names(given: str, known: Collection[str]) -> str:
-    """The known names that look most like `given`, as text for an error message."""
+def nearest_names(input_name: str, known: Collection[str]) -> str:
+    """The known names that look most like `input_name`, as text for an error message."""
     names = {_key(name): name for name in known}
-    near = difflib.get_close_matches(_key(given), names, SHOWN, cutoff=0.0)
+    near = difflib.get_close_matches(_key(input_name), names, SHOWN, cutoff=0.0)
     return ", ".join(repr(names[key]) for key in near)
 
 
-def check_options(given: Collection[str], known: Collection[str], taker: str) -> None:
+def check_options(names: Collection[str], known: Collection[str], taker: str) -> None:
     """Raises TypeError for an unknown option; the message has the known names that look most like it.
 
     taker: the function or object that takes the options, for the message.
     """
-    for name in given:
+    for name in names:
         if name not in known:
             raise TypeError(f"{name} is no option of {taker}, expected one such as {nearest_names(name, known)}")
 
 
 def sampler_and_spacing(
-    given: str, spacing: Any, samplers: Collection[str], spacings: Collection[str]
+    input_name: str, spacing: Any, samplers: Collection[str], spacings: Collection[str]
 ) -> tuple[str, str | None]:
     """The known names of a sampler and its spacing, from names as people type them.
 
     Args:
-        given: the sampler's name. It may end with the name of a spacing, as in "DPM++ 2M Karras".
+        input_name: the sampler's name. It may end with the name of a spacing, as in "DPM++ 2M Karras".
         spacing: the caller's spacing or None. An unknown spacing is returned unchanged.
 
     Raises:
@@ -64,17 +64,17 @@ def sampler_and_spacing(
     """
     if isinstance(spacing, str):
         spacing = find_name(spacing, spacings) or spacing
-    sampler = find_name(given, samplers)
+    sampler = find_name(input_name, samplers)
     if sampler is not None:
         return sampler, spacing
-    key = _key(given)
+    key = _key(input_name)
     for name in sorted(spacings, key=len, reverse=True):  # "beta_sigmas" before "sigmas"
         sampler = find_name(key.removesuffix(_key(name)), samplers) if key.endswith(_key(name)) else None
         if sampler is not None:
             if spacing not in (None, name):
-                raise ValueError(f"spacing is {spacing!r} with sampler {given!r}, expected {name!r} or None")
+                raise ValueError(f"spacing is {spacing!r} with sampler {input_name!r}, expected {name!r} or None")
             return sampler, name
-    raise ValueError(f"sampler is {given!r}, expected a name such as {nearest_names(given, samplers)}")
+    raise ValueError(f"sampler is {input_name!r}, expected a name such as {nearest_names(input_name, samplers)}")
 
 
 def _key(name: str) -> str:

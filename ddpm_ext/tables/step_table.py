@@ -413,8 +413,8 @@ class StepTable:
         return difference(self._columns(), other._columns())
 
 
-COLUMNS = tuple(each.name for each in fields(StepTable) if each.name != "notes")
-PLAIN = tuple(each.name for each in fields(StepTable) if not each.kw_only)  # in every file and every repr
+COLUMNS = tuple(column.name for column in fields(StepTable) if column.name != "notes")
+PLAIN = tuple(column.name for column in fields(StepTable) if not column.kw_only)  # in every file and every repr
 ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)

@@ -65,9 +65,9 @@ class TraceResult(NamedTuple):
         of_last: (rows,), the part of each row's c1 that multiplies the previous step's result. If nobody edits samples,
             that result is the row's sample, and the two factors can't be told apart.
         scales: for each step, the factor of its sample in the model's input, or None if the input is no such multiple.
-        begins: the rows at which a function calls its callback, that is, at which its steps begin.
-        leads: whether a function has a row before its first call of the model.
-        asks: whether a function read attributes of the model.
+        step_starts: the rows at which a function calls its callback, that is, at which its steps begin.
+        row_before_model: whether a function has a row before its first call of the model.
+        reads_model: whether a function read attributes of the model.
     """
 
     columns: dict[str, Array]
@@ -79,9 +79,9 @@ class TraceResult(NamedTuple):
     second: bool
     of_last: list[float]
     scales: list[float] | None = None
-    begins: tuple[int, ...] = ()
-    leads: bool = False
-    asks: bool = False
+    step_starts: tuple[int, ...] = ()
+    row_before_model: bool = False
+    reads_model: bool = False
 
 
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
@@ -165,7 +165,12 @@ def follow_function(
     after, ones = np.append(sigma[1:], float(sigmas[-1])), np.ones_like(sigma)
     levels = {"signal_now": ones, "noise_now": sigma, "signal_after": ones, "noise_after": after}
     columns = traced.columns | levels | {"draw": np.arange(len(sigma))}
-    return traced._replace(columns=columns, begins=function.begins, leads=function.leads, asks=function.asks)
+    return traced._replace(
+        columns=columns,
+        step_starts=function.step_starts,
+        row_before_model=function.row_before_model,
+        reads_model=function.reads_model,
+    )
 
 
 class _FirstRun:
@@ -240,7 +245,7 @@ class _FirstRun:
         self.factors = factors
         for i in range(len(self.steps)):
             used = np.flatnonzero(factors.z[i]).tolist()
-            drawn = [draw for draw in used if draw >= self.run.given]
+            drawn = [draw for draw in used if draw >= self.run.option_tensors]
             if len(drawn) > 1:
                 raise ValueError(f"{at(self.run, i)}, adds {len(drawn)} draws of noise, expected at most 1")
             self.noise[i] = next(iter(drawn or used), None)

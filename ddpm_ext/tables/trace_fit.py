@@ -66,8 +66,8 @@ class Numbers(NamedTuple):
         return NEGLIGIBLE if self.wide else ROUNDED / 10
 
     def part(self, part: slice) -> Numbers:
-        x, m, z, prev = (each[..., part] for each in self[:4])
-        second, scaled = (None if each is None else each[:, part] for each in (self.second, self.scaled))
+        x, m, z, prev = (array[..., part] for array in self[:4])
+        second, scaled = (None if array is None else array[:, part] for array in (self.second, self.scaled))
         return Numbers(x, m, z, prev, second, scaled, self.level, self.wide)
 
     def last(self) -> Array:
@@ -101,7 +101,7 @@ def numbers_of(
     prev = np.stack([flat(step.prev, shape) for step in steps])
     for i in np.flatnonzero(~np.isfinite(prev).all(1)):
         raise ValueError(f"{at(run, i)}, is not linear: its result is infinite or no number")
-    second, scaled = (stacked(each, shape) for each in ([s.second for s in steps], [s.scaled for s in steps]))
+    second, scaled = (stacked(tensors, shape) for tensors in ([s.second for s in steps], [s.scaled for s in steps]))
     wide = all(step.prev.dtype == torch.float64 for step in steps)
     return Numbers(kinds[0], kinds[1], z, prev, second, scaled, level, wide), steps
 
@@ -167,7 +167,7 @@ def _without_last(run: Run, loop: Numbers) -> Factors:
     """
     n, k = len(loop.x), loop.z.shape[1]
     columns_of_step, last = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last()
-    past = [each for pair in zip(lagged(loop.unit()), lagged(loop.m), strict=True) for each in pair]
+    past = [column for pair in zip(lagged(loop.unit()), lagged(loop.m), strict=True) for column in pair]
     tries = [columns_of_step, [*columns_of_step, last]] if run.follows else [columns_of_step]
     fitted = _fit(run, loop, [np.stack(columns, 1) for columns in (*tries, [*columns_of_step, 0 * last, *past])])
     fitted = np.pad(fitted, ((0, 0), (0, 3 + k + 2 * LAGS - fitted.shape[1])))
@@ -301,8 +301,8 @@ def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequ
     across = np.abs(clean[:, 0] * direction[:, 1] - clean[:, 1] * direction[:, 0])
     by_clean = keeps & clean.any(1) & (across <= 1e3 * loop.negligible() * lengths)
     largest = np.take_along_axis(direction, np.abs(direction).argmax(1)[:, None], 1)
-    kept = np.where(by_clean[:, None], clean, direction / np.where(largest == 0, 1, largest))
-    kept[np.abs(kept) <= loop.negligible()] = 0
+    stored = np.where(by_clean[:, None], clean, direction / np.where(largest == 0, 1, largest))
+    stored[np.abs(stored) <= loop.negligible()] = 0
     n = len(loop.x)
     rows = {name: np.zeros(n) for name in NAMES} | columns_of(factors.x, factors.m, clean)
     if factors.x0.any():
@@ -310,11 +310,11 @@ def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequ
     rows["s"] = np.array([0.0 if k is None else factors.z[i, k] for i, k in enumerate(noise)])
     rows["c1"], rows["of_last"] = rows["c1"] / loop.level + factors.of_last, factors.of_last
     rows["k0"] = by_clean.astype(float)
-    rows["k1"], rows["k2"] = np.where(keeps & ~by_clean, kept.T, 0.0)
+    rows["k1"], rows["k2"] = np.where(keeps & ~by_clean, stored.T, 0.0)
     rows["k1"], rows["a"] = rows["k1"] / loop.level, rows["a"] / loop.level
     for i in range(n):
         for lag in np.flatnonzero(factors.past[i].any(1)) + 1:
-            (k,), tensor = np.flatnonzero(rings[i] == i - lag), kept[i - lag]
+            (k,), tensor = np.flatnonzero(rings[i] == i - lag), stored[i - lag]
             rows[f"h{1 + k}"][i] = factors.past[i, lag - 1] @ tensor / (tensor @ tensor)
     return rows
 
@@ -324,9 +324,9 @@ def rings_of(keeps: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
 
     keeps: (steps,), whether a step keeps a tensor.
     """
-    kept = np.flatnonzero(keeps)
+    storing_steps = np.flatnonzero(keeps)
     positions = (np.cumsum(keeps) - keeps)[:, None] - 1 - np.arange(HISTORY)
-    return np.where(positions < 0, -1, np.append(kept, -1)[np.maximum(positions, 0)])
+    return np.where(positions < 0, -1, np.append(storing_steps, -1)[np.maximum(positions, 0)])
 
 
 def columns_of(x: Array, m: Array, clean: Array) -> Columns:
@@ -354,9 +354,9 @@ def terms_of(
     x0, terms = bound(parts.sum(0)), np.zeros((5 + HISTORY, *x.shape))
     of_last, c1 = column["of_last"], column["c1"] - column["of_last"]
     terms[:4] = column["c0"] * x0, c1 * x, column["c2"] * m, of_last * loop.last()
-    kept = column["k0"] * x0 + column["k1"] * x + column["k2"] * m
+    stored = column["k0"] * x0 + column["k1"] * x + column["k2"] * m
     for k, ring in enumerate(rings_of((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0)).T):
-        terms[5 + k] = np.where(ring[:, None] < 0, 0.0, column[f"h{1 + k}"] * kept[ring])
+        terms[5 + k] = np.where(ring[:, None] < 0, 0.0, column[f"h{1 + k}"] * stored[ring])
     for i, z in enumerate(loop.z):
         if noise[i] is not None:
             terms[4, i] = rows["s"][i] * z[noise[i]]

@@ -66,9 +66,9 @@ class ObservedFunction:
 
     Attributes:
         run: the function's loop.
-        begins: the numbers of the steps before which the function calls its callback, empty if it never does.
-        leads: whether there is a step before the first call of the model.
-        asks: whether the function reads attributes of the model.
+        step_starts: the numbers of the steps before which the function calls its callback, empty if it never does.
+        row_before_model: whether there is a step before the first call of the model.
+        reads_model: whether the function reads attributes of the model.
 
     Raises:
         TypeError: the function has no parameter sigmas. ValueError: sigmas out of range, random numbers that are not
@@ -85,7 +85,7 @@ class ObservedFunction:
         def normal(*_: int) -> Tensor:
             return torch.empty(2, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
 
-        start, times, begins = normal(), [], []
+        start, times, callback_steps = normal(), [], []
         seen: list[Tensor] = []
         expected = {*(options.get("extra_args") or {})}
 
@@ -99,14 +99,14 @@ class ObservedFunction:
 
         with on_cpu(), torch.no_grad(), fresh_numbers(), Observed(start.shape, normal) as observed:
             probe = ModelLike(model, like)
-            self._call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
+            self._call(observed, probe, start.clone(), lambda _: callback_steps.append(len(times) - 1))
         if not times:
             raise ValueError("the model is never called, expected a call in each step")
-        self.leads, self.asks = not torch.equal(seen[0], start), probe.was_asked
-        if self.leads:
+        self.row_before_model, self.reads_model = not torch.equal(seen[0], start), probe.was_asked
+        if self.row_before_model:
             times.insert(0, float(self._sigmas[0]))
-            begins = [i + 1 for i in begins]
-        self.begins = tuple(begins)
+            callback_steps = [i + 1 for i in callback_steps]
+        self.step_starts = tuple(callback_steps)
         self.run = Run(times, "sigma", self._observe, follows=True)
 
     def _call(
@@ -132,14 +132,14 @@ class ObservedFunction:
 
         def refused(how: str) -> ValueError:
             return ValueError(
-                f"the model is called {how} than {count - self.leads} times for other samples, on which the steps "
-                "depend: they are not linear"
+                f"the model is called {how} than {count - self.row_before_model} times for other samples, on which the "
+                "steps depend: they are not linear"
             )
 
         def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
             nonlocal second
             with observed.paused():
-                if self.leads or second is not None:
+                if self.row_before_model or second is not None:
                     end(x)
                     if len(steps) == count:
                         raise refused("more")

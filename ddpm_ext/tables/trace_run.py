@@ -89,7 +89,7 @@ class Run(NamedTuple):
             the previous step's result), the model's outputs, and a Draw. The loop may write to samples and outputs.
         clip: the bound of the range to which the loop clips, or None if it does not clip.
         dims: the samples' number of dimensions.
-        given: the number of tensors that each step gets for GIVEN options.
+        option_tensors: the number of tensors that each step gets for GIVEN options.
         follows: whether callers cannot edit a sample between two steps.
     """
 
@@ -98,7 +98,7 @@ class Run(NamedTuple):
     observe: Callable[[Sequence[Tensor], Sequence[Tensor], Draw], list[Step]]
     clip: float | None = None
     dims: int = 4
-    given: int = 0
+    option_tensors: int = 0
     follows: bool = False
 
 

@@ -136,7 +136,7 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         >>> from ddpm_ext.training import load
         >>> trained = load("my-run")  # doctest: +SKIP
         >>> samples = trained.sample(4, sampler="ddim", steps=5)  # doctest: +SKIP
-        >>> own = load("other-run", model)  # doctest: +SKIP
+        >>> other = load("other-run", model)  # doctest: +SKIP
     """
     folder = Path(run)
     if not folder.is_dir():

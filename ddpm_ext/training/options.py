@@ -185,12 +185,12 @@ class TrainOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", default_device() if self.device is None else str(self.device))
         checks.device(self.device)
-        for each in fields(self):
-            value = getattr(self, each.name)
+        for option in fields(self):
+            value = getattr(self, option.name)
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
-            if (checked := _AS_JSON.get(each.type)) is not None:
-                value = checked(each.name, value)
-            object.__setattr__(self, each.name, value)
+            if (checked := _AS_JSON.get(option.type)) is not None:
+                value = checked(option.name, value)
+            object.__setattr__(self, option.name, value)
         for name, (low, below, expected) in LIMITS.items():
             _require(name, getattr(self, name), low <= getattr(self, name) < below, expected)
         for name, choices in CHOICES.items():
@@ -259,10 +259,10 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options)))
 
 
-def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
-    """The options of a checkpoint, `was`, with those in `given` replaced."""
-    current = {name: value for name, value in was.items() if name in TrainOptions.__dataclass_fields__}
-    return TrainOptions(**current | given)
+def with_defaults_of(stored: dict[str, Any], changes: dict[str, Any]) -> TrainOptions:
+    """The options of a checkpoint, `stored`, with those in `changes` replaced."""
+    current = {name: value for name, value in stored.items() if name in TrainOptions.__dataclass_fields__}
+    return TrainOptions(**current | changes)
 
 
 def _require(name: str, value: object, good: bool, expected: str) -> None:

@@ -38,16 +38,16 @@ def check_fit(options: TrainOptions, images: ImageSource, ranks: Ranks) -> None:
 
 
 def make_model(
-    given: Any, options: TrainOptions, shape: tuple[int, int, int], classes: Classes | None, device: torch.device
+    argument: Any, options: TrainOptions, shape: tuple[int, int, int], classes: Classes | None, device: torch.device
 ) -> nn.Module:
-    """The model, on the device and in training mode. given: the `model` argument of Trainer.
+    """The model, on the device and in training mode. argument: the `model` argument of Trainer.
 
     Raises:
         ValueError: the model doesn't fit the options or the images.
     """
-    model = given
+    model = argument
     if not isinstance(model, nn.Module):
-        source = options.model_config if given is None else given
+        source = options.model_config if argument is None else argument
         torch.manual_seed(seed_for(options.seed, "weights"))
         model = network.make_unet(source, options, shape, None if classes is None else classes.embeddings)
     if options.push_to_hub:

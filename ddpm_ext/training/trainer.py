@@ -286,8 +286,8 @@ class Trainer:
         """
         state, outputs = self.state, self._outputs
         alone = self.ranks.size == 1
-        known = alone or (self.ranks.rank == 0 and step.whole and step.losses_known)
-        if outputs.has_tried(state.step) or not known:
+        losses_known = alone or (self.ranks.rank == 0 and step.whole and step.losses_known)
+        if outputs.has_tried(state.step) or not losses_known:
             return
         try:
             if not step.whole:

@@ -73,12 +73,12 @@ class State:
 
     Attributes:
         x: the samples.
-        kept: the clean samples that earlier rows predicted, the newest first.
+        predicted: the clean samples that earlier rows predicted, the newest first.
     """
 
     loops: Loops
     x: Tensor
-    kept: tuple[Tensor, ...] = ()
+    predicted: tuple[Tensor, ...] = ()
 
 
 class Rows:
@@ -103,7 +103,7 @@ class Rows:
 
     def terms(self, row: int, state: State) -> list[Tensor]:
         """The terms that the row sums. This calls the model once."""
-        terms = [state.loops.run(self._to_x0[row : row + 1], noise=state.x), state.x, *state.kept[:HISTORY]]
+        terms = [state.loops.run(self._to_x0[row : row + 1], noise=state.x), state.x, *state.predicted[:HISTORY]]
         unconditional = state.loops.unconditional()
         if unconditional is not None:
             terms.append(self.base.a[row].item() * state.x + self.base.b[row].item() * unconditional)
@@ -147,10 +147,10 @@ def with_weights(base: StepTable, weights: Weights) -> StepTable:
     columns: dict[str, Any] = {name: getattr(base, name).clone() for name in ("c0", "c1", "cu", "h1", "h2", "h3", "k0")}
     for row, of_terms in enumerate(weights):
         columns["c0"][row], columns["c1"][row] = of_terms[:2]
-        kept = min(row, HISTORY)
-        for slot in range(kept):
+        slots = min(row, HISTORY)
+        for slot in range(slots):
             columns[f"h{slot + 1}"][row] = of_terms[2 + slot]
-        if len(of_terms) > 2 + kept:  # the last term is the clean sample of the unconditional output, a x + b u
+        if len(of_terms) > 2 + slots:  # the last term is the clean sample of the unconditional output, a x + b u
             columns["c1"][row] += of_terms[-1] * base.a[row]
             columns["cu"][row] = of_terms[-1] * base.b[row]
     columns["k0"][:-1] = 1
@@ -161,7 +161,7 @@ def _next(state: State, terms: Sequence[Tensor], weights: Tensor) -> State:
     """The state after a row with these terms and weights."""
     x = sum(weight * term.double() for weight, term in zip(weights.tolist(), terms, strict=True))
     assert isinstance(x, Tensor)
-    return State(state.loops, x.to(state.x.dtype), (terms[0], *state.kept)[:HISTORY])
+    return State(state.loops, x.to(state.x.dtype), (terms[0], *state.predicted)[:HISTORY])
 
 
 def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor]:
@@ -180,4 +180,6 @@ def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor
             equations.add(of_batch, trajectory.at(arrives))
         weights.append(equations.solve(euler_weights(rows.base, row, len(terms[0]))))
         states = [_next(state, of_batch, weights[-1]) for state, of_batch in zip(states, terms, strict=True)]
-    return weights, torch.cat([distance(end.x, own.samples) for end, own in zip(states, trajectories, strict=True)])
+    return weights, torch.cat(
+        [distance(end.x, trajectory.samples) for end, trajectory in zip(states, trajectories, strict=True)]
+    )

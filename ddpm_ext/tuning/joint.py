@@ -51,8 +51,8 @@ def polish(
     now, best = _finished(rows, weights, trajectories), _finished(rows, weights, checked)
     for _ in range(rounds):
         before = now.error
-        for each in (*trajectories, *checked):
-            each.first_terms.clear()  # the cached terms belong to timesteps of earlier rounds
+        for trajectory in (*trajectories, *checked):
+            trajectory.first_terms.clear()  # the cached terms belong to timesteps of earlier rounds
         gram, right = _slopes(now, trajectories)
         for dampings in DAMPINGS:
             candidates = (

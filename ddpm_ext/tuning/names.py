@@ -110,7 +110,7 @@ def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTab
     first = first_round(len(trajectories), len(trajectories[0].samples))
     measured = {name: [batch.errors_of(table) for batch in trajectories[:first]] for name, table in tables.items()}
     ranked = _ranked(measured, calls)
-    finalists = {(each.sampler, each.spacing, each.steps): each for each in ranked[:FINALISTS]}
+    finalists = {(named.sampler, named.spacing, named.steps): named for named in ranked[:FINALISTS]}
     for name in finalists:
         measured[name] += [batch.errors_of(tables[name]) for batch in trajectories[first:]]
     return [*_ranked({name: measured[name] for name in finalists}, calls), *ranked[FINALISTS:]]

@@ -98,7 +98,7 @@ class Report(Errors):
         ]
         if not self.fitted:
             lines.append(f"  {'no fit is nearer; the nearest':<52} {self.fitted_error:.4f}")
-        lines += [_line(str(each), each) for each in self.names[:SHOWN]]
+        lines += [_line(str(named), named) for named in self.names[:SHOWN]]
         if self.looked:  # otherwise the names are a pipeline's, and p_sample_loop does not take them
             typed = ", ".join(f"{name}={value!r}" for name, value in self.best.options.items())
             lines.append(f"the best name's loop: {typed}")

@@ -203,7 +203,7 @@ class Tuner:
                 nearest = names[0]
                 table = self._named_tables(steps)[nearest.sampler, nearest.spacing, nearest.steps]
                 errors = self._errors(table)
-            bfloat16_errors = [each.errors_of(table, torch.bfloat16) for each in self._held_out]
+            bfloat16_errors = [batch.errors_of(table, torch.bfloat16) for batch in self._held_out]
             as_near = self._as_near(names, errors) if fitted else None
             cost = self._shared_calls + self._names_calls[steps] + self.calls - calls_before
         report = Report(
@@ -249,12 +249,12 @@ class Tuner:
         The nearest name of each spacing is tried, since for some spacings more steps do not reduce the error. A name
         that is farther on the first held-out batch is not tried on the others.
         """
-        nearest = list({each.spacing: each for each in reversed(names)}.values())
-        nearest = sorted(nearest, key=lambda each: each.error)[:REACHED]
+        nearest = list({named.spacing: named for named in reversed(names)}.values())
+        nearest = sorted(nearest, key=lambda named: named.error)[:REACHED]
         first, *others = self._held_out
         for more in MORE:
-            for each in nearest:
-                name = each.sampler, each.spacing, math.ceil(more * each.steps)
+            for named in nearest:
+                name = named.sampler, named.spacing, math.ceil(more * named.steps)
                 with contextlib.suppress(ValueError):  # more steps than the spacing has
                     table, calls = table_of(self._diffusion, *name)
                     if not self._takes(table):

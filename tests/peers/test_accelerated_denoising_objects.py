@@ -73,7 +73,7 @@ def test_ddim_calls_the_model_at_the_peers_timesteps(timesteps, counts):
             gd.ddim_sample(SHAPE)
             seen.append(gd.model.seen)
         assert seen[0] == seen[1] and len(seen[0]) == count
-    assert not fast.accelerated.own_calls
+    assert not fast.accelerated.fallback_calls
 
 
 @pytest.mark.parametrize(("own", "steps"), [({}, 50), ({"sampling_timesteps": 10, "ddim_sampling_eta": 0.5}, 10)])

@@ -123,7 +123,7 @@ def test_rows_are_made_once(device):
         assert first.device == device
     for i in range(3 * CACHED):
         rows(loss_rows, torch.full((50,), float(i)))
-    assert len(loss_rows._given) == CACHED
+    assert len(loss_rows._by_key) == CACHED
 
 
 def test_weights_that_are_written_to_are_read_again():

@@ -31,21 +31,21 @@ SCALES: dict[Scale, Any] = {
 
 
 @dataclass(frozen=True)
-class OwnLevels:
+class LoopLevels:
     """The levels of a loop, whose last step arrives at clean samples.
 
     Attributes:
         timesteps: int64 or float64, (steps,).
         signal, noise: float64, (steps,).
         scale: the scale of the samples.
-        given: the arguments that the pipeline passed to set_timesteps besides the number of steps.
+        set_timesteps_options: the arguments that the pipeline passed to set_timesteps besides the number of steps.
     """
 
     timesteps: Tensor
     signal: Tensor
     noise: Tensor
     scale: Scale
-    given: dict[str, Any]
+    set_timesteps_options: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -57,11 +57,11 @@ class OwnLevels:
         return grid_of_levels(self.timesteps[rows], signal, noise, scale=self.scale)
 
 
-def levels_of(scheduler: Any, given: dict[str, Any]) -> OwnLevels:
+def levels_of(scheduler: Any, set_timesteps_options: dict[str, Any]) -> LoopLevels:
     """The levels of the loop that a scheduler has begun. Raises ValueError if they can't be found.
 
     Args:
-        given: see OwnLevels.
+        set_timesteps_options: see LoopLevels.
     """
     for index in ("_begin_index", "_step_index"):  # if one is set, add_noise reads it in place of the timesteps
         if index in vars(scheduler):
@@ -76,5 +76,5 @@ def levels_of(scheduler: Any, given: dict[str, Any]) -> OwnLevels:
     for scale, invariant in SCALES.items():
         if ((invariant(signal, noise) - 1).abs() < NEAR).all():
             times = times.double() if times.is_floating_point() else times.long()
-            return OwnLevels(times, signal, noise, scale, given)
+            return LoopLevels(times, signal, noise, scale, set_timesteps_options)
     raise ValueError(f"the samples of {type(scheduler).__name__} are none whose scale is known here")

@@ -52,7 +52,7 @@ class Pipeline(Accelerated):
                 for name, guidance in guidance_of_call(peers_call, self, *args, **kwargs).items():
                     check_note(table, name, guidance, "the pipeline's call has")
                 kwargs = {**_steps_of(table, peers_call, self, *args, **kwargs), **kwargs}
-            with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
+            with start_noise(self, [scheduler.accelerated for scheduler in _accelerated_schedulers(self)]):
                 return peers_call(self, *args, **kwargs)
 
         cls.__call__ = call  # type: ignore[method-assign]
@@ -60,7 +60,7 @@ class Pipeline(Accelerated):
     @property
     def accelerated(self) -> Acceleration:
         """The settings of the pipeline's first scheduler. If it has an attribute `scheduler`, that is the first."""
-        return next((each.accelerated for each in _accelerated_schedulers(self)), super().accelerated)
+        return next((scheduler.accelerated for scheduler in _accelerated_schedulers(self)), super().accelerated)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Accelerates a scheduler that is set, with the settings of the scheduler that it replaces.
@@ -93,14 +93,14 @@ class Pipeline(Accelerated):
             vars(self)["_acceleration"] = replaced.accelerated.continued()
 
     def __repr__(self) -> str:
-        """One line for each accelerated scheduler, then the peer's own text."""
+        """One line for scheduler accelerated scheduler, then the peer's own text."""
         return "\n".join([*map(shown, _accelerated_schedulers(self)), peer_method(self, "__repr__")()])
 
     def _settings_in_place_of(self, replaced: Any) -> Acceleration:
         if isinstance(replaced, Accelerated):
             return replaced.accelerated.continued()
         settings = self.accelerated
-        used = {each.accelerated.stream for each in _accelerated_schedulers(self)}
+        used = {scheduler.accelerated.stream for scheduler in _accelerated_schedulers(self)}
         if not used:
             return settings.continued()
         unused = [stream for stream in STREAMS if stream not in used]
@@ -178,9 +178,9 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Acc
         settings_of_stream = settings.of_stream(STREAMS[number] if settings.noise == "philox" else STREAM_REVERSE)
         copies[key] = accelerated(scheduler, settings_of_stream)
 
-    def accelerated_copy(each: Any) -> Any:
-        copied = _restore(peer_class(type(each)))
-        vars(copied).update(vars(each), _acceleration=settings)
+    def accelerated_copy(scheduler: Any) -> Any:
+        copied = _restore(peer_class(type(scheduler)))
+        vars(copied).update(vars(scheduler), _acceleration=settings)
         return copied
 
     return pipeline_with(pipeline, copies, accelerated_copy)

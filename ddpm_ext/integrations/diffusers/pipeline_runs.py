@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import Acceleration
-from ddpm_ext.integrations.diffusers.levels import OwnLevels, levels_of
+from ddpm_ext.integrations.diffusers.levels import LoopLevels, levels_of
 from ddpm_ext.integrations.diffusers.pipeline import guidance_of_call, is_pipeline, pipeline_with
 from ddpm_ext.integrations.diffusers.table_scheduler import TableScheduler, prediction_of, with_table
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
@@ -59,28 +59,28 @@ class Runs:
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
-        own: Any = vars(pipe).get("scheduler") if is_pipeline(pipe) else None
-        if not is_scheduler(type(own)) or isinstance(own, TableScheduler):
+        scheduler: Any = vars(pipe).get("scheduler") if is_pipeline(pipe) else None
+        if not is_scheduler(type(scheduler)) or isinstance(scheduler, TableScheduler):
             raise TypeError(
-                f"pipe is a {type(pipe).__name__} with the scheduler {type(own).__name__}, expected a pipeline of "
-                "diffusers with a scheduler of diffusers"
+                f"pipe is a {type(pipe).__name__} with the scheduler {type(scheduler).__name__}, expected a pipeline "
+                "of diffusers with a scheduler of diffusers"
             )
-        self._pipe, self._prompts, self._call, self._own = pipe, prompts, call, own
-        cls: Any = peer_class(type(own))
-        self.scheduler = cls.from_config(own.config)
-        self.name, self.prediction = type(pipe).__name__, prediction_of(own)
+        self._pipe, self._prompts, self._call, self._scheduler = pipe, prompts, call, scheduler
+        cls: Any = peer_class(type(scheduler))
+        self.scheduler = cls.from_config(scheduler.config)
+        self.name, self.prediction = type(pipe).__name__, prediction_of(scheduler)
         self.guidance = guidance_of_call(pipe.__call__, **call)
         self.calls = 0
         self.on_call: Callable[..., object] = lambda _: None
 
-    def levels(self, scheduler: Any, steps: int) -> OwnLevels:
+    def levels(self, scheduler: Any, steps: int) -> LoopLevels:
         """The levels of the pipeline's loop of `steps` steps with this scheduler. Takes one step of the pipeline."""
-        probe, given = copy.deepcopy(scheduler), {}
+        probe, options = copy.deepcopy(scheduler), {}
         set_timesteps = probe.set_timesteps
 
         @functools.wraps(set_timesteps)
         def note(*args: Any, **kwargs: Any) -> Any:
-            given.update({name: value for name, value in kwargs.items() if name in ("sigmas", "mu")})
+            options.update({name: value for name, value in kwargs.items() if name in ("sigmas", "mu")})
             return set_timesteps(*args, **kwargs)
 
         @functools.wraps(probe.step)
@@ -90,18 +90,18 @@ class Runs:
         probe.set_timesteps, probe.step = note, leave
         self._run(probe, steps, 0)
         self._count(1)
-        return levels_of(probe, {name: value for name, value in given.items() if value is not None})
+        return levels_of(probe, {name: value for name, value in options.items() if value is not None})
 
     def record(self, table: StepTable, seed: int, last: int | None = None) -> Recorder:
         """A run with the rows of a table up to `last`. Default: all rows."""
-        recorder = with_table(self._own, table, Acceleration(), Recorder)
+        recorder = with_table(self._scheduler, table, Acceleration(), Recorder)
         recorder.last, recorder.samples, recorder.terms = len(table) - 1 if last is None else last, [], []
         self._run(recorder, len(table), seed)
         self._count(recorder.last + 1)
         return recorder
 
     def _run(self, scheduler: Any, steps: int, seed: int) -> None:
-        pipeline = pipeline_with(self._pipe, {id(self._own): scheduler})
+        pipeline = pipeline_with(self._pipe, {id(self._scheduler): scheduler})
         pipeline.set_progress_bar_config(disable=True)
         prompt = {"prompt": self._prompts[seed % len(self._prompts)]} if self._prompts else {}
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -41,12 +41,12 @@ def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[Non
     Args:
         settings: those of the pipeline's schedulers.
     """
-    philox = [each for each in settings if each.noise == "philox"]
+    philox = [acceleration for acceleration in settings if acceleration.noise == "philox"]
     token = _drawn_by.set(philox[0] if philox else None)
     with contextlib.ExitStack() as stack:
         stack.callback(_drawn_by.reset, token)
-        for each in philox:
-            stack.enter_context(each.within_call())
+        for acceleration in philox:
+            stack.enter_context(acceleration.within_call())
         for module in _modules_of(pipeline) if philox else []:
             stack.enter_context(_replaced(module))
         yield

@@ -102,7 +102,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._ring: tuple[Tensor, ...] = ()
-        self._made: NextInput | None = None
+        self._written_input: NextInput | None = None
         self.accelerated.begin_loop()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -179,10 +179,10 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if self._input_scales is None:
             return sample
         row = self._row_of(timestep) if self._step_index is None else self._step_index
-        written = self._made
+        written = self._written_input
         if written is None or not written.is_of(sample):
             return sample * self._input_scales[row]
-        self._made = None  # returned only once, because the caller may write to it
+        self._written_input = None  # returned only once, because the caller may write to it
         return written.model_input
 
     @torch.no_grad()
@@ -221,15 +221,15 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         inputs = self._noise(kind.noisy, model_output, generator, x, row)
         x0 = inputs["x0_out"] = empty_like(x)
-        # Where the caller scales another tensor than the step's result, such as a doubled batch for guidance, `_made`
-        # stays set: one input is written in vain, and no more of the loop.
-        writes_input = self._input_scales is not None and self._made is None and row + 1 < len(self.table)
+        # If the caller scales another tensor than the step's result, such as a doubled batch for guidance, this input
+        # stays in `_written_input`, and no later step of the loop writes one.
+        writes_input = self._input_scales is not None and self._written_input is None and row + 1 < len(self.table)
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
-        prev, kept = self._stepper.take(row, x, model_output, ring, inputs)
+        prev, stored = self._stepper.take(row, x, model_output, ring, inputs)
         if model_input is not None:
-            self._made = NextInput.of(prev, model_input)
-        if kept is not None:
-            self._ring = (kept, *ring[:2])
+            self._written_input = NextInput.of(prev, model_input)
+        if stored is not None:
+            self._ring = (stored, *ring[:2])
         self._step_index = row + 1
         self.accelerated.fused_calls += 1
         return DDIMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
@@ -245,8 +245,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             near = ((self._own_times.double() - time).abs() < OTHER).nonzero().flatten().tolist()
             row = expected if expected in near else next(iter(near), None)
         if row is None or (expected is not None and row != expected):
-            wanted = self._own_times.tolist() if expected is None else self._own_times[expected].item()
-            raise ValueError(f"timestep is {float(timestep):g}, expected {wanted}, in the order of the table")
+            expected_times = self._own_times.tolist() if expected is None else self._own_times[expected].item()
+            raise ValueError(f"timestep is {float(timestep):g}, expected {expected_times}, in the order of the table")
         return row
 
     # ----------------------------------------------------------------------------------------- the forward process

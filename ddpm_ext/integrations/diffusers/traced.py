@@ -177,7 +177,7 @@ class TracedScheduler(Forward):
         """
         rows, i, ring, last = position.rows, position.at, position.ring, position.last
         trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
-        tensors = [each.to(dtypes.computed) for each in call.tensors]
+        tensors = [tensor.to(dtypes.computed) for tensor in call.tensors]
         inputs = self._drawn(position, dtypes, call, x, tensors)
         # A row may read the result of the row before it. The operator has no argument for this, but two that traced
         # rows do not need otherwise: the earlier launch writes a copy of its result to `model_input`, and the later
@@ -190,8 +190,8 @@ class TracedScheduler(Forward):
         scales = has_next and self._scales_inputs and position.scales_inputs()
         copied = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
         history = [tensors[draw] for draw in trace.history_draws[i]] or ring
-        prev, kept = rows.stepper.take(i, x, m, history, inputs)
-        ring = ring if kept is None else (kept, *ring[:2])
+        prev, stored = rows.stepper.take(i, x, m, history, inputs)
+        ring = ring if stored is None else (stored, *ring[:2])
         last = copied if keeps_result else None
         step_dtypes = call.m.dtype, call.x.dtype, dtypes.prev
         after = position._replace(at=i + 1, ring=ring, last=last, shape=x.shape, dtypes=step_dtypes)

@@ -185,10 +185,10 @@ def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
 
 def content_of(cls: Any, state: Mapping[str, Any], name: str) -> object:
     """A cache key of an attribute of the object, or else of its class. Raises Fallback if it cannot be compared."""
-    return _content(state[name] if name in state else getattr(cls, name, ABSENT))
+    return _content_key(state[name] if name in state else getattr(cls, name, ABSENT))
 
 
-def _content(value: Any) -> object:
+def _content_key(value: Any) -> object:
     if isinstance(value, Tensor):
         return tensor_contents(value)
     if isinstance(value, np.ndarray | np.generic):
@@ -196,9 +196,9 @@ def _content(value: Any) -> object:
     if type(value) is float:
         return value.hex()  # so that NaN equals NaN, and -0 differs from 0
     if isinstance(value, list | tuple):
-        return type(value), *map(_content, value)
+        return type(value), *map(_content_key, value)
     if isinstance(value, dict):
-        return tuple((key, _content(x)) for key, x in value.items())
+        return tuple((key, _content_key(x)) for key, x in value.items())
     if value is ABSENT or isinstance(value, FunctionType | MethodType):
         return value
     if isinstance(value, HASHED):
@@ -270,8 +270,8 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
     states = [{name: attributes.get(name) for name in counted & relevant}]
     for step in trace.steps[:-1]:
         states.append({name: step.state.get(name, value) for name, value in states[-1].items()})
-    tensors = {name for each in states for name, value in each.items() if type(value) not in CONSTANT}
-    states = [{name: value for name, value in each.items() if name not in tensors} for each in states]
+    tensors = {name for state in states for name, value in state.items() if type(value) not in CONSTANT}
+    states = [{name: value for name, value in state.items() if name not in tensors} for state in states]
     contents = {name: content_of(cls, attributes, name) for name in relevant - counted - {"_begin_index"}}
     return LoopRows(key, times[:n], trace, stepper, has_history, states, contents, scheduler, {}, {})
 
@@ -284,14 +284,14 @@ def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> Lo
     few = min(n, FEW) if {output, sample} == {torch.float32} else n
     x, m = (torch.full((2, *[1] * (key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     try:
-        samples, outputs = ([each.clone() for _ in range(few)] for each in (x, m))
+        samples, outputs = ([tensor.clone() for _ in range(few)] for tensor in (x, m))
         options = options_of_steps(key.options, rows.scheduler.timesteps, key.first, n)
         taken = observe(rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, wide=False)
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
     prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
-    if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
-        raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
-    draws = [each.draws for each in taken] + [[torch.float32] * len(step.draws) for step in steps[few:]]
+    if any(step.prev.dtype != prev for step in taken) or prev not in (torch.float32, output, sample):
+        raise Fallback(f"its results are {', '.join({str(step.prev.dtype) for step in taken})}")
+    draws = [step.draws for step in taken] + [[torch.float32] * len(step.draws) for step in steps[few:]]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, draws)

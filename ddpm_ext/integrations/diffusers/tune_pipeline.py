@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import calls_bar
-from ddpm_ext.integrations.diffusers.levels import OwnLevels
+from ddpm_ext.integrations.diffusers.levels import LoopLevels
 from ddpm_ext.integrations.diffusers.pipeline_runs import Runs
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, reads_clip_sample
 from ddpm_ext.tables.grid import Grid
@@ -147,27 +147,27 @@ def _table(runs: Runs, sampler: str, grid: Grid) -> StepTable:
     return SAMPLERS[sampler](grid, prediction=runs.prediction)
 
 
-def _named_tables(runs: Runs, levels: OwnLevels, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
+def _named_tables(runs: Runs, levels: LoopLevels, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
     """The tables of `steps` steps that the fit is compared with, each with its (sampler, spacing).
 
     The first is that of the scheduler itself, if its steps are rows without noise: noise leads to other samples. Then
     come those of NAMES, with the scheduler's own spacing and with trailing timesteps. If neither spacing has `steps`
     levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
     """
-    own_levels = runs.levels(runs.scheduler, steps)
+    scheduler_levels = runs.levels(runs.scheduler, steps)
     spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
     trailing = _trailing(runs.scheduler)
-    if len(own_levels) == steps:
+    if len(scheduler_levels) == steps:
         with contextlib.suppress(ValueError):  # raised for a scheduler whose steps are no rows
-            traced = StepTable.trace(runs.scheduler, steps, **own_levels.given)
-            euler = _table(runs, "euler", own_levels.grid())
+            traced = StepTable.trace(runs.scheduler, steps, **scheduler_levels.set_timesteps_options)
+            euler = _table(runs, "euler", scheduler_levels.grid())
             if len(traced) == steps and not (traced.s != 0).any():
                 columns = {name: getattr(euler, name) for name in LEVELS}
                 yield (type(runs.scheduler).__name__, spacing), replace(traced, **columns)
-    spacings = [(spacing, own_levels)]
+    spacings = [(spacing, scheduler_levels)]
     if trailing is not None:
         spacings.append(("trailing", runs.levels(trailing, steps)))
-        spacings = spacings[1:] if torch.equal(spacings[1][1].noise, own_levels.noise) else spacings
+        spacings = spacings[1:] if torch.equal(spacings[1][1].noise, scheduler_levels.noise) else spacings
     grids = [(name, each.grid()) for name, each in spacings if len(each) == steps]
     for name, grid in grids or [("even", levels.grid(_spaced(len(levels), steps, 1.0)))]:
         for sampler in NAMES:
@@ -189,7 +189,7 @@ def _spaced(levels: int, steps: int, power: float) -> list[int]:
 
 
 def _fit(
-    runs: Runs, levels: OwnLevels, nodes: dict[int, list[Tensor]], seeds: Sequence[int], rows: list[int]
+    runs: Runs, levels: LoopLevels, nodes: dict[int, list[Tensor]], seeds: Sequence[int], rows: list[int]
 ) -> tuple[StepTable, float]:
     """Fits a table whose rows begin at these steps of the teacher. Returns it with its typical error.
 

@@ -57,7 +57,7 @@ class FusedTables:
     def __init__(self, peer: Any) -> None:
         peer._check_methods()  # noqa: SLF001 (of PeerDiffusion)
         types = (peer.model_mean_type, peer.model_var_type, peer.loss_type)
-        mean, var, loss_type = (getattr(each, "name", "") for each in types)
+        mean, var, loss_type = (getattr(member, "name", "") for member in types)
         prediction, variance, loss = PREDICTIONS.get(mean), VARIANCES.get(var), LOSSES.get(loss_type)
         if prediction is None or variance is None:
             raise Fallback
@@ -166,7 +166,7 @@ def _is_spaced(peer: Any) -> bool:
 def tables_of(peer: Any) -> FusedTables:
     """The tables of an object's current state, cached. Raises Fallback.
 
-    The cache key is made of the object's arrays, options and methods; see setting_of.
+    The cache key is made of the object's arrays, options and methods; see setting_key.
     """
     state = (_SPACED_STATE if _is_spaced(peer) else _STATE)(peer)
     return peer._of_state(state, lambda: FusedTables(peer))  # noqa: SLF001 (of PeerDiffusion)
