@@ -87,8 +87,8 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
           }
     return;
   }
-  // Where pixels have fewer than n channels, a square extends into the next pixels. What it reads there is not used,
-  // and what it writes there is overwritten by the next square. So the squares must end before the memory does.
+  // If pixels have fewer than n channels, a square extends into the next pixels. The numbers read from there are not
+  // used, and the next square overwrites those written there. The squares must end before the memory does.
   int64_t done_rows = 0, done_columns = 0;
   if (rows < n)
     for (; (done_columns + n - 1) * in + n <= (columns - 1) * in + rows; done_columns += n)

@@ -87,7 +87,7 @@ class Elementwise {
     if constexpr (!Op::kRowless) row_ = cuda::read_row<Row>(call_, t);
     if constexpr (kNoise == Noise::drawn) {
       counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
-      // Otherwise the compiler would compute these in every turn, inside the branch around the noise.
+      // Without make_opaque, the compiler computes these numbers in every turn, inside the branch around the noise.
       make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
       make_opaque(counter_.c1_key), make_opaque(counter_.c3);
     }
@@ -115,8 +115,8 @@ class Elementwise {
   // is drawn, even in a launch of a single turn.
   __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
-    // If every row needs noise, this condition always holds, but the compiler does not know that. So it keeps the next
-    // turn's loads behind the branch around the noise.
+    // If every row needs noise, `noisy` is always true. The compiler does not know this, and would keep the next turn's
+    // loads behind the branch around the noise.
     const bool draws = Op::kX && Op::kDraws ? call_.noise_kind == Noise::drawn : noisy;
     if (j < whole) {
 #pragma unroll 1

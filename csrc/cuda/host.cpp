@@ -21,7 +21,7 @@ size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint
 // Allocates on the current device. If there is not enough memory, torch's allocator frees its cached blocks, and the
 // allocation is tried again.
 void* allocate(int64_t count) {
-  // In any other mode, cudaMalloc fails while another thread captures a graph.
+  // In other capture modes, cudaMalloc fails while another thread captures a graph.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   void* data = nullptr;
   if (cudaMalloc(&data, bytes_of(count)) == cudaSuccess) return data;

@@ -17,8 +17,8 @@ namespace {
 constexpr int kBins = 2048, kBinBits = 10;  // only the count of the first 11 bits uses all bins
 constexpr uint32_t kNan = kMagnitude;       // the only NaN among magnitudes, alone in the last bin
 
-// What is known of the wanted magnitude: its first bits, and its rank (from the largest) among the magnitudes that
-// begin with them.
+// The search for the quantile's magnitude so far: its first bits, and its rank (from the largest) among the magnitudes
+// that begin with these bits.
 struct Prefix {
   uint32_t first_bits, from_top;
 };
@@ -31,7 +31,7 @@ struct Shared {
   bool last;
 };
 
-// What one launch passes to the next one, and what the blocks of the last launch pass to each other.
+// The state of the search that one launch passes to the next, and the last launch's blocks to each other.
 struct Search {
   Prefix prefix;
   uint32_t larger;

@@ -13,7 +13,7 @@ bool records_grad(at::ArrayRef<Named> tensors) {
   return false;
 }
 
-// Without this check, the dispatcher would silently ignore a tangent.
+// Refuses tensors with a tangent, which the dispatcher would silently ignore.
 void refuse_forward_mode(const char* op, at::ArrayRef<Named> tensors) {
   for (const Named& t : tensors) {
     if (t.tensor == nullptr || t.tensor->unsafeGetTensorImpl()->autograd_meta() == nullptr) continue;
@@ -47,7 +47,7 @@ void check_agreement(const char* op, at::ArrayRef<Named> tensors) {
                       ", expected strided");
     const char* kind = t.tensor->is_nested() ? "nested" : t.tensor->is_quantized() ? "quantized" : nullptr;
     TORCH_CHECK_VALUE(kind == nullptr, op, ": ", t.name, " is a ", kind, " tensor, expected a plain one");
-    // For instance a seed. The dispatcher ignores it when it chooses a kernel.
+    // A CPU tensor without dimensions, such as a seed, may come with CUDA samples: the dispatcher ignores its device.
     const bool is_number = t.tensor->is_cpu() && t.tensor->dim() == 0;
     TORCH_CHECK_VALUE(is_number || t.tensor->device() == first.device(), op, ": ", t.name, " is on ",
                       t.tensor->device(), ", expected the samples' device, ", first.device());

@@ -28,13 +28,13 @@ _POLL = 0.1  # seconds
 KEPT = "what was finished is kept: run the same command again to go on"
 """The end of the message of a run that has ended early."""
 _LOST = f"another rank ended before the work was done (its own message, if it had one, says why); {KEPT}"
-# Barriers that another rank never reached, with their groups. They are kept because freeing them would wait for it.
+# Barriers that another rank never reached, with their groups: freeing a barrier would wait for that rank.
 _UNFINISHED: list[Any] = []
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size` processes, and number `local` on its machine. By default it is alone."""
+    """The numbers of this process: `rank` of `size` processes, and `local` on its machine. By default it is alone."""
 
     rank: int = 0
     size: int = 1

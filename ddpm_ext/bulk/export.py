@@ -90,7 +90,7 @@ def write_pngs(shards: Shards, folder: Path) -> None:
     try:
         with files.errors_that_name(folder, hidden), ThreadPoolExecutor(_THREADS) as pool:
             hidden.mkdir()
-            # From the beginning of the shard of the last picture: if it was not full, it has been drawn again.
+            # Starts with the shard of the last picture: a shard that was not full has been drawn again.
             for index in range(existing // shards.size, len(shards)):
                 list(pool.map(save, shards.ids(index), shards.read(index)))
         if folder.exists():

@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> None:
     files.check_writable(folder / _ABOUT)
     remove_leftovers(folder)
     about = {"run": options.run, "length": options.length, "step": result.step, "snapshots": result.snapshots}
-    # This file comes first: if writing the model fails, the file marks the folder as this command's, and the command
-    # can be run again.
+    # Written before the model: if writing the model fails, this file marks the folder as this command's, and the
+    # command can be run again.
     files.write_json(folder / _ABOUT, about | {"distance": result.distance})
     described = trained.shape, trained.classes, trained.clip
     save_result(trained.model, trained.settings, folder, torch.float32, *described)

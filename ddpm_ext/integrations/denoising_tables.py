@@ -54,7 +54,7 @@ class DenoisingTables:
             raise Fallback(str(error)) from None
         if not 0 < timesteps <= len(self.steps) or count < 1:
             raise Fallback(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
-        # In float32, as in the library. The first number, -1, is where the last step leads.
+        # The timesteps, in float32 as in the library. The first number, -1, is the end of the last step.
         t = torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().long()[1:]
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)
         c0, c1, s = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)

@@ -227,7 +227,9 @@ def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Par
 def _options(name: str) -> dict[str, Any]:
     """{name: default} of the own arguments of a sampler in MAKERS."""
     parameters = inspect.signature(MAKERS[name]).parameters
-    options = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)}
+    options = {
+        key: parameter.default for key, parameter in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)
+    }
     added = [*CHURN] if name in CHURNED else []
     added += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in options else []
     added += ["solver_type"] if name == "dpmpp_2m_sde" else []
@@ -374,8 +376,6 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
             rows = _own_rows(which, levels, options)
         else:
             rows, traced = rows_of_function(which, levels, options, model)
-            if (
-                traced.reads_model
-            ):  # The function reads attributes of the model, on which its rows may depend: not cached.
+            if traced.reads_model:  # not cached: the rows may depend on the model's attributes
                 return rows
     return rows if key is None else _rows_cache.get_or_make(key, lambda: rows)

@@ -18,7 +18,7 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 Make = Callable[[], Any]
 NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that this package adds
-ROUNDED_TERMS = 4.0  # Without noise, the terms that a step adds up may be this many times as large as its result.
+ROUNDED_TERMS = 4.0  # the largest ratio of a term of a step without noise to the step's result
 
 
 class PeerDiffusion(Accelerated):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm_ext.integrations.tensors import version_of
 
 HOW = "accelerate(..., trace=True) replaces such steps, once it has compared them in a first loop"
-ROUNDED = 16  # Both may differ by this many roundings, in the result's dtype, of the largest term that they add up.
+ROUNDED = 16  # A row and a step may differ by this many roundings of their largest term, in the result's dtype.
 LARGE = 2**20  # Arrays of more bytes are compared by identity alone.
 
 

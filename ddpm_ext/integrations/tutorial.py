@@ -104,7 +104,9 @@ def _methods(caller: str, classes: tuple[type, ...], counts: tuple[int, ...]) ->
     names: set[str] = set()
     overridden = None
     for base in classes:
-        methods = {name for name, each in vars(base).items() if inspect.isfunction(each) and not name.startswith("__")}
+        methods = {
+            name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("__")
+        }
         overridden = overridden or min(names & methods - NOT_CALLED[caller], default=None)
         names |= methods
     return frozenset(names - NOT_CALLED[caller]), overridden

@@ -89,7 +89,7 @@ class InitialSamples:
         self.device = _device(options, model)
 
     def samples(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
-        """Of the loop's shape: pure noise, drawn or given, or images with the noise of the first step.
+        """The loop's first samples: pure noise (drawn, or `noise`), or `start` with the first step's noise.
 
         Raises:
             TypeError, ValueError: start or noise of another type, shape, dtype or device, or both.

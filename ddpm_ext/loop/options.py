@@ -220,15 +220,9 @@ def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Met
 
     def decorate(method: Method) -> Method:
         method_signature = signature(method)
-        method_parameters = [
-            parameter
-            for parameter in method_signature.parameters.values()
-            if parameter.kind is not Parameter.VAR_KEYWORD
-        ]
+        method_parameters = [p for p in method_signature.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         names = {*without, *(parameter.name for parameter in method_parameters)}
-        source_parameters = [
-            parameter for parameter in signature(source).parameters.values() if parameter.kind is Parameter.KEYWORD_ONLY
-        ]
+        source_parameters = [p for p in signature(source).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
         options = [parameter for parameter in source_parameters if parameter.name not in names]
         positional = sum(parameter.kind is not Parameter.KEYWORD_ONLY for parameter in method_parameters)
         parameters = [*method_parameters[:positional], *options, *method_parameters[positional:]]

@@ -149,7 +149,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     if guidance is not None:
         guides = guidance.guides(table.timestep)
         scales[guides], unguided[guides] = float(guidance.scale), 0
-    # In a row without guidance, the model's output takes the place of the unconditional output.
+    # Rows without guidance read the model's output as the unconditional output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
     needs, levels = row_needs(table, scales), _levels(process, table)
     _check_history(table, needs, skipped)

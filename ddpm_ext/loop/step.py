@@ -116,7 +116,7 @@ class LoopStep:
         if guidance is not None and guidance.rescale > 0 and rows.guided and x.numel() < 2 * len(x):
             raise ValueError(f"guidance rescale is {guidance.rescale}, expected 0 for samples of one element")
         self._batch, self._learned, self._variance = len(x), rows.learned, rows.variance
-        # For a call with a single batch: the conditional half of each doubled model_kwarg.
+        # The model's keywords for a single batch: the conditional half of each doubled model_kwarg.
         self._kwargs = {
             name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
             for name, value in kwargs.items()

@@ -115,8 +115,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     checks.tensor("x", x)
     x, mean, log_scale = _tensors({"x": x, "mean": mean, "log_scale": log_scale})
     inverse = (-log_scale).exp()
-    # In a bin much wider than the scale, the differences below are multiplied by a large number. In float64 they are
-    # exact.
+    # Exact in float64. If the bin is much wider than the scale, these differences are multiplied by a large number.
     center = x.double() - mean.double()
     distance = center.abs()
 

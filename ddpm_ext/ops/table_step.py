@@ -87,7 +87,7 @@ class CalledTableStep:
             spread = {"guidance": numbers.get("guidance", 1.0), "rescale": numbers.get("rescale", 0.0)}
             tensors["output_scale"] = call["output_scale"](model_output, uncond, **spread)
         if "quantile" in numbers or "maximum" in numbers:
-            # Without a quantile it is 0, which the operator rejects.
+            # A missing quantile becomes 0, which the operator rejects.
             bound = {"quantile": numbers.get("quantile", 0.0), "maximum": numbers.get("maximum", math.inf)}
             if "x_start" in tensors:
                 scale = call["x_start_scale"](tensors["x_start"], **bound)

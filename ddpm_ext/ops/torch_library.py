@@ -137,7 +137,7 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     row = row_numbers(table, ctx.index if t is None else t, x_t, torch.float32)
     clipped = row.c0 * grad
     if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
-        # This has the bits of the step's own x_start, so that the gradient is 0 exactly where the step has clipped.
+        # predict_start has the bits of the step's x_start, so the gradient is 0 exactly where the step has clipped.
         x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
         inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
         if _EDGES_INSIDE:

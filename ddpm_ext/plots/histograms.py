@@ -99,7 +99,7 @@ def _in_loop_order(x_t: Sequence[Values], timesteps: Sequence[int | float]) -> t
     gaps = np.diff(t)
     if not (np.isfinite(t).all() and ((gaps > 0).all() or (gaps < 0).all())):
         raise ValueError("timesteps are not in order, expected all rising or all falling")
-    values = [_flat(f"x_t[{i}]", each) for i, each in enumerate(x_t)]
+    values = [_flat(f"x_t[{i}]", array) for i, array in enumerate(x_t)]
     return (t, values) if gaps[0] < 0 else (t[::-1], values[::-1])
 
 

@@ -99,7 +99,7 @@ class ReverseMethods(Process):
             raise NotImplementedError("p_sample: torch.func takes a derivative, expected none, or backend='reference'")
         recording = _is_grad_enabled()
         try:
-            # Not torch.no_grad(), whose Python code can be interrupted before it restores the grad mode.
+            # torch.no_grad() is Python code, which can be interrupted before it restores the grad mode.
             _set_grad_enabled(differentiated and recording)
             row, index = checks.split_t(t)
             step.check(x_t, row, index, out)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-# Where alphas_cumprod is (nearly) 0 and the model predicts eps, x0 = HUGE (x - m): once clipped, the sign of x - m.
+# If alphas_cumprod is (nearly) 0 and the model predicts eps, x0 = HUGE (x - m): once clipped, the sign of x - m.
 # HUGE is a power of two near 1e30, so that both products are exact and x = m gives exactly 0.
 HUGE = 2.0**100
 

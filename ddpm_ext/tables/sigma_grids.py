@@ -84,7 +84,7 @@ def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
     schedule_log_sigma, log_sigma = sigmas_of(alphas_cumprod).log(), sigma.log()
     above = torch.searchsorted(schedule_log_sigma, log_sigma).clamp(1, len(schedule_log_sigma) - 1)
     low, high = schedule_log_sigma[above - 1], schedule_log_sigma[above]
-    # Where timestep 0 is clean data, its log sigma is infinite and the quotient NaN: timestep 1 is the nearest.
+    # If timestep 0 is clean data, its log sigma is infinite and the quotient NaN: timestep 1 is the nearest.
     return (above - 1 + ((log_sigma - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)).double()
 
 

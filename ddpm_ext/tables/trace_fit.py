@@ -178,7 +178,7 @@ def _without_last(run: Run, loop: Numbers) -> Factors:
 def _with_last(run: Run, loop: Numbers) -> Factors:
     """The factors of steps that read the previous step's result, fitted from the last step to the first.
 
-    All later steps read the same combination of a step's sample and output, up to a factor. So once one of them has
+    All later steps read the same combination of a step's sample and output, up to a factor. Once one later step has
     been fitted, the direction (factor of the sample, factor of the output) is known for the rest. Each step is fitted
     with as few inputs as suffice: the result of an early step is a sum of the other inputs, so that the factors would
     not be unique.
@@ -186,7 +186,7 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     n, k, last = len(loop.x), loop.z.shape[1], loop.last()
     none = np.zeros(n)
     factors = Factors(none, none.copy(), none.copy(), np.zeros((n, k)), np.zeros((n, LAGS, 2)), none.copy())
-    # By step: the direction that later steps read, factors of its sample and output.
+    # {step: the direction that later steps read, factors of the step's sample and output}
     known_directions: dict[int, Array] = {}
     inputs, last_try = np.stack([loop.unit(), loop.m], 1), (0, False)
 

@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one step did.
+    """The observed effects of one step.
 
     Attributes:
         result: what it returned.

@@ -117,7 +117,7 @@ def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
 def _learned_range(posterior: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
     small, large = posterior.small.clamp(min=LEAST), posterior.large
-    if posterior.ends and posterior.small[-1] == 0:  # Otherwise the last step's range would begin at LEAST.
+    if posterior.ends and posterior.small[-1] == 0:  # Without this, the last step's range would begin at LEAST.
         small = posterior.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
 
@@ -143,7 +143,7 @@ VARIANCES: dict[str, Variance] = {
         columns=lambda of: _learned_columns(torch.zeros_like(of.small), torch.full_like(of.small, 0.5)),
         learned=True,
         logarithm=True,
-        # diffusers has no variance_type of this name. So it refuses the model's channels and can't misread them.
+        # diffusers has no variance_type of this name: it refuses the model's channels and can't misread them.
         peers=_same_name("learned", "learned_log"),
     ),
     "learned_range": Variance(

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 _BEHIND = 1.0  # a signal to all processes of a run may reach this process up to this many seconds later than a worker
-# Only these default handlers are replaced. If the caller has installed another handler, it stays.
+# The default handlers, which are replaced. A handler that the caller has installed stays.
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 

@@ -81,7 +81,7 @@ class TrainState:
         decays. Copies the buffers."""
         # In the first steps the decay is smaller, so that the initial weights soon stop mattering.
         first = (1 + self.step) / (10 + self.step)
-        decays = [(min(each, first), average) for each, average in ((decay, self.average), *self.extra.items())]
+        decays = [(min(decay, first), average) for decay, average in ((decay, self.average), *self.extra.items())]
         decays += [(power_average.decay(length, self.step + 1), average) for length, average in self.power.items()]
         for share, average in decays:
             torch._foreach_lerp_(self._averaged[average], self._weights, 1 - share)

@@ -82,7 +82,7 @@ class TrainingStep:
             losses, norm = self._captured.take(x_start, t, weights, labels, self._dropout_seed(self.samples.start))
         state.update_averages(options.ema)
         if state.timestep_sampler.learns:
-            # This waits for the device, and for all ranks.
+            # Gathering the losses waits for the device, and for all ranks.
             seen, all_losses = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
             state.timestep_sampler.update(torch.cat(seen), torch.cat(all_losses), local=False)
         self._pending.append(_Pending(step, t, losses * weights, norm))
@@ -100,7 +100,7 @@ class TrainingStep:
 
     @property
     def losses_known(self) -> bool:
-        """Whether log_rows has read the losses of all steps. Then all are finite."""
+        """Whether log_rows has read the losses of all steps, which are then finite."""
         return not self._pending
 
     def _on_device(self, value: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ class TrainingStep:
         """Runs a forward and a backward pass that changes neither weights nor buffers.
 
         From its second pass on, DistributedDataParallel sums gradients in an order that it determines in the first
-        pass. After this additional pass all steps use that order, also the first step after a resume. So the bits are
-        the same.
+        pass. After this additional pass all steps use the same order, also the first step after a resume, and have the
+        same bits.
 
         Raises:
             ValueError: a parameter gets no gradient; the second pass would wait for its gradient forever.

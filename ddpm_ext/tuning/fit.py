@@ -25,8 +25,8 @@ from ddpm_ext.tuning.teacher import Trajectory, angles_of
 HISTORY = 3  # how many clean samples of earlier rows a row may read
 RIDGE = 1e-5  # the strength of the ridge that pulls a weight towards Euler's, relative to the power of its term
 FLOOR = 0.1  # as a share of the mean error: smaller errors give samples about the same weight in a fit
-# For each row its terms' weights, float64 (terms,): of x0, of x, of the kept clean samples from the newest on, and with
-# guidance of the clean sample of the unconditional output.
+# For each row, float64 (terms,): the weights of x0, x, earlier rows' clean samples (newest first) and, with guidance,
+# the clean sample of the unconditional output.
 Weights = list[Tensor]
 
 
@@ -167,7 +167,7 @@ def _next(state: State, terms: Sequence[Tensor], weights: Tensor) -> State:
 def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor]:
     """Fits the weights row by row. Returns them and the errors of the final samples.
 
-    Each row starts from the result of the rows before it, not from the teacher's trajectory. So it corrects their
+    Each row starts from the result of the rows before it, not from the teacher's trajectory, and corrects their
     errors.
     """
     starts = [rows.begin(trajectory) for trajectory in trajectories]

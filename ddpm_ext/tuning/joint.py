@@ -59,11 +59,11 @@ def polish(
                 _finished(*_moved(now, gram, right, damping, moves=moves), trajectories)
                 for damping, moves in product(dampings, (True, False))
             )
-            now = min(now, *candidates, key=lambda each: each.error)
+            now = min(now, *candidates, key=lambda finished: finished.error)
             if now.error < before:
                 break
         on_checked = _finished(now.rows, now.weights, checked)
-        best = min(best, on_checked, key=lambda each: each.error)
+        best = min(best, on_checked, key=lambda finished: finished.error)
         if not now.error < (1 - GAIN) * before:
             break
     return best
@@ -95,8 +95,8 @@ def _moved(now: Fit, gram: Tensor, right: Tensor, damping: float, *, moves: bool
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
     """The solution of the equations, with 0 for numbers that are not finite.
 
-    There may be no solution, if outputs are constant or too large. Then any result will do, since the caller only takes
-    a step that reduces the error.
+    If outputs are constant or too large, there may be no solution. Any result will do: the caller only takes a step
+    that reduces the error.
     """
     return torch.linalg.solve_ex(matrix, right)[0].nan_to_num(0, 0, 0)
 

@@ -55,7 +55,7 @@ class Named(Errors):
 
     @property
     def label(self) -> str:
-        """Its name in words, without the number of steps."""
+        """The loop in words, without its number of steps."""
         return f"{self.sampler} with {self.spacing}" + ("" if self.eta is None else f", eta {self.eta:g}")
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ def first_round(batches: int, size: int) -> int:
 
 def _ranked(errors: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:
     named = [named_of(name, calls, torch.cat([*parts])) for name, parts in errors.items()]
-    return sorted(named, key=lambda each: each.error)
+    return sorted(named, key=lambda entry: entry.error)
 
 
 def named_of(name: Name, calls: int, distances: Tensor) -> Named:

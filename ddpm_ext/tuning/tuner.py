@@ -240,7 +240,7 @@ class Tuner:
         for timesteps in timesteps_search.search(error, self._diffusion.timesteps, steps):
             rows = Rows(self._diffusion, timesteps)
             starts.append(polish(rows, fit(rows, half)[0], half, self._checked, STARTED))
-        best = min(starts, key=lambda each: each.error)
+        best = min(starts, key=lambda start: start.error)
         return polish(best.rows, best.weights, self._fitted, self._checked)
 
     def _as_near(self, names: Sequence[Named], errors: Tensor) -> Named | None:

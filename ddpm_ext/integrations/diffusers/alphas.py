@@ -171,7 +171,7 @@ class Alphas(Forward):
 
 
 class DDPM(Alphas):
-    """For DDPMScheduler."""
+    """The mixin of DDPMScheduler."""
 
     variance_type: str
     custom_timesteps: bool
@@ -196,7 +196,7 @@ class DDPM(Alphas):
 
 
 class DDIM(Alphas):
-    """For DDIMScheduler."""
+    """The mixin of DDIMScheduler."""
 
     final_alpha_cumprod: Tensor
 

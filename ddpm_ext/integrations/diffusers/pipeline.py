@@ -93,7 +93,7 @@ class Pipeline(Accelerated):
             vars(self)["_acceleration"] = replaced.accelerated.continued()
 
     def __repr__(self) -> str:
-        """One line for scheduler accelerated scheduler, then the peer's own text."""
+        """One line for each accelerated scheduler, then the peer's own text."""
         return "\n".join([*map(shown, _accelerated_schedulers(self)), peer_method(self, "__repr__")()])
 
     def _settings_in_place_of(self, replaced: Any) -> Acceleration:

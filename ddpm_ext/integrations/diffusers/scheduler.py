@@ -37,7 +37,7 @@ UNFUSED = -1  # stands for the row of a timestep that has no fused form
 # The rows of all schedulers. Traced schedulers use a kind of loop as the key, Alphas the settings that rows depend on.
 ROWS: BoundedCache[Any] = BoundedCache(64)
 STEPS = ("step", "step_pred")
-# These methods count neither as fused calls nor as fallbacks: they launch no kernel of a step.
+# Methods that count neither as fused calls nor as fallbacks: they launch no kernel of a step.
 NOT_COUNTED = ("set_timesteps", "scale_model_input")
 HALVES = {torch.float16, torch.bfloat16}
 

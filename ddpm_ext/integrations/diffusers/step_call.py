@@ -45,11 +45,11 @@ class Signature(NamedTuple):
 
     @classmethod
     def of(cls, scheduler: type) -> Signature:
-        defaults = {name: each.default for name, each in parameters_of_step(scheduler).items()}
+        defaults = {name: parameter.default for name, parameter in parameters_of_step(scheduler).items()}
         inputs = input_names([*defaults])
         are_known = all(name in names for name, names in zip(inputs, INPUTS, strict=False))
-        # Where return_dict is False by default, an object may hold other results than the tuple. So there it stays an
-        # option, on which rows depend.
+        # If return_dict is False by default, the object may hold results that the tuple lacks: return_dict then stays
+        # an option, on which rows depend.
         free = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
         return cls(inputs, are_known, defaults | dict.fromkeys(free, EMPTY))
 

@@ -107,7 +107,7 @@ def tune_pipeline(
             named_errors = _errors(runs, named_table, nodes, held_out)
             named = Named(sampler=sampler, spacing=spacing, steps=steps, calls=steps, **vars(Errors.of(named_errors)))
             names.append((named, named_table, named_errors))
-    names.sort(key=lambda each: each[0].error)
+    names.sort(key=lambda entry: entry[0].error)
     fitted_error = typical(errors)
     fitted = fitted_error < names[0][0].error
     if not fitted:
@@ -168,7 +168,7 @@ def _named_tables(runs: Runs, levels: LoopLevels, steps: int) -> Iterator[tuple[
     if trailing is not None:
         spacings.append(("trailing", runs.levels(trailing, steps)))
         spacings = spacings[1:] if torch.equal(spacings[1][1].noise, scheduler_levels.noise) else spacings
-    grids = [(name, each.grid()) for name, each in spacings if len(each) == steps]
+    grids = [(name, spaced.grid()) for name, spaced in spacings if len(spaced) == steps]
     for name, grid in grids or [("even", levels.grid(_spaced(len(levels), steps, 1.0)))]:
         for sampler in NAMES:
             yield (sampler, name), _table(runs, sampler, grid)
@@ -193,7 +193,7 @@ def _fit(
 ) -> tuple[StepTable, float]:
     """Fits a table whose rows begin at these steps of the teacher. Returns it with its typical error.
 
-    Each row is fitted for the samples that the rows before it lead to, not for the teacher's samples. So it corrects
+    Each row is fitted for the samples that the rows before it lead to, not for the teacher's samples, and corrects
     the errors of those rows.
     """
     base = _table(runs, "euler", levels.grid(rows))

@@ -53,7 +53,7 @@ def restart(
     coefficients.check_between(prediction)
     checks.nonnegative("s_noise", s_noise)
     sigma = sigmas_of(grid.alphas_cumprod)
-    # By the number of the step that starts at t_min: the sigmas of each repetition.
+    # {number of the step that starts at t_min: the sigmas of each repetition}
     passes: dict[int, list[Tensor]] = {}
     for number, (n, k, low, high) in enumerate(intervals):
         name = f"intervals[{number}]"

@@ -95,7 +95,7 @@ def _predictor(levels: list[float], i: int, order: int, solver: str) -> np.ndarr
     if order > 1:
         ratios = _ratios(levels, i, order)
         powers = np.vander(ratios, increasing=True).T
-        # With one ratio, the paper and diffusers take 1/2.
+        # For one ratio, the paper and diffusers set rho to 1/2.
         rho = np.array([0.5]) if order == 2 else np.linalg.solve(powers, _right_side(h, order, solver)[:-1])
         _add_differences(weights, 0, -_base(h, solver) * rho / ratios)
     return weights
