@@ -163,6 +163,7 @@ def test_missing_files(folder, tmp_path):
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50},
         {"beta_schedule": "sigmoid", "beta_end": 0.05},
         {"trained_betas": [0.1, 0.2, 0.5]},
+        {"trained_betas": [0.1, 0.2, 0.5], "rescale_betas_zero_snr": True},
         {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
     ],
 )

@@ -36,7 +36,10 @@ class Denoising(Subject):
         return self.diffusion.q_sample(self.normal(*SHAPE, seed=3), self.t(choose))
 
     def do_loss(self, choose):
-        loss = self.diffusion.p_losses(self.normal(*SHAPE, seed=4).sigmoid(), self.t(choose))
+        strength = choose.one_of([None, 0.0, 0.3], "offset_noise_strength")
+        loss = self.diffusion.p_losses(
+            self.normal(*SHAPE, seed=4).sigmoid(), self.t(choose), offset_noise_strength=strength
+        )
         self.diffusion.model.zero_grad()
         loss.backward()
         return [loss.detach(), self.diffusion.model.last.weight.grad.clone()]

@@ -86,9 +86,9 @@ TABLES = [
 
 
 class Table(Subject):
-    """A TableScheduler."""
+    """A TableScheduler, which gets timesteps as numbers."""
 
-    refusals = (ValueError,)
+    refusals, by_tensors = (ValueError,), False
 
     def loop(self, first, last):
         scheduler, x = self.diffusion, self.normal(2, 3, 4, 4, seed=2)
@@ -97,7 +97,7 @@ class Table(Subject):
             scheduler.set_begin_index(first)
         for t in scheduler.timesteps[first:last]:
             m = torch.tanh(0.7 * scheduler.scale_model_input(x, t)) + t / 3000
-            x = scheduler.step(m, t, x, generator=self.generator).prev_sample
+            x = scheduler.step(m, t if self.by_tensors else t.item(), x, generator=self.generator).prev_sample
         return x
 
     def do_loop(self, choose):
@@ -112,7 +112,9 @@ class Table(Subject):
 
 
 class NewTable(Table):
-    """The same with a new object in each call."""
+    """The same with a new object in each call, which gets timesteps as tensors."""
+
+    by_tensors = True
 
     def __init__(self, table):
         super().__init__(TableScheduler(table))
