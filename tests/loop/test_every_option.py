@@ -140,7 +140,7 @@ def of_trained(rng, **options):
 # Functions that run the same loop, the names of the options that they take, and what of these they refuse.
 LAYERS = {
     "sample_progressive": (progressive, keywords_of(GD.sample_progressive), "graph is 'loop'"),
-    "capture": (captured, keywords_of(GD.capture), "which makes CUDA graphs itself"),
+    "capture": (captured, keywords_of(GD.capture), "compile makes CUDA graphs itself"),
     "sample": (lambda **options: GD.sample(NET, 5, 2, 3, **options), keywords_of(GD.sample), None),
     "accelerated loop": (lambda **options: ACCELERATED.p_sample_loop(NET, SHAPE, **options), LOOP_OPTIONS, None),
     "accelerated sample": (lambda **options: ACCELERATED.sample(NET, 5, 2, 3, **options), LOOP_OPTIONS, None),

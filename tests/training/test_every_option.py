@@ -95,7 +95,7 @@ VALUES = {
     "graph": Same({"graph": True}, "a graph takes the same steps"),
     "weights_dtype": Another({"weights_dtype": "bfloat16"}),
     "push_to_hub": Same({"push_to_hub": None}, "test_hub.py has it"),
-    "hub_private": Refused({"hub_private": True}, "hub_private: expected push_to_hub"),
+    "hub_private": Refused({"hub_private": True}, "hub_private: got no push_to_hub"),
 }
 FIELDS = [each.name for each in dataclasses.fields(TrainOptions)]
 

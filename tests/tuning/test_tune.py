@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,10 +146,9 @@ def test_the_report_says_what_tuning_cost():
     alone = Tuner(GD, counted, SHAPE, seeds=16, progress=False).tune(4).report
     assert alone.model_calls == len(calls) - tuner.calls and four.names_calls == alone.names_calls
     assert abs(four.model_calls - alone.model_calls) < 5  # the trial between timesteps is of the first table
-    for report in (three, four):
-        saved = report.as_near.calls - report.calls
-        images = int(re.search(r"pays after ([\d,]+) images", report.pays)[1].replace(",", ""))
-        assert images * saved == pytest.approx(report.model_calls * report.batch, rel=0.05)
+    report = replace(three, as_near=replace(three.best, calls=three.calls + 4))
+    images = int(re.search(r"pays after ([\d,]+) images", report.pays)[1].replace(",", ""))
+    assert images * 4 == pytest.approx(report.model_calls * report.batch, rel=0.05)
 
 
 def test_the_notes_name_the_nearest(tuned):
