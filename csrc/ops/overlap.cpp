@@ -60,8 +60,8 @@ bool may_overlap_itself(const at::Tensor& t) {
 
 bool may_overlap(const at::Tensor& a, const at::Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0 || !a.is_alias_of(b)) return false;
-  // The tensors share a byte if address_a + offset_a = address_b + offset_b. Counting offset_b down from b's last byte turns
-  // this into a sum of positive terms.
+  // The tensors share a byte if address_a + offset_a = address_b + offset_b. Counting offset_b down from b's last byte
+  // turns this into a sum of positive terms.
   Terms of_b;
   add_terms(of_b, b);
   const int64_t last_b = reach(of_b.begin(), of_b.end());
