@@ -253,7 +253,9 @@ class _FirstRun:
         rows = rows_of(self.run, loop, factors, self.clean, self.noise)
         for i, draws in enumerate(self.history_draws):
             if len(draws) > HISTORY or (draws and any(rows[f"h{1 + k}"][i] for k in range(HISTORY))):
-                raise ValueError(f"step {i} reads {len(draws)} extra noises, expected at most {HISTORY}, none with history")
+                raise ValueError(
+                    f"step {i} reads {len(draws)} extra noises, expected at most {HISTORY}, and no history"
+                )
             for k, draw in enumerate(draws):
                 rows[f"h{1 + k}"][i] = factors.z[i, draw]
         return rows
