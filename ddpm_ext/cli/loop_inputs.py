@@ -138,7 +138,7 @@ class LoopInputs:
                 raise ValueError(f"{name.replace('_', '-')}: belongs to --{other}")
         for option, other in (("to", "start"), ("inpaint", "mask")):
             if getattr(options, option) is not None and getattr(options, other) is None:
-                raise ValueError(f"{option}: got {getattr(options, option)}, expected --{other} too")
+                raise ValueError(f"{option}: got {getattr(options, option)}, expected --{other} as well")
         if options.noise is not None and options.start is not None:
             raise ValueError("noise and start are both given, expected one of them")
         images_of: dict[str, Tensor] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,22 +42,21 @@ class Loaded:
     dtype: torch.dtype
     classes: Classes | None
     chosen: tuple[int, ...]
-    captured: dict[Hashable, tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
+    captured: dict[tuple[int, ...], tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
 
     def last_samples(self, called: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
         """The final samples of p_sample_loop with these options. called: the model, or a wrapper of it.
 
-        If the options ask for a CUDA graph, all loops of the same shape and guidance share one captured loop. Such
-        loops may only differ in rng, start, noise, the known images and the tensors in model_kwargs.
+        If the options ask for a CUDA graph, all loops of the same shape share one captured loop. They may only differ
+        in rng, start, noise, the known images and the tensors in model_kwargs.
         """
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
             if not options["graph"]:
                 return self.diffusion.p_sample_loop(called, shape, record="last", progress=progress, **options)
-            key = (shape, options.get("guidance"))
-            if key not in self.captured:
-                self.captured[key] = self.diffusion.capture(called, shape, **options), options
-            loop, first = self.captured[key]
+            if shape not in self.captured:
+                self.captured[shape] = self.diffusion.capture(called, shape, **options), options
+            loop, first = self.captured[shape]
             if options.get("inpaint") is not None:  # the captured loop reads the tensor of its first call, not a copy
                 first["inpaint"].known.copy_(options["inpaint"].known)
             changing = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}

@@ -125,7 +125,7 @@ BAD = [
     (("--start", "small.npy"), "start: small.npy holds 1 samples of 3x4x4, expected 3x8x12"),
     (("--start", "huge.npy"), "start: huge.npy holds numbers that are not finite"),
     (("--clip", 1e300, 1e301), "clip_denoised is (1e+300, 1e+301), expected numbers up to 3.40282347e+38"),
-    (("--to", "folder"), "to: got folder, expected --start too"),
+    (("--to", "folder"), "to: got folder, expected --start as well"),
     (("--inpaint", "folder", "--mask", "noise.npy"), "mask: got noise.npy, expected a picture ending in"),
     (("--no-clip", "--clip", -1, 1), "not allowed with argument --no-clip"),
     (("--guidance-rescale", 1), "guidance-rescale: belongs to --guidance"),

@@ -59,14 +59,14 @@ def test_steps(choose, device):
     assert fast.accelerated.fallbacks == {}
 
 
-def test_gradients_of_train_losses_under_autocast(device):
-    """By the model's parameters."""
+def test_gradients_of_train_losses(device):
+    """By the model's parameters, also under autocast."""
     plain, model = GaussianDiffusion(100), Net().to(device)
     x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 50, 99], device=device)
 
-    def grads(gd):
+    def grads(gd, dtype=None):
         model.zero_grad()
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
             loss = gd.train_losses(model, x, t)
         loss.backward()
         return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
@@ -74,8 +74,26 @@ def test_gradients_of_train_losses_under_autocast(device):
     ours, theirs, same_draws = both(grads, plain)
     assert same_draws
     for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours)
+    ours, theirs, _ = both(lambda gd: grads(gd, torch.bfloat16), plain)
+    for mine, yours in zip(ours, theirs, strict=True):
         assert mine.dtype == yours.dtype
         torch.testing.assert_close(mine, yours, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("schedule", "loop"), [("linear", "sample"), ("cosine", "p_sample_loop")])
+def test_loops_of_one_seed(schedule, loop, device, quiet):
+    """They return a list of numpy arrays, one for each step, and show the tutorial's progress bar."""
+    plain, model = GaussianDiffusion(100, schedule), Net().to(device)
+
+    def run(gd):
+        return gd.sample(model, 5, batch_size=4) if loop == "sample" else gd.p_sample_loop(model, SHAPE)
+
+    ours, theirs, same_draws = both(run, plain)
+    assert same_draws and len(ours) == len(theirs) == 100
+    assert all(type(image) is np.ndarray and image.dtype == np.float32 for image in ours)
+    np.testing.assert_allclose(np.stack(ours), np.stack(theirs), rtol=0, atol=1e-4)
+    assert quiet == [{"desc": "sampling loop time step", "total": 100}] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -208,6 +208,19 @@ def noisier(self, x_start, t, noise=None):
 
 
 @own_code
+def test_a_loss_calls_the_forward_process_of_a_subclass():
+    """Also where only samples that no trial draws show the difference."""
+
+    class Noisier(GaussianDiffusion):
+        def q_sample(self, x_start, t, noise=None):
+            return super().q_sample(x_start, t, noise) * (1.1 if x_start.amax() > 50 else 1.0)
+
+    plain, model = Noisier(50), Net()
+    x, t = 60 * torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    same(accelerate(plain), plain, lambda gd: gd.train_losses(model, x, t))
+
+
+@own_code
 @pytest.mark.parametrize("method, name", [(l1, "train_losses"), (noisier, "q_sample")])
 def test_another_loss_or_forward_process_stays_the_classs_own(method, name):
     """The steps are fused nevertheless."""

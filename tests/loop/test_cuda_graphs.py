@@ -135,6 +135,16 @@ def test_captured_loops_keep_no_graph_of_what_they_are_given(device, quiet):
     assert not any(seen)
 
 
+def test_a_captured_loop_has_the_first_sample_id(device, quiet):
+    gd = make_diffusion()
+    arguments = ours(gd, "plain", device=device, sampler="ddpm", timesteps=[90, 50, 10])
+    del arguments["progress"], arguments["rng"]
+    captured = gd.capture(**arguments)
+    for first in (0, 5):
+        expected = gd.p_sample_loop(**arguments, rng=Philox(1, first), record="last", progress=False)
+        assert torch.equal(captured(Philox(1, first)), expected)
+
+
 def test_captured_with_what_does_not_fit_is_refused(device, quiet):
     gd = make_diffusion()
     y = torch.ones(4, device=device)

@@ -95,7 +95,7 @@ VALUES = {
         {"x0": True, "callback": lambda record: record.x0 is not None},
         {"callback": lambda record: record.x0 is not None},
     ),
-    "device": [Same({"device": "cpu"}, "the model is there, too"), Refused({"device": "nowhere"}, "device")],
+    "device": [Same({"device": "cpu"}, "the model is there"), Refused({"device": "nowhere"}, "device")],
     "graph": [Same({"graph": graph}, "a graph takes the same steps") for graph in ("step", "loop")],
     "progress": Same({"progress": True}, "a bar is drawn"),
     "Guidance.scale": Another(guided(scale=3.0), guided()),

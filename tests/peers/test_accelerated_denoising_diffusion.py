@@ -181,6 +181,25 @@ LOOPS = {
 loops = pytest.mark.parametrize("loop", LOOPS)
 
 
+@loops
+@pytest.mark.parametrize(("objective", "self_condition"), [("pred_noise", False), ("pred_v", True), ("pred_x0", True)])
+def test_loops_of_one_seed(objective, loop, self_condition, device, quiet):
+    """They give the same images, leave the generators in the same state and show the same progress bars."""
+    plain = make(objective, Net(self_condition), device=device, ddim_sampling_eta=0.5)
+    plain.sampling_timesteps = 7
+    fast, found = accelerate(plain), []
+    for gd in (plain, fast):
+        plain.model.calls = 0
+        images, after = seeded(3, lambda gd=gd: LOOPS[loop](gd), device)
+        found.append((images, after, list(quiet), plain.model.calls))
+        quiet.clear()
+    (theirs, their_state, *told), (ours, state, *said) = found
+    assert ours.dtype == theirs.dtype and ours.is_inference() == theirs.is_inference()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert same_states(state, their_state)
+    assert said == told and fast.accelerated.fallbacks == {}
+
+
 @pytest.mark.parametrize("loop", ["sample", "interpolate"])
 def test_a_model_may_write_to_its_timesteps(loop):
     told = []

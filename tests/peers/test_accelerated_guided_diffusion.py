@@ -140,6 +140,22 @@ def both(diffusion, call):
     return results
 
 
+@for_many(24)
+def test_a_loop_from_the_same_seed(device, choose):
+    library, loop = choose.one_of(LIBRARIES, "library"), choose.one_of(LOOPS, "loop")
+    prediction, variance = choose.one_of(PREDICTIONS, "prediction"), choose.one_of(VARIANCES, "variance")
+    spacing = choose.one_of([None, "10,15,20"], "spacing")
+    timesteps = 50 if spacing is None else 1000
+    diffusion = make(prediction, variance, spacing=spacing, timesteps=timesteps, library=library, rescale=True)
+    options = {"device": device, "model_kwargs": {"shift": 0.1}}
+    if library == "guided_diffusion" and choose.one_of([False, True], "cond_fn"):
+        options["cond_fn"] = cond_fn
+    if loop == "ddim_sample_loop" and prediction != "PREVIOUS_X":
+        options["eta"] = 0.5
+    theirs, ours = both(diffusion, lambda d: getattr(d, loop)(model_of(variance), SHAPE, **options))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
 @libraries
 @loops
 @pytest.mark.parametrize("noise", ["given", "drawn"])
