@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.command_line import call
-from support.every_option import Another, Refused, Same, check_has_value, entries, keywords_of, options_of
+from support.every_option import Another, Elsewhere, Refused, Same, check_has_value, entries, keywords_of, options_of
 from support.sampling_values import SAMPLING, write_inputs
 
 from ddpm_ext import GaussianDiffusion
@@ -42,7 +42,7 @@ TABLES = {
     "timesteps": Another(("--timesteps", 500)),
 }
 OUT = {"out": Refused(("--out", "nowhere/out"), "out: ")}
-DRAWN = {name: Same((), "test_every_sampling_option.py has it") for name in SAMPLING}
+DRAWN = dict.fromkeys(SAMPLING, Elsewhere("test_every_sampling_option.py"))
 # By command: its arguments, and other values of its options. A word OUT stands for a new folder.
 BASES = {
     "compare": ("--model", "pets", "--calls", 1, "--seeds", 2),
@@ -107,7 +107,6 @@ VALUES = {
     "plot histogram": DRAWN | OUT | {"bins": Another(("--bins", 20)), "limit": Another(("--limit", 0.5))},
 }  # fmt: skip
 LISTED = [(command, *pair) for command in BASES for pair in entries(VALUES[command], options_of(*command.split()))]
-LISTED = [(command, name, entry) for command, name, entry in LISTED if entry is None or entry.given]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,12 @@ class Refused(NamedTuple):
     message: str
 
 
+class Elsewhere(NamedTuple):
+    """An option that another file tests."""
+
+    file: str
+
+
 def keywords_of(function, *without):
     """The names of a function's keyword-only options."""
     found = inspect.signature(function).parameters.values()
@@ -56,7 +62,7 @@ def entries(table, names, kind=object):
     pairs = []
     for name in names:
         found = table.get(name)
-        several = found if isinstance(found, list) else [found]
+        several = [each for each in (found if isinstance(found, list) else [found]) if not isinstance(each, Elsewhere)]
         pairs += [(name, entry) for entry in several if entry is None or isinstance(entry, kind)]
     return pairs
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import trainer_run
-from support.every_option import Another, Refused, Same, check_has_value, entries, equal, options_of
+from support.every_option import Another, Elsewhere, Refused, Same, check_has_value, entries, equal, options_of
 from support.trainer_run import weights
 
 from ddpm_ext import Philox, StepTable, cli, training
@@ -90,11 +90,11 @@ VALUES = {
     "features": Refused({"features": "nowhere:features", "score_every": 1}, "features: "),
     "tune": Refused({"tune": (1,)}, "tune: got"),  # below
     "tensorboard": Refused({"tensorboard": 2}, "tensorboard is 2"),  # test_trackers.py
-    "wandb": Same({"wandb": None}, "test_trackers.py has it"),
+    "wandb": Elsewhere("test_trackers.py"),
     "device": [Same({"device": "cpu"}, "the tests run there"), Refused({"device": "nowhere"}, "device")],
     "graph": Same({"graph": True}, "a graph takes the same steps"),
     "weights_dtype": Another({"weights_dtype": "bfloat16"}),
-    "push_to_hub": Same({"push_to_hub": None}, "test_hub.py has it"),
+    "push_to_hub": Elsewhere("test_hub.py"),
     "hub_private": Refused({"hub_private": True}, "hub_private: got no push_to_hub"),
 }
 FIELDS = [each.name for each in dataclasses.fields(TrainOptions)]
