@@ -315,7 +315,7 @@ def claims() -> list[Sentence | Table]:
             "has # in 4 calls, and `unipc` has # in 4 and # in 10",
             [cifar("tuned")[0], cifar("unipc")[0], cifar("unipc")[3]],
         ),
-        Sentence("docs/tuning.md", "test images, # by a table of 4 calls, # by one of 6", cifar("tuned")[:2]),
+        Sentence("docs/tuning.md", "test images of # with a table of 4 calls, # with one of 6", cifar("tuned")[:2]),
         Sentence(
             "docs/training.md",
             "it trains # and # times as fast as a plain loop",
@@ -332,7 +332,7 @@ def claims() -> list[Sentence | Table]:
         Sentence(speed, "is drawn # and # times as fast", overview("noise", "{:.1f}")),
         Sentence(speed, "a step with it is # and # times as fast", overview("step", "{:.0f}")),
         Table(speed, "| samples | ddpm_ext | eager PyTorch", 1, a_step),
-        Sentence(speed, "anywhere: # s here, # s in eager PyTorch and # s in diffusers, by 20", loops),
+        Sentence(speed, "same time: # s in ddpm_ext, # s in eager PyTorch and # s in diffusers, extrapolated", loops),
         Table(speed, "| option, 64x3x32x32 |", 1, with_options),
         Table(speed, "| loop | unchanged |", 1, other_library),
         Table(speed, "| training, loss |", 1, a_loss),
