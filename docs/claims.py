@@ -372,7 +372,7 @@ def claims() -> list[Sentence | Table]:
         Sentence(cuda, "on every card (# to #)", spread(given, "{:.2f}")),
         Sentence(cuda, "(4 bytes) is at #, #, # and #.", q_sample),
         Table(cuda, "| card | float32, no x_start", 1, bound_loss),
-        Sentence(cuda, "it is at #, #, # and #.", bound),
+        Sentence(cuda, "the loss is at #, #, # and #.", bound),
         Sentence(
             cuda,
             "takes # to # instructions for an element on sm_90 and # to # on sm_100",
