@@ -10,7 +10,7 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -t
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # the environment is changed by one pip at a time
-.PHONY: help venv build demo test test-fast bench bench-layouts bench-peers fuzz sanitize sass pictures docs gpu rehearse dist lint format clean
+.PHONY: help venv build demo test test-all test-fast bench bench-layouts bench-peers fuzz sanitize sass pictures docs gpu rehearse dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,10 @@ demo: $(DEMO_BUILD) ## draw shapes with the model that comes along, half a minut
 # As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
-test: build ## all tests, nine minutes on two cores
+test: build ## all tests but the longest, seven minutes on two cores
+	$(PYTEST) -m "not long"
+
+test-all: build ## also the longest: CUDA kernels under AddressSanitizer, and make gpu against a pretended card
 	$(PYTEST)
 
 test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers; two minutes

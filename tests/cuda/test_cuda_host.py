@@ -477,6 +477,7 @@ def sanitized(one_host):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(library.GIVEN), reason="is run in the test that builds the library")
 def test_under_sanitizers(sanitized):
     """All of the above again, but for what is about arithmetic alone, and bfloat16, whose memory is float16's."""
@@ -492,6 +493,7 @@ def test_under_sanitizers(sanitized):
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(library.GIVEN), reason="is run in the test that builds the library")
 def test_the_sanitizer_is_awake(sanitized):
     done = sanitized("-c", POISONED)

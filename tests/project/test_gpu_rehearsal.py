@@ -8,7 +8,7 @@ from benchmarks.gpu.parts import all_parts
 from benchmarks.gpu.speed import GROUPS, Bench
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(ddpm_ext.build_info()["cuda"] is None, reason="ddpm_ext is built without CUDA")
 def test_the_whole_script(tmp_path):
     """Nothing of the eight minutes on a card is lost by the script: each part has its time, and each row a time."""
