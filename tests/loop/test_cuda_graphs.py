@@ -41,17 +41,23 @@ def faked(monkeypatch):
         yield log
 
 
+def of_capture(gd, case, device, **options):
+    """The arguments of capture(), which are p_sample_loop's but two."""
+    arguments = ours(gd, case, device=device, **options)
+    return {name: value for name, value in arguments.items() if name not in ("progress", "rng")}
+
+
 def others(case, device):
     """Another seed, other ids and other tensors in model_kwargs."""
     rng = Philox(2, torch.tensor(OTHER_IDS, device=device))
-    kwargs = CASES[case][0](PART, device, torch.float32).get("model_kwargs", {})
+    kwargs = CASES[case](PART, device, torch.float32).get("model_kwargs", {})
     return rng, {name: value.flip(0) if len(value) == 4 else value + 0.25 for name, value in kwargs.items()}
 
 
-def captured_is_uncaptured(case, device, graph, sampler="ddpm", gd=None, **options):
+def captured_is_uncaptured(case, device, graph, gd=None, **options):
     """The captured loop has the bits of the plain one: twice with a seed, once with another, again with the first."""
     gd = gd or make_diffusion()
-    arguments = ours(gd, case, sampler, device=device, **options)
+    arguments = ours(gd, case, device=device, **options)
     rng, kwargs = others(case, device)
     first = gd.p_sample_loop(**arguments, record="last")
     changed = {**arguments, "rng": rng} | ({"model_kwargs": kwargs} if kwargs else {})
@@ -101,17 +107,15 @@ def test_graph_as_an_option(device, quiet):
 def test_captured_from_another_start(device, quiet, graph):
     gd = make_diffusion()
     images = [given(i, PART, device, torch.float32) for i in (1, 2, 3)]
-    arguments = ours(gd, "plain", device=device)
-    rng = arguments.pop("rng")
-    del arguments["progress"]
+    rng, arguments = ours(gd, "plain", device=device)["rng"], of_capture(gd, "plain", device)
     captured = gd.capture(**arguments, start=images[0], strength=0.5, graph=graph)
     for start in (images[1], Interpolation(images[0], images[2], 0.3), images[0]):
         expected = gd.p_sample_loop(**arguments, rng=rng, start=start, strength=0.5, record="last", progress=False)
         assert torch.equal(captured(rng, start=start), expected)
     captured = gd.capture(**arguments, graph=graph)
-    for how in ({"noise": images[1]}, {}):
-        expected = gd.p_sample_loop(**arguments, rng=rng, **how, record="last", progress=False)
-        assert torch.equal(captured(rng, **how), expected)
+    for own, how in ((rng, {"noise": images[1]}), (rng, {}), (Philox(1, 5), {}), (Philox(1), {})):
+        expected = gd.p_sample_loop(**arguments, rng=own, **how, record="last", progress=False)
+        assert torch.equal(captured(own, **how), expected)
     torch.manual_seed(3)
     first, second = captured(), captured()  # it draws a seed by itself
     torch.manual_seed(3)
@@ -121,9 +125,7 @@ def test_captured_from_another_start(device, quiet, graph):
 def test_captured_loops_keep_no_graph_of_what_they_are_given(device, quiet):
     gd = make_diffusion()
     x = given(1, PART, device, torch.float32).requires_grad_()
-    arguments = ours(gd, "plain", device=device, model_kwargs={"y": 2 * x})
-    del arguments["progress"], arguments["rng"]
-    seen = []
+    arguments, seen = of_capture(gd, "plain", device, model_kwargs={"y": 2 * x}), []
 
     def told(x, t, y):
         seen.append(y.requires_grad)
@@ -135,21 +137,10 @@ def test_captured_loops_keep_no_graph_of_what_they_are_given(device, quiet):
     assert not any(seen)
 
 
-def test_a_captured_loop_has_the_first_sample_id(device, quiet):
-    gd = make_diffusion()
-    arguments = ours(gd, "plain", device=device, sampler="ddpm", timesteps=[90, 50, 10])
-    del arguments["progress"], arguments["rng"]
-    captured = gd.capture(**arguments)
-    for first in (0, 5):
-        expected = gd.p_sample_loop(**arguments, rng=Philox(1, first), record="last", progress=False)
-        assert torch.equal(captured(Philox(1, first)), expected)
-
-
 def test_captured_with_what_does_not_fit_is_refused(device, quiet):
     gd = make_diffusion()
     y = torch.ones(4, device=device)
-    arguments = ours(gd, "plain", device=device, model_kwargs={"y": y})
-    del arguments["progress"], arguments["rng"]
+    arguments = of_capture(gd, "plain", device, model_kwargs={"y": y})
     captured = gd.capture(**arguments)
     before = captured(Philox(1))
     ids = torch.arange(2, device=device)
@@ -207,14 +198,8 @@ def test_recorded_and_played(faked, case, graph, caplog):
     assert recorded.shape == SHAPE
 
 
-@pytest.mark.parametrize("sampler", ["ipndm", "lms", "plms"])
-def test_recorded_rows_that_keep_in_the_place_of_what_they_read(faked, sampler):
-    """The step before the capture must not leave the oldest tensor of history overwritten."""
-    captured_is_uncaptured("plain", torch.device("cpu"), "step", sampler)
-
-
 def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
-    """Warm-up and capture use one stream. It waits for the samples' stream, which then waits for it."""
+    """Warm-up and capture use one. It waits for the samples' stream, which then waits for it."""
     device, x, streams = torch.device("cuda", 1), torch.zeros(3), []
     graphs = CudaGraphs(device)
 

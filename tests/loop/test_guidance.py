@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from support.gaussian import diffusion
@@ -86,43 +85,41 @@ def clean(gd, x, t, scale, interval):
     return guided.clamp(-1, 1), free
 
 
-@backends
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize(
-    "scale, interval, sampler, eta",
+    "sampler, scale, interval",
     [
-        (0.6, None, "euler_cfg_pp", 0.0),
-        (1.0, None, "euler_ancestral_cfg_pp", 0.7),
-        (0.0, None, "euler_cfg_pp", 0.0),
-        (2.5, (30, 70), "euler_ancestral_cfg_pp", 0.7),
-        (1.0, (30, 70), "euler_cfg_pp", 0.0),
+        ("euler_cfg_pp", 0.6, None),
+        ("euler_cfg_pp", 0.0, None),
+        ("euler_ancestral_cfg_pp", 1.0, None),
+        ("euler_ancestral_cfg_pp", 2.5, (30, 70)),
+        ("dpmpp_2m_cfg_pp", 0.6, None),
+        ("dpmpp_2m_cfg_pp", 2.5, (30, 70)),
     ],
 )
-def test_cfg_pp(device, backend, prediction, scale, interval, sampler, eta):
+def test_cfg_pp(device, prediction, sampler, scale, interval):
     """Chung et al. 2024, algorithm 2: x0 by the guided output, the noise by the unconditional one, also at a scale of
-    1. Outside the interval, both are by the output. The batch may be doubled in place of a second function."""
-    gd, rng, shape = diffusion(prediction=prediction, backend=backend), Philox(4), (3, 2, 3, 5)
-    steps = {"sampler": sampler, "eta": eta, "timesteps": [99, 75, 50, 20, 3], "rng": rng, "device": device}
-
-    def both(x, t):
-        if len(x) == 3:
-            return model(x, t)
-        assert torch.equal(x[:3], x[3:])
-        return torch.cat([unconditional(x[:3], t[:3]), model(x[3:], t[3:])])
-
-    guidance, halves = Guidance(scale, unconditional, interval=interval), Guidance(scale, interval=interval)
-    found = gd.p_sample_loop(model, shape, guidance=guidance, progress=False, **steps)
-    assert all(map(np.array_equal, found, gd.p_sample_loop(both, shape, guidance=halves, progress=False, **steps)))
-
-    x = ddpm_ext.randn(shape, rng, stream=1, draw=0).double()
-    for ours_, t, after in zip(found, steps["timesteps"], [75, 50, 20, 3, None], strict=True):
-        a, b = gd.alphas_cumprod[t], 1.0 if after is None else gd.alphas_cumprod[after].item()
+    1. Outside the interval, both are by the output. Of second order in x / sqrt(alphas_cumprod), the authors' slope is
+    from the unconditional x0 of the step before to the guided one."""
+    gd, rng, shape = diffusion(prediction=prediction), Philox(4), (3, 2, 3, 5)
+    timesteps, eta, second = [99, 75, 50, 20, 3], 0.7 if "ancestral" in sampler else 0.0, sampler == "dpmpp_2m_cfg_pp"
+    options = {"sampler": sampler, "timesteps": timesteps, "rng": rng, "device": device, "progress": False}
+    options |= {"eta": eta} if eta else {}
+    found = gd.p_sample_loop(model, shape, guidance=Guidance(scale, unconditional, interval=interval), **options)
+    assert len(found) == (2 * 4 + 1 if second else 5)
+    kept = [*gd.alphas_cumprod[timesteps].tolist(), 1.0]
+    sigmas = [math.sqrt(1 / a - 1) for a in kept]
+    x, before = ddpm_ext.randn(shape, rng, stream=1, draw=0).double(), None
+    for i, (t, a, b) in enumerate(zip(timesteps, kept, kept[1:], strict=False)):
         x0, free = clean(gd, x, t, scale, interval)
-        eps = (x - a.sqrt() * free) / (1 - a).sqrt()
-        sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
-        z = ddpm_ext.randn(shape, rng, draw=t).double()
-        x = b**0.5 * x0 + (1 - b - sigma**2).sqrt() * eps + sigma * z
-        torch.testing.assert_close(torch.from_numpy(ours_).double(), x, rtol=2e-5, atol=2e-5)
+        eps, sigma = (x - a**0.5 * free) / (1 - a) ** 0.5, eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+        if second and 0 < i < 4:
+            ratio = sigmas[i + 1] / sigmas[i]  # e^-h
+            r = math.log(sigmas[i - 1] / sigmas[i]) / math.log(1 / ratio)
+            x0 = x0 + (1 - ratio) / (2 * r) * (x0 - before)
+        x = b**0.5 * x0 + (1 - b - sigma**2) ** 0.5 * eps + sigma * ddpm_ext.randn(shape, rng, draw=t).double()
+        before, row = free, 2 * i + (i < 4) if second else i
+        torch.testing.assert_close(torch.from_numpy(found[row]).double(), x, rtol=1e-4, atol=1e-4 if second else 2e-5)
 
 
 def test_cfg_pp_without_guidance(run):
@@ -130,32 +127,6 @@ def test_cfg_pp_without_guidance(run):
     for name, plain, eta in (("euler_ancestral_cfg_pp", "ddim", 0.7), ("dpmpp_2m_cfg_pp", "dpmpp_2m", None)):
         found, expected = (run(diffusion(), sampler, eta, steps=17, record="last") for sampler in (name, plain))
         torch.testing.assert_close(found, expected, rtol=0, atol=0 if plain == "ddim" else 3e-6)
-
-
-@backends
-@pytest.mark.parametrize(
-    "prediction, scale, interval", [("eps", 0.6, None), ("x0", 1.0, None), ("v", 2.5, (30, 70)), ("eps", 2.5, (30, 70))]
-)
-def test_cfg_pp_of_second_order(device, backend, prediction, scale, interval):
-    """The authors' step on y = x / sqrt(alphas_cumprod), whose slope is from the guided x0 to the unconditional one of
-    the step before."""
-    gd, rng, shape = diffusion(prediction=prediction, backend=backend), Philox(4), (3, 2, 3, 5)
-    timesteps = [99, 75, 50, 20, 3]
-    guidance = Guidance(scale, unconditional, interval=interval)
-    options = {"timesteps": timesteps, "rng": rng, "device": device, "progress": False, "guidance": guidance}
-    found = gd.p_sample_loop(model, shape, sampler="dpmpp_2m_cfg_pp", **options)
-    assert len(found) == 2 * 4 + 1
-    sigma = [*(1 / gd.alphas_cumprod[timesteps] - 1).sqrt().tolist(), 0.0]
-    x, before = ddpm_ext.randn(shape, rng, stream=1, draw=0).double(), None
-    for i, t in enumerate(timesteps):
-        x0, free = clean(gd, x, t, scale, interval)
-        ratio = sigma[i + 1] / sigma[i]  # e^-h
-        y = x0 + ratio * (x / gd.alphas_cumprod[t].sqrt() - free)
-        if 0 < i < 4:
-            r = math.log(sigma[i - 1] / sigma[i]) / math.log(1 / ratio)
-            y = y + (1 - ratio) / (2 * r) * (x0 - before)
-        x, before = y / math.sqrt(1 + sigma[i + 1] ** 2), free
-        torch.testing.assert_close(torch.from_numpy(found[2 * i + (i < 4)]).double(), x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

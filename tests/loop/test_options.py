@@ -1,67 +1,162 @@
-"""Each of the loop's options against plain_loop.py, a loop in plain torch and float64, also for split batches."""
+"""Any of the loop's options beside one another against plain_loop.py, in float64; for split batches, and recorded."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from support.loop_cases import CASES, CLOSE, PART, SAMPLERS, SHAPE, given, make_diffusion, ours, truth, with_variance
+from support import loop_cases
+from support.choices import for_many
+from support.gaussian import take
+from support.loop_cases import CASES, IDS, PART, SHAPE, given, half_known, make_diffusion, ours, twice, with_variance
+from support.plain_loop import noise, plain_loop
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Interpolation, Philox
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import kept_loop_rows
+from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.samplers import SAMPLERS, ddim
+from ddpm_ext.tables.variances import VARIANCES
 
-BACKENDS = {"fused": torch.float32, "reference": torch.float64}
-WITHOUT_X0 = ("plain", "no clip", "clip range", "guidance", "inpaint jumps")  # some of them use the plain kernel
+F64 = torch.float64
+BACKENDS = {"fused": torch.float32, "reference": F64}
+# Relative to the largest number that a loop has met, 1 or more.
+CLOSE = {torch.float32: 5e-5, F64: 1e-13}
 
 cases = pytest.mark.parametrize("case", CASES)
-samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def check(gd, options, expected, device, *, x0=True, factor=1):
+def random_rows(gd, timesteps):
+    """Rows of random numbers beside ddim's: all three slots are read once there are as many; one row keeps nothing."""
+    base = ddim(make_grid(gd.alphas_cumprod, timesteps), eta=0.7)
+    normal = torch.randn(11, len(base), generator=torch.Generator().manual_seed(3), dtype=F64) / 4
+    columns = dict(zip(("cu", "h1", "h2", "h3", "k0", "k1", "k2", "g0", "g1", "l0", "l1"), normal, strict=True))
+    for slot in (1, 2, 3):
+        columns[f"h{slot}"][:slot] = 0
+    for name in ("k0", "k1", "k2"):
+        columns[name][4] = 0
+    if gd.variance not in ("learned", "learned_range"):
+        del columns["l0"], columns["l1"]
+    return replace(base, **columns)
+
+
+def with_own(variance, function):
+    """A function that returns the model's own variance, too, where it has one."""
+
+    def both(x, t, *x0, **labels):
+        own = with_variance(variance)(x.clamp(-2, 2), t).chunk(2, 1)[1]
+        return torch.cat([function(x, t, *x0, **labels), own], 1)
+
+    return both if VARIANCES[variance].learned else function
+
+
+def once_or_twice(x, t, **labels):
+    assert all(len(y) == len(x) for y in labels.values())
+    return (loop_cases.model if len(x) == len(IDS) else loop_cases.doubled)(x, t, **labels)
+
+
+@backends
+@for_many(120)
+def test_every_step_is_the_plain_loops(device, backend, choose):
+    """By the rows of any sampler, and by rows that read three tensors that others kept."""
+
+    def yes(name):
+        return choose.one_of([False, True], name)
+
+    sampler = choose.one_of([*SAMPLERS, *["random rows"] * 4], "sampler")
+    prediction, variance = choose.one_of(["eps", "x0", "v"], "prediction"), choose.one_of([*VARIANCES], "variance")
+    gd = GaussianDiffusion(50, prediction=prediction, variance=variance, backend=backend)
+    options = {"sampler": sampler, "timesteps": [*range(49, -1, -8)]}
+    if sampler == "random rows":
+        options = {"sampler": random_rows(gd, options["timesteps"])}
+    model, unconditional = (with_own(variance, each) for each in (loop_cases.model, loop_cases.unconditional))
+    where, y = (PART, device, BACKENDS[backend]), loop_cases.labels(PART, "cpu", F64)
+    labels = {"y": y} if yes("labels") else {}
+    plain, more = {"model": lambda x, t, *x0: model(x, t, *x0, **labels)}, {"model": model}
+    doubled = False
+    if yes("guided"):
+        plain["scale"] = choose.one_of([0.5, 1.0, 2.5], "scale")
+        plain["rescale"] = choose.one_of([0.0, 0.7], "rescale")
+        plain["interval"] = choose.one_of([(0, 50), (9, 33)], "interval")
+        doubled = yes("doubled")
+        own = {"rescale": plain["rescale"], "interval": plain["interval"]}
+        options["guidance"] = Guidance(plain["scale"], None if doubled else unconditional, **own)
+        plain["unconditional"] = unconditional
+    if doubled:
+        more["model"] = with_own(variance, once_or_twice)
+    if labels:
+        more["model_kwargs"] = {"y": (twice(y) if doubled else y).to(*where[1:])}
+    if not doubled and yes("self_condition"):
+        plain["self_condition"] = more["self_condition"] = True
+    if yes("gradient"):
+        more["cond_fn"] = loop_cases.cond_fn
+        plain["cond_fn"] = lambda x, t: loop_cases.cond_fn(x, t, **labels)
+    if yes("denoised_fn"):
+        plain["denoised_fn"] = more["denoised_fn"] = loop_cases.denoised_fn
+    if yes("inpaint"):
+        soft, jumps = yes("soft"), 1
+        if sampler in ("ddpm", "ddim", "euler", "euler_ancestral"):
+            jumps = choose.integer(1, 3, "jumps")
+        options |= loop_cases.inpaint(*where, soft=soft, jump_length=2, jump_n_sample=jumps)
+        plain["known"], plain["mask"] = given(7, PART, "cpu", F64).numpy(), half_known(PART, "cpu", F64, soft).numpy()
+    if yes("threshold"):
+        plain["quantile"], plain["maximum"] = 0.7, choose.one_of([np.inf, 1.25], "maximum")
+        more["clip_denoised"] = DynamicThreshold(0.7, plain["maximum"])
+    else:
+        plain["clip"] = choose.one_of([None, (-1.0, 1.0), (-0.2, 0.3)], "clip")
+        more["clip_denoised"] = plain["clip"] or False
+    start = noise(SHAPE, IDS, 0, stream=1)
+    if yes("noise is given"):
+        start = given(4, PART, "cpu", F64)
+        more["noise"] = given(4, *where)
+    rows = kept_loop_rows(gd._loop_rows, gd, LoopOptions(**options))
+    more |= {"rng": Philox(1, torch.tensor(IDS, device=device)), "progress": False, "device": device}
+    truth = plain_loop(rows.table, start, plain.pop("model"), ids=IDS, variance=rows.variance, **plain)
+    check(gd, {**options, **more, "dtype": BACKENDS[backend]}, [*truth], device, yes("x0"))
+
+
+def check(gd, options, expected, device, x0=True):
     """Compares the samples of every step, and its predicted clean samples if x0 is on."""
-    seen, dtype = [], options["dtype"]
+    seen, dtype, largest = [], options["dtype"], 1.0
 
     def watch(record):
         seen.append([None if x is None else x.double().cpu().clone() for x in (record.x_t, record.x0)])
         assert record.x_t.dtype == dtype and record.x_t.device == device and record.x_t.shape == SHAPE
 
-    last = gd.p_sample_loop(**{**options, "callback": watch, "record": "last", "x0": x0})
-    assert torch.equal(last.double().cpu(), seen[-1][0])
-    assert len(seen) == len(expected)
-    close = {"rtol": factor * CLOSE[dtype], "atol": factor * CLOSE[dtype]}
-    for (x, clean), (true_x, true_clean) in zip(seen, expected, strict=True):
-        torch.testing.assert_close(x, true_x, **close)
-        assert (clean is None) == (not x0)
-        if x0:
-            torch.testing.assert_close(clean, true_clean, **close)
+    last = gd.p_sample_loop(shape=SHAPE, **options, callback=watch, record="last", x0=x0)
+    assert torch.equal(last.double().cpu(), seen[-1][0]) and len(seen) == len(expected)
+    for found, truth in zip(seen, expected, strict=True):
+        largest = max(largest, *(x.abs().max().item() for x in truth))
+        assert x0 or found.pop() is None
+        for x, exact in zip(found, truth, strict=False):
+            torch.testing.assert_close(x, exact, rtol=0, atol=CLOSE[dtype] * largest)
 
 
-@cases
-@samplers
-@backends
-def test_every_step_is_the_plain_loops(device, backend, sampler, case):
-    gd = make_diffusion(backend=backend)
-    options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend])
-    check(gd, options, truth(gd, case, sampler), device, x0=case not in WITHOUT_X0)
-
-
-@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance", "fixed_large"])
-@pytest.mark.parametrize(
-    "case, sampler",
-    [*((c, "ddpm") for c in ("plain", "guidance", "cond_fn", "inpaint jumps")), ("denoised_fn", "ddim")],
-)
-@backends
-def test_variances(device, backend, sampler, case, variance):
-    gd = make_diffusion(backend=backend, variance=variance)
-    options, expected = {}, {}
-    if variance != "fixed_large":
-        both = with_variance(variance)
-        options = expected = {"model": both}
-        if case == "guidance":  # the unconditional output has a variance, too, which is not used
-            options = {**options, "guidance": Guidance(2.5, lambda x, t: both(x * 0.5, t))}
-            expected = {**expected, "unconditional": lambda x, t: both(x * 0.5, t)}
-    options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend], **options)
-    check(gd, options, truth(gd, case, sampler, **expected), device, x0=case != "plain")
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_rows_of_each_variance(variance):
+    """Ho et al. 2020, eq. (7); Nichol & Dhariwal 2021, eq. (15); Dhariwal & Nichol 2021, algorithm 1. In the last step,
+    whose posterior has none, guided-diffusion takes the variance of the step before."""
+    gd, timesteps = GaussianDiffusion(100, variance=variance), [99, 80, 61, 40, 22, 9, 3, 0]
+    rows = kept_loop_rows(gd._loop_rows, gd, LoopOptions(timesteps=timesteps))
+    kept, before = [*gd.alphas_cumprod[timesteps].tolist(), 1.0], None
+    x, m, z, g, v = 0.7, -0.4, 0.9, 0.3, 0.2
+    own = {"v": v if rows.variance else None, "v_is_variance": rows.variance == "direct"}
+    for row, now, after in zip(rows.table, kept, kept[1:], strict=False):
+        last, alpha = after == 1, now / after
+        posterior, beta = (1 - after) / (1 - now) * (1 - alpha), 1 - alpha
+        least = before if last else posterior
+        learned = {"learned": np.exp(v), "learned_variance": v}
+        learned["learned_range"] = beta ** ((1 + v) / 2) * least ** ((1 - v) / 2)
+        spread = learned.get(variance, beta if variance == "fixed_large" else posterior)
+        x0, found = take(row, x, m, z, g=g, **own)
+        assert x0 == pytest.approx((x - (1 - now) ** 0.5 * m) / now**0.5, rel=1e-12)
+        mean = after**0.5 * beta / (1 - now) * x0 + alpha**0.5 * (1 - after) / (1 - now) * x
+        of_gradient = least if last and variance == "fixed_large" else spread
+        expected = mean + of_gradient * g + (0 if last else spread**0.5 * z)
+        assert found == pytest.approx(expected, rel=1e-11)
+        before = posterior
 
 
 @cases
@@ -99,11 +194,13 @@ def test_records(device, case, dtype):
 @pytest.mark.parametrize("dtype, close", [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])
 @pytest.mark.parametrize("backend, case", [*(("fused", case) for case in CASES), ("reference", "everything")])
 def test_low_precision(device, backend, dtype, close, case):
-    """Measured 3.4e-3 and 3e-2, without a clip. The bounds are 3 times as large."""
+    """Measured 3.4e-3 and 3e-2, without a clip. The bounds are 3 times as large, and of third order 12 times."""
+    close *= 4 if case == "history" else 1
     gd = make_diffusion(backend=backend)
     found = gd.p_sample_loop(**ours(gd, case, device=device, dtype=dtype), record="last")
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double().cpu(), truth(gd, case)[-1][0], rtol=close, atol=close)
+    truth = make_diffusion(backend="reference").p_sample_loop(**ours(gd, case, dtype=F64), record="last")
+    torch.testing.assert_close(found.double().cpu(), truth, rtol=close, atol=close)
 
 
 @backends
@@ -123,19 +220,6 @@ def test_numbers_of_numpy_are_numbers(backend, device):
         ]
 
     assert all(map(torch.equal, sample(np.float32), sample(float)))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_noise_is_where_the_loop_begins(device, sampler):
-    gd = make_diffusion()
-    x = given(4, PART, device, torch.float32)
-    before = x.clone()
-    expected = truth(gd, "plain", sampler, start=x.double().cpu())
-    check(gd, ours(gd, "plain", sampler, device=device, noise=x), expected, device)
-    last = x.to(memory_format=torch.channels_last)
-    both = [gd.p_sample_loop(**ours(gd, "guidance", sampler, noise=n, device=device), record="last") for n in (x, last)]
-    assert torch.equal(*both)
-    assert torch.equal(x, before)
 
 
 def test_autocast_lowers_the_models_arithmetic_alone(device):

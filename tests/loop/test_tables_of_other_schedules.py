@@ -9,14 +9,13 @@ from support.refused import refused
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
-from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import SCHEDULES
 
 LOOP = {"rng": Philox(0), "record": "last", "progress": False}
 
 
-def table_of(gd, steps=6, **options):
-    return make_loop_rows(gd, LoopOptions(sampler="unipc", steps=steps, **options)).table
+def table_of(gd, sampler="unipc"):
+    return make_loop_rows(gd, LoopOptions(sampler=sampler, steps=6)).table
 
 
 def sample(gd, table):
@@ -40,40 +39,22 @@ def test_a_table_of_another_schedule_warns_of_the_row(made, taken, row):
 @pytest.mark.parametrize("sampler", ["ddim", "unipc", "heun", "restart", "euler_ancestral"])
 @pytest.mark.filterwarnings("error")
 def test_a_table_of_the_same_schedule_says_nothing(schedule, sampler):
-    assert sampler in SAMPLERS
     prediction = "flow" if schedule == "flow" else "eps"
     gd, again = (GaussianDiffusion(1000, schedule, prediction=prediction) for _ in range(2))
-    table = make_loop_rows(gd, LoopOptions(sampler=sampler, steps=6)).table
+    table = table_of(gd, sampler)
     assert torch.equal(sample(again, table), sample(gd, table))
 
 
-def test_a_table_of_a_flow_is_refused_where_its_timesteps_are_not_there():
-    table = table_of(GaussianDiffusion(1000, "flow", prediction="flow"))
-    refused(ValueError, "row 0 has timestep 1000, expected 0 to 999", sample, GaussianDiffusion(1000), table)
-
-
-@pytest.mark.parametrize("timestep", [5000, -1])
-def test_timesteps_that_no_schedule_of_this_length_has_are_refused(timestep):
+@pytest.mark.parametrize("row, timestep, shown", [(2, 5000, "5000"), (2, -1, "-1"), (0, 1e30, "1e.30")])
+def test_timesteps_that_the_schedule_lacks_are_refused(row, timestep, shown):
     gd = GaussianDiffusion(1000)
     table = table_of(gd)
-    wrong = table.timestep.clone()
-    wrong[2] = timestep
-    message = f"the table's row 2 has timestep {timestep}, expected 0 to 999"
+    wrong = table.timestep.double() if isinstance(timestep, float) else table.timestep.clone()
+    wrong[row] = timestep
+    message = f"the table's row {row} has timestep {shown}, expected 0 to 999"
     refused(ValueError, message, sample, gd, replace(table, timestep=wrong))
-
-
-def test_a_timestep_between_others_beyond_the_schedule_is_refused():
-    gd = GaussianDiffusion(1000)
-    table = table_of(gd)
-    wrong = table.timestep.double()
-    wrong[0] = 1e30
-    refused(
-        ValueError,
-        "the table's row 0 has timestep 1e.30, expected 0 to 999",
-        sample,
-        gd,
-        replace(table, timestep=wrong),
-    )
+    of_flow = table_of(GaussianDiffusion(1000, "flow", prediction="flow"))
+    refused(ValueError, "row 0 has timestep 1000, expected 0 to 999", sample, gd, of_flow)
 
 
 def test_timesteps_in_another_order_are_told_by_their_levels():

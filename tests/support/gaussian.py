@@ -63,10 +63,11 @@ def take(row, x, m, z=0.0, *, u=None, g=0.0, v=None, v_is_variance=False, clip=N
     """x0 and the next sample by a StepRow, for floats or float64 arrays.
 
     m: the guided output. u: the unconditional output; None: no guidance. history: H1, H2 and H3, as many as exist.
+    clip: a range, or a function of x0.
     """
     x0 = row.a * x + row.b * m
     if clip is not None:
-        x0 = np.clip(x0, *clip)
+        x0 = clip(x0) if callable(clip) else np.clip(x0, *clip)
     x0 = x0 + row.g0 * g
     root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
     mean = row.c0 * x0 + row.c1 * x + row.c2 * m + row.cu * (m if u is None else u)

@@ -1,4 +1,4 @@
-"""ddpm's variances and a classifier's gradient in the rows of the samplers; loop/test_options.py has both in ddpm's."""
+"""ddpm's variances and a classifier's gradient in the rows of the samplers; loop/test_options.py has ddpm's."""
 
 from dataclasses import replace
 
