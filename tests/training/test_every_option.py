@@ -11,6 +11,7 @@ from support.trainer_run import weights
 
 from ddpm_ext import Philox, StepTable, cli, training
 from ddpm_ext.models import load_model
+from ddpm_ext.models.folder import model_sha256
 from ddpm_ext.training import TrainOptions, train, tuned
 from ddpm_ext.tuning import names, search, teacher, tune
 
@@ -53,7 +54,9 @@ VALUES = {
     "extra_emas": Files({"extra_emas": (0.5,)}),
     "snapshot_every": Files({"snapshot_every": 1}),
     "autocast": [Another({"autocast": autocast}) for autocast in ("bfloat16", "float16")],
-    "gradient_checkpointing": Same({"gradient_checkpointing": True}, "activations are computed again"),
+    "gradient_checkpointing": Same(
+        {"gradient_checkpointing": True, "dropout": 0.3}, "activations are computed again", {"dropout": 0.3}
+    ),
     "seed": Another({"seed": 5}),
     # A configuration alone: test_trainer.py.
     "model_config": Refused({"model_config": "config.json"}, "configuration decides it"),
@@ -175,13 +178,21 @@ def test_the_command_line_passes_every_option_on(folder, monkeypatch):
         assert seen == [TrainOptions(**options), "run", False], name
 
 
-@pytest.mark.parametrize("latents", [False, True])
-def test_a_run_tunes_to_its_own_loop(tmp_path, monkeypatch, latents):
-    """With its seed, its classes and its clip, which latents do not have."""
+@pytest.fixture
+def few(monkeypatch):
+    """Names, steps of the teacher and tries of tuning."""
     monkeypatch.setattr(names, "SAMPLERS", ("ddim",))
-    for module, name, few in ((search, "EVALUATIONS", 2), (teacher, "STEPS", 20), (tuned, "_SEEDS", 4)):
-        monkeypatch.setattr(module, name, few)
-    options = BASE | CLASSES | {"timesteps": 100, "tune": (1,), "seed": 3, "prediction": "eps"}
+    for module, name, value in ((search, "EVALUATIONS", 2), (teacher, "STEPS", 20), (tuned, "_SEEDS", 4)):
+        monkeypatch.setattr(module, name, value)
+
+
+TUNED = BASE | CLASSES | {"timesteps": 100, "tune": (1,), "seed": 3, "prediction": "eps"}
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_a_run_tunes_to_its_own_loop(few, tmp_path, latents):
+    """With its seed, its classes and its clip, which latents do not have."""
+    options = dict(TUNED)
     if latents:
         arrays = np.random.default_rng(0).normal(0, 2, (6, 3, 8, 8)).astype(np.float32), np.arange(6) % 3
         np.savez(tmp_path / "latents.npz", arr_0=arrays[0], arr_1=arrays[1])
@@ -194,3 +205,20 @@ def test_a_run_tunes_to_its_own_loop(tmp_path, monkeypatch, latents):
     expected = tune(loaded.settings.diffusion(), loaded.unet, (4, *loaded.shape), steps=1, **more).table
     found = StepTable.load(tmp_path / "run" / "tuned" / "1.json")
     assert found == expected and found.notes.items() >= expected.notes.items()
+
+
+def test_tables_are_made_once_for_each_model(few, tmp_path):
+    path, lines = tmp_path / "tuned" / "1.json", []
+
+    def run(**more):
+        lines.clear()
+        train(TrainOptions(**TUNED | more), tmp_path, report=lines.append, resume=path.parent.exists())
+        return StepTable.load(path).notes, any("tuning tables for 1 calls" in line for line in lines)
+
+    notes, made = run()
+    assert made and notes["model_sha256"] == model_sha256(load_model(tmp_path)) and notes["guidance"] is None
+    assert run() == (notes, False)
+    path.unlink()
+    assert run() == (notes, True)  # and the same
+    longer, made = run(steps=3)
+    assert made and longer["model_sha256"] == model_sha256(load_model(tmp_path)) != notes["model_sha256"]
