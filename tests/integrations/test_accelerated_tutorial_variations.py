@@ -220,10 +220,19 @@ def test_a_loss_calls_the_forward_process_of_a_subclass():
     same(accelerate(plain), plain, lambda gd: gd.train_losses(model, x, t))
 
 
+def normalised(self, x_start, t, noise=None):
+    return GaussianDiffusion.q_sample(self, x_start / x_start.std(), t, noise)
+
+
+def flipped(self, x_start, t, noise=None):
+    return GaussianDiffusion.q_sample(self, x_start.flip(2), t, noise)
+
+
 @own_code
-@pytest.mark.parametrize("method, name", [(l1, "train_losses"), (noisier, "q_sample")])
-def test_another_loss_or_forward_process_stays_the_classs_own(method, name):
+@pytest.mark.parametrize("method", [l1, noisier, normalised, flipped])
+def test_another_loss_or_forward_process_stays_the_classs_own(method):
     """The steps are fused nevertheless."""
+    name = "train_losses" if method is l1 else "q_sample"
     plain, model = with_method(method, name)(50), Net()
     x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)

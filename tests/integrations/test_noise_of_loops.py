@@ -45,16 +45,15 @@ def test_a_seed_of_torchs_or_ids_in_a_tensor():
     assert first.sample_ids is second.sample_ids is ids and first.seed_value != second.seed_value
 
 
-def test_a_seed_of_its_own_draws_nothing():
+def test_noise_of_torchs_and_a_seed_of_its_own_draw_nothing():
     before = torch.get_rng_state()
-    settings = of()
-    settings.whole_loop(3)
-    settings.next_forward(torch.device("cpu"))
-    settings.rng_of_step(3, 0)
+    for settings, drawn in ((of(), True), (Acceleration.of("torch", None, 0), False)):
+        settings.begin_loop()
+        found = settings.whole_loop(3), settings.next_forward(torch.device("cpu")), settings.rng_of_step(3, 0)
+        for rng in (*found, settings.rng, settings.rng_of_step_at(torch.arange(3), 9)):
+            assert isinstance(rng, Philox) if drawn else rng is None
+    of(None).begin_loop()  # a loop without noise needs no seed
     assert torch.equal(torch.get_rng_state(), before)
-    lazy = of(None)
-    lazy.begin_loop()
-    assert torch.equal(torch.get_rng_state(), before)  # a loop without noise needs no seed
 
 
 def test_seed_and_rng_set_anew():
@@ -79,7 +78,10 @@ def test_seed_and_rng_set_anew():
 def test_a_copy_continues_and_then_each_counts_by_itself(copier):
     settings = of()
     settings.whole_loop(4)
+    settings.next_forward(torch.device("cpu"))
     copied = copier(settings)
+    assert copied.iteration == 1 and repr(copied) == repr(settings)
+    assert repr(copied).startswith("Acceleration(noise='philox', rng=Philox(seed=9")
     expected = shown(Philox(9, 4), Philox(9, 8))
     assert shown(*[copied.whole_loop(4) for _ in range(2)]) == expected
     assert shown(*[settings.whole_loop(4) for _ in range(2)]) == expected
