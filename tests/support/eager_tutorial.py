@@ -38,13 +38,12 @@ def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
 
 class GaussianDiffusion:
     def __init__(
-        self, timesteps: int = 1000, beta_schedule: str = "linear", dtype: torch.dtype = torch.float64
+        self, timesteps: int = 1000, beta_schedule: str | Tensor = "linear", dtype: torch.dtype = torch.float64
     ) -> None:
         schedules = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
-        if beta_schedule not in schedules:
-            raise ValueError(f"beta_schedule is {beta_schedule!r}, expected 'linear' or 'cosine'")
+        betas = beta_schedule if isinstance(beta_schedule, Tensor) else schedules[beta_schedule](timesteps)
         self.timesteps = timesteps
-        self.betas = schedules[beta_schedule](timesteps).to(dtype)
+        self.betas = betas.to(dtype)
         self.alphas = 1 - self.betas
         kept = self.alphas_cumprod = self.alphas.cumprod(0)
         before = self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=dtype), kept[:-1]])
