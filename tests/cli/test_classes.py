@@ -22,18 +22,10 @@ def sample(model, folder, *options):
         return found["arr_0"], found["arr_1"]
 
 
-def test_labels_are_those_of_the_samples_in_any_batch(pets, tmp_path):
-    """test_every_sampling_option.py compares the samples with those of the loop."""
-    options = ("--class", "1,cat", "--guidance", 2.5)
-    images, classes = sample(pets, tmp_path, *options)
-    assert classes.tolist() == [1, 0, 1, 0, 1, 0, 1] and classes.dtype == np.int64
-    again = sample(pets, tmp_path, *options, "--batch-size", 5)
-    # The model's sums may be rounded differently in a batch of another size.
-    assert np.array_equal(again[1], classes) and abs(again[0].astype(int) - images).max() <= 1
-
-
 def test_many_samples_are_those_of_one_run(pets, tmp_path, capsys):
-    images, labels = sample(pets, tmp_path, "--class", "hen,dog", "--guidance", 2)
+    """test_every_sampling_option.py compares the samples with those of the loop."""
+    images, labels = sample(pets, tmp_path, "--class", "2,dog", "--guidance", 2)
+    assert labels.tolist() == [2, 1, 2, 1, 2, 1, 2] and labels.dtype == np.int64
     many = ("--num-images", N, "--shard-size", 3, "--batch-size", 2, "--steps", 4, "--quiet", "--npz")
     command = ("sample", "--model", pets, *many, "--class", "hen,dog", "--out", tmp_path / "many")
     assert call(*command, "--guidance", 2) == 0

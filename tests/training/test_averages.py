@@ -74,30 +74,24 @@ def test_command(tmp_path, capsys):
         check_refused(capsys, message, "average", *arguments)
 
 
-def test_command_that_was_interrupted_is_run_again(tmp_path, capsys, monkeypatch):
+def test_command_that_was_killed_or_that_failed_is_run_again(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     make_unet(run, snapshot_every=1).fit()
 
     def full(*_, **__):
         raise OSError("No space left on device")
 
+    folder = run / "average-0.15"
+    leftovers = [folder / ".average.0a1b2c3d.json", folder / "unet" / ".config.0a1b2c3d.json"]  # of a killed process
+    folder.mkdir()
+    leftovers[0].write_bytes(b"half")
     capsys.readouterr()
     with monkeypatch.context() as disk:
         disk.setattr(network, "save_model", full)
         check_refused(capsys, "No space left on device", "average", run, "--length", 0.15)
-    folder = run / "average-0.15"
-    leftovers = [folder / ".average.0a1b2c3d.json", folder / "unet" / ".config.0a1b2c3d.json"]  # of a killed process
     (folder / "unet").mkdir()
     for leftover in leftovers:
         leftover.write_bytes(b"half")
     assert call("average", run, "--length", 0.15) == 0
     trainer_run.assert_same(folder, dict(post_hoc_average(run, 0.15).trained.model.state_dict()))
     assert not any(leftover.exists() for leftover in leftovers)
-
-
-def test_command_that_was_killed_at_its_first_file_is_run_again(tmp_path):
-    run = tmp_path / "run"
-    make_unet(run, snapshot_every=1).fit()
-    (run / "average-0.15").mkdir()
-    (run / "average-0.15" / ".average.0a1b2c3d.json").write_bytes(b"half")
-    assert call("average", run, "--length", 0.15) == 0

@@ -1,6 +1,7 @@
 """training.data: digits, folders of images, their random crops, tensors and Datasets."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,12 +39,9 @@ def test_digits_are_scikit_learns_in_parts():
     theirs = datasets.load_digits()
     assert np.array_equal((parts["all"][0].squeeze(1).numpy() + 1) * 8, theirs.images)
     assert np.array_equal(parts["all"][1].numpy(), theirs.target)
-    refused(ValueError, "part: got 'test', expected one of train, heldout, all", digits, "test")
     images = load_images("digits")
     assert torch.equal(images.batch(torch.tensor([5, 0])), parts["train"][0][[5, 0]]) and len(images) == 1541
     assert torch.equal(labels_of(images).numbers, parts["train"][1]) and labels_of(images).names == tuple("0123456789")
-    refused(ValueError, "image size: got 16, but digits are 8 by 8", load_images, "digits", 16)
-    refused(ValueError, "channels: got 3", load_images, "digits", 8, 3)
 
 
 @pytest.fixture
@@ -82,14 +80,6 @@ def test_folder_turns_by_exif(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     found = FolderImages(tmp_path, 8).batch(torch.tensor([0]))[0]
     assert torch.equal(found, torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1) / 127.5 - 1)
-
-
-def test_folder_bad_input(folder, tmp_path):
-    refused(ValueError, "no such folder", FolderImages, tmp_path / "none", 8)
-    (tmp_path / "empty").mkdir()
-    refused(ValueError, "no images in", FolderImages, tmp_path / "empty", 8)
-    refused(ValueError, "image size: got 0", FolderImages, folder, 0)
-    refused(ValueError, "channels: got 4", FolderImages, folder, 8, 4)
 
 
 def test_a_folder_whose_images_have_one_size_needs_no_other(tmp_path):
@@ -185,12 +175,26 @@ def test_first_readable_item_decides_the_shape():
     refused(DamagedImage, "data: cannot read item 1: gone", as_images, Items([None, None]))
 
 
-def test_tensor_images_bad_input():
-    for images in (torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
-        refused(ValueError, "images: got", TensorImages, images)
-    for value, found in ((255.0, "255 to 255"), (torch.nan, "nan")):
-        with pytest.raises(ValueError, match=rf"the tensor has values from {found}.*, expected them in \[-1, 1"):
-            TensorImages(torch.full((2, 1, 2, 2), value))
+def test_bad_input(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    crops = r"random_crop: got 0\.8 for %s, expected a folder of images"
+    images, values = torch.zeros(2, 1, 8, 8), r"the tensor has values from %s.*, expected them in \[-1, 1"
+    for message, load, *given in (
+        ("part: got 'test', expected one of train, heldout, all", digits, "test"),
+        ("image size: got 16, but digits are 8 by 8", load_images, "digits", 16),
+        ("channels: got 3", load_images, "digits", 8, 3),
+        ("no such folder", FolderImages, tmp_path / "none", 8),
+        ("no images in", FolderImages, tmp_path / "empty", 8),
+        ("image size: got 0", FolderImages, folder, 0),
+        ("channels: got 4", FolderImages, folder, 8, 4),
+        (r"random_crop: got -0\.5, expected in \[0, 1\]", partial(FolderImages, random_crop=-0.5), folder, 8),
+        (crops % "digits", partial(load_images, random_crop=0.8), "digits"),
+        (crops % "shapes", partial(load_images, random_crop=0.8), "shapes"),
+        (crops % "a Tensor" + "; a Dataset", partial(as_images, random_crop=0.8), images),
+        *(("images: got", TensorImages, wrong) for wrong in (images[0], images.byte(), images[:0])),
+        *((values % found, TensorImages, images + x) for x, found in ((255, "255 to 255"), (torch.nan, "nan"))),
+    ):
+        refused(ValueError, message, load, *given)
     assert not TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True)).batch(torch.tensor([0])).requires_grad
     ones = torch.ones(2, 1, 2, 2)
     assert TensorImages(torch._neg_view(-ones)).fingerprint() == TensorImages(ones).fingerprint()
@@ -300,11 +304,3 @@ def test_a_run_from_before_the_option_is_resumed(tmp_path):
     path.write_text(json.dumps(began | {"options": began["options"] | {"random_crop": 0.5}}))
     with pytest.raises(ValueError, match=r"resume: random_crop is 0\.0, but .* was made with 0\.5; --change, or"):
         trainer_run.make(tmp_path / "run", steps=2, resume=True).fit()
-
-
-def test_bad_random_crops(ramps):
-    refused(ValueError, r"random_crop: got -0\.5, expected in \[0, 1\]", FolderImages, ramps, SIZE, random_crop=-0.5)
-    message = r"random_crop: got 0\.8 for %s, expected a folder of images"
-    for name in ("digits", "shapes"):
-        refused(ValueError, message % name, load_images, name, random_crop=0.8)
-    refused(ValueError, message % "a Tensor" + "; a Dataset", as_images, torch.zeros(2, 1, 8, 8), random_crop=0.8)
