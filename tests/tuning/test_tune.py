@@ -61,6 +61,14 @@ def names():
         yield made
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Few names and tries, where their number doesn't matter."""
+    monkeypatch.setattr("ddpm_ext.tuning.names.SAMPLERS", ("ddim", "heun", "unipc"))
+    monkeypatch.setattr("ddpm_ext.tuning.search.EVALUATIONS", 4)
+    monkeypatch.setattr("ddpm_ext.tuning.tuner.named_tables", functools.cache(named_tables))
+
+
 @pytest.fixture(scope="module")
 def tuned(names):
     return tune(GD, mixture(), SHAPE, steps=3, seeds=16, progress=False)
@@ -115,7 +123,7 @@ def test_the_report_is_of_samples_that_nothing_was_fitted_to(tuned):
     assert any("eta" in each.options for each in tuned.report.names)
 
 
-def test_samples_are_the_rngs_and_each_has_one_purpose():
+def test_samples_are_the_rngs_and_each_has_one_purpose(few):
     """Fitting, checking and holding out: three disjoint sets of sample ids, which begin at the rng's own first one."""
     tuner = Tuner(GD, mixture(), SHAPE, seeds=40, rng=Philox(3, sample_ids=1000), progress=False)
     report = tuner.tune(2).report
@@ -131,7 +139,7 @@ def test_samples_are_the_rngs_and_each_has_one_purpose():
         assert seed == 3 and torch.equal(each.batch.noise, drawn)
 
 
-def test_the_report_says_what_tuning_cost():
+def test_the_report_says_what_tuning_cost(few):
     """All calls of the model, the teacher's among them for each table. It pays when loops have saved as many."""
     calls, model = [], mixture()
 
@@ -183,20 +191,19 @@ def test_names_are_compared_on_the_same_samples():
     assert ranked[FINALISTS - 1].error > 4 > ranked[FINALISTS].error
 
 
-def test_a_model_that_looks_timesteps_up_has_names_of_whole_timesteps_alone():
+def test_a_model_that_looks_timesteps_up_has_names_of_whole_timesteps_alone(few, tuned):
     levels = torch.arange(TIMESTEPS)
 
     def model(x, t):
         return mixture()(x, levels[t])
 
-    tuned = tune(GD, model, SHAPE, steps=2, seeds=16, progress=False)
-    spacings = {each.spacing for each in tuned.report.names}
-    assert tuned.report.whole_timesteps and "linspace" in spacings and "karras" not in spacings
-    assert "between the schedule's are left out" in str(tuned.report)
-    assert not tune(GD, mixture(), SHAPE, steps=2, seeds=16, progress=False).report.whole_timesteps
+    report = tune(GD, model, SHAPE, steps=2, seeds=16, progress=False).report
+    spacings = {each.spacing for each in report.names}
+    assert report.whole_timesteps and "linspace" in spacings and "karras" not in spacings
+    assert "between the schedule's are left out" in str(report) and not tuned.report.whole_timesteps
 
 
-def test_a_network_in_bfloat16():
+def test_a_network_in_bfloat16(few):
     class Network(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -290,7 +297,6 @@ def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names, ca
 
 
 def test_a_loop_that_the_table_was_not_made_for_warns(tuned):
-
     def sample(model, **options):
         GD.p_sample_loop(model, SHAPE, sampler=tuned.table, **options, **QUIET)
 
@@ -328,7 +334,7 @@ def test_bad_arguments():
         refused(error, message, tune, GD, mixture(), SHAPE, progress=False, **options)
 
 
-def test_a_model_that_no_weights_help_has_the_best_names_table():
+def test_a_model_that_no_weights_help_has_the_best_names_table(few):
     """All of its predicted clean samples are clipped, so that a change of a weight changes nothing."""
     found = tune(GaussianDiffusion(100), lambda x, t: -50 * x, SHAPE, steps=3, seeds=4, progress=False)
     assert found.report.error <= found.report.best.error and len(found.table) == 3
