@@ -25,31 +25,6 @@ class Counted:
 
 
 @backends
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_scale_of_1_is_no_guidance(device, backend, sampler):
-    gd = make_diffusion(backend=backend)
-    plain = Counted(model)
-    expected = gd.p_sample_loop(**ours(gd, "plain", sampler, model=plain, device=device), record="last")
-    for guidance in (1, 1.0, Guidance(1.0), Guidance(1.0, unconditional, rescale=0.5)):
-        counted, never = Counted(model), Counted(unconditional)
-        if isinstance(guidance, Guidance) and guidance.unconditional is not None:
-            guidance = Guidance(1.0, never, rescale=0.5)
-        options = ours(gd, "plain", sampler, model=counted, guidance=guidance, device=device)
-        assert torch.equal(gd.p_sample_loop(**options, record="last"), expected)
-        assert counted.asked == plain.asked
-        assert never.asked == []
-
-
-def test_a_scale_of_1_takes_the_second_half_of_doubled_arguments(device):
-    gd, y = make_diffusion(), torch.arange(8.0, device=device) / 8
-    single, doubled = (
-        ours(gd, "plain", model=model, device=device, **options)
-        for options in ({"model_kwargs": {"y": y[4:]}}, {"model_kwargs": {"y": y}, "guidance": 1.0})
-    )
-    assert torch.equal(gd.p_sample_loop(**single, record="last"), gd.p_sample_loop(**doubled, record="last"))
-
-
-@backends
 def test_outside_its_interval_the_model_is_called_once(device, backend):
     gd = make_diffusion(backend=backend)
     conditional, free = Counted(model), Counted(unconditional)

@@ -182,44 +182,27 @@ def test_progressive(device):
         gd.sample_progressive(model, (3, 5), sampler="dpm")
 
 
-def of_timesteps(timesteps):
-    return make_grid(LEVELS, timesteps, betas=diffusion().betas)
-
-
 @pytest.mark.parametrize(
-    "options, grid, strength, taken",
+    "options, strength, timesteps",
     [
-        ({"sampler": "ddpm"}, of_timesteps(range(99, -1, -1)), 0.29, 29),
-        ({"sampler": "euler_ancestral"}, of_timesteps(range(99, -1, -1)), 1.0, 100),
-        ({"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]}, of_timesteps([99, 50, 20, 3]), 0.75, 3),
-        ({"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"}, of_timesteps(range(90, -1, -10)), 0.5, 5),
-        ({"sampler": "euler", "spacing": "trailing", "steps": 10}, of_timesteps(range(99, -1, -10)), 1.0, 10),
-        ({"sampler": "euler", "spacing": "karras", "steps": 10}, karras_grid(LEVELS, 10), 0.4, 4),
-        ({"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8}, log_snr_grid(LEVELS, 8), 1.0, 8),
+        ({"sampler": "ddpm"}, 0.29, range(28, -1, -1)),
+        ({"sampler": "euler_ancestral"}, 1.0, range(99, -1, -1)),
+        ({"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]}, 0.75, [50, 20, 3]),
+        ({"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"}, 0.5, range(40, -1, -10)),
+        ({"sampler": "euler", "spacing": "trailing", "steps": 10}, 1.0, range(99, -1, -10)),
+        ({"sampler": "euler", "spacing": "karras", "steps": 10}, 0.4, karras_grid(LEVELS, 10).timestep[-4:]),
+        ({"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8}, 1.0, log_snr_grid(LEVELS, 8).timestep),
     ],
 )
-def test_a_start_gets_the_noise_of_the_first_step_that_is_taken(device, options, grid, strength, taken):
-    """The remaining steps are as usual. A table of the steps gives the samples of the sampler by its name. The model
-    gets fractional timesteps as float32."""
-    gd, seen = diffusion(), []
-    start = torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
-    rng = Philox(6, torch.tensor([4, 2**33, 0], device=device))
-
-    def model(x, t):
-        seen.append((x.clone(), t[0].cpu()))
-        return 0.5 * x
-
-    shared = {"strength": strength, "start": start, "rng": rng, "device": device, "progress": False}
-    recorded = gd.p_sample_loop(model, (3, 5), **shared, **options)
-    told, asked = torch.stack([t for _, t in seen]), grid.timestep[-taken:]
-    assert torch.equal(told, asked.float() if asked.is_floating_point() else asked) and len(recorded) == taken
-    z, level = ddpm_ext.randn((3, 5), rng, stream=1, draw=0, device=device), grid.now[-taken].item()
-    expected = level**0.5 * start.double() + (1 - level) ** 0.5 * z.double()
-    torch.testing.assert_close(seen[0][0].double(), expected, rtol=3e-7, atol=3e-7)
+def test_a_start_leaves_the_first_steps_out(device, options, strength, timesteps):
+    """The model gets fractional timesteps as float32, and the caller's image stays."""
+    gd, told, start = diffusion(), [], torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
+    shared = {"strength": strength, "start": start, "device": device, "progress": False}
+    recorded = gd.p_sample_loop(lambda x, t: told.append(t[0].cpu()) or 0.5 * x, (3, 5), **shared, **options)
+    expected = torch.as_tensor(timesteps)
+    assert torch.equal(torch.stack(told), expected.float() if expected.is_floating_point() else expected)
+    assert len(recorded) == len(expected)
     assert torch.equal(start, torch.linspace(-1, 1, 15, device=device).reshape(3, 5))
-    table = SAMPLERS[options["sampler"]](grid, **({"eta": options["eta"]} if "eta" in options else {}))
-    for _ in range(2):
-        assert all(map(np.array_equal, gd.p_sample_loop(model, (3, 5), sampler=table, **shared), recorded))
 
 
 @backends

@@ -1,5 +1,6 @@
 """Any of the loop's options beside one another against plain_loop.py, in float64; for split batches, and recorded."""
 
+import functools
 import warnings
 from dataclasses import replace
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from support import loop_cases
 from support.choices import for_many
-from support.gaussian import take
-from support.loop_cases import CASES, IDS, PART, SHAPE, given, half_known, make_diffusion, ours, twice, with_variance
+from support.gaussian import calls_model, take
+from support.loop_cases import CASES, IDS, PART, SHAPE, given, half_known, make_diffusion, ours, with_variance
 from support.plain_loop import noise, plain_loop
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Interpolation, Philox
@@ -68,26 +69,36 @@ def test_every_step_is_the_plain_loops(device, backend, choose):
     sampler = choose.one_of([*SAMPLERS, *["random rows"] * 4], "sampler")
     prediction, variance = choose.one_of(["eps", "x0", "v"], "prediction"), choose.one_of([*VARIANCES], "variance")
     gd = GaussianDiffusion(50, prediction=prediction, variance=variance, backend=backend)
-    options = {"sampler": sampler, "timesteps": [*range(49, -1, -8)]}
+    options = choose.one_of([{"timesteps": [*range(49, -1, -8)]}, {"spacing": "karras", "steps": 7}], "steps")
+    options = {"sampler": sampler} | options
     if sampler == "random rows":
-        options = {"sampler": random_rows(gd, options["timesteps"])}
+        options = {"sampler": random_rows(gd, range(49, -1, -8))}
     model, unconditional = (with_own(variance, each) for each in (loop_cases.model, loop_cases.unconditional))
     where, y = (PART, device, BACKENDS[backend]), loop_cases.labels(PART, "cpu", F64)
     labels = {"y": y} if yes("labels") else {}
-    plain, more = {"model": lambda x, t, *x0: model(x, t, *x0, **labels)}, {"model": model}
-    doubled = False
+    plain, more, doubled, asked = {}, {}, False, {model: [], unconditional: []}
+    truth = functools.partial(model, **labels)
+
+    def watched(key, function):
+        def call(x, t, *x0, **labels):
+            asked[key] += [t[0].item()] * (len(x) // len(IDS))
+            return function(x, t, *x0, **labels)
+
+        return call
+
     if yes("guided"):
         plain["scale"] = choose.one_of([0.5, 1.0, 2.5], "scale")
         plain["rescale"] = choose.one_of([0.0, 0.7], "rescale")
         plain["interval"] = choose.one_of([(0, 50), (9, 33)], "interval")
         doubled = yes("doubled")
         own = {"rescale": plain["rescale"], "interval": plain["interval"]}
-        options["guidance"] = Guidance(plain["scale"], None if doubled else unconditional, **own)
+        options["guidance"] = Guidance(
+            plain["scale"], None if doubled else watched(unconditional, unconditional), **own
+        )
         plain["unconditional"] = unconditional
-    if doubled:
-        more["model"] = with_own(variance, once_or_twice)
+    more["model"] = watched(model, with_own(variance, once_or_twice) if doubled else model)
     if labels:
-        more["model_kwargs"] = {"y": (twice(y) if doubled else y).to(*where[1:])}
+        more["model_kwargs"] = {"y": (loop_cases.twice(y) if doubled else y).to(*where[1:])}
     if not doubled and yes("self_condition"):
         plain["self_condition"] = more["self_condition"] = True
     if yes("gradient"):
@@ -107,14 +118,29 @@ def test_every_step_is_the_plain_loops(device, backend, choose):
     else:
         plain["clip"] = choose.one_of([None, (-1.0, 1.0), (-0.2, 0.3)], "clip")
         more["clip_denoised"] = plain["clip"] or False
-    start = noise(SHAPE, IDS, 0, stream=1)
-    if yes("noise is given"):
-        start = given(4, PART, "cpu", F64)
+    begin = choose.one_of(["noise", "noise that is given", "image"], "begin")
+    x = given(4, PART, "cpu", F64) if begin != "noise" else noise(SHAPE, IDS, 0, stream=1)
+    if begin == "image":
+        options |= {"start": given(4, *where), "strength": 1.0 if sampler == "random rows" else 0.6}
+    elif begin != "noise":
         more["noise"] = given(4, *where)
     rows = kept_loop_rows(gd._loop_rows, gd, LoopOptions(**options))
+    if begin == "image":
+        x = rows.table.signal_now[0] * x + rows.table.noise_now[0] * noise(SHAPE, IDS, 0, stream=1)
+    if yes("by its table"):
+        options = {name: options[name] for name in ("guidance", "start") if name in options} | {"sampler": rows.table}
+        if "mask" in plain:
+            options |= loop_cases.inpaint(*where, soft=soft)
     more |= {"rng": Philox(1, torch.tensor(IDS, device=device)), "progress": False, "device": device}
-    truth = plain_loop(rows.table, start, plain.pop("model"), ids=IDS, variance=rows.variance, **plain)
-    check(gd, {**options, **more, "dtype": BACKENDS[backend]}, [*truth], device, yes("x0"))
+    expected = [*plain_loop(rows.table, x, truth, ids=IDS, variance=rows.variance, **plain)]
+    check(gd, {**options, **more, "dtype": BACKENDS[backend]}, expected, device, yes("x0"))
+    # A scale of 1, and timesteps outside the interval, need no unconditional output.
+    low, high = plain.get("interval", (51, 51))
+    calls = [(row.timestep, plain.get("scale") != 1 or row.cu) for row in rows.table if calls_model(row)]
+    twice = [t for t, reads in calls if reads and low <= t <= high]
+    once = sorted([t for t, _ in calls] + twice * doubled, reverse=True)
+    assert sorted(asked[model], reverse=True) == pytest.approx(once)
+    assert asked[unconditional] == pytest.approx([] if doubled else twice)
 
 
 def check(gd, options, expected, device, x0=True):
