@@ -139,7 +139,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
 
     Args:
         pictures: whether the command will write pictures, which need pillow.
-        latents: as for load.
+        latents: see load.
     """
     check_device(options.device)
     if pictures:

@@ -45,22 +45,22 @@ def reverse_step(
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
-        model_output: as x_t, or of a lower precision.
+        model_output: like x_t, or of a lower precision.
         table: StepTable.packed, float32 (rows, 24).
         t: each sample's row, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not checked. For a
             value out of range the kernel takes the nearest row.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
-        noise: replaces drawn noise, as x_t.
+        noise: replaces drawn noise, like x_t.
         rng: the source of drawn noise (stream 0, the row's draw). With None, torch's default CPU generator draws a
             seed.
         add_noise: False gives the mean.
-        out: receives the result, as x_t. It may be x_t. With `out`, gradients are not recorded.
+        out: receives the result, like x_t. It may be x_t. With `out`, gradients are not recorded.
 
     Returns:
-        x_{t-1}, as x_t. Differentiable in x_t, model_output and noise.
+        x_{t-1}, like x_t. Differentiable in x_t, model_output and noise.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
     Examples:
         >>> from ddpm_ext import ops
@@ -97,7 +97,7 @@ class TableStep(CalledTableStep):
     default generator.
 
     Args:
-        table, clip, noise, rng, add_noise: as reverse_step's.
+        table, clip, noise, rng, add_noise: see reverse_step.
         on_host: the same table on the CPU, which must not be changed. For an int t, the row is then an argument of the
             launch, and the kernel does not load it from memory.
 
@@ -181,16 +181,16 @@ def forward_process(
         x_start: (batch, ...), float32, float16 or bfloat16.
         table: float32 (rows, 2).
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        noise: replaces drawn noise, as x_start.
+        noise: replaces drawn noise, like x_start.
         rng: the source of drawn noise (stream 2, draw t). With None, torch's default CPU generator draws a seed.
         add_noise: False gives k0 x_start.
-        out: receives the result, as x_start. It may be x_start. With `out`, gradients are not recorded.
+        out: receives the result, like x_start. It may be x_start. With `out`, gradients are not recorded.
 
     Returns:
         as x_start. Differentiable in x_start and noise.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
     Examples:
         >>> from ddpm_ext import ops

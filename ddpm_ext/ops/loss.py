@@ -44,7 +44,7 @@ def diffusion_loss(
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         loss: the function of a difference d. "mse" is d^2, "l1" is |d|, and "huber", as torch's, is d^2 / 2 where |d|
             <= delta, else delta (|d| - delta / 2).
-        noise: z, as x_start. With None, `rng` draws it (stream 2, draw t), which must be the rng of the model's input.
+        noise: z, like x_start. With None, `rng` draws it (stream 2, draw t), the rng of the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
         variational: whether to add a term of the variational bound, which needs x_start. The model's output may then
             have twice the channels, with the variance in the second half.
@@ -54,7 +54,7 @@ def diffusion_loss(
         A scalar, or (batch,); float32. Differentiable once, in model_output.
 
     Raises:
-        TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range; x_start or
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; x_start or
             noise requires a gradient.
         RuntimeError: in a second derivative (backend="reference" has it).
 
@@ -81,15 +81,15 @@ class LossStep:
 
     Args:
         device: the samples' device.
-        noise, rng: as diffusion_loss's. Without both, a seed is drawn from torch's default generator.
-        loss, delta, reduction: as diffusion_loss's. The caller has checked them by check_options.
+        noise, rng: see diffusion_loss. Without both, a seed is drawn from torch's default generator.
+        loss, delta, reduction: see diffusion_loss. The caller has checked them by check_options.
         The other arguments are those of diffusion_loss.
 
     Attributes:
         noise: the noise, if the caller gave it or `noised` has stored it. None: both launches draw it.
 
     Raises:
-        TypeError, ValueError: t, noise or rng has another type or is out of range; x_start or noise requires a
+        TypeError, ValueError: t, noise or rng has a wrong type or is out of range; x_start or noise requires a
             gradient.
     """
 

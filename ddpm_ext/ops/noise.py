@@ -38,7 +38,7 @@ class Philox:
             (3), offset noise (4) and input perturbation (5) always have their own streams.
 
     Raises:
-        TypeError, ValueError: an argument has another type or is out of range. The values of a tensor are checked at
+        TypeError, ValueError: an argument has a wrong type or is out of range. The values of a tensor are checked at
             its use, and only on the CPU.
 
     Examples:
@@ -255,7 +255,7 @@ def randn(
         z of `shape`.
 
     Raises:
-        TypeError, ValueError: an argument has another type or is out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
         NotImplementedError: within torch.jit.trace.
 
     Examples:

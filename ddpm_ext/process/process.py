@@ -63,7 +63,7 @@ class Process:
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, for the variance-preserving x.
 
     Raises:
-        TypeError, ValueError: an argument has another type, an unknown name, or is out of range.
+        TypeError, ValueError: an argument has a wrong type, an unknown name, or is out of range.
     """
 
     def __init__(
@@ -255,15 +255,15 @@ class Process:
         Args:
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
-            noise: as x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
+            noise: like x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
                 generator.
-            out: receives the result, as x_start. It may be x_start. Gradients are not recorded then.
+            out: receives the result, like x_start. It may be x_start. Gradients are not recorded then.
 
         Returns:
-            x_t, as x_start. Differentiable in x_start and noise.
+            x_t, like x_start. Differentiable in x_start and noise.
 
         Raises:
-            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
         """
         table = self.table("q_sample", "x_start", x_start)
         return self.ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)

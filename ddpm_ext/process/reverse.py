@@ -75,16 +75,16 @@ class ReverseMethods(Process):
             x_t: (batch, ...).
             t: int64 (batch,) or int, in [0, timesteps).
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
-            noise: as x_t. With None, it is drawn by `rng` (stream 0, draw t), or by a seed from torch's default
+            noise: like x_t. With None, it is drawn by `rng` (stream 0, draw t), or by a seed from torch's default
                 generator.
-            out: receives the result, as x_t. It may be x_t.
+            out: receives the result, like x_t. It may be x_t.
 
         Returns:
-            x_{t-1}, as x_t, without gradients, except those of torch.func with backend="reference". At t = 0 no noise
+            x_{t-1}, like x_t, without gradients, except those of torch.func with backend="reference". At t = 0 no noise
             is added.
 
         Raises:
-            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
             NotImplementedError: torch.func takes a derivative through a fused step.
 
         Examples:

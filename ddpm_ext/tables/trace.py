@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpm_ext.tables.trace_fit import (
     HISTORY,
-    LINEAR,
+    LINEAR_ERROR,
     Array,
     Bound,
     Columns,
@@ -202,7 +202,7 @@ class _FirstRun:
         if self.small_numbers.second is not None and (second is None or names <= {*second}):
             columns = np.stack([self.small_numbers.unit(), self.small_numbers.m], 1)
             factors, errors = least_squares(columns, self.small_numbers.second, self.small_numbers.negligible())
-            self.second = bool((errors <= LINEAR).all())
+            self.second = bool((errors <= LINEAR_ERROR).all())
             self.clean = factors if self.second else self.clean
         if level is None:
             scales, (a, b) = _scales(self.small_numbers), self.clean.T
