@@ -32,10 +32,18 @@ def test_sigmas(name, option, steps):
     torch.testing.assert_close(grid.timestep.float(), euler.timesteps, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("model, theirs", [("sd15", "StableDiffusion"), ("sdxl", "StableDiffusionXL")])
-def test_align_your_steps(model, theirs):
-    sigmas = diffusers.schedulers.AysSchedules[f"{theirs}Sigmas"]
-    assert list(ALIGN_YOUR_STEPS[model][:-1]) == sigmas[:-1]
+PUBLISHED = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL", "svd": "StableDiffusionVideo"}
+
+
+@pytest.mark.parametrize("model", ALIGN_YOUR_STEPS)
+def test_align_your_steps_as_published(model):
+    """Apart from the last sigma, which is 0 in diffusers."""
+    assert list(ALIGN_YOUR_STEPS[model][:-1]) == diffusers.schedulers.AysSchedules[f"{PUBLISHED[model]}Sigmas"][:-1]
+
+
+@pytest.mark.parametrize("model", ["sd15", "sdxl"])
+def test_align_your_steps(model):
+    sigmas = diffusers.schedulers.AysSchedules[f"{PUBLISHED[model]}Sigmas"]
     euler = scheduler()
     euler.set_timesteps(sigmas=sigmas)
     grid = SIGMA_GRIDS["align_your_steps" if model == "sd15" else "align_your_steps_sdxl"](LEVELS, 10)

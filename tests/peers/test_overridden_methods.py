@@ -2,6 +2,7 @@
 run as they are, or are proven in a first loop."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -140,6 +141,30 @@ def test_they_are_proven_in_a_first_loop(library, trap):
         plain.gain = fast.gain = 0.5
         for _ in range(2):
             torch.testing.assert_close(drawn(fast)[0], drawn(plain)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["guided", "denoising"])  # the tutorial's methods are compared, whatever they call
+def test_an_override_of_any_method_that_a_loop_or_a_loss_calls_counts(library):
+    base, make, loop = LIBRARIES[library]()
+    x, t = torch.zeros(SHAPE), torch.arange(len(SHAPE))
+    losses = {"guided": lambda gd: gd.training_losses(model, x, t), "denoising": lambda gd: gd.p_losses(x, t)}
+    called, plain = set(), make(base)
+
+    def note(frame, event, _):
+        name = frame.f_code.co_name
+        if event == "call" and frame.f_locals.get("self") is plain and callable(vars(base).get(name)):
+            called.add(name)
+
+    for objective in ("pred_noise", "pred_x0", "pred_v"):  # only denoising-diffusion-pytorch reads it
+        plain.objective = objective
+        sys.setprofile(note)
+        try:
+            loop(plain)
+            losses[library](plain)
+        finally:
+            sys.setprofile(None)
+    fast = accelerate(make(base))
+    assert len(called) > 2 and called <= {*fast.replaces, *fast.relies_on}
 
 
 @libraries

@@ -185,6 +185,11 @@ def test_noise_together_with_rng(backend, method, device):
         (lambda: GaussianDiffusion(0), ValueError, ["timesteps is 0"]),
         (lambda: GaussianDiffusion(100, "quadratic"), ValueError, ["beta_schedule is 'quadratic'", "'cosine'"]),
         (lambda: GaussianDiffusion(2, torch.tensor([0.1, 1.1])), ValueError, [r"betas\[1\] is 1.1"]),
+        (
+            lambda: GaussianDiffusion(2, torch.tensor([1.0, 0.5])),
+            ValueError,
+            [r"betas\[0\] is 1.0", "the last may be 1"],
+        ),
         (lambda: GaussianDiffusion(2, torch.empty(2, device="meta")), ValueError, ["betas are on meta"]),
         (lambda: GaussianDiffusion(prediction="noise"), ValueError, ["prediction is 'noise'", "'eps'", "'x0'", "'v'"]),
         (lambda: GaussianDiffusion(prediction=None), ValueError, ["prediction is None"]),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpm_ext.integrations import accelerated_class
 from ddpm_ext.integrations.diffusers.traced import TracedScheduler
-from ddpm_ext.integrations.diffusers.traced_classes import OWN
+from ddpm_ext.integrations.diffusers.traced_classes import NOT_TRACED
 
 SHAPE = (2, 3, 4, 5)
 # What makes an object of a class where it needs arguments, or a configuration that pipelines use in place of its own.
@@ -53,7 +53,7 @@ def classes() -> dict[str, type]:
 
 
 # Those that run their own code, and those whose rows are traced.
-ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(OWN.values(), ())]
+ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(NOT_TRACED.values(), ())]
 TRACED = [n for n, cls in classes().items() if n not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)]
 
 

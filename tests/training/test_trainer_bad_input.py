@@ -131,7 +131,7 @@ class Worker(Items):
 
 @pytest.mark.subprocess
 def test_worker_that_gives_no_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "_PATIENCE", 2)
+    monkeypatch.setattr(batches, "_BATCH_TIMEOUT", 2)
     message = r"^data: the workers gave no batch for 2 s; expected data that can be read, or workers=0$"
     with pytest.raises(TimeoutError, match=message):
         make(tmp_path / "run", data=Worker(partial(time.sleep, 600)), workers=1).fit()
@@ -150,7 +150,7 @@ FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left
 )
 def test_shared_memory_that_is_full(tmp_path, monkeypatch, owner, name, error):
     """For a batch, and for the workers themselves."""
-    monkeypatch.setattr(batches, "_PATIENCE", 60)
+    monkeypatch.setattr(batches, "_BATCH_TIMEOUT", 60)
     monkeypatch.setattr(owner, name, Mock(side_effect=error))
     message = r"^data: the shared memory in /dev/shm is full, .* --shm-size .*, or workers=0$"
     refused(OSError, message, make(tmp_path / "run", workers=1).fit)

@@ -99,7 +99,12 @@ def test_curve_names_the_loss_and_its_failure_leaves_the_model(tmp_path, monkeyp
     assert (tmp_path / "run" / WEIGHTS).is_file()
     monkeypatch.undo()
     run(tmp_path / "run", resume=True, **options)
-    assert (tmp_path / "run" / "losses.png").is_file() and (tmp_path / "run" / "training.json").is_file()
+    written = [tmp_path / "run" / name for name in ("losses.png", "training.json")]
+    assert all(path.is_file() for path in written)
+    for path in written:
+        path.unlink()
+    run(tmp_path / "run", resume=True, **options)
+    assert all(path.is_file() for path in written)
 
 
 def test_killed_run_is_refused_and_resumed(straight, tmp_path, monkeypatch, capsys):
