@@ -17,7 +17,7 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, is_differentiated
 
 
 def check_model(model: object) -> None:
-    """Raises TypeError for a model that is no function, and NotImplementedError in contexts where no loop can run."""
+    """Raises TypeError if the model is not callable, and NotImplementedError in contexts where no loop can run."""
     if not callable(model):
         raise TypeError(f"model is {model!r}, expected a function")
     if torch.compiler.is_compiling():
@@ -32,7 +32,7 @@ def check_model(model: object) -> None:
 
 
 def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
-    """The model, compiled as p_sample_loop's option `compile` says."""
+    """Compiles the model with torch.compile if `mode`, p_sample_loop's option `compile`, says so."""
     if isinstance(mode, str) or mode is True:
         _check_compiler(mode, device)
     if isinstance(mode, str):
@@ -77,7 +77,7 @@ class InitialSamples:
 
     Args:
         ops: the operators of the process.
-        model, shape, options: as p_sample_loop's.
+        model, shape, options: see p_sample_loop.
         rows: the rows of the loop.
     """
 
@@ -92,7 +92,7 @@ class InitialSamples:
         """The loop's first samples: pure noise (drawn, or `noise`), or `start` with the first step's noise.
 
         Raises:
-            TypeError, ValueError: start or noise of another type, shape, dtype or device, or both.
+            TypeError, ValueError: start or noise has a wrong type, shape, dtype or device, or both are given.
         """
         if start is not None and noise is not None:
             raise ValueError("noise and start are both given, expected one of them")
@@ -128,7 +128,7 @@ class InitialSamples:
 
 
 def _device(options: LoopOptions, model: Any) -> torch.device:
-    """The device of the options; else that of start or noise, else that of the model's parameters, else the CPU."""
+    """The device of the options; without one the device of start or noise, of the model's parameters, or the CPU."""
     if options.device is not None:
         return checks.device(options.device)
     image = options.noise if options.start is None else options.start

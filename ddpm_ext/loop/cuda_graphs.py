@@ -16,11 +16,11 @@ from torch import nn
 from ddpm_ext.base.torch_version import TORCH
 
 _log = logging.getLogger(__name__)
-# Up to torch 2.11, an allocator keeps the address of a graph whose capture failed.
+# Up to torch 2.11, an allocator keeps the address of a graph whose capture failed. So these graphs are never freed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
 _MANY_NODES = 20_000
-# Torch's function that ends the allocation in a graph's pool. Its name in torch 2.7 is another one.
+# Torch's function that ends the allocation in a graph's pool has a different name in torch 2.7.
 _OLD_NAME = "_cuda_endAllocateCurrentStreamToPool"
 END_ALLOCATE = _OLD_NAME if _OLD_NAME in vars(torch._C) else "_cuda_endAllocateToPool"
 
@@ -38,7 +38,7 @@ def restorer(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
 
 
 class CudaGraphs:
-    """CUDA graphs by key. All share one memory pool."""
+    """CUDA graphs, each with a key. All share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -72,14 +72,14 @@ class CudaGraphs:
             key: the key of the graph.
             step: must read everything that changes between calls from memory with fixed addresses. It runs once before
                 the capture, so that libraries initialize themselves.
-            save: called before that first run. The function that it returns is called after the run, and restores all
-                memory that `step` has changed and that it reads.
+            save: called before this first run. It returns a function, called after the run, which restores all memory
+                that `step` both reads and changes.
         """
         if self._possible and key not in self._graphs:
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             try:
-                self._capture(key, step, save)
+                self._warm_up_and_capture(key, step, save)
             finally:  # also after an error: the caller may free the buffers that the stream still writes
                 current.wait_stream(self._stream)
         if self._possible:
@@ -87,25 +87,27 @@ class CudaGraphs:
         else:
             step()
 
-    def _capture(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
+    def _warm_up_and_capture(
+        self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]
+    ) -> None:
         with torch.cuda.stream(self._stream):
             restore = save()
             step()
             restore()
         del restore  # frees its copies before the capture
-        reason = self._record(key, step)
+        reason = self._capture_graph(key, step)
         if reason is not None:
             self._possible = False
             self._fall_back(reason)
 
-    def _record(self, key: Hashable, step: Callable[[], None]) -> str | None:
+    def _capture_graph(self, key: Hashable, step: Callable[[], None]) -> str | None:
         """Captures the graph of a key. Returns None, or the reason if it failed."""
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         try:
             with (
                 torch.cuda.stream(self._stream),  # some versions of torch.cuda.graph don't exit it after a failure
-                # Other threads may call what a capture forbids, such as the thread that pins a DataLoader's batches.
+                # Other threads, such as one that pins a DataLoader's batches, may make calls that a capture forbids.
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 try:

@@ -19,16 +19,16 @@ class Guidance:
 
     Args:
         scale: diffusers' guidance_scale, where 1 is no guidance. The paper's scale is lower by 1.
-        unconditional: unconditional(x_t, t) -> u, of x_t's shape. With None, the model gets the batch twice, (2 batch,
-            ...), and returns u in the first half and m in the second, as in diffusers. Tensors in model_kwargs then
-            have 2 batch rows. A call with a single batch gets their second half.
+        unconditional: unconditional(x_t, t) -> u, of x_t's shape. With None, the model gets the batch twice, in a
+            tensor (2 * batch, ...), and returns u in the first half and m in the second, as in diffusers. Tensors in
+            model_kwargs must also have 2 * batch rows. Calls without guidance get the second half of these tensors.
         rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1. Guidance increases the standard deviation of the
             output, and this share of the increase is undone. The paper recommends 0.7.
         interval: (low, high), the range of timesteps with guidance, both included (Kynkäänniemi et al. 2024). At other
             timesteps the model gets the batch once. None includes all timesteps.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> guidance = Guidance(3.0, unconditional=lambda x, t: 0.05 * x, interval=(200, 800))
@@ -62,7 +62,7 @@ class Guidance:
 
 
 def as_guidance(guidance: Guidance | float | None) -> Guidance | None:
-    """The option `guidance` of p_sample_loop as a Guidance, or None. A number is the scale."""
+    """Converts the option `guidance` of p_sample_loop to a Guidance or None. A number is the scale."""
     if guidance is None or isinstance(guidance, Guidance):
         return guidance
     if isinstance(guidance, numbers.Real):

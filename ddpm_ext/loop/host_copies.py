@@ -27,7 +27,7 @@ class HostCopies:
         self._arrays: list[np.ndarray] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: list[Tensor] = []
-        # For each copy: the address of the source, the pinned buffer, and an event that is recorded after the copy.
+        # For each unfinished copy: the source's address, the pinned buffer, and an event recorded after the copy.
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, x: Tensor) -> None:

@@ -23,10 +23,10 @@ class Inpaint:
             1 means no resampling.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or device, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape or device, or is out of range.
 
     Examples:
-        >>> left = torch.arange(8) < 4  # known, of images that are 8 wide
+        >>> left = torch.arange(8) < 4  # the left half of images that are 8 wide is known
         >>> inpaint = Inpaint(images, left, jump_length=5, jump_n_sample=3)
         >>> samples = GaussianDiffusion(1000).sample(model, 8, batch_size=4, steps=20, inpaint=inpaint, progress=False)
     """

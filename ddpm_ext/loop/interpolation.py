@@ -23,7 +23,7 @@ class Interpolation:
         method: "slerp", along the great circle, which preserves the noise's variance, or "lerp".
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
     Examples:
         >>> path = Interpolation(images, -images, weight=torch.linspace(0, 1, 4))
@@ -58,14 +58,14 @@ class Interpolation:
         return slerp(first, second, self.weight) if self.method == "slerp" else _lerp(first, second, self.weight)
 
 
-def _of_samples(weight: float | Tensor, x: Tensor) -> Tensor:
+def _per_sample(weight: float | Tensor, x: Tensor) -> Tensor:
     """The weight as (batch, 1, ...) or (1, 1, ...), on x's device."""
     weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
     return weight.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _lerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
-    w = _of_samples(weight, first)
+    w = _per_sample(weight, first)
     return (1 - w) * first + w * second
 
 
@@ -74,10 +74,10 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
 
     Args:
         first, second: (batch, ...).
-        weight: of `second`, a float or a tensor (batch,).
+        weight: the weight of `second`, a float or a tensor (batch,).
 
     Returns:
-        As `first`.
+        A tensor like `first`.
 
     Examples:
         >>> from ddpm_ext.loop.interpolation import slerp
@@ -85,9 +85,9 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     """
     dtype = checks.compute_dtype(first.dtype)
     a, b = first.to(dtype), second.to(dtype)
-    w = _of_samples(weight, a)
+    w = _per_sample(weight, a)
     cosine = torch.nn.functional.cosine_similarity(a[:, None].flatten(1), b[:, None].flatten(1), dim=1)
-    angle = _of_samples(cosine.clamp(-1, 1).acos(), a)
+    angle = _per_sample(cosine.clamp(-1, 1).acos(), a)
     is_parallel = angle.sin() < 1e-4
     sine = torch.where(is_parallel, 1, angle.sin())
     mixed = ((1 - w) * angle).sin() / sine * a + (w * angle).sin() / sine * b

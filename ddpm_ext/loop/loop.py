@@ -25,11 +25,11 @@ from ddpm_ext.ops.noise import Philox, rng_of_many
 
 
 class Loop:
-    """A sampling loop. All its memory is allocated here, apart from the model's.
+    """A sampling loop. The constructor allocates all its memory but the model's.
 
     Args:
         ops: the operators of the process.
-        model, shape, options: as p_sample_loop's.
+        model, shape, options: see p_sample_loop.
         rows: the rows of the loop.
 
     Attributes:
@@ -68,7 +68,7 @@ class Loop:
 
     @property
     def doubled(self) -> bool:
-        """Whether the model gets the batch twice in a guided step. Then `x` is a part of a doubled batch's memory."""
+        """Whether the model gets the batch twice in a guided step. If so, `x` is part of a doubled batch's memory."""
         return self._step.doubled
 
     @property
@@ -121,9 +121,9 @@ class Loop:
                 if "x0_out" in call.inputs:
                     copies.before_overwriting(call.inputs["x0_out"])
             # Gradients are disabled around each step, not around the loop: between two steps the caller's code runs.
-            recording = torch.is_grad_enabled()
+            grad_enabled = torch.is_grad_enabled()
             try:
-                torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
+                torch._C._set_grad_enabled(False)  # process.reverse.p_sample says why it is not torch.no_grad()
                 if self._graphs is None:
                     step.take(call, None, row, self._timesteps_at[row])
                 else:
@@ -132,7 +132,7 @@ class Loop:
                 _note_fraction(error, timesteps[row])
                 raise
             finally:
-                torch._C._set_grad_enabled(recording)
+                torch._C._set_grad_enabled(grad_enabled)
             self._position = row + 1
             yield Record(row, timesteps[row], call.out, call.x0 if returns_x0 else None)
 

@@ -1,4 +1,4 @@
-"""The notes of a step table about the loop that it was made for, and warnings if another kind of loop takes it."""
+"""The notes of a step table: prediction, guidance and clip of the loop that it is for. Loops with others warn."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.step_table import StepTable
 
 # Measured on the model "shapes" with 6 calls: docs/developers/measurements.md.
-_OF_GUIDANCE = (
+_GUIDANCE_ERRORS = (
     " (with half or twice its scale the error was up to 1.3 times that of a table for it, with 3.5 times 1.6)"
 )
-# Levels are the same if their angles atan2(noise, signal), in radians, and the logarithms of their sizes are this near.
+# Two levels count as equal if their angles atan2(noise, signal), in radians, and the logarithms of their sizes differ
+# by no more than this.
 NEAR = 0.01
 
 
 def notes_of_loop(process: Process, options: LoopOptions) -> dict[str, Any]:
-    """The notes of a table that is made for a loop with these options, about what its numbers do not show."""
+    """The notes of a table for a loop with these options: the options that the table's columns do not show."""
     clip = options.clip if options.threshold is None else str(options.threshold)
     return {
         "prediction": process.prediction,
-        "guidance": _scale(options.guide),
+        "guidance": _guidance_note(options.guide),
         "clip": list(clip) if isinstance(clip, tuple) else clip,
     }
 
 
-def _scale(guidance: Guidance | None) -> float | str | None:
-    """The note of a guidance: its scale, or a string if it has other options; None for no guidance."""
+def _guidance_note(guidance: Guidance | None) -> float | str | None:
+    """The note about guidance: its scale, or a string if it has other options; None for no guidance."""
     if guidance is None or guidance == Guidance(guidance.scale, guidance.unconditional):
         return None if guidance is None or guidance.scale == 1 else float(guidance.scale)
     return f"{guidance.scale:g}, rescale {guidance.rescale:g}, interval {guidance.interval}"
 
 
 def check_notes(process: Process, options: LoopOptions) -> None:
-    """Warns if the table was made for another guidance, clip or prediction than the loop has."""
+    """Warns if the loop's guidance, clip or prediction is not the one that the table was made for."""
     if not isinstance(options.sampler, StepTable) or not options.sampler.notes:
         return
     for name, value in notes_of_loop(process, options).items():
@@ -56,7 +57,7 @@ def check_note(table: StepTable, name: str, loop_value: Any, has: str) -> None:
     if made_for != loop_value:
         warnings.warn(
             f"the table was made for {name} {made_for!r}, and {has} {loop_value!r}: named samplers may come "
-            f"nearer than it does{_OF_GUIDANCE if name == 'guidance' and made_for and loop_value else ''}",
+            f"nearer than it does{_GUIDANCE_ERRORS if name == 'guidance' and made_for and loop_value else ''}",
             stacklevel=3,
         )
 
@@ -68,8 +69,8 @@ def check_schedule(process: Process, table: StepTable) -> None:
     """
     signal, noise, t = table.signal_now, table.noise_now, table.timestep
     power = torch.hypot(signal, noise)
-    has_noise = noise > 0  # a row that starts at clean data has the timestep of the row before it
-    # Samples of flows, of sigma space and variance-preserving samples have different sizes at any timestep.
+    has_noise = noise > 0  # a row that starts at clean data has the previous row's timestep, not one of its level
+    # At the same timestep, samples of flows, of sigma space and of variance-preserving processes differ in size.
     scale = process.schedule.scale
     expected = torch.ones_like(power) if scale is None else scale(signal / power, noise / power)
     differs = has_noise & ~((power / expected).log().abs() < NEAR)

@@ -1,7 +1,7 @@
 """The options of a sampling loop. GaussianDiffusion.p_sample_loop documents them.
 
-The names are here twice: in LoopOptions, with their defaults, and in TypedDicts for editors and type checkers, as the
-keywords of the methods that pass them on.
+Each option is listed twice: in LoopOptions with its default, and in TypedDicts, from which editors and type checkers
+know the keywords of the methods that pass the options on.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class LoopOptions:
     """The options of GaussianDiffusion.p_sample_loop, with the same names and defaults. They are checked here.
 
     Attributes:
-        sampler, spacing: the names of ddpm_ext, if the caller gave other names or both together, such as
+        sampler, spacing: ddpm_ext's names, also if the caller gave another library's names or both in one, such as
             "DPM++ 2M Karras".
         clip: the fixed range to clip to, or None.
         threshold: the dynamic thresholding, or None.
         guide: the Guidance, or None.
 
     Raises:
-        TypeError, ValueError: an option has another type or is out of range. Checks that need the model or the schedule
+        TypeError, ValueError: an option has a wrong type or is out of range. Checks that need the model or the schedule
             are made later.
     """
 
@@ -74,7 +74,7 @@ class LoopOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LoopOptions:
-        """The options with these keywords. Raises TypeError for an unknown keyword, and what LoopOptions raises."""
+        """LoopOptions(**options), but the TypeError for an unknown keyword names the options most like it."""
         check_options(options, _names(), "a loop")
         return cls(**options)
 
@@ -91,9 +91,9 @@ class LoopOptions:
             raise TypeError(f"model_kwargs is a {type(self.model_kwargs).__name__}, expected a dict")
         if self.autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast is {self.autocast!r}, expected torch.float16, torch.bfloat16 or None")
-        lower = (torch.float16, torch.bfloat16) if self.dtype is torch.float32 else ()
-        if self.input_dtype not in (None, self.dtype, *lower):
-            expected = ", ".join(map(str, (self.dtype, *lower)))
+        half_dtypes = (torch.float16, torch.bfloat16) if self.dtype is torch.float32 else ()
+        if self.input_dtype not in (None, self.dtype, *half_dtypes):
+            expected = ", ".join(map(str, (self.dtype, *half_dtypes)))
             raise ValueError(f"input_dtype is {self.input_dtype!r}, expected None or one of {expected}")
         if self.graph not in (False, True, "step", "loop"):
             raise ValueError(f"graph is {self.graph!r}, expected False, True, 'step' or 'loop'")
@@ -105,7 +105,7 @@ class LoopOptions:
         if self.sampler == "tuned":
             raise ValueError(
                 "sampler is 'tuned', which the command line alone knows, expected a StepTable: "
-                "load_model(FOLDER).tuned(STEPS, GUIDANCE) is that of a model's folder"
+                "load_model(FOLDER).tuned(STEPS, GUIDANCE) returns the table in a model's folder"
             )
         if isinstance(self.sampler, str):
             sampler, spacing = sampler_and_spacing(self.sampler, self.spacing, SAMPLERS, SPACINGS)
@@ -129,7 +129,7 @@ class LoopOptions:
 
     @property
     def doubled_kwargs(self) -> bool:
-        """Whether tensors in model_kwargs have 2 batch rows. A call with a single batch gets the second half."""
+        """Whether tensors in model_kwargs have 2 * batch rows. A call with a single batch gets the second half."""
         return self.guide is not None and self.guide.unconditional is None
 
 
@@ -209,7 +209,7 @@ class SampleKeywords(ProgressiveKeywords, total=False):
 
 
 def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Method], Method]:
-    """Decorates a method with **options that it passes on to `source`: its signature then lists these options.
+    """Decorator for a method that passes **options on to `source`: the method's signature lists these options.
 
     So help() shows them with their defaults.
 
@@ -221,9 +221,9 @@ def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Met
     def decorate(method: Method) -> Method:
         method_signature = signature(method)
         method_parameters = [p for p in method_signature.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-        names = {*without, *(parameter.name for parameter in method_parameters)}
+        left_out = {*without, *(parameter.name for parameter in method_parameters)}
         source_parameters = [p for p in signature(source).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
-        options = [parameter for parameter in source_parameters if parameter.name not in names]
+        options = [parameter for parameter in source_parameters if parameter.name not in left_out]
         positional = sum(parameter.kind is not Parameter.KEYWORD_ONLY for parameter in method_parameters)
         parameters = [*method_parameters[:positional], *options, *method_parameters[positional:]]
         method.__signature__ = method_signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The results of a sampling loop: the last samples, or those of chosen steps. Also loops that can run again."""
+"""The results of a sampling loop: the last samples, or the samples after chosen steps. And loops that can run again."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _recorded_steps(record: str | int | Sequence[int], steps: int) -> set[int] |
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"record is {record!r}, expected each step once")
         return set(chosen)
-    every = checks.integer("record", record, 2**63, "2^63", start=1)
-    return {*range(every - 1, steps, every), steps - 1}
+    interval = checks.integer("record", record, 2**63, "2^63", start=1)
+    return {*range(interval - 1, steps, interval), steps - 1}
 
 
 def collect(
@@ -60,19 +60,19 @@ def collect(
         return make().run_whole().clone()
     loop = make()
     copies = None if chosen is None else HostCopies(loop.x.device)
-    listed = isinstance(record, Sequence) and not isinstance(record, str)
-    for now in loop.run(progress, copies):
-        stop = callback is not None and callback(now)
-        if copies is not None and chosen is not None and (now.step in chosen or (stop and not listed)):
-            recorded = now.x0 if record == "x0" else now.x_t
-            assert recorded is not None
-            copies.add(recorded)
+    lists_steps = isinstance(record, Sequence) and not isinstance(record, str)
+    for state in loop.run(progress, copies):
+        stop = callback is not None and callback(state)
+        if copies is not None and chosen is not None and (state.step in chosen or (stop and not lists_steps)):
+            samples = state.x0 if record == "x0" else state.x_t
+            assert samples is not None
+            copies.add(samples)
         if stop:
             break
     if copies is not None:
         return copies.arrays()
     # With doubled batches, x_t is a half of a larger allocation, which the caller's reference would keep alive.
-    return empty_like(now.x_t).copy_(now.x_t) if loop.doubled else now.x_t
+    return empty_like(state.x_t).copy_(state.x_t) if loop.doubled else state.x_t
 
 
 class CapturedLoop:
@@ -101,12 +101,12 @@ class CapturedLoop:
 
         Args:
             rng: the seed and sample ids. With None, torch's default CPU generator draws a seed.
-            start, noise: as p_sample_loop's.
-            model_kwargs: tensors that replace those of `capture`. None changes nothing.
+            start, noise: see p_sample_loop.
+            model_kwargs: tensors that replace the ones given to `capture`. None changes nothing.
             progress: whether to show a progress bar. A graph of all steps has none.
 
         Raises:
-            TypeError, ValueError: as p_sample_loop.
+            TypeError, ValueError: see p_sample_loop.
         """
         self._loop.restart(rng, start, noise, model_kwargs)
         if self._loop.whole:

@@ -21,7 +21,7 @@ from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
-CACHED = 8  # loops whose rows a GaussianDiffusion caches
+CACHED = 8  # the number of loops whose rows a GaussianDiffusion caches
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
 
 
@@ -31,7 +31,7 @@ class LoopRows:
 
     Attributes:
         table: the rows as a StepTable.
-        skipped: how many of the sampler's first steps the loop leaves out, see `strength`.
+        skipped: how many of the sampler's first steps the loop leaves out because of the option `strength`.
         device: the rows for the kernels.
         needs, timesteps: the needs and the timestep of each row, on the host.
         variance: how the rows read the model's variance output, "log" or "direct", or None if they don't read it.
@@ -147,28 +147,28 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
         table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
     scales, unguided = torch.ones_like(table.a), torch.ones_like(table.a)
     if guidance is not None:
-        guides = guidance.guides(table.timestep)
-        scales[guides], unguided[guides] = float(guidance.scale), 0
+        is_guided = guidance.guides(table.timestep)
+        scales[is_guided], unguided[is_guided] = float(guidance.scale), 0
     # Rows without guidance read the model's output as the unconditional output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
     needs, levels = row_needs(table, scales), _levels(process, table)
     _check_history(table, needs, skipped)
     device = KernelTables(table, scales, **({} if levels is None else {"start": levels}))
-    start = 1.0 if levels is None else pure_noise(*levels[0].tolist())
+    deviation = 1.0 if levels is None else pure_noise(*levels[0].tolist())
     variance, timesteps = _variance(process, table, learned), table.timestep.tolist()
-    return LoopRows(table, skipped, device, needs, timesteps, variance, process.variance_entry.learned, start)
+    return LoopRows(table, skipped, device, needs, timesteps, variance, process.variance_entry.learned, deviation)
 
 
 def _skipped(steps: int, strength: float) -> int:
     """The number of steps to leave out, so that the share `strength` remains."""
-    taken = int(steps * strength + 1e-9)  # 0.29 of 100 is 29
+    taken = int(steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996, but means 29
     if taken == 0:
         raise ValueError(f"strength is {strength}, of {steps} steps not one, expected at least {1 / steps:.3g}")
     return steps - taken
 
 
 def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, int]:
-    """The rows of a named sampler that the loop takes, and the number of the sampler's steps before these."""
+    """The rows that the loop takes of a named sampler, and how many of the sampler's first steps it leaves out."""
     sampler = options.sampler
     if not isinstance(sampler, str):
         raise ValueError(f"sampler is {sampler!r}, expected a name such as 'ddpm' or 'dpmpp_2m', or a StepTable")
@@ -183,7 +183,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     if skipped and len(table) == len(grid) and not table.history:
         table = table[skipped:]
     elif skipped:
-        # A sampler of higher order begins at first order again, as k-diffusion's do with sigmas[k:].
+        # A sampler of higher order has no history yet and starts at first order, like k-diffusion's with sigmas[k:].
         table = make(grid[skipped:], **arguments)
     return process.for_model(table if any_step else _for_schedule_steps(process, table)), skipped
 
@@ -191,7 +191,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
     """Converts rows for a model that predicts x0 to rows for the process's prediction, which depends on the step.
 
-    Such a prediction, "x_prev", is of one step of the schedule, also if the loop has larger steps.
+    The only such prediction, "x_prev", is for one step of the schedule, even if the loop takes larger steps.
     """
     t = table.timestep
     if t.is_floating_point():
@@ -230,7 +230,7 @@ def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
     """
     variance = process.variance_entry
     log = bool((table.l1 != 0).any())
-    # In rows that read the variance itself, s is 1: it is the factor of the model's deviation.
+    # Rows that read the variance itself have s = 1: s multiplies the model's standard deviation.
     learned = learned or log or (variance.learned and not variance.logarithm and bool((table.s == 1).any()))
     if log and not variance.logarithm:
         raise ValueError(
@@ -243,7 +243,7 @@ def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
 
 
 def _levels(process: Process, table: StepTable) -> Tensor | None:
-    """The signal and noise where each row starts, (rows, 2), of the table, or else of the schedule at its timesteps.
+    """The signal and noise where each row starts, (rows, 2): the table's levels, or the schedule's at its timesteps.
 
     None if the table has no levels and its timesteps are not the schedule's.
     """

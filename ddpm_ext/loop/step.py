@@ -23,14 +23,14 @@ HISTORY = ("history1", "history2", "history3")
 
 @dataclass(frozen=True, eq=False)
 class StepCall:
-    """The buffers and arguments of a step. Rows with the same needs and the same buffers share one.
+    """The buffers and arguments of a step. Rows with the same needs and the same buffers share one StepCall.
 
     Attributes:
         needs: the needs of the rows.
-        step: the TableStep that takes the rows, with or without noise.
+        step: the TableStep that computes these rows' steps, with or without noise.
         x: the samples.
-        once: the model's input, of the dtype that the model asks for.
-        twice: the model's input for a doubled batch, the samples twice, one batch after the other. In a loop without
+        once: the model's input, in the dtype of the option `input_dtype` (default: the dtype of the samples).
+        twice: the model's input for a doubled batch: the samples twice, one batch after the other. In a loop without
             doubled batches, the same as `once`.
         out: the next samples.
         last_x0, x0: the predicted clean samples before and after the step, or None if the loop does not need them.
@@ -51,26 +51,26 @@ class StepCall:
 class _Buffers(NamedTuple):
     """The samples and the model's inputs: `x`, `once` and `twice` of a StepCall.
 
-    If the model's inputs have the dtype of the samples, `once` and the first half of `twice` are the memory of `x`.
-    Then the step before a doubled batch writes its result to x, and also to `again`, the second half of `twice`.
+    If the model's inputs have the dtype of the samples, `x`, `once` and the first half of `twice` share memory. A step
+    whose result the model gets as a doubled batch then writes it to `x` and to `second_half`, that half of `twice`.
     """
 
     x: Tensor
     once: Tensor
     twice: Tensor
-    again: Tensor | None
+    second_half: Tensor | None
 
     @classmethod
     def like(cls, x: Tensor, doubled: bool, dtype: torch.dtype) -> _Buffers:
-        whole = x.expand(2, *x.shape) if doubled else x
+        template = x.expand(2, *x.shape) if doubled else x
         # Allocated in the pool of results (see ops.result_memory), which torch.cat does not use.
-        twice = empty_like(whole) if dtype is x.dtype else torch.empty_like(whole, dtype=dtype)
-        once, again = twice, None
+        twice = empty_like(template) if dtype is x.dtype else torch.empty_like(template, dtype=dtype)
+        once, second_half = twice, None
         if doubled:
-            once, again = twice.unbind()
+            once, second_half = twice.unbind()
             twice = twice.flatten(0, 1)
         if dtype is x.dtype:
-            return cls(once, once, twice, again)
+            return cls(once, once, twice, second_half)
         return cls(empty_like(x), once, twice, None)
 
     def fill(self, x: Tensor) -> None:
@@ -80,12 +80,15 @@ class _Buffers(NamedTuple):
             self.x.copy_(x)
 
     def model_input(self, following: RowNeeds | None) -> Tensor | None:
-        """The further tensor that the step to these samples writes, as model input of the row `following`, or None."""
+        """The tensor besides `x` to which a step writes these samples, as the model's input in the row `following`.
+
+        None if there is no following row, or if it reads the samples from `x` alone.
+        """
         if following is None or not following.calls_model:
             return None
         if self.once is not self.x:
             return self.twice if following.guided else self.once
-        return self.again if following.guided else None
+        return self.second_half if following.guided else None
 
 
 def _has_rows(value: object, rows: int) -> bool:
@@ -93,7 +96,7 @@ def _has_rows(value: object, rows: int) -> bool:
 
 
 class LoopStep:
-    """Takes the steps of a loop one by one. Its memory is allocated here, apart from the model's.
+    """Takes the steps of a loop one by one. The constructor allocates all memory but the model's.
 
     Attributes:
         calls: the StepCall of each row.
@@ -126,8 +129,8 @@ class LoopStep:
         if options.denoised_fn is not None:
             self._to_x0 = ops.TableStep(tables.get("x0", x.device, dtype), clip=None, add_noise=False)
             self._x_start = empty_like(x)
-        # Rows without noise are taken by kernels without noise, which have fewer branches and use fewer registers. In
-        # inpainting, the known part of the samples has noise in every row.
+        # Rows without noise run on kernels without noise, which have fewer branches and use fewer registers. With
+        # inpainting, every row adds noise to the known part of the samples.
         steps, on_host = (tables.get("steps", device, dtype) for device in (x.device, torch.device("cpu")))
         quiet = ops.TableStep(steps, on_host=on_host, clip=options.clip, add_noise=False)
         noisy = ops.TableStep(steps, on_host=on_host, clip=options.clip, rng=rng)
@@ -138,7 +141,7 @@ class LoopStep:
         """Allocates the loop's buffers and assigns them to the rows.
 
         There are two buffers of samples, and two of predicted clean samples: a step reads one and writes the other.
-        There are three tensors of history: a row that keeps a tensor overwrites the oldest.
+        There are three tensors of history: a row that adds to the history overwrites the oldest.
         """
         options = self.options
         samples = [_Buffers.like(x, self.doubled, self._dtype) for _ in range(2)]
@@ -178,8 +181,8 @@ class LoopStep:
         history: list[Tensor],
         constant: dict[str, Any],
     ) -> StepCall:
-        always = ("known", "mask", "model_input")
-        inputs = dict(constant) if needs.calls_model else {k: v for k, v in constant.items() if k in always}
+        for_every_row = ("known", "mask", "model_input")
+        inputs = dict(constant) if needs.calls_model else {k: v for k, v in constant.items() if k in for_every_row}
         inputs |= {name: history[i] for i, name in enumerate(HISTORY) if needs.history[i]}
         if needs.keeps:
             inputs["history_out"] = history[2]
@@ -196,7 +199,7 @@ class LoopStep:
 
         Args:
             row, index: the row's index, in the form that checks.split_t returns.
-            t: the timesteps for the model, (batch,), or (2 batch,) in a loop with doubled batches.
+            t: the timesteps for the model, (batch,), or (2 * batch,) in a loop with doubled batches.
         """
         x, options, inputs = call.x, self.options, call.inputs
         if not call.needs.calls_model:
@@ -213,32 +216,32 @@ class LoopStep:
         if u is not None:
             inputs["uncond_output"] = u
         if options.denoised_fn is not None:
-            guided = {name: inputs[name] for name in ("uncond_output", "guidance", "rescale") if name in inputs}
-            x_start = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guided))
+            guidance_inputs = {k: inputs[k] for k in ("uncond_output", "guidance", "rescale") if k in inputs}
+            x_start = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guidance_inputs))
             checks.tensor("what denoised_fn returns", x_start)  # the operator would take None for a missing x_start
             inputs["x_start"] = x_start
             if not call.needs.needs_output:
                 m = None
-                for name in guided:
+                for name in guidance_inputs:
                     del inputs[name]
         if options.cond_fn is not None:
-            inputs["gradient"] = options.cond_fn(x, self._once(t), **self._kwargs)
+            inputs["gradient"] = options.cond_fn(x, self._single_batch(t), **self._kwargs)
             checks.tensor("what cond_fn returns", inputs["gradient"])
         call.step.take(x, m, row, index, call.out, **inputs)
 
-    def _once(self, t: Tensor) -> Tensor:
+    def _single_batch(self, t: Tensor) -> Tensor:
         return t[: self._batch] if self.doubled else t
 
     def _outputs(self, call: StepCall, t: Tensor) -> tuple[Any, Any]:
         """The model's conditional and unconditional output. The latter is None if the row does not need it."""
         guidance = self.options.guide
         if not call.needs.guided or guidance is None:
-            return self._output(call, call.once, self._once(t), self.model, self._kwargs), None
+            return self._output(call, call.once, self._single_batch(t), self.model, self._kwargs), None
         if guidance.unconditional is not None:
             m = self._output(call, call.once, t, self.model, self.kwargs)
             return m, self._output(call, call.once, t, guidance.unconditional, {})
-        both = self._output(call, call.twice, t, self.model, self.kwargs)
-        return split_batch(call.x, both)
+        doubled_output = self._output(call, call.twice, t, self.model, self.kwargs)
+        return split_batch(call.x, doubled_output)
 
     def _output(self, call: StepCall, x: Tensor, t: Tensor, model: Model, kwargs: Any) -> Tensor:
         last_x0 = (call.last_x0,) if self.options.self_condition else ()
