@@ -42,7 +42,7 @@ def histogram_figure(
         name: the sampler's name, for the title.
 
     Raises:
-        TypeError: `bins` is no int.
+        TypeError: `bins` is not an int.
         ValueError: there are fewer than 2 timesteps, or not as many as x_t, or they neither rise nor fall throughout;
             values are not finite, or `limit` is not above 0.
         OSError: `path` can't be written.
@@ -63,17 +63,21 @@ def histogram_figure(
     with new_figure(9, 4.4, path, "drawing a histogram") as figure:
         over_time, ends = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
         colors = require("matplotlib.colors", "drawing a histogram")
-        shown = density[density > 0]
-        norm = colors.LogNorm(shown.min(), shown.max()) if shown.size and shown.min() < shown.max() else None
+        positive = density[density > 0]
+        norm = (
+            colors.LogNorm(positive.min(), positive.max())
+            if positive.size and positive.min() < positive.max()
+            else None
+        )
         masked = np.ma.masked_equal(density, 0)
-        sides = _borders(t)
-        mesh = over_time.pcolormesh(sides, edges, masked, norm=norm, cmap="viridis", rasterized=True)
+        borders = _borders(t)
+        mesh = over_time.pcolormesh(borders, edges, masked, norm=norm, cmap="viridis", rasterized=True)
         over_time.grid(False)
         over_time.set(
             title=f"density of x_t{name and f', {name}'}",
             xlabel="timestep t",
             ylabel="value of an element",
-            xlim=(sides[0], sides[-1]),
+            xlim=(borders[0], borders[-1]),
         )
         figure.colorbar(mesh, ax=ends, label="density (1 / unit of the value)")
         middles = (edges[1:] + edges[:-1]) / 2
@@ -85,7 +89,7 @@ def histogram_figure(
         for number, (label, curve) in enumerate(curves.items()):
             ends.plot(np.where(curve > 0, curve, np.nan), middles, label=label, **line_style(number, bins))
         ends.set_xscale("log")
-        ends.set_xlim(left=max(1e-4, shown.min() / 2) if shown.size else None)
+        ends.set_xlim(left=max(1e-4, positive.min() / 2) if positive.size else None)
         ends.set(title="first and last", xlabel="density")
         ends.legend(fontsize="small")
     return figure
@@ -118,6 +122,6 @@ def _density(values: Array, edges: Array) -> Array:
 
 
 def _borders(t: Array) -> Array:
-    """The columns' borders: halfway between neighbouring timesteps. The outer columns are centred on their timestep."""
+    """The borders of the map's columns, halfway between timesteps. The outer columns are centred on their timesteps."""
     middles = (t[1:] + t[:-1]) / 2
     return np.concatenate([[2 * t[0] - middles[0]], middles, [2 * t[-1] - middles[-1]]])

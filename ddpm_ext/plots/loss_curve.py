@@ -19,14 +19,16 @@ def save_loss_curve(
     title: str = "Loss of each training step",
     quarters: Sequence[Sequence[float]] | None = None,
 ) -> None:
-    """Draws the loss of each step on logarithmic axes, and from 200 steps on a moving mean over a hundredth of them.
+    """Draws the loss of each step on logarithmic axes. With 200 steps or more it also draws a moving mean.
+
+    The moving mean is over a hundredth of the steps.
 
     Args:
         losses: (steps,).
         path: the picture's file.
         title: the text above the picture.
-        quarters: (steps, 4), each step's loss by quarter of the timesteps, NaN for a quarter without samples. Their
-            moving means over a hundredth of the run are also drawn.
+        quarters: (steps, 4), each step's mean loss in each quarter of the timesteps, NaN for a quarter without samples.
+            Their moving means over a hundredth of the steps are also drawn.
 
     Raises:
         ValueError: there are no losses, or not four `quarters` for each of them.
@@ -38,11 +40,13 @@ def save_loss_curve(
     """
     if not len(losses):
         raise ValueError("losses: got none, expected at least 1")
-    values, parts = np.asarray(losses, dtype=np.float64), np.full((len(losses), 4), np.nan)
+    values, quarter_losses = np.asarray(losses, dtype=np.float64), np.full((len(losses), 4), np.nan)
     if quarters is not None:
-        parts = np.asarray(quarters, dtype=np.float64)
-        if parts.shape != (len(values), 4):
-            raise ValueError(f"quarters: got shape {parts.shape}, expected {(len(values), 4)}, four for each loss")
+        quarter_losses = np.asarray(quarters, dtype=np.float64)
+        if quarter_losses.shape != (len(values), 4):
+            raise ValueError(
+                f"quarters: got shape {quarter_losses.shape}, expected {(len(values), 4)}, four for each loss"
+            )
     window = max(1, len(values) // 100)
     steps = np.arange(window, len(values) + 1)
     with new_figure(7, 4, path, "the curve of losses") as figure:
@@ -50,8 +54,8 @@ def save_loss_curve(
         axes.loglog(np.arange(1, len(values) + 1), values, color="0.75", linewidth=0.6, label="each step")
         if window > 1:
             axes.loglog(steps, _moving_mean(values, window), color=COLOURS[0], label=f"mean of {window} steps")
-        for number, (label, part) in enumerate(zip(_QUARTERS, parts.T, strict=True), 1):
-            means = _moving_mean(part, window)
+        for number, (label, losses_of_quarter) in enumerate(zip(_QUARTERS, quarter_losses.T, strict=True), 1):
+            means = _moving_mean(losses_of_quarter, window)
             if np.isfinite(means).any():
                 axes.loglog(steps, means, label=label, **line_style(number, len(steps)) | {"linewidth": 1})
         axes.set(xlabel="step", ylabel="loss", title=title)
@@ -59,7 +63,7 @@ def save_loss_curve(
 
 
 def _moving_mean(values: Any, window: int) -> Any:
-    """The moving mean over `window` values, without those that are not finite; NaN if none is finite."""
+    """The moving mean over the finite ones of `window` values; NaN if none is finite."""
     finite = np.isfinite(values)
     ones = np.ones(window)
     sums, counts = (np.convolve(terms, ones, mode="valid") for terms in (np.where(finite, values, 0.0), finite))

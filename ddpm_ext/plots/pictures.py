@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 Images = torch.Tensor | npt.NDArray[np.floating]
 
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
-_BETWEEN = (88, 104, 136)  # the colour of gaps: neither black nor white, so that the edges of digits are visible
+_BACKGROUND, _TEXT_COLOUR = (255, 255, 255), (40, 40, 40)
+_GAP_COLOUR = (88, 104, 136)  # the colour of gaps: neither black nor white, so that the edges of digits are visible
 _GAP = 4  # pixels between two images
-_VISIBLE = 64  # small images are enlarged to about this many pixels a side
-_TITLE, _LABEL = 18, 13  # font sizes in pixels
-_NAME = 18  # the height of a name below its image
-_LAST = 2000  # how long a GIF shows its last frame, in milliseconds
-_X_T, _X_0 = "x_t, the sample at timestep t", "x_0, as the model predicts it from x_t"
+_ENLARGED_SIDE = 64  # small images are enlarged until their longer side has about this many pixels
+_TITLE_SIZE, _LABEL_SIZE = 18, 13  # font sizes in pixels
+_NAME_HEIGHT = 18  # pixels for a name below its image
+_LAST_FRAME_MS = 2000  # how long a GIF shows its last frame
+_X_T_TITLE, _X_0_TITLE = "x_t, the sample at timestep t", "x_0, as the model predicts it from x_t"
 
 
 def to_uint8(images: Images) -> Pixels:
@@ -40,7 +40,7 @@ def to_uint8(images: Images) -> Pixels:
     As in guided-diffusion's scripts, values outside are clipped and fractions are dropped. NaN becomes 0.
 
     Raises:
-        ValueError: `images` has another number of dimensions, or holds integers.
+        ValueError: `images` does not have four dimensions, or holds integers.
 
     Examples:
         >>> plots.to_uint8(images).shape
@@ -69,7 +69,7 @@ def _enlarged(images: Pixels, scale: int | None) -> Pixels:
     if channels not in (1, 3):
         raise ValueError(f"images: got {channels} channels, expected 1 or 3 for a picture")
     if scale is None:
-        scale = max(1, round(_VISIBLE / max(height, width)))
+        scale = max(1, round(_ENLARGED_SIDE / max(height, width)))
     checks.integer("scale", scale, 2**31, "2^31", start=1)
     coloured = np.broadcast_to(images, (count, height, width, 3))
     return coloured.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -87,8 +87,8 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: there are no images, or of another dtype or shape; `columns` or `scale` is not an int of
-            at least 1.
+        TypeError, ValueError: there are no images, or their dtype or shape is wrong; `columns` or `scale` is not an int
+            of at least 1.
 
     Examples:
         >>> plots.grid(plots.to_uint8(images), columns=2, scale=1).shape  # with 4 pixels between images
@@ -101,7 +101,7 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
     checks.integer("columns", columns, 2**31, "2^31", start=1)
     rows = math.ceil(count / columns)
     shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3)
-    picture = np.full(shape, _BETWEEN, np.uint8)
+    picture = np.full(shape, _GAP_COLOUR, np.uint8)
     for index, image in enumerate(large):
         top, left = (_GAP + (index // columns) * (height + _GAP), _GAP + (index % columns) * (width + _GAP))
         picture[top : top + height, left : left + width] = image
@@ -116,15 +116,15 @@ def strips(
     Args:
         images: the samples at each step, (samples, height, width, channels) uint8.
         labels: one for each step.
-        scale: as in grid.
+        scale: see grid.
         names: the samples' names, left of their rows, or empty for no names.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: as grid; there are not as many labels as steps, or names as samples, or the steps differ
-            in shape.
+        TypeError, ValueError: the errors of grid; there are not as many labels as steps, or names as samples, or the
+            steps differ in shape.
 
     Examples:
         >>> picture = plots.strips([plots.to_uint8(x_t), plots.to_uint8(images)], ["t = 999", "t = 0"], "two steps")
@@ -146,21 +146,21 @@ def _check_names(names: Sequence[str], samples: int) -> None:
 
 
 def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixels:
-    """As grid, with a name below each image. The images' distance fits the longest name. No names: as grid."""
+    """Draws a grid with a name below each image, and with columns that fit the longest name. names may be empty."""
     if not names:
         return grid(images, scale=scale)
     image, draw, font = (require(f"PIL.{name}", "drawing") for name in ("Image", "ImageDraw", "ImageFont"))
-    small = font.load_default(size=_LABEL)
+    small = font.load_default(size=_LABEL_SIZE)
     large = _enlarged(images, scale)
     count, height, width, _ = large.shape
-    wide = max(width, *(math.ceil(small.getlength(name)) + _GAP for name in names))
-    left = (wide - width) // 2
-    tiles = np.full((count, height + _NAME, wide, 3), _BETWEEN, np.uint8)
+    tile_width = max(width, *(math.ceil(small.getlength(name)) + _GAP for name in names))
+    left = (tile_width - width) // 2
+    tiles = np.full((count, height + _NAME_HEIGHT, tile_width, 3), _GAP_COLOUR, np.uint8)
     tiles[:, :height, left : left + width] = large
     for index, name in enumerate(names):
         tile = image.fromarray(tiles[index])
-        position = (left + width / 2, height + _NAME - _GAP)
-        draw.Draw(tile).text(position, name, fill=_PAPER, font=small, anchor="ms")
+        position = (left + width / 2, height + _NAME_HEIGHT - _GAP)
+        draw.Draw(tile).text(position, name, fill=_BACKGROUND, font=small, anchor="ms")
         tiles[index] = np.asarray(tile)
     return grid(tiles, scale=1)
 
@@ -169,20 +169,32 @@ def _headed(body: Pixels, title: str, labels: Sequence[str] = (), names: Sequenc
     """Adds a title above the picture `body`, labels below the title, evenly spread over the width of `body`, and names
     left of `body`, evenly spread over its height."""
     image, draw, font = (require(f"PIL.{name}", "drawing") for name in ("Image", "ImageDraw", "ImageFont"))
-    large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
-    head = 56 if labels else 32
+    large, small = font.load_default(size=_TITLE_SIZE), font.load_default(size=_LABEL_SIZE)
+    head_height = 56 if labels else 32
     left = max((math.ceil(small.getlength(name)) + 2 * _GAP for name in names), default=0)
     width = max(left + body.shape[1], math.ceil(large.getlength(title)) + 4 * _GAP)
-    picture = image.new("RGB", (width, body.shape[0] + head), _PAPER)
-    picture.paste(image.fromarray(body), (left, head))
+    picture = image.new("RGB", (width, body.shape[0] + head_height), _BACKGROUND)
+    picture.paste(image.fromarray(body), (left, head_height))
     pen = draw.Draw(picture)
-    pen.text((_GAP, 22), title, fill=_INK, font=large, anchor="ls")
+    pen.text((_GAP, 22), title, fill=_TEXT_COLOUR, font=large, anchor="ls")
     pitch = (body.shape[1] - _GAP) / max(1, len(labels))
     for column, label in enumerate(labels):
-        pen.text((left + _GAP / 2 + pitch * (column + 0.5), head - 6), label, fill=_INK, font=small, anchor="ms")
+        pen.text(
+            (left + _GAP / 2 + pitch * (column + 0.5), head_height - 6),
+            label,
+            fill=_TEXT_COLOUR,
+            font=small,
+            anchor="ms",
+        )
     pitch = (body.shape[0] - _GAP) / max(1, len(names))
     for row, name in enumerate(names):
-        pen.text((left - _GAP, head + _GAP / 2 + pitch * (row + 0.5)), name, fill=_INK, font=small, anchor="rm")
+        pen.text(
+            (left - _GAP, head_height + _GAP / 2 + pitch * (row + 0.5)),
+            name,
+            fill=_TEXT_COLOUR,
+            font=small,
+            anchor="rm",
+        )
     return np.asarray(picture)
 
 
@@ -199,14 +211,14 @@ def trajectory(
 
     Args:
         x_t, x_0: the same samples at the same steps, for each step (samples, channels, height, width) in [-1, 1].
-        labels, scale, names: as in strips.
+        labels, scale, names: see strips.
         name: the sampler's name, for the title.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: as strips; `x_0` has not as many steps as `x_t`.
+        TypeError, ValueError: the errors of strips; `x_0` has not as many steps as `x_t`.
 
     Examples:
         >>> picture = plots.trajectory([x_t, images], [images, images], ["t = 999", "t = 0"], name="ddim")
@@ -214,7 +226,7 @@ def trajectory(
     _check_pairs(x_t, x_0)
     halves = [
         strips([to_uint8(batch) for batch in steps], labels, title, scale=scale, names=names)
-        for steps, title in ((x_t, f"{name and f'{name}: '}{_X_T}"), (x_0, _X_0))
+        for steps, title in ((x_t, f"{name and f'{name}: '}{_X_T_TITLE}"), (x_0, _X_0_TITLE))
     ]
     return np.concatenate(_equally_wide(halves))
 
@@ -230,7 +242,7 @@ def trajectory_frames(
 ) -> list[Pixels]:
     """Draws a frame of a GIF for each step: a grid of x_t on the left, a grid of the predicted x_0 on the right.
 
-    Args, raises: as trajectory. The label is above x_t, and each sample's name is below its two images.
+    The arguments and errors are trajectory's. The label is above x_t, and each sample's name is below its two images.
 
     Returns:
         For each step (height, width, 3) uint8, all of one size, for save_gif.
@@ -251,15 +263,15 @@ def trajectory_frames(
         ]
         if sides[0].shape[0] != sides[1].shape[0]:
             raise ValueError(f"x_0: got shape {tuple(clean.shape)}, expected that of x_t, {tuple(noisy.shape)}")
-        between = np.full((len(sides[0]), 4 * _GAP, 3), _PAPER, np.uint8)
-        frames.append(np.concatenate([sides[0], between, sides[1]], axis=1))
+        gap = np.full((len(sides[0]), 4 * _GAP, 3), _BACKGROUND, np.uint8)
+        frames.append(np.concatenate([sides[0], gap, sides[1]], axis=1))
     return _equally_wide(frames)
 
 
 def _equally_wide(pictures: Sequence[Pixels]) -> list[Pixels]:
     """Fills narrower pictures with white on the right. Widths differ if a long title makes a picture wider."""
     widest = max(picture.shape[1] for picture in pictures)
-    return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=_PAPER[0]) for p in pictures]
+    return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=_BACKGROUND[0]) for p in pictures]
 
 
 def _check_pairs(x_t: Sequence[Images], x_0: Sequence[Images]) -> None:
@@ -271,7 +283,7 @@ def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
     """Writes a picture, (height, width, 3) uint8, to `path`, atomically; the ending names the format.
 
     Raises:
-        ValueError: the picture has another dtype or shape, or Pillow doesn't know the ending.
+        ValueError: the picture has a wrong dtype or shape, or Pillow doesn't know the ending.
         OSError: `path` can't be written.
 
     Examples:
@@ -291,7 +303,7 @@ def _checked(name: str, picture: Pixels) -> Pixels:
 def save_grid(
     images: Images, path: str | os.PathLike[str], *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Raises: as grid and save_picture.
+    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. See grid and save_picture for errors.
 
     Examples:
         >>> plots.save_grid(images, "grid.png", columns=2)
@@ -312,10 +324,10 @@ def save_strips(
 
     Args:
         images: the samples at each step, (samples, channels, height, width) in [-1, 1].
-        labels, title, scale, names: as in strips.
+        labels, title, scale, names: see strips.
 
     Raises:
-        TypeError, ValueError, OSError: as strips and save_picture.
+        TypeError, ValueError, OSError: the errors of strips and save_picture.
 
     Examples:
         >>> plots.save_strips([x_t, images], ["t = 999", "t = 0"], "two steps", "strips.png")
@@ -353,7 +365,7 @@ def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds:
     fromarray = require("PIL.Image", "writing GIFs").fromarray
     pictures: list[Image.Image] = [fromarray(_checked("frames", frame)) for frame in frames]
     milliseconds = max(20, 10 * round(100 * seconds / len(pictures)))
-    durations = [milliseconds] * (len(pictures) - 1) + [_LAST]
+    durations = [milliseconds] * (len(pictures) - 1) + [_LAST_FRAME_MS]
     with atomic_path(path) as temporary:
         pictures[0].save(
             temporary,

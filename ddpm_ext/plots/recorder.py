@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Recorder:
-    """Wraps the model of a loop, and records every k-th call of the model and the last.
+    """Wraps the model of a loop, and records every k-th call of the model and the last call.
 
         recorder = Recorder(model, every=10, steps=100, samples=8)
         diffusion.p_sample_loop(recorder, shape, steps=100, x0=True, callback=recorder.keep)
@@ -52,7 +52,7 @@ class Recorder:
         half is recorded."""
         if self.calls % self.every == 0 or self.calls == self.steps - 1:
             self.t.append(t[0].item())
-            self.x_t.append(self._copied(x))
+            self.x_t.append(self._copy_of_first(x))
         self.calls += 1
         return self.model(x, t, **model_kwargs)
 
@@ -60,9 +60,9 @@ class Recorder:
         """The loop's callback: records the predicted x_0 if this step's x_t was recorded."""
         if len(self.x_0) < len(self.x_t):
             assert record.x0 is not None
-            self.x_0.append(self._copied(record.x0))
+            self.x_0.append(self._copy_of_first(record.x0))
 
-    def _copied(self, x: Tensor) -> Array:
+    def _copy_of_first(self, x: Tensor) -> Array:
         return x[: self.samples].float().cpu().numpy().copy()
 
     def labels(self) -> list[str]:

@@ -17,12 +17,12 @@ def schedule_figure(schedules: Mapping[str, Values], path: PathLike | None = Non
     """Draws alphas_cumprod and the signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod), of schedules.
 
     Args:
-        schedules: alphas_cumprod, (timesteps,) in [0, 1], of each schedule, by the names for the legend. If their
-            lengths differ, the horizontal axis is t / timesteps.
+        schedules: {name in the legend: the schedule's alphas_cumprod, (timesteps,) in [0, 1]}. If their lengths differ,
+            the horizontal axis is t / timesteps.
         path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
-        ValueError: there are no schedules, or a schedule has another shape or values outside [0, 1].
+        ValueError: there are no schedules, or a schedule has a wrong shape or values outside [0, 1].
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 

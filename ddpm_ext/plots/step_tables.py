@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_IN_LINE = 6  # the most terms in a line of a legend
-_LINEAR_UP_TO = 10  # an axis with larger factors is logarithmic, but linear around 0
+_LINEAR_UP_TO = 10  # an axis with factors above this is logarithmic, but linear around 0
 
 
 def step_table_figure(
@@ -81,12 +81,12 @@ def _learned(table: StepTable) -> bool:
     return bool(_column(table, "l0").any() or _column(table, "l1").any())
 
 
-_SPREAD = "standard deviation\n(units of the sample)"
+_DEVIATION_LABEL = "standard deviation\n(units of the sample)"
 
 
-# The terms of the next sample, and the terms of the tensor that a row keeps, by the columns that hold their factors.
-_TERMS = {"c0": "x0", "c1": "x", "c2": "m", "s": "z", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u"}
-_KEPT = {"k0": "x0", "k1": "x", "k2": "m"}
+# {column: the symbol that the column is a factor of}, in the next sample and in the tensor kept for later rows.
+_SAMPLE_TERMS = {"c0": "x0", "c1": "x", "c2": "m", "s": "z", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u"}
+_HISTORY_TERMS = {"k0": "x0", "k1": "x", "k2": "m"}
 _MEANINGS = {
     "cu": "u: unconditional output",
     "h1": "H1: kept by the row before",
@@ -96,46 +96,46 @@ _MEANINGS = {
 
 
 def _sum(names: Sequence[str]) -> str:
-    return " + ".join(f"{name} {(_TERMS | _KEPT)[name]}" for name in names)
+    return " + ".join(f"{name} {(_SAMPLE_TERMS | _HISTORY_TERMS)[name]}" for name in names)
 
 
 def _explained(names: Sequence[str]) -> str:
-    """A line that explains those terms of these columns that are not in the plain step's equation, or ""."""
+    """A line that explains the symbols u, H1, H2 and H3 of these columns' terms, or "" if there are none."""
     meanings = ", ".join(_MEANINGS[name] for name in names if name in _MEANINGS)
     return meanings and f"\n({meanings})"
 
 
-def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
-    """The columns that are not 0 in all tables."""
+def _columns_to_draw(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
+    """Those of the named columns in which at least one table has values other than 0."""
     tables = list(tables)
     return [name for name in names if any(_column(table, name).any() for table in tables)]
 
 
 def _one_table(label: str, table: StepTable, path: PathLike | None, against: str) -> Figure:
     noisy, noise = _column(table, "s").any(), "s exp(l0 + l1 v)" if _learned(table) else "s"
-    plain = _drawn([table], ("c0", "c1", "c2", "cu")) or ["c0"]
-    read, stored = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
-    further = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
-    following = f"{_sum(plain)}{further if len(plain) < 5 else f'{chr(10)}{further}'}{_explained(plain)}"
+    factors = _columns_to_draw([table], ("c0", "c1", "c2", "cu")) or ["c0"]
+    history, kept = _columns_to_draw([table], ("h1", "h2", "h3")), _columns_to_draw([table], _HISTORY_TERMS)
+    other_terms = f"{' + history' if history else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
+    equation = f"{_sum(factors)}{other_terms if len(factors) < 5 else f'{chr(10)}{other_terms}'}{_explained(factors)}"
     panels: list[tuple[str, Sequence[str], str]] = [
         ("predicted x0 = clip(a x + b m)", ("a", "b"), "factor (no unit)"),
-        (f"next sample = {following}", plain, "factor (no unit)"),
+        (f"next sample = {equation}", factors, "factor (no unit)"),
     ]
-    if read or stored:
+    if history or kept:
         panels += [
-            (f"history = {_sum(read)}{_explained(read)}", read, "factor (no unit)"),
-            (f"kept for later rows = {_sum(stored)}", stored, "factor (no unit)"),
+            (f"history = {_sum(history)}{_explained(history)}", history, "factor (no unit)"),
+            (f"kept for later rows = {_sum(kept)}", kept, "factor (no unit)"),
         ]
     if noisy:
-        spread = _SPREAD if noise == "s" else "s\n(factor of the learned deviation)"
+        spread = _DEVIATION_LABEL if noise == "s" else "s\n(factor of the learned deviation)"
         panels.append((f"noise of the step, {noise} z", ("s",), spread))
-    panels.append((_TITLES[_other(against)], (_other(against),), _LABELS[_other(against)]))
+    panels.append((_TITLES[_vertical_axis(against)], (_vertical_axis(against),), _LABELS[_vertical_axis(against)]))
     x = _column(table, against)
     with new_figure(9, 0.4 + 2.6 * math.ceil(len(panels) / 2), path, "drawing a StepTable") as figure:
         for axes, (title, names, unit) in zip(_panels(figure, len(panels), against), panels, strict=True):
             for number, name in enumerate(names):
                 axes.plot(x, _column(table, name), label=name, **line_style(number, len(table)))
-            _finish(axes, title, unit, names)
+            _label_and_scale(axes, title, unit, names)
             if len(names) > 1:
                 axes.legend(ncols=2 if len(names) > 3 else 1)
         figure.suptitle(f"{label}, {plural(len(table), 'row')}")
@@ -162,22 +162,22 @@ _TITLES = {
 _LABELS = {"timestep": "timestep", "step": "step of the loop"}
 
 
-def _other(against: str) -> str:
+def _vertical_axis(against: str) -> str:
     return "timestep" if against == "step" else "step"
 
 
 def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, against: str) -> Figure:
     names = [name for name in _TITLES if name != against]
-    drawn = _drawn(tables.values(), names) or names[-1:]
+    drawn = _columns_to_draw(tables.values(), names) or names[-1:]
     zero = [name for name in ("a", "b", "c0", "c1", "c2", "s") if name not in drawn]
-    labels = _LABELS | {"s": "factor of the noise" if any(map(_learned, tables.values())) else _SPREAD}
+    labels = _LABELS | {"s": "factor of the noise" if any(map(_learned, tables.values())) else _DEVIATION_LABEL}
     rows = math.ceil(len(drawn) / 2)
     with new_figure(9, 0.9 + 2 * rows, path, "drawing step tables") as figure:
         panels = _panels(figure, len(drawn), against)
         for axes, name in zip(panels, drawn, strict=True):
             for number, (label, table) in enumerate(tables.items()):
                 axes.plot(_column(table, against), _column(table, name), label=label, **line_style(number, len(table)))
-            _finish(axes, _TITLES[name], labels.get(name, "factor (no unit)"), [name])
+            _label_and_scale(axes, _TITLES[name], labels.get(name, "factor (no unit)"), [name])
         handles = panels[0].get_legend_handles_labels()
         note = f"0 in all: {', '.join(zero)}" if zero else None
         if len(drawn) % 2:
@@ -189,20 +189,20 @@ def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, agai
 
 def _side_by_side(tables: Mapping[str, StepTable], path: PathLike | None, against: str) -> Figure:
     """A panel for each table with the factors of the next sample, in the same colours in all panels."""
-    shown = _drawn(tables.values(), _TERMS) or ["c0"]
+    terms = _columns_to_draw(tables.values(), _SAMPLE_TERMS) or ["c0"]
     with new_figure(9, 1.3 + 2.3 * math.ceil(len(tables) / 2), path, "drawing step tables") as figure:
         lines = {}
         all_axes = _panels(figure, len(tables), against, shared=against == "timestep")
         for axes, (label, table) in zip(all_axes, tables.items(), strict=True):
-            of_table = _drawn([table], shown) or shown[:1]
-            for name in of_table:
-                style = line_style(shown.index(name), len(table))
+            table_terms = _columns_to_draw([table], terms) or terms[:1]
+            for name in table_terms:
+                style = line_style(terms.index(name), len(table))
                 (lines[name],) = axes.plot(_column(table, against), _column(table, name), label=name, **style)
-            _finish(axes, label, "factor (no unit)", of_table)
-        drawn = [name for name in shown if name in lines]
-        labels = [f"{name} {_TERMS[name]}" for name in drawn]
-        lanes = math.ceil(len(drawn) / _MOST_IN_LINE)
-        columns = math.ceil(len(drawn) / lanes)
+            _label_and_scale(axes, label, "factor (no unit)", table_terms)
+        drawn = [name for name in terms if name in lines]
+        labels = [f"{name} {_SAMPLE_TERMS[name]}" for name in drawn]
+        legend_lines = math.ceil(len(drawn) / _MOST_IN_LINE)
+        columns = math.ceil(len(drawn) / legend_lines)
         title = f"the next sample is the sum of these terms{_explained(drawn)}"
         handles = [lines[name] for name in drawn]
         figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
@@ -224,7 +224,7 @@ def _panels(figure: Figure, count: int, against: str, *, shared: bool = True) ->
     return axes[:count]
 
 
-def _finish(axes: Axes, title: str, label: str, names: Sequence[str]) -> None:
+def _label_and_scale(axes: Axes, title: str, label: str, names: Sequence[str]) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines] or [np.zeros(1)])
     largest = float(np.abs(values).max())
     if largest > _LINEAR_UP_TO and not set(names) & _LABELS.keys():

@@ -31,7 +31,7 @@ PathLike = str | os.PathLike[str]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#888888")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4)))
 _MARKERS = "os^DvPX"
-_MOST_MARKED = 25  # the most markers on a line: with more points, only every second, every third, ... gets a marker
+_MOST_MARKERS = 25  # the most markers on a line: with more points, only every second, every third, ... gets a marker
 _STYLE = {
     "font.size": 12,
     "axes.titlesize": 12,
@@ -42,6 +42,7 @@ _STYLE = {
     "legend.framealpha": 0.9,
     "svg.hashsalt": "ddpm_ext",
 }
+# {ending of a file: arguments of savefig that leave out the date and matplotlib's version}
 _WITHOUT_DATE = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
@@ -85,7 +86,7 @@ def line_style(number: int, points: int) -> dict[str, Any]:
         "marker": _MARKERS[number % len(_MARKERS)],
         "markersize": 5,
         "markerfacecolor": "white",
-        "markevery": -(-points // _MOST_MARKED),
+        "markevery": -(-points // _MOST_MARKERS),
     }
 
 

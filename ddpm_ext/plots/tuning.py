@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_CURVES = 5  # how many names have a line in the legend
-_ROOM = 3.0  # the upper end of the axis, as a multiple of the largest error of these names
+_MOST_CURVES = 5  # the most names that are drawn as curves, with a line in the legend
+_TOP_OF_AXIS = 3.0  # the upper end of the vertical axis, as a multiple of the largest error on these curves
 
 
 def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, float]]:
-    """The errors of each sampler and spacing by the number of calls, the smallest errors first.
+    """Returns {name of sampler and spacing: {number of calls: error}}, the names with the smallest errors first.
 
-    Names are sorted by the mean over the calls of log(error / smallest error at as many calls). Names that lack a table
-    for some number of calls come last.
+    Names are sorted by log(error / smallest error of all names with as many calls), averaged over the numbers of calls.
+    Names without an error for some number of calls come last.
 
-    names: the named samplers, by the number of calls.
+    names: {number of calls: the results of named samplers}.
     """
     errors_of: dict[str, dict[int, float]] = {}
     for calls, named in names.items():
         for sampler in named:
-            of_name = errors_of.setdefault(sampler.label, {})
-            of_name[calls] = min(sampler.error, of_name.get(calls, math.inf))
+            name_errors = errors_of.setdefault(sampler.label, {})
+            name_errors[calls] = min(sampler.error, name_errors.get(calls, math.inf))
     best = {calls: min(errors[calls] for errors in errors_of.values() if calls in errors) for calls in names}
 
     def rank(name: str) -> tuple[int, float]:
@@ -46,7 +46,7 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
     """Draws the errors of named samplers against the calls of the model: the best as curves, all others in grey.
 
     Args:
-        names: the results of Tuner.compare, by the number of calls.
+        names: {number of calls: the results of Tuner.compare}.
         path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
@@ -62,7 +62,7 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
         raise ValueError("names: got none, expected at least 1")
     with new_figure(9, 6, path, "drawing what samplers reach") as figure:
         axes = figure.subplots()
-        _draw_names(axes, names, list(errors_by_name(names))[:_CURVES], first=0)
+        _draw_names(axes, names, list(errors_by_name(names))[:_MOST_CURVES], first=0)
         legend_below(figure, 2)
     return figure
 
@@ -103,7 +103,7 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
             calls, bests, label="best name", **line_style(1, len(calls)) | {"linestyle": "none", "markersize": 11}
         )
         curves = {report.best.label: None for report in reports}
-        _draw_names(left, names, list(curves | dict.fromkeys(errors_by_name(names)))[:_CURVES], first=2)
+        _draw_names(left, names, list(curves | dict.fromkeys(errors_by_name(names)))[:_MOST_CURVES], first=2)
         lowest = min(*(report.error for report in reports), *bests)
         left.set_ylim(bottom=min(left.get_ylim()[0], lowest / 1.3))
         legend_below(figure, 3)
@@ -120,9 +120,9 @@ _BOLD = {"linewidth": 3.5, "markersize": 7, "zorder": 3}
 
 
 def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequence[str], first: int) -> None:
-    """Draws the errors of all names. curves: the names that get a colour, from line_style's number `first` on."""
+    """Draws the errors of all names, in grey but for the names in `curves`, whose line styles count from `first`."""
     errors = errors_by_name(names)
-    for number, name in enumerate([*(other for other in errors if other not in curves), *curves], -len(errors)):
+    for number, name in enumerate([*(grey for grey in errors if grey not in curves), *curves], -len(errors)):
         calls = sorted(errors[name])
         values = [errors[name][count] for count in calls]
         if name in curves:
@@ -130,13 +130,13 @@ def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequen
         else:
             style: dict[str, Any] = {"color": "0.8", "linewidth": 0.7, "marker": ".", "markersize": 3}
             axes.plot(calls, values, label="all others" if number == -len(errors) else None, zorder=1, **style)
-    shown = [error for name in curves for error in errors[name].values() if math.isfinite(error)]
+    curve_errors = [error for name in curves for error in errors[name].values() if math.isfinite(error)]
     axes.set_yscale("log")
     ticker = require("matplotlib.ticker", "drawing errors")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    if shown:
-        axes.set_ylim(min(shown) / 1.3, _ROOM * max(shown))
+    if curve_errors:
+        axes.set_ylim(min(curve_errors) / 1.3, _TOP_OF_AXIS * max(curve_errors))
     axes.set_xticks(sorted(names))
     axes.set(title="distance to many steps", xlabel="calls of the model", ylabel="mean of the nearest 90 %")

@@ -6,8 +6,8 @@ import torch
 from support.refused import refused
 
 from ddpm_ext import plots
-from ddpm_ext.plots.pictures import _BETWEEN as BETWEEN
 from ddpm_ext.plots.pictures import _GAP as GAP
+from ddpm_ext.plots.pictures import _GAP_COLOUR as BETWEEN
 
 Image = pytest.importorskip("PIL.Image")
 
