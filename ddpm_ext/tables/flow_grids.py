@@ -44,12 +44,12 @@ FLOW_SPACINGS: dict[str, Callable[[float, float, int], Tensor]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
     "beta_sigmas": beta_sigmas,
-    "sgm_uniform": lambda greatest, least, steps: _even(greatest, least, steps + 1)[:-1],
+    "sgm_uniform": lambda greatest, least, steps: _evenly_spaced(greatest, least, steps + 1)[:-1],
     "linear_quadratic": lambda greatest, least, steps: greatest * linear_quadratic(steps),
 }
 
 
-def _even(greatest: float, least: float, steps: int) -> Tensor:
+def _evenly_spaced(greatest: float, least: float, steps: int) -> Tensor:
     return torch.linspace(greatest, least, steps, dtype=torch.float64, device="cpu")
 
 
@@ -119,21 +119,21 @@ def flow_sigmas(
     """The sigmas where the steps of a flow start.
 
     Args:
-        steps: how many, at least 1.
-        least: the sigmas start evenly spaced from 1 down to `least`, in (0, 1]. The other options then change them.
+        steps: the number of steps, at least 1.
+        least: before the other options change them, the sigmas are evenly spaced from 1 down to `least`, in (0, 1].
             None means 1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler uses flow_shift(1 /
             timesteps, shift) unless the caller passes sigmas.
-        shift: the shift of flow_shift.
+        shift: see flow_shift.
         mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it. With mu, `shift` must be 1. With
             diffusers' time_shift_type "linear", mu is the shift itself, to pass as `shift`.
-        terminal: the last sigma, by `stretched`. None means no stretch.
+        terminal: the value that `stretched` gives the last sigma. None means no stretch.
         curve: a name of SIGMA_CURVES. The sigmas follow this curve from the first to the last. None means no curve.
 
     Returns:
         float64 (steps,) on the CPU, falling, the first 1.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> flow_sigmas(4, shift=3.0)
@@ -146,7 +146,7 @@ def flow_sigmas(
         if shift != 1:
             raise ValueError(f"mu is {mu} with shift {shift}, expected one of the two")
         shift = math.exp(checks.finite("mu", mu))
-    sigma = flow_shift(_even(1, 1 / steps if least is None else least, steps), shift)
+    sigma = flow_shift(_evenly_spaced(1, 1 / steps if least is None else least, steps), shift)
     if terminal is not None:
         sigma = stretched(sigma, terminal)
     if curve is not None:
@@ -163,7 +163,7 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
         final: sigma where the last step arrives, at least 0.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or dtype, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape or dtype, or is out of range.
 
     Examples:
         >>> from ddpm_ext.tables.flow_grids import flow_sigmas
@@ -179,12 +179,12 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
 
 
 def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
-    """The grid of a spacing that places a flow's sigmas, from the schedule's largest sigma to its smallest.
+    """The grid of a spacing of sigmas for a flow, from the schedule's largest sigma to its smallest.
 
     Args:
         alphas_cumprod: (timesteps,), falling, of the schedule's variance-preserving samples x / r
             (ddpm_ext.tables.levels).
-        steps: how many, at least 1.
+        steps: the number of steps, at least 1.
         spacing: a name of FLOW_SPACINGS. "karras", "exponential" and "beta_sigmas" are use_karras_sigmas,
             use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler. "sgm_uniform" and
             "linear_quadratic" are ComfyUI's.
@@ -193,7 +193,7 @@ def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
         A Grid with float64 timesteps, which lie between the timesteps of the schedule.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
     """
     schedule = checked_levels(alphas_cumprod)
     checks.integer("steps", steps, 2**31, "2^31", start=1)

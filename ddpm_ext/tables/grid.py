@@ -1,7 +1,7 @@
-"""The steps of a loop as numbers: its timesteps, and the levels of signal and noise at each.
+"""The steps of a loop as numbers: its timesteps, and the level of signal and noise at each timestep.
 
-At a timestep t of a schedule, alphas_cumprod[t] is the signal's share of the sample's power. Where the power is not 1,
-a Scale returns its square root: see ddpm_ext.tables.levels.
+At a timestep t of a schedule, alphas_cumprod[t] is the signal's share of the sample's power. If the power is not 1, a
+Scale returns its square root: see ddpm_ext.tables.levels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Grid:
 
     Attributes:
         timestep: int64 (rows,), or float64 where timesteps lie between those of the schedule.
-        alphas_cumprod: float64 (rows + 1,), at each timestep. The last entry is where the last step arrives.
+        alphas_cumprod: float64 (rows + 1,), at each timestep. The last entry is the level where the last step arrives.
         betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]. Between neighbouring timesteps it is the
             schedule's beta, since the difference would lose digits.
         schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule, or None without a schedule.
@@ -75,16 +75,16 @@ class Grid:
         )
 
     def unscaled(self) -> Grid:
-        """The grid of the variance-preserving samples x / r."""
+        """The same grid for variance-preserving samples: x divided by its scale."""
         timestep_of = None if self.timestep_of is None else self.timesteps_between
         return replace(self, scale=None, timestep_of=timestep_of)
 
     def timesteps_between(self, signal: Tensor, noise: Tensor) -> Tensor:
         """The model's timesteps at levels of variance-preserving samples: signal^2 + noise^2 = 1, (n,) each."""
         assert self.timestep_of is not None
-        return timesteps_by(self.timestep_of, *self._of_scale(signal, noise))
+        return timesteps_by(self.timestep_of, *self._scaled(signal, noise))
 
-    def _of_scale(self, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _scaled(self, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale is None:
             return signal, noise
         r = self.scale(signal, noise)
@@ -93,7 +93,7 @@ class Grid:
     @property
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Signal and noise at each level, (rows + 1,) each."""
-        return self._of_scale(*unit_levels(self.alphas_cumprod))
+        return self._scaled(*unit_levels(self.alphas_cumprod))
 
     @property
     def levels(self) -> dict[str, Tensor]:
@@ -170,9 +170,9 @@ def make_grid(
             set_alpha_to_one is off.
 
     Raises:
-        TypeError: an argument of another type or dtype.
+        TypeError: an argument has a wrong type or dtype.
         ValueError: a timestep out of range, the same timestep twice in a row, a number outside of [0, 1], or betas of
-            another length.
+            a wrong length.
 
     Examples:
         >>> from ddpm_ext.tables.grid import make_grid
@@ -190,19 +190,19 @@ def make_grid(
         raise ValueError(
             f"timestep reaches from {chosen.min()} to {chosen.max()}, expected all in 0 <= timestep < {len(levels)}"
         )
-    for same in chosen[1:][chosen[1:] == chosen[:-1]].tolist():
-        raise ValueError(f"timestep has the same timestep twice in a row, {same}, expected a step between two")
+    for repeated in chosen[1:][chosen[1:] == chosen[:-1]].tolist():
+        raise ValueError(f"timestep has the same timestep twice in a row, {repeated}, expected a step between two")
     if not 0 <= final <= 1:
         raise ValueError(f"final is {final}, expected 0 <= final <= 1")
-    path = torch.cat([levels[chosen], levels.new_tensor([final])])
-    jumps = 1 - path[:-1] / path[1:]
+    loop_levels = torch.cat([levels[chosen], levels.new_tensor([final])])
+    loop_betas = 1 - loop_levels[:-1] / loop_levels[1:]
     if betas is not None:
         betas = betas.detach().to("cpu", torch.float64)
         if betas.shape != levels.shape:
             raise ValueError(f"betas have shape {tuple(betas.shape)}, expected that of alphas_cumprod")
-        below = torch.cat([chosen[1:], chosen.new_tensor([-1 if final == 1 else len(levels)])])
-        jumps = torch.where(chosen - below == 1, betas[chosen], jumps)
-    return Grid(chosen, path, jumps, levels)
+        next_timestep = torch.cat([chosen[1:], chosen.new_tensor([-1 if final == 1 else len(levels)])])
+        loop_betas = torch.where(chosen - next_timestep == 1, betas[chosen], loop_betas)
+    return Grid(chosen, loop_levels, loop_betas, levels)
 
 
 def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor, *, scale: Scale | None = None) -> Grid:
@@ -222,8 +222,8 @@ def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor,
             through the two nearest levels of the grid.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: another shape, numbers out of range, or the same ratio of signal and noise twice in a row.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a wrong shape, numbers out of range, or the same ratio of signal and noise twice in a row.
 
     Examples:
         >>> sigmas = torch.tensor([1.0, 0.9, 0.5, 0.0], dtype=torch.float64)
@@ -232,11 +232,11 @@ def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor,
     signal, noise = checked_pairs(signal, noise)
     expected = f"({len(signal) - 1},), one less than there are levels"
     chosen, timestep_of = checked_timesteps(timestep, signal[:-1], noise[:-1], expected)
-    path = power_share(signal, noise)
-    if (path[1:] == path[:-1]).any():
+    loop_levels = power_share(signal, noise)
+    if (loop_levels[1:] == loop_levels[:-1]).any():
         raise ValueError("signal and noise have the same ratio twice in a row, expected a step between two levels")
     if scale is None:
-        _, order = np.unique(-path.numpy(), return_index=True)
+        _, order = np.unique(-loop_levels.numpy(), return_index=True)
         scale = partial(straight, nodes=(signal[order], noise[order]))
     betas = betas_between((signal[:-1], noise[:-1]), (signal[1:], noise[1:]))
-    return Grid(chosen, path, betas, scale=scale, timestep_of=timestep_of)
+    return Grid(chosen, loop_levels, betas, scale=scale, timestep_of=timestep_of)

@@ -109,9 +109,9 @@ def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         if not (numbers.isfinite() & (numbers >= 0)).all():
             raise ValueError(f"{name} reaches from {numbers.min()} to {numbers.max()}, expected finite numbers >= 0")
         checked.append(numbers)
-    nothing = (checked[0] == 0) & (checked[1] == 0)
-    if nothing.any():
-        i = int(nothing.nonzero()[0])
+    both_zero = (checked[0] == 0) & (checked[1] == 0)
+    if both_zero.any():
+        i = int(both_zero.nonzero()[0])
         raise ValueError(f"signal[{i}] and noise[{i}] are both 0, expected one above 0")
     return checked[0], checked[1]
 
@@ -134,15 +134,15 @@ def checked_timesteps(
 
     expected: the shape that a tensor `timestep` should have, for the error message.
 
-    Raises TypeError where `timestep` is neither a tensor nor a function, ValueError for another shape or no elements.
+    Raises TypeError if `timestep` is neither a tensor nor a function, ValueError for a wrong shape or no elements.
     """
     timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep
     values: Any = timestep if timestep_of is None else timesteps_by(timestep_of, signal, noise)
     checks.tensor("timestep", values)
     if values.shape != signal.shape or not len(values):
         raise ValueError(f"timestep has shape {tuple(values.shape)}, expected {expected}")
-    kind = torch.float64 if values.is_floating_point() else torch.int64
-    return values.detach().to("cpu", kind, copy=True), timestep_of
+    dtype = torch.float64 if values.is_floating_point() else torch.int64
+    return values.detach().to("cpu", dtype, copy=True), timestep_of
 
 
 def power_share(signal: Tensor, noise: Tensor) -> Tensor:
@@ -151,11 +151,11 @@ def power_share(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def betas_between(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """1 - alphas_cumprod before / alphas_cumprod after, without subtracting numbers near 1.
+    """1 - alphas_cumprod(before) / alphas_cumprod(after), without subtracting numbers near 1.
 
     Args:
-        before, after: levels (signal, noise). With None, `after` is the level one timestep earlier, which is clean data
-            for the first timestep.
+        before, after: the levels (signal, noise) before and after a step of the reverse process. With None, `after` is
+            the level one timestep lower, and clean data for timestep 0.
     """
     signal, noise = before
     if after is None:

@@ -1,4 +1,4 @@
-"""Finds samplers and spacings by the names that people type and other libraries use."""
+"""Finds samplers and spacings by names as people type them or other libraries write them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-# Our names by other libraries' names, reduced to letters and digits. Variants by case, punctuation or AFFIXES need no
-# entry.
+# {another library's name, reduced to letters and digits: ddpm_ext's name}. A name that differs from ddpm_ext's only in
+# case, punctuation or AFFIXES needs no entry.
 OTHER_NAMES = {
     "eulera": "euler_ancestral",
     "dpm2a": "dpm_2_ancestral",
@@ -21,7 +21,7 @@ OTHER_NAMES = {
 # Patterns of the prefixes and suffixes that k-diffusion, diffusers and ComfyUI add to a name: k_euler, sample_heun,
 # LMSDiscreteScheduler.
 AFFIXES = ("^$", "^(k|sample)|(scheduler|gpu)$", "^(k|sample)|(discrete|multistep)?(scheduler)?$")
-SHOWN = 3
+MOST_SUGGESTIONS = 3
 
 
 def find_name(input_name: str, known: Collection[str]) -> str | None:
@@ -36,8 +36,8 @@ def find_name(input_name: str, known: Collection[str]) -> str | None:
 def nearest_names(input_name: str, known: Collection[str]) -> str:
     """The known names that look most like `input_name`, as text for an error message."""
     names = {_key(name): name for name in known}
-    near = difflib.get_close_matches(_key(input_name), names, SHOWN, cutoff=0.0)
-    return ", ".join(repr(names[key]) for key in near)
+    similar_keys = difflib.get_close_matches(_key(input_name), names, MOST_SUGGESTIONS, cutoff=0.0)
+    return ", ".join(repr(names[key]) for key in similar_keys)
 
 
 def check_options(names: Collection[str], known: Collection[str], taker: str) -> None:

@@ -11,11 +11,11 @@ from ddpm_ext.ops.cards import check_card, in_use
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.tables.step_table import StepTable
 
-VIEWED = 4  # the number of pairs (batch size, device) whose timestep tensors are cached
+CACHED_VIEWS = 4  # the number of pairs (batch size, device) whose timestep tensors are cached
 
 
 class DeviceTables:
-    """Tables by name, in float32 and float64: made once on the CPU, and copied to another device at first use."""
+    """Named tables in float32 and float64: created once on the CPU, and copied to another device at first use."""
 
     def __init__(self, **tables: Tensor) -> None:
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -61,7 +61,7 @@ class KernelTables(DeviceTables):
 
     def __init__(self, steps: StepTable, guidance: Tensor | None = None, **tables: Tensor) -> None:
         super().__init__(**tables)
-        self._views: BoundedCache[dict[int, Tensor]] = BoundedCache(VIEWED)
+        self._views: BoundedCache[dict[int, Tensor]] = BoundedCache(CACHED_VIEWS)
         cpu = torch.device("cpu")
         with torch.inference_mode(False):
             for dtype in (torch.float32, torch.float64):
@@ -82,7 +82,7 @@ class KernelTables(DeviceTables):
         return self.get("timesteps", device, self._timestep_dtype)
 
     def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
-        """A row's timestep for each sample, (batch,), cached. If somebody wrote to the tensor, a new one is made."""
+        """A row's timestep for each sample, (batch,), cached. A cached tensor that a caller wrote to is replaced."""
         if torch.compiler.is_compiling():
             return self._timestep(row, batch, device)
         views = self._views.get((batch, device)) or self._views.get_or_make((batch, device), dict)
@@ -96,18 +96,18 @@ class KernelTables(DeviceTables):
 
     def _timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
         timesteps = self.timesteps(device)
-        if not 0 <= row < len(timesteps):  # only compiled calls arrive here without an earlier check
+        if not 0 <= row < len(timesteps):  # only calls under torch.compile arrive here without an earlier check
             raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
         # The model gets views of a copy, never of the table, since it could write to them.
         if torch.compiler.is_compiling():
             return timesteps[row].clone().expand(batch)
         key = "given timesteps", device, self._timestep_dtype
-        copied = self._tables.get(key)
-        if copied is None or copied._version:
-            copied = self.timesteps(torch.device("cpu")).to(device, copy=True)
-            if is_plain(copied):
-                self._tables[key] = copied
-        return copied[row].expand(batch)
+        timesteps_copy = self._tables.get(key)
+        if timesteps_copy is None or timesteps_copy._version:
+            timesteps_copy = self.timesteps(torch.device("cpu")).to(device, copy=True)
+            if is_plain(timesteps_copy):
+                self._tables[key] = timesteps_copy
+        return timesteps_copy[row].expand(batch)
 
 
 def _to_x0(rows: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ class Prediction:
         eps: p, q of eps = p x + q m, the noise that the prediction implies.
         target: k0, k1 of k0 x_start + k1 noise, which the model is trained to return.
         error: the factor from the squared error of x0 to the squared error of m, as a function of the signal-to-noise
-            ratio a_t / (1 - a_t). None where the factor depends on more than this ratio. Then only the weighting
-            "simple" has a name.
+            ratio a_t / (1 - a_t). None if the factor depends on more than this ratio: "simple" is then the only named
+            weighting.
         without_signal: whether m determines x0 where alphas_cumprod is 0.
         any_step: whether the prediction also works in loops of fewer steps, where rows follow from their levels alone.
             The mean of q(x_{t-1} | x_t, x_0) does not, because it belongs to the steps of the schedule.
-        peers: other libraries' names of the prediction.
+        peers: {another library: its name of the prediction}.
     """
 
     meaning: str
@@ -138,8 +138,8 @@ PREDICTIONS: dict[str, Prediction] = {
     "eps": Prediction(
         meaning="the noise",
         x0=_x0_of_eps,
-        eps=lambda at: (torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)),
-        target=lambda at: (torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)),
+        eps=lambda levels: (torch.zeros_like(levels.alphas_cumprod), torch.ones_like(levels.alphas_cumprod)),
+        target=lambda levels: (torch.zeros_like(levels.alphas_cumprod), torch.ones_like(levels.alphas_cumprod)),
         error=lambda ratio: ratio,
         without_signal=False,
         peers={"diffusers": "epsilon", "guided-diffusion": "EPSILON", "denoising-diffusion-pytorch": "pred_noise"},
@@ -148,24 +148,24 @@ PREDICTIONS: dict[str, Prediction] = {
         meaning="the clean sample",
         x0=_x0_itself,
         eps=_eps_of(_x0_itself),
-        target=lambda at: (torch.ones_like(at.alphas_cumprod), torch.zeros_like(at.alphas_cumprod)),
+        target=lambda levels: (torch.ones_like(levels.alphas_cumprod), torch.zeros_like(levels.alphas_cumprod)),
         error=torch.ones_like,
         peers={"diffusers": "sample", "guided-diffusion": "START_X", "denoising-diffusion-pytorch": "pred_x0"},
     ),
     "v": Prediction(
         meaning="the velocity sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0 (Salimans & Ho 2022, section 4)",
-        x0=lambda at: (at.signal, -at.noise),
-        eps=lambda at: (at.noise, at.signal),
-        target=lambda at: (-at.noise, at.signal),
+        x0=lambda levels: (levels.signal, -levels.noise),
+        eps=lambda levels: (levels.noise, levels.signal),
+        target=lambda levels: (-levels.noise, levels.signal),
         error=lambda ratio: ratio + 1,
         peers={"diffusers": "v_prediction", "denoising-diffusion-pytorch": "pred_v"},
     ),
     # diffusers' "flow_prediction" is x0 = x - sigma m at all levels. It equals this entry only at the levels of a flow.
     "flow": Prediction(
         meaning="the velocity of rectified flow, eps - x0 (Liu et al. 2023)",
-        x0=lambda at: (1 / (at.signal + at.noise), -at.noise / (at.signal + at.noise)),
-        eps=lambda at: (1 / (at.signal + at.noise), at.signal / (at.signal + at.noise)),
-        target=lambda at: (-torch.ones_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)),
+        x0=lambda levels: (1 / (levels.signal + levels.noise), -levels.noise / (levels.signal + levels.noise)),
+        eps=lambda levels: (1 / (levels.signal + levels.noise), levels.signal / (levels.signal + levels.noise)),
+        target=lambda levels: (-torch.ones_like(levels.alphas_cumprod), torch.ones_like(levels.alphas_cumprod)),
         error=lambda ratio: (1 + ratio.sqrt()) ** 2,
     ),
     "edm": edm(),
@@ -173,7 +173,7 @@ PREDICTIONS: dict[str, Prediction] = {
         meaning="the mean of q(x_{t-1} | x_t, x_0)",
         x0=_x0_of_x_prev,
         eps=_eps_of(_x0_of_x_prev),
-        target=lambda at: (at.of_x0 + at.of_x * at.signal, at.of_x * at.noise),
+        target=lambda levels: (levels.of_x0 + levels.of_x * levels.signal, levels.of_x * levels.noise),
         error=None,
         any_step=False,
         peers={"guided-diffusion": "PREVIOUS_X"},
@@ -185,5 +185,5 @@ SPACED_PREDICTIONS = tuple(name for name, prediction in PREDICTIONS.items() if p
 
 
 def peer_predictions(library: str) -> dict[str, str]:
-    """Maps the names of predictions in `library` to ours."""
+    """Maps the names of predictions in `library` to ddpm_ext's names."""
     return {entry.peers[library]: name for name, entry in PREDICTIONS.items() if library in entry.peers}

@@ -85,8 +85,8 @@ class NoiseSchedule:
         timestep_of: the function that was passed as `timestep`, or None.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: another shape, numbers out of range, or noise that does not grow relative to the signal.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: a wrong shape, numbers out of range, or noise that does not grow relative to the signal.
 
     Examples:
         >>> from ddpm_ext.tables.schedules import NoiseSchedule
@@ -103,9 +103,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         signal, noise = levels.checked_pairs(self.signal, self.noise)
         power = levels.power_share(signal, noise)
-        bad = power >= torch.cat([power.new_ones(1), power[:-1]])
-        if bad.any():
-            i = int(bad.nonzero()[0])
+        is_out_of_order = power >= torch.cat([power.new_ones(1), power[:-1]])
+        if is_out_of_order.any():
+            i = int(is_out_of_order.nonzero()[0])
             raise ValueError(f"noise[{i}] is {noise[i]} with signal {signal[i]}, expected more noise than before")
         attributes: dict[str, object] = {"signal": signal, "noise": noise}
         if self.timestep is not None:
@@ -139,10 +139,10 @@ def sigma_space(sigmas: Tensor, timestep: Tensor | levels.TimestepOf | None = No
 
     Args:
         sigmas: (timesteps,), rising, above 0.
-        timestep: as for NoiseSchedule.
+        timestep: see NoiseSchedule.
 
     Raises:
-        TypeError, ValueError: as NoiseSchedule.
+        TypeError, ValueError: see NoiseSchedule.
 
     Examples:
         >>> sigmas = torch.linspace(0.01, 10.0, 18)
@@ -163,7 +163,7 @@ def edm(sigmas: Tensor, sigma_data: float = 0.5) -> NoiseSchedule:
         sigma_data: the data's standard deviation, above 0.
 
     Raises:
-        TypeError, ValueError: as NoiseSchedule, or `sigma_data` is not a number above 0.
+        TypeError, ValueError: the errors of NoiseSchedule, or `sigma_data` is not a number above 0.
 
     Examples:
         >>> sigmas = torch.linspace(0.01, 10.0, 18)
@@ -212,11 +212,11 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
 
     Args:
         beta_schedule: a name of SCHEDULES, betas of shape (timesteps,), or a NoiseSchedule of this length.
-        timesteps: how many, at least 1.
+        timesteps: the number of timesteps, at least 1.
 
     Raises:
         TypeError: `beta_schedule` is none of these, or `timesteps` is not an int.
-        ValueError: an unknown name, or betas or levels of another length, not finite or out of range.
+        ValueError: an unknown name, or betas or levels of a wrong length, not finite or out of range.
     """
     timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
     schedule: object = beta_schedule
@@ -251,7 +251,9 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
 
 
 def make_betas(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> Tensor:
-    """The betas of forward_levels, (timesteps,) in (0, 1); the last may be 1. Args, raises: as for forward_levels.
+    """The betas of forward_levels, (timesteps,) in (0, 1); the last may be 1.
+
+    For the arguments and errors see forward_levels.
 
     Examples:
         >>> make_betas("cosine", 1000).shape
@@ -268,9 +270,9 @@ def _checked_betas(values: Tensor, timesteps: int) -> Tensor:
     betas = values.detach().to("cpu", torch.float64, copy=True)
     if betas.shape != (timesteps,):
         raise ValueError(f"betas have shape {tuple(betas.shape)}, expected ({timesteps},), one a timestep")
-    bad = ~((betas > 0) & (betas < 1))
-    bad[-1] &= betas[-1] != 1
-    checks.refuse("betas", betas, bad, "0 < beta < 1 (the last may be 1)")
+    is_out_of_order = ~((betas > 0) & (betas < 1))
+    is_out_of_order[-1] &= betas[-1] != 1
+    checks.refuse("betas", betas, is_out_of_order, "0 < beta < 1 (the last may be 1)")
     if 1 - betas[0] == 1:
         raise ValueError(f"betas[0] is {betas[0].item()}, expected at least 2^-52: 1 - alphas_cumprod would be 0")
     return betas
@@ -289,7 +291,7 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
         does not determine x0 at the last timestep.
 
     Raises:
-        TypeError, ValueError: as make_betas, or a single beta.
+        TypeError, ValueError: the errors of make_betas, or a single beta.
 
     Examples:
         >>> betas = rescale_zero_terminal_snr(gd.betas)

@@ -69,7 +69,7 @@ def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
     """The timesteps of these sigmas, interpolated in log sigma and clamped to the schedule's ends.
 
     Args:
-        alphas_cumprod: the schedule's, float64 (timesteps,), falling.
+        alphas_cumprod: of the schedule, float64 (timesteps,), falling.
         sigma: float64 (n,), finite and above 0.
 
     Returns:
@@ -137,7 +137,7 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
     last step.
 
     Args:
-        steps: how many, at least 1.
+        steps: the number of steps, at least 1.
         threshold: by how much the linear part falls.
         linear_steps: the number of steps in the linear part, 1 to `steps`. None means half of the steps.
 
@@ -166,8 +166,8 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
     """The grid of these descending sigmas. Its timesteps are interpolated in log sigma."""
     levels = checked_levels(alphas_cumprod)
-    path = torch.cat([alphas_cumprod_of(sigma), levels.new_tensor([final])])
-    return Grid(timestep_at(levels, sigma), path, 1 - path[:-1] / path[1:], levels)
+    loop_levels = torch.cat([alphas_cumprod_of(sigma), levels.new_tensor([final])])
+    return Grid(timestep_at(levels, sigma), loop_levels, 1 - loop_levels[:-1] / loop_levels[1:], levels)
 
 
 def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
@@ -187,7 +187,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
 
     Args:
         alphas_cumprod: (timesteps,), falling, in (0, 1).
-        steps: how many, at least 1.
+        steps: the number of steps, at least 1.
         rho: above 0. The greater it is, the more steps are at low noise.
         final: alphas_cumprod where the last step arrives.
 
@@ -195,7 +195,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
         A Grid with float64 timesteps, which may lie between the timesteps of the schedule.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> grid = karras_grid(gd.alphas_cumprod, 10, rho=5.0)
@@ -206,7 +206,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
 def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
     """Sigmas evenly spaced in log sigma, which is -1/2 of the log signal-to-noise ratio: Lu et al. 2022, section 3.
 
-    k-diffusion and diffusers call this spacing "exponential". Args, returns, raises: as for karras_grid.
+    k-diffusion and diffusers call this spacing "exponential". For the arguments, result and errors see karras_grid.
 
     Examples:
         >>> grid = log_snr_grid(gd.alphas_cumprod, 10)
@@ -225,7 +225,7 @@ def beta_sigmas_grid(
     Args:
         alpha, beta: above 0, at most 10. An alpha below 1 puts more steps at low noise, a beta below 1 at high noise.
 
-    Other args, returns, raises: as for karras_grid.
+    For the other arguments, the result and the errors see karras_grid.
 
     Examples:
         >>> grid = beta_sigmas_grid(gd.alphas_cumprod, 10)
@@ -236,8 +236,8 @@ def beta_sigmas_grid(
 def sgm_uniform_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
     """Timesteps that fall evenly from the last one and would reach 0 after the last step.
 
-    This is the spacing of Stability's generative-models, with ComfyUI's name and interpolation. Args, returns, raises:
-    as for karras_grid.
+    This is the spacing of Stability's generative-models, with ComfyUI's name and interpolation. For the arguments,
+    result and errors see karras_grid.
 
     Examples:
         >>> sgm_uniform_grid(gd.alphas_cumprod, 3).timestep.round().tolist()
@@ -258,9 +258,9 @@ def linear_quadratic_grid(
     """ComfyUI's sigmas: the curve of linear_quadratic, times the schedule's greatest sigma.
 
     Args:
-        threshold, linear_steps: as for linear_quadratic.
+        threshold, linear_steps: see linear_quadratic.
 
-    Other args, returns, raises: as for karras_grid.
+    For the other arguments, the result and the errors see karras_grid.
 
     Examples:
         >>> grid = linear_quadratic_grid(gd.alphas_cumprod, 10)
@@ -272,17 +272,17 @@ def linear_quadratic_grid(
 def align_your_steps_grid(alphas_cumprod: Tensor, steps: int, *, model: str = "sd15", final: float = 1.0) -> Grid:
     """Sigmas that were optimised for a model: Sabour et al. 2024.
 
-    The published sigmas are those of 10 steps. For other numbers of steps they are interpolated in log sigma at evenly
+    The published sigmas are for 10 steps. For another number of steps they are interpolated in log sigma at evenly
     spaced positions, as the authors advise.
 
     Args:
         model: "sd15" (Stable Diffusion 1.5), "sdxl" (Stable Diffusion XL) or "svd" (Stable Video Diffusion).
 
-    Other args, returns: as for karras_grid.
+    For the other arguments and the result see karras_grid.
 
     Raises:
-        TypeError, ValueError: as karras_grid; an unknown model, or a model whose sigmas begin above the schedule's
-            greatest sigma.
+        TypeError, ValueError: the errors of karras_grid; an unknown model, or a model whose sigmas begin above the
+            schedule's greatest sigma.
 
     Examples:
         >>> grid = align_your_steps_grid(gd.alphas_cumprod, 10, model="sdxl")

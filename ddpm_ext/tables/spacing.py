@@ -76,8 +76,8 @@ SPACINGS: Mapping[str, Callable[..., Any]] = {**TIMESTEP_SPACINGS, **SIGMA_GRIDS
 _SECTIONS = re.compile(r"ddim\d+|\d+(,\d+)*")
 
 
-def _known(spacing: str, names: Collection[str]) -> str:
-    """The one of `names` that `spacing` means, in any spelling of find_name. Raises ValueError where it means none."""
+def _name_of_spacing(spacing: str, names: Collection[str]) -> str:
+    """Finds `spacing` among `names`, in any spelling that find_name accepts. Raises ValueError for an unknown name."""
     name = find_name(spacing, names)
     if name is None:
         near = nearest_names(spacing, names)
@@ -91,8 +91,8 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
     """Some of the timesteps 0 to timesteps - 1, descending.
 
     Args:
-        timesteps: how many the schedule has.
-        steps: how many to take. None means all, or as many as `spacing` says.
+        timesteps: the number of the schedule's timesteps.
+        steps: the number of timesteps to take. None means all, or as many as `spacing` says.
         spacing: None means "trailing". If `steps` is `timesteps`, all names return the same. Lin et al. 2024, table 2,
             compare the first three.
             "linspace" is even, both ends included (one step: the last timestep).
@@ -127,7 +127,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
             raise ValueError(f"steps is {steps!r} with spacing {spacing!r}, expected None: the spacing says how many")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
-    spacing = _known(spacing, TIMESTEP_SPACINGS)
+    spacing = _name_of_spacing(spacing, TIMESTEP_SPACINGS)
     if steps is None:
         steps = timesteps
     steps = checks.as_int("steps", steps)
@@ -140,7 +140,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
     """Timesteps as guided-diffusion chooses them (Nichol & Dhariwal 2021), descending.
 
     Args:
-        timesteps: how many the schedule has.
+        timesteps: the number of the schedule's timesteps.
         sections: "ddimN" takes every k-th timestep from 0 on, with the k that takes N timesteps. A list has one count
             for each section. The sections divide the timesteps evenly. Each section contributes its count of timesteps,
             evenly spaced, both of the section's ends included.
@@ -180,22 +180,22 @@ def spaced_grid(
     """The grid of a spacing by its name.
 
     Args:
-        alphas_cumprod, betas: the schedule's, (timesteps,).
+        alphas_cumprod, betas: of the schedule, (timesteps,).
         scale: the samples' scale. SIGMA_GRIDS space levels by noise / signal, or for the scale `flow` by the flow's
             sigma.
-        steps: how many. None as for spaced_timesteps.
-        spacing: a name of SPACINGS, or sections or None as for spaced_timesteps.
+        steps: the number of steps, or None: see spaced_timesteps.
+        spacing: a name of SPACINGS; sections or None: see spaced_timesteps.
 
     Raises:
-        TypeError, ValueError: as spaced_timesteps; for a name of SIGMA_GRIDS, a schedule that it does not take, or
-            `steps` None.
+        TypeError, ValueError: the errors of spaced_timesteps; for a name of SIGMA_GRIDS, a schedule that this grid does
+            not accept, or `steps` is None.
 
     Examples:
         >>> spaced_grid(gd.alphas_cumprod, gd.betas, 3, "leading").timestep.tolist()
         [666, 333, 0]
     """
     if isinstance(spacing, str) and not _SECTIONS.fullmatch(spacing):
-        spacing = _known(spacing, SPACINGS)
+        spacing = _name_of_spacing(spacing, SPACINGS)
     if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
         if steps is None:
             raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")

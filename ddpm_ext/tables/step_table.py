@@ -1,4 +1,4 @@
-"""The reverse process as a table: one row of numbers a step, to print, compare, save, draw, and give to a kernel.
+"""The reverse process as a table: one row of numbers for each step, to print, compare, save, draw or pass to a kernel.
 
 A row takes x, the sample at its timestep, to the next sample. With m the model's output and z a standard normal:
 
@@ -14,8 +14,8 @@ kept, H1 the latest. If a tensor is not passed, its term is left out:
     kept = k0 x0 + k1 x + k2 m
 
     S = s              V = 1                    the variance is fixed
-    S = s e            V = e^2                  it is learned, and its root is e = exp(l0 + l1 v)
-    S = s sqrt(v)      V = v                    it is learned, and v is the variance itself
+    S = s e            V = e^2                  the variance is learned, and its root is e = exp(l0 + l1 v)
+    S = s sqrt(v)      V = v                    the variance is learned, and v is the variance itself
 
 A row in which k0, k1 or k2 is not 0 keeps `kept`: the following rows read it as H1, and the tensor that was H1 becomes
 H2. Each sampler chooses what its rows keep: x0, eps, a slope.
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ColumnDiff", "StepRow", "StepTable", "TableDiff"]
 
-SHOWN = 5  # rows at either end of a long table's repr
+SHOWN = 5  # a long table's repr has this many rows at either end
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,7 +101,7 @@ class StepTable:
     Raises:
         TypeError: a column that holds anything but numbers, a draw that holds anything but integers, or notes that JSON
             can't represent.
-        ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
+        ValueError: a column that is not 1-dimensional, empty, or longer or shorter than timestep; a number that is not
             finite; a draw or a level out of range.
 
     Examples:
@@ -184,17 +184,17 @@ class StepTable:
     def __getitem__(self, at: slice) -> StepTable: ...
 
     def __getitem__(self, at: int | slice) -> StepRow | StepTable:
-        """Row `at`, or the rows of a slice as a table.
+        """A row by its index, or the rows of a slice as a table.
 
         Raises:
             IndexError: no such row. ValueError: a slice without a row. TypeError: neither an int nor a slice.
         """
         rows = len(self)
         if isinstance(at, slice):
-            picked = range(rows)[at]
-            if not picked:
+            indices = range(rows)[at]
+            if not indices:
                 raise ValueError(f"{at} of a table of {rows} rows is empty, expected at least 1 row")
-            return self._each(lambda column: column[torch.tensor(picked, device=column.device)])
+            return self._each(lambda column: column[torch.tensor(indices, device=column.device)])
         try:
             i = index(at)
         except TypeError:
@@ -215,12 +215,12 @@ class StepTable:
         """The rows, aligned, and the notes. A column beyond the plain step's is shown if any of its numbers is not 0;
         g0, g1 and the levels are never shown."""
         rows, device = len(self), self.timestep.device
-        shown = list(range(rows))
+        shown_rows = list(range(rows))
         if rows > 2 * SHOWN + 1:  # leaving out a single row would save no line
-            shown[SHOWN:-SHOWN] = [-1]
-        names = [*PLAIN, *(name for name in BEYOND_PLAIN if self._any(name))]
+            shown_rows[SHOWN:-SHOWN] = [-1]
+        names = [*PLAIN, *(name for name in BEYOND_PLAIN if self._has_nonzero(name))]
         lines = [["row", *names]]
-        for i in shown:
+        for i in shown_rows:
             row = self[i]._asdict()
             lines.append([str(i), *(short(row[name]) for name in names)] if i >= 0 else ["..."] * len(lines[0]))
         title = f"StepTable of {rows} row{'s' * (rows != 1)}{'' if device.type == 'cpu' else f' on {device}'}"
@@ -251,8 +251,8 @@ class StepTable:
             guidance: w, the scale of classifier-free guidance, (rows,), finite. None means ones.
 
         Raises:
-            TypeError: another dtype, or a guidance that holds anything but numbers.
-            ValueError: not a device; a number beyond the range of `dtype`; a guidance of another length, or not finite.
+            TypeError: a wrong dtype, or a guidance that holds anything but numbers.
+            ValueError: not a device; a number beyond the range of `dtype`; a guidance of a wrong length, or not finite.
 
         Examples:
             >>> from ddpm_ext import ops
@@ -268,19 +268,19 @@ class StepTable:
             columns["w"] = numbers("guidance", guidance, len(self))
         return packed_rows(columns, dtype).to(checked)
 
-    def _any(self, *names: str) -> bool:
+    def _has_nonzero(self, *names: str) -> bool:
         """Whether any number of these columns is not 0."""
         return any(bool((getattr(self, name) != 0).any()) for name in names)
 
     @property
     def plain(self) -> bool:
-        """Whether the plain step can take the rows: they read only x, m and z, no history and no learned variance."""
-        return not self._any(*BEYOND_PLAIN)
+        """Whether the plain step can compute the rows: they read only x, m and z, no history or learned variance."""
+        return not self._has_nonzero(*BEYOND_PLAIN)
 
     @property
     def history(self) -> bool:
         """Whether any row keeps a tensor for later rows, or reads a kept tensor."""
-        return self._any(*HISTORY)
+        return self._has_nonzero(*HISTORY)
 
     def scaled(self, before: Tensor, after: Tensor) -> StepTable:
         """The rows for samples that are multiplied by `before` where a row starts, and by `after` where it arrives.
@@ -322,8 +322,8 @@ class StepTable:
         noise.
 
         Raises:
-            ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
-            that a StepTable refuses. OSError: it can't be read.
+            ValueError, naming `path`: not JSON, a wrong format or version, columns missing or unknown, or numbers that
+            a StepTable refuses. OSError: it can't be read.
 
         Examples:
             >>> from ddpm_ext.tables.samplers import ddim
@@ -349,27 +349,28 @@ class StepTable:
         A second run, on random samples of several channels and pixels, proves the rows.
 
         Args:
-            scheduler: any object with diffusers' methods, of which a copy runs. They are `set_timesteps(steps,
-                **arguments)`, `timesteps`, and `step(model_output, timestep, sample)`, which returns an object with a
-                `prev_sample`, or a tuple. Or a function like k-diffusion's samplers, `scheduler(model, x, sigmas,
+            scheduler: any object with `set_timesteps(steps, **arguments)`, `timesteps`, and diffusers'
+                `step(model_output, timestep, sample)`, which returns an object with a `prev_sample`, or a tuple. A copy
+                of the object runs. Or a function like k-diffusion's samplers, `scheduler(model, x, sigmas,
                 **arguments)`, whose model takes a sample and its sigma and returns the clean sample.
-            steps, arguments: the arguments of set_timesteps. A function gets its sigmas, (levels,), as a tensor or a
-                list, and its further arguments.
+            steps, arguments: the arguments of set_timesteps. For a function, `steps` are its sigmas, (levels,), as a
+                tensor or a list, and `arguments` are its further arguments.
 
-        The columns a and b describe the `pred_original_sample` or `denoised` that the steps return, or the output of a
-        function's model. Then the output enters the next sample by c0; if there is no clean sample, it enters by c2.
-        k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler clips its clean
-        sample, the rows are for the same clip. The table does not have the scheduler's changes to the model's input.
+        The columns a and b describe the clean sample: the `pred_original_sample` or `denoised` that the steps return,
+        or the output of a function's model. The model's output enters the next sample by c0, or by c2 if there is no
+        clean sample. k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler
+        clips its clean sample, the rows are for the same clip. The table leaves out how the scheduler scales the
+        model's input.
 
-        For a function, a row is the stretch between two calls of the model, so that a step with two calls is two rows.
-        The row's timestep is the sigma of the call. Its noise, from a noise_sampler or torch.randn_like, has the row's
+        For a function, a row lies between two calls of the model, so that a step with two calls is two rows. The row's
+        timestep is the sigma of the call. The draw of its noise, from a noise_sampler or torch.randn_like, is the row's
         number.
 
         Raises:
             TypeError: `scheduler` is neither such an object nor a function.
-            ValueError: a step is not linear (for example, it reads other elements than the one that it writes), or
-                reads more than three tensors of earlier steps; the message names the step and the error. Or sigmas
-                that are not at least 2 finite numbers >= 0.
+            ValueError: a step is not linear (for example, an element of its result depends on several elements of its
+                sample), or reads more than three tensors of earlier steps; the message names the step and the error. Or
+                sigmas that are not at least 2 finite numbers >= 0.
 
         Examples:
             >>> table = StepTable.trace(diffusers.EulerDiscreteScheduler(), 20)
@@ -418,11 +419,11 @@ PLAIN = tuple(column.name for column in fields(StepTable) if not column.kw_only)
 ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
-PLACES = {name: at for at, name in enumerate(ROW)}  # in a packed row
+PLACES = {name: place for place, name in enumerate(ROW)}  # {column: its index in a packed row}
 # A packed row before its columns are filled in: w and c_in are 1, since a table has no columns for them.
 BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
-WITHIN = 2.0**127  # numbers below fit float32, however they are rounded
+SURELY_FLOAT32 = 2.0**127  # numbers of smaller magnitude fit float32, however they are rounded
 
 
 def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
@@ -442,12 +443,12 @@ def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32
     """The rows as StepTable.packed returns them, on the CPU. Missing columns are zeros; w and c_in are ones."""
     draw = columns["draw"]
     table = BLANK[None].repeat(len(draw), 0)
-    placed = [name for name in columns if name in PLACES and name != "draw"]
-    for name in placed:
+    names = [name for name in columns if name in PLACES and name != "draw"]
+    for name in names:
         table[:, PLACES[name]] = columns[name]
     if dtype == torch.float32:
-        if not np.abs(table).max(initial=0.0) < WITHIN:
-            for name in placed:
+        if not np.abs(table).max(initial=0.0) < SURELY_FLOAT32:
+            for name in names:
                 check_float32(name, columns[name])
         table = table.astype(np.float32)
     # Draws from 2^31 up wrap to negative int32, which have the bits of the uint32 that the kernel reads.

@@ -35,8 +35,8 @@ class Column:
 
 
 NEEDED = Column(needed=True)
-OPTIONAL = Column()  # None: zeros, except for draw
-NOT_PLAIN = Column()  # None: zeros; if it is not 0, the plain step can't take the row
+OPTIONAL = Column()  # None means zeros, except for draw
+NOT_PLAIN = Column()  # None means zeros. The plain step can't compute a row in which the column is not 0
 
 
 def numbers(name: str, values: Values, rows: int | None = None) -> Array:
@@ -47,7 +47,7 @@ def numbers(name: str, values: Values, rows: int | None = None) -> Array:
 
     Raises:
         TypeError: values that are not numbers, or not integers for draw.
-        ValueError: another shape, an integer from 2^63 up, or a number that is not finite.
+        ValueError: a wrong shape, an integer of 2^63 or more, or a number that is not finite.
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu()

@@ -78,10 +78,12 @@ def difference(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> Table
     rows = (len(steps[0]), len(steps[1]))
     columns = {}
     for name in here:
-        ours, theirs = (table[name][: min(rows)].cpu() for table in (here, there))
-        differing = (ours != theirs).nonzero()[:, 0]
+        values_here, values_there = (table[name][: min(rows)].cpu() for table in (here, there))
+        differing = (values_here != values_there).nonzero()[:, 0]
         if len(differing):
-            columns[name] = _compare(differing.tolist(), ours[differing].tolist(), theirs[differing].tolist())
+            columns[name] = _compare(
+                differing.tolist(), values_here[differing].tolist(), values_there[differing].tolist()
+            )
     return TableDiff(rows, (steps[0].dtype, steps[1].dtype), columns)
 
 

@@ -50,7 +50,7 @@ def read(
     """Reads a file's columns by name, all of `needed` and any of `optional`, and its notes. Values are not checked.
 
     Raises:
-        ValueError: not JSON, another format or version, columns missing or unknown, or no rows of numbers.
+        ValueError: not JSON, a wrong format or version, columns missing or unknown, or no rows of numbers.
         OSError: it can't be read.
     """
     try:
@@ -66,8 +66,8 @@ def read(
 def gap_between(signal_now: Tensor, noise_now: Tensor, signal_after: Tensor, noise_after: Tensor) -> str | None:
     """Describes the first row whose levels break the way from noise to clean samples.
 
-    None where the rows lead from noise to clean samples, or back to noise, or where the table has no levels. The levels
-    are (rows,) each.
+    None if the rows lead from noise to clean samples, or back to noise, or if the table has no levels. The levels are
+    (rows,) each.
     """
     now, after = torch.stack([signal_now, noise_now], 1), torch.stack([signal_after, noise_after], 1)
     if not (now.any() or after.any()):

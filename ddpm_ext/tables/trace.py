@@ -1,14 +1,13 @@
 """Tracing: computes the rows of any library's sampler by running its steps on random numbers.
 
-If every step is linear, its result is a weighted sum of samples, model outputs and noise: its own and those of earlier
-steps. The scheduler runs twice in float64. In the first run a sample is a single random number, and trace_fit.py
+The result of a linear step is a weighted sum of samples, model outputs and noise, of this step and of earlier steps.
+The scheduler runs twice in float64. In the first run a sample is a single random number, and trace_fit.py
 computes the rows from it. The second run proves the rows on two samples of several channels and pixels, whose sizes and
 signs change from step to step. A step that depends on a whole tensor (its standard deviation, the sign of its mean) or
 that treats pixels differently does not match its row there. In both runs, a step's sample is not the result of the
 previous step, since a caller may edit samples between steps.
 
-A function that runs its whole loop itself, such as k-diffusion's samplers, has its steps between its calls of the
-model.
+If a function runs the whole loop itself, like k-diffusion's samplers, its steps lie between its calls of the model.
 """
 
 from __future__ import annotations
@@ -28,27 +27,32 @@ from ddpm_ext.tables.trace_fit import (
     Columns,
     Factors,
     Numbers,
-    at,
     factors_of,
     factors_of_clipped,
     least_squares,
     numbers_of,
-    relative,
+    relative_error,
     rows_of,
+    step_label,
     terms_of,
 )
 from ddpm_ext.tables.trace_function import ObservedFunction
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting
 
-Pair = tuple[float, float]  # the range of a clip; the quantile of a threshold and its largest divisor
+Pair = tuple[float, float]  # (low, high) of a clip, or (quantile, largest divisor) of a threshold
 
-RANDOM = 32  # the batch size of the first run: as many random samples, outputs and draws
-UNIT = 2.0**-20  # the size of these numbers, so small that no clip acts on them
-PROVING = 2, 3, 4, 5, *[2] * 8  # the shape of the second run's samples: the first `dims` entries
-SIZES = 16.0, 1.0, 4.0  # the sizes of the second run's numbers, cycling over the steps
-TAIL, FAR = 11, 10.0  # every TAIL-th number gets FAR added to its magnitude, to reveal a step that clamps outliers
-LARGE = 100.0  # at a higher level of noise, rounding of the output's term would hide an error in the sample's factor
-EXACT = 1e-12  # the largest relative difference between the model's input and a factor times the sample
+FIRST_RUN_BATCH = 32  # the number of random samples in the first run, and of model outputs and draws of noise
+FIRST_RUN_SIZE = 2.0**-20  # the size of these numbers, so small that no clip acts on them
+SECOND_RUN_SHAPE = 2, 3, 4, 5, *[2] * 8  # the first `dims` entries are the shape of the second run's samples
+SECOND_RUN_SIZES = 16.0, 1.0, 4.0  # the sizes of the second run's numbers, cycling over the steps
+OUTLIER_EVERY, OUTLIER_SIZE = (
+    11,
+    10.0,
+)  # every TAIL-th number gets FAR added to its magnitude, to reveal a step that clamps outliers
+LARGE_LEVEL = (
+    100.0  # at a higher level of noise, rounding of the output's term would hide an error in the sample's factor
+)
+SCALE_TOLERANCE = 1e-12  # the largest relative difference between the model's input and a factor times the sample
 
 
 class TraceResult(NamedTuple):
@@ -62,9 +66,10 @@ class TraceResult(NamedTuple):
         noise: for each step, the number of the draw that is its z, or None for a step without noise.
         history_draws: for each step, the numbers of the draws that it reads as its history, the first one as H1.
         second: whether the second tensor that steps return is a x + b m, clipped. False if they return only one.
-        of_last: (rows,), the part of each row's c1 that multiplies the previous step's result. If nobody edits samples,
-            that result is the row's sample, and the two factors can't be told apart.
-        scales: for each step, the factor of its sample in the model's input, or None if the input is no such multiple.
+        of_last: (rows,), the part of each row's c1 that multiplies the previous step's result and not the row's sample.
+            The two tensors differ only if a caller edits samples between steps.
+        scales: for each step, the model's input divided by the step's sample. None if an input is no multiple of its
+            sample.
         step_starts: the rows at which a function calls its callback, that is, at which its steps begin.
         row_before_model: whether a function has a row before its first call of the model.
         reads_model: whether a function read attributes of the model.
@@ -124,18 +129,20 @@ def follow(
         dims: the samples' number of dimensions.
 
     Raises:
-        ValueError: a step is not linear, or no row can say what it does.
+        ValueError: a step is not linear, or can't be expressed as a row.
     """
     options = options or {}
     try:
-        first = _FirstRun(run_of(scheduler, times, options, dims), second)
+        first_run = _FirstRun(run_of(scheduler, times, options, dims), second)
     except IndexError:
         if len(times) == 1:
             raise
-        first = _FirstRun(run_of(scheduler, times[:-1], options, dims), second)
+        first_run = _FirstRun(run_of(scheduler, times[:-1], options, dims), second)
     clip = threshold = of_clean = None
-    rows = first.rows()
-    if first.run.clip is not None and not first.are_rows(rows, first.long()):  # a clip that never acts changes no row
+    rows = first_run.rows()
+    if first_run.run.clip is not None and not first_run.are_rows(
+        rows, first_run.large_numbers()
+    ):  # a clip that never acts changes no row
         clip, threshold = clip_of(scheduler)
         if "prediction_type" in getattr(scheduler, "config", {}):
             for_clean, settings = (
@@ -143,9 +150,11 @@ def follow(
                 {name: setting(scheduler, name) for name in scheduler.config},
             )
             for_clean.register_to_config(**settings | {"prediction_type": "sample"})
-            of_clean = functools.partial(_FirstRun, run_of(for_clean, first.run.times, options, dims), (), first.level)
-        rows = first.clipped_rows(clip, of_clean)
-    return first.proven(rows, clip, threshold)
+            of_clean = functools.partial(
+                _FirstRun, run_of(for_clean, first_run.run.times, options, dims), (), first_run.level
+            )
+        rows = first_run.clipped_rows(clip, of_clean)
+    return first_run.proven(rows, clip, threshold)
 
 
 def follow_function(
@@ -155,12 +164,12 @@ def follow_function(
 
     like: the model whose attributes the function may read.
 
-    A row begins with each call of the model. If the function adds noise before its first call, there is a row without a
-    call for it. The samples' levels are (1, sigma).
+    A row begins with each call of the model. If the function adds noise before its first call, a row without a call
+    precedes them. The samples' levels are (1, sigma).
     """
     function = ObservedFunction(sampler, sigmas, options, like)
-    first = _FirstRun(function.run, CLEAN_FIELDS)
-    traced = first.proven(first.rows())
+    first_run = _FirstRun(function.run, CLEAN_FIELDS)
+    traced = first_run.proven(first_run.rows())
     sigma = traced.columns["timestep"]
     after, ones = np.append(sigma[1:], float(sigmas[-1])), np.ones_like(sigma)
     levels = {"signal_now": ones, "noise_now": sigma, "signal_after": ones, "noise_after": after}
@@ -182,41 +191,41 @@ class _FirstRun:
     """
 
     def __init__(self, run: Run, second: Sequence[str] | None, level: Array | None = None) -> None:
-        """level: as in Numbers; None: a run with level 1 computes the level, and is repeated if the level is large."""
+        """level: see Numbers. With None, a run with level 1 computes it, and is repeated if the level is large."""
         self.run, n = run, len(run.times)
         self.level = np.ones(n) if level is None else level
-        self.short, self.steps = self._numbers(UNIT, UNIT)
+        self.small_numbers, self.steps = self._numbers(FIRST_RUN_SIZE, FIRST_RUN_SIZE)
         self.noise: list[int | None] = [None] * n
         self.history_draws: list[list[int]] = [[] for _ in range(n)]
         self.clean, self.second = np.zeros((n, 2)), False
         names = {step.result.name for step in self.steps}
-        if self.short.second is not None and (second is None or names <= {*second}):
-            columns = np.stack([self.short.unit(), self.short.m], 1)
-            factors, errors = least_squares(columns, self.short.second, self.short.negligible())
+        if self.small_numbers.second is not None and (second is None or names <= {*second}):
+            columns = np.stack([self.small_numbers.unit(), self.small_numbers.m], 1)
+            factors, errors = least_squares(columns, self.small_numbers.second, self.small_numbers.negligible())
             self.second = bool((errors <= LINEAR).all())
             self.clean = factors if self.second else self.clean
         if level is None:
-            scales, (a, b) = _scales(self.short), self.clean.T
-            natural = np.divide(np.abs(b), np.abs(a), out=np.ones(n), where=a != 0)
-            natural = np.maximum(natural, 1 if scales is None else 1 / np.abs(scales))
-            if natural.max() > LARGE:
-                self.__init__(run, second, natural)  # type: ignore[misc]
+            scales, (a, b) = _scales(self.small_numbers), self.clean.T
+            needed_level = np.divide(np.abs(b), np.abs(a), out=np.ones(n), where=a != 0)
+            needed_level = np.maximum(needed_level, 1 if scales is None else 1 / np.abs(scales))
+            if needed_level.max() > LARGE_LEVEL:
+                self.__init__(run, second, needed_level)  # type: ignore[misc]
 
-    def _numbers(self, size: float, of_noise: float) -> tuple[Numbers, list[Step]]:
-        generator, shape = np.random.default_rng(0), (len(self.run.times), RANDOM)
+    def _numbers(self, size: float, noise_size: float) -> tuple[Numbers, list[Step]]:
+        generator, shape = np.random.default_rng(0), (len(self.run.times), FIRST_RUN_BATCH)
 
         def inputs(kind: int) -> Array:
-            return signed((size if kind < 2 else of_noise) * generator.standard_normal(shape), 1)
+            return signed((size if kind < 2 else noise_size) * generator.standard_normal(shape), 1)
 
-        return numbers_of(self.run, (RANDOM, *[1] * (self.run.dims - 1)), inputs, self.level)
+        return numbers_of(self.run, (FIRST_RUN_BATCH, *[1] * (self.run.dims - 1)), inputs, self.level)
 
-    def long(self) -> Numbers:
+    def large_numbers(self) -> Numbers:
         """The numbers of another run, large enough that some are clipped."""
         return self._numbers(2 * max(1.0, self.run.clip or 0.0), 1.0)[0]
 
     def rows(self) -> Columns:
         """The rows of steps that do not clip."""
-        return self._rows(self.short, factors_of(self.run, self.short))
+        return self._rows(self.small_numbers, factors_of(self.run, self.small_numbers))
 
     def clipped_rows(self, clip: Pair, of_clean: Callable[[], _FirstRun] | None) -> Columns:
         """The rows of steps that clip the predicted clean sample to this range.
@@ -224,20 +233,20 @@ class _FirstRun:
         of_clean: makes the first run of the same scheduler for a model that predicts the clean sample. The steps of
             that run show what the scheduler does after the clip. None if the scheduler does not support such models.
         """
-        factors = factors_of(self.run, self.short)
+        factors = factors_of(self.run, self.small_numbers)
         has_history = bool(factors.past.any() or factors.of_last.any())
         if of_clean is not None and (has_history or not self.second):
             for_clean = of_clean()
-            rows, x, x0, none = for_clean.rows(), for_clean.factors.x, for_clean.factors.m, np.zeros(len(factors.x))
+            rows, x, x0, zeros = for_clean.rows(), for_clean.factors.x, for_clean.factors.m, np.zeros(len(factors.x))
             if not x0.all():
                 raise ValueError("a step does not read the clean sample, which is clipped")
             if not self.second:
                 self.clean = np.stack([(factors.x - x) / x0, factors.m / x0], 1)
             a, b = self.clean.T
-            return rows | {"a": a / self.level, "b": b, "c0": rows["c2"], "c2": none, "k0": rows["k2"], "k2": none}
+            return rows | {"a": a / self.level, "b": b, "c0": rows["c2"], "c2": zeros, "k0": rows["k2"], "k2": zeros}
         if not self.second:  # for example a consistency model's steps, whose result is the clean sample
             self.clean = np.stack([factors.x, factors.m], 1)
-        loop = self.long()
+        loop = self.large_numbers()
         x0 = np.clip(self.clean[:, :1] * loop.unit() + self.clean[:, 1:] * loop.m, *clip)
         return self._rows(loop, factors_of_clipped(self.run, loop, x0))
 
@@ -247,7 +256,7 @@ class _FirstRun:
             used = np.flatnonzero(factors.z[i]).tolist()
             drawn = [draw for draw in used if draw >= self.run.option_tensors]
             if len(drawn) > 1:
-                raise ValueError(f"{at(self.run, i)}, adds {len(drawn)} draws of noise, expected at most 1")
+                raise ValueError(f"{step_label(self.run, i)}, adds {len(drawn)} draws of noise, expected at most 1")
             self.noise[i] = next(iter(drawn or used), None)
             self.history_draws[i] = [draw for draw in used if draw != self.noise[i]]
         rows = rows_of(self.run, loop, factors, self.clean, self.noise)
@@ -263,25 +272,27 @@ class _FirstRun:
     def _errors(self, rows: Columns, loop: Numbers, bound: Bound) -> Array:
         """The relative difference between each step of a loop and its row."""
         x0, parts, terms = terms_of(rows, loop, self.noise, self.history_draws, bound)
-        errors = relative(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
+        errors = relative_error(np.abs(loop.prev - terms.sum(0)), np.abs(terms).sum(0))
         if self.second:
             second = np.inf if loop.second is None else loop.second
-            errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
+            errors = np.maximum(errors, relative_error(np.abs(second - x0), np.abs(parts).sum(0)))
         return errors
 
     def are_rows(self, rows: Columns, loop: Numbers) -> bool:
-        """Whether the rows take the steps of this loop, up to rounding."""
+        """Whether the rows compute the same results as the steps of this loop, up to rounding."""
         return bool((self._errors(rows, loop, lambda x0: x0) <= loop.bound()).all())
 
     def proven(self, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
         """Proves the rows on the second run and returns the result. Raises ValueError where a step differs from its
         row."""
-        run, scales, worst = self.run, _scales(self.short), 0.0
+        run, scales, worst = self.run, _scales(self.small_numbers), 0.0
         proof = second_run(run, rows["a"], rows["b"], self.level)
         for loop in proof:
             errors = self._errors(rows, loop, lambda x0: _bounded(x0, clip, threshold))
             for i in np.flatnonzero(~(errors <= loop.bound())):
-                raise ValueError(f"{at(run, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively")
+                raise ValueError(
+                    f"{step_label(run, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively"
+                )
             worst = max(worst, float(errors.max()))
         times = np.array([float(t) for t in run.times])
         if run.unit == "timestep" and (times % 1 == 0).all():
@@ -301,14 +312,14 @@ def second_run(run: Run, a: Array, b: Array, level: Array) -> list[Numbers]:
     In the second half, x or m is chosen such that the predicted clean sample a x + b m is about as large as the clip's
     range. At a high level of noise, random x and m would give clean samples that are nearly all clipped.
     """
-    shape = PROVING[: run.dims]
+    shape = SECOND_RUN_SHAPE[: run.dims]
     n, count, generator = len(run.times), int(np.prod(shape)), np.random.default_rng(1)
     size = 2 * max(1.0, run.clip or 0.0)
 
     def random(kind: int) -> Array:
         normal = generator.standard_normal((n, count))
-        normal[:, ::TAIL] += FAR * np.sign(normal[:, ::TAIL])
-        return signed(np.resize(SIZES, (n, 1)) * (size if kind < 2 else 1.0) * normal, -1)
+        normal[:, ::OUTLIER_EVERY] += OUTLIER_SIZE * np.sign(normal[:, ::OUTLIER_EVERY])
+        return signed(np.resize(SECOND_RUN_SIZES, (n, 1)) * (size if kind < 2 else 1.0) * normal, -1)
 
     x, m, half = random(0), random(1), slice(count // 2, None)
     if run.clip is not None:
@@ -336,7 +347,7 @@ def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
         largest = np.abs(loop.x).argmax(1)[:, None]
         factors = (np.take_along_axis(loop.scaled, largest, 1) / np.take_along_axis(loop.x, largest, 1))[:, 0]
     product = factors[:, None] * loop.x
-    return factors if (np.abs(loop.scaled - product) <= EXACT * np.abs(product)).all() else None
+    return factors if (np.abs(loop.scaled - product) <= SCALE_TOLERANCE * np.abs(product)).all() else None
 
 
 def _bounded(x0: Array, clip: Pair | None, threshold: Pair | None) -> Array:

@@ -24,12 +24,16 @@ Bound = Callable[[Array], Array]  # clips clean samples
 
 HISTORY = 3  # the number of history tensors that a row may read
 READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that rows keep"
-LAGS = 5  # how many steps back a step may read: more than HISTORY, because some steps keep nothing (PNDM's second)
+LAGS = 5  # how many steps back a step may read: more than HISTORY, because some steps keep no tensor (PNDM's second)
 DRAWS = 16  # the most tensors of noise that a step may draw
-LINEAR = 1e-9  # the largest relative residual of a linear step
-ROUNDED = 1e-5  # the largest relative residual for a sampler that computes in float32 although its inputs are float64
+LINEAR_ERROR = 1e-9  # the largest relative residual of a linear step
+FLOAT32_ERROR = (
+    1e-5  # the largest relative residual for a sampler that computes in float32 although its inputs are float64
+)
 NEGLIGIBLE = 1e-12  # a factor counts as 0 if it is smaller than this, relative to the numbers it is computed from
-CANCELS = 30.0  # rows use c0, not c2, if |c1| is at most this many times the sample's whole factor: else terms cancel
+MAX_CANCELLATION = (
+    30.0  # a row uses c0 and not c2 if |c1| is at most this multiple of the sample's whole factor: else terms cancel
+)
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "of_last")
 
 
@@ -60,18 +64,18 @@ class Numbers(NamedTuple):
 
     def bound(self) -> float:
         """The largest relative residual with which a step counts as linear."""
-        return LINEAR if self.wide else ROUNDED
+        return LINEAR_ERROR if self.wide else FLOAT32_ERROR
 
     def negligible(self) -> float:
-        return NEGLIGIBLE if self.wide else ROUNDED / 10
+        return NEGLIGIBLE if self.wide else FLOAT32_ERROR / 10
 
     def part(self, part: slice) -> Numbers:
         x, m, z, prev = (array[..., part] for array in self[:4])
         second, scaled = (None if array is None else array[:, part] for array in (self.second, self.scaled))
         return Numbers(x, m, z, prev, second, scaled, self.level, self.wide)
 
-    def last(self) -> Array:
-        """The result of the step before each step; zeros for the first."""
+    def last_results(self) -> Array:
+        """The previous step's result for each step; zeros for the first step."""
         return np.concatenate([np.zeros_like(self.prev[:1]), self.prev[:-1]])
 
 
@@ -100,7 +104,7 @@ def numbers_of(
             z[number, k] = kinds[2 + k][number]
     prev = np.stack([flat(step.prev, shape) for step in steps])
     for i in np.flatnonzero(~np.isfinite(prev).all(1)):
-        raise ValueError(f"{at(run, i)}, is not linear: its result is infinite or no number")
+        raise ValueError(f"{step_label(run, i)}, is not linear: its result is infinite or no number")
     second, scaled = (stacked(tensors, shape) for tensors in ([s.second for s in steps], [s.scaled for s in steps]))
     wide = all(step.prev.dtype == torch.float64 for step in steps)
     return Numbers(kinds[0], kinds[1], z, prev, second, scaled, level, wide), steps
@@ -138,7 +142,7 @@ class Factors(NamedTuple):
 
 
 def factors_of(run: Run, loop: Numbers) -> Factors:
-    """The factors of steps that do not clip. Raises ValueError where a step is not such a sum."""
+    """The factors of steps that do not clip. Raises ValueError if a step is not a sum of the terms of Factors."""
     try:
         factors = _without_last(run, loop)
         directions_of(run, factors.past, loop.negligible())
@@ -162,14 +166,16 @@ def factors_of_clipped(run: Run, loop: Numbers, x0: Array) -> Factors:
 def _without_last(run: Run, loop: Numbers) -> Factors:
     """The factors of steps that read a few earlier steps and not the previous step's result.
 
-    In a function, where a step's sample is the previous step's result, they may also read only that result in addition
-    to their own inputs.
+    In a function, a step's sample is the previous step's result. Its steps may therefore read this result, if they read
+    nothing else of earlier steps.
     """
     n, k = len(loop.x), loop.z.shape[1]
-    columns_of_step, last = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last()
+    columns_of_step, last_results = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last_results()
     past = [column for pair in zip(lagged(loop.unit()), lagged(loop.m), strict=True) for column in pair]
-    tries = [columns_of_step, [*columns_of_step, last]] if run.follows else [columns_of_step]
-    fitted = _fit(run, loop, [np.stack(columns, 1) for columns in (*tries, [*columns_of_step, 0 * last, *past])])
+    tries = [columns_of_step, [*columns_of_step, last_results]] if run.follows else [columns_of_step]
+    fitted = _fit(
+        run, loop, [np.stack(columns, 1) for columns in (*tries, [*columns_of_step, 0 * last_results, *past])]
+    )
     fitted = np.pad(fitted, ((0, 0), (0, 3 + k + 2 * LAGS - fitted.shape[1])))
     x, m, z, of_last, read = np.split(fitted, [1, 2, 2 + k, 3 + k], axis=1)
     return Factors(np.zeros(n), x[:, 0], m[:, 0], z, read.reshape(n, LAGS, 2), of_last[:, 0])
@@ -183,9 +189,9 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     with as few inputs as suffice: the result of an early step is a sum of the other inputs, so that the factors would
     not be unique.
     """
-    n, k, last = len(loop.x), loop.z.shape[1], loop.last()
-    none = np.zeros(n)
-    factors = Factors(none, none.copy(), none.copy(), np.zeros((n, k)), np.zeros((n, LAGS, 2)), none.copy())
+    n, k, last_results = len(loop.x), loop.z.shape[1], loop.last_results()
+    zeros = np.zeros(n)
+    factors = Factors(zeros, zeros.copy(), zeros.copy(), np.zeros((n, k)), np.zeros((n, LAGS, 2)), zeros.copy())
     # {step: the direction that later steps read, factors of the step's sample and output}
     known_directions: dict[int, Array] = {}
     inputs, last_try = np.stack([loop.unit(), loop.m], 1), (0, False)
@@ -201,13 +207,18 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
             for lag in range(1, lags + 1)
             for d in (np.eye(2) if free else known_directions.get(i - lag, np.eye(2)))
         ]
-        columns = [*inputs[i], *loop.z[i], *[d @ inputs[i - lag] for lag, d in read], *[last[i]] * with_last]
+        columns = [
+            *inputs[i],
+            *loop.z[i],
+            *[d @ inputs[i - lag] for lag, d in read],
+            *[last_results[i]] * with_last,
+        ]
         (fitted,), (error,) = least_squares(np.stack(columns)[None], loop.prev[i : i + 1], loop.negligible())
         past = np.zeros((LAGS, 2))
         for (lag, d), factor in zip(read, fitted[2 + k :], strict=False):
             past[lag - 1] += factor * d
         known_lags = [lag for lag in range(1, lags + 1) if i - lag in known_directions]
-        if free and not all(is_along(past[lag - 1], known_directions[i - lag][0]) for lag in known_lags):
+        if free and not all(is_multiple(past[lag - 1], known_directions[i - lag][0]) for lag in known_lags):
             return np.inf
         factors.x[i], factors.m[i], factors.z[i], factors.past[i] = fitted[0], fitted[1], fitted[2 : 2 + k], past
         factors.of_last[i] = fitted[-1] if with_last else 0
@@ -227,10 +238,10 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     return factors
 
 
-def is_along(pair: Array, other: Array) -> bool:
-    """Whether `pair` is a multiple of `other`, up to rounding."""
-    across = abs(pair[0] * other[1] - pair[1] * other[0])
-    return bool(across <= 1e-6 * np.linalg.norm(pair) * np.linalg.norm(other))
+def is_multiple(pair: Array, direction: Array) -> bool:
+    """Whether the vector `pair` is a multiple of the vector `direction`, up to rounding."""
+    across = abs(pair[0] * direction[1] - pair[1] * direction[0])
+    return bool(across <= 1e-6 * np.linalg.norm(pair) * np.linalg.norm(direction))
 
 
 def lagged(values: Array) -> list[Array]:
@@ -261,19 +272,20 @@ def _fit(run: Run, loop: Numbers, tries: Sequence[Array]) -> Array:
     raise ValueError(refusal(run, unfitted[0], errors[0]))
 
 
-def at(run: Run, i: Any) -> str:
+def step_label(run: Run, i: Any) -> str:
     return f"step {i}, at {run.unit} {float(run.times[int(i)]):g}"
 
 
 def refusal(run: Run, i: Any, error: float) -> str:
-    return f"{at(run, i)}, is not linear: random numbers differ by {error:.1e}, relatively; or it {READS_MORE}"
+    return f"{step_label(run, i)}, is not linear: random numbers differ by {error:.1e}, relatively; or it {READS_MORE}"
 
 
 def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.NDArray[np.int64]]:
-    """The direction that later steps read of each step, and rings_of the steps that are read.
+    """Returns each step's direction, (steps, 2), and history_steps_of the steps that later steps read.
 
-    A direction is factors of the step's sample and output, (steps, 2), zeros if no later step reads the step. Raises
-    ValueError if later steps read different directions of a step, or if a step would need more than HISTORY tensors.
+    A step's direction is the factors of its sample and output in the tensor that later steps read of it, or zeros if no
+    later step reads it. Raises ValueError if later steps read different directions of a step, or if a step would need
+    more than HISTORY tensors.
     """
     n, direction = len(past), np.zeros((len(past), 2))
     lags = range(1, min(LAGS, n - 1) + 1)
@@ -281,21 +293,26 @@ def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.
         larger = np.abs(past[lag:, lag - 1]).max(1) > np.abs(direction[:-lag]).max(1)
         direction[:-lag][larger] = past[lag:, lag - 1][larger]
     keeps = np.asarray(direction.any(1))
-    rings = rings_of(keeps)
+    history_steps = history_steps_of(keeps)
     for lag in lags:
         pair, read = past[lag:, lag - 1], direction[:-lag]
         across = np.abs(pair[:, 0] * read[:, 1] - pair[:, 1] * read[:, 0])
         for i in np.flatnonzero(across > 1e3 * negligible * (read**2).sum(1)):
-            raise ValueError(f"{at(run, i)}, is read by later ones in several proportions of its sample and output")
-        too_far = pair.any(1) & (rings[lag:] != np.arange(n - lag)[:, None]).all(1)
+            raise ValueError(
+                f"{step_label(run, i)}, is read by later ones in several proportions of its sample and output"
+            )
+        too_far = pair.any(1) & (history_steps[lag:] != np.arange(n - lag)[:, None]).all(1)
         for i in np.flatnonzero(too_far) + lag:
-            raise ValueError(f"{at(run, i)}, {READS_MORE}")
-    return direction, rings
+            raise ValueError(f"{step_label(run, i)}, {READS_MORE}")
+    return direction, history_steps
 
 
 def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequence[int | None]) -> Columns:
-    """The columns NAMES. noise: for each step, the draw that is its z, or None. Raises: as directions_of."""
-    direction, rings = directions_of(run, factors.past, loop.negligible())
+    """The columns NAMES. Raises the errors of directions_of.
+
+    noise: for each step, the number of the draw that is its z, or None.
+    """
+    direction, history_steps = directions_of(run, factors.past, loop.negligible())
     keeps = direction.any(1)
     lengths = np.sqrt((clean**2).sum(1) * (direction**2).sum(1))
     across = np.abs(clean[:, 0] * direction[:, 1] - clean[:, 1] * direction[:, 0])
@@ -314,13 +331,13 @@ def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequ
     rows["k1"], rows["a"] = rows["k1"] / loop.level, rows["a"] / loop.level
     for i in range(n):
         for lag in np.flatnonzero(factors.past[i].any(1)) + 1:
-            (k,), tensor = np.flatnonzero(rings[i] == i - lag), stored[i - lag]
+            (k,), tensor = np.flatnonzero(history_steps[i] == i - lag), stored[i - lag]
             rows[f"h{1 + k}"][i] = factors.past[i, lag - 1] @ tensor / (tensor @ tensor)
     return rows
 
 
-def rings_of(keeps: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """The steps whose kept tensors each step may read, the latest first, (steps, HISTORY); -1 for none.
+def history_steps_of(keeps: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """For each step, the earlier steps whose kept tensors it can read, the latest first: (steps, HISTORY), -1 for none.
 
     keeps: (steps,), whether a step keeps a tensor.
     """
@@ -339,7 +356,7 @@ def columns_of(x: Array, m: Array, clean: Array) -> Columns:
     a, b = clean.T.copy()
     c0 = np.divide(m, b, out=np.zeros(len(x)), where=b != 0)
     c1 = x - c0 * a
-    by_clean = (b != 0) & ((np.abs(c1) <= CANCELS * np.abs(x)) | (x == 0))
+    by_clean = (b != 0) & ((np.abs(c1) <= MAX_CANCELLATION * np.abs(x)) | (x == 0))
     c1 = np.where(by_clean, np.where(np.abs(c1) <= NEGLIGIBLE * np.abs(x), 0.0, c1), x)
     return {"a": a, "b": b, "c0": np.where(by_clean, c0, 0.0), "c1": c1, "c2": np.where(by_clean, 0.0, m)}
 
@@ -353,10 +370,10 @@ def terms_of(
     parts = np.array([column["a"] * x, column["b"] * m])
     x0, terms = bound(parts.sum(0)), np.zeros((5 + HISTORY, *x.shape))
     of_last, c1 = column["of_last"], column["c1"] - column["of_last"]
-    terms[:4] = column["c0"] * x0, c1 * x, column["c2"] * m, of_last * loop.last()
+    terms[:4] = column["c0"] * x0, c1 * x, column["c2"] * m, of_last * loop.last_results()
     stored = column["k0"] * x0 + column["k1"] * x + column["k2"] * m
-    for k, ring in enumerate(rings_of((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0)).T):
-        terms[5 + k] = np.where(ring[:, None] < 0, 0.0, column[f"h{1 + k}"] * stored[ring])
+    for k, history_step in enumerate(history_steps_of((rows["k0"] != 0) | (rows["k1"] != 0) | (rows["k2"] != 0)).T):
+        terms[5 + k] = np.where(history_step[:, None] < 0, 0.0, column[f"h{1 + k}"] * stored[history_step])
     for i, z in enumerate(loop.z):
         if noise[i] is not None:
             terms[4, i] = rows["s"][i] * z[noise[i]]
@@ -373,14 +390,14 @@ def least_squares(columns: Array, target: Array, negligible: float = NEGLIGIBLE)
     length = np.maximum(np.sqrt((target**2).sum(-1)), 1e-300)[:, None]
     factors = (np.linalg.pinv(scaled.swapaxes(1, 2), rcond=1e-13) @ (target / length)[..., None])[..., 0]
     terms = factors[..., None] * scaled
-    errors = relative(np.abs(target / length - terms.sum(1)), np.abs(terms).sum(1))
+    errors = relative_error(np.abs(target / length - terms.sum(1)), np.abs(terms).sum(1))
     factors[np.abs(factors) <= negligible * np.abs(factors).max(1, keepdims=True)] = 0
     factors = factors * length / np.where(sizes > 0, sizes, 1.0)
-    whole = np.round(factors)
-    return np.where((whole != 0) & (np.abs(factors - whole) <= negligible), whole, factors), errors
+    rounded = np.round(factors)
+    return np.where((rounded != 0) & (np.abs(factors - rounded) <= negligible), rounded, factors), errors
 
 
-def relative(error: Array, parts: Array) -> Array:
+def relative_error(error: Array, parts: Array) -> Array:
     """The largest error of each row, relative to the largest of `parts`, the sums of its terms' sizes. A NaN counts as
     infinite."""
     worst = error.max(-1) / np.maximum(parts.max(-1), 1e-300)

@@ -1,9 +1,9 @@
 """Observes a function that runs its own loop, such as k-diffusion's samplers, for tracing.
 
-The function is called with a model of ours. A step lies between two calls of this model: the result of the step is the
-sample of the next call, or the function's return value. To choose a step's sample, our model writes it into the tensor
-that it was called with. If that tensor is a copy, the function does not see the write: the step goes on with the
-previous step's result. Tracing can also handle that, but may refuse steps that read several earlier samples.
+The function is called with a probe in place of the model. A step lies between two calls of the probe: the result of the
+step is the sample of the next call, or the function's return value. To choose a step's sample, the probe writes it into
+the tensor that it was called with. If this tensor is a copy, the function does not see the write, and the step goes on
+from the previous step's result. Tracing handles this as well, but may refuse steps that read several earlier samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm_ext.tables.trace_run import Draw, Observed, Result, Run, Step, fresh_numbers, on_cpu
 
-CLEAN = "denoised"  # the name of the second tensor: the model's output, which is the clean sample
+CLEAN = "denoised"  # the name of a step's second tensor: the model's output, which is the clean sample
 
 
 class ModelLike:
@@ -25,13 +25,13 @@ class ModelLike:
 
     def __init__(self, call: Callable[..., Tensor], like: object) -> None:
         self._call, self._like = call, like
-        self.was_asked = False
+        self.was_read = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        self.was_asked = True
+        self.was_read = True
         return getattr(self._like, name)
 
 
@@ -55,14 +55,14 @@ def checked_sigmas(sigmas: Any) -> Tensor:
 
 
 class ObservedFunction:
-    """The loop of a function. Making this object runs the function once, to record its calls of the model.
+    """The loop of a function. The constructor runs the function once, to record its calls of the model.
 
     Args:
         sampler: a function sampler(model, x, sigmas), which may also have the parameters extra_args, callback, disable
             and noise_sampler.
         sigmas: (levels,), finite, >= 0.
         options: further arguments.
-        like: the object whose attributes our model has.
+        like: the object whose attributes the probe has.
 
     Attributes:
         run: the function's loop.
@@ -86,14 +86,14 @@ class ObservedFunction:
             return torch.empty(2, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
 
         start, times, callback_steps = normal(), [], []
-        seen: list[Tensor] = []
+        samples_of_calls: list[Tensor] = []
         expected = {*(options.get("extra_args") or {})}
 
-        def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
-            if unknown := more.keys() - expected:  # a real model may return more to the function through such arguments
+        def model(x: Tensor, sigma: Tensor, **model_kwargs: Any) -> Tensor:
+            if unknown := model_kwargs.keys() - expected:  # a real model may return values through such arguments
                 names = ", ".join(sorted(unknown))
                 raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
-            seen.append(x.clone())
+            samples_of_calls.append(x.clone())
             times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
             return 0.5 * x
 
@@ -102,7 +102,7 @@ class ObservedFunction:
             self._call(observed, probe, start.clone(), lambda _: callback_steps.append(len(times) - 1))
         if not times:
             raise ValueError("the model is never called, expected a call in each step")
-        self.row_before_model, self.reads_model = not torch.equal(seen[0], start), probe.was_asked
+        self.row_before_model, self.reads_model = not torch.equal(samples_of_calls[0], start), probe.was_read
         if self.row_before_model:
             times.insert(0, float(self._sigmas[0]))
             callback_steps = [i + 1 for i in callback_steps]
@@ -121,7 +121,7 @@ class ObservedFunction:
             raise ValueError(f"the function raises an error for samples in float64: {error}") from error
 
     def _observe(self, samples: Sequence[Tensor], outputs: Sequence[Tensor], noise: Draw) -> list[Step]:
-        """The function's steps: the `observe` of its Run."""
+        """Runs the function and returns its steps. This is `observe` of its Run."""
         steps: list[Step] = []
         second: Tensor | None = None
         count = len(self.run.times)
@@ -130,10 +130,10 @@ class ObservedFunction:
             steps.append(Step(Result(Tensor, None if second is None else CLEAN), prev.clone(), second, observed.draws))
             observed.begin(len(steps))
 
-        def refused(how: str) -> ValueError:
+        def refused(comparison: str) -> ValueError:
             return ValueError(
-                f"the model is called {how} than {count - self.row_before_model} times for other samples, on which the "
-                "steps depend: they are not linear"
+                f"the model is called {comparison} than {count - self.row_before_model} times for other samples, on "
+                "which the steps depend: they are not linear"
             )
 
         def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:

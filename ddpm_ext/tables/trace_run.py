@@ -1,4 +1,4 @@
-"""Runs a scheduler's loop on inputs of our choice and records each step, for tracing.
+"""Runs a scheduler's loop on chosen inputs and records each step, for tracing.
 
 This module depends on no library, only on the methods of diffusers' schedulers and similar objects: set_timesteps,
 timesteps, scale_model_input, step (or step_pred).
@@ -27,11 +27,12 @@ CLEAN_FIELDS = ("pred_original_sample", "denoised")
 # Options of a config that clip the predicted clean sample. Thresholding counts as a clip: where a sample is a single
 # number, as in the first run, it has the same effect.
 CLIPS = ("clip_sample", "clip_denoised", "thresholding")
-# The parameter names of steps for the model output, the timestep and the sample.
+# The names of a step method's parameters for the model output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
-SEEN = {torch.randn, torch.randn_like, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16}
-CONSTANT = {bool, int, float, str, type(None)}
+# The dtypes of lower precision than float64, and the functions that Observed intercepts.
+LOW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERCEPTED = {torch.randn, torch.randn_like, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16}
+SIMPLE_TYPES = {bool, int, float, str, type(None)}
 CONFIG = "_internal_dict"  # the attribute of diffusers' schedulers that has their configuration
 # Warning filters belong to the whole process, so one thread at a time changes and restores them.
 _filters = threading.RLock()
@@ -59,9 +60,8 @@ class Step(NamedTuple):
         prev, second: the next sample, and the other tensor that it returned.
         draws: the dtypes of the tensors that were passed to the step for GIVEN options, then of the normal numbers that
             it drew, in order.
-        state: the attributes of the scheduler that the step changed, if they are simple (is_simple), which are numbers,
-            also in tensors, strings or None.
-        stores: whether the step stores anything else, such as a tensor.
+        state: {attribute of the scheduler: its new value}, of the simple attributes (is_simple) that the step changed.
+        stores: whether the step stores anything else in the scheduler, such as a tensor.
         scaled: the result of scale_model_input for the step's sample, or None if it returned the sample itself.
         scale_counts: whether scale_model_input changed an attribute.
     """
@@ -80,7 +80,7 @@ Draw = Callable[[int, int], Tensor]  # (number of the step, number of its draw) 
 
 
 class Run(NamedTuple):
-    """A loop that runs on samples, outputs and noise of our choice.
+    """A loop that runs on chosen samples, model outputs and noise.
 
     Attributes:
         times: the timestep or sigma with which the model is called in each step.
@@ -103,7 +103,7 @@ class Run(NamedTuple):
 
 
 class Observed(TorchFunctionMode):
-    """A mode that replaces a sampler's random numbers by `noise`, and keeps float64 where the sampler casts to less.
+    """A mode that replaces a sampler's random numbers by `noise`, and ignores casts from float64 to lower precision.
 
     Args:
         shape: the samples' shape.
@@ -136,7 +136,7 @@ class Observed(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function not in SEEN or not self._watches:
+        if function not in INTERCEPTED or not self._watches:
             return function(*args, **kwargs)
         if function is torch.randn:
             size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
@@ -150,8 +150,8 @@ class Observed(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is not Tensor.to:
             return x
-        args = tuple(y for y in args[1:] if not (isinstance(y, torch.dtype) and y in NARROW))
-        kwargs = {name: y for name, y in kwargs.items() if not (name == "dtype" and y in NARROW)}
+        args = tuple(y for y in args[1:] if not (isinstance(y, torch.dtype) and y in LOW_DTYPES))
+        kwargs = {name: y for name, y in kwargs.items() if not (name == "dtype" and y in LOW_DTYPES)}
         return x.to(*args, **kwargs) if args or kwargs else x
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
@@ -198,14 +198,14 @@ def observe(
     Args:
         scheduler: in the state in which a loop begins. It stays unchanged.
         times: the timesteps with which the steps are called, each a number, or (1,), for all samples.
-        samples, outputs, noise: as for Run's observe.
+        samples, outputs, noise: see Run.observe.
         options: arguments of every step in addition to the model output, the timestep and the sample. GIVEN stands for
             a tensor of the samples' shape, which `noise` makes. A list has a value for each step.
         wide: whether casts to a lower precision are ignored, so that numbers stay float64.
 
     Raises:
-        ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
-            next sample and at most one more tensor.
+        ValueError: a step draws noise of a shape other than the samples', or returns anything but a next sample and at
+            most one more tensor.
     """
     scheduler, observed = copy.deepcopy(scheduler), Observed(samples[0].shape, noise, wide)
     state, step = scheduler.__dict__, getattr(scheduler, step_name(scheduler))
@@ -272,11 +272,11 @@ def parameters_of_step(cls: type) -> Mapping[str, inspect.Parameter]:
 
 def is_simple(value: object) -> bool:
     """Whether the value is a number, a tensor with a single number and no dimensions, a string or None."""
-    return type(value) in CONSTANT or (isinstance(value, Tensor) and not value.dim())
+    return type(value) in SIMPLE_TYPES or (isinstance(value, Tensor) and not value.dim())
 
 
 def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
-    """What a step returned: its description, the next sample, and the second tensor or None."""
+    """Splits what a step returned into its description, the next sample, and the second tensor or None."""
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")
@@ -299,8 +299,11 @@ def setting(scheduler: Any, name: str, default: Any = None) -> Any:
 
 
 def clip_of(scheduler: Any) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """The range to which a scheduler with a clip clips clean samples; and (quantile, largest divisor) for dynamic
-    thresholding, which divides them by a quantile of their magnitudes before the clip, or None."""
+    """Returns the range to which a scheduler with a clip clips clean samples, and its dynamic thresholding.
+
+    Dynamic thresholding divides clean samples by a quantile of their magnitudes before the clip. It is returned as
+    (quantile, largest divisor), or None if the scheduler has none.
+    """
     if setting(scheduler, "thresholding"):
         return (-1.0, 1.0), (setting(scheduler, "dynamic_thresholding_ratio"), setting(scheduler, "sample_max_value"))
     bound = float(setting(scheduler, "clip_sample_range", 1.0))

@@ -43,9 +43,9 @@ class FixedVariance(NamedTuple):
     """The variances of a schedule's reverse steps where the model doesn't return them: (timesteps,), float64.
 
     Attributes:
-        variance: the posterior's is 0 at t = 0.
-        log_variance: the logarithm. The posterior's is clamped at t = 0.
-        finite: the variance, but at t = 0 the posterior's variance of t = 1. This makes the log-likelihood finite.
+        variance: the variance itself. The posterior's variance is 0 at t = 0.
+        log_variance: its logarithm, of a posterior variance that is clamped to LEAST at t = 0.
+        finite: `variance`, but at t = 0 the posterior's variance of t = 1. This makes the log-likelihood finite.
     """
 
     variance: Tensor
@@ -80,7 +80,7 @@ class Variance:
         logarithm: for a learned variance, whether the model returns v of the log-variance 2 (l0 + l1 v). Otherwise v is
             the variance itself.
         bound: whether the variational bound can train a model for this variance.
-        peers: other libraries' names, the first of which is the one to write.
+        peers: {another library: its names of the variance}, first the name to write into its config.
     """
 
     meaning: str
@@ -129,7 +129,7 @@ def _same_name(name: str, *diffusers: str) -> dict[str, tuple[str, ...]]:
 VARIANCES: dict[str, Variance] = {
     "fixed_small": Variance(
         meaning="the posterior's",
-        columns=lambda of: _fixed(of.small.clamp(min=LEAST), of.small),
+        columns=lambda posterior: _fixed(posterior.small.clamp(min=LEAST), posterior.small),
         peers=_same_name("fixed_small", "fixed_small", "fixed_small_log"),
     ),
     "fixed_large": Variance(
@@ -140,7 +140,9 @@ VARIANCES: dict[str, Variance] = {
     ),
     "learned": Variance(
         meaning="the model returns its logarithm",
-        columns=lambda of: _learned_columns(torch.zeros_like(of.small), torch.full_like(of.small, 0.5)),
+        columns=lambda posterior: _learned_columns(
+            torch.zeros_like(posterior.small), torch.full_like(posterior.small, 0.5)
+        ),
         learned=True,
         logarithm=True,
         # diffusers has no variance_type of this name: it refuses the model's channels and can't misread them.
@@ -155,7 +157,9 @@ VARIANCES: dict[str, Variance] = {
     ),
     "learned_variance": Variance(
         meaning="the model returns it",
-        columns=lambda of: _learned_columns(torch.zeros_like(of.small), torch.zeros_like(of.small)),
+        columns=lambda posterior: _learned_columns(
+            torch.zeros_like(posterior.small), torch.zeros_like(posterior.small)
+        ),
         learned=True,
         bound=False,
         peers={"diffusers": ("learned",)},
@@ -166,5 +170,5 @@ TRAINABLE_VARIANCES = tuple(name for name, variance in VARIANCES.items() if vari
 
 
 def peer_variances(library: str) -> dict[str, str]:
-    """Maps the names of variances in `library` to ours."""
-    return {theirs: name for name, entry in VARIANCES.items() for theirs in entry.peers.get(library, ())}
+    """Maps the names of variances in `library` to ddpm_ext's names."""
+    return {peer_name: name for name, entry in VARIANCES.items() for peer_name in entry.peers.get(library, ())}

@@ -21,7 +21,7 @@ from ddpm_ext.integrations.shared import CACHED, new
 from ddpm_ext.tables.step_table import packed_rows, table_of_checked
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import CONFIG, CONSTANT, observe, setting
+from ddpm_ext.tables.trace_run import CONFIG, SIMPLE_TYPES, observe, setting
 
 SETTINGS = 16  # the cache has the rows of this many settings for each kind of loop
 OURS = {*CACHED, "_acceleration", "_position", "_scales_inputs"}  # the attributes that this package adds
@@ -270,7 +270,7 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
     states = [{name: attributes.get(name) for name in counted & relevant}]
     for step in trace.steps[:-1]:
         states.append({name: step.state.get(name, value) for name, value in states[-1].items()})
-    tensors = {name for state in states for name, value in state.items() if type(value) not in CONSTANT}
+    tensors = {name for state in states for name, value in state.items() if type(value) not in SIMPLE_TYPES}
     states = [{name: value for name, value in state.items() if name not in tensors} for state in states]
     contents = {name: content_of(cls, attributes, name) for name in relevant - counted - {"_begin_index"}}
     return LoopRows(key, times[:n], trace, stepper, has_history, states, contents, scheduler, {}, {})

@@ -7,8 +7,8 @@ a_s for alphas_cumprod where it arrives.
 
 The rows also determine how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). ddpm's rows
 move the mean by the variance times g (algorithm 1). In the rows of all other samplers, eps becomes eps - sqrt(1 - a_t)
-g (algorithm 2), and x0 changes accordingly, after the clip. So do the tensors that rows keep. The eps with which CFG++
-renoises stays without g.
+g (algorithm 2). x0, after the clip, and the tensors that rows keep change accordingly. CFG++ renoises with an eps
+without g.
 """
 
 from __future__ import annotations

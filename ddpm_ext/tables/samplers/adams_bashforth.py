@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["deis", "ipndm", "lms", "plms"]
 
-ORDERS = multistep.SLOTS + 1  # above the highest order
+ORDERS = multistep.SLOTS + 1  # the highest order, plus 1
 # Adams and Bashforth's weights of the first to fourth order, for steps of equal length.
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -27,14 +27,14 @@ ADAMS_BASHFORTH = (
 
 @at_any_scale
 def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
-    """Adams and Bashforth's method for steps of any length, for the probability flow in sigma, as k-diffusion's.
+    """Adams and Bashforth's method for steps of any length, for the probability flow in sigma, like k-diffusion's lms.
 
     The slope of x / sqrt(alphas_cumprod) by sigma is eps (Karras et al. 2022, eq. 3); the step is the exact integral of
     the polynomial in sigma through the last `order` slopes. The first steps use as many slopes as exist.
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
+        prediction: see ddpm.
         order: 1 to 4.
 
     Raises:
@@ -46,34 +46,34 @@ def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
     """
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     sigma = (1 / grid.alphas_cumprod - 1).sqrt().tolist()
-    used = multistep.orders(grid, order, lower_order_final=False, lower_order_clean=False)
-    return multistep.of_eps(grid, prediction, multistep.extrapolated(sigma, used))
+    order_of_step = multistep.orders(grid, order, lower_order_final=False, lower_order_clean=False)
+    return multistep.of_eps(grid, prediction, multistep.extrapolated(sigma, order_of_step))
 
 
 @at_any_scale
 def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_final: bool = True) -> StepTable:
-    """tAB-DEIS: Zhang & Chen 2023, section 3.3, with the polynomial in log sigma, as diffusers' "logrho".
+    """tAB-DEIS: Zhang & Chen 2023, section 3.3, with the polynomial in log sigma, which diffusers calls "logrho".
 
     The step is the exact integral over sigma of the polynomial through the last `order` eps.
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
+        prediction: see ddpm.
         order: 1 to 3 as in diffusers, or 4.
-        lower_order_final: with fewer than 15 steps, whether the last step is of first order and the one before it of
+        lower_order_final: with fewer than 15 steps, whether the last step is of first order and the last but one of
             second.
 
     The first step is of first order, and so is a last step that arrives at clean data, where log sigma is infinite.
 
-    Raises: as for lms.
+    For the errors see lms.
 
     Examples:
         >>> table = deis(grid, order=3)  # for sampler= of a loop
     """
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     log_sigma = (-coefficients.half_log_snr(grid)).tolist()
-    used = multistep.orders(grid, order, lower_order_final=lower_order_final)
-    return multistep.of_eps(grid, prediction, multistep.extrapolated(log_sigma, used, np.exp))
+    order_of_step = multistep.orders(grid, order, lower_order_final=lower_order_final)
+    return multistep.of_eps(grid, prediction, multistep.extrapolated(log_sigma, order_of_step, np.exp))
 
 
 @at_any_scale
@@ -85,7 +85,7 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
+        prediction: see ddpm.
 
     Raises:
         ValueError: an unknown `prediction`.
@@ -93,19 +93,19 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
     Examples:
         >>> table = ipndm(grid)  # for sampler= of a loop
     """
-    used = multistep.orders(grid, 4, lower_order_final=False, lower_order_clean=False)
-    return multistep.of_eps(grid, prediction, [ADAMS_BASHFORTH[order - 1] for order in used])
+    order_of_step = multistep.orders(grid, 4, lower_order_final=False, lower_order_clean=False)
+    return multistep.of_eps(grid, prediction, [ADAMS_BASHFORTH[order - 1] for order in order_of_step])
 
 
 @at_any_scale
 def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
-    """PLMS, the multistep sampler of PNDM: Liu et al. 2022, the same samples as diffusers'.
+    """PLMS, the multistep sampler of PNDM: Liu et al. 2022, with the same samples as diffusers.
 
-    These are iPNDM's rows and an additional one. After the first step, the model is called at the second timestep, and
-    the first step is repeated with the mean of both eps. The eps of this additional call is not kept. len(grid) steps
+    These are iPNDM's rows and one more row. After the first step, the model is called at the second timestep, and the
+    first step is repeated with the mean of both eps. No row keeps the eps of this additional call. len(grid) steps
     are len(grid) + 1 rows; a single step is one row. With prediction "v", diffusers takes means of v in place of eps.
 
-    Args, raises: as for ipndm.
+    For the arguments and errors see ipndm.
 
     Examples:
         >>> len(plms(grid))  # the first step calls the model twice
@@ -115,10 +115,12 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
     first = multistep.first_step(grid)
     if len(grid) < first + 2:
         return table
-    half = multistep.eps_slope(grid)[first : first + 1] / 2
+    half_slope = multistep.eps_slope(grid)[first : first + 1] / 2
     second_row = table[first + 1 : first + 2]
     levels = dict(zip(LEVELS, (second_row.signal_now, second_row.noise_now) * 2, strict=True))
-    c0, c1 = half * second_row.k0, 1 + half * second_row.k1
-    again = StepTable(second_row.timestep, second_row.a, second_row.b, c0, c1, h1=-half, g0=second_row.g0, **levels)
+    c0, c1 = half_slope * second_row.k0, 1 + half_slope * second_row.k1
+    repeated_step = StepTable(
+        second_row.timestep, second_row.a, second_row.b, c0, c1, h1=-half_slope, g0=second_row.g0, **levels
+    )
     rows = torch.arange(len(table), device="cpu")
-    return merged([(2 * rows, table), (2 * rows[first : first + 1] + 1, again)])
+    return merged([(2 * rows, table), (2 * rows[first : first + 1] + 1, repeated_step)])

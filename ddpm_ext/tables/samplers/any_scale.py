@@ -11,7 +11,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
-    """Decorates a sampler for variance-preserving samples, so that it takes grids of any scale."""
+    """Decorator of a sampler for variance-preserving samples: the result accepts grids of any scale."""
 
     @wraps(sampler)
     def scaled(grid: Any, **options: Any) -> StepTable:

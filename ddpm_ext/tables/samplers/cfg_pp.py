@@ -29,11 +29,11 @@ def _renoised(grid: Grid | Jumps, prediction: str, sigma: Tensor) -> StepTable:
 def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     """CFG++ on DDIM: Chung et al. 2024, algorithm 2; ComfyUI has it by this name.
 
-    x0 comes from the guided output u + scale (m - u), and eps_u from the unconditional output u: prev = sqrt(a_s) x0 +
-    sqrt(1 - a_s) eps_u. The scale is the paper's lambda, in [0, 1] there. A scale of 1 is not the same as no guidance:
-    without guidance the rows are ddim's. A clip of x0 does not change eps_u.
+    The step is prev = sqrt(a_s) x0 + sqrt(1 - a_s) eps_u. Its x0 comes from the guided output u + scale (m - u), and
+    eps_u from the unconditional output u. The scale is the paper's lambda, which is in [0, 1]. A scale of 1 is not the
+    same as no guidance: without guidance the rows are ddim's. A clip of x0 does not change eps_u.
 
-    Args, raises: as for ddim.
+    For the arguments and errors see ddim.
 
     Examples:
         >>> table = euler_cfg_pp(grid)  # for a loop with guidance=0.6, say
@@ -45,7 +45,7 @@ def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
 def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
     """CFG++ with fresh noise, ComfyUI's variant: euler_cfg_pp's rows with euler_ancestral's noise.
 
-    Args, raises: as for ddim.
+    For the arguments and errors see ddim.
 
     Examples:
         >>> table = euler_ancestral_cfg_pp(grid, eta=0.5)  # for a loop with guidance
@@ -55,10 +55,10 @@ def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: 
 
 @at_any_scale
 def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
-    """CFG++ on DPM-Solver++(2M), the same samples as the authors' and ComfyUI's.
+    """CFG++ on DPM-Solver++(2M), with the same samples as the authors' code and ComfyUI.
 
-    With y = x / sqrt(alphas_cumprod), h the step in lambda, r the previous step in lambda over h, u0 the x0 of the
-    unconditional output, and u0' the previous step's u0:
+    With y = x / sqrt(alphas_cumprod), h the step's length in lambda, r the previous step's length divided by h, u0 the
+    x0 of the unconditional output, and u0' the previous step's u0:
 
         y_s = x0 + e^-h (y - u0) + (1 - e^-h) / (2 r) (x0 - u0')
 
@@ -66,15 +66,15 @@ def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
     clean sample, and keeps the rest of the sum. The second row does not call the model, and keeps u0 for the next step.
     The first step has no u0'. A last step to clean data is one row, and so is a step from pure noise.
 
-    Args, raises: as for dpmpp_2m; there is no lower_order_final.
+    For the arguments and errors see dpmpp_2m, which also has lower_order_final.
 
     Examples:
         >>> table = dpmpp_2m_cfg_pp(grid)  # for a loop with guidance
     """
     table, first = euler_cfg_pp(grid, prediction=prediction), multistep.first_step(grid)
     h = coefficients.half_log_snr(grid).diff()
-    onward = torch.zeros_like(h)
-    onward[first + 1 :] = -torch.expm1(-h[first + 1 :]) * h[first + 1 :] / (2 * h[first:-1])
+    share = torch.zeros_like(h)
+    share[first + 1 :] = -torch.expm1(-h[first + 1 :]) * h[first + 1 :] / (2 * h[first:-1])
     ratio = sigmas_of(grid.after) / sigmas_of(grid.now)
     twice = (grid.now > 0) & (grid.after < 1)
     first_rows = replace(
@@ -84,12 +84,12 @@ def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
         cu=torch.where(twice, table.b, table.cu),
         signal_after=torch.where(twice, 1.0, table.signal_after),
         noise_after=torch.where(twice, 0.0, table.noise_after),
-        k0=torch.where(twice, 1 + onward, 0.0),
+        k0=torch.where(twice, 1 + share, 0.0),
         k1=torch.where(twice, ratio / grid.now.sqrt(), 0.0),
     )
-    number, signal, none = torch.arange(len(grid), device="cpu"), grid.after[twice].sqrt(), torch.zeros_like(h[twice])
+    number, signal, zeros = torch.arange(len(grid), device="cpu"), grid.after[twice].sqrt(), torch.zeros_like(h[twice])
     if not len(signal):
         return first_rows
-    c1, h2, levels = -signal * ratio[twice], -signal * onward[twice], level_columns(none + 1, grid.after[twice])
-    second_rows = StepTable(grid.timestep[twice], none, none, none, c1, h1=signal, h2=h2, k1=none + 1, **levels)
+    c1, h2, levels = -signal * ratio[twice], -signal * share[twice], level_columns(zeros + 1, grid.after[twice])
+    second_rows = StepTable(grid.timestep[twice], zeros, zeros, zeros, c1, h1=signal, h2=h2, k1=zeros + 1, **levels)
     return merged([(2 * number, first_rows), (2 * number[twice] + 1, second_rows)])

@@ -31,9 +31,9 @@ def posterior_variance(grid: Grid | Jumps) -> Tensor:
     Raises:
         ValueError: a step goes up to more noise, for which the posterior is not defined.
     """
-    up = grid.after < grid.now
-    if up.any():
-        i = int(up.byte().argmax())
+    goes_up = grid.after < grid.now
+    if goes_up.any():
+        i = int(goes_up.byte().argmax())
         raise ValueError(
             f"grid's step {i}, from timestep {grid.timestep[i].item()}, goes up to more noise, expected steps down "
             "for a sampler that adds the posterior's noise"
@@ -88,10 +88,10 @@ def score(grid: Grid | Jumps) -> Tensor:
 
 
 def rows(grid: Grid | Jumps, prediction: str, **columns: Tensor | None) -> StepTable:
-    """The table of these steps with the columns that are passed.
+    """The table of the grid's steps with these columns.
 
-    Timesteps, a and b come from the grid and the prediction. g0, from `score`, and the levels are defaults that
-    `columns` may override.
+    Timesteps, a and b come from the grid and the prediction. Unless `columns` has others, g0 comes from `score` and the
+    levels from the grid.
     """
     a, b = x0(grid, prediction)
     return StepTable(grid.timestep, a, b, **{"g0": score(grid), **grid.levels, **columns})
@@ -101,7 +101,7 @@ def sigma(grid: Grid | Jumps, eta: float) -> Tensor:
     """eta times the posterior's standard deviation: Song et al. 2021, eq. (16).
 
     Raises:
-        TypeError, ValueError: `eta` is not a finite number >= 0; as posterior_variance, unless `eta` is 0.
+        TypeError, ValueError: `eta` is not a finite number >= 0; the errors of posterior_variance, unless `eta` is 0.
     """
     eta = check_eta(eta)
     return eta * posterior_variance(grid).sqrt() if eta else torch.zeros_like(grid.now)

@@ -18,14 +18,14 @@ SIGMA_DATA = 0.5
 
 @at_any_scale
 def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float = 10.0) -> StepTable:
-    """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4, the same samples as diffusers'.
+    """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4. diffusers has the same samples.
 
     The consistency function f = c_skip x + c_out x0 predicts the clean sample. The next sample is f plus fresh noise at
     the level where the step arrives. c_skip is 1 at timestep 0, and nearly 0 from timestep 1 on.
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
+        prediction: see ddpm.
         timestep_scaling: the factor of the timestep in c_skip and c_out, 10 in diffusers.
 
     Raises:
@@ -35,22 +35,22 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
         >>> table = lcm(grid)  # for sampler= of a loop
     """
     scaled = timestep_scaling * grid.timestep.double()
-    total = scaled**2 + SIGMA_DATA**2
-    skip, out = SIGMA_DATA**2 / total, scaled / total.sqrt()
+    power = scaled**2 + SIGMA_DATA**2
+    skip, out = SIGMA_DATA**2 / power, scaled / power.sqrt()
     signal, s = grid.after.sqrt(), (1 - grid.after).sqrt()
     return coefficients.rows(grid, prediction, c0=signal * out, c1=signal * skip, s=s)
 
 
 @at_any_scale
 def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
-    """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024; diffusers has the same.
+    """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024, as in diffusers.
 
     Let s be the timestep at which a step arrives. The step goes down to timestep (1 - eta) s, rounded down, and fresh
     noise leads from there up to s. These are DDIM's rows with more noise. The last step adds no noise.
 
     Args:
         grid: descending, with a schedule.
-        prediction: as for ddpm.
+        prediction: see ddpm.
         eta: gamma of the paper, in [0, 1]. 0 is the deterministic sampler. With 1, fresh noise replaces the model's.
 
     Raises:
@@ -70,6 +70,6 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
                 "grid has no schedule, in which tcd counts timesteps: expected one, as make_grid's, or eta 0"
             )
         between = grid.schedule[((1 - eta) * grid.timestep[1:]).floor().long()]
-        # The grid's levels may have less noise than the schedule's first level: then the difference is negative.
+        # If the grid's levels have less noise than the schedule's first level, the difference is negative.
         sigma[:-1] = (1 - grid.after[:-1] / between).clamp(min=0).sqrt()
     return implicit(grid, prediction, sigma, keep_eps=True)

@@ -22,8 +22,8 @@ def implicit(
 ) -> StepTable:
     """The rows prev = sqrt(a_s) x0 + direction eps + sigma z.
 
-    A direction of None is sqrt(1 - a_s - sigma^2), with which prev has the variance of its level: Song et al. 2021, eq.
-    (12). Then sigma^2 must be at most 1 - a_s, up to rounding.
+    A direction of None stands for sqrt(1 - a_s - sigma^2), which gives prev the variance of its level: Song et al.
+    2021, eq. (12). For a direction of None, sigma^2 must be at most 1 - a_s, up to rounding.
     """
     now, after = grid.now, grid.after
     if direction is None:
@@ -43,11 +43,11 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
-        eta: finite, >= 0. 0 is the deterministic sampler, 1 DDPM's posterior. From some value above 1, which depends on
-            the grid, a step would add more noise than the level where it arrives has.
-        keep_eps: the eps of the step if x0 has been clipped. True keeps the model's (the tutorial, diffusers). False
-            takes the eps that leads from the clipped x0 to x_t (guided-diffusion, lucidrains, diffusers with
+        prediction: see ddpm.
+        eta: finite, >= 0. 0 is the deterministic sampler, 1 DDPM's posterior. Its largest value is at least 1 and
+            depends on the grid: above it, a step would add more noise than the level where it arrives has.
+        keep_eps: the eps of the step if x0 has been clipped. True keeps the model's eps (the tutorial, diffusers).
+            False takes the eps that leads from the clipped x0 to x_t (guided-diffusion, lucidrains, diffusers with
             use_clipped_model_output).
 
     Raises:
@@ -64,14 +64,14 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
 
 
 def _check_noise(grid: Grid | Jumps, sigma: Tensor, eta: float) -> None:
-    """Raises ValueError where sigma^2 > 1 - a_s: no factor of eps could give the step the variance of its level."""
-    room = torch.where(sigma > 0, (1 - grid.after) / sigma**2, torch.inf)
-    i = int(room.argmin())
-    if room[i] < 1 - ROUNDING:
-        largest = math.floor(1e4 * eta * room[i].item() ** 0.5 + 1e-3) / 1e4
+    """Raises ValueError if sigma^2 > 1 - a_s: no factor of eps could give that step's result its level's variance."""
+    largest_factor = torch.where(sigma > 0, (1 - grid.after) / sigma**2, torch.inf)
+    i = int(largest_factor.argmin())
+    if largest_factor[i] < 1 - ROUNDING:
+        largest_eta = math.floor(1e4 * eta * largest_factor[i].item() ** 0.5 + 1e-3) / 1e4
         raise ValueError(
             f"eta is {eta}, which in step {i}, from timestep {grid.timestep[i].item()}, asks for more noise than there "
-            f"is where it arrives: expected at most {largest}"
+            f"is where it arrives: expected at most {largest_eta}"
         )
 
 
@@ -85,7 +85,7 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
     Args:
         grid: ascending, as from make_grid(alphas_cumprod, timesteps from low to high, final=alphas_cumprod of the
             last).
-        prediction, keep_eps: as for ddim. "x_prev" is refused.
+        prediction, keep_eps: see ddim. "x_prev" is refused.
 
     Raises:
         ValueError: an unknown `prediction`, "x_prev", or a grid that does not ascend.
@@ -110,7 +110,7 @@ def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     For variance-preserving samples, this is DDIM's row with eta 0 and the eps derived from the clipped x0. The samples
     of k-diffusion and diffusers are the same, divided by sqrt(alphas_cumprod).
 
-    Args, raises: as for ddim.
+    For the arguments and errors see ddim.
 
     Examples:
         >>> table = euler(grid, prediction="v")  # for sampler= of a loop
@@ -125,7 +125,7 @@ def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float =
     This is DDIM's row with the same eta and the eps derived from the clipped x0, but no step adds more noise than the
     next timestep has.
 
-    Args, raises: as for ddim.
+    For the arguments and errors see ddim.
 
     Examples:
         >>> euler_ancestral(grid).s.round(decimals=2).tolist()  # fresh noise in all steps but the last

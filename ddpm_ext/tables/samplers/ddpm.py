@@ -22,7 +22,7 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
         grid: descending. The last row of a Grid adds no noise. With Jumps, every row does.
         prediction: what the model predicts, a name of PREDICTIONS such as "eps", "x0", "v", "flow", "edm" or "x_prev".
         variance: the variance of the noise.
-            "fixed_small" is the posterior's, at least 1e-20.
+            "fixed_small" is the posterior's variance, at least 1e-20.
             "fixed_large" is beta.
             With "learned", the model returns the log-variance in addition to m.
             With "learned_range", the model returns the position of the log-variance between those of "fixed_small" (-1)
@@ -31,8 +31,8 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
 
     A classifier's gradient moves the mean by the variance times the gradient, also in the last step. As in
     guided-diffusion, this variance is not clipped for "fixed_small": it is 0 in a step that arrives at clean data. For
-    "fixed_large", the last step takes the posterior variance of the previous step, if there is one. So does the lower
-    end of "learned_range" in a last step that arrives at clean data.
+    "fixed_large", the gradient's weight in the last step is the posterior variance of the previous step, if there is a
+    previous step. With "learned_range", a last step that arrives at clean data takes this variance as the lower end.
 
     Raises:
         ValueError: an unknown `prediction` or `variance`, or a grid that goes up to more noise.

@@ -30,16 +30,17 @@ def edm(
     s_tmax: float = 50.0,
     s_noise: float = 1.003,
 ) -> StepTable:
-    """Heun's method with churn: Karras et al. 2022, algorithm 2. The defaults are theirs for ImageNet (table 5).
+    """Heun's method with churn: Karras et al. 2022, algorithm 2. The defaults are the paper's for ImageNet (table 5).
 
     Before a step whose sigma is in [s_tmin, s_tmax], fresh noise raises sigma to (1 + gamma) sigma, with gamma =
     min(s_churn / len(grid), sqrt(2) - 1). The model is called at this level, between the timesteps of the schedule, or
-    at the schedule's last timestep if the level is above its greatest sigma. The last row of the previous step adds the
-    noise; for the first step, a row without a call of the model does. Without churn the rows are heun's.
+    at the schedule's last timestep if the level is above the schedule's greatest sigma. The last row of the previous
+    step adds the noise. For the first step, an extra row without a call of the model does. Without churn the rows are
+    heun's.
 
     Args:
         grid: descending. With churn, it needs a schedule or a timestep_of.
-        prediction: as for ddpm. "x_prev" is refused.
+        prediction: see ddpm. "x_prev" is refused.
         s_churn: how much noise all steps together add, finite, >= 0.
         s_tmin, s_tmax: the range of sigmas, noise over signal, of the steps with churn, >= 0. s_tmax may be infinite.
         s_noise: a factor of the noise's standard deviation, finite, >= 0.

@@ -29,7 +29,7 @@ def eta_argument(sampler: Callable[..., object], eta: float | None) -> dict[str,
         eta: finite, >= 0, or None for the sampler's default. For a sampler without eta, 0 is accepted as well.
 
     Returns:
-        {"eta": eta}, or {} where the sampler has no eta or `eta` is None.
+        {"eta": eta}, or {} if the sampler has no eta or `eta` is None.
 
     Raises:
         TypeError: `eta` is not a number.

@@ -37,7 +37,7 @@ def flow_sde(
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
+        prediction: see ddpm.
         eta: the scale of the noise, Flow-GRPO's noise_level, finite, >= 0. 0 gives Euler's method.
         variant: "flow_grpo": d = eta sqrt(t / (1 - t)); if t is 1, the denominator has t' in place of t, as in the
             authors' code. "dance_grpo": d = eta (Xue et al. 2025).
@@ -45,7 +45,7 @@ def flow_sde(
             ends at the predicted x_0 and has no probability.
 
     Raises:
-        TypeError, ValueError: as ddim; an unknown `variant`.
+        TypeError, ValueError: the errors of ddim; an unknown `variant`.
 
     Examples:
         >>> from ddpm_ext.tables.flow_grids import flow_grid, flow_sigmas
@@ -61,6 +61,8 @@ def flow_sde(
         d = d * (t / (1 - torch.where(t == 1, t_after, t))).sqrt()
     if not last_noise:
         d = torch.where(t_after == 0, 0.0, d)
-    step = t - t_after
-    of_eps = t_after - d**2 * step / (2 * t)
-    return implicit(grid, prediction, d * step.sqrt() * power_after, keep_eps=True, direction=of_eps * power_after)
+    step_length = t - t_after
+    of_eps = t_after - d**2 * step_length / (2 * t)
+    return implicit(
+        grid, prediction, d * step_length.sqrt() * power_after, keep_eps=True, direction=of_eps * power_after
+    )

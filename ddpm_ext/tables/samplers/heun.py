@@ -1,4 +1,4 @@
-"""Heun's method: second order with two calls of the model a step."""
+"""Heun's method, of second order: each step calls the model twice."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["heun", "heun_steps"]
 def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """Heun's method for the probability flow in sigma: Karras et al. 2022, algorithm 1, without churn.
 
-    A step is two rows with a call of the model each. The first row is an Euler step to a preliminary x at the next
-    timestep. The second row corrects x by the slope there. The last step is one Euler row, and so is a step from pure
-    noise, where sigma is infinite. len(grid) steps are up to 2 len(grid) - 1 rows.
+    A step is two rows, and each row calls the model. The first row is an Euler step to a preliminary x at the next
+    timestep. The second row corrects x by the slope at this timestep. The last step is one Euler row, and so is a step
+    from pure noise, where sigma is infinite. len(grid) steps are up to 2 len(grid) - 1 rows.
 
-    Args, raises: as for dpmpp_2m.
+    For the arguments and errors see dpmpp_2m.
 
     Examples:
-        >>> len(heun(grid))  # two rows for each of the three steps but the last
+        >>> len(heun(grid))  # three steps: two rows each, but one row for the last step
         5
     """
     steps = Jumps(grid.timestep, grid.now, grid.after, grid.alphas)
@@ -38,15 +38,20 @@ def heun_steps(prediction: str, steps: Jumps, ends: Jumps) -> StepTable:
     (r - 1) / 2 (x0 - x0 of the Euler row), so that the sample at the step's start is not needed.
 
     Args:
-        prediction: as for ddpm.
-        steps: each step from its start to the level that it reaches with its noise.
-        ends: the end of each step but the last, where the model is called. The last step is one Euler row.
+        prediction: see ddpm.
+        steps: each step from its start to the level that it reaches after its noise is added.
+        ends: for each step but the last, from the end of Heun's step, where the model is called, to the same level. The
+            last step is one Euler row.
     """
     end = torch.cat([ends.now, steps.after[-1:]])
     s = (1 - steps.after / end).sqrt()  # the variance that a step of the forward process adds
     twice = steps.now > 0
     twice[-1] = False
-    both = twice[:-1]
-    calls = Jumps(ends.timestep[both], ends.now[both], ends.after[both], ends.alphas[both])
-    half = (sigmas_of(steps.now[twice]) / sigmas_of(calls.now) - 1) / 2
-    return two_calls(prediction, steps, s, twice, Correction(calls, half, torch.ones_like(half), -half))
+    has_second_row = twice[:-1]
+    calls = Jumps(
+        ends.timestep[has_second_row], ends.now[has_second_row], ends.after[has_second_row], ends.alphas[has_second_row]
+    )
+    half_change = (sigmas_of(steps.now[twice]) / sigmas_of(calls.now) - 1) / 2
+    return two_calls(
+        prediction, steps, s, twice, Correction(calls, half_change, torch.ones_like(half_change), -half_change)
+    )

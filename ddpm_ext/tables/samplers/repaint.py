@@ -15,16 +15,16 @@ __all__ = ["repaint"]
 def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10) -> StepTable:
     """Adds jumps back to more noise to a table, so that the inpainted region comes to fit the known image.
 
-    RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump. Every `jump_length` rows,
-    counted from the last one, the loop goes back over that many rows and takes them again, until it has taken them
-    `jump_n_sample` times. A jump is one row, a step of the forward process: c1 = signal_after / signal_now, s^2 =
-    noise_after^2 - c1^2 noise_now^2. It does not call the model (a = b = c0 = c2 = 0); its timestep is the timestep
-    where it starts. Every row has its own draw of noise.
+    RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump. After every `jump_length`
+    rows, counted from the table's end, the loop jumps back over these rows and takes them again, until it has taken
+    them `jump_n_sample` times. A jump is one row, a step of the forward process: c1 = signal_after / signal_now, s^2 =
+    noise_after^2 - c1^2 noise_now^2. It does not call the model (a = b = c0 = c2 = 0). Its timestep is the timestep
+    where it starts. All rows have different draws of noise.
 
     Args:
         table: descending, without history, with the columns of levels.
         jump_length: how many rows a jump goes back, at least 1.
-        jump_n_sample: how many times each stretch is taken, at least 1. 1 means no jumps.
+        jump_n_sample: how many times each sequence of rows is taken, at least 1. 1 means no jumps.
 
     Raises:
         TypeError: `table` is not a StepTable, or `jump_length` or `jump_n_sample` is not an int.
@@ -44,16 +44,18 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     if table.history:
         raise ValueError("table has history (h1 to k2), which a jump would make another step's, expected none")
     falls = table.noise_now * table.signal_after > table.noise_after * table.signal_now
-    goes_on = table.signal_now[1:].equal(table.signal_after[:-1]) and table.noise_now[1:].equal(table.noise_after[:-1])
-    if not (falls.all() and goes_on):
+    is_consecutive = table.signal_now[1:].equal(table.signal_after[:-1]) and table.noise_now[1:].equal(
+        table.noise_after[:-1]
+    )
+    if not (falls.all() and is_consecutive):
         raise ValueError(
             "table does not descend, expected less noise after each row, and each to start where one ended"
         )
 
-    row, back = torch.tensor(_order(len(table), length, passes), device="cpu").T
-    jump = back > 0
+    row, rows_back = torch.tensor(_order(len(table), length, passes), device="cpu").T
+    is_jump = rows_back > 0
     signal, noise = table.signal_now[row], table.noise_now[row]
-    signal_after, noise_after = table.signal_now[row - back], table.noise_now[row - back]
+    signal_after, noise_after = table.signal_now[row - rows_back], table.noise_now[row - rows_back]
     slope = signal_after / signal
     forward = {
         "c1": slope,
@@ -64,7 +66,7 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     }
     zeros = torch.zeros_like(slope)
     columns = {
-        name: torch.where(jump, forward.get(name, zeros), getattr(table, name)[row])
+        name: torch.where(is_jump, forward.get(name, zeros), getattr(table, name)[row])
         for name in COLUMNS
         if name not in ("timestep", "draw")
     }
@@ -73,8 +75,8 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
 
 def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:
-    """The rows in the loop's order: (row, 0) for a step, (row, length) for a jump back from before this row."""
-    # The keys are the numbers of rows after the row where a jump starts.
+    """The loop's order: (row, 0) for a step, (row, length) for a jump from the level where this row starts."""
+    # {number of rows after the row where jumps start: jumps that are left}
     jumps_left = dict.fromkeys(range(0, rows - length, length), passes - 1)
     order: list[tuple[int, int]] = []
     i = 0

@@ -30,12 +30,12 @@ def restart(
 
     When a step arrives at an interval's t_min, fresh noise leads back to the interval's t_max, and n - 1 Heun steps
     lead down to t_min again. This is repeated k times. Each time, the row that arrives at t_min adds the noise. t_min
-    is moved to the nearest sigma of the grid at which a step other than the first starts. An interval is skipped if its
-    t_max is not above this sigma or is above the grid's first sigma.
+    is replaced by the nearest sigma of the grid at which a step other than the first starts. An interval is skipped if
+    its t_max is not above this sigma or is above the grid's first sigma.
 
     Args:
         grid: descending, with a schedule or a timestep_of.
-        prediction: as for ddpm. "x_prev" is refused.
+        prediction: see ddpm. "x_prev" is refused.
         intervals: tuples (n, k, t_min, t_max), the columns of the paper's tables. n is the number of sigmas, both ends
             included, spaced as karras_grid spaces them. k is the number of repetitions. t_min and t_max are sigmas,
             noise over signal. The default is the authors' example for CIFAR-10.
@@ -54,7 +54,7 @@ def restart(
     checks.nonnegative("s_noise", s_noise)
     sigma = sigmas_of(grid.alphas_cumprod)
     # {number of the step that starts at t_min: the sigmas of each repetition}
-    passes: dict[int, list[Tensor]] = {}
+    repetitions: dict[int, list[Tensor]] = {}
     for number, (n, k, low, high) in enumerate(intervals):
         name = f"intervals[{number}]"
         n = checks.integer(f"{name}'s n", n, 2**31, "2^31", start=2)
@@ -64,14 +64,14 @@ def restart(
         if not low < high:
             raise ValueError(f"{name} has t_min {low} and t_max {high}, expected t_min < t_max")
         if len(grid) > 1:
-            at = 1 + int((sigma[1:-1] - low).abs().argmin())
-            if sigma[at] < high <= sigma[0]:
-                passes.setdefault(at, []).extend([karras_sigmas(high, sigma[at].item(), n)[:-1]] * k)
+            nearest = 1 + int((sigma[1:-1] - low).abs().argmin())
+            if sigma[nearest] < high <= sigma[0]:
+                repetitions.setdefault(nearest, []).extend([karras_sigmas(high, sigma[nearest].item(), n)[:-1]] * k)
 
-    starts, ends = [], []  # (level, timestep) where each step starts, and where each step but the last ends
+    starts, ends = [], []  # the (level, timestep) where each step starts, and where each step but the last ends
     for i in range(len(grid)):
         start_of_step = grid.now[i : i + 1], grid.timestep[i : i + 1]
-        for sigmas in passes.get(i, ()):
+        for sigmas in repetitions.get(i, ()):
             levels, timesteps = alphas_cumprod_of(sigmas), timesteps_of(grid, sigmas)
             starts.append((levels, timesteps))
             ends += [(levels[1:], timesteps[1:]), start_of_step]

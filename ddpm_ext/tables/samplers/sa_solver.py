@@ -30,22 +30,22 @@ def sa_solver(
     corrector_order: int = 2,
     lower_order_final: bool = True,
 ) -> StepTable:
-    """SA-Predictor and SA-Corrector, in their form for predicted clean samples: Xue et al. 2023; the same as diffusers.
+    """SA-Predictor and SA-Corrector in the form for predicted clean samples: Xue et al. 2023, as in diffusers.
 
     A row first corrects x by the model's output at x, then takes the step from the corrected sample. The corrector uses
-    the noise of the step that it corrects. So corrector and predictor differ only by predicted clean samples, of this
-    step and of earlier steps. As in diffusers, the model's output at the corrected sample is not computed, and at
-    second order, the slope of x0 by lambda has the weight of the step's end. The first step is of first order, and so
-    is a last step that arrives at clean data.
+    the noise of the step that it corrects. So the corrector's and the predictor's result differ only by predicted clean
+    samples, of this step and of earlier steps. As in diffusers, the model's output at the corrected sample is not
+    computed, and at second order, the slope of x0 by lambda has the weight of the step's end. The first step is of
+    first order, and so is a last step that arrives at clean data.
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
+        prediction: see ddpm.
         eta: tau of the paper, the amount of noise, finite, >= 0. 0 is the probability flow, 1 the SDE.
         interval: (low, high). tau is eta at timesteps from low to high, both included, and 0 at all others. With None,
             tau is eta everywhere. diffusers uses (200, 800) unless the caller passes a function for tau.
         predictor_order: how many predicted clean samples the predictor uses, 1 to 3.
-        corrector_order: how many the corrector uses, including the one at the step's end, 1 to 4.
+        corrector_order: how many of them the corrector uses, including the x0 at the step's end, 1 to 4.
         lower_order_final: whether the orders fall over the last steps.
 
     Raises:
@@ -78,8 +78,8 @@ def sa_solver(
         step = signal[i + 1] * _weights(levels, i, i, predictors[i], rate[i])
         if i > first:  # x is the predictor's result: add the difference to the corrected sample
             corrected = _weights(levels, i - 1, i, correctors[i], rate[i - 1])
-            before = np.roll(_weights(levels, i - 1, i - 1, predictors[i - 1], rate[i - 1]), 1)
-            step += of_x[i].item() * signal[i] * (corrected - before)
+            predicted = np.roll(_weights(levels, i - 1, i - 1, predictors[i - 1], rate[i - 1]), 1)
+            step += of_x[i].item() * signal[i] * (corrected - predicted)
         weights.append(step.tolist())
     return multistep.of_x0(grid, prediction, of_x, weights, s)
 
@@ -89,8 +89,8 @@ def _weights(levels: list[float], step: int, newest: int, order: int, rate: floa
 
     Args:
         levels: lambda, half of the log signal-to-noise ratio, where each step starts, and at the last step's end.
-        newest: the number of the latest x0. Its level is the polynomial's first node; the other nodes are the levels
-            before it.
+        newest: the number of the step of the latest x0. Its level is the polynomial's first node; the other nodes are
+            the levels of earlier steps.
         rate: 1 + tau^2.
     """
     start, end = levels[step], levels[step + 1]
@@ -107,7 +107,7 @@ def _weights(levels: list[float], step: int, newest: int, order: int, rate: floa
         weights[at_start] = total - weights[1 - at_start]
     else:
         nodes = [levels[newest - k] for k in range(order)]
-        far = start if newest > step else end  # the interval's end that is not the first node
-        weights[:order] = multistep.lagrange_weights(nodes, far, lambda distance: np.exp(rate * distance))
+        other_end = start if newest > step else end  # the interval's end that is not the first node
+        weights[:order] = multistep.lagrange_weights(nodes, other_end, lambda distance: np.exp(rate * distance))
         weights *= total
     return weights

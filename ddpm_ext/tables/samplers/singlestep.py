@@ -15,16 +15,17 @@ __all__ = ["dpm_2", "dpm_2_ancestral", "dpmpp_2s"]
 
 @at_any_scale
 def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTable:
-    """DPM-Solver++(2S): Lu et al. 2022b, algorithm 1 with r = 1/2; ancestral for eta above 0, as k-diffusion's.
+    """DPM-Solver++(2S): Lu et al. 2022b, algorithm 1 with r = 1/2; ancestral for eta above 0, like k-diffusion's.
 
-    A step is two rows. The first row is an Euler step to the middle in log sigma, where the model is called, between
-    the timesteps of the schedule. The second row takes the whole step with the x0 of the middle. A step is one Euler
-    row if it starts from pure noise, or if its end has only fresh noise or none. For eta above 0, a step goes down to
-    less noise than the level where it arrives and adds fresh noise, like euler_ancestral.
+    A step is two rows. The first row is an Euler step to the middle in log sigma. There the model is called a second
+    time, at a timestep that may lie between those of the schedule. The second row takes the whole step with the x0 of
+    the middle. A step is one Euler row if it starts from pure noise, or if all noise at its end is fresh, or if there
+    is none. For eta above 0, a step goes down to less noise than the level where it arrives and adds fresh noise, like
+    euler_ancestral.
 
     Args:
         grid: descending, with a schedule or a timestep_of.
-        prediction: as for ddpm. "x_prev" is refused.
+        prediction: see ddpm. "x_prev" is refused.
         eta: finite, >= 0. 0 is the probability flow, 1 the ancestral sampler.
 
     Raises:
@@ -40,11 +41,11 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 
 @at_any_scale
 def dpm_2(grid: Grid, *, prediction: str = "eps") -> StepTable:
-    """DPM-Solver-2: Lu et al. 2022, algorithm 1 with r = 1/2, as k-diffusion's and diffusers' KDPM2.
+    """DPM-Solver-2: Lu et al. 2022, algorithm 1 with r = 1/2, like k-diffusion's dpm_2 and diffusers' KDPM2.
 
     Like dpmpp_2s without eta, but the second row takes the step with the eps of the middle.
 
-    Args, raises: as for dpmpp_2s.
+    For the arguments and errors see dpmpp_2s.
 
     Examples:
         >>> dpm_2(grid).timestep.round().tolist()  # a step's second call lies between the levels of the grid
@@ -55,9 +56,9 @@ def dpm_2(grid: Grid, *, prediction: str = "eps") -> StepTable:
 
 @at_any_scale
 def dpm_2_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
-    """DPM-Solver-2 with fresh noise, as k-diffusion's: dpm_2's step down to less noise than the next timestep's.
+    """DPM-Solver-2 with fresh noise: dpm_2's step goes down to less noise than the next timestep's, as in k-diffusion.
 
-    Args, raises: as for dpmpp_2s.
+    For the arguments and errors see dpmpp_2s.
 
     Examples:
         >>> table = dpm_2_ancestral(grid, eta=0.5)  # for sampler= of a loop
@@ -71,8 +72,8 @@ def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTabl
     With y = x / sqrt(alphas_cumprod), a step leads from sigma by way of r sigma to r^2 sigma:
 
         y_m = r y + (1 - r) x0
-        y_s = r^2 y + (1 - r^2) x0_m             with x0 of the middle
-        y_s = y + (r^2 - 1) sigma eps_m          with eps of the middle, (y_m - x0_m) / (r sigma)
+        y_s = r^2 y + (1 - r^2) x0_m             with the x0 of the middle, or
+        y_s = y + (r^2 - 1) sigma eps_m          with the eps of the middle, (y_m - x0_m) / (r sigma), if of_eps
 
     The second row computes y from y_m and x0.
     """

@@ -1,8 +1,8 @@
 """Rows of samplers whose steps call the model twice, and which add noise between steps.
 
 The first row of a step is an Euler step to a level in the middle. The second row computes the end of the step from the
-sample in the middle and the x0 that the first row keeps; the sample at the step's start follows from these two. A step
-may end at less noise than the next step starts with. Then its last row adds the fresh noise in the same launch.
+sample in the middle and the x0 that the first row keeps; the sample at the step's start follows from these two. If a
+step ends at less noise than the next step starts with, its last row also adds the fresh noise.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Correction(NamedTuple):
 
     Attributes:
         calls: the levels where the model is called.
-        of_x0, of_x, of_first: the weights of x0, x and the first row's x0, for x and the next sample divided by
-            sqrt(alphas_cumprod).
+        of_x0, of_x, of_first: the weights of x0, x and the first row's x0 in the next sample, where x and the next
+            sample are divided by sqrt(alphas_cumprod).
     """
 
     calls: Jumps
@@ -62,13 +62,13 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
     """The rows of all steps: two for a step that calls the model twice, otherwise one Euler row.
 
     Args:
-        prediction: as for ddpm.
-        steps: each step from its start to the level that it reaches with its noise.
+        prediction: see ddpm.
+        steps: each step from its start to the level that it reaches after its noise is added.
         s: (steps,), the standard deviation of the noise.
         twice: bool (steps,), which steps call the model twice.
         correction: the second rows of these steps.
     """
-    number = torch.arange(len(steps), device="cpu")
+    step_number = torch.arange(len(steps), device="cpu")
     parts = []
     if twice.any():
         calls, signal = correction.calls, steps.after[twice].sqrt()
@@ -83,18 +83,22 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
             **level_columns(calls.now, steps.after[twice]),
         )
         first = replace(first, k0=torch.ones_like(first.a))
-        parts += [(2 * number[twice], first), (2 * number[twice] + 1, second)]
-    once = ~twice
-    if once.any():
-        single_row_steps = Jumps(steps.timestep[once], steps.now[once], steps.after[once], steps.alphas[once])
-        parts.append((2 * number[once], implicit(single_row_steps, prediction, s[once], keep_eps=False)))
+        parts += [(2 * step_number[twice], first), (2 * step_number[twice] + 1, second)]
+    has_one_row = ~twice
+    if has_one_row.any():
+        single_row_steps = Jumps(
+            steps.timestep[has_one_row], steps.now[has_one_row], steps.after[has_one_row], steps.alphas[has_one_row]
+        )
+        parts.append(
+            (2 * step_number[has_one_row], implicit(single_row_steps, prediction, s[has_one_row], keep_eps=False))
+        )
     return merged(parts)
 
 
 def merged(parts: Sequence[tuple[Tensor, StepTable]]) -> StepTable:
     """Merges the rows of several tables into one table, sorted by keys. Each row gets the merged table's default draw.
 
-    parts: keys, int64 (rows,), and the table that they belong to.
+    parts: pairs (keys, table), with a key for each row of the table, int64 (rows,).
     """
     order = torch.cat([keys for keys, _ in parts]).argsort()
     return StepTable(

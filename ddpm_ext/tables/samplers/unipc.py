@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 __all__ = ["unipc"]
 
 SOLVERS = ("bh2", "bh1")
-ORDERS = 4  # above the highest order
+ORDERS = 4  # the highest order, plus 1
 
 
 @at_any_scale
@@ -31,8 +31,8 @@ def unipc(
 
     Args:
         grid: descending.
-        prediction: as for ddpm.
-        order: the predictor's order, 1 to 3. The corrector's is higher by one.
+        prediction: see ddpm.
+        order: the predictor's order, 1 to 3. The corrector's order is higher by one.
         solver: B(h) of the paper. "bh1" is h, "bh2" is e^h - 1.
         lower_order_final: whether the order falls to 1 over the last steps.
 
@@ -48,21 +48,21 @@ def unipc(
     levels, first = coefficients.half_log_snr(grid).tolist(), multistep.first_step(grid)
     signal, noise = grid.alphas_cumprod.sqrt().tolist(), (1 - grid.alphas_cumprod).sqrt().tolist()
     steps = len(grid)
-    used = multistep.orders(grid, order, lower_order_final=False)
+    order_of_step = multistep.orders(grid, order, lower_order_final=False)
     if lower_order_final:
-        used = [min(most, steps - i) for i, most in enumerate(used)]
+        order_of_step = [min(highest, steps - i) for i, highest in enumerate(order_of_step)]
 
     of_x = ((1 - grid.after) / (1 - grid.now)).sqrt()
     weights = []
     for i in range(steps):
         step = np.zeros(ORDERS)
-        step[: used[i]] = _predictor(levels, i, used[i], solver)
+        step[: order_of_step[i]] = _predictor(levels, i, order_of_step[i], solver)
         step *= signal[i + 1]
         if i > first:  # x is the predictor's result: add the difference to UniC's sample
-            before = np.zeros(ORDERS)
-            before[1 : used[i - 1] + 1] = _predictor(levels, i - 1, used[i - 1], solver)
-            corrected = _corrector(levels, i - 1, used[i - 1], solver)
-            step += noise[i + 1] / noise[i] * signal[i] * (corrected - before)
+            predicted = np.zeros(ORDERS)
+            predicted[1 : order_of_step[i - 1] + 1] = _predictor(levels, i - 1, order_of_step[i - 1], solver)
+            corrected = _corrector(levels, i - 1, order_of_step[i - 1], solver)
+            step += noise[i + 1] / noise[i] * signal[i] * (corrected - predicted)
         weights.append(step.tolist())
     return multistep.of_x0(grid, prediction, of_x, weights)
 
@@ -82,13 +82,15 @@ def _right_side(h: float, order: int, solver: str) -> np.ndarray:
 
 
 def _ratios(levels: list[float], i: int, order: int) -> np.ndarray:
-    """The levels of the steps before step i, relative to its level and in units of its length: (order - 1,),
-    negative."""
+    """The levels of earlier steps minus that of step i, divided by the length of step i: (order - 1,), negative."""
     return np.array([(levels[i - k] - levels[i]) / (levels[i + 1] - levels[i]) for k in range(1, order)])
 
 
 def _predictor(levels: list[float], i: int, order: int, solver: str) -> np.ndarray:
-    """UniP's weights for step i, divided by the signal at its end: of x0 at step i, then at earlier steps. (order,)"""
+    """UniP's weights for step i, divided by the signal at the step's end: (order,).
+
+    The weights belong to x0 at step i, then at earlier steps.
+    """
     h = levels[i + 1] - levels[i]
     weights = np.zeros(order)
     weights[0] = -math.expm1(-h)
@@ -102,8 +104,10 @@ def _predictor(levels: list[float], i: int, order: int, solver: str) -> np.ndarr
 
 
 def _corrector(levels: list[float], i: int, order: int, solver: str) -> np.ndarray:
-    """UniC's weights for step i, divided by the signal at its end: of x0 at its end, at step i, then at earlier
-    steps. (ORDERS,)"""
+    """UniC's weights for step i, divided by the signal at the step's end: (ORDERS,).
+
+    The weights belong to x0 at the step's end, at step i, then at earlier steps.
+    """
     h = levels[i + 1] - levels[i]
     weights = np.zeros(ORDERS)
     weights[1] = -math.expm1(-h)
@@ -117,7 +121,7 @@ def _corrector(levels: list[float], i: int, order: int, solver: str) -> np.ndarr
     return weights
 
 
-def _add_differences(weights: np.ndarray, at: int, shares: np.ndarray) -> None:
-    """Adds the terms shares[k] (value[at + 1 + k] - value[at]) to the weights of the values."""
-    weights[at + 1 : at + 1 + len(shares)] += shares
-    weights[at] -= shares.sum()
+def _add_differences(weights: np.ndarray, base: int, shares: np.ndarray) -> None:
+    """Adds the terms shares[k] * (value[base + 1 + k] - value[base]) to the weights of the values."""
+    weights[base + 1 : base + 1 + len(shares)] += shares
+    weights[base] -= shares.sum()
