@@ -28,8 +28,8 @@ from ddpm_ext.ops.noise import (
 NOISES = ("torch", "philox")
 PROOF = "a first loop proves its rows"
 _log = logging.getLogger(__name__)
-# The position of a loop before its first step, and of a loop that has ended.
-BEFORE, OVER = -math.inf, math.inf
+# The values of `_position` before the first step of a loop, and after a loop that has ended.
+BEFORE_LOOP, AFTER_LOOP = -math.inf, math.inf
 
 
 if TYPE_CHECKING:
@@ -59,47 +59,49 @@ class Acceleration:
     With noise "philox", two loops never share noise, unless they have the same seed and sample ids:
 
     - Without a seed, each loop draws a seed from torch's default CPU generator, when it first needs noise.
-    - With a seed, each loop takes the sample ids after those of the loop before: 0 to 63, then 64 to 127.
-    - Sample ids in a tensor are those of every loop. With a seed, all loops then have the same noise.
+    - With a seed, each loop takes the sample ids that follow the previous loop's: 0 to 63, then 64 to 127.
+    - Sample ids in a tensor are used in every loop. With a seed, all loops have the same noise in this case.
 
     A loop begins as follows:
 
     - Each call of a method that is a whole loop (p_sample_loop, ddim_sample_loop, ddim_sample, sample, interpolate) is
       a loop.
-    - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The steps after it belong to that loop.
+    - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The following steps belong to this loop.
     - A call of a pipeline begins a loop. The call's start noise and the steps after its first set_timesteps belong to
-      that loop.
-    - A single step at a larger timestep than the last step's begins a loop. A step at the last step's timestep stays in
-      the loop, as for a batch in parts: it takes the sample ids after those that were used at this timestep.
-    - Timesteps on a GPU are not read back, except that the steps of diffusers' schedulers know them. In other libraries
-      such single steps begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
-    - Timesteps of compiled single steps are not read, either. With a seed, such a loop needs `begin_loop()` or
-      set_timesteps. Without a seed, each compiled step draws a seed.
+      this loop.
+    - A single step at a larger timestep than the previous step's begins a loop. A step at the same timestep as the
+      previous step stays in the loop, as part of the same batch: it takes the sample ids that follow those already used
+      at this timestep.
+    - Timesteps on a GPU are not read back; only diffusers' schedulers know them on the host. In other libraries, single
+      steps on a GPU begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
+    - Under torch.compile, timesteps of single steps are not read, either. With a seed, a loop of these steps needs
+      `begin_loop()` or set_timesteps. Without a seed, each of them draws a seed.
 
     Attributes:
-        noise: "torch" for the peer's own draws, or "philox" for noise of the noise contract.
-        seed: the seed of all loops. With None, each loop draws one. Setting it begins again at the first sample ids.
+        noise: "torch" for the peer's draws, or "philox" for noise of the noise contract.
+        seed: the seed of all loops. With None, each loop draws a seed. After it is set, the next loop has the first
+            sample ids.
         rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to another Philox
             without a draw or another stream, whose seed and sample ids the next loops continue. Setting anything else
             raises TypeError or ValueError.
-        stream: the stream of the steps' noise, by default that of reverse steps. The second and later schedulers of a
-            pipeline have other streams, so that they share no noise although they have the same seed and ids.
+        stream: the stream of the steps' noise, by default the stream of reverse steps. The second and later schedulers
+            of a pipeline have other streams, so that they share no noise although they have the same seed and ids.
         trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows (see
             `accelerate`).
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
-        fallbacks: {method: reason}, the latest reason why the peer's own code ran.
+        fallbacks: {method: reason}, the latest reason why the peer's code ran.
         fused_calls: how many calls of methods took their fused form, which is mostly one launch.
-        fallback_calls: how many calls ran the peer's own code. Neither number counts diffusers' set_timesteps and
+        fallback_calls: how many calls ran the peer's code. Neither number counts diffusers' set_timesteps and
             scale_model_input, and code compiled by torch.compile.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
-        >>> scheduler.accelerated.seed = 1  # begins again at the first sample ids
+        >>> scheduler.accelerated.seed = 1  # the next loop has the first sample ids
         >>> scheduler.accelerated.begin_loop()
         >>> scheduler.accelerated.rng
         Philox(seed=1, ...)
-        >>> told = scheduler.accelerated.summary()
+        >>> text = scheduler.accelerated.summary()
     """
 
     _rng: Philox | None
@@ -124,7 +126,7 @@ class Acceleration:
 
     @classmethod
     def of(cls, noise: str, seed: int | None, sample_ids: int | Tensor, trace: bool = False) -> Acceleration:
-        """The settings of accelerate's arguments. Raises TypeError or ValueError for wrong arguments."""
+        """The settings from accelerate's arguments. Raises TypeError or ValueError for wrong arguments."""
         checks.one_of("noise", noise, NOISES)
         checks.flag("trace", trace)
         if noise == "philox":
@@ -141,22 +143,22 @@ class Acceleration:
         return Acceleration(self.noise, self._seed, self._sample_ids, stream, self.trace)
 
     def __copy__(self) -> Acceleration:
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__, fallbacks=dict(self.fallbacks), _warned=set(self._warned))
-        return copied
+        copy_of_self = object.__new__(type(self))
+        copy_of_self.__dict__.update(self.__dict__, fallbacks=dict(self.fallbacks), _warned=set(self._warned))
+        return copy_of_self
 
     def continued(self) -> Acceleration:
-        """A copy for another object, which continues the sample ids of the loops. It has no counts and fallbacks."""
-        copied = copy.copy(self)
-        vars(copied).update(fallbacks={}, fused_calls=0, fallback_calls=0, _calls=0, _warned=set())
-        return copied
+        """A copy for another object. It continues the sample ids of the loops, but its counts begin at 0."""
+        copy_of_self = copy.copy(self)
+        vars(copy_of_self).update(fallbacks={}, fused_calls=0, fallback_calls=0, _calls=0, _warned=set())
+        return copy_of_self
 
     def __repr__(self) -> str:
-        shown = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
-        return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        attributes = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
+        return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in attributes.items())})"
 
     def summary(self) -> str:
-        """A line to print: the noise, and how many calls were fused or fell back so far."""
+        """A line of text: the noise, and how many calls were fused or fell back so far."""
         seed = f" of seed {self._seed}" if self._seed is not None else ""
         reasons = "; ".join(f"{method}: {reason}" for method, reason in self.fallbacks.items())
         counts = f"fused calls: {self.fused_calls}, fallbacks: {self.fallback_calls}"
@@ -204,17 +206,19 @@ class Acceleration:
     # -------------------------------------------------------------------------------------------------------- loops
 
     def _begin(self) -> None:
-        self._position: float = BEFORE  # the last step's position in the loop, a number that rises along it
+        self._position: float = BEFORE_LOOP  # the last step's position in the loop, a number that rises along it
         self._used_at_position = 0  # sample ids that steps at this position have used
         self._unread = 0  # steps whose timesteps were not read
         self._starts = 0  # how often start noise was drawn
         self._rng = None
-        if self._seed is not None:  # created here, so that compiled steps find it
+        if self._seed is not None:  # created here, so that steps under torch.compile only read it
             self._rng = self._philox(self._seed, self._ids)
 
     def begin_loop(self) -> None:
         """Begins a loop, which the following single steps belong to."""
-        if self.noise == "torch" or (self._calls and self._position == BEFORE):  # the pipeline's call has begun a loop
+        if self.noise == "torch" or (
+            self._calls and self._position == BEFORE_LOOP
+        ):  # the pipeline's call has begun a loop
             return
         if self._seed is not None and not isinstance(self._ids, Tensor):
             self._ids += self._count
@@ -222,12 +226,12 @@ class Acceleration:
         self._begin()
 
     def end_loop(self) -> None:
-        """Ends the loop: the next single step begins another one."""
-        self._position = OVER
+        """Ends the loop: the next single step begins another loop."""
+        self._position = AFTER_LOOP
 
     @contextlib.contextmanager
     def within_call(self) -> Iterator[None]:
-        """Wraps a call of a pipeline. It begins a loop, which the call's first set_timesteps does not begin again."""
+        """Wraps a call of a pipeline. The call begins a loop; its first set_timesteps then begins no other loop."""
         self.begin_loop()
         self._calls += 1
         try:
@@ -238,8 +242,8 @@ class Acceleration:
     def rng_of_start(self, batch: int) -> Philox:
         """The generator of the start noise of a loop of `batch` samples.
 
-        Each call returns another draw. The first is the draw of ddpm_ext's own loops. The schedulers of a pipeline,
-        which differ in their streams, have different draws.
+        Each call returns a different draw, first the draw of ddpm_ext's loops. The schedulers of a pipeline, which have
+        different streams, have different draws.
         """
         assert self.rng is not None
         draw = 16 * self._starts + self.stream
@@ -283,7 +287,7 @@ class Acceleration:
         return rng
 
     def rng_of_step_at(self, t: Tensor, timesteps: int) -> Philox | None:
-        """As rng_of_step, for each sample's timestep `t`, (batch,), in a loop of at most `timesteps` steps."""
+        """rng_of_step for a tensor of each sample's timestep, (batch,), in a loop of at most `timesteps` steps."""
         if self.noise == "torch":
             return None
         if torch.compiler.is_compiling():
@@ -293,20 +297,20 @@ class Acceleration:
             if values.count(values[0]) == len(values):
                 return self.rng_of_step(len(values), -values[0])
             return self.rng_of_step(len(values), -max(values), -min(values))
-        if self._position == OVER or self._unread >= timesteps:
+        if self._position == AFTER_LOOP or self._unread >= timesteps:
             self.begin_loop()
         self._unread += 1
         return self._rng_of_unread_step(len(t))
 
     def _rng_of_unread_step(self, batch: int) -> Philox | None:
-        if self._seed is None and torch.compiler.is_compiling():  # an int would become a constant of the graph
+        if self._seed is None and torch.compiler.is_compiling():  # a seed as an int would be a constant of the graph
             return self._philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
         if batch > self._count:
             self._count = batch
         return self._rng or self.rng
 
     def next_forward(self, device: torch.device) -> Philox | None:
-        """The generator of a training batch's noise on `device`, with another draw at each call.
+        """The generator of a training batch's noise on `device`. Each call returns a different draw.
 
         None if the peer draws the noise.
         """
@@ -319,9 +323,9 @@ class Acceleration:
     # ---------------------------------------------------------------------------------------------------- fallbacks
 
     def record_proof(self, library: str, method: str, failed: str | None, begins: bool) -> None:
-        """Records a step of a loop that proves rows: it ran both the object's own code and its rows.
+        """Records a step of a loop that proves rows: the step ran both the object's code and its rows.
 
-        With noise "philox" it warns that the loop has the noise of the object's code.
+        With noise "philox" this warns that the loop has the noise of the object's code.
 
         Args:
             failed: why the rows must not take the step, or None if they agree with the object's code.
@@ -335,7 +339,7 @@ class Acceleration:
         self.fallback_calls += 1
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
-        """Records why the peer's own code runs. Warns and logs once for each reason."""
+        """Records why the peer's code runs. Warns and logs once for each reason."""
         self.fallbacks[method] = reason
         if not torch.compiler.is_compiling():
             self.fallback_calls += 1
@@ -349,7 +353,7 @@ class Acceleration:
 
 
 def _level_outside() -> int:
-    """The stacklevel, seen from the caller, of the first frame that is neither this package's nor torch's."""
+    """The stacklevel for the caller's warning: of the first frame that is neither this package's nor torch's."""
     if torch.compiler.is_compiling():  # the compiler does not trace frames
         return 1
     frame, level = sys._getframe(1), 1

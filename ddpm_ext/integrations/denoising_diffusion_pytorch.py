@@ -79,7 +79,7 @@ Step = tuple[Tensor, Tensor | None]  # the next sample, and x_start if the calle
 
 
 def _library() -> Any:
-    """The peer's module. Its `tqdm` and `random` are looked up at each use, as in the library's own code."""
+    """The peer's module. Its `tqdm` and `random` are looked up at each use, as in the library's code."""
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
@@ -126,7 +126,7 @@ class Denoising(LoopOptionsTaker):
         return PREDICTIONS[self.objective]
 
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
-        """The rows of the current buffers, cached. Raises Fallback if they have none for samples of this dtype."""
+        """The rows of the current buffers, cached. Raises Fallback if samples of this dtype have no fused form."""
         buffers = _take_buffers(self._buffers)
         tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
         if dtype not in tables.sample_dtypes:  # the library's results would have another dtype
@@ -167,7 +167,7 @@ class Denoising(LoopOptionsTaker):
     def _descend(
         self, method: str, steps: KernelTables, img: Tensor, rng: Philox | None, count: int, **bar: Any
     ) -> Iterator[Tensor]:
-        """Yields the image, then the result of each row from count - 1 down to 0, with a progress bar."""
+        """Yields `img`, then the result of each row from count - 1 down to 0, with a progress bar."""
         yield img
         x_start = None
         # The timesteps of all steps are created at once; the model gets a row of this tensor.
@@ -178,7 +178,7 @@ class Denoising(LoopOptionsTaker):
             yield img
 
     def _loop(self, method: str, steps: KernelTables, shape: Any, count: int, all_steps: bool, **bar: Any) -> Tensor:
-        """The images of a loop that starts from noise."""
+        """Runs a loop from noise and returns its images."""
         rng = self.accelerated.whole_loop(shape[0])
         img, desc = start_noise(shape, rng, self.device), "sampling loop time step"
         imgs = self._descend(method, steps, img, rng, count, desc=desc, **bar)
@@ -221,11 +221,11 @@ class Denoising(LoopOptionsTaker):
 
     # --------------------------------------------------------------------------------- loops with options of ddpm_ext's
 
-    def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
+    def _default_options(self, method: str, loop_options: Mapping[str, Any]) -> dict[str, Any]:
         defaults = {"record": "last", "self_condition": self.self_condition, "device": self.device}
-        if method == "ddim_sample" and "sampler" not in ours:
+        if method == "ddim_sample" and "sampler" not in loop_options:
             defaults |= {"sampler": "ddim", "eta": self.ddim_sampling_eta}
-            defaults |= {} if "timesteps" in ours else {"steps": self.sampling_timesteps}
+            defaults |= {} if "timesteps" in loop_options else {"steps": self.sampling_timesteps}
         return defaults
 
     def _finish(self, images: Any) -> Any:
@@ -276,13 +276,13 @@ class Denoising(LoopOptionsTaker):
                 x_self_cond = self._predict_start(steps, x, t)
         output = self.model(x, t, x_self_cond)
 
-        def own_loss() -> Tensor:
+        def peers_loss() -> Tensor:
             plain = self._returning(output, self_condition=False, immiscible=False, offset_noise_strength=0.0)
             # Older versions don't have loss_reduction.
             reduction = {} if loss_reduction == "mean" else {"loss_reduction": loss_reduction}
             return plain.p_losses(x_start, t, noise_itself(source, x), **reduction)
 
-        check_output(x, output, own_loss)
+        check_output(x, output, peers_loss)
         target = None if self.objective == "pred_noise" else x_start
         rows = steps.get("loss", x.device, torch.float32)
         reduction = "none" if loss_reduction == "none" else "mean"
@@ -327,7 +327,7 @@ def _step(
     """Takes a row in one launch. Row 0 is the last step, which adds no noise."""
     output = gd.model(x, times, x_self_cond)
 
-    def own_step() -> Step:
+    def peers_step() -> Step:
         plain = gd._returning(output)  # noqa: SLF001 (of this module)
         if method == "p_sample":
             return plain.p_sample(x, row, x_self_cond)
@@ -338,7 +338,7 @@ def _step(
         return numbers["c0"] * x_start + numbers["c1"] * x + numbers["s"] * torch.randn_like(x), x_start
 
     # With the objective pred_x0, x_start has the output's dtype.
-    check_output(x, output, own_step, allow_16_bits=gd.objective != "pred_x0")
+    check_output(x, output, peers_step, allow_16_bits=gd.objective != "pred_x0")
     noise: dict[str, Any] = {}
     if row > 0:
         noise = noise_arguments(torch.randn_like(x), x) if rng is None else {"rng": rng}
@@ -347,7 +347,7 @@ def _step(
     return take_step(steps, x, output, row, x0_out=x0, **noise), x0
 
 
-# {name of the peer's method: takes a step of it}. Fallbacks are recorded under these names.
+# {name of the peer's method: a function that takes a step of this method}. Fallbacks are recorded under these names.
 STEPS: dict[str, Callable[..., Step]] = {
     method: with_fallback(method)(functools.partial(_step, method)) for method in ("p_sample", "ddim_sample")
 }

@@ -21,12 +21,16 @@ BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
 
 
 class DenoisingTables:
-    """The rows of an object with this prediction and these buffers.
+    """The rows of an object of denoising-diffusion-pytorch.
+
+    Args:
+        prediction: ddpm_ext's name of the model's prediction.
+        buffers: the object's BUFFERS.
 
     Attributes:
-        steps: the rows of own_tables.rows_of.
+        steps: the result of own_tables.rows_of.
         device, dtype: the device and dtype of the buffers.
-        sample_dtypes: the dtypes of samples that a step of the library does not change.
+        sample_dtypes: the dtypes of samples whose dtype a step of the library does not change.
 
     Raises Fallback for numbers that are not finite.
     """
@@ -36,11 +40,11 @@ class DenoisingTables:
         self.dtype = functools.reduce(torch.promote_types, (buffer.dtype for buffer in buffers))
         self.sample_dtypes = {dtype for dtype in DTYPES if torch.promote_types(dtype, self.dtype) == dtype}
         in_float64 = [buffer.detach().to("cpu", torch.float64) for buffer in buffers]
-        self._own = dict(zip(BUFFERS, in_float64, strict=True))
-        self.steps = rows_of(self._own, prediction, "buffers")
+        self._buffers = dict(zip(BUFFERS, in_float64, strict=True))
+        self.steps = rows_of(self._buffers, prediction, "buffers")
 
     def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """The rows of ddim_sample, the last step first. Raises Fallback if they have no fused form."""
+        """The rows of ddim_sample, the last step first. Raises Fallback if its steps have no fused form."""
         return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
@@ -60,7 +64,7 @@ class DenoisingTables:
         c0, c1, s = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)
         if count > 1:
             names = ("alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
-            levels, recip, recipm1 = (self._own[name][t] for name in names)
+            levels, recip, recipm1 = (self._buffers[name][t] for name in names)
             now, after = levels[1:], levels[:-1]
             grid = Jumps(t[1:], now, after, now / after)
             if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():

@@ -1,4 +1,4 @@
-"""Falling back: a call that has no fused form runs the peer's own code.
+"""Falling back: a call that has no fused form runs the peer's code.
 
 A call has no fused form if the operators don't take its options, dtypes or shapes.
 """
@@ -22,7 +22,7 @@ CACHED = 16  # entries in the cache of one object: rows of its latest states, tr
 
 
 class Fallback(Exception):
-    """Raised if a call has no fused form. The peer's own code then runs in its place.
+    """Raised if a call has no fused form, so that the peer's code runs.
 
     Args:
         reason: why, for the warning and `.accelerated.fallbacks`. None gives no warning: the peer will reject the
@@ -40,7 +40,7 @@ class Fallback(Exception):
 def with_fallback(
     method: str | None = None, peers_code: Function | None = None, *, compiles: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorates a method of an Accelerated class. Where the method raises a Fallback, the peer's own method runs.
+    """Decorator of a method of an Accelerated class. If the method raises a Fallback, the peer's method runs.
 
     Args:
         method: the peer's name of the method. Default: the name of the decorated function.
@@ -51,7 +51,7 @@ def with_fallback(
 
     def decorate(function: Function) -> Function:
         name = function.__name__ if method is None else method
-        run_own = _run_own if peers_code is None else peers_code
+        run_peers_code = _run_peers_method if peers_code is None else peers_code
 
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,10 +68,10 @@ def with_fallback(
                 if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                     raise
                 reason = instead = None
-            # Outside of the handler: else Python would show the Fallback as the context of the peer's errors.
+            # Outside of the handler: otherwise Python would show the Fallback as the context of the peer's errors.
             if reason is not None:
                 self.accelerated.record_fallback(self.library, name, reason)
-            return run_own(name, self, *args, **kwargs) if instead is None else instead()
+            return run_peers_code(name, self, *args, **kwargs) if instead is None else instead()
 
         @functools.wraps(function)
         def call_unless_compiling(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,7 @@ def with_fallback(
             # that has an exception handler.
             if torch.compiler.is_compiling():
                 self.accelerated.record_fallback(self.library, name, "it is being compiled")
-                return run_own(name, self, *args, **kwargs)
+                return run_peers_code(name, self, *args, **kwargs)
             return call(self, *args, **kwargs)
 
         return call if compiles else call_unless_compiling
@@ -87,7 +87,7 @@ def with_fallback(
     return decorate
 
 
-def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
+def _run_peers_method(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return peer_method(obj, method)(*args, **kwargs)
 
 
@@ -99,7 +99,7 @@ def returning(value: Any) -> nn.Module:
 
 
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
-    """make(*args), or the Fallback that it raises, as a value that a cache can store. `result_of` reverses this."""
+    """Returns make(*args), or the Fallback that it raises, which a cache can store. `result_of` raises it again."""
     try:
         return make(*args)
     except Fallback as fallback:
@@ -107,20 +107,20 @@ def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
 
 
 def made_outside_autograd(make: Callable[..., Result], *args: Any) -> Result | Fallback:
-    """As `attempt`, with gradients and inference mode off, so that a backward pass may save the result's tensors."""
+    """`attempt` with gradients and inference mode off, so that a backward pass may save the result's tensors."""
     with torch.inference_mode(False), torch.no_grad():
         return attempt(make, *args)
 
 
 def result_of(attempted: Result | Fallback) -> Result:
-    """The result that `attempt` returned. Raises it if it is a Fallback."""
+    """The result that `attempt` returned, unless this is a Fallback, which is raised."""
     if isinstance(attempted, Fallback):
         raise Fallback(attempted.reason)
     return attempted
 
 
 def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any = None) -> Result:
-    """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object have no such cache.
+    """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object leave out the cache.
 
     Raises the Fallback that make() raises, and caches it.
 

@@ -1,4 +1,4 @@
-"""Whether the methods of an object are the library's own code. By default only such steps are replaced."""
+"""Whether the methods of an object are the library's code. By default, only steps of library code are replaced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 DIFFUSERS = "diffusers"
-# A subclass of a scheduler may override these: a step does not call them, it only reads the attributes that they set.
+# A subclass of a scheduler may override these methods: a step does not call them, but reads attributes that they set.
 FREE = {"__init__", "set_timesteps"}
 STEPS = ("step", "step_pred", "scale_model_input")
 HOOKS = ("__getattribute__", "__getattr__", "__setattr__", "__delattr__")  # these may change any attribute access
@@ -32,13 +32,13 @@ def is_sampler_of_k_diffusion(function: Callable[..., Any]) -> bool:
 
 
 def foreign_method(cls: type, state: Mapping[str, Any]) -> str | None:
-    """The name of a method through which a scheduler's step may run code that is not diffusers'. None if there is none.
+    """The name of a method through which a scheduler's step may run code from outside diffusers, or None.
 
     A subclass may define methods with new names, `__init__` and `set_timesteps`. Its properties count as foreign,
     because a property may replace any attribute.
 
     Args:
-        cls: the object's own class.
+        cls: the object's class.
         state: the object's attributes.
     """
     names = _methods(cls)
@@ -66,7 +66,7 @@ def _methods(cls: type) -> frozenset[str]:
 
 @functools.lru_cache(256)
 def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str | None:
-    """foreign_method for a class with these methods and hooks, which are in the arguments as cache keys."""
+    """foreign_method for a class. The arguments methods and hooks are part of the cache key."""
     for name, hook in zip(HOOKS, hooks, strict=True):
         is_default = hook is None or isinstance(hook, types.WrapperDescriptorType)
         if not is_default and not is_code_of(hook, DIFFUSERS, "huggingface_hub"):
@@ -76,8 +76,8 @@ def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str
         for name, value in vars(base).items():
             if not (name.startswith("__") or name in FREE or _is_new(name, value, diffusers_class)):
                 return name
-    own_steps = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks those that no class of diffusers has
-    for method in (*methods, *[step for step in own_steps if step is not None]):
+    step_methods = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks steps without a parent in diffusers
+    for method in (*methods, *[step for step in step_methods if step is not None]):
         if not is_code_of(getattr(method, "__func__", method), DIFFUSERS, "huggingface_hub"):
             return str(getattr(method, "__name__", method))
     return None

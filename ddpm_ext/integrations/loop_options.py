@@ -1,4 +1,4 @@
-"""Lets loops of other libraries' objects take options of GaussianDiffusion.p_sample_loop, which then runs instead."""
+"""Lets loops of other libraries' objects take options of GaussianDiffusion.p_sample_loop, which runs in their place."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ LOOP_OPTIONS = frozenset({"record", *SampleKeywords.__annotations__})
 
 
 class LoopOptionsTaker(PeerDiffusion):
-    """The base of mixins for objects whose tables are tensors, and whose loops and `sample` take such options.
+    """The base of mixins for objects whose tables are tensors, and whose loops and `sample` take options of
+    p_sample_loop.
 
     Attributes:
-        sample_calls: the peer's `sample` calls one of these methods, each of which is a whole loop.
+        sample_calls: the methods with a whole loop, one of which the peer's `sample` calls.
     """
 
     sample_calls: tuple[str, ...] = ("p_sample_loop",)
@@ -37,8 +38,7 @@ class LoopOptionsTaker(PeerDiffusion):
         raise NotImplementedError
 
     def _diffusion(self) -> GaussianDiffusion:
-        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if its tables do not belong to
-        betas."""
+        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if no betas have its tables."""
         prediction, tables = self._prediction(), {name: getattr(self, name) for name in TABLES}
 
         def make() -> GaussianDiffusion:
@@ -54,11 +54,11 @@ class LoopOptionsTaker(PeerDiffusion):
 
         return self._of_state((GaussianDiffusion, prediction, *tables.values()), make)
 
-    def _own_options(self, method: str, ours: Mapping[str, Any]) -> dict[str, Any]:
-        """Defaults of the loop's options for a call of the peer's `method`, from the object's settings.
+    def _default_options(self, method: str, loop_options: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults of p_sample_loop's options for a call of the peer's `method`, from the object's settings.
 
         Args:
-            ours: the options that the caller gives.
+            loop_options: the options of p_sample_loop in the call.
         """
         return {}
 
@@ -67,56 +67,60 @@ class LoopOptionsTaker(PeerDiffusion):
         return images
 
     def sample(self, *args: Any, **options: Any) -> Any:
-        """Runs the peer's own method. With options of p_sample_loop, the loop that it calls is ddpm_ext's."""
-        peers_sample = peer_method(self, "sample")
-        peers_options, ours = _split(peers_sample, options)
-        if not ours:
-            return peers_sample(*args, **options)
+        """Runs the peer's `sample`. With options of p_sample_loop, the loop that it calls is ddpm_ext's."""
+        peers_method = peer_method(self, "sample")
+        peers_options, loop_options = _split(peers_method, options)
+        if not loop_options:
+            return peers_method(*args, **options)
         has_run = False
 
         def loop(name: str, /, *args: Any, **options: Any) -> Any:
             nonlocal has_run
             has_run = True
-            return getattr(self, name)(*args, **(options | ours))
+            return getattr(self, name)(*args, **(options | loop_options))
 
         view = new(type(self))
         view.__dict__.update(self.__dict__, **{name: functools.partial(loop, name) for name in self.sample_calls})
         images = peer_method(view, "sample")(*args, **peers_options)
         if not has_run:
             loops = " or ".join(self.sample_calls)
-            raise TypeError(f"sample of {self.library} has no {sorted(ours)[0]}: it does not call {loops}")
+            raise TypeError(f"sample of {self.library} has no {sorted(loop_options)[0]}: it does not call {loops}")
         return images
 
     def _run_loop(
-        self, peers_method: Any, args: tuple[Any, ...], peers_options: dict[str, Any], ours: dict[str, Any]
+        self, peers_method: Any, args: tuple[Any, ...], peers_options: dict[str, Any], loop_options: dict[str, Any]
     ) -> Any:
         """Runs GaussianDiffusion.p_sample_loop in place of the peer's method.
 
         Args:
             peers_method: the peer's method.
-            args, peers_options: the arguments of the call that the peer's method takes.
-            ours: the options of p_sample_loop.
+            args, peers_options: the call's arguments for the peer's method.
+            loop_options: the call's options of p_sample_loop.
         """
         signature = inspect.signature(peers_method)
         arguments = signature.bind(*args, **peers_options).arguments
         model, shape = arguments.pop("model", getattr(self, "model", None)), tuple(arguments.pop("shape"))
         for name, value in arguments.items():
             if name in LOOP_OPTIONS:
-                ours[name] = value
+                loop_options[name] = value
             elif value is not signature.parameters[name].default:
-                raise TypeError(f"{name} is {value!r} with {sorted(ours)[0]}, expected only options of p_sample_loop")
+                raise TypeError(
+                    f"{name} is {value!r} with {sorted(loop_options)[0]}, expected only options of p_sample_loop"
+                )
         try:
             diffusion = self._diffusion()
         except Fallback as fallback:
-            raise ValueError(f"{sorted(ours)[0]} is given, but no loop can be made: {fallback.reason}") from None
-        options = self._own_options(peers_method.__name__, ours) | ours
+            raise ValueError(
+                f"{sorted(loop_options)[0]} is given, but no loop can be made: {fallback.reason}"
+            ) from None
+        options = self._default_options(peers_method.__name__, loop_options) | loop_options
         if options.get("rng") is None:
             options["rng"] = self.accelerated.whole_loop(shape[0])
         return self._finish(diffusion.p_sample_loop(model, shape, **options))
 
 
 def takes_loop_options(method: Method) -> Method:
-    """Decorates a LoopOptionsTaker's method that is a whole loop.
+    """Decorator of a LoopOptionsTaker's method that is a whole loop.
 
     If a call has an option of p_sample_loop that the peer's method doesn't have, ddpm_ext's loop runs instead.
     """
@@ -124,18 +128,24 @@ def takes_loop_options(method: Method) -> Method:
     @functools.wraps(method)
     def call(self: LoopOptionsTaker, *args: Any, **options: Any) -> Any:
         peers_method = peer_method(self, method.__name__)
-        peers_options, ours = _split(peers_method, options)
-        return self._run_loop(peers_method, args, peers_options, ours) if ours else method(self, *args, **options)
+        peers_options, loop_options = _split(peers_method, options)
+        return (
+            self._run_loop(peers_method, args, peers_options, loop_options)
+            if loop_options
+            else method(self, *args, **options)
+        )
 
     return call  # type: ignore[return-value]
 
 
 def _split(peers_method: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into those that the peer's method takes, and those of p_sample_loop.
+    """Splits options into the options of the peer's method and the options of p_sample_loop.
 
-    A method with **kwargs takes all of them.
+    If the peer's method has **kwargs, it gets all of them.
     """
     parameters = inspect.signature(peers_method).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    ours = {name: options[name] for name in options.keys() & LOOP_OPTIONS if name not in parameters and not takes_any}
-    return {name: value for name, value in options.items() if name not in ours}, ours
+    loop_options = {
+        name: options[name] for name in options.keys() & LOOP_OPTIONS if name not in parameters and not takes_any
+    }
+    return {name: value for name, value in options.items() if name not in loop_options}, loop_options

@@ -1,8 +1,8 @@
 """A sampler function that a user wrote, with k-diffusion's signature.
 
-In the first loop of each kind the function itself runs, and the caller gets its result. Its traced rows are computed,
-too: at each call of the model, the result of a row is compared with the function's sample. If all agree, the rows take
-later loops.
+In the first loop with some settings the function itself runs, and the caller gets its result. Its traced rows are also
+computed: at each call of the model, the result of a row is compared with the function's sample. If all rows agree, they
+replace the function in later loops.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from ddpm_ext.tables.trace import TraceResult, follow_function
 from ddpm_ext.tables.trace_function import ModelLike, checked_sigmas
 from ddpm_ext.tables.trace_run import Observed
 
-CACHED = 32
+CACHED = 32  # the number of loops whose traced rows a UserSampler caches
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
 def rows_of_function(
     function: Callable[..., Tensor], levels: Tensor, options: Mapping[str, Any], model: object
 ) -> tuple[SigmaRows, TraceResult]:
-    """The rows of a function's steps, and the result of tracing it. Raises ValueError if the steps are no rows."""
+    """The rows of a function's steps, and the result of tracing it. Raises ValueError if its steps can't be traced."""
     traced = follow_function(function, levels, options, model)
     table = StepTable(**traced.columns)
     return SigmaRows.of(table, list(traced.step_starts) or first_rows_untold(table, levels[:-1])), traced
 
 
 def _state(function: Callable[..., Any]) -> list[Any]:
-    """The values that a function reads besides arguments and globals: its closure, and its object's attributes."""
+    """The values that a function reads besides arguments and globals: in its closure and its object's attributes."""
     cells = getattr(function, "__closure__", None) or ()
     return [*[cell.cell_contents for cell in cells], *vars(getattr(function, "__self__", SimpleNamespace())).values()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCall:
-    """The arguments of a call of a sampler, see k_diffusion.sampler. `options` are the sampler's own arguments."""
+    """The arguments of a call of a sampler; see k_diffusion.sampler. `options` are arguments that only it has."""
 
     options: dict[str, Any]
     model: Callable[..., Tensor]
@@ -67,7 +67,7 @@ class TracedLoop(NamedTuple):
 
     Attributes:
         rows: the traced rows, or None if there are none.
-        proofs: the proofs of the rows by shape, dtype and device of the samples.
+        proofs: {(shape, dtype, device) of the samples: the proof of the rows}.
         draws: for each row, the index of the draw that is its noise, or None for no noise.
         row_before_model: whether the first row comes before the first call of the model.
         why_not: why there are no rows.
@@ -77,58 +77,58 @@ class TracedLoop(NamedTuple):
     proofs: dict[object, Proof]
     draws: list[int | None]
     row_before_model: bool = False
-    why_not: str = ""
+    no_rows_reason: str = ""
 
 
-class OwnSampler:
+class UserSampler:
     """A user's sampler function, with a cache of its traced loops."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self._parameters = inspect.signature(function).parameters
-        # Each entry also has the objects of its key, to keep them alive: the key has their ids.
+        # Each entry also keeps the objects alive whose ids are in its key: Python could give an id to a new object.
         self._loops: BoundedCache[tuple[TracedLoop, Any]] = BoundedCache(CACHED)
         self._warned: set[str] = set()
 
     def _loop(self, call: SamplerCall) -> TracedLoop:
         """The loop of a call's settings."""
         levels, values = checked_sigmas(call.sigmas), [*call.options.values(), *_state(self.function)]
-        passed_on = kinds_of(call.extra_args), call.callback is None, call.disable
-        key = (tuple(levels.tolist()), *call.options, *map(setting_key, values), *passed_on)
+        passed_arguments = kinds_of(call.extra_args), call.callback is None, call.disable
+        key = (tuple(levels.tolist()), *call.options, *map(setting_key, values), *passed_arguments)
         return self._loops.get_or_make(key, lambda: (self._traced(levels, call), values))[0]
 
     def _traced(self, levels: Tensor, call: SamplerCall) -> TracedLoop:
         try:
             rows, traced = rows_of_function(self.function, levels, call.options, call.model)
         except Exception as error:  # the user's code may raise anything on the samples of tracing
-            return TracedLoop(None, {}, [], why_not=str(error))
+            return TracedLoop(None, {}, [], no_rows_reason=str(error))
         if traced.reads_model:
-            return TracedLoop(None, {}, [], why_not="it reads attributes of the model")
+            return TracedLoop(None, {}, [], no_rows_reason="it reads attributes of the model")
         return TracedLoop(rows, {}, traced.noise, traced.row_before_model)
 
     def rows_or_result(self, call: SamplerCall) -> Any:
-        """The rows, if they have been proven for such calls. Else runs the function and returns its result."""
+        """The rows, if they have been proven for such calls. Otherwise runs the function and returns its result."""
         loop, x = self._loop(call), call.x
         proof = None if loop.rows is None else loop.proofs.setdefault((x.shape, x.dtype, x.device), Proof())
         if proof is not None and len(proof.holds) == len(loop.draws):
             return loop.rows
-        why_not = loop.why_not if proof is None else proof.failed
-        if why_not is not None:
-            self._warn(why_not)
+        no_rows_reason = loop.no_rows_reason if proof is None else proof.failed
+        if no_rows_reason is not None:
+            self._warn(no_rows_reason)
             proof = None
         if proof is not None and call.noise_sampler is None and any(draw is not None for draw in loop.draws):
             call = replace(call, rng=rng_of_many(call.rng, x.device))
         options = {"extra_args": dict(call.extra_args or {}), "callback": call.callback, "disable": call.disable}
         is_plain = proof is None and call.rng is None and call.noise_sampler is None
-        run_of_both = _SideBySideRun(loop, proof, call)
+        side_by_side = _SideBySideRun(loop, proof, call)
         if not is_plain:
-            options["noise_sampler"] = run_of_both.sampled
+            options["noise_sampler"] = side_by_side.sampled
         options = {name: value for name, value in options.items() if name in self._parameters} | call.options
         if is_plain:
             return self.function(call.model, x, call.sigmas, **options)
-        with run_of_both.observed:
-            result = self.function(run_of_both.model_for(call.model), x, call.sigmas, **options)
-        run_of_both.finish_row(result)
+        with side_by_side.observed:
+            result = self.function(side_by_side.model_for(call.model), x, call.sigmas, **options)
+        side_by_side.finish_row(result)
         if proof is not None and proof.failed is not None:
             self._warn(proof.failed)
         return result
@@ -144,7 +144,7 @@ class _SideBySideRun:
     """A run of the function, in which its rows are computed with the same noise and compared.
 
     Attributes:
-        observed: replaces the function's own draws by this noise.
+        observed: the mode that replaces the function's draws by the noise of the comparison.
     """
 
     def __init__(self, loop: TracedLoop, proof: Proof | None, call: SamplerCall) -> None:
@@ -153,7 +153,7 @@ class _SideBySideRun:
         self._row = -1  # the current row; -1 before the first
         self._inputs: tuple[Tensor, Tensor] | None = None  # the sample and model output of the current row
         self._z: Tensor | None = None  # the noise of the current row
-        self._ring: tuple[Tensor, ...] = ()
+        self._history: tuple[Tensor, ...] = ()
         if loop.row_before_model:
             self._begin_row(call.x, call.x)
 
@@ -184,7 +184,7 @@ class _SideBySideRun:
         return wrapper
 
     def sampled(self, *levels: Any) -> Tensor:
-        """The function's noise_sampler."""
+        """The noise_sampler that the function gets."""
         with self.observed.paused():
             count = len(self.observed.draws)
             self.observed.draws.append(self._call.x.dtype)
@@ -211,7 +211,7 @@ class _SideBySideRun:
         return z
 
     def _levels_of(self, row: int) -> tuple[Tensor, Tensor]:
-        """The sigmas at which a row's step begins and the row ends: the arguments of noise_sampler in later loops."""
+        """The sigmas at which a row's step begins and the row ends, with which later loops call noise_sampler."""
         rows, x = self._loop.rows, self._call.x
         assert rows is not None
         first = next(step[0] for step in rows.steps if row in step)
@@ -233,7 +233,7 @@ class _SideBySideRun:
         sample, m = self._inputs
         sample = sample.to(torch.promote_types(sample.dtype, m.dtype))
         inputs = {} if self._z is None else {"noise": self._z.to(sample.dtype)}
-        prev, stored = rows.stepper.take(i, sample, m, self._ring, inputs)
-        size = rows.stepper.largest_term(i, sample, m, self._ring)
-        self._ring = self._ring if stored is None else (stored, *self._ring[:2])
+        prev, stored = rows.stepper.take(i, sample, m, self._history, inputs)
+        size = rows.stepper.largest_term(i, sample, m, self._history)
+        self._history = self._history if stored is None else (stored, *self._history[:2])
         proof.compare(i, (prev,), (x,), size)

@@ -1,6 +1,6 @@
-"""Rows made from the tables of other libraries' objects that have them as tensors.
+"""Rows for other libraries' objects, made from the schedule's tables that these objects have as tensors.
 
-A number in such a table is used as it is, not computed again: near t = 0, 1 - alphas_cumprod loses digits in float32.
+The tables' numbers are not computed again from each other: near t = 0, 1 - alphas_cumprod loses digits in float32.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TABLES = (
 )
 
 
-def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> KernelTables:
-    """The rows of an object with these TABLES, and with loss_weight if it has one.
+def rows_of(tables: Mapping[str, Tensor], prediction: str, tables_name: str = "tables") -> KernelTables:
+    """The rows of an object with these TABLES, and with its loss_weight if `tables` has it.
 
     - "steps": row t draws from q(x_{t-1} | x_t, x_0).
     - "q_sample": the weights of x_0 and of the noise in x_t.
@@ -36,7 +36,7 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables")
     Raises Fallback for numbers that are not finite.
 
     Args:
-        what: the library's word for the tables, for the error.
+        tables_name: the library's word for the tables, for the error.
     """
     in_float64 = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
     signal, noise = in_float64["sqrt_alphas_cumprod"], in_float64["sqrt_one_minus_alphas_cumprod"]
@@ -52,7 +52,7 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables")
     try:
         steps = StepTable(t, a, b, in_float64["posterior_mean_coef1"], in_float64["posterior_mean_coef2"], s=deviation)
     except ValueError as error:
-        raise Fallback(f"its {what} make no rows: {error}") from None
+        raise Fallback(f"its {tables_name} make no rows: {error}") from None
     return KernelTables(
         steps,
         q_sample=torch.stack([signal, noise], 1),

@@ -1,4 +1,4 @@
-"""The base of the mixins for other libraries' GaussianDiffusion: caches by the object's state, proofs, and noise."""
+"""The base of the mixins for other libraries' GaussianDiffusion: proofs, noise, and caches keyed by object state."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, cached_with
 from ddpm_ext.integrations.library_code import is_code_of
-from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, setting_key, why_left_alone
+from ddpm_ext.integrations.proof import TRACE_HINT, Generators, Proof, changed, contents, setting_key, why_left_alone
 from ddpm_ext.integrations.shared import CACHED, Accelerated
 from ddpm_ext.integrations.tensors import DTYPES, TRANSFORMED
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 Make = Callable[[], Any]
 NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that this package adds
-ROUNDED_TERMS = 4.0  # the largest ratio of a term of a step without noise to the step's result
+ROUNDED_TERMS = 4.0  # in a step without noise, the largest ratio of a term to the step's result
 
 
 class PeerDiffusion(Accelerated):
     """The base of mixins for another library's GaussianDiffusion.
 
-    The rows replace the arithmetic of the library's own methods. If one of these is overridden, on the object or in its
-    class, the rows take no step before they have been proven.
+    The rows replace the arithmetic of the library's methods. If one of these methods is overridden, on the object or in
+    its class, the rows take no step before they have been proven.
     """
 
     _methods: ClassVar[tuple[str, ...]]  # the names of the methods that the rows replace
@@ -35,42 +35,42 @@ class PeerDiffusion(Accelerated):
         if "_peer" in vars(cls):
             cls._methods = (*cls.replaces, *cls.relies_on)
 
-    def _own_methods(self) -> list[Any]:
-        """The functions with the names in `_methods`, of the object or else of the peer's class."""
+    def _current_methods(self) -> list[Any]:
+        """The functions named in `_methods`: the object's attributes, or else the methods of the peer's class."""
         attributes, peer = self.__dict__, self._peer
         return [attributes[name] if name in attributes else getattr(peer, name, None) for name in self._methods]
 
     def _foreign_method(self, caller: str = "p_sample") -> str | None:
-        """The name of a method that is not the library's own; None if all are.
+        """The name of a method that is not the library's code; None if all are.
 
         Args:
-            caller: the method that calls it. Only subclasses read it.
+            caller: the method that calls it. Only overrides in subclasses read this.
         """
         cls, library = self._known, self._known.__module__.partition(".")[0]
-        for name, method in zip(self._methods, self._own_methods(), strict=True):
+        for name, method in zip(self._methods, self._current_methods(), strict=True):
             if method is not None and (method is not getattr(cls, name, None) or not is_code_of(method, library)):
                 return name
         return None
 
     def _check_methods(self) -> None:
-        """Raises Fallback if a method is not the library's own, except while a step by rows is being proven."""
+        """Raises Fallback if a method is not the library's code, except while a proof runs the rows."""
         foreign = self._foreign_method()
         if foreign is not None and "_is_proving" not in self.__dict__:
             raise Fallback(self._refusal(foreign))
 
     def _refusal(self, foreign: str) -> str:
         reason = f"its {foreign} is not {self.library}'s own code"
-        return f"{reason}: single steps are proven" if self.accelerated.trace else f"{reason}; {HOW}"
+        return f"{reason}: single steps are proven" if self.accelerated.trace else f"{reason}; {TRACE_HINT}"
 
     # ------------------------------------------------------------------------------------------------------- steps
 
     def _step(
         self, method: str, x: Tensor, timesteps: Make, options: tuple[Any, ...], by_rows: Make, by_code: Make
     ) -> Any:
-        """The result of a step: by_rows(), if all methods are the library's own or the rows have been proven.
+        """The result of a step: by_rows(), if all methods are the library's code or the rows have been proven.
 
-        In the first loop of an overridden step, the result is that of by_code(), and is compared with that of
-        by_rows(). Both call the model. Raises Fallback if the peer's code must run.
+        In the first loop of an overridden step, the result is by_code(), which is compared with by_rows(). Both call
+        the model. Raises Fallback if the peer's code must run.
 
         Args:
             timesteps: returns the samples' timesteps. It may wait for a GPU.
@@ -95,27 +95,29 @@ class PeerDiffusion(Accelerated):
         self, proof: Proof, method: str, x: Tensor, steps: Sequence[int], by_rows: Make, by_code: Make
     ) -> Any:
         generators = Generators(x.device)
-        ours = _tensors(self._proving(by_rows, Acceleration()))  # default settings: the noise is drawn as by the code
+        row_tensors = _tensors(
+            self._proving(by_rows, Acceleration())
+        )  # default settings: the noise is drawn as by the code
         generators.rewind()
         before = contents(vars(self))
         result = by_code()
-        theirs = _tensors(result)
+        code_tensors = _tensors(result)
         stores = changed(before, vars(self))
         if stores:
             proof.failed = f"its {method} stores {', '.join(stores)}"
             stored = self.__dict__.setdefault("_stored", set())
-            if again := stored.intersection(stores):  # every later step would have another state
-                proof.failed = self.__dict__["_left_alone"] = why_left_alone(method, again)
+            if repeated := stored.intersection(stores):  # every later step would have another state
+                proof.failed = self.__dict__["_left_alone"] = why_left_alone(method, repeated)
             stored.update(stores)
         recip = self.sqrt_recip_alphas_cumprod[max(steps)]  # type: ignore[attr-defined]
-        size = max(1.0, *(float(tensor.abs().max()) for tensor in (x, *ours)))
+        size = max(1.0, *(float(tensor.abs().max()) for tensor in (x, *row_tensors)))
         for step in steps:
-            proof.compare(step, ours, theirs, ROUNDED_TERMS * size * float(recip))
+            proof.compare(step, row_tensors, code_tensors, ROUNDED_TERMS * size * float(recip))
         self.accelerated.record_proof(self.library, method, proof.failed, len(proof.holds) == len(set(steps)))
         return result
 
     def _proving(self, by_rows: Make, settings: Acceleration) -> Any:
-        """by_rows() with these settings, where `_check_methods` accepts overridden methods."""
+        """Runs by_rows() with these settings. While it runs, `_check_methods` accepts overridden methods."""
         state, previous = self.__dict__, self.accelerated
         state.update(_acceleration=settings, _is_proving=True)
         try:
@@ -127,25 +129,25 @@ class PeerDiffusion(Accelerated):
     # ------------------------------------------------------------------------------------------------------- state
 
     def _state(self) -> list[Any]:
-        """The values of all attributes of the object and of its classes that are not the library's."""
+        """The values of all attributes of the object and of its user classes."""
         state = self.__dict__
         values = [x for name, x in state.items() if name not in NO_STATE]
         values += state.get("_buffers", {}).values()
-        for base in self._own_classes():
+        for base in self._user_classes():
             values += vars(base).values()
         return values
 
-    def _own_classes(self) -> Sequence[type]:
-        """The classes in the object's MRO that are not the library's."""
+    def _user_classes(self) -> Sequence[type]:
+        """The classes in the object's MRO that a user wrote: those before the library's class."""
         return self._peer.__mro__[: self._peer.__mro__.index(self._known)]
 
     def _of_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
-        """make(), cached by these settings and this state; see setting_key for the keys. Raises Fallback.
+        """make(), cached by these settings and this state; see setting_key for the keys. Raises make's Fallback.
 
         Args:
-            state: the values that count as the state. Default: the methods.
+            state: the values that count as the object's state. Default: its methods.
         """
-        values = (*settings, *(self._own_methods() if state is None else state), "_is_proving" in self.__dict__)
+        values = (*settings, *(self._current_methods() if state is None else state), "_is_proving" in self.__dict__)
         if torch._C._functorch.peek_interpreter_stack() is not None and any(isinstance(x, Tensor) for x in values):
             raise Fallback(TRANSFORMED)
         return cached_with(self, tuple([setting_key(x) for x in values]), make, values)
@@ -153,7 +155,7 @@ class PeerDiffusion(Accelerated):
     # ------------------------------------------------------------------------------------------------------- noise
 
     def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
-        """The operators' arguments for a training batch's noise: the given noise, or else another draw at each call."""
+        """The operators' arguments for a training batch's noise: the caller's noise, or else a new draw."""
         rng = self.accelerated.next_forward(x.device) if noise is None else None
         if rng is not None:
             return {"rng": rng}
@@ -169,7 +171,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def start_noise(shape: Iterable[int], rng: Philox | None, device: torch.device) -> Tensor:
-    """The noise from which a loop starts: drawn by `rng`, or by torch if that is None."""
+    """The noise from which a loop starts, drawn by `rng`, or by torch if `rng` is None."""
     dtype, sizes = torch.get_default_dtype(), tuple(map(int, shape))
     if rng is None or dtype not in DTYPES:
         return torch.randn(sizes, device=device)

@@ -1,7 +1,7 @@
-"""The proof that rows have the same results as a step that a user wrote, in a loop of the user's own samples.
+"""The proof that rows have the same results as a step that a user wrote, in a loop of the user's samples.
 
-In the first loop the step's own code runs, and the loop gets its results. The rows are also computed, with the same
-noise. If both agree in every step of that loop, the rows take the steps of later loops.
+In the first loop the user's code runs, and the loop gets its results. The rows are also computed, with the same noise.
+If both agree in every step of this loop, the rows replace the user's code in later loops.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ddpm_ext.integrations.tensors import version_of
 
-HOW = "accelerate(..., trace=True) replaces such steps, once it has compared them in a first loop"
-ROUNDED = 16  # A row and a step may differ by this many roundings of their largest term, in the result's dtype.
-LARGE = 2**20  # Arrays of more bytes are compared by identity alone.
+TRACE_HINT = "accelerate(..., trace=True) replaces such steps, once it has compared them in a first loop"
+MAX_ROUNDINGS = 16  # A row and a step may differ by this many roundings of their largest term, in the result's dtype.
+LARGEST_COMPARED = 2**20  # bytes; larger arrays are compared by identity alone
 
 
 class Proof:
-    """The comparison of the rows with a step's own code, for one kind of loop.
+    """The comparison of the rows with a step's code, for loops of one shape, dtype, device and setting.
 
     Attributes:
-        holds: the steps in which the rows agreed with the step's own code.
+        holds: the indices of the steps in which the rows agreed with the code.
         failed: why the rows must not be used, or None if no step has differed.
-        stores: the names of the attributes that the step's own code has written.
+        stores: the names of the attributes that the code has written.
     """
 
     def __init__(self) -> None:
@@ -36,23 +36,28 @@ class Proof:
         self.failed: str | None = None
 
     def compare(self, step: int, of_rows: Iterable[Tensor | None], of_code: Iterable[Any], size: float) -> None:
-        """Records whether the results of the rows agree with those of the step's own code.
+        """Records whether the results of the rows agree with those of the step's code.
 
         Args:
-            size: the size of the largest term that they add up.
+            size: the size of the largest term in the sums that both compute.
         """
         of_rows, of_code = list(of_rows), list(of_code)
         if len(of_rows) != len(of_code):
             self.failed = f"step {step} returns something else than its rows"
-        for ours, theirs in zip(of_rows, of_code, strict=False):
-            if ours is None or self.failed is not None:
+        for row_result, code_result in zip(of_rows, of_code, strict=False):
+            if row_result is None or self.failed is not None:
                 continue
-            is_like = isinstance(theirs, Tensor) and (theirs.shape, theirs.dtype) == (ours.shape, ours.dtype)
-            if not is_like or theirs.requires_grad != ours.requires_grad:
+            has_shape_and_dtype = isinstance(code_result, Tensor) and (code_result.shape, code_result.dtype) == (
+                row_result.shape,
+                row_result.dtype,
+            )
+            if not has_shape_and_dtype or code_result.requires_grad != row_result.requires_grad:
                 self.failed = f"step {step} returns something else than its rows"
                 return
-            bound = ROUNDED * torch.finfo(ours.dtype).eps * size
-            error = (theirs.detach().double() - ours.double()).abs().max().item() if ours.numel() else 0.0
+            bound = MAX_ROUNDINGS * torch.finfo(row_result.dtype).eps * size
+            error = (
+                (code_result.detach().double() - row_result.double()).abs().max().item() if row_result.numel() else 0.0
+            )
             if not error <= bound:
                 self.failed = f"step {step} differs from its rows by {error:.2g}, where {bound:.2g} is rounding"
         self.holds.add(step)
@@ -62,7 +67,7 @@ class Generators:
     """The states of the random generators that a step may draw from. `rewind` restores them for a second draw."""
 
     def __init__(self, device: torch.device, generator: Any = None) -> None:
-        """generator: a call's argument, one generator or a list of them, besides torch's default generators."""
+        """generator: a step's argument: a generator, a list of generators or None. torch's default ones are added."""
         generators = [torch.default_generator, *(generator if isinstance(generator, list | tuple) else [generator])]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
@@ -85,7 +90,7 @@ def setting_key(x: Any) -> Hashable:
         return id(x), version_of(x)
     if isinstance(x, float):
         return x.hex()  # so that NaN equals NaN, and -0 differs from 0
-    if isinstance(x, np.ndarray) and x.nbytes <= LARGE:
+    if isinstance(x, np.ndarray) and x.nbytes <= LARGEST_COMPARED:
         return x.shape, x.tobytes()
     if isinstance(x, dict):
         return "dict", *[(setting_key(key), setting_key(value)) for key, value in x.items()]
@@ -97,7 +102,7 @@ def setting_key(x: Any) -> Hashable:
 def kinds_of(arguments: Mapping[str, Any] | None) -> Hashable:
     """A cache key of the arguments that a loop passes on to its model.
 
-    As setting_key, except that tensors count by shape and dtype: each loop has new ones.
+    The keys are those of setting_key, except that tensors count by shape and dtype: each loop has new tensors.
     """
     return tuple([
         (name, x.shape, x.dtype) if isinstance(x, Tensor) else (name, setting_key(x))
@@ -117,5 +122,5 @@ def changed(before: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
 
 
 def why_left_alone(method: str, names: Iterable[str]) -> str:
-    """The reason of a fallback: the rows depend on these attributes, and the step changes them in each loop."""
+    """The reason for a fallback: the rows depend on these attributes, and the step changes them in each loop."""
     return f"its {method} changes {', '.join(sorted(names))} in every loop, and runs as it is from now on"

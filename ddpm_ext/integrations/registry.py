@@ -10,9 +10,9 @@ from ddpm_ext.integrations.shared import Support, make_class, new, peer_class
 
 
 class KnownClass(NamedTuple):
-    """A peer's class, by its module and name, and the mixin for it, by the module in this package and name.
+    """The module and name of a peer's class, and of the mixin for it, whose module is in this package.
 
-    Both are names, so that no library is imported before an object of it is accelerated.
+    Both classes are given by name, so that no library is imported before an object of it is accelerated.
     """
 
     module: str
@@ -37,8 +37,8 @@ KNOWN = (
     KnownClass("improved_diffusion.respace", "SpacedDiffusion", "guided_diffusion", "ImprovedSpaced"),
     KnownClass(f"{_LUCIDRAINS}.{_LUCIDRAINS}", "GaussianDiffusion", _LUCIDRAINS, "Denoising"),
 )
-# Mixins for classes of any name: the module, the mixin, and the module's function that checks a class. These functions
-# check a class that is not in KNOWN, in this order.
+# (module, mixin, the module's function that recognises a class by its contents) for classes that are not in KNOWN. The
+# functions are tried in this order.
 RECOGNISED = (("diffusers.traced", "TracedScheduler", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
 
 
@@ -47,7 +47,7 @@ def _integration(name: str) -> Any:
 
 
 def support_table() -> list[Support]:
-    """What is fused and what is not, method by method."""
+    """A row for each method: which of its options are fused, and which run the library's code."""
     modules = dict.fromkeys([*(known.mixin_module for known in KNOWN), *(module for module, _, _ in RECOGNISED)])
     return [row for module in modules for row in _integration(module).SUPPORT]
 
@@ -65,7 +65,7 @@ def accelerated_class(peer: type) -> type:
         if known is not None:
             mixin = getattr(_integration(known.mixin_module), known.mixin)
             is_scheduler = known.module.startswith("diffusers.")
-            # A subclass that overrides methods, a user's or one of diffusers, is left to TracedScheduler.
+            # TracedScheduler is the mixin for subclasses that override methods, of a user or of diffusers.
             if not is_scheduler or (library_class(peer) is ancestor and foreign_method(peer, {}) is None):
                 return make_class(mixin, peer, ancestor, _restore)
     for name, mixin, test in RECOGNISED:
@@ -84,5 +84,5 @@ def accelerated_class(peer: type) -> type:
 
 
 def _restore(peer: type) -> Any:
-    """An accelerated object without state, for pickle."""
+    """An accelerated object without attributes, for pickle."""
     return new(accelerated_class(peer))

@@ -25,11 +25,16 @@ from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
-FACTORS = ("cu", "h1", "h2", "h3")  # the factors of the last result and of HISTORY
+OTHER_FACTORS = (
+    "cu",
+    "h1",
+    "h2",
+    "h3",
+)  # the factors of the previous result, which is in uncond_output, and of HISTORY
 LARGEST_NORMAL = 8.0  # no normal number is expected to be larger
 CPU = torch.device("cpu")
-# Of a row: (index in the history, name of the operator's argument) of the tensors that it reads; whether it keeps a
-# tensor; and whether it may keep the model's output itself in place of a copy.
+# For a row: (index in the history, name of the operator's argument) of each tensor that it reads; whether it keeps a
+# tensor; and whether it may keep the model's output itself and not a copy.
 Reads = tuple[list[tuple[int, str]], bool, bool]
 
 
@@ -40,8 +45,8 @@ class RowStepper:
         table: the table, or a function that returns it, called when the table is first needed.
         clip: the range to which predicted clean samples are clipped.
         threshold: dynamic thresholding of predicted clean samples, before the clip.
-        holds_outputs: whether a row that keeps the model's output keeps that tensor in place of a copy. The caller must
-            not write to it then.
+        holds_outputs: whether a row that keeps the model's output keeps the caller's tensor and not a copy. If so, the
+            caller must not write to it.
         packed: the packed rows of the table, if they exist already.
 
     Attributes:
@@ -66,7 +71,7 @@ class RowStepper:
             with torch.inference_mode(False):
                 packed = self.table.packed("cpu")
         self._packed = {(CPU, torch.float32): packed}
-        # Steps without an rng. The key on a CPU is the dtype alone: hashing a device takes as long as a small launch.
+        # Steps without an rng. On a CPU the key is the dtype alone: hashing a device takes as long as a small launch.
         self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         kinds = {row.history for row in self.needs}
@@ -102,7 +107,8 @@ class RowStepper:
     ) -> tuple[Tensor, Tensor | None]:
         """Takes row i in one launch, or two with a threshold. Returns the next sample and the tensor that is kept.
 
-        The compiled operators take float32, float16 and bfloat16 on CPU and CUDA devices, and plain torch all the rest.
+        The operators of the C++ module compute float32, float16 and bfloat16 on CPU and CUDA devices, the reference in
+        PyTorch everything else.
 
         Args:
             history: the tensors that earlier rows kept, the newest first.
@@ -127,21 +133,25 @@ class RowStepper:
             step = self._step_for(x.device, dtype, rng)
         return step.take(x, m, None, i, out, **inputs), stored
 
-    def largest_term(self, i: int, x: Tensor, m: Tensor, others: Sequence[Tensor]) -> float:
+    def largest_term(self, i: int, x: Tensor, m: Tensor, read_tensors: Sequence[Tensor]) -> float:
         """The size of the largest term that row i adds up, on which the rounding error of its result depends.
 
         Args:
-            others: the tensors that the row reads besides sample and output.
+            read_tensors: the tensors that the row reads besides sample and output.
         """
-        row = {name: abs(float(getattr(self.table, name)[i])) for name in ("a", "b", "c0", "c1", "c2", "s", *FACTORS)}
-        sample, output, *rest = (float(tensor.abs().max()) if tensor.numel() else 0.0 for tensor in (x, m, *others))
+        row = {
+            name: abs(float(getattr(self.table, name)[i])) for name in ("a", "b", "c0", "c1", "c2", "s", *OTHER_FACTORS)
+        }
+        sample, output, *rest = (
+            float(tensor.abs().max()) if tensor.numel() else 0.0 for tensor in (x, m, *read_tensors)
+        )
         clean = row["a"] * sample + row["b"] * output
-        others_read = max(row[name] for name in FACTORS) * max(rest, default=0.0)
-        terms = row["c0"] * clean, row["c1"] * sample, row["c2"] * output, row["s"] * LARGEST_NORMAL, others_read
+        other_terms = max(row[name] for name in OTHER_FACTORS) * max(rest, default=0.0)
+        terms = row["c0"] * clean, row["c1"] * sample, row["c2"] * output, row["s"] * LARGEST_NORMAL, other_terms
         return max(clean, *terms)
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
-        """The step that takes rows of such samples. Without `rng`, noise is added only if `take` gets some."""
+        """The TableStep for samples of this dtype and device. Without `rng`, only noise that `take` gets is added."""
         key = dtype if device == CPU else (device, dtype)
         step = self._quiet_steps.get(key) if rng is None else None
         if step is None:
@@ -177,10 +187,10 @@ def clip_in_notes(table: StepTable, clip: Clip | None, threshold: DynamicThresho
 
     Raises ValueError if the notes have a threshold other than `threshold`.
     """
-    noted = table.notes.get("clip", clip)
-    if isinstance(noted, str) and noted != str(threshold):
-        raise ValueError(f"the table was made for the clip {noted}, expected it of the loop, which has {threshold}")
-    return clip if isinstance(noted, str) else checks.clip_range(noted)
+    clip_note = table.notes.get("clip", clip)
+    if isinstance(clip_note, str) and clip_note != str(threshold):
+        raise ValueError(f"the table was made for the clip {clip_note}, expected it of the loop, which has {threshold}")
+    return clip if isinstance(clip_note, str) else checks.clip_range(clip_note)
 
 
 def take_step(
@@ -196,8 +206,8 @@ def take_step(
 ) -> Tensor:
     """A single step by the rows t of `tables`.
 
-    The noise is drawn by `rng`, or is the input `noise`; else none is added. The other arguments are those of
-    TableStep.take.
+    The noise is drawn by `rng`, or is the input `noise`; without both, no noise is added. The other arguments are those
+    of TableStep.take.
     """
     table = tables.get("steps", x.device, torch.float32)
     step = ops.TableStep(table, clip=clip, rng=rng, add_noise=rng is not None)

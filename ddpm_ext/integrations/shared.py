@@ -27,7 +27,7 @@ class Support(NamedTuple):
     Attributes:
         cls, method: the peer's class and method.
         fused: the options that are fused.
-        own: the options that run the peer's own code.
+        own: the options with which the peer's code runs.
     """
 
     cls: str
@@ -46,7 +46,7 @@ class Accelerated:
         library: the peer's name, for warnings.
         replaces: the peer's methods that the mixin replaces.
         relies_on: the peer's methods that the replaced methods call, and whose work the fused code also does. If a user
-            has overridden a method of `replaces` or `relies_on`, the object's own code runs.
+            has overridden a method of `replaces` or `relies_on`, the object's code runs and not the fused code.
     """
 
     library: ClassVar[str]
@@ -54,7 +54,7 @@ class Accelerated:
     relies_on: ClassVar[tuple[str, ...]] = ()
     _peer: ClassVar[type]  # the peer's class, which may be a user's subclass of a library's class
     _known: ClassVar[type]  # the library's class: `_peer`, or the base of it for which the mixin was written
-    _restore: ClassVar[Callable[[type], Any]]  # returns an accelerated object without state for a peer's class
+    _restore: ClassVar[Callable[[type], Any]]  # (peer's class) -> an accelerated object without attributes
 
     @property
     def accelerated(self) -> Acceleration:
@@ -87,12 +87,12 @@ def shown(obj: Any) -> str:
 
 
 def peer_class(cls: type) -> type:
-    """The peer's class of an accelerated class. For any other class, that class itself."""
+    """The peer's class of an accelerated class. Any other class is returned as it is."""
     return getattr(cls, "_peer", cls)
 
 
 def peer_method(obj: Any, name: str) -> Callable[..., Any]:
-    """The peer's own method of that name, bound to an accelerated object."""
+    """The peer's method of that name, bound to an accelerated object."""
     return getattr(super(Accelerated, obj), name)
 
 
@@ -104,7 +104,7 @@ def signature_text(function: Any) -> str:
 
 
 def new(cls: Any) -> Any:
-    """An object of a class without state: __init__ is not called."""
+    """Creates an object without attributes: __init__ is not called."""
     return cls.__new__(cls)
 
 
@@ -133,7 +133,7 @@ def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Calla
     It has the peer's name, so that files that the library writes name the library's class.
 
     Args:
-        restore: returns an accelerated object without state for a peer's class. Pickles import it.
+        restore: (peer's class) -> an accelerated object without attributes. Pickles import this function.
     """
     attributes = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
     attributes |= {"_peer": peer, "_known": known, "_restore": staticmethod(restore)}

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.tables.step_table import StepTable
 
-ROUNDED = 1e-9  # Levels whose relative difference is at most this are the same level.
+SAME_LEVEL = 1e-9  # Levels whose relative difference is at most this count as equal.
 
 
 class SigmaRows(NamedTuple):
@@ -32,7 +32,7 @@ class SigmaRows(NamedTuple):
         """Groups the rows into steps.
 
         Args:
-            begins: the row with which each step begins. Rows before the first of these belong to the first step.
+            begins: the row with which each step begins. All rows before begins[1] belong to the first step.
         """
         ends = [*begins[1:], len(table)]
         steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
@@ -40,13 +40,13 @@ class SigmaRows(NamedTuple):
 
 
 def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
-    """The rows with which the steps from these sigmas begin.
+    """The indices of the rows with which the steps from these sigmas begin.
 
-    The row of a second call of the model within a step is none of these: it is at another sigma, or it leads from a
-    level to the same level.
+    A step's second call of the model has a row that does not count: it starts from a different sigma, or it leads from
+    a level to the same level.
     """
     ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
-    moves = (ratio - ratio_after).abs() > ROUNDED * ratio
+    moves = (ratio - ratio_after).abs() > SAME_LEVEL * ratio
     begins: list[int] = []
     calls = (table.b != 0) | (table.c2 != 0)
     for row, is_first in enumerate((moves & calls).tolist()):
@@ -56,7 +56,7 @@ def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
 
 
 def first_rows_untold(table: StepTable, sigmas: Tensor) -> list[int]:
-    """first_rows for a function whose callback does not tell where its steps begin.
+    """first_rows for a function that does not call its callback, which would show where steps begin.
 
     If the function does not call the model at these sigmas, each row counts as a step.
     """

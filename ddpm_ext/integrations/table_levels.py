@@ -1,4 +1,4 @@
-"""The kind of samples that a step table is for, found from its levels, and its rows for other samples and models."""
+"""Which samples a step table is for, according to its levels, and its rows for other samples and models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 __all__ = ["FLOW", "OTHER", "SIGMA_SPACE", "of_denoiser", "scale_of", "table_sigmas"]
 
 SIGMA_SPACE, FLOW, OTHER = "x0 + sigma eps", "(1 - sigma) x0 + sigma eps", "others"
-NEAR = 1e-5
+NEAR = 1e-5  # the largest difference between levels that count as equal
 
 
 def scale_of(table: StepTable) -> str:
@@ -30,12 +30,12 @@ def scale_of(table: StepTable) -> str:
 def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
     """The sigmas between the rows, float64 (rows + 1,), and the table for samples x0 + sigma eps.
 
-    For a flow these are the flow's own sigmas, and the table stays that of the flow. For other samples a sigma is the
-    noise divided by the signal.
+    If the table is for a flow, these are the flow's sigmas, and the table is returned unchanged. For other samples a
+    sigma is the noise divided by the signal.
 
     Raises:
-        ValueError: the table has no levels; a level has no signal; a row does not start at the level where the row
-            before it ends.
+        ValueError: the table has no levels; a level has no signal; a row does not start at the level where the previous
+            row ends.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim
@@ -55,10 +55,10 @@ def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
 
 
 def of_denoiser(table: StepTable) -> StepTable:
-    """The rows for a denoiser, a model that returns the predicted clean sample x0 = a x + b m in place of m.
+    """The table's rows for a denoiser: a model that returns the predicted clean sample x0 = a x + b m in place of m.
 
     Raises:
-        ValueError: a row reads more than x0.
+        ValueError: a row reads more of the model's output than x0.
     """
     m_of_x0 = torch.where(table.b != 0, 1 / table.b, 0)
     reads = (table.c2 != 0) | (table.k2 != 0)

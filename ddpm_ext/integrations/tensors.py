@@ -17,7 +17,7 @@ TRANSFORMED = "a transform of torch.func is at work"
 
 
 def is_plain_tensor(x: Any) -> bool:
-    """Whether x is a tensor of no subclass, and no tensor of a function transform.
+    """Whether x is a torch.Tensor, of no subclass and not of a transform of torch.func.
 
     Under torch.compile only the type is checked: the compiler handles transforms itself.
     """
@@ -62,7 +62,7 @@ def check_pair(x: Tensor, other: Tensor | None, dtypes: tuple[torch.dtype, ...] 
 
 
 def check_batch(x: Tensor, t: Any, noise: Tensor | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Raises Fallback if the operators can't take samples with these timesteps, (batch,) int64, and this noise."""
+    """Raises Fallback if the operators can't take samples x with timesteps t, (batch,) int64, and this noise."""
     check_pair(x, noise, dtypes)
     if not (isinstance(t, Tensor) and t.shape == x.shape[:1] and t.device == x.device):
         raise Fallback("t is not one int64 timestep a sample")
@@ -82,13 +82,13 @@ def check_output(
 
     Args:
         allow_16_bits: whether the output may have 16 bits if the samples have 32.
-        shape: the shape that the output must have. Default: that of x.
+        shape: the shape that the output must have. Default: the shape of x.
     """
     if not is_plain_tensor(output):
         raise Fallback("the model's output is no plain tensor", instead)
     dtypes = DTYPES if allow_16_bits and x.dtype == torch.float32 else (x.dtype,)
-    fits = output.shape == (x.shape if shape is None else shape) and output.device == x.device
-    if not fits or x.dtype not in DTYPES or output.dtype not in dtypes:
+    has_shape_and_device = output.shape == (x.shape if shape is None else shape) and output.device == x.device
+    if not has_shape_and_device or x.dtype not in DTYPES or output.dtype not in dtypes:
         raise Fallback(f"the model's output is {dtype_name(output.dtype)} of shape {tuple(output.shape)}", instead)
 
 
@@ -96,26 +96,26 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_DRAWS = torch.randn, torch.randn_like
+_TORCH_DRAWS = torch.randn, torch.randn_like
 
 
 def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The operators' arguments for noise that was just drawn for a step of samples x.
 
-    The next sample overwrites the noise, so that noise needs no memory of its own. But if torch's draws are replaced,
-    it does not: the replacement may keep its results.
+    The next sample is written over the noise, which saves an allocation. But if torch.randn or torch.randn_like is
+    patched, the next sample gets new memory: the patch may keep the tensors that it returned.
     """
-    unpatched = (torch.randn, torch.randn_like) == _DRAWS and torch._C._len_torch_function_stack() == 0
+    unpatched = (torch.randn, torch.randn_like) == _TORCH_DRAWS and torch._C._len_torch_function_stack() == 0
     if unpatched and x.is_contiguous() and noise.is_contiguous():
         return {"noise": noise, "out": noise}
     return {"noise": noise}
 
 
 def layout_arguments(first: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """The operators' argument `out` for a result with the strides that the peer's own formula would give it.
+    """The operators' argument `out`, for a result with the strides that the peer's formula would give it.
 
-    These are the strides of a result of torch's arithmetic whose first operand is `first`. They matter because
-    torch.randn_like of the result draws in the order of its memory. Empty if x has these strides.
+    These are the strides of the result of torch's arithmetic with `first` as first operand. They matter because
+    torch.randn_like of the result draws in the order of its memory. The dict is empty if x has these strides.
     """
     if first.stride() == x.stride():
         return {}
@@ -124,15 +124,17 @@ def layout_arguments(first: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
-    """The noise of the operators' arguments for samples x: stored noise, or noise of `rng`, which no launch stores."""
+    """The noise in the operators' arguments `source` for samples x, as a tensor. Noise of an `rng` is drawn."""
     if "rng" not in source:
         return source["noise"]
     return randn(x.shape, source["rng"], device=x.device, dtype=x.dtype)
 
 
 def version_of(x: Tensor) -> tuple[int, ...] | None:
-    """A value that changes when the tensor is written to or gets other memory. None for inference tensors, which do not
-    count writes."""
+    """A value that changes when the tensor is written to or gets other memory. None for inference tensors.
+
+    Inference tensors do not count writes.
+    """
     return None if x.is_inference() else (x._version, x.data_ptr())
 
 
@@ -144,8 +146,8 @@ def index_of(vector: Tensor, number: Tensor) -> int | None:
         offset = number.data_ptr() - vector.data_ptr()
     except RuntimeError:  # a tensor has no memory, as within torch.func
         return None
-    index, rest = divmod(offset, max(vector.stride(0), 1) * vector.element_size())
-    return index if rest == 0 and 0 <= index < len(vector) else None
+    index, remainder = divmod(offset, max(vector.stride(0), 1) * vector.element_size())
+    return index if remainder == 0 and 0 <= index < len(vector) else None
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -1,8 +1,8 @@
 """The GaussianDiffusion of a well-known tutorial, which is in many notebooks. Its methods' parameters identify it.
 
-There are many variations of the class. The rows are made from the object's own tables. Before a method is fused for
-samples of some shape, the method runs on trial samples of this shape, and the result is compared with that of the rows:
-see tutorial_trial.py. A method that a subclass overrides runs as it is, or is proven in a first loop: see proof.py.
+There are many variations of the class. The rows are made from the object's tables. Before a method is fused for samples
+of some shape, the method runs on trial samples of this shape, and its result is compared with the result of the rows:
+see tutorial_trial.py. A method that a subclass overrides is not fused, or is proven in a first loop: see proof.py.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ NOT_CALLED = {  # {method: methods that it never calls}
     "q_sample": LOOPS | {"train_losses", "p_sample", "p_mean_variance"},
     "train_losses": LOOPS | {"p_sample", "p_mean_variance"},
 }
-NOT_TRIED = {*CACHED, "_acceleration"}  # attributes that the plain copy for a trial does not have
-PROBED = (2, 3, 8, 8)  # the shape of the trial samples before ddpm_ext's own loop runs
+NOT_COPIED = {*CACHED, "_acceleration"}  # attributes that the copy of an object for a trial leaves out
+PROBE_SHAPE = (2, 3, 8, 8)  # the shape of the trial samples before ddpm_ext's loop runs
 
 SUPPORT = tuple(
     Support("the tutorial's class", *row)
@@ -127,9 +127,10 @@ class _StartNoise(TorchFunctionMode):
         self.rng, self.used, self.active = rng, False, ExitStack()
 
     def end(self) -> None:
-        """Called before the first step. It exits this mode, if that is the mode that was entered last.
+        """Called before the first step. Exits this mode, unless another mode was entered later.
 
-        Torch can exit no other mode. If there is a later one, this mode stays until the loop ends, and does nothing.
+        Torch can only exit the mode that was entered last. If this is another mode, `self` stays until the loop ends,
+        and does nothing.
         """
         self.used = True
         if torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is self:
@@ -156,12 +157,12 @@ class Tutorial(LoopOptionsTaker):
 
     # ------------------------------------------------------------------------------------------------ rows and trials
 
-    def _own_classes(self) -> Sequence[type]:
+    def _user_classes(self) -> Sequence[type]:
         return [base for base in self._peer.__mro__ if base not in (nn.Module, object)]
 
     def _foreign_method(self, caller: str = "p_sample") -> str | None:
         """The name of a method that `caller` may call, and that a subclass or the object overrides; None if none is."""
-        classes = tuple(self._own_classes())
+        classes = tuple(self._user_classes())
         methods, overridden = _methods(caller, classes, tuple([len(vars(base)) for base in classes]))
         return min(methods & self.__dict__.keys(), default=overridden)
 
@@ -178,18 +179,18 @@ class Tutorial(LoopOptionsTaker):
         return self._of_state(tables.values(), lambda: checked_rows(tables))
 
     def _tried(self, method: str, shape: Sequence[int], device: torch.device, *clip: bool) -> Tried:
-        """Tries a method on samples of this shape, once for each state of the object.
+        """Runs the trial of a method on samples of this shape, once for each state of the object.
 
-        Raises Fallback if its results differ from those of the tutorial's method.
+        Raises Fallback if the method's results differ from those of the tutorial's method.
         """
 
         def run() -> Tried:
             rows = self._rows()
-            plain = new(self._peer)
-            vars(plain).update(copied({n: x for n, x in self.__dict__.items() if n not in NOT_TRIED}))
+            trial_object = new(self._peer)
+            vars(trial_object).update(copied({n: x for n, x in self.__dict__.items() if n not in NOT_COPIED}))
             if method in TRAINING:
-                return Tried(rows, try_training(plain, rows, method, shape, device))
-            return Tried(rows, try_step(plain, rows, shape, device, *clip))
+                return Tried(rows, try_training(trial_object, rows, method, shape, device))
+            return Tried(rows, try_step(trial_object, rows, shape, device, *clip))
 
         return self._of_state((method, torch.Size(shape), device, *clip), run, self._state())
 
@@ -247,9 +248,9 @@ class Tutorial(LoopOptionsTaker):
 
     @takes_loop_options
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs the class's own loop, whose steps are fused. With options of GaussianDiffusion.p_sample_loop, runs that.
+        """Runs the class's loop, whose steps are fused, or GaussianDiffusion.p_sample_loop for a call with its options.
 
-        With noise="philox" the loop's start noise is also that of the noise contract.
+        With noise="philox" the loop's start noise also follows the noise contract.
         """
         settings, peers_loop = self.accelerated, peer_method(self, "p_sample_loop")
         if settings.noise == "torch" or torch.compiler.is_compiling() or self._foreign_method() is not None:
@@ -270,7 +271,7 @@ class Tutorial(LoopOptionsTaker):
         foreign = self._foreign_method()
         if foreign is not None:
             raise Fallback(f"its {foreign} overrides another")
-        self._tried("p_sample", PROBED, getattr(self, TABLES[0]).device, True)
+        self._tried("p_sample", PROBE_SHAPE, getattr(self, TABLES[0]).device, True)
         return "eps"
 
     # ------------------------------------------------------------------------------------------------------ training

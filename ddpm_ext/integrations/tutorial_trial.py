@@ -1,7 +1,7 @@
-"""Trials of a class that resembles the tutorial's: are the results of its methods those of the rows of its tables?
+"""Trials of a class that resembles the tutorial's: do its methods have the same results as the rows of its tables?
 
-A method runs on samples of the caller's shape and device, at timesteps of both ends and of the middle, and at every
-timestep on one sample. So much is needed because there are many variations of the class: one may scale a single
+A method runs on samples of the caller's shape and device, at the first, middle and last timesteps, and at every
+timestep on one sample. All this is needed because there are many variations of the class: one may scale a single
 channel, depend on the size of its samples, or change its guidance for a few timesteps.
 """
 
@@ -23,13 +23,13 @@ from ddpm_ext.integrations.proof import Generators, changed, contents
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.tables.on_device import KernelTables
 
-TOLERANCE = 1e-5  # relative to the size of the terms: float32 sums of them, in any order, differ by less
-SCALES = ((1.0, -1 / 256), (-1.0, 4.0))  # of samples, in turn; at the smallest no predicted clean sample is clipped
+TOLERANCE = 1e-5  # relative to the size of the terms: their float32 sums, in any order, differ by less
+SCALES = ((1.0, -1 / 256), (-1.0, 4.0))  # of the samples of alternate trials; at -1/256 no clean sample is clipped
 GradMode = Callable[[], AbstractContextManager[Any]]
 
 
 def checked_rows(tables: Mapping[str, Any]) -> KernelTables:
-    """The rows of an object's tables. Raises Fallback if these are not the tutorial's."""
+    """The rows of an object's tables. Raises Fallback if these are not like the tutorial's tables."""
     needed = {name: tables[name] for name in TABLES}
     shape = getattr(needed[TABLES[0]], "shape", ())
     for name, table in needed.items():
@@ -50,19 +50,19 @@ def copied(x: Any) -> Any:
 
 
 @torch.enable_grad()
-def try_step(plain: Any, rows: KernelTables, shape: Sequence[int], device: torch.device, clip: bool) -> GradMode:
+def try_step(trial_object: Any, rows: KernelTables, shape: Sequence[int], device: torch.device, clip: bool) -> GradMode:
     """Tries the object's p_sample at each timestep, most of them with one sample.
 
     Returns the grad mode in which p_sample runs its code: with gradients or without. Raises Fallback if its results
-    differ from those of the rows, or if it stores something.
+    differ from those of the rows, or if it writes attributes.
     """
     count, last = len(rows), len(rows) - 1
     ends = sorted({0, 1, count // 2, last - 1, last} & set(range(count)))
     times = [torch.full(shape[:1], t, device=device) for t in ends]
     samples = torch.arange(shape[0], device=device)
-    times.append(samples * max(1, last // max(1, shape[0] - 1)) % count)  # each sample with another timestep
+    times.append(samples * max(1, last // max(1, shape[0] - 1)) % count)  # the samples have different timesteps
     times += torch.arange(count, device=device)[:, None]  # all timesteps, each with a single sample
-    trial = _Trial(plain, device)
+    trial = _Trial(trial_object, device)
     table = rows.get("steps", device, torch.float32)
     for i, t in enumerate(times):
         scales = SCALES[i % 2] if i <= len(ends) else SCALES[i % 2][:1]
@@ -80,10 +80,12 @@ def try_step(plain: Any, rows: KernelTables, shape: Sequence[int], device: torch
 
 
 @torch.enable_grad()
-def try_training(plain: Any, rows: KernelTables, method: str, shape: Sequence[int], device: torch.device) -> GradMode:
-    """Tries q_sample or train_losses. Raises Fallback if its results differ from the rows', or it stores anything."""
-    trial, rising = _Trial(plain, device), torch.arange(shape[0], device=device) % len(rows)
-    batches = [rising, len(rows) - 1 - rising]
+def try_training(
+    trial_object: Any, rows: KernelTables, method: str, shape: Sequence[int], device: torch.device
+) -> GradMode:
+    """Tries q_sample or train_losses. Raises Fallback if it differs from the rows or writes attributes."""
+    trial, ascending = _Trial(trial_object, device), torch.arange(shape[0], device=device) % len(rows)
+    batches = [ascending, len(rows) - 1 - ascending]
     batches += torch.arange(len(rows), device=device)[:, None]  # all timesteps, each with a single sample
     for i, t in enumerate(batches):
         for x in trial.samples((len(t), *shape[1:]), *SCALES[1] if i < 2 else SCALES[1][:1]):
@@ -98,7 +100,7 @@ def try_training(plain: Any, rows: KernelTables, method: str, shape: Sequence[in
                 table = rows.get("loss", device, torch.float32)
                 m = trial.model(noisy, t)
                 loss = ops.diffusion_loss(m, None, table, t, noise=z)
-            # The square of m - z: of a single small sample, it can be far smaller than its terms.
+            # The loss is the square of m - z, which for a single small sample can be far smaller than its terms.
             size = loss if i < 2 else ((m - z).abs() * (m.abs() + z.abs())).mean()
             _compare(method, trial.call(method, trial.model, x, t), loss, size, t)
     trial.check_state(method)
@@ -120,9 +122,9 @@ class _Probe(nn.Module):
 class _Trial:
     """Calls of an object's methods, each from the same state of torch's generators."""
 
-    def __init__(self, plain: Any, device: torch.device) -> None:
+    def __init__(self, trial_object: Any, device: torch.device) -> None:
         self.model = _Probe(device)
-        self._plain, self._device, self._before = plain, device, contents(vars(plain))
+        self._plain, self._device, self._before = trial_object, device, contents(vars(trial_object))
         self._generators, self._noise_generator = Generators(device), torch.Generator("cpu").manual_seed(0)
         self.rewind = self._generators.rewind
 
@@ -156,12 +158,12 @@ class _Trial:
 
 
 def _compare(name: str, result: Tensor, of_rows: Tensor, size: Tensor, t: Tensor) -> None:
-    """Raises Fallback if a result differs from that of the rows by more than the rounding of terms of this size."""
+    """Raises Fallback if a result differs from the rows' result by more than the rounding of terms of this size."""
     if result.shape != of_rows.shape or result.dtype != of_rows.dtype:
         raise Fallback(f"its {name} gives {result.dtype} of shape {tuple(result.shape)}")
-    ours, theirs = of_rows.flatten(), result.detach().flatten()
-    wrong = ~((theirs - ours).abs() <= TOLERANCE * size.flatten())  # NaN is wrong
+    expected, actual = of_rows.flatten(), result.detach().flatten()
+    wrong = ~((actual - expected).abs() <= TOLERANCE * size.flatten())  # NaN is wrong
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        where = f" at t = {int(t[i * len(t) // len(wrong)])}" if len(wrong) > 1 else ""
-        raise Fallback(f"its {name} gives {theirs[i]:.6g}{where}, where the tutorial's gives {ours[i]:.6g}")
+        place = f" at t = {int(t[i * len(t) // len(wrong)])}" if len(wrong) > 1 else ""
+        raise Fallback(f"its {name} gives {actual[i]:.6g}{place}, where the tutorial's gives {expected[i]:.6g}")
