@@ -1,4 +1,4 @@
-"""accelerate() for the diffusion objects of other libraries: the same methods and results, with one launch a step.
+"""accelerate() for other libraries' diffusion objects: the same methods and results, with one launch for each step.
 
 `python -m ddpm_ext.integrations` prints what is fused, class by class. ADDING.md says how to add a class.
 """
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _OfDiffusers(Protocol):
-    """A pipeline or scheduler of diffusers, for type checkers, which then keep its own type."""
+    """A pipeline or scheduler of diffusers. With this overload, type checkers keep the object's type."""
 
     def save_config(self, save_directory: Any, /) -> Any: ...
 
@@ -77,8 +77,8 @@ def accelerate(
     """Returns an accelerated copy of `obj`, whose steps take one launch each: `pipe = accelerate(pipe)`.
 
     `obj` itself is not changed. The copy is of a subclass of obj's class and shares its model and parameters. A call
-    that has no fused form runs the library's own code, and so does a step that a user has overridden. A warning gives
-    the reason, once for each reason, and `.accelerated.fallbacks` stores it. The repr shows that the object is
+    that has no fused form runs the library's code. A step that a user has overridden runs the user's code. A warning
+    gives the reason, once for each reason, and `.accelerated.fallbacks` stores it. The repr shows that the object is
     accelerated, with its fused calls and fallbacks so far.
 
     Args:
@@ -86,35 +86,36 @@ def accelerate(
             denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline and of its inner pipelines are
             accelerated, and also schedulers that replace them later. A modular pipeline must have its components, so
             call load_components first.
-        table: a StepTable, or the path of a saved one. A TableScheduler with its rows then replaces the pipeline's
-            `scheduler`. For a scheduler, the result is that TableScheduler.
-        noise: "torch" takes the library's own draws, from the same generators in the same order, so that the images are
-            the same as before, to float32 rounding. "philox" takes noise of the noise contract, which depends only on
-            (seed, sample id, timestep). The launch makes it. It is also a pipeline's start noise, if the call has
-            neither a generator nor latents. Two loops never share noise unless they have the same seed and sample ids.
-            Acceleration says where a loop begins.
-        seed: for "philox", 0 <= seed < 2^64. Each loop takes the sample ids after those of the loop before, and a new
+        table: a StepTable, or the path of a saved one. The pipeline's `scheduler` is replaced by a TableScheduler with
+            this table. If obj is a scheduler, the result is the TableScheduler.
+        noise: "torch" takes the library's draws, from the same generators in the same order, so that the images are the
+            same as before, to float32 rounding. "philox" takes noise of the noise contract, which depends only on
+            (seed, sample id, timestep). The step's launch draws it. It is also a pipeline's start noise, if the call
+            has neither a generator nor latents. Two loops never share noise unless they have the same seed and sample
+            ids. Acceleration says where a loop begins.
+        seed: for "philox", 0 <= seed < 2^64. Each loop takes the sample ids that follow the previous loop's, and a new
             object begins at sample_ids. With None, each loop draws a seed from torch's default CPU generator, so that
             torch.manual_seed makes a run repeatable.
         sample_ids: for "philox", the first sample's id in the first loop. Or an int64 tensor, (batch,), with the ids of
-            every loop. With a seed, all loops then have the same noise.
+            every loop: with a seed, all loops have the same noise in this case.
         trace: whether to replace also steps that a user wrote. In the first loop of each shape, dtype and setting the
-            user's code runs, and the loop gets its results. If the traced rows agree in every step, they take later
-            loops. They miss later changes of a global that the step reads, branches on the samples' values that the
-            first loop did not take, and side effects such as writing a log.
+            user's code runs, and the loop gets its results. If the traced rows agree in every step, they replace the
+            user's code in later loops. The rows miss later changes of a global that the step reads, branches on the
+            samples' values that the first loop did not take, and side effects such as writing a log.
 
     Returns:
         The accelerated object. Its attribute `accelerated` has the settings, of which `rng` and `seed` may be set. A
-        copy of the object continues the original's loops; from then on, each counts its own. `sample` and
+        copy of the object continues the original's loops; afterwards the two count their loops separately. `sample` and
         `p_sample_loop` of the tutorial's class and of denoising-diffusion-pytorch also take the options of
-        GaussianDiffusion.p_sample_loop, such as sampler="dpmpp_2m", steps=20, record="last". Then that loop runs, with
-        its own noise.
+        GaussianDiffusion.p_sample_loop, such as sampler="dpmpp_2m", steps=20, record="last". With these options,
+        p_sample_loop runs, with its noise.
 
     Raises:
-        TypeError: obj is of another kind, or has an attribute in place of a method that is replaced; obj is a pipeline
-            without a scheduler; `table` is given for an obj that is neither a pipeline nor a scheduler of diffusers.
+        TypeError: obj can't be accelerated, or has an attribute in place of a method that is replaced; obj is a
+            pipeline without a scheduler; `table` is given for an obj that is neither a pipeline nor a scheduler of
+            diffusers.
         ValueError: an argument is out of range; seed or sample_ids is given with noise "torch"; TableScheduler rejects
-            the table, or its notes have another prediction than the scheduler.
+            the table, or the prediction in its notes is not the scheduler's.
 
     Examples:
         >>> scheduler = diffusers.DDIMScheduler()
@@ -131,9 +132,9 @@ def accelerate(
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
     if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):  # a TableScheduler
-        copied = copy.copy(obj)
-        vars(copied)["_acceleration"] = settings
-        return copied
+        accelerated = copy.copy(obj)
+        vars(accelerated)["_acceleration"] = settings
+        return accelerated
     return accelerated_copy(obj, accelerated_class(type(obj)), settings)
 
 
@@ -141,7 +142,7 @@ Pipeline.accelerate_scheduler = _accelerated
 
 
 def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
-    """An accelerated pipeline whose `scheduler` is a TableScheduler; for a scheduler, that TableScheduler."""
+    """An accelerated pipeline whose `scheduler` is a TableScheduler; for a scheduler, the TableScheduler."""
     replaced = vars(obj).get("scheduler") if is_pipeline(obj) else obj
     if not is_scheduler(type(replaced)):
         raise TypeError(f"table is given with a {type(obj).__name__}, expected a pipeline with a scheduler, or one")

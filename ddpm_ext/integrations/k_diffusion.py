@@ -1,12 +1,12 @@
-"""Samplers with the signature of k-diffusion's, which take each of their rows in one launch.
+"""Samplers with the signature of k-diffusion's samplers, which compute each row of a step table in one launch.
 
     sample = sampler("dpmpp_2m")
     x = sample(model, x, sigmas, extra_args={"cond": cond}, rng=Philox(seed=0))
 
 The model is a denoiser, model(x, sigma, **extra_args), which returns the predicted clean sample; sigma has shape
-(batch,). k-diffusion need not be installed: the rows are those of ddpm_ext's samplers, for samples x0 + sigma eps.
-Other samplers of k-diffusion, if it is installed, and functions of the caller are traced. A step table can also
-be a sampler.
+(batch,). k-diffusion need not be installed: the rows come from ddpm_ext's samplers, for samples x0 + sigma eps. Other
+samplers of k-diffusion, if it is installed, and functions that a user wrote are traced. A step table can also be a
+sampler.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
 from ddpm_ext.integrations.library_code import is_sampler_of_k_diffusion
-from ddpm_ext.integrations.own_sampler import OwnSampler, SamplerCall, rows_of_function
+from ddpm_ext.integrations.own_sampler import SamplerCall, UserSampler, rows_of_function
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows
 from ddpm_ext.integrations.table_levels import of_denoiser, table_sigmas
@@ -51,8 +51,8 @@ Sampler = Callable[..., Tensor]
 @at_any_scale
 def _lcm(grid: Grid, *, prediction: str) -> StepTable:
     """Steps to x0, then adds fresh noise. The denoiser of a consistency model includes c_skip and c_out."""
-    none = torch.zeros_like(grid.now)
-    return implicit(grid, prediction, (1 - grid.after).sqrt(), keep_eps=False, direction=none)
+    zeros = torch.zeros_like(grid.now)
+    return implicit(grid, prediction, (1 - grid.after).sqrt(), keep_eps=False, direction=zeros)
 
 
 def _uni_pc(grid: Grid, *, prediction: str, solver: str) -> StepTable:
@@ -67,45 +67,45 @@ MAKERS: dict[str, Callable[..., StepTable]] = {
     **{f"uni_pc_{solver}": partial(_uni_pc, solver=solver) for solver in ("bh1", "bh2")},
 }
 GUIDED = CFG_PP  # samplers that read an unconditional output
-# "tcd" needs timesteps, "restart" adds steps of its own, and "edm" is "heun" with churn.
+# "tcd" needs timesteps, "restart" adds steps, and "edm" is "heun" with churn.
 LEFT_OUT = ("tcd", "edm", "restart")
 NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
 CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn: noise before each step (Karras et al. 2022, algorithm 2)
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
-FIXED = {"prediction": "x0", "lower_order_final": False}  # the values of these parameters, for all samplers with them
+FIXED = {"prediction": "x0", "lower_order_final": False}  # {parameter of samplers: its value, which callers can't set}
 NEEDLESS = ("keep_eps", "variance")  # parameters without effect: there is no clip, and a denoiser has no variance
 NOISE = ("noise_sampler", "rng")
 UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
 ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # k-diffusion's arguments, not in SAMPLERS
-OTHER = 1e-3  # the relative tolerance for sigmas that must be those of a table
-CACHED = 32
+SIGMA_TOLERANCE = 1e-3  # the largest relative difference between the sigmas of a table and of a caller
+CACHED = 32  # the number of loops whose rows are cached
 
 _rows_cache: BoundedCache[SigmaRows] = BoundedCache(CACHED)
 
 
 def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
-    """A sampler with the signature of k-diffusion's: (model, x, sigmas, extra_args=None, callback=None, disable=None).
+    """A sampler with k-diffusion's signature: (model, x, sigmas, extra_args=None, callback=None, disable=None).
 
     Args:
         which: one of the following.
 
             - A name of NAMES or GUIDED, also in other spellings, such as "DPM++ 2M" or "euler_a".
             - Another name of k-diffusion's, such as "dpmpp_sde" for sample_dpmpp_sde, if k-diffusion is installed.
-            - A function with this signature. StepTable.trace finds its rows. If it reads attributes of the model, it
-              reads those of the caller's model.
+            - A function with this signature. It is traced, as by StepTable.trace, and may read attributes of the
+              caller's model.
             - A StepTable, or the path of a saved one (a string that ends in .json, or a Path).
 
-    A table has its own sigmas: the argument `sigmas` of the loop must be `table_sigmas(table)`, or None. The table may
-    be for any samples; its rows are converted for samples x0 + sigma eps, except that a flow's are for
-    (1 - sigma) x0 + sigma eps. Predicted clean samples are clipped if the table's notes have a clip.
+    A table determines the sigmas: the argument `sigmas` of the loop must be `table_sigmas(table)`, or None. The table
+    may be for any samples. Rows for a flow stay rows for samples (1 - sigma) x0 + sigma eps; all others are converted
+    to rows for samples x0 + sigma eps. Predicted clean samples are clipped if the table's notes have a clip.
 
-    The returned function also takes the sampler's own arguments: eta, s_churn, s_tmin, s_tmax, s_noise, order and the
-    like, with k-diffusion's defaults. Further arguments:
+    The returned function also takes the arguments that only some samplers have: eta, s_churn, s_tmin, s_tmax, s_noise,
+    order and the like, with k-diffusion's defaults. Further arguments:
 
-        rng: a Philox for the noise, without a draw or a stream of its own. With None, each call draws a seed from
-            torch's default CPU generator. Two loops share noise only if they have the same seed and ids.
+        rng: a Philox for the noise, without a draw or a stream. With None, each call draws a seed from torch's default
+            CPU generator. Two loops share noise only if they have the same seed and ids.
         noise_sampler: as in k-diffusion, a function that returns the noise of a step, in place of rng. Its arguments
             are the sigma at which the step begins and the sigma to which the noise leads.
         flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0. Only
@@ -113,11 +113,11 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         unconditional: a function without arguments that returns the unconditional clean samples of the model's last
             call. Only GUIDED take it, and need it. The model's output must be the guided clean samples.
 
-    x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; on other devices, and in float64, plain
-    torch takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step.
-    Tensors that the model or the callback gets are not written to later. The function raises ValueError for sigmas or
-    options out of range, for noise_sampler together with rng, and for a traced function whose steps are not linear;
-    and TypeError for an argument that the sampler does not have.
+    x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; on other devices, and in float64, the
+    reference in PyTorch computes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised,
+    once in each step. Tensors that the model or the callback gets are not written to later. The function raises
+    ValueError for sigmas or options out of range, for noise_sampler together with rng, and for a traced function whose
+    steps are not linear; and TypeError for an argument that the sampler does not have.
 
     Raises:
         TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
@@ -131,47 +131,50 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """
     if isinstance(which, os.PathLike) or (isinstance(which, str) and which.endswith(".json")):
         which = StepTable.load(which)
-    chosen: str | Sampler | OwnSampler | SigmaRows
+    chosen: str | Sampler | UserSampler | SigmaRows
     if isinstance(which, StepTable):
         chosen = _table_rows(which)
     elif isinstance(which, str):
         chosen = _named(which)
     elif callable(which):
         check_function(which)
-        chosen = which if is_sampler_of_k_diffusion(which) else OwnSampler(which)
+        chosen = which if is_sampler_of_k_diffusion(which) else UserSampler(which)
     else:
         raise TypeError(f"sampler is a {type(which).__name__}, expected a name, a function, a StepTable or a path")
-    own_parameters: list[inspect.Parameter] = []
+    sampler_parameters: list[inspect.Parameter] = []
     if isinstance(chosen, SigmaRows):
         name = "sample_table"
     elif not isinstance(chosen, str):
-        function = chosen.function if isinstance(chosen, OwnSampler) else chosen
+        function = chosen.function if isinstance(chosen, UserSampler) else chosen
         name = getattr(function, "__name__", "sample")
-        for parameter in list(inspect.signature(function).parameters.values())[3:]:  # some call x otherwise
+        # The first three are model, x and sigmas: skipped by position, since some functions name x differently.
+        for parameter in list(inspect.signature(function).parameters.values())[3:]:
             if parameter.name not in (*SIGNATURE, *NOISE) and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                own_parameters.append(parameter)
+                sampler_parameters.append(parameter)
     else:
         name = f"sample_{chosen}"
-        own_parameters = [
+        sampler_parameters = [
             _parameter(option, default) for option, default in {**_options(chosen), "flow": False}.items()
         ]
-    needed = 2 if isinstance(chosen, SigmaRows) else 3  # a table has its own sigmas
-    first = [_parameter(argument) for argument in SIGNATURE[:needed]]
-    first += [_parameter(argument, None) for argument in SIGNATURE[needed:]]
+    needed = 2 if isinstance(chosen, SigmaRows) else 3  # with a table, sigmas may be left out
+    leading_parameters = [_parameter(argument) for argument in SIGNATURE[:needed]]
+    leading_parameters += [_parameter(argument, None) for argument in SIGNATURE[needed:]]
     names = (*NOISE, UNCONDITIONAL) if chosen in GUIDED else NOISE
-    last = [inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=None) for argument in names]
-    signature = inspect.Signature([*first, *own_parameters, *last])
+    keyword_parameters = [
+        inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=None) for argument in names
+    ]
+    signature = inspect.Signature([*leading_parameters, *sampler_parameters, *keyword_parameters])
 
     def sample(*args: Any, **kwargs: Any) -> Tensor:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            *others, final = signature.parameters
-            expected = f"{', '.join(others)} or {final}"
+            *all_but_last, last_name = signature.parameters
+            expected = f"{', '.join(all_but_last)} or {last_name}"
             raise TypeError(f"{name.removeprefix('sample_')}: {error}, expected {expected}") from None
         bound.apply_defaults()
         loop = dict(bound.arguments)
-        options = {parameter.name: loop.pop(parameter.name) for parameter in own_parameters}
+        options = {parameter.name: loop.pop(parameter.name) for parameter in sampler_parameters}
         if isinstance(chosen, SigmaRows):
             loop["sigmas"] = _sigmas_of_table(chosen, loop["sigmas"], loop["x"])
         return _sample(chosen, SamplerCall(options=options, **loop))
@@ -182,7 +185,7 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
 
 
 def _table_rows(table: StepTable) -> SigmaRows:
-    """A table's own rows, each of which is a step."""
+    """The rows of a table, each of which is a step."""
     sigmas, scaled = table_sigmas(table.to("cpu"))
     rows = replace(of_denoiser(scaled), timestep=sigmas[:-1], draw=torch.arange(len(table), device="cpu"))
     stepper = RowStepper(rows, clip_in_notes(table, None))
@@ -190,33 +193,35 @@ def _table_rows(table: StepTable) -> SigmaRows:
 
 
 def _sigmas_of_table(rows: SigmaRows, sigmas: Tensor | None, x: Tensor) -> Tensor:
-    """The sigmas of a table's loop. Raises ValueError if the caller's sigmas are others."""
+    """The sigmas of a table's loop. Raises ValueError if the caller's sigmas differ from the table's."""
     levels = torch.cat([rows.sigma, rows.arrives[-1:]])
     if sigmas is None:
         return levels.to(x.device, torch.float32)
     checked = checked_sigmas(sigmas)
-    if checked.shape != levels.shape or not torch.allclose(checked, levels, rtol=OTHER, atol=OTHER * 1e-3):
+    if checked.shape != levels.shape or not torch.allclose(
+        checked, levels, rtol=SIGMA_TOLERANCE, atol=SIGMA_TOLERANCE * 1e-3
+    ):
         raise ValueError(f"sigmas are {checked.tolist()}, expected those of the table, {levels.tolist()}, or None")
     return sigmas
 
 
 def _named(name: str) -> str | Sampler:
-    """The sampler's name in MAKERS, or else k-diffusion's function of this name. Raises ValueError if there is none."""
+    """The sampler's name in MAKERS, or k-diffusion's function with this name. Raises ValueError for other names."""
     ours = find_name(name, (*NAMES, *GUIDED))
     if ours is not None:
         return ours
     try:
-        theirs = vars(importlib.import_module("k_diffusion.sampling"))
+        peer_names = vars(importlib.import_module("k_diffusion.sampling"))
     except ImportError:
-        theirs = {}
-    theirs_name = find_name(name, [key.removeprefix("sample_") for key in theirs if key.startswith("sample_")])
-    if theirs_name is None:
+        peer_names = {}
+    peer_name = find_name(name, [key.removeprefix("sample_") for key in peer_names if key.startswith("sample_")])
+    if peer_name is None:
         try:
             ours, spacing = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
         except ValueError as error:
             raise ValueError(f"{error}, or with k-diffusion installed one of its samplers") from None
         raise ValueError(f"sampler is {name!r}, expected {ours!r} with sigmas that are spaced by {spacing!r}")
-    return theirs[f"sample_{theirs_name}"]
+    return peer_names[f"sample_{peer_name}"]
 
 
 def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -225,28 +230,28 @@ def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Par
 
 @cache
 def _options(name: str) -> dict[str, Any]:
-    """{name: default} of the own arguments of a sampler in MAKERS."""
+    """{name: default} of the arguments of a sampler in MAKERS that callers can set."""
     parameters = inspect.signature(MAKERS[name]).parameters
     options = {
         key: parameter.default for key, parameter in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)
     }
-    added = [*CHURN] if name in CHURNED else []
-    added += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in options else []
-    added += ["solver_type"] if name == "dpmpp_2m_sde" else []
-    return options | {key: ADDED[key] for key in added if key not in options}
+    extra_options = [*CHURN] if name in CHURNED else []
+    extra_options += ["s_noise"] if name in ("ddpm", "lcm", *CHURNED) or "eta" in options else []
+    extra_options += ["solver_type"] if name == "dpmpp_2m_sde" else []
+    return options | {key: ADDED[key] for key in extra_options if key not in options}
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> StepTable:
+def _maker_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> StepTable:
     """The rows of a sampler in MAKERS between sigmas, (levels,)."""
     if name in CHURNED and sigmas[-1] > 0:
         # ddpm_ext's last step always has one call of the model, k-diffusion's only if it ends at 0. So a step to 0 is
         # added, and its rows are cut off.
         zero = torch.zeros_like(sigmas[:1])
-        rows = _own_table(name, torch.cat([sigmas, zero]), flow, options)
-        return rows[: len(rows) - len(_own_table(name, torch.cat([sigmas[-1:], zero]), flow, options))]
+        rows = _maker_table(name, torch.cat([sigmas, zero]), flow, options)
+        return rows[: len(rows) - len(_maker_table(name, torch.cat([sigmas[-1:], zero]), flow, options))]
     parameters = inspect.signature(MAKERS[name]).parameters
     fixed = {key: value for key, value in FIXED.items() if key in parameters}
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
@@ -256,15 +261,15 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
 
 
 def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str, Any]) -> StepTable:
-    """The rows of a sampler with churn, which adds noise before each step, up to sigma_hat.
+    """The rows of a sampler with churn, which raises the noise from sigma to sigma_hat before each step.
 
-    The noise before a step is the noise of the row before it. For the first step an additional row adds it.
+    The last row of the previous step adds this noise. For the first step an extra row does.
     """
     now = sigmas[:-1]
     noise = (hat**2 - now**2).sqrt()
     parts = []
     for i in range(len(now)):
-        rows = _own_table(name, torch.stack([hat[i], sigmas[i + 1]]), False, options)
+        rows = _maker_table(name, torch.stack([hat[i], sigmas[i + 1]]), False, options)
         s = torch.zeros_like(rows.a)
         s[-1] = noise[i + 1] if i + 1 < len(now) else 0
         parts.append(replace(rows, s=s))
@@ -275,16 +280,16 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
     return StepTable(**columns, draw=torch.arange(len(columns["a"]), device="cpu"))
 
 
-def _own_rows(name: str, sigmas: Tensor, options: Mapping[str, Any]) -> SigmaRows:
+def _maker_rows(name: str, sigmas: Tensor, options: Mapping[str, Any]) -> SigmaRows:
     parameters, flow = inspect.signature(MAKERS[name]).parameters, options["flow"]
     sampler_options = {key: value for key, value in options.items() if key in parameters}
-    added = ADDED | {key: value for key, value in options.items() if key not in parameters}
-    churn, tmin, tmax = (added[key] for key in CHURN)
+    extra_options = ADDED | {key: value for key, value in options.items() if key not in parameters}
+    churn, tmin, tmax = (extra_options[key] for key in CHURN)
     checks.nonnegative("s_churn", churn)
-    checks.finite("s_noise", added["s_noise"])
-    if added["solver_type"] != MIDPOINT:
+    checks.finite("s_noise", extra_options["s_noise"])
+    if extra_options["solver_type"] != MIDPOINT:
         expected = f"{MIDPOINT!r}, or k-diffusion's function in place of its name"
-        raise ValueError(f"solver_type is {added['solver_type']!r}, expected {expected}")
+        raise ValueError(f"solver_type is {extra_options['solver_type']!r}, expected {expected}")
     if flow and sigmas.max() > 1:
         raise ValueError(f"sigmas reaches up to {sigmas.max():g}, expected at most 1 for flow")
     if flow and churn > 0:
@@ -300,48 +305,48 @@ def _own_rows(name: str, sigmas: Tensor, options: Mapping[str, Any]) -> SigmaRow
     table = (
         _churned_table(name, sigmas, hat, sampler_options)
         if is_churned
-        else _own_table(name, sigmas, flow, sampler_options)
+        else _maker_table(name, sigmas, flow, sampler_options)
     )
-    return SigmaRows.of(replace(table, s=table.s * added["s_noise"]), first_rows(table, hat))
+    return SigmaRows.of(replace(table, s=table.s * extra_options["s_noise"]), first_rows(table, hat))
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
-def _sample(which: str | Sampler | OwnSampler | SigmaRows, call: SamplerCall) -> Tensor:
+def _sample(which: str | Sampler | UserSampler | SigmaRows, call: SamplerCall) -> Tensor:
     checks.samples("x", call.x)
     checks.floating("sigmas", call.sigmas)
     if call.noise_sampler is not None and call.rng is not None:
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if call.sigmas.numel() < 2:  # no step
         return call.x
-    if isinstance(which, OwnSampler):
+    if isinstance(which, UserSampler):
         result: Any = which.rows_or_result(call)
         if not isinstance(result, SigmaRows):
             return result
         which = result
-    with torch.no_grad():  # but a caller's function, above, runs in the caller's grad mode
+    with torch.no_grad():  # only for rows: a user's function, above, runs in the caller's grad mode
         return _take_rows(which, call)
 
 
 def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
     x, sigmas, rng, callback = call.x, call.sigmas, call.rng, call.callback
     rows = which if isinstance(which, SigmaRows) else _rows_of(which, sigmas, call.options, call.model)
-    if call.unconditional is None and any(kind.guided for kind in rows.stepper.needs):
+    if call.unconditional is None and any(needs.guided for needs in rows.stepper.needs):
         raise ValueError(
             "the sampler reads the model's unconditional output, which a denoiser does not return, expected "
             "unconditional=, a function that returns it"
         )
-    if call.noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
+    if call.noise_sampler is None and (rng is not None or any(needs.noisy for needs in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
     called_with, arrives = (sigma.to(sigmas.device, sigmas.dtype) for sigma in (rows.sigma, rows.arrives))
     batches = rows.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
-    ring: tuple[Tensor, ...] = ()
+    history: tuple[Tensor, ...] = ()
     for i in counter(len(rows.steps), None, call.disable):
         has_called_back = callback is None
         for number in rows.steps[i]:
-            kind, m = rows.stepper.needs[number], x
-            if kind.calls_model:
+            needs, m = rows.stepper.needs[number], x
+            if needs.calls_model:
                 m = call.model(x, batches[number], **(call.extra_args or {}))
                 checks.tensor("the model's output", m)
                 if callback is not None and not has_called_back:
@@ -350,14 +355,14 @@ def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
                     has_called_back = True
             inputs: dict[str, Any] = {}
             x = x.to(torch.promote_types(x.dtype, m.dtype))
-            if kind.noisy:
+            if needs.noisy:
                 inputs = {"rng": rng}
                 if call.noise_sampler is not None:
                     inputs = {"noise": call.noise_sampler(sigmas[i], arrives[number]).to(x.dtype)}
-            if kind.guided and call.unconditional is not None:
+            if needs.guided and call.unconditional is not None:
                 inputs["uncond_output"] = call.unconditional().to(m.dtype)
-            x, stored = rows.stepper.take(number, x, m, ring, inputs)
-            ring = ring if stored is None else (stored, *ring[:2])
+            x, stored = rows.stepper.take(number, x, m, history, inputs)
+            history = history if stored is None else (stored, *history[:2])
     return x
 
 
@@ -373,7 +378,7 @@ def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
         return cached
     with torch.inference_mode(False):
         if isinstance(which, str):
-            rows = _own_rows(which, levels, options)
+            rows = _maker_rows(which, levels, options)
         else:
             rows, traced = rows_of_function(which, levels, options, model)
             if traced.reads_model:  # not cached: the rows may depend on the model's attributes

@@ -16,8 +16,8 @@ from ddpm_ext.integrations.acceleration import Acceleration
 
 # Attributes that copies and pickles leave out, because they are caches.
 CACHED = (
-    "_changing_loops", "_fused_cache", "_host_timesteps", "_latest_rows", "_left_alone", "_next_input", "_own_loop",
-    "_own_rows", "_stored",
+    "_changing_loops", "_fused_cache", "_host_timesteps", "_latest_rows", "_left_alone", "_next_input", "_user_loop",
+    "_user_rows", "_stored",
 )  # fmt: skip
 
 

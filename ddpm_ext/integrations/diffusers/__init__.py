@@ -1,1 +1,1 @@
-"""diffusers' schedulers. Their coefficients are float32, so the rows here are made from those: see alphas.py."""
+"""diffusers' schedulers. The rows are made from their float32 coefficients: see alphas.py."""

@@ -1,9 +1,9 @@
-"""diffusers' DDPMScheduler, DDIMScheduler, and their parallel twins.
+"""diffusers' DDPMScheduler and DDIMScheduler, and the parallel version of each.
 
-They have mixins of their own because their steps need no loop: any timestep may follow any other, and settings may
-change between steps. The mixins make the rows of all timesteps at once. Tracing would trace a new loop at each step
-that is out of order, and would leave a whole loop to diffusers if one step has no row. It also has no rows for the
-learned variances of DDPM.
+They are not traced, because their steps need no loop: any timestep may follow any other, and settings may change
+between steps. The mixins create the rows of all timesteps at once. Tracing would trace a new loop at each step that is
+out of order, would leave a whole loop to diffusers if one step has no row, and has no rows for DDPM's learned
+variances.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.variances import peer_variances
 
 PREDICTIONS = peer_predictions("diffusers")
-# "learned_log" is a name that ddpm_ext writes into configs for its own "learned". diffusers rejects it.
+# "learned_log" is the name that ddpm_ext writes into configs for its variance "learned". diffusers rejects it.
 VARIANCES = {name: variance for name, variance in peer_variances("diffusers").items() if name != "learned_log"}
 LEARNED = ("learned", "learned_range")
 NOISY = 1  # the smallest timestep at which a step of DDPM has noise
@@ -63,7 +63,7 @@ def _make(
     prediction_type: str,
     clip: Clip | None,
     threshold: DynamicThreshold | None,
-    to: Tensor | int,
+    stride_or_timesteps: Tensor | int,
     end: Tensor | float,
     eta: float,
     keep_eps: bool = False,
@@ -72,8 +72,8 @@ def _make(
     """The rows of all steps.
 
     Args:
-        to: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, for steps from each of
-            these to the next one.
+        stride_or_timesteps: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, for
+            steps from each of these to the next one.
         end: alphas_cumprod at the negative timesteps, to which the last steps lead.
         eta, keep_eps: options of DDIM's steps. For DDPM's steps eta must be 1.
         variance_type: diffusers' name of the variance of DDPM's steps, or None for DDIM's steps.
@@ -85,8 +85,8 @@ def _make(
     if not 0 <= eta <= 1:
         raise Fallback(f"eta is {eta}")
     levels = alphas_cumprod.detach().cpu()
-    if isinstance(to, Tensor):
-        t = to.detach().cpu()
+    if isinstance(stride_or_timesteps, Tensor):
+        t = stride_or_timesteps.detach().cpu()
         if len(t.unique()) < len(t):
             raise Fallback("its timesteps repeat")
         next_t = torch.cat([t[1:], t.new_tensor([-1])])
@@ -94,26 +94,26 @@ def _make(
         t, next_t = t[in_range], next_t[in_range]
     else:
         t = torch.arange(len(levels), device="cpu")
-        next_t = t - to
+        next_t = t - stride_or_timesteps
     end_level = torch.as_tensor(end, device="cpu").detach().to(levels.dtype)
     now, after = levels[t], torch.where(next_t >= 0, levels[next_t.clamp(min=0)], end_level)
-    fused = (now < 1) & ((after > 0) | (eta == 0))  # at a level of 1, eps does not follow from a sample and its x0
+    is_fused = (now < 1) & ((after > 0) | (eta == 0))  # at a level of 1, eps does not follow from a sample and its x0
     if prediction_type != "sample" and keep_eps and not eta:
-        fused |= after < 1
-    fused &= ~(now.signbit() | after.signbit())  # betas above 1 make negative levels, where diffusers returns NaN
-    fused &= now <= after  # steps to more noise have a negative variance and return NaN, whatever eta is
+        is_fused |= after < 1
+    is_fused &= ~(now.signbit() | after.signbit())  # betas above 1 make negative levels, where diffusers returns NaN
+    is_fused &= now <= after  # steps to more noise have a negative variance and return NaN, whatever eta is
     if prediction_type == "epsilon" and clip is None:
-        fused &= now > 0
+        is_fused &= now > 0
     steps = None
-    if fused.any():
-        prediction, now, after = PREDICTIONS[prediction_type], now[fused], after[fused]
+    if is_fused.any():
+        prediction, now, after = PREDICTIONS[prediction_type], now[is_fused], after[is_fused]
         # The quotient is computed in float32, as in diffusers: the beta of it differs by up to 1e-4 from float64's.
-        grid = Jumps(t[fused], now.double(), after.double(), (now / after).double())
+        grid = Jumps(t[is_fused], now.double(), after.double(), (now / after).double())
         if variance_type is None:
             steps = ddim(grid, prediction=prediction, eta=eta, keep_eps=keep_eps)
         else:
             steps = ddpm(grid, prediction=prediction, variance=VARIANCES[variance_type])
-    return make_rows(steps, clip, threshold, t[~fused].tolist())
+    return make_rows(steps, clip, threshold, t[~is_fused].tolist())
 
 
 class Alphas(Forward):
@@ -127,7 +127,7 @@ class Alphas(Forward):
         """The rows, the timestep on the host, and the index of its row.
 
         Args:
-            options: the arguments of `_make` from `to` on.
+            options: the arguments of `_make` from `stride_or_timesteps` on.
         """
         if not are_tensors(sample, model_output):
             raise Fallback
@@ -179,17 +179,17 @@ class DDPM(Alphas):
     def _step(
         self, model_output: Tensor, timestep: int, sample: Tensor, generator: Any = None, return_dict: bool = True
     ) -> Any:
-        kind = self.variance_type
-        if kind != self.config.variance_type:
+        variance_type = self.variance_type
+        if variance_type != self.config.variance_type:
             raise Fallback("variance_type is not its config's")
-        to = self.timesteps if self.custom_timesteps or self.num_inference_steps else 1
-        located = self._located(timestep, sample, model_output, to, 1.0, 1.0, False, kind)
+        stride_or_timesteps = self.timesteps if self.custom_timesteps or self.num_inference_steps else 1
+        located = self._located(timestep, sample, model_output, stride_or_timesteps, 1.0, 1.0, False, variance_type)
         extras: dict[str, Any] = {}
-        if kind in LEARNED:
+        if variance_type in LEARNED:
             channels = sample.shape[1]
             if model_output.shape[1] != 2 * channels:
                 raise Fallback
-            extras = {"model_variance": model_output[:, channels:], "log_variance": kind == "learned_range"}
+            extras = {"model_variance": model_output[:, channels:], "log_variance": variance_type == "learned_range"}
             model_output = model_output[:, :channels]
         noisy = located[1] >= NOISY
         return self._take_located(located, model_output, timestep, sample, generator, return_dict, noisy, **extras)

@@ -1,8 +1,8 @@
 """The forward process: add_noise, scale_noise and get_velocity.
 
-Each returns k0 x + k1 noise, with two numbers for each timestep. Diffusers' own method is run once for each setting to
-find these numbers. Diffusers looks up the timesteps of a batch one by one, and waits for the GPU at each. This code
-looks them all up at once, on their device.
+Each returns k0 x + k1 noise, with two numbers for each timestep. diffusers' method is run once for each setting to
+compute these numbers. diffusers looks up the timesteps of a batch one by one, and waits for the GPU at each timestep.
+This module looks them all up at once, on their device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORWARD = {
     "scale_noise": ["sample", "timestep", "noise"],
 }
 
-ELSEWHERE = -12345  # a timestep that no scheduler has
+UNKNOWN_TIMESTEP = -12345  # a timestep that no scheduler has
 STEP, TIMESTEP, LISTED = "step", "timestep", "listed"
 
 
@@ -65,15 +65,17 @@ class Weights(NamedTuple):
 
 
 def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
-    """k0 and k1 of each timestep, (timesteps, 2), by a call of diffusers' own method.
+    """k0 and k1 of each timestep, (timesteps, 2), by a call of diffusers' method.
 
     Raises Fallback if the method raises an error or changes the scheduler's _step_index.
     """
     ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64, device="cpu")
-    named = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
+    named_timesteps = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
     index = scheduler.__dict__.get("_step_index")
     try:
-        columns = [getattr(scheduler, method)(x, noise=ones - x, **named).reshape(-1) for x in (ones, 0 * ones)]
+        columns = [
+            getattr(scheduler, method)(x, noise=ones - x, **named_timesteps).reshape(-1) for x in (ones, 0 * ones)
+        ]
     except Exception:
         raise Fallback from None
     if scheduler.__dict__.get("_step_index") is not index:
@@ -84,8 +86,8 @@ def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
 def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype: torch.dtype) -> Weights:
     """The weights of a scheduler of diffusers' class `cls` with this state, for timesteps of `dtype`.
 
-    They are for the steps of a loop if `in_loop`. Else for all training timesteps, if the method accepts these, or for
-    the scheduler's own timesteps.
+    If `in_loop`, they are for the steps of a loop. Otherwise they are for all training timesteps, if the method accepts
+    these, or for the timesteps of the scheduler's loop.
     """
     scheduler = new(cls)
     scheduler.__dict__.update(state)
@@ -102,18 +104,18 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
         if not (table == table[0]).all():  # equal rows: the method reads the timestep, not the step
             return Weights(DeviceTables(weights=table), STEP)
     if "alphas_cumprod" in state and not dtype.is_floating_point:
-        of_all = attempt(forward_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
-        if not isinstance(of_all, Fallback):
-            return Weights(DeviceTables(weights=of_all), TIMESTEP)
+        trial = attempt(forward_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
+        if not isinstance(trial, Fallback):
+            return Weights(DeviceTables(weights=trial), TIMESTEP)
     timesteps = timesteps.to(torch.promote_types(timesteps.dtype, dtype))
     weights = forward_trial(scheduler, method, timesteps)
-    elsewhere = attempt(
-        forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=timesteps.dtype, device="cpu")
+    other_weights = attempt(
+        forward_trial, scheduler, method, torch.tensor([UNKNOWN_TIMESTEP], dtype=timesteps.dtype, device="cpu")
     )
-    if isinstance(elsewhere, Fallback):
-        elsewhere = torch.full_like(weights[:1], torch.nan)
-    tables = DeviceTables(weights=torch.cat([weights, elsewhere]), timesteps=timesteps)
-    return Weights(tables, LISTED, not bool(elsewhere.isnan().any()))
+    if isinstance(other_weights, Fallback):
+        other_weights = torch.full_like(weights[:1], torch.nan)
+    tables = DeviceTables(weights=torch.cat([weights, other_weights]), timesteps=timesteps)
+    return Weights(tables, LISTED, not bool(other_weights.isnan().any()))
 
 
 class Forward(Scheduler):
@@ -121,8 +123,8 @@ class Forward(Scheduler):
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
         state = vars(self)
-        own_timesteps: Any = state.get("timesteps")
-        if not are_tensors(x, noise, timesteps, own_timesteps) or own_timesteps.dim() != 1:
+        scheduler_timesteps: Any = state.get("timesteps")
+        if not are_tensors(x, noise, timesteps, scheduler_timesteps) or scheduler_timesteps.dim() != 1:
             raise Fallback
         check_tensors(x, noise)
         if x.dtype != noise.dtype:
@@ -135,7 +137,7 @@ class Forward(Scheduler):
             raise Fallback(f"its {foreign} is not diffusers' own code")
         options = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
         # The weights depend on nothing else of the state.
-        key = (_weights, cls, options), own_timesteps, state.get("sigmas"), state.get("alphas_cumprod")
+        key = (_weights, cls, options), scheduler_timesteps, state.get("sigmas"), state.get("alphas_cumprod")
         weights = self._cached(key, _weights, (cls, state, *options))
         if weights.of == STEP:
             step = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]

@@ -1,4 +1,4 @@
-"""The levels of a scheduler's timesteps: the signal and noise that its own add_noise or scale_noise gives a sample."""
+"""The levels of a scheduler's timesteps: the signal and noise of a sample from its add_noise or scale_noise."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ddpm_ext.tables import levels
 from ddpm_ext.tables.grid import Grid, grid_of_levels
 from ddpm_ext.tables.levels import Scale
 
-NEAR = 1e-4
+NEAR = 1e-4  # the largest error of an invariant of SCALES
 
 
 def _unit(signal: Tensor, noise: Tensor) -> Tensor:
     return torch.ones_like(signal)
 
 
-# {scale of diffusers' samples: a function of signal and noise that is 1 at all its levels}
+# {scale of diffusers' samples: a function of signal and noise that is 1 at all levels of this scale}
 SCALES: dict[Scale, Any] = {
     _unit: lambda signal, noise: signal**2 + noise**2,
     levels.sigma_space: lambda signal, noise: signal,

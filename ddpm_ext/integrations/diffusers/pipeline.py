@@ -1,4 +1,4 @@
-"""Accelerated pipelines of diffusers: subclasses whose schedulers are all accelerated, also those set later."""
+"""Accelerated pipelines of diffusers: all their schedulers are accelerated, also schedulers that are set later."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Pipeline(Accelerated):
 
     @property
     def accelerated(self) -> Acceleration:
-        """The settings of the pipeline's first scheduler. If it has an attribute `scheduler`, that is the first."""
+        """The settings of the pipeline's first scheduler: its attribute `scheduler`, if it has one."""
         return next((scheduler.accelerated for scheduler in _accelerated_schedulers(self)), super().accelerated)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -70,7 +70,7 @@ class Pipeline(Accelerated):
         """
         reason, replaced = None, vars(self).get(name)
         self._note_end_of(replaced)
-        # An accelerated scheduler that its own class has created has no settings yet, so it also is new.
+        # An accelerated scheduler that its class created, not accelerate(), has no settings yet, so it is new, too.
         is_new = "_acceleration" not in vars(value) if isinstance(value, Accelerated) else True
         if is_scheduler(type(value)) and is_new:
             settings = self._settings_in_place_of(replaced)
@@ -88,7 +88,7 @@ class Pipeline(Accelerated):
         super().__delattr__(name)
 
     def _note_end_of(self, replaced: Any) -> None:
-        """Keeps the settings of a replaced scheduler for a scheduler that is set later, also after None."""
+        """Keeps the settings of a replaced scheduler for the next scheduler, even if the attribute is None between."""
         if is_scheduler(type(replaced)) and isinstance(replaced, Accelerated):
             vars(self)["_acceleration"] = replaced.accelerated.continued()
 
@@ -110,10 +110,10 @@ class Pipeline(Accelerated):
 def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The note "guidance" of a call of a pipeline: its guidance_scale, or None for 1.
 
-    Empty if the pipeline has no argument guidance_scale, or the argument is no number.
+    The dict is empty if the pipeline has no argument guidance_scale, or if the argument is not a number.
 
     Args:
-        call: the pipeline's own __call__, bound or not.
+        call: the pipeline class's __call__, bound or not.
     """
     bound = _arguments(call, *args, **kwargs)
     if bound is None:
@@ -154,8 +154,8 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Acc
     """A copy of a pipeline, of a subclass of its class, with all schedulers accelerated, also those of inner pipelines.
 
     Two attributes that are the same object stay the same object in the copy. With noise "philox", the attribute
-    `scheduler` has the stream of a scheduler without a pipeline. Each other scheduler, in the order of their names, has
-    a stream of its own.
+    `scheduler` has the stream of a scheduler without a pipeline. The other schedulers, in the order of their names,
+    have one other stream each.
 
     Args:
         settings: the settings of every scheduler, apart from the stream.
@@ -179,9 +179,9 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Acc
         copies[key] = accelerated(scheduler, settings_of_stream)
 
     def accelerated_copy(scheduler: Any) -> Any:
-        copied = _restore(peer_class(type(scheduler)))
-        vars(copied).update(vars(scheduler), _acceleration=settings)
-        return copied
+        pipeline_copy = _restore(peer_class(type(scheduler)))
+        vars(pipeline_copy).update(vars(scheduler), _acceleration=settings)
+        return pipeline_copy
 
     return pipeline_with(pipeline, copies, accelerated_copy)
 
@@ -207,12 +207,12 @@ def pipeline_with(pipeline: Any, copies: dict[int, Any], copied_of: Callable[[An
         copies: {id of an object: its replacement}. Receives the copies of the pipeline and of inner pipelines.
         copied_of: returns the copy of a pipeline.
     """
-    copied = copies[id(pipeline)] = copied_of(pipeline)
+    pipeline_copy = copies[id(pipeline)] = copied_of(pipeline)
     for name, value in _attributes(pipeline):
         if is_pipeline(value) and id(value) not in copies:
             pipeline_with(value, copies, copied_of)
         if id(value) in copies:
-            vars(copied)[name] = copies[id(value)]
+            vars(pipeline_copy)[name] = copies[id(value)]
         elif type(value) in (dict, list, set):  # a modular pipeline writes to the containers of its components
-            vars(copied)[name] = copy.copy(value)
-    return copied
+            vars(pipeline_copy)[name] = copy.copy(value)
+    return pipeline_copy

@@ -20,7 +20,7 @@ from ddpm_ext.integrations.shared import peer_class
 from ddpm_ext.tables.step_table import StepTable
 
 
-class Left(Exception):
+class StopPipeline(Exception):
     """Raised within a scheduler's step to stop the pipeline."""
 
 
@@ -29,8 +29,8 @@ class Recorder(TableScheduler):
 
     Attributes:
         samples: the result of each row, on the CPU.
-        terms: the terms that row `last` adds up, on the CPU. They are its predicted clean sample, its sample, and the
-            tensors that earlier rows kept.
+        terms: the tensors that row `last` adds up, on the CPU: its predicted clean sample, its sample, and the tensors
+            that earlier rows kept.
     """
 
     last: int
@@ -38,12 +38,12 @@ class Recorder(TableScheduler):
     terms: list[Tensor]
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ring = self._ring
+        history = self._history
         result = super().step(model_output, timestep, sample, *args, **kwargs | {"return_dict": True})
         self.samples.append(result.prev_sample.cpu())
         if self.step_index == self.last + 1:
-            self.terms = [x.cpu() for x in (result.pred_original_sample, sample, *ring)]
-            raise Left
+            self.terms = [x.cpu() for x in (result.pred_original_sample, sample, *history)]
+            raise StopPipeline
         return result if kwargs.get("return_dict", True) else tuple(result.values())
 
 
@@ -54,7 +54,7 @@ class Runs:
         scheduler: a new scheduler of diffusers' class with the config of the pipeline's scheduler.
         name: the name of the pipeline's class.
         prediction: ddpm_ext's name of the model's prediction.
-        guidance: the note of the guidance of its calls, see guidance_of_call.
+        guidance: the note about the guidance of the pipeline's calls, see guidance_of_call.
         calls: the number of steps taken so far.
     """
 
@@ -79,15 +79,15 @@ class Runs:
         set_timesteps = probe.set_timesteps
 
         @functools.wraps(set_timesteps)
-        def note(*args: Any, **kwargs: Any) -> Any:
+        def set_timesteps_and_note(*args: Any, **kwargs: Any) -> Any:
             options.update({name: value for name, value in kwargs.items() if name in ("sigmas", "mu")})
             return set_timesteps(*args, **kwargs)
 
         @functools.wraps(probe.step)
-        def leave(*_: Any, **__: Any) -> Any:
-            raise Left
+        def stop(*_: Any, **__: Any) -> Any:
+            raise StopPipeline
 
-        probe.set_timesteps, probe.step = note, leave
+        probe.set_timesteps, probe.step = set_timesteps_and_note, stop
         self._run(probe, steps, 0)
         self._count(1)
         return levels_of(probe, {name: value for name, value in options.items() if value is not None})
@@ -105,7 +105,7 @@ class Runs:
         pipeline.set_progress_bar_config(disable=True)
         prompt = {"prompt": self._prompts[seed % len(self._prompts)]} if self._prompts else {}
         generator = torch.Generator("cpu").manual_seed(seed)
-        with contextlib.suppress(Left):
+        with contextlib.suppress(StopPipeline):
             pipeline(**self._call, **prompt, num_inference_steps=steps, generator=generator)
             raise ValueError(f"the pipeline did not take {steps} steps by its scheduler's step")
 

@@ -1,4 +1,4 @@
-"""The base of all mixins for schedulers: rows cached by settings, timesteps on the host, noise, step."""
+"""The base of all mixins for schedulers: a cache of rows keyed by settings, timesteps on the host, noise, steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ddpm_ext.tables.step_table import StepTable
 Made = TypeVar("Made")
 OLDEST = (0, 32)  # the oldest version of diffusers whose schedulers can be accelerated
 UNFUSED = -1  # stands for the row of a timestep that has no fused form
-# The rows of all schedulers. Traced schedulers use a kind of loop as the key, Alphas the settings that rows depend on.
+# The rows of all schedulers. The key is the class and LoopKey of a traced scheduler, or the settings of `Alphas`.
 ROWS: BoundedCache[Any] = BoundedCache(64)
 STEPS = ("step", "step_pred")
 # Methods that count neither as fused calls nor as fallbacks: they launch no kernel of a step.
@@ -76,7 +76,7 @@ class NextInput(NamedTuple):
         return cls(sample, version_of(sample), model_input)
 
     def is_of(self, sample: object) -> bool:
-        """Whether `sample` is the tensor that the step returned, and nobody has written to it since.
+        """Whether `sample` is the tensor that the step returned and has not been written to since.
 
         False for inference tensors: they do not count writes.
         """
@@ -96,12 +96,12 @@ class Scheduler(Accelerated):
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
-        """Replaces the peer's `step` by the mixin's `_step` in an accelerated class, and so on for `replaces`.
+        """In an accelerated class, replaces each method in `replaces`, such as `step`, by the mixin's, such as `_step`.
 
         The replacement catches a Fallback and runs the peer's method.
 
-        Raises TypeError for an accelerated class of a diffusers older than OLDEST: DDPM's steps had other results
-        there, Euler's drew noise that they did not use, and the tuples that steps return had other lengths.
+        Raises TypeError if diffusers is older than OLDEST: in these versions, DDPM's steps had different results,
+        Euler's steps drew noise that they did not use, and steps returned tuples of different lengths.
         """
         super().__init_subclass__()
         if "_peer" not in vars(cls):
@@ -121,7 +121,7 @@ class Scheduler(Accelerated):
     # ----------------------------------------------------------------------------------------------------- settings
 
     def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
-        """make(*settings), cached by the values of the settings for all schedulers.
+        """make(*settings), cached for all schedulers, with the values of the settings as the key.
 
         The result of the last call is also stored with the object, by the identity and version of the settings. So a
         call with the same settings reads no tensor, which may be on a GPU. Raises the Fallback that `make` raises.
@@ -145,8 +145,8 @@ class Scheduler(Accelerated):
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
         """The timestep on the host, and its row. Raises Fallback if it has no row.
 
-        A pipeline loops over self.timesteps. The index of such an element follows from its address, so the element is
-        not read: on a GPU, the host waits only once after each set_timesteps.
+        A pipeline loops over self.timesteps. The index of an element follows from its address, so the element is not
+        read: on a GPU, the host waits only once after each set_timesteps.
         """
         if isinstance(timestep, Tensor) and timestep.numel() == 1 and not timestep.is_floating_point():
             index = self._index_of(timestep)
@@ -178,7 +178,7 @@ class Scheduler(Accelerated):
     def _noise(self, noisy: bool, like: Tensor, generator: Any, sample: Tensor, index: int) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of a step of `sample`.
 
-        With noise "philox" the launch makes the noise. Else it is drawn as diffusers draws it: with the shape, device
+        With noise "philox" the launch draws the noise. Otherwise it is drawn as in diffusers: with the shape, device
         and dtype of the model's output.
 
         Args:
@@ -207,8 +207,8 @@ class Scheduler(Accelerated):
     def _check_step(self, sample: Tensor, model_output: Tensor, *others: Tensor | None, timestep: Any = None) -> None:
         """Raises Fallback if the operators can't take a step of these tensors.
 
-        timestep: passed for a peer that indexes its tables by the timestep: the entries that it reads then have the
-        dimensions of the timestep.
+        timestep: passed if the peer indexes its tables by the timestep, so that the entries have the timestep's
+        dimensions.
         """
         check_tensors(sample, model_output, *others)
         if wants_gradient(sample, model_output, *others):
@@ -241,7 +241,7 @@ def _replacement(peers_method: Callable[..., Any], name: str, method: Callable[.
     torch.compile breaks its graph at the method: in a graph, the counters that the method updates would be constants.
     """
     fused = method if name in NOT_COUNTED else with_fallback(name)(method)
-    uncompiled = torch.compiler.disable(fused)  # imports the compiler, but diffusers has imported it already
+    uncompiled = torch.compiler.disable(fused)  # imports the compiler, which diffusers has imported already
 
     @functools.wraps(peers_method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,7 +269,7 @@ def make_rows(
 
 
 def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
-    """The range to which a config clips predicted clean samples, and its dynamic threshold; None for either it lacks.
+    """The range to which a config clips predicted clean samples, and its dynamic threshold. Each may be None.
 
     Raises Fallback for a threshold that has no fused form.
     """
@@ -288,7 +288,7 @@ def reads_clip_sample(scheduler: Any) -> bool:
 
 
 def are_tensors(*values: object) -> bool:
-    """Whether all values are tensors. Others are left to diffusers, which may accept or reject them."""
+    """Whether all values are tensors. Other values are left to diffusers, which may accept or reject them."""
     return all(isinstance(x, Tensor) for x in values)
 
 

@@ -1,7 +1,7 @@
 """The start noise of a pipeline of diffusers, drawn by seed and sample id.
 
-A pipeline draws it with `randn_tensor`, a function that its module imports by this name. The draw may be in
-prepare_latents or in __call__, before or after set_timesteps, and in any shape. While an accelerated pipeline runs,
+A pipeline draws its start noise with `randn_tensor`, a function that its module imports by this name. The draw may be
+in prepare_latents or in __call__, before or after set_timesteps, and in any shape. While an accelerated pipeline runs,
 `randn_tensor` of its module is replaced by a function that checks its caller. For calls from other threads, and for
 calls with a generator, the replacement calls diffusers' function.
 """
@@ -39,7 +39,7 @@ def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[Non
     With noise "philox", draws of the pipeline without a generator are start noise of the first such scheduler's loop.
 
     Args:
-        settings: those of the pipeline's schedulers.
+        settings: the settings of the pipeline's schedulers.
     """
     philox = [acceleration for acceleration in settings if acceleration.noise == "philox"]
     token = _drawn_by.set(philox[0] if philox else None)
@@ -53,7 +53,7 @@ def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[Non
 
 
 def _modules_of(pipeline: Any) -> list[ModuleType]:
-    """The modules in which the pipeline may draw: those of its class, its bases and a modular pipeline's blocks."""
+    """The modules in which the pipeline may draw: of its class, its base classes and a modular pipeline's blocks."""
     classes, blocks = list(type(pipeline).__mro__), [vars(pipeline).get("_blocks")]
     while blocks:
         block = blocks.pop()
@@ -82,7 +82,7 @@ def _replaced(module: ModuleType) -> Iterator[None]:
 
 
 def _checking_caller(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A `randn_tensor` that draws by seed and sample id in a call of an accelerated pipeline, else by `original`."""
+    """A `randn_tensor` that draws by seed and sample id in calls of accelerated pipelines, otherwise by `original`."""
 
     @functools.wraps(original)
     def randn_tensor(

@@ -24,7 +24,7 @@ Options = tuple[tuple[str, Any], ...]
 
 
 class TimestepOffset(NamedTuple):
-    """An option that is one of the scheduler's timesteps: the one `steps` indices after the timestep of the step."""
+    """An option that is one of the scheduler's timesteps: it comes `steps` indices after the timestep of the step."""
 
     steps: int
 
@@ -48,8 +48,8 @@ class Signature(NamedTuple):
         defaults = {name: parameter.default for name, parameter in parameters_of_step(scheduler).items()}
         inputs = input_names([*defaults])
         are_known = all(name in names for name, names in zip(inputs, INPUTS, strict=False))
-        # If return_dict is False by default, the object may hold results that the tuple lacks: return_dict then stays
-        # an option, on which rows depend.
+        # If return_dict is False by default, the object may have results that the tuple lacks. In this case return_dict
+        # stays an option, on which rows depend.
         free = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
         return cls(inputs, are_known, defaults | dict.fromkeys(free, EMPTY))
 
@@ -71,11 +71,11 @@ class Call(NamedTuple):
     has_dim: bool
     options: Options
     tensors: list[Tensor]
-    others: dict[str, Any]
+    other_arguments: dict[str, Any]
 
 
 def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-    """A step's arguments. Raises Fallback where no row can take them."""
+    """Sorts a step's arguments. Raises Fallback if no row can take them."""
     if not signature.are_known:
         raise Fallback("its step has other arguments than model_output, timestep and sample")
     defaults = signature.defaults
@@ -92,7 +92,7 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
         if config.variance_type in ("learned", "learned_range") and config.prediction_type == "epsilon":
             m = m[:, :3]
     scheduler._check_step(x, m)  # noqa: SLF001 (of this package)
-    others = {name: values.pop(name) for name in OTHERS if name in values and defaults[name] is EMPTY}
+    other_arguments = {name: values.pop(name) for name in OTHERS if name in values and defaults[name] is EMPTY}
     options: list[tuple[str, Any]] = []
     tensors: list[Tensor] = []
     for name, value in sorted(values.items()):
@@ -107,7 +107,7 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
         if timestep.stride(0) and len(timestep) > 1 and not bool((timestep == timestep[0]).all()):
             raise Fallback("its samples have different timesteps")
         timestep = timestep[0]
-    return Call(m, timestep, x, has_dim, tuple(options), tensors, others)
+    return Call(m, timestep, x, has_dim, tuple(options), tensors, other_arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -126,10 +126,10 @@ def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, t
             raise Fallback(f"{name} is {dtype_name(value.dtype)}")
         return GIVEN
     if isinstance(value, Tensor):
-        at, index = (scheduler._index_of(t) if isinstance(t, Tensor) else None for t in (value, timestep))  # noqa: SLF001
-        if at is None:
+        value_index, index = (scheduler._index_of(t) if isinstance(t, Tensor) else None for t in (value, timestep))  # noqa: SLF001
+        if value_index is None:
             return value.item()
-        return scheduler._times()[at] if index is None else TimestepOffset(at - index)  # noqa: SLF001 (of this package)
+        return scheduler._times()[value_index] if index is None else TimestepOffset(value_index - index)  # noqa: SLF001 (of this package)
     if value is not None and not isinstance(value, numbers.Number | str):
         raise Fallback(f"it is called with {name}")
     return value
@@ -138,7 +138,8 @@ def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, t
 def options_of_steps(options: Options, timesteps: Tensor, first: int, count: int) -> Mapping[str, Any]:
     """The options of the `count` steps from index `first` on, in the form that tracing takes.
 
-    A TimestepOffset becomes a list of timesteps, one for each step; None where the offset leads beyond the loop's ends.
+    A TimestepOffset becomes a list of timesteps, one for each step, with None if the offset leads beyond the loop's
+    ends.
 
     Args:
         timesteps: the scheduler's timesteps.

@@ -28,16 +28,16 @@ from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["TableScheduler"]
 
-OTHER = 1e-3  # A timestep this far from that of a row, or farther, is another timestep.
+TIMESTEP_TOLERANCE = 1e-3  # A timestep belongs to a row if its distance from the row's timestep is below this.
 
 
 class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
-    """The rows of a step table, for pipelines of diffusers and for loops that call set_timesteps, scale_model_input and
-    step.
+    """A scheduler of a step table's rows, for diffusers' pipelines and for loops that call set_timesteps,
+    scale_model_input and step.
 
     `save_pretrained` writes the whole table with its notes into scheduler_config.json, and `from_pretrained`, also a
-    pipeline's, reads it. A copy for another table is `TableScheduler.from_config(scheduler.config, table=table)`, also
-    of the config of another scheduler of diffusers.
+    pipeline's, reads it. `TableScheduler.from_config(scheduler.config, table=table)` creates a copy for another table.
+    The config may be of any scheduler of diffusers.
 
     Args:
         table: a StepTable, the path of a saved StepTable, or the value of `config.table`.
@@ -48,13 +48,13 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     Attributes:
         timesteps: the timesteps of the rows, (rows,), int64 or float32.
         table: the StepTable.
-        accelerated: the settings of the noise, as for accelerated schedulers (see Acceleration).
+        accelerated: the settings of the noise, as in accelerated schedulers (see Acceleration).
 
     For samples with a signal of 1, x0 + sigma eps, the model's input is x / sqrt(1 + sigma^2), as with diffusers'
     EulerDiscreteScheduler. For all other samples it is x itself.
 
     Raises:
-        TypeError: table has another type.
+        TypeError: table has a wrong type.
         ValueError: a row reads the model's unconditional output or variance, which pipelines do not pass to schedulers;
             the clip in the notes is a threshold, and the options do not set that threshold; StepTable rejects the
             table.
@@ -94,14 +94,14 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             self._stepper = self._stepper.for_inputs(torch.cat([scales[1:], scales.new_ones(1)]))
         self._levels = DeviceTables(levels=torch.stack([self.table.signal_now, self.table.noise_now], 1))
         times = self.table.timestep
-        self._own_times = times.float() if times.is_floating_point() else times
-        self.timesteps = self._own_times.clone()
+        self._row_times = times.float() if times.is_floating_point() else times
+        self.timesteps = self._row_times.clone()
         self._begin()
 
     def _begin(self) -> None:
         self._begin_index: int | None = None
         self._step_index: int | None = None
-        self._ring: tuple[Tensor, ...] = ()
+        self._history: tuple[Tensor, ...] = ()
         self._written_input: NextInput | None = None
         self.accelerated.begin_loop()
 
@@ -116,7 +116,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """The sigma at which each row starts, then that at which the last row ends; float32, (rows + 1,).
+        """The sigma at which each row starts, and last the sigma at which the last row ends: float32, (rows + 1,).
 
         A sigma is the noise divided by the signal; for a flow it is the flow's sigma. Raises AttributeError if the
         table has no levels.
@@ -155,26 +155,26 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         sigmas: Any = None,
         mu: float | None = None,
     ) -> None:
-        """Begins a loop: forgets what earlier rows kept.
+        """Begins a loop: forgets the tensors that earlier rows kept.
 
         Args:
             num_inference_steps: the table's number of rows, or None.
-            device: where `timesteps` are placed.
+            device: the device of `timesteps`.
             sigmas, mu: ignored, apart from the number of sigmas. Pipelines of flows pass them to every scheduler.
 
         Raises:
-            ValueError: another number of steps.
+            ValueError: the number of steps is not the table's number of rows.
         """
         count = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
         if count is not None and count != len(self.table):
             raise ValueError(f"num_inference_steps is {count}, expected {len(self.table)}, the rows of the table")
-        self.timesteps = self._own_times.to(device, copy=True)
+        self.timesteps = self._row_times.to(device, copy=True)
         self._begin()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The model's input for a sample.
 
-        For an unchanged result of the last step, this is a tensor that the launch of that step has already written.
+        For the unchanged result of the previous step, this is a tensor that this step's launch has already written.
         """
         if self._input_scales is None:
             return sample
@@ -197,7 +197,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
     ) -> Any:
-        """The next sample and the predicted clean sample, of the wider dtype of sample and output.
+        """The next sample and the predicted clean sample, in the wider of the dtypes of sample and model output.
 
         Args:
             model_output, sample: floating, (batch, ...), of one shape, on one device.
@@ -207,29 +207,29 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             eta, use_clipped_model_output: must be 0, and None or False. Some pipelines pass them to every scheduler.
 
         Raises:
-            ValueError: the timestep is not that of the next row; the loop is over; the loop begins with a row that
-                reads tensors of earlier rows; eta or use_clipped_model_output is set.
+            ValueError: the timestep is not the next row's; the loop is over; the loop begins with a row that reads
+                tensors of earlier rows; eta or use_clipped_model_output is set.
         """
         if eta or use_clipped_model_output:
             raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none with a table")
         row = self._row_of(timestep)
         if self._step_index is None and "shape" in self.table.notes:
             check_note(self.table, "shape", list(sample.shape[1:]), "the loop's samples have")
-        kind, ring = self._stepper.needs[row], self._ring
-        if any(kind.history[len(ring) :]):
+        needs, history = self._stepper.needs[row], self._history
+        if any(needs.history[len(history) :]):
             raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        inputs = self._noise(kind.noisy, model_output, generator, x, row)
+        inputs = self._noise(needs.noisy, model_output, generator, x, row)
         x0 = inputs["x0_out"] = empty_like(x)
-        # If the caller scales another tensor than the step's result, such as a doubled batch for guidance, this input
-        # stays in `_written_input`, and no later step of the loop writes one.
+        # If the caller scales a tensor other than the step's result, such as a doubled batch for guidance, this input
+        # stays in `_written_input`, and later steps of the loop write no input.
         writes_input = self._input_scales is not None and self._written_input is None and row + 1 < len(self.table)
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
-        prev, stored = self._stepper.take(row, x, model_output, ring, inputs)
+        prev, stored = self._stepper.take(row, x, model_output, history, inputs)
         if model_input is not None:
             self._written_input = NextInput.of(prev, model_input)
         if stored is not None:
-            self._ring = (stored, *ring[:2])
+            self._history = (stored, *history[:2])
         self._step_index = row + 1
         self.accelerated.fused_calls += 1
         return DDIMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
@@ -242,10 +242,10 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         row = self._index_of(timestep) if isinstance(timestep, Tensor) else None
         if row is None:
             time = float(timestep)
-            near = ((self._own_times.double() - time).abs() < OTHER).nonzero().flatten().tolist()
-            row = expected if expected in near else next(iter(near), None)
+            nearby_rows = ((self._row_times.double() - time).abs() < TIMESTEP_TOLERANCE).nonzero().flatten().tolist()
+            row = expected if expected in nearby_rows else next(iter(nearby_rows), None)
         if row is None or (expected is not None and row != expected):
-            expected_times = self._own_times.tolist() if expected is None else self._own_times[expected].item()
+            expected_times = self._row_times.tolist() if expected is None else self._row_times[expected].item()
             raise ValueError(f"timestep is {float(timestep):g}, expected {expected_times}, in the order of the table")
         return row
 
@@ -259,7 +259,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         """
         if not bool((self.table.signal_now + self.table.noise_now > 0).all()):
             raise ValueError("the table does not have its rows' levels, so that no noise can be added")
-        times, x = self._own_times.to(timesteps.device), original_samples
+        times, x = self._row_times.to(timesteps.device), original_samples
         is_listed, rows = (times == timesteps.to(times.dtype)[:, None]).byte().max(1)
         if not bool(is_listed.all()):
             raise ValueError(f"timesteps are {timesteps.tolist()}, expected some of {self._own_times.tolist()}")
@@ -267,7 +267,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         return ops.forward_process(x, levels, rows.to(x.device).expand(len(x)).contiguous(), noise=noise.to(x.dtype))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """add_noise under the name that schedulers of flows have for it."""
+        """add_noise, under the name that it has in schedulers of flows."""
         return self.add_noise(sample, noise, timestep)
 
 
@@ -278,14 +278,14 @@ Kind = TypeVar("Kind", bound=TableScheduler)
 
 
 def prediction_of(scheduler: Any) -> str:
-    """ddpm_ext's name of the prediction of a scheduler's model. Raises ValueError if the config does not tell it."""
-    named = scheduler.config.get("prediction_type", None)
-    if named is None and "FlowMatch" in type(scheduler).__name__:
+    """ddpm_ext's name of the prediction of a scheduler's model. Raises ValueError if the config does not have it."""
+    prediction_type = scheduler.config.get("prediction_type", None)
+    if prediction_type is None and "FlowMatch" in type(scheduler).__name__:
         return "flow"
-    if named not in PREDICTIONS:
+    if prediction_type not in PREDICTIONS:
         expected = f"{', '.join(map(repr, PREDICTIONS))}, or none in a scheduler of flow matching"
-        raise ValueError(f"{type(scheduler).__name__} has the prediction_type {named!r}, expected {expected}")
-    return PREDICTIONS[named]
+        raise ValueError(f"{type(scheduler).__name__} has the prediction_type {prediction_type!r}, expected {expected}")
+    return PREDICTIONS[prediction_type]
 
 
 def prediction_type_of(prediction: str) -> str:
@@ -294,7 +294,7 @@ def prediction_type_of(prediction: str) -> str:
 
 
 def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> StepTable:
-    """The StepTable of TableScheduler's argument `table`. Raises as TableScheduler."""
+    """Converts TableScheduler's argument `table` to a StepTable. For the errors see TableScheduler."""
     if isinstance(table, Mapping):
         table = StepTable(**table)
     elif isinstance(table, str | os.PathLike):
@@ -324,7 +324,7 @@ def with_table(scheduler: Any, table: Any, settings: Acceleration, kind: type[Ki
     """A TableScheduler, or an object of its subclass `kind`, to replace a pipeline's scheduler.
 
     Raises:
-        ValueError: the table was made for another prediction than the scheduler's model has.
+        ValueError: the table was made for a prediction that is not the prediction of the scheduler's model.
     """
     table, prediction = as_table(table), prediction_of(scheduler)
     made_for = table.notes.get("prediction", prediction)

@@ -1,19 +1,19 @@
-"""Schedulers of diffusers without a mixin of their own. Their rows are traced when a loop begins.
+"""The mixin for all other schedulers of diffusers. Their rows are traced when a loop begins.
 
-Tracing runs diffusers' own steps on probe numbers; see tables/trace.py. It takes about as long as a few of diffusers'
-own loops, once for each setting. A loop whose steps are no rows runs diffusers' own code.
+Tracing runs diffusers' code on probe numbers; see tables/trace.py. It takes about as long as a few loops of diffusers,
+once for each setting. A loop with a step that can't be expressed as a row runs diffusers' code.
 
-A step finds its row and takes it in one launch. It then writes to the scheduler the numbers that diffusers' own step
-would have written, such as _step_index. It does not write the tensors that diffusers' step would store: model_outputs,
-last_sample.
+A step looks up its row and computes it in one launch. It then writes to the scheduler the numbers that diffusers' code
+would have written, such as _step_index. It does not write the tensors that diffusers' code would store, such as
+model_outputs and last_sample.
 
-A loop begins at the first step after set_timesteps. Each step must take the next row of the loop, with the options of
-the steps before and the settings that the scheduler had when the loop began. If the steps have no history, they may
-take the rows in any order. The caller may edit samples between steps: a row reads the sample that the caller passes,
-and copies of the results of earlier steps.
+A loop begins at the first step after set_timesteps. Each step must take the next row of the loop, with the same options
+as the previous steps and the settings that the scheduler had when the loop began. If the steps have no history, they
+may take the rows in any order. The caller may edit samples between steps: a row reads the sample that the caller
+passes, and copies of the results of earlier steps.
 
-A step that a user wrote runs as it is. With trace=True it runs in a first loop, and its results are compared with those
-of the traced rows. If they agree, the rows take the steps of later loops.
+A step that a user wrote is not replaced. With trace=True it runs in a first loop, and its results are compared with
+those of the traced rows. If they agree, the rows replace it in later loops.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ddpm_ext.integrations.diffusers.scheduler import ROWS, STEPS, NextInput
 from ddpm_ext.integrations.diffusers.step_call import Call, Signature, call_of, options_at
 from ddpm_ext.integrations.diffusers.traced_classes import STORED, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_rows import (
+    ADDED_NAMES,
     CONFIG,
-    OURS,
     SETTINGS,
     Config,
     LoopDtypes,
@@ -44,7 +44,7 @@ from ddpm_ext.integrations.diffusers.traced_rows import (
 )
 from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.library_code import foreign_method
-from ddpm_ext.integrations.proof import HOW, Generators, Proof, changed, contents, why_left_alone
+from ddpm_ext.integrations.proof import TRACE_HINT, Generators, Proof, changed, contents, why_left_alone
 from ddpm_ext.integrations.shared import peer_class, peer_method
 from ddpm_ext.integrations.tensors import DTYPES, noise_arguments, version_of
 from ddpm_ext.ops.result_memory import empty_like
@@ -52,9 +52,9 @@ from ddpm_ext.tables.trace_run import parts_of, step_name
 
 __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
-TURN = "a step is out of turn, or its options or settings are not those of the step before"
+OUT_OF_TURN = "a step is out of turn, or its options or settings are not those of the step before"
 Results = tuple[Tensor, Tensor | None]  # the next sample, and the predicted clean sample if the step returns it
-Settings = tuple[list[tuple[str, Any, Any]], Config]  # attributes with their versions, and the config
+Settings = tuple[list[tuple[str, Any, Any]], Config]  # the attributes' (name, value, version), and the config
 
 
 class Position(NamedTuple):
@@ -90,12 +90,13 @@ class Position(NamedTuple):
     def scales_inputs(self) -> bool:
         """Whether scale_model_input multiplies the sample by a number.
 
-        Proofs do not compare scale_model_input. So with a proof this is False, and the user's code runs.
+        Proofs do not compare scale_model_input. So this is False for a step that a user wrote, and the user's code
+        runs.
         """
         return self.rows.trace.scales is not None and self.proof is None
 
     def is_proven(self) -> bool:
-        """Whether the rows take the steps. Steps of the library's own code need no proof."""
+        """Whether the rows may replace the code of the steps. The library's code needs no proof."""
         return self.proof is None or len(self.proof.holds) == len(self.rows.times)
 
 
@@ -107,10 +108,10 @@ class TracedScheduler(Forward):
 
     replaces = (*STEPS, "set_timesteps", "scale_model_input", *FORWARD)
     _signature: Signature  # of the class's step
-    # None before the first step of a loop. A string: diffusers' code takes all steps until set_timesteps is called, for
-    # this reason; an empty string is no reason.
+    # None before the first step of a loop. A string is the reason why diffusers' code takes all steps until
+    # set_timesteps is called; it may be empty.
     _position: Position | str | None = None
-    _scales_inputs = False  # whether the caller uses scale_model_input: each step then writes the next scaled input
+    _scales_inputs = False  # whether the caller uses scale_model_input, so that each step writes the next scaled input
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -141,7 +142,7 @@ class TracedScheduler(Forward):
         if not position.is_proven():
             raise Fallback(instead=lambda: self._compared(position, dtypes, call, args, kwargs))
         (prev, x0), after, scaled = self._launched(position, dtypes, call)
-        # The scheduler gets the numbers that its own step would have written, but not the tensors.
+        # The scheduler gets the numbers that its code would have written, but not the tensors.
         step, state = position.rows.trace.steps[position.at], self.__dict__
         state.update(step.state)
         state["_position"] = after
@@ -154,10 +155,10 @@ class TracedScheduler(Forward):
     _step_pred = _step
 
     def _leave(self, fallback: Fallback) -> None:
-        """Leaves a step to diffusers' own code.
+        """Leaves a step to diffusers' code.
 
         At the beginning of a loop, diffusers' code takes all steps until set_timesteps is called. In the middle of a
-        loop it takes this step alone. Raises RuntimeError in the middle of a loop with history: diffusers' code would
+        loop it takes only this step. Raises RuntimeError in the middle of a loop with history: diffusers' code would
         read tensors that the fused steps have not stored in the scheduler.
         """
         position: Any = self._position
@@ -173,29 +174,29 @@ class TracedScheduler(Forward):
     def _launched(self, position: Position, dtypes: LoopDtypes, call: Call) -> tuple[Results, Position, Tensor | None]:
         """Takes the loop's next row.
 
-        Returns its results, the position after it, and the model's next input if the launch has written that.
+        Returns the row's results, the position after the row, and the model's next input if the launch has written it.
         """
         rows, i, ring, last = position.rows, position.at, position.ring, position.last
         trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
         tensors = [tensor.to(dtypes.computed) for tensor in call.tensors]
         inputs = self._drawn(position, dtypes, call, x, tensors)
-        # A row may read the result of the row before it. The operator has no argument for this, but two that traced
-        # rows do not need otherwise: the earlier launch writes a copy of its result to `model_input`, and the later
-        # launch reads the copy as `uncond_output`.
+        # A row may read the previous row's result. The operator has no argument for it, so two arguments that traced
+        # rows do not use otherwise pass it on: the previous launch writes a copy of its result to `model_input`, and
+        # this launch reads the copy as `uncond_output`.
         if trace.of_last[i]:
             m, inputs["uncond_output"] = m.to(dtypes.computed), last
         x0 = inputs["x0_out"] = empty_like(x) if trace.second else None
         has_next = i + 1 < len(rows.times)
         keeps_result = has_next and trace.of_last[i + 1] != 0
         scales = has_next and self._scales_inputs and position.scales_inputs()
-        copied = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
+        model_input_copy = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
         history = [tensors[draw] for draw in trace.history_draws[i]] or ring
         prev, stored = rows.stepper.take(i, x, m, history, inputs)
         ring = ring if stored is None else (stored, *ring[:2])
-        last = copied if keeps_result else None
+        last = model_input_copy if keeps_result else None
         step_dtypes = call.m.dtype, call.x.dtype, dtypes.prev
         after = position._replace(at=i + 1, ring=ring, last=last, shape=x.shape, dtypes=step_dtypes)
-        model_input = None if copied is None or keeps_result else copied.to(dtypes.prev)
+        model_input = None if model_input_copy is None or keeps_result else model_input_copy.to(dtypes.prev)
         x0 = None if x0 is None else x0.to(dtypes.second)
         return (prev.to(dtypes.prev), x0), after, model_input
 
@@ -204,8 +205,8 @@ class TracedScheduler(Forward):
     ) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of the row.
 
-        Draws as often as diffusers' own step does, also noise that the row does not use, so that generators advance
-        alike. With noise "philox" nothing is drawn, except in a loop that proves its rows.
+        Draws as often as diffusers' code does, also noise that the row does not use, so that generators advance alike.
+        With noise "philox" nothing is drawn, except in a loop that proves its rows.
 
         Args:
             tensors: the tensors among the step's options, which may include its noise.
@@ -223,8 +224,8 @@ class TracedScheduler(Forward):
     def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """The scaled sample.
 
-        If the sample is the result of the last step, that step has already written the scaled tensor. Any other sample
-        is multiplied, and the later steps of this loop no longer write a scaled input.
+        If the sample is the previous step's result, that step has already written the scaled tensor. Any other sample
+        is multiplied, and later steps of this loop write no scaled input.
         """
         position: Any = self._position
         is_within = isinstance(position, Position) and not position.is_over() and position.scales_inputs()
@@ -246,7 +247,7 @@ class TracedScheduler(Forward):
     def _compared(
         self, position: Position, dtypes: LoopDtypes, call: Call, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
-        """The result of the scheduler's own step. The proof records whether the row has the same result."""
+        """The result of the scheduler's code. The proof records whether the row has the same result."""
         proof, rows, row = position.proof, position.rows, position.at
         assert proof is not None
         generators = Generators(call.x.device, call.others.get("generator"))
@@ -268,12 +269,12 @@ class TracedScheduler(Forward):
         return result
 
     def _library_state(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name not in OURS}
+        return {name: x for name, x in vars(self).items() if name not in ADDED_NAMES}
 
     # ------------------------------------------------------------------------------------------------------- loops
 
     def _located(self, call: Call) -> Position:
-        """The loop's position at the row that this step takes. Raises Fallback if the step takes no row."""
+        """The position in the loop at the row of this step. Raises Fallback if the loop has no row for it."""
         position: Any = self._position
         if not isinstance(self.timesteps, Tensor) or self.timesteps.dim() != 1:
             raise Fallback("its timesteps are no vector")
@@ -287,7 +288,7 @@ class TracedScheduler(Forward):
             if index is not None and rows.key.first <= index < rows.key.first + len(rows.times):
                 position = position._replace(at=index - rows.key.first)
         elif options != call.options:
-            raise Fallback(TURN)
+            raise Fallback(OUT_OF_TURN)
         elif position.is_over():
             raise Fallback("the loop is over")
         elif position.shape not in (None, call.x.shape):
@@ -295,9 +296,9 @@ class TracedScheduler(Forward):
         elif not position.has_dtypes_of(call):
             raise Fallback("its tensors have other dtypes than those of the step before")
         if position.is_over() or index != rows.key.first + position.at:
-            raise Fallback(TURN)
+            raise Fallback(OUT_OF_TURN)
         if position.is_proven() and not self._is_unchanged(position):  # before a proof, the step's own code runs
-            raise Fallback(TURN)
+            raise Fallback(OUT_OF_TURN)
         return position
 
     def _begun(self, call: Call) -> Position:
@@ -305,22 +306,22 @@ class TracedScheduler(Forward):
         cls, state = peer_class(type(self)), vars(self)
         foreign = foreign_method(cls, state)
         if foreign is not None and not self.accelerated.trace:
-            raise Fallback(f"its {foreign} is not diffusers' own code; {HOW}")
+            raise Fallback(f"its {foreign} is not diffusers' own code; {TRACE_HINT}")
         t, index = call.timestep, self._timestep_index(call.timestep)
         if index is None:
             raise Fallback("its timestep is none of the scheduler's")
-        kind = t.dtype if isinstance(t, Tensor) else type(t)
-        key = LoopKey(call.options, index, kind, call.has_dim, call.x.dim())
+        timestep_type = t.dtype if isinstance(t, Tensor) else type(t)
+        key = LoopKey(call.options, index, timestep_type, call.has_dim, call.x.dim())
         if foreign is None:
             rows = result_of(rows_of_loop(cls, state, key, ROWS).rows)
             return Position(rows, 0, self._settings_of(rows.contents.keys() & state.keys()))
         if self._position is None:
             self._check_changes()
-        traced = rows_of_loop(cls, state, key, self.__dict__.setdefault("_own_rows", BoundedCache(SETTINGS)))
+        traced = rows_of_loop(cls, state, key, self.__dict__.setdefault("_user_rows", BoundedCache(SETTINGS)))
         rows = result_of(traced.rows)
         proof = rows.proofs.setdefault((call.x.shape, call.x.dtype, call.m.dtype, call.x.device), Proof())
         if self._position is None:
-            self.__dict__["_own_loop"] = traced.contents, proof
+            self.__dict__["_user_loop"] = traced.contents, proof
         if proof.failed is not None:
             raise Fallback(proof.failed)
         return Position(rows, 0, self._settings_of(rows.contents), proof)
@@ -331,7 +332,7 @@ class TracedScheduler(Forward):
         Every loop of such an object would have to be traced anew.
         """
         state = self.__dict__
-        contents, proof = state.get("_own_loop", ({}, Proof()))
+        contents, proof = state.get("_user_loop", ({}, Proof()))
         cls, stored = peer_class(type(self)), proof.stores & contents.keys()
         names = [name for name in stored if content_of(cls, state, name) != contents[name]]
         state["_changing_loops"] = state.get("_changing_loops", 0) + 1 if names else 0
@@ -352,8 +353,8 @@ class TracedScheduler(Forward):
         indices = [i for i, t in enumerate(self._times()) if t == float(timestep)]
         if len(indices) < 2:
             return next(iter(indices), None)
-        # The timestep occurs several times. Within a loop, the next index of the loop counts. Where a loop begins, the
-        # scheduler's own index counts; without one, the second of two equal timesteps, as in diffusers.
+        # The timestep occurs several times. Within a loop, the next index of the loop counts. At the beginning of a
+        # loop, the scheduler's index counts; without an index, the second of two equal timesteps, as in diffusers.
         if isinstance(position, Position):
             expected: int | None = position.rows.key.first + position.at
         else:
@@ -373,7 +374,7 @@ class TracedScheduler(Forward):
         return state[name] if name in state else getattr(self._peer, name, None)
 
     def _is_unchanged(self, position: Position) -> bool:
-        """Whether the scheduler's own step would still be the loop's next row: nothing it reads has changed.
+        """Whether the scheduler's code would still compute the loop's next row: nothing that it reads has changed.
 
         Tensors are compared by identity and version. Their values are read only if an attribute has been replaced.
         """
@@ -382,8 +383,8 @@ class TracedScheduler(Forward):
             return False
         for name, value, version in attributes:
             if self._attribute(name) is not value or (version is not None and version_of(value) != version):
-                # A copy with the same values will do, but not for a list: it may have been emptied of elements that the
-                # scheduler's own step appends and rows do not.
+                # A copy with the same values is accepted, except for a list: elements that the scheduler's code appends
+                # and rows do not may have been removed from it.
                 cls, is_list = peer_class(type(self)), type(value) is list
                 return not is_list and all(content_of(cls, state, name) == x for name, x in rows.contents.items())
         return True

@@ -1,13 +1,13 @@
-"""The scheduler classes of diffusers 0.42.1 that cannot be traced, for the printed table.
+"""The scheduler classes of diffusers 0.42.1 that cannot be traced, for the printed support table.
 
-Tracing does not read this list: it tries every class in the same way. A test checks the list.
+Tracing does not read NOT_TRACED: it tries every class in the same way. A test checks the list.
 """
 
 from __future__ import annotations
 
 from ddpm_ext.integrations.shared import Support
 
-# If the model's output has more channels, for a learned variance, these classes read the first three channels alone.
+# If the model's output has extra channels, for a learned variance, these classes read only its first three channels.
 OF_THREE_CHANNELS = (
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
 )  # fmt: skip
@@ -17,7 +17,7 @@ STORED = {
     "lower_order_nums", "model_outputs", "prev_derivative", "sample", "sigma_data", "this_corrector_order",
     "this_order", "this_predictor_order", "timestep_list",
 }  # fmt: skip
-OWN = {
+NOT_TRACED = {
     "a Brownian path's noise": ("CosineDPMSolverMultistep", "DPMSolverSDE"),
     "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),
     "options that are tensors of other shapes": ("HeliosDMD",),
@@ -33,7 +33,7 @@ SUPPORT = (
         "traced: what is linear in sample, output, noise and three tensors, of history or given, with options "
         "that are numbers; thresholding; every class of diffusers 0.42.1 by default, but those on the right",
         "PNDM's Runge-Kutta steps; learned variances; float64; gradients; "
-        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in OWN.items()),
+        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in NOT_TRACED.items()),
     ),
     Support(
         "any other scheduler",

@@ -23,16 +23,21 @@ from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import CONFIG, SIMPLE_TYPES, observe, setting
 
-SETTINGS = 16  # the cache has the rows of this many settings for each kind of loop
-OURS = {*CACHED, "_acceleration", "_position", "_scales_inputs"}  # the attributes that this package adds
-FEW = 3  # The dtypes of a loop in float32 follow from its first three steps.
-WRITTEN = ("_class_name", "_diffusers_version")  # items that diffusers adds to a config when it is printed or saved
-HASHED = (bool, int, str, type(None), torch.dtype, torch.device)  # types whose values are cache keys as they are
-Config = tuple[dict[str, Any], dict[str, Any]]  # the attributes of a config and its items, which may differ
+SETTINGS = 16  # for each LoopKey, the cache has the rows of this many states of schedulers
+ADDED_NAMES = {
+    *CACHED,
+    "_acceleration",
+    "_position",
+    "_scales_inputs",
+}  # the names of the attributes that this package adds
+OBSERVED_STEPS = 3  # the number of steps from which the dtypes of a loop in float32 follow
+ADDED_ITEMS = ("_class_name", "_diffusers_version")  # items that diffusers adds to a config when it is printed or saved
+HASHABLE_TYPES = (bool, int, str, type(None), torch.dtype, torch.device)  # their values are used as cache keys directly
+Config = tuple[dict[str, Any], dict[str, Any]]  # (attributes of a config, its items): the two may differ
 
 
 class ABSENT:
-    """Stands for the value of a missing attribute. It is a class, because unpickling returns the same class."""
+    """Stands for the value of a missing attribute. It is a class, since unpickling a class returns the same object."""
 
 
 class LoopKey(NamedTuple):
@@ -65,7 +70,7 @@ class LoopDtypes(NamedTuple):
     Attributes:
         computed: of the operator's tensors.
         prev, second: of a step's results; `second` is None if the step returns the next sample alone.
-        draws: for each step, those of its draws.
+        draws: for each step, the dtypes of its draws.
     """
 
     computed: torch.dtype
@@ -82,14 +87,14 @@ class LoopRows(NamedTuple):
         times: the timestep with which each row's step is called.
         trace: the result of tracing the loop.
         stepper: takes the rows.
-        has_history: whether a step reads tensors of earlier steps. Diffusers' own code then cannot take a single step
-            of the loop.
+        has_history: whether a step reads tensors of earlier steps. If so, diffusers' code cannot take a single step of
+            the loop.
         states: for each row, the scheduler's attributes that steps both read and change, such as _step_index, with
             their values before the row. Only numbers, strings and None.
         contents: {name: cache key} of the other attributes that the steps read, of the scheduler or of its class.
         scheduler: a copy of the scheduler from when the loop began, on the CPU.
         dtypes: {(dtype of model outputs, dtype of samples): the loop's dtypes}.
-        proofs: of steps that a user wrote, by shape, dtypes and device.
+        proofs: {(shape, dtypes, device): the proof of steps that a user wrote}.
     """
 
     key: LoopKey
@@ -107,16 +112,16 @@ class LoopRows(NamedTuple):
         return self
 
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-        """The loop's dtypes, observed in a run of it on small tensors of these dtypes."""
+        """The loop's dtypes, observed in a run of the loop on small tensors of these dtypes."""
         dtypes = self.dtypes.get((output, sample))
         if dtypes is None:
             dtypes = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
         return result_of(dtypes)
 
     def is_at(self, row: int, state: Mapping[str, Any]) -> bool:
-        """Whether the scheduler's numbers are those before the row, so that its own step would take that row.
+        """Whether the scheduler has the numbers that belong before this row, so that its own code would take this step.
 
-        A _step_index of None will do: the scheduler's own step then looks its index up by the timestep.
+        A _step_index of None is accepted: with None, the scheduler's code looks up the index of the timestep.
         """
         numbers, index = self.states[row], "_step_index"
         return all([state.get(n) == x or (n == index and state.get(n, 0) is None) for n, x in numbers.items()])
@@ -126,7 +131,7 @@ class LoopRows(NamedTuple):
 
 
 class CachedRows(NamedTuple):
-    """A cache entry: the rows of a scheduler with this config and these contents, or the Fallback of tracing it."""
+    """A cache entry: the rows of a scheduler with this config and these contents, or the Fallback of the tracing."""
 
     config: Config
     contents: dict[str, object]
@@ -134,9 +139,9 @@ class CachedRows(NamedTuple):
 
 
 def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: BoundedCache[Any]) -> CachedRows:
-    """The cache entry of a loop's rows. If no scheduler had the same state before, the loop is traced.
+    """The cache entry of a loop's rows. The loop is traced if the cache has no entry for the scheduler's state.
 
-    A loop that could not be traced also has an entry, and is not tried again.
+    A loop that could not be traced also has an entry, and is not traced again.
 
     Args:
         state: the attributes of an accelerated object of the class.
@@ -151,7 +156,7 @@ def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: Bounde
     rows = made_outside_autograd(trace_rows, cls, state, key, read)
     entry = CachedRows(config, {name: content(name) for name in _relevant(cls, state, read)}, rows)
     # Entries with rows come first. A failed trace may have read few attributes, so its entry may match many states,
-    # also those that have rows.
+    # also states for which another entry has rows.
     latest = cached[: SETTINGS - 1]
     cached[:] = [entry, *latest] if isinstance(rows, LoopRows) else [*latest, entry]
     return entry
@@ -161,30 +166,29 @@ def config_of(state: Mapping[str, Any]) -> Config:
     return dict(vars(state[CONFIG])), dict(state[CONFIG])
 
 
-def is_config(one: Config, other: Config) -> bool:
+def is_config(config: Config, other_config: Config) -> bool:
     try:
-        return one == other or _without_written(one) == _without_written(other)
+        return config == other_config or _without_added_items(config) == _without_added_items(other_config)
     except ValueError:  # the truth value of a comparison of arrays is ambiguous
         return False
 
 
-def _without_written(config: Config) -> list[dict[str, Any]]:
+def _without_added_items(config: Config) -> list[dict[str, Any]]:
     """The config without the items that diffusers adds when the config is printed or saved."""
-    return [{name: x for name, x in part.items() if name not in WRITTEN} for part in config]
+    return [{name: x for name, x in part.items() if name not in ADDED_ITEMS} for part in config]
 
 
 def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
-    """The names of attributes that count as the state of a scheduler, of all names that it has read.
+    """The names in `read` that count as the state of a scheduler: attributes, methods and missing attributes.
 
-    These are attributes, methods and missing attributes. Properties do not count: the attributes that they read are
-    themselves in `read`.
+    Properties do not count: the attributes that they read are in `read`, too.
     """
     names = {*read, "timesteps"} - {CONFIG} - {name for name in read if name.startswith("__")}
     return {name for name in names if name in state or not hasattr(getattr(cls, name, ABSENT), "__set__")}
 
 
 def content_of(cls: Any, state: Mapping[str, Any], name: str) -> object:
-    """A cache key of an attribute of the object, or else of its class. Raises Fallback if it cannot be compared."""
+    """A cache key of an attribute of the object, or else of its class. Raises Fallback for a type without a key."""
     return _content_key(state[name] if name in state else getattr(cls, name, ABSENT))
 
 
@@ -201,7 +205,7 @@ def _content_key(value: Any) -> object:
         return tuple((key, _content_key(x)) for key, x in value.items())
     if value is ABSENT or isinstance(value, FunctionType | MethodType):
         return value
-    if isinstance(value, HASHED):
+    if isinstance(value, HASHABLE_TYPES):
         return type(value), value
     raise Fallback(f"its state cannot be compared: it holds a {type(value).__name__}")
 
@@ -232,13 +236,13 @@ def _recording_reads(scheduler: Any, read: set[str]) -> Any:
 
 
 def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str]) -> LoopRows:
-    """The rows of a loop. Raises Fallback if its steps are no rows.
+    """Traces a loop and returns its rows. Raises Fallback if a step can't be expressed as a row.
 
     Args:
         read: a set to which the names of the attributes that the scheduler reads are added.
     """
     scheduler, recording, first = new(cls), _recording_reads(new(cls), read), key.first
-    attributes = {n: x.detach().cpu() if isinstance(x, Tensor) else x for n, x in state.items() if n not in OURS}
+    attributes = {n: x.detach().cpu() if isinstance(x, Tensor) else x for n, x in state.items() if n not in ADDED_NAMES}
     vars(scheduler).update(attributes), vars(recording).update(attributes)
     times = key.times(scheduler.timesteps[first:])
     try:
@@ -253,7 +257,7 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
             "c1": columns["c1"] - trace.of_last,
         }
         packed = packed_rows(columns)
-    except Exception as error:  # A scheduler's own code may raise anything; it will raise it again when it runs.
+    except Exception as error:  # A scheduler's code may raise anything, and will raise it again after the fallback.
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
@@ -277,21 +281,21 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
 
 
 def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-    """Runs the scheduler's own steps on two small samples to observe their dtypes."""
+    """Runs the scheduler's code on two small samples to observe its dtypes."""
     key, steps = rows.key, rows.trace.steps
     # If outputs and samples are float32, all steps have the dtypes of the first ones.
     n = len(steps)
-    few = min(n, FEW) if {output, sample} == {torch.float32} else n
+    count = min(n, OBSERVED_STEPS) if {output, sample} == {torch.float32} else n
     x, m = (torch.full((2, *[1] * (key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     try:
-        samples, outputs = ([tensor.clone() for _ in range(few)] for tensor in (x, m))
+        samples, outputs = ([tensor.clone() for _ in range(count)] for tensor in (x, m))
         options = options_of_steps(key.options, rows.scheduler.timesteps, key.first, n)
-        taken = observe(rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, wide=False)
+        steps_taken = observe(rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, wide=False)
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
-    prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
-    if any(step.prev.dtype != prev for step in taken) or prev not in (torch.float32, output, sample):
-        raise Fallback(f"its results are {', '.join({str(step.prev.dtype) for step in taken})}")
-    draws = [step.draws for step in taken] + [[torch.float32] * len(step.draws) for step in steps[few:]]
+    prev, second = steps_taken[0].prev.dtype, None if steps_taken[0].second is None else steps_taken[0].second.dtype
+    if any(step.prev.dtype != prev for step in steps_taken) or prev not in (torch.float32, output, sample):
+        raise Fallback(f"its results are {', '.join({str(step.prev.dtype) for step in steps_taken})}")
+    draws = [step.draws for step in steps_taken] + [[torch.float32] * len(step.draws) for step in steps[count:]]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
     return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, draws)

@@ -1,6 +1,6 @@
 """A step table for a pipeline of diffusers, fitted in runs of the pipeline itself.
 
-A run stops within its scheduler's step, once it has recorded what it is for, so that no latents are decoded.
+A run stops within its scheduler's step, once it has recorded the samples that it is for, so no latents are decoded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ddpm_ext.tuning.tuner import tuned
 __all__ = ["tune_pipeline"]
 
 NAMES = ("unipc", "dpmpp_2m", "deis")  # The fit is compared with these samplers and the pipeline's own scheduler.
-POWERS = (1.0, 1.3, 1.7, 2.2)  # of the spacing of timesteps: with a larger power, more of them are near the end
+POWERS = (1.0, 1.3, 1.7, 2.2)  # of the spacing of timesteps: with a larger power, more timesteps are near the end
 
 
 def tune_pipeline(
@@ -47,23 +47,23 @@ def tune_pipeline(
 ) -> Tuned:
     """Fits a step table of few steps for a pipeline of diffusers.
 
-    The table's samples are nearer to those of many steps than the samples of the pipeline's own scheduler, or of a
-    named sampler, in as few steps. If no fit is nearer, the table is that of the nearest scheduler or sampler.
+    With as few steps, the table's samples are nearer to the samples of many steps than those of the pipeline's
+    scheduler or of a named sampler. If no fit is nearer, the result is the table of the nearest scheduler or sampler.
 
-    The runs are of a copy of the pipeline with another scheduler. The first runs record a teacher: the sampler "deis"
-    in many steps, at the scheduler's own levels. Then the rows of the table are fitted by least squares, one after the
-    other, each to the teacher's samples at the row's end. The timesteps are some of the teacher's, by the best of four
-    powers. Runs with other seeds decide which table is nearest. All this takes about
+    All runs use a copy of the pipeline with a different scheduler. The first runs record a teacher: the sampler "deis"
+    in many steps, at the scheduler's levels. After this, the rows of the table are fitted by least squares, one after
+    the other, each to the teacher's samples at the row's end. The timesteps are chosen from the teacher's timesteps, by
+    the best of four powers. Runs with other seeds decide which table is nearest. This takes about
     2 * teacher_steps + 2 * steps^2 + 10 * steps steps of the pipeline for each seed.
 
     Args:
-        pipe: the pipeline, which is not changed. Its scheduler tells the model's prediction and the levels.
-        prompts: the runs take these in turn. Empty for a pipeline without an argument `prompt`.
+        pipe: the pipeline, which is not changed. Its scheduler determines the model's prediction and the levels.
+        prompts: the runs take these prompts in turn. Empty for a pipeline without an argument `prompt`.
         steps: calls of the model, from 2 to teacher_steps / 4.
         teacher_steps: at most the number of the scheduler's training timesteps.
-        seeds: the number of runs to fit to. As many others are held out. Each takes the memory of teacher_steps samples
-            on the CPU.
-        first_seed: the seed of the first run's generator. The other runs have the seeds after it.
+        seeds: the number of runs to fit to. As many more runs are held out. Each run takes the memory of teacher_steps
+            samples on the CPU.
+        first_seed: the seed of the first run's generator. The other runs have the following seeds.
         progress: whether to show a progress bar on a terminal (if tqdm is installed).
         call: further arguments of the pipeline, as in the calls that will use the table, such as guidance_scale,
             height, num_images_per_prompt, batch_size and prompt_embeds.
@@ -72,7 +72,7 @@ def tune_pipeline(
         Tuned: its table is for `accelerate(pipe, table=tuned.table)`.
 
     Raises:
-        TypeError: pipe is no pipeline with a scheduler of diffusers.
+        TypeError: pipe is not a pipeline with a scheduler of diffusers.
         ValueError: an argument is out of range; the levels or the prediction of the scheduler can't be found; the
             teacher has not converged.
 
@@ -134,9 +134,9 @@ def tune_pipeline(
 
 
 def _trailing(scheduler: Any) -> Any:
-    """A scheduler with trailing timesteps, the first of which is the last one of training.
+    """A scheduler with trailing timesteps, whose first timestep is the last timestep of training.
 
-    None if `scheduler` has these already, or has no setting for the spacing.
+    None if `scheduler` has trailing timesteps already, or has no setting for the spacing.
     """
     if "timestep_spacing" not in scheduler.config or scheduler.config.timestep_spacing == "trailing":
         return None
@@ -150,9 +150,9 @@ def _table(runs: Runs, sampler: str, grid: Grid) -> StepTable:
 def _named_tables(runs: Runs, levels: LoopLevels, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
     """The tables of `steps` steps that the fit is compared with, each with its (sampler, spacing).
 
-    The first is that of the scheduler itself, if its steps are rows without noise: noise leads to other samples. Then
-    come those of NAMES, with the scheduler's own spacing and with trailing timesteps. If neither spacing has `steps`
-    levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
+    The first table is of the scheduler itself, if it can be traced and has no noise: noise leads to different samples.
+    It is followed by the tables of NAMES, with the scheduler's spacing and with trailing timesteps. If neither spacing
+    has `steps` levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
     """
     scheduler_levels = runs.levels(runs.scheduler, steps)
     spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
@@ -193,8 +193,8 @@ def _fit(
 ) -> tuple[StepTable, float]:
     """Fits a table whose rows begin at these steps of the teacher. Returns it with its typical error.
 
-    Each row is fitted for the samples that the rows before it lead to, not for the teacher's samples, and corrects
-    the errors of those rows.
+    Each row is fitted for the samples to which the previous rows lead, not for the teacher's samples, and so corrects
+    the errors of the previous rows.
     """
     base = _table(runs, "euler", levels.grid(rows))
     last_steps = [*(step - 1 for step in rows[1:]), len(levels) - 1]  # the teacher's last step within each row

@@ -1,6 +1,6 @@
 """guided-diffusion (Dhariwal & Nichol 2021) and improved-diffusion (Nichol & Dhariwal 2021), each step in one launch.
 
-Both libraries compute the same steps; guided-diffusion's also take a cond_fn.
+Both libraries compute the same steps. The methods of guided-diffusion also have an argument cond_fn.
 """
 
 from ddpm_ext.integrations.guided_diffusion.classes import Guided, Improved, ImprovedSpaced, Spaced

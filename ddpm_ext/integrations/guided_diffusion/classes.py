@@ -1,4 +1,4 @@
-"""The mixins for the classes of guided-diffusion and of improved-diffusion. The latter's methods have no cond_fn."""
+"""The mixins for the classes of guided-diffusion and improved-diffusion. improved-diffusion has no cond_fn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _without_cond_fn(parameters: str) -> str:
     return parameters.replace(" cond_fn=None,", "")
 
 
-# The parameters of guided-diffusion's methods, without self. Forks of its code may have others.
+# {method of guided-diffusion: its parameters without self}. In forks of the library, methods may differ from these.
 PARAMETERS = {
     "q_sample": "x_start, t, noise=None",
     "p_sample": STEP,
@@ -64,13 +64,13 @@ class Guided(PeerDiffusion):
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Adds the steps and loops. Raises TypeError for a fork of the library whose methods have other arguments."""
+        """Adds the steps and loops. Raises TypeError for a fork of the library whose methods differ from PARAMETERS."""
         super().__init_subclass__(**kwargs)
         peer = cls.__dict__.get("_peer")
         if peer is None:
             return
         for name, parameters in cls._peer_parameters.items():
-            # The method of the base class: a subclass's may have (*args, **kwargs), which it passes on.
+            # The base class's method: a subclass may override it with (*args, **kwargs), which it passes on.
             method = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
             actual = "()" if method is None else signature_text(method)
             expected = f"(self, {parameters})"
@@ -106,30 +106,30 @@ class Guided(PeerDiffusion):
             raise Fallback("a gradient is asked for by x_start or noise")
 
         with_bound = tables.learned or not tables.with_error
-        # The peer's code computes the bound's term at t = 0. To find these samples, the host waits for a GPU once. The
-        # peer's own code waits at each of its tables.
-        at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
+        # The peer's code computes the bound's term at t = 0. To find these samples, the host waits for a GPU once. In
+        # the peer's code it waits at each table.
+        indices_at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
         source = self._training_noise(x_start, noise)
         x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)
         output = model(x_t, timesteps_for(self, tables, model, t), **(model_kwargs or {}))
 
-        def own_losses() -> Any:
+        def peers_losses() -> Any:
             losses = peer_method(self, "training_losses")
             return losses(returning(output), x_start, t, model_kwargs, noise_itself(source, x_start))
 
-        prediction, _ = split_output(tables, x_start, output, own_losses)
+        prediction, _ = split_output(tables, x_start, output, peers_losses)
         terms: dict[str, Tensor] = {}
         if with_bound:
             options: dict[str, Any] = {"reduction": "none", "variational": True, "detach_mean": tables.with_error}
             vb = ops.diffusion_loss(output, x_start, tables.get("bound", device), t, **options, **source)
-            if len(at_zero) > 0:
-                output_at_zero = output[at_zero]
+            if len(indices_at_zero) > 0:
+                output_at_zero = output[indices_at_zero]
                 if tables.with_error:  # the prediction gets no gradient from the bound
                     channels = x_start.shape[1]
                     output_at_zero = torch.cat([output_at_zero[:, :channels].detach(), output_at_zero[:, channels:]], 1)
-                inputs = (x_start[at_zero], x_t[at_zero], t[at_zero])
+                inputs = (x_start[indices_at_zero], x_t[indices_at_zero], t[indices_at_zero])
                 terms_at_zero = self._vb_terms_bpd(returning(output_at_zero), *inputs, clip_denoised=False)["output"]
-                vb = vb.index_add(0, at_zero, (terms_at_zero * tables.bound_factor).to(vb.dtype))
+                vb = vb.index_add(0, indices_at_zero, (terms_at_zero * tables.bound_factor).to(vb.dtype))
             terms["vb"] = vb
         if not tables.with_error:
             return {"loss": terms["vb"]}
@@ -189,7 +189,7 @@ class Improved(Guided):
 class Spaced(Guided):
     """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases.
 
-    A SpacedDiffusion has some of another diffusion's timesteps. Its models get the other diffusion's timesteps.
+    A SpacedDiffusion takes some of the timesteps of an original diffusion. Its models get the original timesteps.
     """
 
     relies_on = (*Guided.relies_on, "_wrap_model")

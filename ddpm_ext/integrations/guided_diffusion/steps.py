@@ -31,13 +31,13 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-FLOAT32 = (torch.float32,)  # The peer's results are also float32 for other dtypes, because of its float32 tables.
-OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
+FLOAT32 = (torch.float32,)  # For samples of other dtypes, the peer's results are float32: its tables are float32.
+NOT_OF_STEP = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are not options of a step
 GRADIENT = "a gradient is asked for through a step"
 
 
 class DrawnNoise(TorchFunctionMode):
-    """Makes torch.randn_like return noise that was drawn already, while the peer's own code runs."""
+    """Makes torch.randn_like return noise that was drawn already, while the peer's code runs."""
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__()
@@ -64,12 +64,12 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
 def split_output(
     tables: FusedTables, x: Tensor, output: Any, instead: Function | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Splits a model's output into its prediction and its variance, which is None unless it is learned.
+    """Splits a model's output into its prediction and its variance: None for a model without learned variance.
 
     x must have a dimension of channels. Raises Fallback, with `instead`, if the operators can't take the output.
     """
-    batch, channels, *others = x.shape
-    shape = torch.Size((batch, 2 * channels, *others)) if tables.learned else x.shape
+    batch, channels, *sizes = x.shape
+    shape = torch.Size((batch, 2 * channels, *sizes)) if tables.learned else x.shape
     if isinstance(output, Tensor) and output.shape != shape:
         raise Fallback(None, instead)  # the peer raises an error
     # A predicted clean sample must have the samples' dtype, because the peer returns it in the model's dtype.
@@ -88,7 +88,7 @@ def _take_step(
     rng: Philox | None = None,
     with_x0: bool = True,
 ) -> dict[str, Tensor]:
-    """One step by `method`. Raises Fallback.
+    """One step by `method`, from its rows. Raises Fallback if it has no fused form.
 
     Args:
         args: the arguments of the peer's method or loop, as attributes.
@@ -118,18 +118,18 @@ def _take_step(
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
 
     output = args.model(x, timesteps_for(peer, fused, args.model, t, model_t), **kwargs)
-    results: dict[str, Any] = {"model": output}  # of the caller's functions, which own_step must not call again
+    results: dict[str, Any] = {"model": output}  # of the caller's functions: peers_step must not call these again
     noise: Tensor | None = None
 
-    def own_step() -> Any:
+    def peers_step() -> Any:
         functions = {name: returning(result) for name, result in results.items()}
         with contextlib.nullcontext() if noise is None else DrawnNoise(noise):
-            return _take_own_step(method, peer, args._replace(**functions), x, t)
+            return _take_peers_step(method, peer, args._replace(**functions), x, t)
 
     if isinstance(output, Tensor) and wants_gradient(output):
-        raise Fallback(GRADIENT, own_step)
-    prediction, variance = split_output(fused, x, output, own_step)
-    needed: Tensor | None = prediction
+        raise Fallback(GRADIENT, peers_step)
+    prediction, variance = split_output(fused, x, output, peers_step)
+    prediction_or_none: Tensor | None = prediction
     extras: dict[str, Any] = {}
     if ddpm and variance is not None:
         extras["model_variance"] = variance
@@ -138,24 +138,24 @@ def _take_step(
         x_start = prediction
         if fused.prediction != "x0":
             x_start = ops.predict_start(x, prediction, tables.get("predict", device, torch.float32), row_or_t)
-        if fused.prediction == "x_prev" and (laid := layout_arguments(prediction, x)):
-            x_start = laid["out"].copy_(x_start)
+        if fused.prediction == "x_prev" and (out_argument := layout_arguments(prediction, x)):
+            x_start = out_argument["out"].copy_(x_start)
         x_start = results["denoised_fn"] = denoised_fn(x_start)
         if not is_like(x_start, x) or wants_gradient(x_start) or x_start.dtype != x.dtype:
             reason = "what denoised_fn returns is no plain tensor like the samples, without a gradient"
-            raise Fallback(reason, own_step)
+            raise Fallback(reason, peers_step)
         extras["x_start"] = x_start
-        needed = prediction if ddpm and fused.prediction == "x_prev" else None
+        prediction_or_none = prediction if ddpm and fused.prediction == "x_prev" else None
 
     draws = method != "ddim_reverse_sample" and peer.accelerated.noise == "torch"
-    if draws and ddpm:  # drawn before the call of cond_fn, as in the peer, because cond_fn may also draw
+    if draws and ddpm:  # drawn before the call of cond_fn, as in the peer's code, because cond_fn may also draw
         noise = torch.randn_like(x)
     if cond_fn is not None:
         gradient = results["cond_fn"] = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)
-        wide = not ddpm and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
-        if wide or not is_like(gradient, x) or wants_gradient(gradient):
+        is_float64 = not ddpm and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
+        if is_float64 or not is_like(gradient, x) or wants_gradient(gradient):
             reason = "what cond_fn returns is no plain tensor like the samples, without a gradient"
-            raise Fallback(reason, own_step)
+            raise Fallback(reason, peers_step)
         extras["gradient"] = gradient.float()
     if draws and noise is None:
         noise = torch.randn_like(x)
@@ -165,23 +165,25 @@ def _take_step(
             extras |= noise_arguments(noise, x)
         else:
             extras["rng"] = peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng
-    # The first operand of the peer's formula for the next sample; see layout_arguments. With a cond_fn, DDIM's is x.
-    first = x
+    # The first operand of the peer's formula for the next sample; see layout_arguments. In DDIM with a cond_fn it is x.
+    first_operand = x
     if cond_fn is None or ddpm:
-        first = results["denoised_fn"] if needed is None else x if fused.prediction == "eps" else prediction
-    extras |= layout_arguments(first, x)
+        first_operand = (
+            results["denoised_fn"] if prediction_or_none is None else x if fused.prediction == "eps" else prediction
+        )
+    extras |= layout_arguments(first_operand, x)
     x0 = empty_like(extras.get("out", x)) if with_x0 else None
-    sample = take_step(tables, x, needed, row_or_t, clip, x0_out=x0, **extras)
+    sample = take_step(tables, x, prediction_or_none, row_or_t, clip, x0_out=x0, **extras)
     return {"sample": sample} if x0 is None else {"sample": sample, "pred_xstart": x0}
 
 
-def _take_own_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in args._asdict().items() if name not in OF_CALL}
+def _take_peers_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
+    options = {name: value for name, value in args._asdict().items() if name not in NOT_OF_STEP}
     return peer_method(peer, method)(args.model, x, t, **options)
 
 
-def _take_any_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *of_loop: Any) -> dict[str, Tensor]:
-    """One step, by the rows or by an overridden method. Raises Fallback."""
+def _take_any_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *loop_arguments: Any) -> dict[str, Tensor]:
+    """One step, by the rows or by an overridden method. Raises Fallback if the peer's code must run."""
     functions = args.denoised_fn, getattr(args, "cond_fn", None)
     # The code is the cache key: callers may create the same lambda in each call.
     code = [getattr(function, "__code__", function) for function in functions]
@@ -191,14 +193,14 @@ def _take_any_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *of_
         x,
         lambda: t.tolist(),
         (*options, getattr(args, "eta", None)),
-        functools.partial(_take_step, method, peer, args, x, t, *of_loop),
-        functools.partial(_take_own_step, method, peer, args, x, t),
+        functools.partial(_take_step, method, peer, args, x, t, *loop_arguments),
+        functools.partial(_take_peers_step, method, peer, args, x, t),
     )
 
 
-# {name of the peer's method: (peer, args, x, t, ...) takes a step of it, fused or by the peer's own code}.
+# {name of the peer's method: a function of (peer, args, x, t, ...) that takes a step of this method, fused or not}.
 STEPS: dict[str, Function] = {
-    method: with_fallback(method, _take_own_step)(functools.partial(_take_any_step, method))
+    method: with_fallback(method, _take_peers_step)(functools.partial(_take_any_step, method))
     for method in ("p_sample", "ddim_sample", "ddim_reverse_sample")
 }
 

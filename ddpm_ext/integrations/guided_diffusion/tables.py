@@ -1,4 +1,4 @@
-"""Rows for the operators, made from an object's betas. Its other arrays must be those that follow from the betas."""
+"""Rows for the operators, made from an object's betas. The object's other arrays must follow from its betas."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ddpm_ext.tables.variances import peer_variances
 
 PREDICTIONS = peer_predictions("guided-diffusion")
 VARIANCES = peer_variances("guided-diffusion")
-# {loss_type: (whether it includes the squared error, the factor of the variational term in bits as a function of the
-# number of timesteps)}.
+# {loss_type: (whether the loss includes the squared error, a function of the number of timesteps that returns the
+# factor of the variational term in bits)}.
 LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "MSE": (True, lambda timesteps: 1.0),
     "RESCALED_MSE": (True, lambda timesteps: timesteps / 1000.0),
@@ -51,7 +51,7 @@ class FusedTables:
         with_error: whether the loss includes the squared error.
         bound_factor: the factor of the variational terms in bits, or None for an unknown loss.
 
-    Raises Fallback if the peer's own code has to run.
+    Raises Fallback if the peer's code has to run.
     """
 
     def __init__(self, peer: Any) -> None:
@@ -66,7 +66,7 @@ class FusedTables:
         self.learned = process.variance_entry.learned
         timesteps, spaced = torch.arange(process.timesteps, device="cpu"), _is_spaced(peer)
         with torch.device("cpu"):
-            # The peer's own code maps the timesteps to those that a model gets.
+            # The peer's code maps the timesteps to those that a model gets.
             model = peer._wrap_model(lambda x, t: t) if spaced else lambda x, t: t
             self._model_timesteps = model(None, peer._scale_timesteps(timesteps))
         self._draws = torch.tensor(peer.timestep_map, device="cpu") if spaced else timesteps
@@ -81,7 +81,7 @@ class FusedTables:
         self.bound_factor = None if loss is None else loss[1](process.timesteps)
         loss_rows = partial(LossRows(process).get, "simple", timesteps.device, torch.float64)
         bound = loss_rows(error=False, bound=(self.bound_factor or 0.0) / math.log(2)).clone()
-        bound[0, 3:] = 0  # the peer computes t = 0 with its own normal CDF
+        bound[0, 3:] = 0  # the peer's code computes t = 0, with an approximation of the normal CDF
         q_sample = torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)
         self._ddpm = self._on_device(steps, q_sample=q_sample, error=loss_rows(), bound=bound)
 
@@ -137,7 +137,7 @@ class FusedTables:
 
 
 def _process_of(peer: Any, **kinds: str) -> Process:
-    """The process of the peer's betas. Raises Fallback if its arrays are not those that follow from the betas."""
+    """The process of the peer's betas. Raises Fallback if the peer's other arrays do not follow from the betas."""
     arrays = {name: np.asarray(getattr(peer, name)) for name in ARRAYS}
     if any(array.shape != (peer.num_timesteps,) for array in arrays.values()):
         raise Fallback("its tables have other lengths than num_timesteps")
@@ -146,11 +146,11 @@ def _process_of(peer: Any, **kinds: str) -> Process:
     if not (finite and levels[-1] > LEAST and levels[0] < 1 and (np.diff(levels) < 0).all()):
         raise Fallback("its alphas_cumprod reach 0, or do not fall from step to step")
     process = Process(len(levels), torch.from_numpy(arrays["betas"].astype(np.float64)), **kinds)
-    ours = {name: getattr(process, name).numpy() for name in SAME_NAME}
-    variance = ours["posterior_variance"]
-    ours["alphas_cumprod_next"] = np.append(ours["alphas_cumprod"][1:], 0.0)
-    ours["posterior_log_variance_clipped"] = np.log(np.append(variance[1:2], variance[1:]))
-    if not all(np.allclose(arrays[name], array, rtol=1e-7, atol=0) for name, array in ours.items()):
+    expected_arrays = {name: getattr(process, name).numpy() for name in SAME_NAME}
+    variance = expected_arrays["posterior_variance"]
+    expected_arrays["alphas_cumprod_next"] = np.append(expected_arrays["alphas_cumprod"][1:], 0.0)
+    expected_arrays["posterior_log_variance_clipped"] = np.log(np.append(variance[1:2], variance[1:]))
+    if not all(np.allclose(arrays[name], array, rtol=1e-7, atol=0) for name, array in expected_arrays.items()):
         raise Fallback("its tables are not those that follow from its betas")
     return process
 
@@ -159,14 +159,14 @@ _STATE, _SPACED_STATE = attrgetter(*ARRAYS, *OPTIONS), attrgetter(*ARRAYS, *OPTI
 
 
 def _is_spaced(peer: Any) -> bool:
-    """Whether the object is a SpacedDiffusion: it has some of another diffusion's timesteps, which its models get."""
+    """Whether the object is a SpacedDiffusion, which takes some of the timesteps of an original diffusion."""
     return hasattr(peer, "timestep_map")
 
 
 def tables_of(peer: Any) -> FusedTables:
-    """The tables of an object's current state, cached. Raises Fallback.
+    """The tables of an object's current state, cached. Raises the Fallback of FusedTables.
 
-    The cache key is made of the object's arrays, options and methods; see setting_key.
+    The cache key consists of the object's arrays, options and methods; see setting_key.
     """
     state = (_SPACED_STATE if _is_spaced(peer) else _STATE)(peer)
     return peer._of_state(state, lambda: FusedTables(peer))  # noqa: SLF001 (of PeerDiffusion)
@@ -175,10 +175,10 @@ def tables_of(peer: Any) -> FusedTables:
 def timesteps_for(
     peer: Any, tables: FusedTables, function: Callable[..., Any], t: Tensor, model_t: Tensor | None = None
 ) -> Tensor:
-    """The timesteps that a model or a cond_fn gets for t: t itself, if the function maps timesteps itself.
+    """The timesteps that `function`, a model or a cond_fn, gets for t: t itself if the function maps timesteps.
 
     Args:
-        model_t: the mapped timesteps, if the caller has them already.
+        model_t: the mapped timesteps, if the caller has computed them.
     """
     if tables.model_gets_t or (_is_spaced(peer) and peer._wrap_model(function) is function):
         return t
