@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpm_ext.tables.trace_fit import (
     HISTORY,
-    LINEAR,
+    LINEAR_ERROR,
     Array,
     Bound,
     Columns,
@@ -49,9 +49,8 @@ OUTLIER_EVERY, OUTLIER_SIZE = (
     11,
     10.0,
 )  # every TAIL-th number gets FAR added to its magnitude, to reveal a step that clamps outliers
-LARGE_LEVEL = (
-    100.0  # at a higher level of noise, rounding of the output's term would hide an error in the sample's factor
-)
+# At a higher level of noise, rounding of the output's term would hide an error in the sample's factor.
+LARGE_LEVEL = 100.0
 SCALE_TOLERANCE = 1e-12  # the largest relative difference between the model's input and a factor times the sample
 
 
@@ -202,7 +201,7 @@ class _FirstRun:
         if self.small_numbers.second is not None and (second is None or names <= {*second}):
             columns = np.stack([self.small_numbers.unit(), self.small_numbers.m], 1)
             factors, errors = least_squares(columns, self.small_numbers.second, self.small_numbers.negligible())
-            self.second = bool((errors <= LINEAR).all())
+            self.second = bool((errors <= LINEAR_ERROR).all())
             self.clean = factors if self.second else self.clean
         if level is None:
             scales, (a, b) = _scales(self.small_numbers), self.clean.T

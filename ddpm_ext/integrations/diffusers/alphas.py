@@ -18,7 +18,7 @@ from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import FusedRows, are_tensors, clip_of, imported, make_rows, result_dtype
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.library_code import foreign_method
-from ddpm_ext.integrations.proof import HOW
+from ddpm_ext.integrations.proof import TRACE_HINT
 from ddpm_ext.integrations.shared import Support
 from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.process.clip import DynamicThreshold
@@ -133,7 +133,7 @@ class Alphas(Forward):
             raise Fallback
         foreign = foreign_method(self._peer, vars(self))
         if foreign is not None:
-            raise Fallback(f"its {foreign} is not diffusers' own code; {HOW}")
+            raise Fallback(f"its {foreign} is not diffusers' own code; {TRACE_HINT}")
         config = self.config
         rows = self._rows(_make, self.alphas_cumprod, config.prediction_type, *clip_of(config), *options)
         return rows, *self._row(rows, timestep)

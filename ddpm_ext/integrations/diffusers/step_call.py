@@ -62,7 +62,7 @@ class Call(NamedTuple):
         has_dim: whether the caller's timestep had a dimension.
         options: all other arguments except generator and return_dict.
         tensors: the values of the options that are GIVEN, in their order.
-        others: generator and return_dict, if the caller has passed them.
+        other_arguments: generator and return_dict, if the caller has passed them.
     """
 
     m: Tensor

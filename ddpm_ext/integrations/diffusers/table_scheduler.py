@@ -262,7 +262,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         times, x = self._row_times.to(timesteps.device), original_samples
         is_listed, rows = (times == timesteps.to(times.dtype)[:, None]).byte().max(1)
         if not bool(is_listed.all()):
-            raise ValueError(f"timesteps are {timesteps.tolist()}, expected some of {self._own_times.tolist()}")
+            raise ValueError(f"timesteps are {timesteps.tolist()}, expected some of {self._row_times.tolist()}")
         levels = self._levels.get("levels", x.device, torch.float32)
         return ops.forward_process(x, levels, rows.to(x.device).expand(len(x)).contiguous(), noise=noise.to(x.dtype))
 

@@ -147,7 +147,7 @@ class TracedScheduler(Forward):
         state.update(step.state)
         state["_position"] = after
         state["_next_input"] = None if scaled is None else NextInput.of(prev, scaled)
-        if not call.others.get("return_dict", True) or step.result.cls is tuple:
+        if not call.other_arguments.get("return_dict", True) or step.result.cls is tuple:
             return (prev,) if dtypes.second is None else (prev, x0)
         second = {} if step.result.name is None else {step.result.name: x0}
         return step.result.cls(prev_sample=prev, **second)
@@ -212,7 +212,7 @@ class TracedScheduler(Forward):
             tensors: the tensors among the step's options, which may include its noise.
         """
         rows, i = position.rows, position.at
-        used, index, generator = rows.trace.noise[i], rows.key.first + i, call.others.get("generator")
+        used, index, generator = rows.trace.noise[i], rows.key.first + i, call.other_arguments.get("generator")
         noise: dict[str, Any] = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
         if self.accelerated.noise == "philox" and position.is_proven():
             return noise or self._noise(used is not None, call.m, generator, x, index)
@@ -250,7 +250,7 @@ class TracedScheduler(Forward):
         """The result of the scheduler's code. The proof records whether the row has the same result."""
         proof, rows, row = position.proof, position.rows, position.at
         assert proof is not None
-        generators = Generators(call.x.device, call.others.get("generator"))
+        generators = Generators(call.x.device, call.other_arguments.get("generator"))
         inputs = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
         size = rows.stepper.largest_term(row, call.x, call.m, inputs)
         results, after, _ = self._launched(position, dtypes, call)
