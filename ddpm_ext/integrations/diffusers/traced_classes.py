@@ -1,6 +1,6 @@
 """The scheduler classes of diffusers 0.42.1 that cannot be traced, for the printed support table.
 
-Tracing does not read NOT_TRACED: it tries every class in the same way. A test checks the list.
+Tracing does not read OWN: it tries every class in the same way. A test checks the list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ STORED = {
     "lower_order_nums", "model_outputs", "prev_derivative", "sample", "sigma_data", "this_corrector_order",
     "this_order", "this_predictor_order", "timestep_list",
 }  # fmt: skip
-NOT_TRACED = {
+# {reason: the classes that run their own code, because they cannot be traced}
+OWN = {
     "a Brownian path's noise": ("CosineDPMSolverMultistep", "DPMSolverSDE"),
     "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),
     "options that are tensors of other shapes": ("HeliosDMD",),
@@ -33,7 +34,7 @@ SUPPORT = (
         "traced: what is linear in sample, output, noise and three tensors, of history or given, with options "
         "that are numbers; thresholding; every class of diffusers 0.42.1 by default, but those on the right",
         "PNDM's Runge-Kutta steps; learned variances; float64; gradients; "
-        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in NOT_TRACED.items()),
+        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in OWN.items()),
     ),
     Support(
         "any other scheduler",
