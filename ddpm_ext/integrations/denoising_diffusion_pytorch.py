@@ -354,7 +354,7 @@ STEPS: dict[str, Callable[..., Step]] = {
 
 
 def _index(t: Any) -> int:
-    """t as an int; -1 if it is no integer."""
+    """t as an int; -1 if it is not an integer."""
     try:
         return operator.index(t)
     except TypeError:

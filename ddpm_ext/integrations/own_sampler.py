@@ -70,7 +70,7 @@ class TracedLoop(NamedTuple):
         proofs: {(shape, dtype, device) of the samples: the proof of the rows}.
         draws: for each row, the index of the draw that is its noise, or None for no noise.
         row_before_model: whether the first row comes before the first call of the model.
-        why_not: why there are no rows.
+        no_rows_reason: why there are no rows.
     """
 
     rows: SigmaRows | None

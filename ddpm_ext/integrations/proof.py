@@ -84,7 +84,7 @@ def setting_key(x: Any) -> Hashable:
     """A cache key of a setting.
 
     Numbers and strings count by value, tensors by identity and version, containers by their elements, and other objects
-    by identity. Whoever stores the key must keep x alive, because Python may reuse the id of a dead object.
+    by identity. A cache with such a key must keep x alive, because Python may reuse the id of a dead object.
     """
     if isinstance(x, Tensor):
         return id(x), version_of(x)

@@ -67,7 +67,7 @@ LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
 
 def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
-    """kept_loop_rows, with a check that the rows have what the options need."""
+    """Returns kept_loop_rows, after a check that the rows have what the options need."""
     rows = kept_loop_rows(cache, process, options)
     check_notes(process, options)
     _check_rows(rows, options)

@@ -49,9 +49,8 @@ OUTLIER_EVERY, OUTLIER_SIZE = (
     11,
     10.0,
 )  # every TAIL-th number gets FAR added to its magnitude, to reveal a step that clamps outliers
-LARGE_LEVEL = (
-    100.0  # at a higher level of noise, rounding of the output's term would hide an error in the sample's factor
-)
+# At a higher level of noise, rounding of the output's term would hide an error in the sample's factor.
+LARGE_LEVEL = 100.0
 SCALE_TOLERANCE = 1e-12  # the largest relative difference between the model's input and a factor times the sample
 
 

@@ -27,13 +27,11 @@ READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that
 LAGS = 5  # how many steps back a step may read: more than HISTORY, because some steps keep no tensor (PNDM's second)
 DRAWS = 16  # the most tensors of noise that a step may draw
 LINEAR_ERROR = 1e-9  # the largest relative residual of a linear step
-FLOAT32_ERROR = (
-    1e-5  # the largest relative residual for a sampler that computes in float32 although its inputs are float64
-)
+# The largest relative residual for a sampler that computes in float32 although its inputs are float64.
+FLOAT32_ERROR = 1e-5
 NEGLIGIBLE = 1e-12  # a factor counts as 0 if it is smaller than this, relative to the numbers it is computed from
-MAX_CANCELLATION = (
-    30.0  # a row uses c0 and not c2 if |c1| is at most this multiple of the sample's whole factor: else terms cancel
-)
+# A row uses c0 and not c2 if |c1| is at most this multiple of the sample's whole factor: else terms cancel.
+MAX_CANCELLATION = 30.0
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2", "of_last")
 
 

@@ -63,7 +63,7 @@ def _make(
     prediction_type: str,
     clip: Clip | None,
     threshold: DynamicThreshold | None,
-    next_timesteps: Tensor | int,
+    stride_or_timesteps: Tensor | int,
     end: Tensor | float,
     eta: float,
     keep_eps: bool = False,
@@ -72,8 +72,8 @@ def _make(
     """The rows of all steps.
 
     Args:
-        to: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, for steps from each of
-            these to the next one.
+        stride_or_timesteps: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, for
+            steps from each of these to the next one.
         end: alphas_cumprod at the negative timesteps, to which the last steps lead.
         eta, keep_eps: options of DDIM's steps. For DDPM's steps eta must be 1.
         variance_type: diffusers' name of the variance of DDPM's steps, or None for DDIM's steps.
@@ -85,8 +85,8 @@ def _make(
     if not 0 <= eta <= 1:
         raise Fallback(f"eta is {eta}")
     levels = alphas_cumprod.detach().cpu()
-    if isinstance(next_timesteps, Tensor):
-        t = next_timesteps.detach().cpu()
+    if isinstance(stride_or_timesteps, Tensor):
+        t = stride_or_timesteps.detach().cpu()
         if len(t.unique()) < len(t):
             raise Fallback("its timesteps repeat")
         next_t = torch.cat([t[1:], t.new_tensor([-1])])
@@ -94,7 +94,7 @@ def _make(
         t, next_t = t[in_range], next_t[in_range]
     else:
         t = torch.arange(len(levels), device="cpu")
-        next_t = t - next_timesteps
+        next_t = t - stride_or_timesteps
     end_level = torch.as_tensor(end, device="cpu").detach().to(levels.dtype)
     now, after = levels[t], torch.where(next_t >= 0, levels[next_t.clamp(min=0)], end_level)
     is_fused = (now < 1) & ((after > 0) | (eta == 0))  # at a level of 1, eps does not follow from a sample and its x0
@@ -127,7 +127,7 @@ class Alphas(Forward):
         """The rows, the timestep on the host, and the index of its row.
 
         Args:
-            options: the arguments of `_make` from `to` on.
+            options: the arguments of `_make` from `stride_or_timesteps` on.
         """
         if not are_tensors(sample, model_output):
             raise Fallback
@@ -182,8 +182,8 @@ class DDPM(Alphas):
         variance_type = self.variance_type
         if variance_type != self.config.variance_type:
             raise Fallback("variance_type is not its config's")
-        next_timesteps = self.timesteps if self.custom_timesteps or self.num_inference_steps else 1
-        located = self._located(timestep, sample, model_output, next_timesteps, 1.0, 1.0, False, variance_type)
+        stride_or_timesteps = self.timesteps if self.custom_timesteps or self.num_inference_steps else 1
+        located = self._located(timestep, sample, model_output, stride_or_timesteps, 1.0, 1.0, False, variance_type)
         extras: dict[str, Any] = {}
         if variance_type in LEARNED:
             channels = sample.shape[1]

@@ -75,7 +75,7 @@ def extrapolated(
 
     Args:
         nodes: (rows + 1,), where each step starts. The last entry is where the last step arrives.
-        used: (rows,), the order of each step.
+        order_of_step: (rows,), the order of each step.
         density: see lagrange_weights.
     """
     return [
