@@ -17,8 +17,8 @@ from ddpm_ext.training.data import DamagedImage, ImageSource, Labels
 from ddpm_ext.training.options import TrainOptions
 
 _PREFETCHED = 4  # batches that a worker reads ahead
-_PATIENCE = 600  # seconds to wait for a batch
-_SHARED = "shared memory in /dev/shm"
+_BATCH_TIMEOUT = 600  # seconds
+_SHARED_MEMORY = "shared memory in /dev/shm"
 
 
 class Batch(NamedTuple):
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     images: (samples, channels, height, width) float32.
     skipped: the error messages of images that could not be read.
     labels: the images' classes, (samples,) int64, or None for images without classes. The null class replaces a random
-        share of them, class_dropout.
+        share of the labels, which the option class_dropout sets.
     """
 
     images: Tensor
@@ -45,8 +45,8 @@ class StepBatches(Dataset):
         images: the source.
         options: batch size, seed, flip, skip_corrupt, workers, class_dropout.
         start, stop: this rank's samples of each batch are those from `start` to `stop` - 1.
-        labels: the classes of the images. The null class is the number after the last. With None, batches have no
-            labels.
+        labels: the classes of the images. The null class has the number of classes as its number. With None, batches
+            have no labels.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class StepBatches(Dataset):
         try:
             batch = self._read(step)
             if get_worker_info() is not None:
-                # The loader's thread would only print an error for full shared memory, and training would wait.
-                with _names_a_lack_of_room():
+                # If shared memory were full in the loader's thread, that would only print an error, and training hang.
+                with _explain_full_shared_memory():
                     for tensor in (batch.images, batch.labels):
                         tensor is None or tensor.share_memory_()
             return batch
@@ -72,17 +72,17 @@ class StepBatches(Dataset):
     def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:
         """Opens iterate() for a `with` block. The end of the block stops the worker processes.
 
-        If a worker dies, torch's signal handler raises an error in any line of the block, not only while a batch is
-        awaited. As in iterate(), this becomes a ChildProcessError.
+        If a worker dies, torch's signal handler may raise an error at any line of the block, not only while the loop
+        waits for a batch. This error, too, becomes a ChildProcessError.
         """
-        with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as read:
-            yield read
+        with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as batches:
+            yield batches
 
     def iterate(self, start: int, stop: int, device: torch.device) -> Generator[Batch, None, None]:
         """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
         Raises:
-            OSError, TypeError, ValueError: an image can't be read, or is not what was expected, or shared memory is
+            OSError, TypeError, ValueError: an image can't be read, or has a wrong type or shape, or shared memory is
                 full. TimeoutError: the workers returned no batch for ten minutes. ChildProcessError: a worker died.
         """
         workers = self.options.workers
@@ -92,14 +92,18 @@ class StepBatches(Dataset):
             sampler=range(start, stop),
             num_workers=workers,
             prefetch_factor=_PREFETCHED if workers else None,
-            timeout=_PATIENCE if workers else 0,
+            timeout=_BATCH_TIMEOUT if workers else 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # otherwise the loader would draw its workers' seed from torch's generator
         )
         with _translate_loader_errors():
-            with torch.device("cpu"), _names_a_lack_of_room():  # the loader draws its workers' seed on this device
+            with (
+                torch.device("cpu"),
+                _explain_full_shared_memory(),
+            ):  # the loader draws its workers' seed on this device
                 if workers:
-                    torch.multiprocessing.Queue()  # if this fails, it leaves no traceback, which the loader would print
+                    # Tries whether shared memory has room: a DataLoader that fails here would also print a traceback.
+                    torch.multiprocessing.Queue()
                 batches = iter(steps)
             for batch in batches:
                 if isinstance(batch, Exception):
@@ -108,8 +112,8 @@ class StepBatches(Dataset):
 
     def _read(self, step: int) -> Batch:
         options = self.options
-        before = step * options.batch_size
-        positions = range(before + self.start, before + self.stop)
+        batch_start = step * options.batch_size
+        positions = range(batch_start + self.start, batch_start + self.stop)
         indices = self._indices(positions)
         seeds = [seed_for(options.seed, "images", position) for position in positions] if self.images.seeded else None
         skipped: list[str] = []
@@ -124,36 +128,39 @@ class StepBatches(Dataset):
                 torch.cat([index for _, index in replacements]),
             )
         if options.flip:
-            images = torch.where(self._chosen("flip", step, 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+            images = torch.where(self._random_mask("flip", step, 0.5).view(-1, 1, 1, 1), images.flip(3), images)
         if self.labels is None:
             return Batch(images, skipped)
-        dropped = self._chosen("class dropout", step, options.class_dropout)
+        dropped = self._random_mask("class dropout", step, options.class_dropout)
         return Batch(images, skipped, self.labels.numbers[indices].masked_fill(dropped, len(self.labels.names)))
 
-    def _chosen(self, purpose: str, step: int, share: float) -> Tensor:
-        """A random mask of this rank's samples, (samples,) bool, true for about `share` of them."""
+    def _random_mask(self, purpose: str, step: int, share: float) -> Tensor:
+        """A random mask over this rank's samples, (samples,) bool: each is true with the probability `share`."""
         step_generator = generator(self.options.seed, purpose, step)
-        drawn = torch.rand(self.options.batch_size, generator=step_generator, dtype=torch.float32, device="cpu")
-        return drawn[self.start : self.stop] < share
+        uniform = torch.rand(self.options.batch_size, generator=step_generator, dtype=torch.float32, device="cpu")
+        return uniform[self.start : self.stop] < share
 
     def _indices(self, positions: range) -> Tensor:
-        """The indices of the images at these positions of the sequence of all epochs."""
+        """The indices of the images at these positions in the sequence of all epochs, one after another."""
         count, position, parts = len(self.images), positions.start, []
         while position < positions.stop:
-            epoch, within = divmod(position, count)
+            epoch, offset = divmod(position, count)
             if epoch != self._epoch:
                 self._epoch = epoch
                 self._order = torch.randperm(
                     count, generator=generator(self.options.seed, "order", epoch), device="cpu"
                 )
-            parts.append(self._order[within : within + positions.stop - position])
+            parts.append(self._order[offset : offset + positions.stop - position])
             position += len(parts[-1])
         return torch.cat(parts)
 
     def _next_readable(
         self, i: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]
     ) -> tuple[Tensor, Tensor]:
-        """The image indices[i], or the next readable image, (1, channels, height, width); and its index, (1,)."""
+        """The image indices[i], or else the next readable image, (1, channels, height, width); and its index, (1,).
+
+        Appends the error messages of unreadable images to `skipped`.
+        """
         count = len(self.images)
         for ahead in range(count):
             index = (indices[i : i + 1] + ahead) % count
@@ -165,16 +172,16 @@ class StepBatches(Dataset):
 
 
 @contextmanager
-def _names_a_lack_of_room() -> Iterator[None]:
-    """If shared memory is full inside the block, raises an OSError that says what to do."""
+def _explain_full_shared_memory() -> Iterator[None]:
+    """If the block fails because shared memory is full, raises an OSError that says what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise
         raise OSError(
-            f"data: the {_SHARED} is full, through which workers hand over batches; expected more of it (docker run "
-            "--shm-size enlarges it), or workers=0"
+            f"data: the {_SHARED_MEMORY} is full, through which workers hand over batches; expected more of it (docker "
+            "run --shm-size enlarges it), or workers=0"
         ) from error
 
 
@@ -182,7 +189,7 @@ def _names_a_lack_of_room() -> Iterator[None]:
 def _translate_loader_errors() -> Iterator[None]:
     """Turns a DataLoader's errors about its workers into a TimeoutError or ChildProcessError that says what to do.
 
-    The DataLoader raises a plain RuntimeError for both, so the message decides. Other RuntimeErrors pass unchanged.
+    The DataLoader raises RuntimeError for both, so the message decides. Other RuntimeErrors pass unchanged.
     """
     try:
         yield
@@ -190,10 +197,10 @@ def _translate_loader_errors() -> Iterator[None]:
         text = " ".join(str(error).split())
         if text.startswith("DataLoader timed out"):
             raise TimeoutError(
-                f"data: the workers gave no batch for {_PATIENCE} s; expected data that can be read, or workers=0"
+                f"data: the workers gave no batch for {_BATCH_TIMEOUT} s; expected data that can be read, or workers=0"
             ) from error
         if text.startswith("DataLoader worker"):
             raise ChildProcessError(
-                f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0"
+                f"data: a worker died ({text}); expected more memory or more {_SHARED_MEMORY}, or workers=0"
             ) from error
         raise

@@ -14,12 +14,14 @@ from ddpm_ext.training.state import TrainState
 class CapturedStep:
     """Takes training steps by replaying one CUDA graph.
 
-    A graph reads its inputs from the addresses that it was captured with. So each batch and the number of the noise's
-    draw are copied into tensors that this object owns. The optimizer owns such a tensor for the learning rate.
+    A graph reads its inputs from the addresses that it was captured with. So each batch is copied into tensors that
+    this object owns, and a step itself adds 1 to the tensor of the noise's draw. The learning rate is a tensor of the
+    optimizer for the same reason.
 
     Args:
         compute: compute(images, t, weights, draw), with a fifth argument, labels, for images that have classes. It
-            updates the model and returns the losses, (samples,), and the gradient's norm, (). draw is int64 ().
+            updates the model and returns the losses, (samples,), and the gradient's norm, (). draw, int64 (), is the
+            number of the noise's draw.
         state: the state that `compute` changes.
     """
 
@@ -41,7 +43,7 @@ class CapturedStep:
         torch.manual_seed(seed)
         batch = [images, t, weights] if labels is None else [images, t, weights, labels]
         if not self._inputs:
-            self._draw = torch.tensor(self._state.step, device=self._device)
+            self._draw_number = torch.tensor(self._state.step, device=self._device)
             self._inputs = [tensor.clone() for tensor in batch]
             self._run()
         else:
@@ -53,10 +55,10 @@ class CapturedStep:
 
     def _run(self) -> None:
         images, t, weights, *labels = self._inputs
-        self._results = self._compute(images, t, weights, self._draw, *labels)
-        self._draw.add_(1)
+        self._results = self._compute(images, t, weights, self._draw_number, *labels)
+        self._draw_number.add_(1)
 
     def _save(self, seed: int) -> Callable[[], object]:
-        """The function with which CudaGraphs undoes the warm-up step that it takes before a capture."""
-        restore = restorer([*self._state.changing(), self._draw])
+        """Saves the state. Returns the function by which CudaGraphs undoes its warm-up step before a capture."""
+        restore = restorer([*self._state.changed_by_step(), self._draw_number])
         return lambda: (restore(), torch.manual_seed(seed))

@@ -20,8 +20,8 @@ _FORMAT = "ddpm-ext training state 2"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
-def _all(folder: Path) -> list[Path]:
-    """All checkpoints, by ascending step."""
+def _checkpoints(folder: Path) -> list[Path]:
+    """The paths of all checkpoints in a run's folder, by ascending step."""
     by_step = [
         (int(match[1]), path)
         for path in (folder / "checkpoints").glob("step-*.safetensors")
@@ -32,12 +32,12 @@ def _all(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in a run's folder, or None. It may be damaged."""
-    paths = _all(folder)
+    paths = _checkpoints(folder)
     return paths[-1] if paths else None
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint atomically, and then removes all checkpoints of earlier steps but the newest `keep` - 1.
+    """Writes a checkpoint atomically, then removes the checkpoints of earlier steps except for the newest `keep` - 1.
 
     Checkpoints of later steps stay and are not counted. They exist only if they are damaged: otherwise the run would
     have continued from them.
@@ -47,10 +47,10 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
         step: the number of steps taken.
         state: the tensors.
         about: the header's content, which JSON can represent.
-        keep: how many checkpoints remain, at least 1.
+        keep: how many checkpoints remain, with the new one; at least 1.
 
     Raises:
-        OSError: the file can't be written; the message is one sentence. No checkpoint is removed then.
+        OSError: the file can't be written; the message is one sentence. In this case no checkpoint is removed.
     """
     to_bytes = require("safetensors.torch", "writing checkpoints").save
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
@@ -62,7 +62,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     remark = "no checkpoint was written before" if previous is None else f"the newest is still {previous}"
     with files.errors_name("checkpoint", path, f"; {remark}"):
         files.write_bytes(path, content)
-    written = _all(folder)
+    written = _checkpoints(folder)
     for old in written[: written.index(path) + 1][:-keep]:
         old.unlink()
     return path
@@ -81,15 +81,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError(f"its header is a {type(header).__name__}, expected an object")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             checksum = _checksum(tensors, metadata["header"])
-            if metadata.get("crc32", checksum) != checksum:  # files of earlier versions have none
+            if metadata.get("crc32", checksum) != checksum:  # files of earlier versions have no checksum
                 raise ValueError(f"its content has the checksum {checksum}, expected {metadata['crc32']}")
             return tensors, header
-    except Exception as error:  # safetensors' own error has no narrower base class
+    except Exception as error:  # Exception is the base class of safetensors' error
         raise ValueError(f"resume: {path} is cut short or damaged ({error})") from error
 
 
 def _checksum(tensors: dict[str, Tensor], text: str) -> str:
-    """The CRC-32 of a text and of contiguous tensors on the CPU."""
+    """The CRC-32 of a text and of contiguous tensors on the CPU, with their names."""
     checksum = zlib.crc32(text.encode())
     for name in sorted(tensors):
         checksum = zlib.crc32(
@@ -113,14 +113,14 @@ def check_header(path: Path, header: dict[str, Any]) -> None:
 
 
 def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
-    """Path and header of the newest checkpoint that can be read, or None if there is no checkpoint at all.
+    """The path and header of the newest checkpoint that can be read, or None if there is no checkpoint.
 
-    `report` is called with a line of text for each newer checkpoint that is damaged.
+    `report` is called with a line of text for each damaged checkpoint that is newer.
 
     Raises:
         ValueError: there are checkpoints, but none can be read.
     """
-    paths = _all(folder)
+    paths = _checkpoints(folder)
     for path in reversed(paths):
         try:
             return path, load(path)[1]
@@ -139,8 +139,8 @@ def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that a killed process left in the folder of a run or of an average.
 
-    Also in the sub-folders that belong to the run; not in other sub-folders or tuned/, where another process may be
-    writing.
+    It also removes them in the sub-folders that belong to the run. It leaves out tuned/ and other sub-folders, where
+    another process may be writing.
     """
     files.remove_leftovers(folder)
     run_folders = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())

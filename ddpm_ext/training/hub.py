@@ -34,8 +34,8 @@ def push_to_hub(
     Args:
         run: the folder of a finished run, or its best/.
         repo: "name" or "organisation/name".
-        model: a model with the run's weights, as training.load returns it, for a run of another class of diffusers. Its
-            method push_to_hub is called.
+        model: needed if the run's model is neither a UNet2DModel nor a DiT: a model with the run's weights, as
+            training.load returns it. Its method push_to_hub is called.
         private: whether a new repository is private. None means the organisation's default.
         token: the Hub's token. None means the token that `hf auth login` has stored, or HF_TOKEN.
 
@@ -49,17 +49,17 @@ def push_to_hub(
 
     Examples:
         >>> from ddpm_ext.training import push_to_hub
-        >>> where = push_to_hub("my-run", "me/flowers")  # doctest: +SKIP
+        >>> url = push_to_hub("my-run", "me/flowers")  # doctest: +SKIP
     """
     folder = Path(run)
     if model is not None:
         check_pushable(model)
         push: Callable[..., Any] = model.push_to_hub  # type: ignore[assignment]
-    elif (inner := folder_of_denoiser(folder)) != folder:
+    elif (denoiser_folder := folder_of_denoiser(folder)) != folder:
         if (folder / "model_index.json").is_file():
             push = require("diffusers", "the upload").DDPMPipeline.from_pretrained(folder).push_to_hub
         else:
-            push = _push_parts(folder, inner)
+            push = _push_parts(folder, denoiser_folder)
     else:
         raise ValueError(f"push_to_hub: {folder} has no unet/ or transformer/, expected one, or model=")
     try:
@@ -72,7 +72,7 @@ def push_to_hub(
 
 
 def check_pushable(model: nn.Module) -> None:
-    """Raises ValueError unless the model is of a class that load_model reads, or has a method push_to_hub."""
+    """Raises ValueError unless load_model can read the model's class, or the model has a method push_to_hub."""
     if known_kind(model) is None and not callable(getattr(model, "push_to_hub", None)):
         raise ValueError(
             f"push_to_hub: a {type(model).__name__} has no method push_to_hub, expected a model of diffusers; "
@@ -80,24 +80,26 @@ def check_pushable(model: nn.Module) -> None:
         )
 
 
-def _push_parts(folder: Path, inner: Path) -> Callable[..., Any]:
-    """A function that uploads the denoiser in `inner`, its classes and its scheduler."""
+def _push_parts(folder: Path, denoiser_folder: Path) -> Callable[..., Any]:
+    """Returns a function that uploads the denoiser in `denoiser_folder`, its classes and its scheduler."""
     diffusers = require("diffusers", "the upload")
-    denoiser = getattr(diffusers, kind_of(read_json(inner / CONFIG), inner)).from_pretrained(inner)
+    denoiser = getattr(diffusers, kind_of(read_json(denoiser_folder / CONFIG), denoiser_folder)).from_pretrained(
+        denoiser_folder
+    )
     kind = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
 
     def push(repo: str, *, private: bool | None, token: str | None) -> Any:
-        upload = denoiser.push_to_hub(repo, subfolder=inner.name, private=private, token=token)
+        upload = denoiser.push_to_hub(repo, subfolder=denoiser_folder.name, private=private, token=token)
         scheduler.push_to_hub(repo, subfolder="scheduler", private=private, token=token)
-        if (inner / CLASSES).is_file():
+        if (denoiser_folder / CLASSES).is_file():
             api = require("huggingface_hub", "the upload").HfApi(token=token)
             # `repo` may lack the owner's name, but the address of the upload has it.
             repo_id, path_in_repo = (
                 getattr(getattr(upload, "repo_url", None), "repo_id", repo),
-                f"{inner.name}/{CLASSES}",
+                f"{denoiser_folder.name}/{CLASSES}",
             )
-            api.upload_file(path_or_fileobj=str(inner / CLASSES), path_in_repo=path_in_repo, repo_id=repo_id)
+            api.upload_file(path_or_fileobj=str(denoiser_folder / CLASSES), path_in_repo=path_in_repo, repo_id=repo_id)
         return upload
 
     return push

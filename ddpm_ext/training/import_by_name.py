@@ -1,4 +1,4 @@
-"""Imports what a user names as "module:name" at the command line: a function of features, or a network's factory."""
+"""Imports a function or class that the user names at the command line, as "module:name"."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_NOT_THEIRS = (str(Path(__file__).resolve().parents[1]), str(importlib.__file__), "<frozen importlib")
+# Files whose names begin with these texts are not the user's code.
+_NOT_USER_CODE = (str(Path(__file__).resolve().parents[1]), str(importlib.__file__), "<frozen importlib")
 
 
 class UserCodeError(Exception):
-    """The user's function or module raised an exception: the cause, whose traceback begins in the user's code."""
+    """The user's function or module raised an exception: the __cause__, whose traceback begins in the user's code."""
 
 
-def theirs(option: str, name: str, error: Exception) -> UserCodeError:
+def user_code_error(option: str, name: str, error: Exception) -> UserCodeError:
     """Makes a UserCodeError for an exception in the user's code, and removes this package's frames from its traceback.
 
     option, name: the option and the user's "module:name", for the message.
     """
     frame = error.__traceback__
-    while frame is not None and frame.tb_frame.f_code.co_filename.startswith(_NOT_THEIRS):
+    while frame is not None and frame.tb_frame.f_code.co_filename.startswith(_NOT_USER_CODE):
         frame = frame.tb_next
     error.__traceback__ = frame
     return UserCodeError(f"{option}: {name} raised {type(error).__name__}")
@@ -36,7 +37,8 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
         kind: the expected kind of object, such as "a function", for error messages.
 
     Raises:
-        ValueError: there is no such module, name or callable. UserCodeError: the module raises an exception.
+        ValueError: name is not "module:name", can't be imported, or is not callable.
+        UserCodeError: the module raises an exception.
     """
     module, _, path = name.partition(":")
     if not module or not path:
@@ -46,7 +48,7 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
     except ImportError as error:
         raise ValueError(f"{option}: {name} can't be imported ({error}), expected {expected}") from error
     except Exception as error:
-        raise theirs(option, module, error) from error
+        raise user_code_error(option, module, error) from error
     try:
         imported_object = operator.attrgetter(path)(imported)
     except AttributeError as error:
@@ -58,5 +60,5 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
 
 def name_of(value: Callable[..., Any]) -> str:
     """The "module:name" of a function or class; for any other object, the "module:name" of its class."""
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}:{named.__qualname__}"
+    function_or_class = value if hasattr(value, "__qualname__") else type(value)
+    return f"{function_or_class.__module__}:{function_or_class.__qualname__}"

@@ -16,7 +16,7 @@ NAME = "inception"
 
 
 class Inception:
-    """Computes features of images, (batch, 1 or 3, height, width) float32 in [-1, 1] -> (batch, 2048).
+    """Computes features, (batch, 2048), of images, (batch, 1 or 3, height, width) float32 in [-1, 1].
 
     Grey images get three equal channels. The package downloads the weights when it creates its first network.
 
@@ -68,5 +68,5 @@ _PACKAGES = (
     ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", _torch_fidelity, "URL_INCEPTION_V3"),
     ("pytorch-fid", "pytorch_fid.inception", _pytorch_fid, "FID_WEIGHTS_URL"),
 )
-"""For each package: its name, its module, the function that makes its network, and the module's name for the address of
-the weights."""
+"""For each package: its name, its module, the function that makes its network, and the name of the module's constant
+with the address of the weights."""

@@ -22,10 +22,10 @@ from ddpm_ext.models.stored import check_architecture, check_finite, read_json, 
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.options import with_defaults_of
-from ddpm_ext.training.run_options import LATENTS, OF_MODEL, SHAPE, settings_by
+from ddpm_ext.training.run_options import LATENTS, MODEL_PREFIX, SHAPE, settings_from
 
-# Options of p_sample_loop that Trained.sample sets itself, and what it takes in their place.
-_CHOSEN_HERE = {"rng": "seed and first", "model_kwargs": "classes", "record": "none: the last samples are returned"}
+# {an option of p_sample_loop that Trained.sample sets itself: what callers pass to Trained.sample instead}
+_SET_BY_SAMPLE = {"rng": "seed and first", "model_kwargs": "classes", "record": "none: the last samples are returned"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Trained:
     """A trained model that is ready to sample, with its diffusion, shape and classes.
 
     model: in evaluation mode, without gradients. It is called as model(x, t), or with classes as model(x, t, labels).
-    settings: the settings of its diffusion. settings.diffusion() makes the diffusion.
+    settings: the settings of the model's diffusion. settings.diffusion() makes the diffusion.
     shape: (channels, height, width) of one sample.
     classes: the classes of a class-conditional model, or None for an unconditional model.
     diffusion: the diffusion to sample with. None means settings.diffusion().
@@ -63,24 +63,26 @@ class Trained:
             count: the number of samples.
             seed, first: the noise has this seed, and the samples have the ids `first`, `first` + 1 and so on.
             classes: the numbers of the samples' classes, assigned in turn by the samples' ids. Empty means all classes.
-            loop: options of GaussianDiffusion.p_sample_loop, such as sampler, steps, spacing and eta. `guidance` uses
-                the null class unless it has an unconditional model.
+            loop: options of GaussianDiffusion.p_sample_loop, such as sampler, steps, spacing and eta. `guidance`
+                without an unconditional model calls the model with the null class.
 
         Returns:
-            (count, channels, height, width), about in [-1, 1], on the model's device; or latents.
+            Images, (count, channels, height, width), about in [-1, 1], or latents; on the model's device.
 
         Raises:
-            TypeError, ValueError: as p_sample_loop; or rng, model_kwargs or record is given.
+            TypeError, ValueError: see p_sample_loop; or `loop` has rng, model_kwargs or record.
         """
-        for name, expected in _CHOSEN_HERE.items():
+        for name, expected in _SET_BY_SAMPLE.items():
             if name in loop:
                 raise TypeError(f"{name} is given, expected {expected}")
         model, device, labels = self.model, next(self.model.parameters()).device, {}
         if self.classes is not None:
             guidance = as_guidance(loop.get("guidance"))
-            # Without an unconditional model, guidance calls the model with a batch of twice the size.
-            twice = guidance is not None and guidance.unconditional is None
-            model_kwargs = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
+            # Without an unconditional model, guidance calls the model with a batch of doubled_batch the size.
+            doubled_batch = guidance is not None and guidance.unconditional is None
+            model_kwargs = self.classes.model_kwargs(
+                range(first, first + count), classes, guided=doubled_batch, device=device
+            )
             labels = {"labels": model_kwargs["class_labels"]}
         options: dict[str, Any] = {"record": "last", "progress": False, "device": device}
         options |= {"clip_denoised": self.clip} | loop
@@ -129,7 +131,7 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         The model, its diffusion's settings, its samples' shape and its classes.
 
     Raises:
-        ValueError: the folder holds no such model or a model of another architecture, or a file in it is damaged.
+        ValueError: the folder holds no model or a model of another architecture, or a file in it is damaged.
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
@@ -147,51 +149,52 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
             kind = type(loaded.unet).__name__
             raise ValueError(f"model: {folder} holds a {kind}, expected no model=")
         return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes, clip=loaded.clip)
-    described = _described(folder)
-    parts = _finished(folder, described) if described else _unfinished(folder)
+    description = _model_description(folder)
+    parts = _finished(folder, description) if description else _unfinished(folder)
     if model is None:
         if parts.config["class"] not in FOLDERS:
             reason = f"is a {parts.config['class']}, expected model=, a module like the one that was trained"
             raise ValueError(f"model: that of {folder} {reason}")
         config = {"_class_name" if name == "class" else name: value for name, value in parts.config.items()}
         check_supported(config, parts.path)
-        planned = build_unet(config, str(parts.path), "meta")
-        check_size(planned, parts.shape[1:], str(parts.path))
-        check_architecture(planned, parts.weights, parts.path, "its configuration")
+        on_meta = build_unet(config, str(parts.path), "meta")
+        check_size(on_meta, parts.shape[1:], str(parts.path))
+        check_architecture(on_meta, parts.weights, parts.path, "its configuration")
         model = build_unet(config, str(parts.path))
     check_architecture(model, parts.weights, parts.path, f"the {type(model).__name__}")
     model.load_state_dict(parts.weights)
     check_finite(model, parts.path)
-    placed = nn.Module.to(model, device).eval().requires_grad_(False)
-    return Trained(placed, parts.settings, parts.shape, parts.classes, clip=parts.clip)
+    on_device = nn.Module.to(model, device).eval().requires_grad_(False)
+    return Trained(on_device, parts.settings, parts.shape, parts.classes, clip=parts.clip)
 
 
 def network_of(folder: Path) -> str | None:
-    """The class of a run's model: "module:name" if that can be imported, and otherwise the class's name.
+    """The class of a run's model: "module:name" if a program can import it, and otherwise the class's name.
 
-    None: one of diffusers' classes that a folder can hold.
+    None means one of diffusers' classes that a folder can hold.
 
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
     """
-    described = _described(folder)
-    kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{OF_MODEL}class"))
-    network = str(described.get("network", ""))
+    description = _model_description(folder)
+    kind = str(description.get("class") or run_options.find(folder)[1]["about"].get(f"{MODEL_PREFIX}class"))
+    network = str(description.get("network", ""))
     importable = network and not network.startswith("__main__:") and "<" not in network
     return None if kind in FOLDERS else network if importable else kind
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _model_description(folder: Path) -> dict[str, Any]:
     """The content of a finished run's model.json; empty if the folder has none."""
     return read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
 
 
 class _Parts(NamedTuple):
-    """The parts of a model.
+    """What load() needs to build a Trained.
 
     Attributes:
         path: the file with the weights.
         config: the model's class ("class") and, if known, its configuration.
+        clip: whether samples are in [-1, 1]. Latents are not.
     """
 
     weights: dict[str, Tensor]
@@ -203,14 +206,14 @@ class _Parts(NamedTuple):
     clip: bool
 
 
-def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
+def _finished(folder: Path, description: dict[str, Any]) -> _Parts:
     """The parts of a finished run's model."""
     path = folder / "model.safetensors"
     scheduler, names = folder / "scheduler" / SCHEDULER, folder / CLASSES
     classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
     scheduler_config = read_json(scheduler)
     settings, clip = read_settings(scheduler_config, str(scheduler)), clips(scheduler_config, str(scheduler))
-    shape, config = _checked_shape(described.get("shape"), folder), {"class": described.get("class")}
+    shape, config = _checked_shape(description.get("shape"), folder), {"class": description.get("class")}
     return _Parts(read_weights(path), path, settings, shape, classes, config, clip)
 
 
@@ -219,15 +222,15 @@ def _unfinished(folder: Path) -> _Parts:
     path, header = run_options.find(folder)
     if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
-    # The run's device may not exist or not be usable in this process. Nothing is computed on it here.
+    # The run's device may not exist or not be usable in this process. This function computes nothing on it.
     options, about = with_defaults_of(header["options"], {"device": "cpu"}), header["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
     weights = checkpoints.under(checkpoints.load(path)[0], "average.")
-    config = {name.removeprefix(OF_MODEL): value for name, value in about.items() if name.startswith(OF_MODEL)}
+    config = {name.removeprefix(MODEL_PREFIX): value for name, value in about.items() if name.startswith(MODEL_PREFIX)}
     shape = _checked_shape(about.get(SHAPE), folder)
-    return _Parts(weights, path, settings_by(options), shape, classes, config, not about.get(LATENTS))
+    return _Parts(weights, path, settings_from(options), shape, classes, config, not about.get(LATENTS))
 
 
 def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
-"""Columns of losses.csv: the mean loss by the quarter of the timesteps. The first quarter has the least noise."""
+"""Columns of losses.csv: the mean loss in each quarter of the timesteps. The first quarter has the least noise."""
 _HEADER = f"step,loss,grad_norm,lr,images_per_second,{','.join(QUARTERS)}\n"
 
 
@@ -27,7 +27,7 @@ class LogRow(NamedTuple):
 
     step: the step's number, from 1.
     norm: the norm of the gradient before the gradient was clipped.
-    sums, counts: of its samples' losses, by the quarter of the timesteps.
+    sums, counts: for each quarter of the timesteps, the sum of its samples' losses and the number of its samples.
     """
 
     step: int
@@ -56,7 +56,8 @@ class Log:
     Args:
         folder: the run's folder.
         step: how many steps the run has taken.
-        trackers: they get the means between two calls of `write`, scores and pictures. `close` closes them.
+        trackers: objects that receive scores, pictures and, from each call of `write`, the mean losses of its steps.
+            `close` closes them.
 
     Raises:
         OSError: a file can't be written; the message is one sentence.
@@ -69,7 +70,7 @@ class Log:
             files.write_text(self.path, _HEADER + "".join(earlier))
 
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
-        """Appends lines to the file. They are on the disk when this returns."""
+        """Appends a line for each row to the file, and waits until the lines are on the disk."""
         with files.errors_name("losses", self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
                 quarters = ",".join(f"{mean:.6g}" for mean in quarter_means([row]))
@@ -102,7 +103,7 @@ def read_losses(path: Path) -> list[float]:
 
 
 def read_quarters(path: Path) -> list[list[float]]:
-    """The losses in a losses.csv by quarter of the timesteps, (steps, 4); NaN where a quarter had no sample."""
+    """The losses in a losses.csv in each quarter of the timesteps, (steps, 4); NaN where a quarter had no sample."""
     return [[float(value) for value in row[-len(QUARTERS) :]] for row in _whole_lines(path)]
 
 
@@ -141,7 +142,7 @@ def final_steps(steps: int) -> int:
 
 
 def final_loss(losses: list[float]) -> float:
-    """The mean over the last tenth of the steps; NaN if there are none."""
+    """The mean loss of the last tenth of the steps; NaN if there are no losses."""
     last = losses[-final_steps(len(losses)) :]
     return sum(last) / len(last) if last else math.nan
 

@@ -41,24 +41,24 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
     """
     if source is None:
         return build_unet(config_of(options, shape, classes))
-    standard = TrainOptions()
+    defaults = TrainOptions()
     for name in _WIDTHS:
-        if getattr(options, name) != getattr(standard, name):
+        if getattr(options, name) != getattr(defaults, name):
             raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration decides it")
     name = "config" if isinstance(source, dict) else str(source)
-    configured = source if isinstance(source, dict) else read_json(Path(source))
-    kind = kind_of(configured, name)
+    configuration = source if isinstance(source, dict) else read_json(Path(source))
+    kind = kind_of(configuration, name)
     required = _required_of_dit(options, shape, classes, name) if kind == DIT else _required(options, shape, classes)
     for key, value in required.items():
-        if configured.get(key) not in (None, value):
+        if configuration.get(key) not in (None, value):
             purpose = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
-            raise ValueError(f"model: {name} has {key} {configured[key]}, expected {value} for {purpose}")
-    config = {"_class_name": kind, "dropout": options.dropout, **configured, **required}
+            raise ValueError(f"model: {name} has {key} {configuration[key]}, expected {value} for {purpose}")
+    config = {"_class_name": kind, "dropout": options.dropout, **configuration, **required}
     check_supported(config, Path(name))
     model = build_unet(config, name)
     if kind == DIT:  # the initial values of adaLN-Zero, as in the paper of DiT
-        zero = [model.proj_out_1, model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)]
-        for value in (value for layer in zero for value in layer.parameters()):
+        zero_layers = [model.proj_out_1, model.proj_out_2, *(block.norm1.linear for block in model.transformer_blocks)]
+        for value in (value for layer in zero_layers for value in layer.parameters()):
             nn.init.zeros_(value)
     return model
 
@@ -71,14 +71,14 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         classes: the number of class embeddings, or None.
     """
     _, height, width = shape
-    smallest = 2 ** (len(options.widths) - 1)
-    if height % smallest or width % smallest:
+    divisor = 2 ** (len(options.widths) - 1)
+    if height % divisor or width % divisor:
         raise ValueError(
             f"image size: got {height if height == width else f'{height} by {width}'}, expected a multiple of "
-            f"{smallest} for {len(options.widths)} widths"
+            f"{divisor} for {len(options.widths)} widths"
         )
     levels = range(len(options.widths))
-    for level in {*options.attention, levels[-1]}:  # the middle block, at the last level, also has attention
+    for level in {*options.attention, levels[-1]}:  # the middle block, which is at the last level, also has attention
         if options.widths[level] < options.head_channels:
             raise ValueError(
                 f"widths: got {options.widths[level]} at level {level}, which has attention, expected at least "
@@ -125,7 +125,7 @@ def _required_of_dit(
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Makes the model keep few activations in the forward pass and recompute the rest in the backward pass.
+    """Enables gradient checkpointing: the model keeps few activations and recomputes the rest in the backward pass.
 
     Raises:
         ValueError: the model has no enable_gradient_checkpointing(), a method of diffusers' models, or the method
@@ -204,7 +204,7 @@ def save_result(
     state dict; model.json has the class, its module, the settings and the shape.
 
     Args:
-        settings: of the diffusion.
+        settings: the diffusion's settings.
         dtype: the dtype to which weights are rounded.
         shape: (channels, height, width) of the samples.
         clip: whether samples are clipped. Latents are not.
@@ -232,8 +232,8 @@ def save_result(
     if classes is not None:
         classes.save(folder)
     kind = describe(model)["class"]
-    described = {"class": kind, "network": name_of(type(model)), "settings": asdict(settings), "shape": list(shape)}
-    files.write_json(folder / "model.json", described)
+    description = {"class": kind, "network": name_of(type(model)), "settings": asdict(settings), "shape": list(shape)}
+    files.write_json(folder / "model.json", description)
     return (
         f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; "
         "ddpm_ext.training.load(folder, model) puts them into a module, and ddpm-ext sample --network MODULE:NAME does"

@@ -29,7 +29,7 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "constant": lambda done: 1.0,
 }
-"""By name: from the share of the steps that is done to the learning rate as a share of the highest."""
+"""{name: a function of the share of steps done, which returns the learning rate as a share of its maximum}"""
 SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 """The options that belong to only one timestep sampler."""
 
@@ -46,16 +46,16 @@ CHANGEABLE = (
     *("random_crop", "loss", "delta", "weighting", "vlb_weight", "offset_noise", "input_perturbation"),
 )
 """Options that affect the weights. A resume may change them if the caller lists them in `change`."""
-_AT_LEAST = (
+_MINIMUMS = (  # (smallest allowed value, options)
     (0, ("warmup", "workers", "snapshot_every", "sample_every", "score_every")),
     (1, ("steps", "batch_size", "accumulate", "layers", "head_channels", "groups", "timesteps")),
     (1, ("checkpoint_every", "log_every", "keep", "sample_steps", "sample_count")),
     (2, ("score_count",)),
 )
-_ABOVE_0 = math.ulp(0)
+_SMALLEST_POSITIVE = math.ulp(0)
 LIMITS: dict[str, tuple[float, float, str]] = {
-    **{name: (low, math.inf, f"at least {low}") for low, names in _AT_LEAST for name in names},
-    **dict.fromkeys(("lr", "delta", "logit_std"), (_ABOVE_0, math.inf, "a number > 0")),
+    **{name: (low, math.inf, f"at least {low}") for low, names in _MINIMUMS for name in names},
+    **dict.fromkeys(("lr", "delta", "logit_std"), (_SMALLEST_POSITIVE, math.inf, "a number > 0")),
     **dict.fromkeys(("weight_decay", "adam_eps", "clip", "vlb_weight"), (0, math.inf, "a number >= 0")),
     **dict.fromkeys(("offset_noise", "input_perturbation"), (0, math.inf, "a number >= 0")),
     **dict.fromkeys(("ema", "dropout", "class_dropout"), (0, 1, "in [0, 1)")),
@@ -64,7 +64,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "mode_scale": (-1, math.nextafter(Mode.LARGEST, 2), "in [-1, 2 / (pi - 2)]"),
     "seed": (0, 2**64, "in [0, 2^64)"),
 }
-"""For options that are numbers: the smallest allowed value, an exclusive upper bound, and the range in words."""
+"""{option that is a number: (smallest allowed value, exclusive upper bound, the range in words)}"""
 CHOICES: dict[str, tuple[str, ...]] = {
     "autocast": AUTOCAST,
     "loss": (*LOSSES, *BOUNDS),
@@ -74,34 +74,34 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": ("simple", *WEIGHTINGS),
     "weights_dtype": tuple(DTYPES),
 }
-"""For options that are one of several names: the names."""
+"""{option that is one of several names: the names}"""
 
 
-def _flag(name: str, value: Any) -> bool:
+def _as_bool(name: str, value: Any) -> bool:
     if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{name} is {value!r}, expected a bool")
     return bool(value)
 
 
-def _several(parse: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
-    def checked(name: str, values: Any) -> tuple[float, ...]:
+def _tuple_of(parse: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
+    def check_items(name: str, values: Any) -> tuple[float, ...]:
         try:
             items = tuple(values)
         except TypeError:
             raise TypeError(f"{name} is {values!r}, expected a tuple of numbers") from None
         return tuple(parse(f"{name}[{i}]", value) for i, value in enumerate(items))
 
-    return checked
+    return check_items
 
 
-# By an option's type: the function that converts its value into Python's type. JSON and range() reject numpy's types.
-_AS_JSON: dict[Any, Callable[[str, Any], Any]] = {
-    "bool": _flag,
+# {option type: a function that checks a value and converts numpy's types, which JSON and range() reject, to Python's}
+_TO_PYTHON: dict[Any, Callable[[str, Any], Any]] = {
+    "bool": _as_bool,
     "int": checks.as_int,
     "int | None": lambda name, value: value if value is None else checks.as_int(name, value),
     "float": checks.real,
-    "tuple[int, ...]": _several(checks.as_int),
-    **dict.fromkeys(("tuple[float, ...]", "tuple[float, float]"), _several(checks.real)),
+    "tuple[int, ...]": _tuple_of(checks.as_int),
+    **dict.fromkeys(("tuple[float, ...]", "tuple[float, float]"), _tuple_of(checks.real)),
 }
 
 
@@ -110,8 +110,8 @@ class TrainOptions:
     """The options of a training run; `ddpm-ext train --help` explains each of them.
 
     Raises:
-        TypeError, ValueError: an option has another type, is out of range, or doesn't fit another option. The message
-            names the option.
+        TypeError, ValueError: an option has a wrong type, is out of range, or conflicts with another option. The
+            message names the option.
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions
@@ -188,17 +188,17 @@ class TrainOptions:
         for option in fields(self):
             value = getattr(self, option.name)
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
-            if (checked := _AS_JSON.get(option.type)) is not None:
-                value = checked(option.name, value)
+            if (check := _TO_PYTHON.get(option.type)) is not None:
+                value = check(option.name, value)
             object.__setattr__(self, option.name, value)
         for name, (low, below, expected) in LIMITS.items():
             _require(name, getattr(self, name), low <= getattr(self, name) < below, expected)
         for name, choices in CHOICES.items():
             _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))
-        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require("betas", self.betas, good, "two numbers in [0, 1)")
-        good = all(0 <= decay < 1 for decay in self.extra_emas) and len({*self.extra_emas}) == len(self.extra_emas)
-        _require("extra_emas", self.extra_emas, good, "different numbers in [0, 1)")
+        valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require("betas", self.betas, valid, "two numbers in [0, 1)")
+        valid = all(0 <= decay < 1 for decay in self.extra_emas) and len({*self.extra_emas}) == len(self.extra_emas)
+        _require("extra_emas", self.extra_emas, valid, "different numbers in [0, 1)")
         _require("widths", self.widths, bool(self.widths) and min(self.widths) >= 1, "one positive number a level")
         for width in self.widths:
             _require("widths", width, width % self.groups == 0, f"multiples of groups, {self.groups}")
@@ -208,8 +208,8 @@ class TrainOptions:
             raise ValueError(f"accumulate: got {self.accumulate}, expected at most the batch size, {self.batch_size}")
         if (self.sample_every or self.score_every) and self.sample_steps > self.timesteps:
             raise ValueError(f"sample_steps: got {self.sample_steps}, expected at most {self.timesteps}, the timesteps")
-        good = all(1 <= calls <= self.timesteps for calls in self.tune) and (not self.tune or self.timesteps >= STEPS)
-        _require("tune", self.tune, good, f"numbers from 1 to the timesteps, and at least {STEPS} timesteps")
+        valid = all(1 <= calls <= self.timesteps for calls in self.tune) and (not self.tune or self.timesteps >= STEPS)
+        _require("tune", self.tune, valid, f"numbers from 1 to the timesteps, and at least {STEPS} timesteps")
         if self.tune and VARIANCES[self.variance].learned:
             raise ValueError(f"tune: got variance {self.variance}, expected a fixed one")
         if self.graph and self.accumulate > 1:
@@ -225,46 +225,50 @@ class TrainOptions:
 
 
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
-    """Raises ValueError, naming the first entry that differs between `now` and `then`. `path` was made with `then`.
+    """Raises ValueError if a resumed run has other options or inputs than at its start. Names the first that differs.
 
-    An option that `then` lacks is newer than the run. It counts as its default, which is what older versions did.
-
+    now: the options and inputs of the resume.
+    then: those at the start of the run, from the file `path`. An option that is missing did not exist then, and older
+        versions did what its default does. So it counts as its default.
     change: the names of options that may differ.
     """
-    now, then = json.loads(json.dumps(now)), with_newer(then)
+    now, then = json.loads(json.dumps(now)), with_new_defaults(then)
     for name in {**now, **then}:
         if name not in _MAY_CHANGE and name not in change and now.get(name) != then.get(name):
             allowed = f"; --change, or change={[name]}, allows it" if name in CHANGEABLE else ""
             raise ValueError(f"resume: {name} is {now.get(name)}, but {path} was made with {then.get(name)}{allowed}")
 
 
-def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
-    """Raises ValueError unless all ranks have the same entries: options, data and model. The device may differ."""
-    for rank, of_rank in enumerate(every):
-        for name, value in {**every[0], **of_rank}.items():
-            if name != "device" and (of_rank.get(name), every[0].get(name)) != (value, value):
+def check_same_on_ranks(rank_inputs: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless all ranks have the same options, data and model. The device may differ.
+
+    rank_inputs: for each rank, its options and the other inputs on which weights depend.
+    """
+    for rank, of_rank in enumerate(rank_inputs):
+        for name, value in {**rank_inputs[0], **of_rank}.items():
+            if name != "device" and (of_rank.get(name), rank_inputs[0].get(name)) != (value, value):
                 raise ValueError(
-                    f"ranks: {name} is {of_rank.get(name)} on rank {rank} and {every[0].get(name)} on rank 0, "
+                    f"ranks: {name} is {of_rank.get(name)} on rank {rank} and {rank_inputs[0].get(name)} on rank 0, "
                     "expected the same on all"
                 )
 
 
-def with_newer(was: dict[str, Any]) -> dict[str, Any]:
-    """The options `was` of a run's files, by name, with the defaults of options that are newer than the run."""
-    return as_json(TrainOptions()) | was
+def with_new_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """The options in a run's files, and the defaults of options that did not exist when the run was started."""
+    return as_json(TrainOptions()) | stored
 
 
 def as_json(options: TrainOptions) -> dict[str, Any]:
-    """The options in the form that a run's files have: a tuple is a list."""
+    """The options as JSON has them in a run's files: a tuple is a list."""
     return json.loads(json.dumps(asdict(options)))
 
 
 def with_defaults_of(stored: dict[str, Any], changes: dict[str, Any]) -> TrainOptions:
-    """The options of a checkpoint, `stored`, with those in `changes` replaced."""
+    """The options in a checkpoint, `stored`, of which `changes` replaces some."""
     current = {name: value for name, value in stored.items() if name in TrainOptions.__dataclass_fields__}
     return TrainOptions(**current | changes)
 
 
-def _require(name: str, value: object, good: bool, expected: str) -> None:
-    if not good:
+def _require(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
         raise ValueError(f"{name}: got {value}, expected {expected}")

@@ -23,7 +23,7 @@ from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, log, post_hoc, run_options
 from ddpm_ext.training.hub import push_to_hub
 from ddpm_ext.training.network import known_kind, save_result
-from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
+from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_new_defaults
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
@@ -31,7 +31,8 @@ from ddpm_ext.training.tuned import tune_run
 
 BEST = "best"
 """The sub-folder of a run with the averaged model that has the best score."""
-_RESULTS = ("model_index.json", "model.json", "training.json")
+# A folder with one of these files holds a finished run.
+_RESULT_FILES = ("model_index.json", "model.json", "training.json")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Outputs:
         folder: the folder's path.
         options: the options of the run.
         about: the inputs, besides the options, on which the weights depend, as JSON (run_options.inputs_of).
-        settings, classes: of the model that is written.
+        settings, classes: the diffusion's settings and the classes of the model that is written.
         report: called with lines of text.
         change: the names of options that may differ from those of the run that is resumed.
     """
@@ -66,7 +67,7 @@ class Outputs:
         self,
         folder: Path,
         options: TrainOptions,
-        about: dict[str, Any],
+        weight_inputs: dict[str, Any],
         settings: DiffusionSettings,
         classes: Classes | None,
         report: Callable[[str], None],
@@ -74,13 +75,13 @@ class Outputs:
     ) -> None:
         self.settings, self.classes = settings, classes
         self.change = change
-        self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._rows: list[log.LogRow] = []  # steps that are not in the log yet
-        self._since: list[log.LogRow] = []  # steps since the last progress line
-        self._saved = 0  # the step of the last checkpoint that was written or attempted
+        self.folder, self.options, self.weight_inputs, self.report = folder, options, weight_inputs, report
+        self._unlogged_rows: list[log.LogRow] = []  # steps that are not in the log yet
+        self._since_progress_line: list[log.LogRow] = []  # steps since the last progress line
+        self._last_attempt = 0  # the step of the last checkpoint that was written or attempted
 
-    def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
-        """Locks the folder for this run, until `until_the_end` closes, and opens the log.
+    def open(self, exit_stack: ExitStack, *, resume: bool) -> Path | None:
+        """Locks the folder for this run and opens the log. Closing `exit_stack` undoes both.
 
         Returns:
             The checkpoint to continue from, or None.
@@ -91,20 +92,22 @@ class Outputs:
                 or a run with other options, data or another model.
         """
         folder = self.folder
-        has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
+        has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULT_FILES)
         if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
         if resume:
             run_options.find(folder)
         self._check_writable()  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
-        until_the_end.enter_context(files.lock(folder / ".lock"))
+        exit_stack.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
         step, path = 0, None
         if resume:
             path, header = run_options.find(folder, self.report)
-            check_same(self.about | asdict(self.options), header["about"] | header["options"], path, self.change)
-            step = self._saved = header["step"]
+            check_same(
+                self.weight_inputs | asdict(self.options), header["about"] | header["options"], path, self.change
+            )
+            step = self._last_attempt = header["step"]
             if step > self.options.steps:
                 raise ValueError(f"steps: got {self.options.steps}, expected at least {step}, which this run has taken")
             self._report_changes(header["options"])
@@ -112,45 +115,45 @@ class Outputs:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
         post_hoc.remove_later(folder, step)
-        run_options.save(folder, asdict(self.options), self.about)
+        run_options.save(folder, asdict(self.options), self.weight_inputs)
         self.log = log.Log(folder, step, trackers_of(folder, step, asdict(self.options)))
-        until_the_end.callback(self.log.close)
+        exit_stack.callback(self.log.close)
         return path
 
     def _check_writable(self) -> None:
-        """Raises ValueError if the run will not be able to write one of its files or folders. Creates no sub-folder."""
+        """Raises ValueError if the run can't write one of its files or folders. Creates no sub-folder."""
         options = self.options
         names = ["training.json", run_options.OPTIONS, ".lock", "losses.csv", "losses.png"]
         folders = ["checkpoints", "scheduler", *(f"ema-{decay}" for decay in options.extra_emas)]
-        if (kind := self.about[f"{run_options.OF_MODEL}class"]) in FOLDERS:
+        if (kind := self.weight_inputs[f"{run_options.MODEL_PREFIX}class"]) in FOLDERS:
             names, folders = [*names, "model_index.json"], [*folders, FOLDERS[kind]]
         else:
             names += ["model.json", "model.safetensors"]
         if options.score_every:
             names, folders = [*names, "scores.csv"], [*folders, BEST]
-        asked = {
+        optional_folders = {
             "samples": options.sample_every,
             post_hoc.SNAPSHOTS: options.snapshot_every,
             tuned.FOLDER: options.tune,
             "tensorboard": options.tensorboard,
         }
-        folders += [name for name, wanted in asked.items() if wanted]
+        folders += [name for name, value in optional_folders.items() if value]
         for name in names:
             files.check_writable(self.folder / name)
         for name in folders:
-            # A missing folder is not created: readers would take an empty best/ for a model.
+            # A missing folder is not created now: a program would take an empty best/ for a model.
             if os.path.lexists(self.folder / name):
                 files.check_writable(self.folder / name / "file")
 
     def _report_changes(self, before: dict[str, Any]) -> None:
-        before, now = with_newer(before), as_json(self.options)
+        before, now = with_new_defaults(before), as_json(self.options)
         for name in (*CHANGEABLE, "steps"):
             if now[name] != before[name]:
                 self.report(f"changed: {name} is {now[name]}, before {before[name]}")
 
     def add(self, rows: list[log.LogRow]) -> None:
-        """Adds steps for the next lines of the log. Their losses are finite."""
-        self._rows += rows
+        """Adds steps, all with finite losses, to the next lines of the log."""
+        self._unlogged_rows += rows
 
     def record(
         self,
@@ -175,8 +178,8 @@ class Outputs:
         self._write_log(images_per_second)
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
-            self.report(log.progress_line(self._since, step, options.steps, lr, images_per_second))
-            self._since = []
+            self.report(log.progress_line(self._since_progress_line, step, options.steps, lr, images_per_second))
+            self._since_progress_line = []
         if score is not None:  # before the checkpoint, which contains the score
             self._record_score(state, score)
         if "snapshot_every" in due:  # before the checkpoint: a resume from it writes only later snapshots
@@ -202,19 +205,19 @@ class Outputs:
         return self.folder / "samples" / f"step-{step:08d}.png"
 
     def _write_log(self, images_per_second: float) -> None:
-        """Writes the lines of the steps that are not in the log yet. It does not retry lines that can't be written."""
-        rows, self._rows = self._rows, []
-        self._since += rows
+        """Writes the steps that are not in the log yet. After an error, the same steps are not written again."""
+        rows, self._unlogged_rows = self._unlogged_rows, []
+        self._since_progress_line += rows
         self.log.write(rows, images_per_second)
 
     def _checkpoint(self, state: TrainState) -> Path:
-        self._saved = state.step
-        header = state.numbers() | {"options": asdict(self.options), "about": self.about}
+        self._last_attempt = state.step
+        header = state.numbers() | {"options": asdict(self.options), "about": self.weight_inputs}
         return checkpoints.save(self.folder, state.step, state.tensors(), header, self.options.keep)
 
     def has_tried(self, step: int) -> bool:
         """Whether a checkpoint of the step was written or attempted."""
-        return step == self._saved
+        return step == self._last_attempt
 
     def rescue(self, state: TrainState, images_per_second: float) -> None:
         """Writes the log, if possible, and a checkpoint before an exception ends the run, and reports the checkpoint.
@@ -227,17 +230,17 @@ class Outputs:
         self.report(f"{self._checkpoint(state)} is written; a resume continues from it")
 
     def _record_score(self, state: TrainState, score: float) -> None:
-        """Logs and reports the score. Writes the averaged model to best/ if all earlier scores were worse."""
+        """Logs and reports the score. If it is the best so far, writes the averaged model to best/."""
         scores, step = state.scores, state.step
-        scores.of[step] = score
+        scores.by_step[step] = score
         for tracker in self.log.trackers:
             tracker.numbers({"score": score}, step)
-        lines = "".join(f"{best_step},{value:.9g}\n" for best_step, value in sorted(scores.of.items()))
+        lines = "".join(f"{best_step},{value:.9g}\n" for best_step, value in sorted(scores.by_step.items()))
         files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
         best_step, best = scores.best or (step, score)
         if best_step == step:
             self._save_model(state.average, self.folder / BEST)
-            settings = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
+            settings = dict(zip(("features", "samples", "sample_steps"), scores.compared_options, strict=True))
             files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **settings})
             self.report(f"score {score:.4f} at step {step}, the best so far: {self.folder / BEST} has the model")
         else:
@@ -245,14 +248,16 @@ class Outputs:
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        clip = run_options.LATENTS not in self.about
-        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes, clip)
+        clip = run_options.LATENTS not in self.weight_inputs
+        return save_result(
+            model, self.settings, folder, dtype, self.weight_inputs[run_options.SHAPE], self.classes, clip
+        )
 
-    def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the averaged model, the loss curve, and training.json with `about`; then tunes tables to the model and
-        uploads it, if the options ask for it.
+    def finish(self, state: TrainState, seconds: float, details: dict[str, Any]) -> Result:
+        """Writes the averaged model, the loss curve, and training.json with `details`. If the options ask for it, then
+        tunes tables to the model and uploads it.
 
-        If the run was already finished, and no step was taken, training.json keeps the description of the finished run.
+        If the run was already finished, so that no step was taken, only the options in training.json change.
         """
         self.report(self._save_model(state.average, self.folder))
         for decay, average in state.extra.items():
@@ -264,9 +269,9 @@ class Outputs:
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, log.final_loss(losses), seconds)
         if state.scores.best is not None:
-            about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
-        if about["resumed_at"] < self.options.steps or not self._keep_training():
-            self._write_training(result, about)
+            details = details | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
+        if details["resumed_at"] < self.options.steps or not self._update_options():
+            self._write_training(result, details)
         if self.options.tune:
             self._tune(state.average)
         if repo := self.options.push_to_hub:
@@ -281,8 +286,8 @@ class Outputs:
         keywords = {"seed": options.seed, "batch_size": options.batch_size, "device": device, "report": self.report}
         tune_run(self.folder, average, options.tune, **keywords)  # type: ignore[arg-type]
 
-    def _keep_training(self) -> bool:
-        """If training.json describes a run of as many steps, updates its options; returns whether it does."""
+    def _update_options(self) -> bool:
+        """If training.json describes a run of as many steps, replaces the options in it. Returns whether it does."""
         path = self.folder / "training.json"
         try:
             previous = files.read_json(path)
@@ -293,11 +298,11 @@ class Outputs:
         files.write_json(path, previous | {"options": asdict(self.options)})
         return True
 
-    def _write_training(self, result: Result, about: dict[str, Any]) -> None:
-        """Writes training.json: how the model was made."""
+    def _write_training(self, result: Result, details: dict[str, Any]) -> None:
+        """Writes training.json, which says how the model was trained."""
         final = round(result.final_loss, 6) if math.isfinite(result.final_loss) else None
         content = {
-            **about,
+            **details,
             "options": asdict(self.options),
             "versions": log.versions(),
             "parameters": result.parameters,

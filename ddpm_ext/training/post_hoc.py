@@ -1,4 +1,4 @@
-"""Snapshots of a run's power averages, from which averages of other lengths are computed after training."""
+"""Snapshots of a run's power averages. After training, averages of other lengths are computed from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_snapshots(folder: Path, step: int, averages: Mapping[float, nn.Module]
 
 
 def remove_later(folder: Path, step: int) -> None:
-    """Removes the snapshots of steps after `step`, where the run continues, and temporary files of a killed process."""
+    """Removes the snapshots of steps after `step`, from which the run continues, and a killed run's temporary files."""
     for path in (folder / SNAPSHOTS).glob("*.safetensors"):
         match = _NAME.fullmatch(path.name)
         if path.name.startswith(".step-") or (match and int(match[1]) > step):
@@ -58,7 +58,7 @@ class PostHocAverage:
 def post_hoc_average(
     run: str | os.PathLike[str], length: float, model: nn.Module | None = None, *, device: torch.device | str = "cpu"
 ) -> PostHocAverage:
-    """The average of a run's weights with another length, from the snapshots that `snapshot_every` wrote.
+    """Computes an average of a run's weights, of any length, from the snapshots that `snapshot_every` wrote.
 
     This is the post-hoc EMA of Karras et al. 2024, section 3.2: the weighted sum of snapshots that is nearest, in least
     squares, to the average of this length.
@@ -67,11 +67,11 @@ def post_hoc_average(
         run: the folder of the run, which may be still running.
         length: the standard deviation of the average's steps as a share of the training so far (sigma_rel in the
             paper), above 0 and at most 0.288, which is about the plain mean of all steps.
-        model, device: as for training.load.
+        model, device: see training.load.
 
     Raises:
-        ValueError: the length is out of range, the run has no snapshots, or as training.load.
-        MissingExtra: as training.load.
+        ValueError: the length is out of range, or the run has no snapshots; see also training.load.
+        MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
         >>> from ddpm_ext.training import TrainOptions, post_hoc_average, train
@@ -98,14 +98,14 @@ def post_hoc_average(
     for factor, (_, path) in zip(factors.tolist(), snapshots, strict=True):
         weights = read_weights(path)
         for name, total in sums.items():
-            total.add_(_of_shape(weights.get(name), total, path, name), alpha=factor)
+            total.add_(_checked(weights.get(name), total, path, name), alpha=factor)
     for name, total in sums.items():
-        parameters[name].copy_(total)  # buffers stay as load() has read them
+        parameters[name].copy_(total)  # buffers keep the values that load() has read
     check_finite(trained.model, folder)
     return PostHocAverage(trained, max(steps), len(snapshots), distance)
 
 
-def _of_shape(value: Tensor | None, total: Tensor, path: Path, name: str) -> Tensor:
+def _checked(value: Tensor | None, total: Tensor, path: Path, name: str) -> Tensor:
     if value is None or value.shape != total.shape:
         raise ValueError(f"run: {path} holds weights of another model: {name} differs")
     return value.double()

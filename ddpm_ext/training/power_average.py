@@ -1,4 +1,5 @@
-"""Power averages of the weights: their length is a share of the training so far. They combine into other lengths.
+"""Power averages of the weights: their length is a share of the training so far. Snapshots of averages of two lengths
+combine into averages of other lengths.
 
 Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C. After
 step t, the weights of step s count in proportion to the integral of tau^gamma from s - 1 to s. The length is the
@@ -28,15 +29,15 @@ def exponent(length: float) -> float:
 
 
 def decay(length: float, step: int) -> float:
-    """The factor with which the average keeps its value in a step. Steps count from 1; in step 1 the factor is 0."""
+    """The factor by which a step multiplies the average. Steps count from 1; in step 1 the factor is 0."""
     return float((1 - 1 / step) ** (exponent(length) + 1))
 
 
 def combination(steps: Sequence[int], lengths: Sequence[float], step: int, length: float) -> tuple[Numbers, float]:
-    """The factors with which the sum of snapshots is nearest to the average of `length` after `step`.
+    """Computes by which factors to sum snapshots, so that the sum is nearest to the average of `length` after `step`.
 
     Args:
-        steps, lengths: of each snapshot.
+        steps, lengths: the step and the length of each snapshot.
 
     Returns:
         The factors, (snapshots,) float64, with sum 1; and the norm of the difference between the sum's profile and the
@@ -53,5 +54,5 @@ def combination(steps: Sequence[int], lengths: Sequence[float], step: int, lengt
 
 def _products(t_a: Numbers, gamma_a: Numbers, t_b: Numbers, gamma_b: Numbers) -> Numbers:
     """The integrals of the products of two densities (gamma + 1) tau^gamma / t^(gamma + 1) on (0, t)."""
-    earlier, later, of_later = np.minimum(t_a, t_b), np.maximum(t_a, t_b), np.where(t_a < t_b, gamma_b, gamma_a)
-    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (earlier / later) ** of_later / later
+    earlier, later, later_gamma = np.minimum(t_a, t_b), np.maximum(t_a, t_b), np.where(t_a < t_b, gamma_b, gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (earlier / later) ** later_gamma / later

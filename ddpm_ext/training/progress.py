@@ -9,14 +9,14 @@ from typing import Any
 
 from ddpm_ext.base.optional import require
 
-_KEPT = 0.98  # the decay of the smoothed loss in each step
+_LOSS_DECAY = 0.98  # of the smoothed loss, in each step
 
 
 class Bar:
-    """A progress bar over steps with the smoothed loss. shown: the tqdm bar; None: nothing is shown.
+    """A progress bar over steps with the smoothed loss. shown: the tqdm bar, or None to show nothing.
 
-    On a GPU or with several ranks, the loss is updated only when the log reads losses, since reading a loss waits for
-    its step.
+    On a GPU or with several ranks, the loss is updated only when the log reads losses, since reading a loss waits until
+    its step is computed.
     """
 
     def __init__(self, shown: Any = None) -> None:
@@ -29,10 +29,10 @@ class Bar:
             self._shown.update()
 
     def show(self, losses: Iterable[float]) -> None:
-        """Updates the displayed moving average with the losses of the steps since the last call."""
+        """Updates the displayed moving average. losses: of the steps since the last call."""
         for loss in losses:
-            self._sum = _KEPT * self._sum + (1 - _KEPT) * loss
-            self._weight = _KEPT * self._weight + (1 - _KEPT)
+            self._sum = _LOSS_DECAY * self._sum + (1 - _LOSS_DECAY) * loss
+            self._weight = _LOSS_DECAY * self._weight + (1 - _LOSS_DECAY)
         if self._shown is not None and self._weight:
             self._shown.set_postfix_str(f"loss {self._sum / self._weight:.4f}", refresh=False)
 
@@ -49,7 +49,7 @@ def progress_bar(steps: int, begun: int, *, shown: bool) -> Iterator[Bar]:
 
 
 def above_bar(report: Callable[[str], None]) -> Callable[[str], None]:
-    """A report function whose lines appear above the bar."""
+    """Wraps a report function so that its lines appear above the bar."""
 
     def write(text: str) -> None:
         with require("tqdm", "the progress bar").tqdm.external_write_mode():
@@ -59,13 +59,13 @@ def above_bar(report: Callable[[str], None]) -> Callable[[str], None]:
 
 
 class Clock:
-    """Measures the steps per second between its calls."""
+    """Measures the steps per second between two calls of steps_per_second()."""
 
     def __init__(self, step: int) -> None:
-        self.step, self.at = step, time.monotonic()
+        self.step, self.time_of_step = step, time.monotonic()
 
     def steps_per_second(self, step: int) -> float:
         now = time.monotonic()
-        rate = (step - self.step) / max(now - self.at, 1e-9)
-        self.step, self.at = step, now
+        rate = (step - self.step) / max(now - self.time_of_step, 1e-9)
+        self.step, self.time_of_step = step, now
         return rate

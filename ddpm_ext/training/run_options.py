@@ -20,12 +20,13 @@ from ddpm_ext.training.data.source import digest
 from ddpm_ext.training.options import TrainOptions
 
 OPTIONS = "options.json"
+# Keys of inputs_of. MODEL_PREFIX is the prefix of the entries that network.describe returns.
 SHAPE = "the shape of images"
 LATENTS = "the images are latents"
-OF_MODEL = "model's "  # the prefix of the entries that network.describe returns
+MODEL_PREFIX = "model's "
 
 
-def settings_by(options: TrainOptions) -> DiffusionSettings:
+def settings_from(options: TrainOptions) -> DiffusionSettings:
     """The settings of the diffusion that the options describe."""
     return DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
 
@@ -33,18 +34,21 @@ def settings_by(options: TrainOptions) -> DiffusionSettings:
 def with_settings(
     diffusion: GaussianDiffusion | None, options: TrainOptions
 ) -> tuple[GaussianDiffusion, DiffusionSettings, TrainOptions]:
-    """The diffusion, which the options determine if it is None; its settings; and the options with these settings."""
+    """Returns a run's diffusion, its settings, and the options with these settings.
+
+    If `diffusion` is None, the options determine the diffusion. Otherwise, its settings replace the options'.
+    """
     if diffusion is not None and not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
     if diffusion is not None and diffusion.prediction not in SPACED_PREDICTIONS:
         expected = ", ".join(map(repr, SPACED_PREDICTIONS))
         raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
-    settings = settings_by(options) if diffusion is None else DiffusionSettings.of(diffusion)
-    settings.to_scheduler_config()  # raises now what would otherwise fail after training, when the model is written
+    settings = settings_from(options) if diffusion is None else DiffusionSettings.of(diffusion)
+    settings.to_scheduler_config()  # so that its errors appear now, not after training, when the model is written
     if diffusion is None:
         return settings.diffusion(), settings, options
-    chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("timesteps", "prediction", "variance")}
-    return diffusion, settings, replace(options, beta_schedule="given", **chosen)
+    new_options: dict[str, Any] = {name: getattr(settings, name) for name in ("timesteps", "prediction", "variance")}
+    return diffusion, settings, replace(options, beta_schedule="given", **new_options)
 
 
 def inputs_of(
@@ -52,13 +56,13 @@ def inputs_of(
 ) -> dict[str, Any]:
     """The inputs, besides the options, on which the weights depend, as JSON. The keys are parts of error messages."""
     schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
-    model_part = {f"{OF_MODEL}{name}": value for name, value in network.describe(model).items()}
-    of_classes: dict[str, Any] = {}
+    model_part = {f"{MODEL_PREFIX}{name}": value for name, value in network.describe(model).items()}
+    class_part: dict[str, Any] = {}
     if labels is not None:
-        of_classes = {"the classes": list(labels.names), "the labels' hash": digest([labels.numbers.numpy().tobytes()])}
+        class_part = {"the classes": list(labels.names), "the labels' hash": digest([labels.numbers.numpy().tobytes()])}
     return {
         **model_part,
-        **of_classes,
+        **class_part,
         **({LATENTS: True} if isinstance(images, Latents) else {}),
         "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
         "the schedule's hash": schedule,
@@ -83,7 +87,8 @@ def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> t
 
     `report` is called with a line of text for each checkpoint that is damaged.
 
-    The options are those of the last start, from options.json: they may have been changed after the checkpoint.
+    The options are those of the run's last start, from options.json: a resume may have changed them after the
+    checkpoint was written.
 
     Returns:
         The path, and a header with the options ("options"), the other inputs ("about") and the step ("step").

@@ -14,7 +14,7 @@ from ddpm_ext.base.ranks import Ranks, part_of
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.training import inception
 from ddpm_ext.training.data import DamagedImage, ImageSource
-from ddpm_ext.training.import_by_name import import_by_name, theirs
+from ddpm_ext.training.import_by_name import import_by_name, user_code_error
 from ddpm_ext.training.options import TrainOptions
 
 Features = Callable[[Tensor], Any]
@@ -22,8 +22,8 @@ Features = Callable[[Tensor], Any]
 (batch, features)."""
 
 _PIXELS = "pixels"
-# Larger images are averaged to this side: the covariance has as many entries as the square of the number of pixels.
-_SIDE = 16
+# Larger images are averaged down to this side, since the covariance has the squared number of pixels as its size.
+_LARGEST_SIDE = 16
 _DISTANCES = 2**23  # the most distances that are computed at a time
 _REFERENCE = 5000  # the most training images that samples are compared with
 
@@ -40,23 +40,23 @@ def moments(features: Tensor) -> Moments:
     return mean, torch.linalg.qr(factor, mode="r").R if count > size else factor
 
 
-def frechet(one: Moments, other: Moments) -> float:
-    """The squared Fréchet distance of two Gaussians: |m - n|^2 + tr(C + D - 2 (C D)^(1/2)); 0 for the same ones.
+def frechet(first: Moments, second: Moments) -> float:
+    """The squared Fréchet distance of two Gaussians: |m - n|^2 + tr(C + D - 2 (C D)^(1/2)).
 
-    With C = A^T A and D = B^T B the eigenvalues of C D are the squared singular values of A B^T. These are real
-    numbers whatever the rank, so that fewer samples than features are enough.
+    With C = A^T A and D = B^T B, the eigenvalues of C D are the squared singular values of A B^T. Singular values are
+    real numbers for any rank, so that fewer samples than features are enough.
     """
-    (mean, factor), (other_mean, other_factor) = one, other
-    traces = factor.square().sum() + other_factor.square().sum()
-    shared = torch.linalg.svdvals(factor @ other_factor.T).sum()
-    return max(0.0, float((mean - other_mean).square().sum() + traces - 2 * shared))
+    (mean, factor), (second_mean, second_factor) = first, second
+    traces = factor.square().sum() + second_factor.square().sum()
+    shared_trace = torch.linalg.svdvals(factor @ second_factor.T).sum()
+    return max(0.0, float((mean - second_mean).square().sum() + traces - 2 * shared_trace))
 
 
 def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Precision, the share of samples that lie among the images, and recall, the share of images among the samples.
 
-    A point lies among a set of points if its distance to one of them is at most the distance from that one to its k-th
-    nearest neighbour in the set: Kynkäänniemi et al. 2019, eq. 1 and 2.
+    Around each member of a set is a ball that reaches to the member's k-th nearest neighbour in the set. A point lies
+    among the set if it is in one of these balls (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
     Args:
         images, samples: features, (count, features) float64, more than `neighbours` of each.
@@ -73,18 +73,20 @@ def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tu
     return _share_among(images, samples, neighbours), _share_among(samples, images, neighbours)
 
 
-def _share_among(others: Tensor, points: Tensor, neighbours: int) -> float:
-    """The share of the points that lie among the others."""
-    rows = max(1, _DISTANCES // len(others))
+def _share_among(population: Tensor, points: Tensor, neighbours: int) -> float:
+    """The share of `points` that lie among the set `population`."""
+    rows = max(1, _DISTANCES // len(population))
     # Each point's nearest point is itself, so the k-th neighbour is the (k + 1)-th smallest distance.
-    reach = torch.cat([torch.cdist(part, others).kthvalue(neighbours + 1).values for part in others.split(rows)])
-    inside = sum(int((torch.cdist(part, others) <= reach).any(1).sum()) for part in points.split(rows))
+    reach = torch.cat(
+        [torch.cdist(part, population).kthvalue(neighbours + 1).values for part in population.split(rows)]
+    )
+    inside = sum(int((torch.cdist(part, population) <= reach).any(1).sum()) for part in points.split(rows))
     return inside / len(points)
 
 
 def pixels(images: Tensor) -> Tensor:
     """The pixels of images, averaged to at most 16 by 16: features that need no download, for small images."""
-    height, width = (min(side, _SIDE) for side in images.shape[2:])
+    height, width = (min(side, _LARGEST_SIDE) for side in images.shape[2:])
     return torch.nn.functional.adaptive_avg_pool2d(images, (height, width)).flatten(1)
 
 
@@ -105,7 +107,7 @@ def features_of(features: Features, name: str, images: Tensor, device: torch.dev
     """The features of images, (batch, features) float64 on the CPU. The images' values are clipped to [-1, 1].
 
     Args:
-        name: the name of the function of features, for an error message.
+        name: the name of the function `features`, for error messages.
 
     Raises:
         ValueError: the features are not (batch, features), or not finite. UserCodeError: the function raises an
@@ -116,7 +118,7 @@ def features_of(features: Features, name: str, images: Tensor, device: torch.dev
         try:
             returned = features(clipped)
         except Exception as error:
-            raise theirs("features", name, error) from error
+            raise user_code_error("features", name, error) from error
         checked = torch.as_tensor(returned, device="cpu").detach().to(torch.float64)
     if checked.dim() != 2 or len(checked) != len(images) or not checked.shape[1]:
         raise ValueError(
@@ -128,7 +130,7 @@ def features_of(features: Features, name: str, images: Tensor, device: torch.dev
 
 
 class Scorer:
-    """Scores samples by their Fréchet distance to at most 5,000 training images, taken evenly from all.
+    """Scores samples by their Fréchet distance to training images: to all, or to 5,000 at equal distances in the data.
 
     Args:
         features: the function of features.
@@ -147,9 +149,9 @@ class Scorer:
         self._features_of(2 * noise - 1)
 
     def score(self, draw: Callable[[range], Tensor], ranks: Ranks) -> float:
-        """The Fréchet distance of `score_count` samples. Each rank draws its part of them; all ranks return the same.
+        """The Fréchet distance of `score_count` samples. Each rank draws a part of them; all ranks return the same.
 
-        draw: makes the samples with these ids, (samples, channels, height, width).
+        draw: makes the samples with the ids in its argument, (samples, channels, height, width).
 
         Raises:
             ValueError: the features are not (batch, features), or not finite, or fewer than two images can be read.
@@ -159,28 +161,29 @@ class Scorer:
             count = min(len(self.images), _REFERENCE)
             indices = (torch.arange(count, device="cpu") * len(self.images)) // count
             self._reference = self._moments(count, lambda part: self._read(indices[part.start : part.stop]), ranks)
-        drawn = self._moments(self.options.score_count, draw, ranks)
-        if drawn[0].shape != self._reference[0].shape:
+        sample_moments = self._moments(self.options.score_count, draw, ranks)
+        if sample_moments[0].shape != self._reference[0].shape:
             raise ValueError(
-                f"features: got {len(drawn[0])} of samples and {len(self._reference[0])} of images, expected the same"
+                f"features: got {len(sample_moments[0])} of samples and {len(self._reference[0])} of images, expected "
+                "the same"
             )
-        return frechet(drawn, self._reference)
+        return frechet(sample_moments, self._reference)
 
     def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
         """The moments of the features of images 0 to count - 1. make(range) makes the images of a range."""
         rank_range = part_of(range(count), ranks.rank, ranks.size)
-        most = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
-        parts = [rank_range[first : first + most] for first in range(0, len(rank_range), most)]
+        largest_batch = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
+        parts = [rank_range[first : first + largest_batch] for first in range(0, len(rank_range), largest_batch)]
         rank_features = [self._features_of(images) for images in map(make, parts) if len(images)]
-        every = [features for of_rank in ranks.gather(rank_features) for features in of_rank]
-        if sum(map(len, every)) < 2:
-            raise ValueError(f"score: got {sum(map(len, every))} images, expected at least 2")
-        sizes = sorted({features.shape[1] for features in every})
+        all_features = [features for of_rank in ranks.gather(rank_features) for features in of_rank]
+        if sum(map(len, all_features)) < 2:
+            raise ValueError(f"score: got {sum(map(len, all_features))} images, expected at least 2")
+        sizes = sorted({features.shape[1] for features in all_features})
         if len(sizes) > 1:
             raise ValueError(
                 f"features: got {sizes[0]} of some images and {sizes[1]} of others, expected as many of all"
             )
-        return moments(torch.cat(every))
+        return moments(torch.cat(all_features))
 
     def _features_of(self, images: Tensor) -> Tensor:
         return features_of(self.features, self.options.features, images, self.device)
@@ -201,25 +204,28 @@ class Scorer:
 
 
 class Scores:
-    """The scores of a run by the step; the lowest is the best.
+    """The scores of a run. The lowest score is the best.
 
-    by: the options on which a score depends, besides the weights. Scores by other options can't be compared, so a
-        resume with other options drops the earlier scores.
+    compared_options: the values of the options on which a score depends. Scores by other values can't be compared, so a
+        resume with other values drops the earlier scores.
+    by_step: {step: score}.
     """
 
     def __init__(self, options: TrainOptions) -> None:
-        self.by = [options.features, options.score_count, options.sample_steps]
-        self.of: dict[int, float] = {}
+        self.compared_options = [options.features, options.score_count, options.sample_steps]
+        self.by_step: dict[int, float] = {}
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The step of the lowest score, the first such step, and the score; None if there are no scores."""
-        return min(self.of.items(), key=lambda entry: (entry[1], entry[0]), default=None)
+        """The first step with the lowest score, and the score; None if there are no scores."""
+        return min(self.by_step.items(), key=lambda entry: (entry[1], entry[0]), default=None)
 
     def state(self) -> dict[str, Any]:
         """The state, as JSON."""
-        return {"by": self.by, "of": list(self.of.items())}
+        return {"by": self.compared_options, "of": list(self.by_step.items())}
 
     def restore(self, state: Any) -> None:
         """Restores the state that state() returned."""
-        self.of = {int(step): float(score) for step, score in state["of"]} if state["by"] == self.by else {}
+        self.by_step = (
+            {int(step): float(score) for step, score in state["of"]} if state["by"] == self.compared_options else {}
+        )

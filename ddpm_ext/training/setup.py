@@ -18,12 +18,12 @@ from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.options import TrainOptions
 from ddpm_ext.training.step import loss_options
 
-_OF_PICTURES = ("sample_every", "score_every", "flip")
+_ONLY_FOR_PICTURES = ("sample_every", "score_every", "flip")
 
 
 def check_fit(options: TrainOptions, images: ImageSource, ranks: Ranks) -> None:
     """Raises ValueError, naming the option, if an option doesn't fit the data or the number of ranks."""
-    for name in _OF_PICTURES if isinstance(images, Latents) else ():
+    for name in _ONLY_FOR_PICTURES if isinstance(images, Latents) else ():
         if value := getattr(options, name):
             raise ValueError(f"{name}: got {value} for latents, which are no pictures, expected none")
     if options.sample_every and images.shape[0] not in (1, 3):
@@ -66,7 +66,7 @@ def try_out(
     *,
     labelled: bool,
 ) -> None:
-    """Calls model and loss once, so that errors appear before the first step if they don't fit the diffusion."""
+    """Calls the model and the loss once: if they don't fit the diffusion, the error appears before the first step."""
     x = torch.zeros(1, *shape, dtype=torch.float32, device=device)
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
     labels = torch.zeros(1, dtype=torch.int64, device=device) if labelled else None

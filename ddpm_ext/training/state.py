@@ -1,4 +1,4 @@
-"""The state of a training run: everything that one step passes to the next, as tensors and a few numbers."""
+"""The state of a training run: everything that a step hands on to the next step, as tensors and a few numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainState:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
-        # A CUDA graph needs a tensor: it would repeat the value that a Python number had at the capture.
+        # A CUDA graph needs a tensor: with a Python number, it would repeat the number's value at the capture.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -43,26 +43,29 @@ class TrainState:
             capturable=options.graph,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
-        of_sampler = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}
-        self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps, **of_sampler)
+        sampler_options = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}
+        self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps, **sampler_options)
         self.step = 0
         self.scores = Scores(options)
         self.skipped: dict[str, None] = {}  # error messages of images that can't be read, in order, without duplicates
         self.extra = {decay: copy.deepcopy(self.average) for decay in options.extra_emas}  # further averages
         lengths = power_average.LENGTHS if options.snapshot_every else ()
         self.power = {length: copy.deepcopy(self.average) for length in lengths}  # power averages, for snapshots
-        self._averaged: dict[nn.Module, list[Tensor]] = {
+        self._averaged_weights: dict[nn.Module, list[Tensor]] = {
             average: [average.get_parameter(name) for name in self.parameters]
             for average in (self.average, *self.extra.values(), *self.power.values())
         }
         self._weights: list[Tensor] = list(self.parameters.values())
-        # The objects with a state dict of tensors, by the prefix of their tensors' names in a checkpoint.
+        # {prefix of its tensors' names in a checkpoint: an object with a state dict of tensors}
         averages = {"average": self.average} | {f"average {decay}": average for decay, average in self.extra.items()}
         averages |= {f"average of length {length}": average for length, average in self.power.items()}
         self._parts: dict[str, Any] = {"model": model, **averages, "timestep_sampler": self.timestep_sampler}
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets the learning rate. It is rounded to float32, its dtype in a graph: so both ways give equal weights."""
+        """Sets the learning rate, rounded to float32.
+
+        With a CUDA graph its dtype is float32. So weights are the same with and without a graph.
+        """
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -70,23 +73,23 @@ class TrainState:
             else:
                 group["lr"] = rounded
 
-    def changing(self) -> list[Tensor]:
+    def changed_by_step(self) -> list[Tensor]:
         """The tensors that a step changes before it updates the averages: weights, buffers, the optimizer's state."""
         slots = [value for slots_of_parameter in self.optimizer.state.values() for value in slots_of_parameter.values()]
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
     @torch.no_grad()
     def update_averages(self, decay: float) -> None:
-        """Moves the average towards the weights by 1 - decay of their difference, and the further averages by their own
-        decays. Copies the buffers."""
-        # In the first steps the decay is smaller, so that the initial weights soon stop mattering.
-        first = (1 + self.step) / (10 + self.step)
-        decays = [(min(decay, first), average) for decay, average in ((decay, self.average), *self.extra.items())]
+        """Moves the average towards the weights by 1 - decay of their difference, and each of the other averages by its
+        decay. Copies the buffers."""
+        # In the early_decay steps the decay is smaller, so that the initial weights soon stop mattering.
+        early_decay = (1 + self.step) / (10 + self.step)
+        decays = [(min(decay, early_decay), average) for decay, average in ((decay, self.average), *self.extra.items())]
         decays += [(power_average.decay(length, self.step + 1), average) for length, average in self.power.items()]
-        for share, average in decays:
-            torch._foreach_lerp_(self._averaged[average], self._weights, 1 - share)
-            for value, now in zip(average.buffers(), self.model.buffers(), strict=True):
-                value.copy_(now)
+        for average_decay, average in decays:
+            torch._foreach_lerp_(self._averaged_weights[average], self._weights, 1 - average_decay)
+            for value, current in zip(average.buffers(), self.model.buffers(), strict=True):
+                value.copy_(current)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
@@ -111,7 +114,7 @@ class TrainState:
         """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
 
         Raises:
-            ValueError: it is the state of another model, or has weights that are not finite. The message names the
+            ValueError: the file has the state of another model, or weights that are not finite. The message names the
                 file.
         """
         try:

@@ -21,13 +21,13 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-_SHOWN = 8  # how many timesteps an error about an infinite or NaN loss names
+_TIMESTEPS_NAMED = 8  # the most timesteps that an error about an infinite or NaN loss names
 # The smallest scale of a float16 loss: gradients that overflow at a smaller scale would also overflow without scaling.
-_LEAST_SCALE = 1.0
+_SMALLEST_LOSS_SCALE = 1.0
 
 
 class _Pending(NamedTuple):
-    """A step that is not logged yet; the tensors are on the device."""
+    """A step that is not logged yet. Its tensors are on the device."""
 
     step: int
     t: Tensor
@@ -56,8 +56,8 @@ class TrainingStep:
         self._sum_order_fixed = ranks.size == 1
         self._pending: list[_Pending] = []
         self._captured = CapturedStep(self._compute, state, device) if options.graph else None
-        self._updates = 0  # the number of updates that were begun
-        self._whole = self._changes()
+        self._updates = 0  # how many updates of the weights have begun
+        self._version_after_step = self._state_version()
 
     def take(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes the next step.
@@ -83,39 +83,39 @@ class TrainingStep:
         state.update_averages(options.ema)
         if state.timestep_sampler.learns:
             # Gathering the losses waits for the device, and for all ranks.
-            seen, all_losses = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
-            state.timestep_sampler.update(torch.cat(seen), torch.cat(all_losses), local=False)
+            all_timesteps, all_losses = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
+            state.timestep_sampler.update(torch.cat(all_timesteps), torch.cat(all_losses), local=False)
         self._pending.append(_Pending(step, t, losses * weights, norm))
         state.step += 1
-        self._whole = self._changes()
+        self._version_after_step = self._state_version()
 
-    def _changes(self) -> tuple[int, list[tuple[int, int]]]:
-        """A value that changes as soon as a step has begun to change the state, that is, buffers or weights."""
+    def _state_version(self) -> tuple[int, list[tuple[int, int]]]:
+        """A value that changes as soon as a step changes the state, that is, a buffer or the weights."""
         return self._updates, [(id(value), value._version) for value in self.state.model.buffers()]
 
     @property
     def whole(self) -> bool:
-        """Whether the state is exactly that after `state.step` steps. False if a later step failed half-way."""
-        return self._whole == self._changes()
+        """Whether the state is that after `state.step` whole steps. False if the next step failed half-way."""
+        return self._version_after_step == self._state_version()
 
     @property
     def losses_known(self) -> bool:
-        """Whether log_rows has read the losses of all steps, which are then finite."""
+        """Whether log_rows has read the losses of all steps. If so, they are finite: else it would have raised."""
         return not self._pending
 
     def _on_device(self, value: Tensor) -> Tensor:
-        """A copy on the device. The host does not wait for it: for a GPU, that needs pinned memory."""
+        """A copy on the device. The host doesn't wait for the copy: for a GPU, this needs pinned memory."""
         return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
 
     def _fix_sum_order(self, x_start: Tensor, t: Tensor, weights: Tensor, labels: Tensor | None) -> None:
         """Runs a forward and a backward pass that changes neither weights nor buffers.
 
-        From its second pass on, DistributedDataParallel sums gradients in an order that it determines in the first
-        pass. After this additional pass all steps use the same order, also the first step after a resume, and have the
-        same bits.
+        DistributedDataParallel determines in its first pass the order in which all later passes sum gradients. After
+        this additional pass all steps use the same order, also the first step after a resume, so their bits are the
+        same as without a resume.
 
         Raises:
-            ValueError: a parameter gets no gradient; the second pass would wait for its gradient forever.
+            ValueError: a parameter gets no gradient. The second pass would wait for its gradient forever.
         """
         model = self.state.model
         before = [value.clone() for value in model.buffers()]
@@ -192,7 +192,7 @@ class TrainingStep:
         return norm
 
     def newest_loss(self) -> float:
-        """The loss of the last step, which is not logged yet. This waits for the device; see at_hand."""
+        """The loss of the last step, which is not logged yet. Reading it waits for the device; see at_hand."""
         return self._means(self._pending[-1:]).item()
 
     def _means(self, steps: list[_Pending]) -> Tensor:
@@ -208,8 +208,9 @@ class TrainingStep:
             newest: returns the newest checkpoint's path or None, for the error message.
 
         Raises:
-            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit. Steps stay pending
-                after an error, so that the next call raises it again, or tries again after a ConnectionError.
+            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit. After any error the
+                steps stay pending, so the next call reads them again: this error is raised again, and after a
+                ConnectionError the call may succeed.
         """
         if not self._pending:
             return []
@@ -220,7 +221,7 @@ class TrainingStep:
         norms = torch.stack([step.norm for step in steps]).tolist()
         # If the loss scale is too high, gradients overflow; the scaler then skips the step and halves the scale.
         scaler = self.state.scaler
-        may_overflow = scaler.is_enabled() and scaler.get_scale() >= _LEAST_SCALE
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= _SMALLEST_LOSS_SCALE
         for step, loss, norm in zip(steps, losses, norms, strict=True):
             if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
                 self._fail(step, loss, norm, newest)
@@ -240,16 +241,16 @@ class TrainingStep:
     def _fail(self, step: _Pending, loss: float, norm: float, newest: Callable[[], Path | None]) -> None:
         """Raises ValueError on rank 0, with the timesteps of all ranks; the other ranks exit."""
         bad = step.t[~step.losses.isfinite()].tolist() if not math.isfinite(loss) else step.t.tolist()
-        times = sorted({t for of_rank in self.ranks.gather(bad) for t in of_rank})
+        timesteps = sorted({t for of_rank in self.ranks.gather(bad) for t in of_rank})
 
         def fail() -> None:
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            more = ", ..." if len(times) > _SHOWN else ""
+            problem = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+            ellipsis = ", ..." if len(timesteps) > _TIMESTEPS_NAMED else ""
             path = newest()
             saved = "nothing was saved yet" if path is None else f"the newest checkpoint is {path}"
             raise ValueError(
-                f"training: the {what} at step {step.step}, at timesteps {', '.join(map(str, times[:_SHOWN]))}{more}; "
-                f"{saved}; a lower lr may help"
+                f"training: the {problem} at step {step.step}, at timesteps "
+                f"{', '.join(map(str, timesteps[:_TIMESTEPS_NAMED]))}{ellipsis}; {saved}; a lower lr may help"
             )
 
         self.ranks.share(fail)
@@ -261,7 +262,7 @@ def at_hand(device: torch.device, ranks: Ranks) -> bool:
 
 
 def quarters_of(steps: list[_Pending], timesteps: int) -> Tensor:
-    """Each step's losses by the quarter of the timesteps: their sums, then their counts, (steps, 8) float64.
+    """For each step and quarter of the timesteps, the sum of the losses; then their counts. (steps, 8) float64.
 
     This doesn't wait for the device.
     """

@@ -66,7 +66,7 @@ class WandB:
             raise ConnectionError(
                 f"wandb: cannot start a run of {project} ({reason}); wandb login, or WANDB_MODE=offline, may help"
             ) from error
-        # W&B's step may not go back, but a resumed run goes back to its checkpoint. So "step" is an axis of our own.
+        # W&B's step may not decrease, but a resumed run goes back to its checkpoint. So the x-axis is a metric, "step".
         self._run.define_metric("*", step_metric="step")
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
@@ -80,11 +80,11 @@ class WandB:
 
 
 Tracker = TensorBoard | WandB
-"""Gets the numbers of each write of the log."""
+"""An object to which the log passes the numbers that it writes."""
 
 
 def _id_of(folder: Path) -> str:
-    """The id of the run, which is drawn at the run's first start."""
+    """The run's id at Weights & Biases. It is drawn at the run's first start."""
     path = folder / _RUN
     try:
         return str(files.read_json(path)["id"])

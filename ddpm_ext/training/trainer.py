@@ -37,7 +37,7 @@ from ddpm_ext.training.step import TrainingStep, at_hand
 
 _log = logging.getLogger(__name__)
 _INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
-_AT_THE_END = ("snapshot_every", "score_every")  # if the interval is not 0, this is also done after the last step
+_AT_THE_END = ("snapshot_every", "score_every")  # intervals that, if not 0, also end at the last step
 
 
 class Trainer:
@@ -61,7 +61,7 @@ class Trainer:
         resume: whether to continue from the newest checkpoint of the run in `out`. There must be a run.
         change: at a resume, the names of options that may differ from the run's, some of CHANGEABLE in
             ddpm_ext.training.options. `steps` may always differ. The new options determine the learning rate.
-        command: the command to record in training.json.
+        command: the command line, for training.json.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar on a terminal. It needs tqdm.
         features: a function or network for `score_every`. It takes images, (batch, channels, height, width) in [-1, 1]
@@ -71,7 +71,7 @@ class Trainer:
     Raises:
         TypeError, ValueError: an option, the model or the data are wrong, or don't fit together.
         MissingExtra: a package that the run needs is not installed.
-        UserCodeError: `features` raises an exception, which is the cause of this one.
+        UserCodeError: `features` raises an exception, which is this error's __cause__.
 
     Examples:
         >>> from ddpm_ext.training import Trainer
@@ -132,8 +132,8 @@ class Trainer:
         self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
         check_fit(self.options, self.images, self.ranks)
         if self.options.score_every:
-            chosen = features_by_name(self.options.features) if features is None else features
-            self._scorer = Scorer(chosen, self.images, self.options, self.device)
+            feature_function = features_by_name(self.options.features) if features is None else features
+            self._scorer = Scorer(feature_function, self.images, self.options, self.device)
         with _current_device(self.device):
             shape, labelled = self.images.shape, self.labels is not None
             self.model = make_model(model, self.options, shape, self.classes, self.device)
@@ -142,8 +142,10 @@ class Trainer:
                 self._scorer.try_out()
             self.state = TrainState(self.model, self.options, self.device)
         self._skipped: list[str] = []  # images that this rank has skipped since it last told the other ranks
-        about = inputs_of(self.model, self.images, self.labels, self.diffusion)
-        self._outputs = Outputs(self.folder, self.options, about, self.settings, self.classes, self.report, change)
+        weight_inputs = inputs_of(self.model, self.images, self.labels, self.diffusion)
+        self._outputs = Outputs(
+            self.folder, self.options, weight_inputs, self.settings, self.classes, self.report, change
+        )
 
     def sample(self) -> Tensor:
         """Samples with DDIM from the averaged model, with the same noise in each call, and all classes in turn.
@@ -169,15 +171,15 @@ class Trainer:
 
         - options.json, which is written before the first step;
         - training.json (options, versions, final loss), losses.csv and losses.png;
-        - checkpoints/: one every `options.checkpoint_every` steps, of which the last `options.keep` remain;
-        - samples/: a grid every `options.sample_every` steps;
+        - checkpoints/: one inputs_of_ranks `options.checkpoint_every` steps, of which the last `options.keep` remain;
+        - samples/: a grid inputs_of_ranks `options.sample_every` steps;
         - with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
         - with `options.snapshot_every`, snapshots/ for post_hoc_average;
         - with `options.tune`, tuned/ with step tables of these numbers of calls.
 
-        After Ctrl-C or SIGTERM, the run finishes its current step, if it has one, writes a checkpoint and stops; a
-        second signal ends the run at once. Before an exception ends the run, a checkpoint of the last step is written
-        if its losses are finite and, with several ranks, known.
+        After Ctrl-C or SIGTERM, the run finishes a step that it has begun, writes a checkpoint and stops. A second
+        signal ends the run at once. Before an exception ends the run, a checkpoint of the last step is written if the
+        losses are finite. With several ranks, it is written only if rank 0 has already read the losses.
 
         Returns:
             Result, with `folder`, `parameters` (how many the model has), `final_loss` and `seconds`.
@@ -191,13 +193,13 @@ class Trainer:
             ConnectionError: another rank was lost; or the model has been written but can't be uploaded.
         """
         started = time.monotonic()
-        with ExitStack() as until_the_end:
-            self.ranks = until_the_end.enter_context(distributed.join())
+        with ExitStack() as stack:
+            self.ranks = stack.enter_context(distributed.join())
             outputs, ranks = self._outputs, self.ranks
-            every = ranks.gather(outputs.about | asdict(self.options))
-            ranks.share(lambda: check_same_on_ranks(every))
-            until_the_end.enter_context(_current_device(self.device))
-            self._restore(ranks.share(lambda: outputs.open(until_the_end, resume=self.resume)))
+            inputs_of_ranks = ranks.gather(outputs.weight_inputs | asdict(self.options))
+            ranks.share(lambda: check_same_on_ranks(inputs_of_ranks))
+            stack.enter_context(_current_device(self.device))
+            self._restore(ranks.share(lambda: outputs.open(stack, resume=self.resume)))
             step = TrainingStep(self.state, self.diffusion, self.options, ranks, self.device)
             self.report(self._first_line())
             details = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
@@ -235,34 +237,34 @@ class Trainer:
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock = Clock(state.step)
         # The order matters: at the end the workers stop first, while the signal handler still ignores their deaths.
-        with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
+        with noted_signals() as signals, batches.reading(state.step, options.steps, self.device) as read:
             try:
-                self._take_steps(step, bar, clock, noted, read)
+                self._take_steps(step, bar, clock, signals, read)
             except Exception as error:
                 self._rescue(step, clock, error)
                 raise
 
     def _take_steps(
-        self, step: TrainingStep, bar: Bar, clock: Clock, noted: NotedSignal, read: Iterator[Batch]
+        self, step: TrainingStep, bar: Bar, clock: Clock, signals: NotedSignal, read: Iterator[Batch]
     ) -> None:
         options, state, outputs = self.options, self.state, self._outputs
         bar_reads_each = self.progress and at_hand(self.device, self.ranks)  # whether the bar gets each step's loss
         while state.step < options.steps:
             # With several ranks, no rank stops before a step: the other ranks would wait for it in that step.
-            batch = noted.next(read) if self.ranks.size == 1 else next(read)
+            batch = signals.next(read) if self.ranks.size == 1 else next(read)
             if batch is not None:
                 step.take(batch.images, batch.labels)
                 self._skipped += batch.skipped
                 if bar_reads_each:
                     bar.show([step.newest_loss()])
                 bar.advance()
-            every = {name: getattr(options, name) for name in _INTERVALS}
-            due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
+            intervals = {name: getattr(options, name) for name in _INTERVALS}
+            due = {name for name, steps in intervals.items() if batch and steps and state.step % steps == 0}
             last = state.step == options.steps
-            if signal := 0 if last else self.ranks.largest(noted.number):
+            if signal := 0 if last else self.ranks.largest(signals.number):
                 self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
             if last:
-                due |= {name for name in _AT_THE_END if every[name]}
+                due |= {name for name in _AT_THE_END if intervals[name]}
             if last or signal:
                 due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
             if due:
@@ -271,7 +273,7 @@ class Trainer:
                 if not bar_reads_each:
                     bar.show(row.loss for row in rows)
                 speed = clock.steps_per_second(state.step) * options.batch_size
-                self._note_skipped()
+                self._report_skipped()
                 score = self._scorer.score(self._draw, self.ranks) if "score_every" in due else None
                 self.ranks.share(partial(outputs.record, state, speed, due, self.sample, score))
             if signal:
@@ -282,26 +284,26 @@ class Trainer:
         """Writes a checkpoint before an exception ends the run, unless this step has one already, and reports it.
 
         A checkpoint is written only if the losses are finite. With several ranks, rank 0 writes it without asking the
-        other ranks, since one of them may be lost. So it is written only if the losses are already known.
+        other ranks, since one of them may be lost. So it is written only if rank 0 has already read the losses.
         """
         state, outputs = self.state, self._outputs
-        alone = self.ranks.size == 1
-        losses_known = alone or (self.ranks.rank == 0 and step.whole and step.losses_known)
+        single_rank = self.ranks.size == 1
+        losses_known = single_rank or (self.ranks.rank == 0 and step.whole and step.losses_known)
         if outputs.has_tried(state.step) or not losses_known:
             return
         try:
             if not step.whole:
                 raise RuntimeError(f"step {state.step + 1} failed when it had changed the model")
-            if alone:
+            if single_rank:
                 outputs.add(step.log_rows(lambda: checkpoints.newest(self.folder)))
-                self._note_skipped()
+                self._report_skipped()
             outputs.rescue(state, clock.steps_per_second(state.step) * self.options.batch_size)
         except Exception as error:
             if str(error) != str(ended_by):
                 self.report(f"no checkpoint of step {state.step} could be written: {error}")
 
-    def _note_skipped(self) -> None:
-        """Reports images that were skipped for the first time. Each rank records the skipped images of all ranks."""
+    def _report_skipped(self) -> None:
+        """Reports images that were skipped for the first time. Each rank's state lists those of all ranks."""
         if self.options.skip_corrupt:
             for image in dict.fromkeys(text for of_rank in self.ranks.gather(self._skipped) for text in of_rank):
                 if image not in self.state.skipped:

@@ -1,4 +1,4 @@
-"""Tunes step tables to the model of a finished run, into the run's folder."""
+"""Tunes step tables to the model of a finished run, and writes them to the run's folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tune_run(
         trained = load(folder, copy.deepcopy(average), device=device)
         sha256 = trained.sha256()
     paths = {count: folder / tuned.FOLDER / tuned.table_name(count) for count in calls}
-    missing = [count for count in calls if not _is_there(paths[count], sha256)]
+    missing = [count for count in calls if not _is_tuned(paths[count], sha256)]
     if not missing:
         return
     batch = min(batch_size, _BATCH)
@@ -72,11 +72,11 @@ def tune_run(
             tuned.save_tuned(result.table, paths[count], model_sha256=sha256, seed=seed)
             best = result.report.best
             report(f"{paths[count]}: error {result.report.error:.4f}; that of {best}, {best.error:.4f}")
-    except ValueError as error:  # no error of the run: the training is finished
+    except ValueError as error:  # only reported, since the training itself has succeeded
         report(f"not tuned: {error}")
 
 
-def _is_there(path: Path, sha256: str) -> bool:
+def _is_tuned(path: Path, sha256: str) -> bool:
     try:
         return StepTable.load(path).notes.get(tuned.MODEL_SHA256) == sha256
     except (OSError, ValueError):

@@ -16,7 +16,7 @@ from ddpm_ext.training.data.shapes import Shapes
 from ddpm_ext.training.data.source import ImageSource, Labels
 
 _PARTS = ("train", "heldout", "all")
-# Each seventh image is held out. The digits repeat in cycles of ten, and ten and seven have no common factor, so each
+# Every seventh image is held out. The digits repeat in cycles of ten, and ten and seven have no common factor, so each
 # digit is about equally frequent in both parts.
 _HELD_OUT_EVERY = 7
 
@@ -27,12 +27,12 @@ def load_images(
     """Opens images by name.
 
     Args:
-        source: "digits", the training part of scikit-learn's digits, "shapes", coloured shapes, a folder of images, or
-            an .npz of latents, as read_latents takes it.
-        size: height and width in pixels. None means for a folder the size that all its images have, and for shapes 16.
+        source: "digits" (the training part of scikit-learn's digits), "shapes" (coloured shapes), the path of a folder
+            of images, or the path of an .npz of latents (see read_latents).
+        size: height and width in pixels. With None, shapes have 16, and a folder's images must all have the same size.
             Digits are 8 by 8.
         channels: 1 (grey) or 3 (colour). None means 1 for digits, else 3.
-        random_crop: as in FolderImages, only for a folder.
+        random_crop: only for a folder; see FolderImages.
 
     Raises:
         ValueError: `size`, `channels` or `random_crop` doesn't fit, or the folder is missing or has no images.
@@ -70,11 +70,11 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None, r
     Args:
         data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, which is returned
             unchanged.
-        size, channels, random_crop: as in load_images, only for a name.
+        size, channels, random_crop: only for a name; see load_images.
 
     Raises:
-        TypeError: `data` is something else.
-        ValueError: as load_images, TensorImages and DatasetImages; or random_crop for anything but a folder.
+        TypeError: `data` has a different type.
+        ValueError: see load_images, TensorImages and DatasetImages; or random_crop is set, and `data` is no folder.
     """
     if isinstance(data, str | os.PathLike):
         return load_images(os.fspath(data), size, channels, random_crop)
@@ -96,7 +96,7 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None, r
 
 
 def digits(part: str = "all") -> tuple[Tensor, Tensor]:
-    """Loads scikit-learn's handwritten digits (`load_digits`): 1,797 grey images of 8 by 8 pixels, in its order.
+    """Loads scikit-learn's handwritten digits (`load_digits`): 1,797 grey images of 8 by 8 pixels, in the same order.
 
     Args:
         part: "train" (1,541 images), "heldout" (256, every seventh) or "all".

@@ -23,7 +23,7 @@ class TensorImages:
         labels: the classes of the images, for class-conditional training.
 
     Raises:
-        ValueError: another dtype, number of dimensions or range, or no images.
+        ValueError: `images` has a wrong dtype, number of dimensions or range, or is empty.
     """
 
     seeded = False
@@ -62,15 +62,15 @@ class TensorImages:
 class DatasetImages:
     """An ImageSource over a map-style torch Dataset.
 
-    Its transforms may be random: while an item is read, the generators of torch (on the CPU), numpy and Python have the
-    item's seed, so that earlier reads have no influence. Afterwards the generators' states are restored.
+    The dataset's transforms may be random: before an item is read, the generators of torch (on the CPU), numpy and
+    Python get the item's seed, so that earlier reads have no influence. Afterwards the generators' states are restored.
 
     Args:
         dataset: an item is an image, or a tuple whose first entry is an image. An image is a floating-point tensor
-            (channels, height, width) in [-1, 1]. All images have the shape of the first readable one.
+            (channels, height, width) in [-1, 1]. All images must have the shape of the first readable image.
 
     Raises:
-        TypeError: the dataset has no length, or an item is no such tensor.
+        TypeError: the dataset has no length, or an item has no such tensor.
         ValueError: the dataset is empty, or the values of its first image are outside [-1, 1].
         DamagedImage: no item can be read.
     """
@@ -104,7 +104,7 @@ class DatasetImages:
         return torch.stack(images)
 
     def labels(self) -> Labels:
-        """The labels that the dataset has without reading images. The names are its `classes`, or else the numbers.
+        """The dataset's labels, if it has them without reading images. Names are its `classes`, or else the numbers.
 
         Labels are the attribute `targets`, as in torchvision, before any target_transform; or the second tensor of a
         TensorDataset. A Subset has the labels of its dataset.

@@ -20,20 +20,19 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff",
 # The accepted formats; a file's ending need not match. Pillow reads many more, and starts other programs for some.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
 _CACHE_BYTES = 1 << 29
-# The exceptions that Pillow's decoders raise for damaged files
+# The exceptions that Pillow's decoders raise for damaged files.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
 
 class FolderImages:
     """An ImageSource over the image files in a folder and the folders below it, in the order of their paths.
 
-    Each image is rotated by its EXIF tag, cropped to a square, resized and converted. Each process keeps up to half a
-    GiB of decoded images in memory.
+    Each image is rotated by its EXIF tag, cropped to a square, resized, and converted to grey or colour. Each process
+    keeps up to half a GiB of decoded images in memory.
 
     Args:
         folder: the folder.
-        size: height and width of the images in pixels. None means the size of the files, which all must be squares of
-            that size.
+        size: height and width of the images in pixels. With None, all files must be squares of one size, which is used.
         channels: 1 (grey) or 3 (colour).
         random_crop: 0 takes the square in the middle. Otherwise the square is at a random position, and its side is a
             random share of the image's shorter side, from random_crop to 1.
@@ -85,8 +84,8 @@ class FolderImages:
         if outside is not None:
             raise ValueError(f"classes: {self.root} has {outside} outside of its sub-folders, expected one a class")
         names = sorted({parts[0] for parts in relative_paths})
-        number = {name: index for index, name in enumerate(names)}
-        return Labels(torch.tensor([number[parts[0]] for parts in relative_paths], device="cpu"), tuple(names))
+        number_of = {name: index for index, name in enumerate(names)}
+        return Labels(torch.tensor([number_of[parts[0]] for parts in relative_paths], device="cpu"), tuple(names))
 
     def fingerprint(self) -> str:
         """A hash of the shape and of the names and sizes of the files; the folder's own path is not part of it."""
@@ -96,7 +95,7 @@ class FolderImages:
     def _pixels(self, index: int) -> Tensor:
         """The pixels of an image, uint8: (channels, size, size), or, for random crops, the whole image.
 
-        The whole image is large enough that each crop has at least `size` pixels a side.
+        The whole image may be reduced, but each random crop of it still has at least `size` pixels a side.
         """
         pixels = self._cache.get(index)
         if pixels is None:
@@ -116,8 +115,8 @@ def image_paths(folder: Path, name: str = "data") -> list[Path]:
     Hidden files and folders are left out: a Mac's `._photo.png` holds no image, and .ipynb_checkpoints has copies.
     Raises ValueError, with a message that begins with `name`, if there are no images.
     """
-    named = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    visible = (path for path in named if all(part[0] != "." for part in path.relative_to(folder).parts))
+    with_suffix = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    visible = (path for path in with_suffix if all(part[0] != "." for part in path.relative_to(folder).parts))
     paths = sorted(path for path in visible if path.is_file())
     if not paths:
         raise ValueError(f"{name}: no images in {folder}, expected files ending in {' '.join(sorted(SUFFIXES))}")
@@ -125,9 +124,9 @@ def image_paths(folder: Path, name: str = "data") -> list[Path]:
 
 
 def common_side(paths: list[Path]) -> int:
-    """The side of images that are all squares of one size, from the headers of their files.
+    """The side of images that are all squares of one size. Only the headers of the files are read.
 
-    Files that can't be read are left out here: their error is raised when they are read as images.
+    Files that can't be read are skipped: reading them as images raises the error later.
 
     Raises:
         ValueError: the images have several sizes, or are no squares, or no file can be read.
@@ -157,7 +156,7 @@ def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, s
     smooth: whether resizing interpolates between pixels. If False, it takes the nearest pixel.
 
     Returns:
-        uint8, of that shape.
+        uint8, of the shape `shape`.
 
     Raises:
         DamagedImage: the file can't be read, or has more than 8 bits a channel; the message begins with `name`.
@@ -167,7 +166,7 @@ def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, s
     channels, height, width = shape
     method = image.Resampling.BICUBIC if smooth else image.Resampling.NEAREST
     # fit() crops the longer side around its middle.
-    return _decoded(path, channels, name, lambda plain: operations.fit(plain, (width, height), method=method))
+    return _decoded(path, channels, name, lambda picture: operations.fit(picture, (width, height), method=method))
 
 
 def read_whole(path: Path, channels: int, shorter: int) -> Tensor:
@@ -177,30 +176,39 @@ def read_whole(path: Path, channels: int, shorter: int) -> Tensor:
         (channels, height, width) uint8.
 
     Raises:
-        DamagedImage: as read_image.
+        DamagedImage: the file can't be read, or has more than 8 bits a channel.
     """
     method = require("PIL.Image", "reading images").Resampling.BICUBIC
 
-    def reduced(plain: Any) -> Any:
-        scale = shorter / min(plain.size)
-        return plain if scale >= 1 else plain.resize([max(shorter, round(scale * side)) for side in plain.size], method)
+    def reduce(picture: Any) -> Any:
+        scale = shorter / min(picture.size)
+        return (
+            picture
+            if scale >= 1
+            else picture.resize([max(shorter, round(scale * side)) for side in picture.size], method)
+        )
 
-    return _decoded(path, channels, "data", reduced)
+    return _decoded(path, channels, "data", reduce)
 
 
 def random_square(seed: int, smallest: float) -> tuple[float, float, float]:
-    """A random square in an image: its side as a share of the image's shorter side, from `smallest` to 1; and the
-    shares of the free space that are above it and left of it, in [0, 1)."""
-    drawn = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu").tolist()
-    return smallest + (1 - smallest) * drawn[0], drawn[1], drawn[2]
+    """Draws a random square in an image.
+
+    Returns:
+        The square's side as a share of the image's shorter side, from `smallest` to 1. Then the share of the vertical
+        space outside the square that is above it, and the share of the horizontal space that is left of it, in [0, 1).
+    """
+    uniform = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu").tolist()
+    return smallest + (1 - smallest) * uniform[0], uniform[1], uniform[2]
 
 
 def cropped(pixels: Tensor, size: int, share: float, top: float, left: float) -> Tensor:
-    """The square of an image that `random_square` describes, resized.
+    """Crops an image to a square and resizes it.
 
     Args:
         pixels: (channels, height, width) uint8.
         size: height and width of the result.
+        share, top, left: the square, as random_square returns it.
 
     Returns:
         (channels, size, size) uint8.
@@ -215,15 +223,15 @@ def cropped(pixels: Tensor, size: int, share: float, top: float, left: float) ->
     return _tensor(picture.resize((size, size), image.Resampling.BICUBIC, box=box), channels)
 
 
-def _decoded(path: Path, channels: int, name: str, resized: Callable[[Any], Any]) -> Tensor:
-    """Reads an image file, rotates it by its EXIF tag and applies `resized`; (channels, height, width) uint8."""
+def _decoded(path: Path, channels: int, name: str, resize: Callable[[Any], Any]) -> Tensor:
+    """Reads an image file, rotates it by its EXIF tag and applies `resize`. Returns (channels, height, width) uint8."""
     image, operations = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
     try:
         with image.open(path, formats=_FORMATS) as opened:
             upright = operations.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):
                 raise DamagedImage(f"{name}: {path} has {upright.mode} pixels, expected 8 bits a channel")
-            return _tensor(resized(upright.convert("RGB" if channels == 3 else "L")), channels)
+            return _tensor(resize(upright.convert("RGB" if channels == 3 else "L")), channels)
     except DamagedImage:
         raise
     except (*PICTURE_ERRORS, image.DecompressionBombError) as error:

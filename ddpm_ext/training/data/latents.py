@@ -24,7 +24,7 @@ class Latents(TensorImages):
         labels: the classes, for class-conditional training.
 
     Raises:
-        ValueError: another dtype or number of dimensions, no latents, or values that are not finite.
+        ValueError: `images` has a wrong dtype or number of dimensions, is empty, or has values that are not finite.
     """
 
     def _check_values(self, images: Tensor) -> None:
@@ -36,7 +36,7 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
     """Reads an .npz with arr_0, floats (count, channels, height, width), and optionally arr_1, the classes' numbers.
 
     Raises:
-        ValueError: the file can't be read, or holds something else.
+        ValueError: the file can't be read, or its arrays have wrong names, dtypes, shapes or values.
     """
     try:
         archive = np.load(path, allow_pickle=False)
@@ -53,8 +53,8 @@ def read_latents(path: str | os.PathLike[str]) -> Latents:
         raise ValueError(f"data: {path} holds {latents.dtype} of shape {latents.shape}, expected {expected}")
     labels = None
     if numbers is not None:
-        good = numbers.dtype.kind in "iu" and numbers.shape == latents.shape[:1]
-        if not good or numbers.min() < 0 or numbers.max() >= limits.CLASSES:
+        valid = numbers.dtype.kind in "iu" and numbers.shape == latents.shape[:1]
+        if not valid or numbers.min() < 0 or numbers.max() >= limits.CLASSES:
             raise ValueError(
                 f"data: {path} holds arr_1, {numbers.dtype} of shape {numbers.shape}, expected whole numbers >= 0 and "
                 f"< {limits.CLASSES}, one for each of the latents"

@@ -15,13 +15,13 @@ from ddpm_ext.training.data.source import Labels
 
 Array = npt.NDArray[np.float64]
 
-_WORD = 2**32
+_WORD = 2**32  # the number of values of a 32-bit word
 # Points along each side of a pixel; the share of them inside the shape is the share of the pixel that it covers.
 _POINTS = 4
 
 
 class Shapes:
-    """An ImageSource of images with one shape each, of random colour, size, position and slant on a dark ground.
+    """An ImageSource of images with one shape each, of random colour, size, position and slant on a dark background.
 
     Image i shows shape i mod 10 of SHAPES, in the order of their names.
 
@@ -52,7 +52,7 @@ class Shapes:
         return self.count
 
     def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
-        images = self._draw(indices.numpy() % len(SHAPES), self._chances(indices)[..., None, None])
+        images = self._draw(indices.numpy() % len(SHAPES), self._uniform_numbers(indices)[..., None, None])
         return torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous()
 
     def labels(self) -> Labels:
@@ -61,41 +61,41 @@ class Shapes:
     def fingerprint(self) -> str:
         return f"shapes {self.shape} {self.seed} {self.count}"
 
-    def _chances(self, indices: Tensor) -> Array:
-        """Uniform random numbers in [0, 1), (batch, 12), by Philox: equal on all machines and with all versions of
-        libraries."""
+    def _uniform_numbers(self, indices: Tensor) -> Array:
+        """Uniform random numbers in [0, 1), (batch, 12), from Philox: they don't depend on the machine or on versions
+        of libraries."""
         blocks = torch.arange(3, device="cpu")
         counter = torch.zeros(len(indices), len(blocks), 4, dtype=torch.int64, device="cpu")
         counter[..., 0], counter[..., 1] = blocks, indices[:, None]
         key = torch.tensor([self.seed % _WORD, self.seed // _WORD], device="cpu")
         return (reference.philox4x32(counter, key).flatten(1).double() / _WORD).numpy()
 
-    def _draw(self, shapes: npt.NDArray[np.int64], chances: Array) -> Array:
-        """Draws images, (batch, size, size, 3) in [-1, 1]. shapes: (batch,). chances: (batch, 12, 1, 1)."""
-        size, chance = self.shape[1], chances.swapaxes(0, 1)
-        radius, turn = 0.6 + 0.25 * chance[0], 0.7 * (chance[1] - 0.5)
-        right, up = (1 - radius) * (2 * chance[2:4] - 1)
-        cos, sin = np.cos(turn) / radius, np.sin(turn) / radius
+    def _draw(self, shapes: npt.NDArray[np.int64], uniform_numbers: Array) -> Array:
+        """Draws images, (batch, size, size, 3) in [-1, 1]. shapes: (batch,). uniform_numbers: (batch, 12, 1, 1)."""
+        size, uniform = self.shape[1], uniform_numbers.swapaxes(0, 1)
+        radius, angle = 0.6 + 0.25 * uniform[0], 0.7 * (uniform[1] - 0.5)
+        right, up = (1 - radius) * (2 * uniform[2:4] - 1)
+        cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
 
-        def seen_from_shape(x: Array, y: Array) -> tuple[Array, Array]:
+        def in_shape_coordinates(x: Array, y: Array) -> tuple[Array, Array]:
             return cos * (x - right) + sin * (y - up), cos * (y - up) - sin * (x - right)
 
-        insides = tuple(SHAPES.values())
-        points = zip(shapes, *seen_from_shape(*_places(size * _POINTS)), strict=True)
-        inside = np.stack([insides[shape](u, v) for shape, u, v in points])
+        inside_functions = tuple(SHAPES.values())
+        points = zip(shapes, *in_shape_coordinates(*_coordinates(size * _POINTS)), strict=True)
+        inside = np.stack([inside_functions[shape](u, v) for shape, u, v in points])
         covered = inside.reshape(-1, size, _POINTS, size, _POINTS).mean((2, 4))[..., None]
-        x, y = _places(size)
-        ground = _between(
-            _colour(chance[4], 0.4 + 0.3 * chance[5], 0.1 + 0.15 * chance[6]),
-            _colour(chance[4] + 0.2 * chance[7], 0.4 + 0.3 * chance[5], 0.25 + 0.25 * chance[6]),
+        x, y = _coordinates(size)
+        background = _mix(
+            _colour(uniform[4], 0.4 + 0.3 * uniform[5], 0.1 + 0.15 * uniform[6]),
+            _colour(uniform[4] + 0.2 * uniform[7], 0.4 + 0.3 * uniform[5], 0.25 + 0.25 * uniform[6]),
             (1 - y) / 2,
         )
-        bright = _colour(chance[8], 0.55 + 0.45 * chance[9], 0.85 + 0.15 * chance[10])
-        paint = _between(bright, 0.7 * bright, (1 - seen_from_shape(x, y)[1]) / 2)
-        return 2 * (ground + covered * (paint - ground)) - 1
+        bright = _colour(uniform[8], 0.55 + 0.45 * uniform[9], 0.85 + 0.15 * uniform[10])
+        paint = _mix(bright, 0.7 * bright, (1 - in_shape_coordinates(x, y)[1]) / 2)
+        return 2 * (background + covered * (paint - background)) - 1
 
 
-def _places(count: int) -> tuple[Array, Array]:
+def _coordinates(count: int) -> tuple[Array, Array]:
     """The coordinates x, to the right, and y, upwards, of count by count points in a square from -1 to 1."""
     coordinates = (np.arange(count, dtype=np.float64) + 0.5) * (2 / count) - 1
     return coordinates[None, :], -coordinates[:, None]
@@ -103,18 +103,18 @@ def _places(count: int) -> tuple[Array, Array]:
 
 def _colour(hue: Array, saturation: Array, value: Array) -> Array:
     """Converts HSV, (...) each with hue in turns, to red, green and blue in [0, 1], (..., 3)."""
-    # The distance of the hue from the opposites of red, green and blue.
+    # The distance of the hue from the complements of red, green and blue.
     distance = np.abs((hue[..., None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3)
     return value[..., None] * (1 - saturation[..., None] * (1 - (distance - 1).clip(0, 1)))
 
 
-def _between(first: Array, second: Array, share: Array) -> Array:
+def _mix(first: Array, second: Array, share: Array) -> Array:
     """Mixes colours, (..., 3). share: (...), the share of the second colour."""
     return first + (second - first) * share.clip(0, 1)[..., None]
 
 
-# Functions that return whether points are inside a shape, from coordinates x and y, (...) each. Shapes lie in a circle
-# of radius 1.
+# Below: functions from the coordinates x and y of points, (...) each, to whether the points are inside a shape. Each
+# shape lies in a circle of radius 1.
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDArray[np.bool_]]:
@@ -130,8 +130,9 @@ def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDAr
     return inside
 
 
-def _around(count: int, *radii: float) -> list[tuple[float, float]]:
-    """Corners at equal angles from the top, at the radii in turn."""
+def _star(count: int, *radii: float) -> list[tuple[float, float]]:
+    """The corners of a star or regular polygon: `count` equal angles, from the top, at distances that cycle through
+    `radii`."""
     angles = [2 * math.pi * i / count for i in range(count)]
     return [
         (radii[i % len(radii)] * math.sin(angle), radii[i % len(radii)] * math.cos(angle))
@@ -152,6 +153,6 @@ SHAPES: dict[str, Callable[[Array, Array], npt.NDArray[np.bool_]]] = {
     "moon": lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y - 0.15) > 0.75),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.7) < 0.24,
     "square": _polygon((0.72, 0.72), (-0.72, 0.72), (-0.72, -0.72), (0.72, -0.72)),
-    "star": _polygon(*_around(10, 1, 0.42)),
-    "triangle": _polygon(*_around(3, 1)),
+    "star": _polygon(*_star(10, 1, 0.42)),
+    "triangle": _polygon(*_star(3, 1)),
 }

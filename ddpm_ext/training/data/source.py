@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_LARGEST = 1.001  # slightly above 1, since transforms may round a pixel to slightly more than 1
+_LARGEST_VALUE = 1.001  # slightly above 1, since transforms may round a pixel to slightly more than 1
 
 
 class DamagedImage(ValueError):
@@ -74,7 +74,7 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A text from which a resume sees whether the images are still those of the run.
+        """A text that differs for different images: a resumed run compares it with the text at its start.
 
         Computing it need not read all images: a folder's fingerprint uses the names and sizes of its files.
         """
@@ -85,16 +85,16 @@ def check_range(name: str, images: Tensor) -> None:
     """Raises ValueError unless all values are in [-1, 1] and no value is NaN."""
     if images.numel():
         low, high = (value.item() for value in images.aminmax())
-        if not -_LARGEST <= low <= high <= _LARGEST:
+        if not -_LARGEST_VALUE <= low <= high <= _LARGEST_VALUE:
             raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, expected them in [-1, 1]")
 
 
 def labels_of(images: ImageSource) -> Labels:
     """The classes of all images. Raises ValueError unless each image has a class."""
-    find = getattr(images, "labels", None)
-    if not callable(find):
+    labels_method = getattr(images, "labels", None)
+    if not callable(labels_method):
         raise ValueError(f"classes: a {type(images).__name__} has no labels, expected images with labels")
-    labels: Labels = find()
+    labels: Labels = labels_method()
     numbers, count = labels.numbers, len(labels.names)
     if numbers.shape != (len(images),) or numbers.dtype != torch.int64:
         raise ValueError(
