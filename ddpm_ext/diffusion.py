@@ -64,7 +64,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     model.
 
     Raises:
-        TypeError, ValueError: an argument has another type, an unknown name, or is out of range.
+        TypeError, ValueError: an argument has a wrong type, an unknown name, or is out of range.
 
     Examples:
         >>> gd = GaussianDiffusion(1000, "cosine", prediction="v")
@@ -173,7 +173,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             A list of numpy arrays of `shape` (float32 for bfloat16), or with record="last" a tensor.
 
         Raises:
-            TypeError, ValueError: an argument has another type, an unknown name, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, an unknown name, or is out of range.
 
         Examples:
             >>> gd, options = GaussianDiffusion(1000), {"rng": Philox(seed=0), "progress": False, "record": "last"}
@@ -204,7 +204,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             options: p_sample_loop's, except record, callback and graph="loop".
 
         Raises:
-            TypeError, ValueError: as p_sample_loop, before the first step.
+            TypeError, ValueError: see p_sample_loop. They are raised before the first step.
 
         Examples:
             >>> loop = GaussianDiffusion(1000).sample_progressive(model, (4, 3, 8, 8), sampler="ddim", steps=4)
@@ -228,7 +228,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
                 except that an Inpaint can't.
 
         Raises:
-            TypeError, ValueError: as p_sample_loop.
+            TypeError, ValueError: see p_sample_loop.
 
         Examples:
             >>> captured = GaussianDiffusion(1000).capture(model, (4, 3, 8, 8), sampler="ddim", steps=4, device="cuda")
@@ -257,7 +257,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             reduction: as StepLogProb's.
 
         Raises:
-            TypeError, ValueError: as p_sample_loop and StepLogProb.
+            TypeError, ValueError: see p_sample_loop and StepLogProb.
 
         Examples:
             >>> options = {"sampler": "ddim", "steps": 4, "eta": 1.0}

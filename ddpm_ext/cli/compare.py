@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, 
 
 
 def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, list[int]]:
-    """Loads the model and checks the options that both commands share. counts: as for add_options.
+    """Loads the model and checks the options that both commands share. counts: see add_options.
 
     Returns the model, its Tuner, and the numbers of calls in ascending order.
     """

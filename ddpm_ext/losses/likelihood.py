@@ -93,11 +93,11 @@ class LikelihoodMethods(ReverseMethods):
         At t = 0, the variance of "fixed_small" is replaced by that of t = 1, so that the log-likelihood is finite.
 
         Args:
-            model: as in all methods of GaussianDiffusion.
+            model: see GaussianDiffusion.
             x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype. The bound is computed in float32, also
                 for 16-bit images.
             t: int64 (batch,) or int, in [0, timesteps).
-            noise: as x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
+            noise: like x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
                 generator.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
 
@@ -105,7 +105,7 @@ class LikelihoodMethods(ReverseMethods):
             VlbTerms; its output is differentiable through the model.
 
         Raises:
-            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
         """
         clip = as_fixed_clip(clip_denoised)
         x_t = self.q_sample(x_start, t, noise, rng=rng)
@@ -144,7 +144,7 @@ class LikelihoodMethods(ReverseMethods):
             x_start: (batch, ...), of any float dtype.
 
         Raises:
-            TypeError, ValueError: x_start has another type or dtype.
+            TypeError, ValueError: x_start has a wrong type or dtype.
         """
         checks.samples("x_start", x_start)
         x_start = x_start.to(checks.compute_dtype(x_start.dtype))
@@ -167,13 +167,13 @@ class LikelihoodMethods(ReverseMethods):
         The model is called once for each timestep. A sample's bound depends on the seed and its id, not on its batch.
 
         Args:
-            model, x_start, clip_denoised: as vlb_terms'.
+            model, x_start, clip_denoised: see vlb_terms.
             rng: the seed and sample ids (stream 2, draw t). With None, torch's default generator draws a seed. An rng
                 with its own draw or stream is rejected, because it would give each timestep the same noise.
             progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
         Raises:
-            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
         Examples:
             >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)

@@ -48,7 +48,7 @@ class StepLogProb:
     not supported, because they change the steps.
 
     Raises:
-        TypeError, ValueError: an argument has another type, or a name is unknown; a row is no draw from a normal
+        TypeError, ValueError: an argument has a wrong type, or a name is unknown; a row is no draw from a normal
             distribution around a mean of x and m, because it has history or a learned variance; no row has noise.
 
     Examples:
@@ -92,9 +92,9 @@ class StepLogProb:
         """The log-probability of each sample's step from x to prev.
 
         Args:
-            model_output: m, (batch, ...), as x, or of a lower precision. Where guidance is used, the guided output.
+            model_output: m, (batch, ...), like x, or of a lower precision. Where guidance is used, the guided output.
             x: where the step starts, (batch, ...), float32, float16 or bfloat16.
-            prev: where the step arrived, as x.
+            prev: the step's result, like x.
             row: the table's row of each sample, int64 (batch,), or one int for all.
 
         Returns:
@@ -102,7 +102,7 @@ class StepLogProb:
             reference is differentiable in all three.
 
         Raises:
-            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range; a row has
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; a row has
                 no noise, or its step does not depend on m; x or prev requires a gradient. Rows on a GPU are not
                 checked: there, a row without noise gives NaN or infinity.
         """

@@ -84,7 +84,7 @@ class TimestepSampler:
             LogitNormal and Mode.
 
         Raises:
-            TypeError, ValueError: an argument of another type, or out of range.
+            TypeError, ValueError: an argument has a wrong type or is out of range.
         """
         checks.integer("batch_size", batch_size, _PLACES, "2^56")
         checks.integer("seed", seed, 2**64, "2^64")
@@ -209,7 +209,7 @@ class LossSecondMoment(_Weighted):
         uniform_probability: the share of the probability that is spread evenly over all timesteps, in (0, 1].
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> sampler = LossSecondMoment(1000)
@@ -239,7 +239,7 @@ class LossSecondMoment(_Weighted):
         return (1 - self.uniform_probability) * root / total + self.uniform_probability * uniform
 
     def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
-        """Raises TypeError and ValueError for arguments that have another type, shape or dtype, or are out of range."""
+        """Raises TypeError and ValueError for arguments that have a wrong type, shape or dtype, or are out of range."""
         checks.tensor("t", t)
         checks.samples("losses", losses)
         if losses.dim() != 1:
@@ -299,7 +299,7 @@ class LogitNormal(_Density):
         logit_std: finite, above 0.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> sampler = LogitNormal(1000, logit_mean=0.5)
@@ -333,7 +333,7 @@ class Mode(_Density):
         mode_scale: in [-1, 2 / (pi - 2)].
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> sampler = Mode(1000, mode_scale=0.8)

@@ -53,7 +53,7 @@ class LossMethods(Process):
             model: model(x_t, t, **model_kwargs) -> (batch, ...).
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
-            noise, rng: as in q_sample.
+            noise, rng: see q_sample.
             loss: "mse", "l1" or "huber". Or the variational bound alone, with a gradient in the mean as well. "vlb" is
                 the bound in bits per dimension, "rescaled_vlb" is `timesteps` times that. The mean of "rescaled_vlb"
                 over uniform t is the bound without the prior's term, which does not depend on the model.
@@ -73,7 +73,7 @@ class LossMethods(Process):
             A scalar loss, or (batch,), float32 (float64 for float64 samples).
 
         Raises:
-            TypeError, ValueError: an argument has another type, shape, dtype or device, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
         Examples:
             >>> gd = GaussianDiffusion(1000)

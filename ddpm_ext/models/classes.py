@@ -74,7 +74,7 @@ class Classes:
         """The model_kwargs of p_sample_loop for drawing these samples from a UNet2DModel: `class_labels`.
 
         Args:
-            samples, chosen: as in labels_of.
+            samples, chosen: see labels_of.
             guided: whether there is classifier-free guidance. Then the model gets the batch twice, first with the null
                 class and then with the samples' classes, so that the labels are (2 samples,).
             device: the device of the samples.

@@ -67,7 +67,7 @@ def normal_kl(
         A tensor of the broadcast shape, float32 (float64 if an argument is), at least 0.
 
     Raises:
-        TypeError, ValueError: no argument is a tensor, one has another type, dtype or device, or the shapes don't
+        TypeError, ValueError: no argument is a tensor, one has a wrong type, dtype or device, or the shapes don't
             broadcast.
 
     Examples:
@@ -106,7 +106,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
         log_scale, and also in x, as if x were continuous.
 
     Raises:
-        TypeError, ValueError: x is no tensor, an argument has another type, dtype or device, or the shapes don't
+        TypeError, ValueError: x is no tensor, an argument has a wrong type, dtype or device, or the shapes don't
             broadcast.
 
     Examples:

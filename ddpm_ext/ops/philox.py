@@ -31,8 +31,8 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
         int64 (..., 4), words in [0, 2^32).
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
-        ValueError: an argument has another number of words, or the shapes don't broadcast.
+        TypeError: an argument is no tensor or has a wrong dtype.
+        ValueError: an argument has a wrong number of words, or the shapes don't broadcast.
     """
     for name, words, count in (("counter", counter, 4), ("key", key, 2)):
         checks.tensor(name, words)

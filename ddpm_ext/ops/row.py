@@ -56,7 +56,7 @@ def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -
         each number as `dtype` (batch, 1, ...), except the draw, which is int64 (batch,).
 
     Raises:
-        ValueError: the table has another shape.
+        ValueError: the table has a wrong shape.
     """
     if table.dim() != 2 or table.shape[1] != WIDTH:
         raise ValueError(f"table has shape {tuple(table.shape)}, expected (rows, {WIDTH})")

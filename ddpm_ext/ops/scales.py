@@ -11,7 +11,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops import reference_scales
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.torch_library import is_recorded
+from ddpm_ext.ops.torch_library import is_traced
 
 
 def _need_grad(*tensors: Tensor | None) -> bool:
@@ -37,18 +37,18 @@ def x_start_scale(
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16, at least one element a sample.
-        model_output: as x_t, or of a lower precision. With None, the magnitudes are those of x_t itself.
+        model_output: like x_t, or of a lower precision. With None, the magnitudes are those of x_t itself.
         table: StepTable.packed, float32 (rows, 24), or None without model_output.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         quantile: in (0, 1].
         maximum: the largest bound, at least 1.
-        uncond_output, output_scale: as step_with_options's.
+        uncond_output, output_scale: see step_with_options.
 
     Returns:
         float32 (batch,). If an argument requires a gradient, torch's own operators compute it, differentiably.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
     Examples:
         >>> x_start_scale(2 * x_t, quantile=0.995).shape
@@ -63,7 +63,7 @@ def x_start_scale(
         )
     row, index = split_t(t)
     quantile, maximum = checks.real("quantile", quantile), checks.real("maximum", maximum)
-    call = torch.ops.ddpm_ext.x_start_scale if is_recorded() else C.x_start_scale
+    call = torch.ops.ddpm_ext.x_start_scale if is_traced() else C.x_start_scale
     return call(x_t, model_output, table, row, index, quantile, maximum, uncond_output, output_scale)
 
 
@@ -75,7 +75,7 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
 
     Args:
         model_output: m, (batch, ...), float32, float16 or bfloat16, at least two elements a sample.
-        uncond_output: u, as model_output.
+        uncond_output: u, like model_output.
         guidance: the scale of classifier-free guidance.
         rescale: phi of the paper, in [0, 1].
 
@@ -83,7 +83,7 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
         float32 (batch,). If an argument requires a gradient, torch's own operators compute it, differentiably.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
 
     Examples:
         >>> output_scale(x_t, 0.9 * x_t, guidance=3.0, rescale=0.7).shape
@@ -93,5 +93,5 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
     checks.tensor("uncond_output", uncond_output)
     if _need_grad(model_output, uncond_output):
         return reference_scales.output_scale(model_output, uncond_output, guidance=guidance, rescale=rescale)
-    call = torch.ops.ddpm_ext.output_scale if is_recorded() else C.output_scale
+    call = torch.ops.ddpm_ext.output_scale if is_traced() else C.output_scale
     return call(model_output, uncond_output, guidance, rescale)

@@ -28,7 +28,7 @@ class DynamicThreshold:
         maximum: the largest bound, at least 1, which is diffusers' sample_max_value.
 
     Raises:
-        TypeError, ValueError: an argument has another type or is out of range.
+        TypeError, ValueError: an argument has a wrong type or is out of range.
 
     Examples:
         >>> clip = DynamicThreshold(quantile=0.995, maximum=10.0)

@@ -45,13 +45,13 @@ class Loops:
     """Sampling loops of a model that differ only in their step tables.
 
     Args:
-        diffusion, model, device: as for p_sample_loop.
+        diffusion, model, device: see p_sample_loop.
         shape: the shape of a batch.
         rng: seed and first sample id. Each batch continues the sample ids of the previous batch.
         options: further options of p_sample_loop, for all loops.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range, or a model that returns its variance.
+        TypeError, ValueError: an argument has a wrong type or is out of range, or a model that returns its variance.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> l
 
     Args:
         error: returns the error of a table with these timesteps.
-        timesteps, steps: as for spaced.
+        timesteps, steps: see spaced.
     """
     error_of: dict[Timesteps, float] = {}
 

@@ -338,10 +338,10 @@ def tune(
     mean of the nearest 90 %.
 
     Args:
-        diffusion, model: as for p_sample_loop. The model is called in its current mode, so call eval() on a network.
+        diffusion, model: see p_sample_loop. The model is called in its current mode, so call eval() on a network.
         shape: of a batch, (batch, ...).
         steps: the number of model calls in a loop with the table, from 1 to the diffusion's timesteps.
-        guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: as for p_sample_loop. Use the values of
+        guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: see p_sample_loop. Use the values of
             the loops that will take the table. The table is fitted to them, and a loop with another guidance or clip
             warns.
         seeds: the number of samples to fit to, rounded up to whole batches. As many again are held out, and half as
@@ -353,8 +353,8 @@ def tune(
         Tuned. The notes of its table say what the table was made for.
 
     Raises:
-        TypeError, ValueError: an argument of another type, or out of range; a learned variance; a teacher that has not
-            converged, such as that of an untrained model.
+        TypeError, ValueError: an argument has a wrong type or is out of range; the variance is learned; or the teacher
+            has not converged, for example because the model is untrained.
 
     Examples:
         >>> gd = GaussianDiffusion(1000)
