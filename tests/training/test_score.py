@@ -188,12 +188,12 @@ def test_a_worse_score_leaves_the_best(tmp_path, monkeypatch):
 
 def test_scores_of_other_features_are_forgotten():
     first, other = Scores(TrainOptions(score_count=9)), Scores(TrainOptions(score_count=8))
-    first.of = {3: 2.0, 5: 1.0, 7: 1.0}
+    first.by_step = {3: 2.0, 5: 1.0, 7: 1.0}
     assert first.best == (5, 1.0) and other.best is None
     again = Scores(TrainOptions(score_count=9))
     again.restore(json.loads(json.dumps(first.state())))
     other.restore(first.state())
-    assert (again.of, other.of) == (first.of, {})
+    assert (again.by_step, other.by_step) == (first.by_step, {})
 
 
 def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
