@@ -204,7 +204,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             options: p_sample_loop's, except record, callback and graph="loop".
 
         Raises:
-            TypeError, ValueError: see p_sample_loop, before the first step.
+            TypeError, ValueError: see p_sample_loop. They are raised before the first step.
 
         Examples:
             >>> loop = GaussianDiffusion(1000).sample_progressive(model, (4, 3, 8, 8), sampler="ddim", steps=4)

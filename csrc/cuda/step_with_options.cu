@@ -237,9 +237,9 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// A thread advances by `apart` elements from one turn (loop iteration) to the next. With Access::strided, it begins
-// with four of a sample's first `pixels` elements, and its next turn may be the same pixels of the next channel
-// (channels_in_turn).
+// A thread's turns (loop iterations) are `apart` elements apart. With Access::strided, the threads of a sample begin at
+// its first `pixels` elements, four each. If these are one channel (channels_in_turn), `apart` is `pixels`, so a thread
+// processes the same pixels of all channels. If channels_last > 0, PixelWords replaces both.
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_LARGEST_JSON = 2**28
-_ABANDONED = 3600.0  # A killed process left any temporary file that was not written for this many seconds.
+_LARGEST_JSON = 2**28  # bytes
+_ABANDONED = 3600.0  # seconds without a write after which a temporary file counts as left by a killed process
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

@@ -22,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-_MEETING = timedelta(minutes=30)  # the timeout for all ranks to start and load their models
-_WORK = timedelta(days=365)  # no limit in practice: closed connections show at once that a rank has died
-_POLL = 0.1  # seconds
+_EXCHANGE = timedelta(minutes=30)  # the timeout of an exchange; other ranks may still be starting or loading a model
+# The timeout of wait_for_all: no limit in practice. A closed connection shows a rank's death at once.
+_WAIT = timedelta(days=365)
+_POLL = 0.1  # seconds between two calls of wait_for_all's `meanwhile`
 KEPT = "what was finished is kept: run the same command again to go on"
 """The end of the message of a run that has ended early."""
 _LOST = f"another rank ended before the work was done (its own message, if it had one, says why); {KEPT}"
-# Barriers that another rank never reached, with their groups: freeing a barrier would wait for that rank.
+# (Ranks, barrier) of each wait_for_all that an exception ended. Kept: freeing a barrier waits for the other ranks.
 _UNFINISHED: list[Any] = []
 
 
@@ -39,7 +40,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0
-    # The process group for objects, or None for the default group; and the group on which ranks wait for the end.
+    # _talk: the process group for exchanges, None for the default group. _at_the_end: the group of wait_for_all.
     _talk: Any = field(default=None, repr=False, compare=False)
     _at_the_end: Any = field(default=None, repr=False, compare=False)
 
@@ -51,8 +52,8 @@ class Ranks:
     def share(self, make: Callable[[], T]) -> T:
         """Calls make() on rank 0 only, and returns its result on all ranks.
 
-        If it raises, only rank 0 raises the exception, so that it is reported once; the others raise SystemExit(2).
-        Raises ConnectionError if a rank is lost.
+        If make() raises, only rank 0 raises the exception, so that it is reported once; the other ranks raise
+        SystemExit(2). Raises ConnectionError if a rank is lost.
         """
         if self.size == 1:
             return make()
@@ -122,7 +123,7 @@ class Ranks:
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
         """Waits until every rank has called this, and calls `meanwhile` from time to time until then.
 
-        Raises ConnectionError as soon as a rank is lost, and whatever `meanwhile` raises.
+        Raises ConnectionError as soon as a rank is lost, and any exception of `meanwhile`.
         """
         if self.size == 1:
             return
@@ -163,8 +164,8 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal() or not low <= int(text) < high:
-        shown = "nothing" if text is None else text
-        raise ValueError(f"{name}: got {shown} in the environment, expected a whole number in [{low}, {high})")
+        got = "nothing" if text is None else text
+        raise ValueError(f"{name}: got {got} in the environment, expected a whole number in [{low}, {high})")
     return int(text)
 
 
@@ -181,18 +182,18 @@ def join() -> Iterator[Ranks]:
     A process group that the caller has initialized is used and not destroyed. Raises ValueError if WORLD_SIZE, RANK and
     LOCAL_RANK do not fit together, and ConnectionError if the other ranks don't start.
     """
-    this = ranks()
-    if this.size == 1:
-        yield this
+    process_ranks = ranks()
+    if process_ranks.size == 1:
+        yield process_ranks
         return
     if distributed.is_initialized():  # The caller's group may be for GPUs only, so groups for objects are created.
-        talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_MEETING, _WORK))
-        yield replace(this, _talk=talk, _at_the_end=at_the_end)
+        talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_EXCHANGE, _WAIT))
+        yield replace(process_ranks, _talk=talk, _at_the_end=at_the_end)
         return
     with _lost_ranks():
-        distributed.init_process_group("gloo", timeout=_MEETING)
-        this = replace(this, _at_the_end=distributed.new_group(timeout=_WORK))
+        distributed.init_process_group("gloo", timeout=_EXCHANGE)
+        process_ranks = replace(process_ranks, _at_the_end=distributed.new_group(timeout=_WAIT))
     try:
-        yield this
+        yield process_ranks
     finally:
         distributed.destroy_process_group()

@@ -112,7 +112,7 @@ def _tuned(options: argparse.Namespace, model: LoadedModel, scale: float | None)
 
 
 def tune_command(options: argparse.Namespace, steps: object, scale: float | None) -> str:
-    """The command line that tunes tables of `steps` to the options' model at this scale of guidance."""
+    """The `ddpm-ext tune` command for tables of the options' model, with these steps and this scale of guidance."""
     command = ["ddpm-ext", "tune", "--model", options.model, "--steps", str(steps)]
     command += [] if scale in (None, 1) else ["--guidance", f"{scale:g}"]
     null = getattr(options, "null_class", None)
@@ -128,7 +128,7 @@ def load_table(path: str) -> StepTable:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """The name of the loop's steps in a picture: the sampler's, or the table's file name."""
+    """The name in a picture's title: the sampler's, or the table's file name."""
     return options.sampler if options.table is None else Path(options.table).name
 
 

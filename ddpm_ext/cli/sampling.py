@@ -44,8 +44,8 @@ class Loaded:
     chosen: tuple[int, ...]
     captured: dict[tuple[int, ...], tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
 
-    def last_samples(self, called: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
-        """The final samples of p_sample_loop with these options. called: the model, or a wrapper of it.
+    def last_samples(self, unet: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
+        """The final samples of p_sample_loop with these options. unet: the model, or a wrapper of it.
 
         If the options ask for a CUDA graph, all loops of the same shape share one captured loop. They may only differ
         in rng, start, noise, the known images and the tensors in model_kwargs.
@@ -53,14 +53,14 @@ class Loaded:
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
             if not options["graph"]:
-                return self.diffusion.p_sample_loop(called, shape, record="last", progress=progress, **options)
+                return self.diffusion.p_sample_loop(unet, shape, record="last", progress=progress, **options)
             if shape not in self.captured:
-                self.captured[shape] = self.diffusion.capture(called, shape, **options), options
-            loop, first = self.captured[shape]
-            if options.get("inpaint") is not None:  # the captured loop reads the tensor of its first call, not a copy
-                first["inpaint"].known.copy_(options["inpaint"].known)
-            changing = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}
-            return loop(options["rng"], progress=progress, **changing)
+                self.captured[shape] = self.diffusion.capture(unet, shape, **options), options
+            loop, captured_options = self.captured[shape]
+            if options.get("inpaint") is not None:  # the captured loop reads the tensor that it was captured with
+                captured_options["inpaint"].known.copy_(options["inpaint"].known)
+            replaced = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}
+            return loop(options["rng"], progress=progress, **replaced)
 
     def class_names(self, samples: range) -> list[str]:
         """The names of the samples' classes; empty for an unconditional model."""

@@ -94,7 +94,7 @@ class StepLogProb:
         Args:
             model_output: m, (batch, ...), like x, or of a lower precision. Where guidance is used, the guided output.
             x: where the step starts, (batch, ...), float32, float16 or bfloat16.
-            prev: where the step arrived, like x.
+            prev: the step's result, like x.
             row: the table's row of each sample, int64 (batch,), or one int for all.
 
         Returns:

@@ -1,6 +1,6 @@
-"""The operators: one kernel launch each, and a twin of each in plain torch (`reference`). They depend on no schedule.
+"""The operators: one kernel launch each, and a twin of each in torch's operators (`reference`). They know no schedule.
 
-Eager calls go through pybind11, compiled calls through torch.ops.ddpm_ext; `fused` has both.
+Eager calls go through pybind11; calls under torch.compile go through torch.ops.ddpm_ext. `fused` has both.
 """
 
 from ddpm_ext.ops.fused import (

@@ -1,4 +1,4 @@
-"""GPUs: those that the compiled module has code for, and the streams and graphs that read the memory of tables."""
+"""GPUs: which ones the compiled module has code for, and which streams and graphs still read a table's memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.ops.extension import BUILT, mend
-from ddpm_ext.ops.torch_library import is_recorded
+from ddpm_ext.ops.torch_library import is_traced
 
-CAPTURING = ("cuda",)  # the types of devices whose calls a graph can capture
-_captured: dict[int, Tensor] = {}  # {id: tensor} of the tensors that CUDA graphs read, which are never freed
-# {owner: {(device, stream): number of the owner's tensors that were recorded for the stream}}
-_recorded: WeakKeyDictionary[object, dict[tuple[torch.device, int], int]] = WeakKeyDictionary()
+GRAPH_DEVICES = ("cuda",)  # device types whose work a CUDA graph can capture
+_captured: dict[int, Tensor] = {}  # tensors that CUDA graphs read, by id: never freed
+# {owner: {(device, stream): the number of the owner's tensors when record_stream was last called}}
+_stream_counts: WeakKeyDictionary[object, dict[tuple[torch.device, int], int]] = WeakKeyDictionary()
 
 
 def runs_on(capability: tuple[int, int], archs: str) -> bool:
-    """Whether code for these architectures, such as "8.0 9.0+PTX", runs on a GPU of a compute capability.
+    """Whether code for these architectures, such as "8.0 9.0+PTX", runs on a GPU of this compute capability.
 
-    Machine code runs on GPUs of its own major version with the same or a later minor version. PTX runs on all later
-    GPUs. Code for one architecture alone, such as 9.0a, runs on no other. The result is True for names such as
+    Machine code runs on GPUs of the same major version with the same or a later minor version. PTX runs on all later
+    GPUs. Code for an architecture with an "a", such as 9.0a, runs on no other. The result is True for names such as
     "Hopper", which only torch's builder can resolve.
     """
     for arch in archs.split():
@@ -57,7 +57,7 @@ def lacks_code_for(index: int | None) -> str:
 
 def check_card(device: torch.device) -> None:
     """Raises ValueError for a GPU that the module has no code for."""
-    if device.type == "cuda" and not is_recorded() and (why := lacks_code_for(device.index)):
+    if device.type == "cuda" and not is_traced() and (why := lacks_code_for(device.index)):
         raise ValueError(f"device is {device}, expected one that can run the kernels: {why}")
 
 
@@ -72,17 +72,17 @@ def _stream_number(device: torch.device) -> int:
 
 
 def in_use(owner: object, tensors: Mapping[Any, Tensor], device: torch.device) -> None:
-    """Records that the device's current stream reads an owner's tensors. A cache may evict the tensors meanwhile.
+    """Protects an owner's tensors, which the device's current stream reads: a cache may evict them before it has.
 
     If a CUDA graph is being captured, each replay will read the tensors, so they are kept alive for good. Otherwise the
-    allocator is told the stream: it then does not reuse the tensors' memory before the stream has read it.
+    allocator is told the stream (record_stream), and does not reuse the tensors' memory before the stream has read it.
     """
-    if is_recorded() or device.type not in CAPTURING:
+    if is_traced() or device.type not in GRAPH_DEVICES:
         return
     if stream_captures():
         _captured.update({id(x): x for x in list(tensors.values()) if x.device == device})
         return
-    counts, stream = _recorded.setdefault(owner, {}), (device, _stream_number(device))
+    counts, stream = _stream_counts.setdefault(owner, {}), (device, _stream_number(device))
     if counts.get(stream) != len(tensors):
         counts[stream] = len(tensors)
         for x in list(tensors.values()):

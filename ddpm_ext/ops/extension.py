@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1]  # the package's folder, where setu
 
 
 def in_sources() -> bool:
-    """Whether this package is in its source folder. Python imports it from there if it runs in that folder."""
+    """Whether this package lies in its source folder. Python imports it from there when it runs in that folder."""
     return (FOLDER.parent / "setup.py").is_file() and (FOLDER.parent / "csrc").is_dir()
 
 
@@ -36,7 +36,7 @@ def mend(variables: str = "") -> str:
 
 
 def installed() -> Path | None:
-    """The folder on sys.path of another, compiled ddpm_ext, such as one that `pip install .` installed; or None."""
+    """The folder of a second, compiled ddpm_ext on sys.path, such as `pip install .` installs; or None."""
     for folder in map(Path, sys.path):
         package = folder / FOLDER.name
         if package.resolve() != FOLDER and PathFinder.find_spec(NAME, [str(package)]) is not None:
@@ -61,7 +61,7 @@ def describe(version: str, cuda: str | None) -> str:
     return f"torch {version} {f'with CUDA {cuda}' if cuda else 'without CUDA'}"
 
 
-def fits(built: dict[str, Any]) -> bool:
+def is_compatible_with(built: dict[str, Any]) -> bool:
     """Whether the module can run with this torch. Torch's C++ interface changes with each minor version."""
     if built["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
         return False
@@ -77,13 +77,16 @@ def load() -> tuple[ModuleType, dict[str, Any]]:
         raise ImportError(missing(), name=NAME)
     try:
         built = json.loads(Path(spec.origin).with_suffix(".json").read_text())
-        fit = fits(built)
+        is_compatible = is_compatible_with(built)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         text = f"ddpm_ext's compiled module does not say what it was built for; {mend()}"
         raise ImportError(text, name=NAME) from None
-    if not fit:
-        was, now = describe(built["torch"], built["torch_cuda"]), describe(torch.__version__, torch.version.cuda)
-        raise ImportError(f"ddpm_ext was compiled for {was} and this is {now}; {mend()}", name=NAME)
+    if not is_compatible:
+        built_for, running = (
+            describe(built["torch"], built["torch_cuda"]),
+            describe(torch.__version__, torch.version.cuda),
+        )
+        raise ImportError(f"ddpm_ext was compiled for {built_for} and this is {running}; {mend()}", name=NAME)
     try:
         return importlib.import_module(NAME), built
     except ImportError as error:

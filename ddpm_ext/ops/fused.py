@@ -1,7 +1,7 @@
 """The operators in Python: one launch each, on a CPU or a GPU. `reference` has a twin of each, with the same name.
 
-Eager calls go through pybind11. They use torch's dispatcher only for gradients, tensor subclasses and modes. Compiled
-calls go through torch.ops.ddpm_ext.
+Eager calls go through pybind11. They use torch's dispatcher only for gradients, tensor subclasses and modes. Calls
+that torch.compile or torch.jit.trace traces go through torch.ops.ddpm_ext.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def reverse_step(
         rng: the source of drawn noise (stream 0, the row's draw). With None, torch's default CPU generator draws a
             seed.
         add_noise: False gives the mean.
-        out: receives the result, like x_t. It may be x_t. With `out`, gradients are not recorded.
+        out: a tensor like x_t for the result, or x_t itself. With `out`, no input may require a gradient.
 
     Returns:
         x_{t-1}, like x_t. Differentiable in x_t, model_output and noise.
@@ -74,7 +74,7 @@ def reverse_step(
     row, index = split_t(t)
     low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
-    if not _registration.is_recorded():
+    if not _registration.is_traced():
         return _step(x_t, model_output, table, *arguments, out=out)
     if out is None:
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
@@ -98,17 +98,17 @@ class TableStep(CalledTableStep):
 
     Args:
         table, clip, noise, rng, add_noise: see reverse_step.
-        on_host: the same table on the CPU, which must not be changed. For an int t, the row is then an argument of the
-            launch, and the kernel does not load it from memory.
+        on_host: the same table on the CPU, which must not be changed. If it is there and t is an int, the row is an
+            argument of the launch, and the kernel does not load it from memory.
 
     Attributes:
-        check: (x_t, row, index, out=None) raises the errors that `take` would raise for these arguments, so that they
-            come before a model is called. It does nothing if torch.compile or torch.jit.trace records. `row` and
-            `index` are the results of split_t.
-        take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, as reverse_step. The inputs are
+        check: (x_t, row, index, out=None) raises the errors that `take` would raise for these arguments, so that the
+            errors come before a model is called. It does nothing if torch.compile or torch.jit.trace traces the call.
+            `row` and `index` are the results of split_t.
+        take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, like reverse_step. The inputs are
             the tensors and flags of step_with_options, where None counts as missing, and `noise`. `quantile` and
             `maximum` replace x_start_scale, and `guidance` and `rescale` replace output_scale: another launch before
-            the step computes these factors. With any input but noise, no gradients are recorded.
+            the step computes these factors. With any input but noise, gradients are not recorded.
     """
 
     operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
@@ -131,7 +131,7 @@ class TableStep(CalledTableStep):
         self._source = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        if _registration.is_recorded():
+        if _registration.is_traced():
             return
         checks.tensor("x_t", x_t)
         checks.tensors(out=out)
@@ -147,7 +147,7 @@ class TableStep(CalledTableStep):
         noise: Tensor | None,
         inputs: dict[str, Any],
     ) -> Tensor:
-        if _registration.is_recorded():
+        if _registration.is_traced():
             return super()._launch(x_t, model_output, row, index, out, noise, inputs)
         checks.tensor("x_t", x_t)
         checks.tensors(model_output=model_output, t=row, out=out)
@@ -155,7 +155,7 @@ class TableStep(CalledTableStep):
         if noise is not None:
             source = noise, source[1] and not self._fresh, *source[2:]
         elif self._fresh:
-            source = None, True, *fresh_arguments(STREAM_REVERSE, x_t.device, recorded=False)
+            source = None, True, *fresh_arguments(STREAM_REVERSE, x_t.device, maybe_traced=False)
         arguments = x_t, model_output, self._table, row, index, *self._ends, *source
         if model_output is not None and not inputs:
             return _step(*arguments, out=out, on_host=self._on_host)
@@ -184,10 +184,10 @@ def forward_process(
         noise: replaces drawn noise, like x_start.
         rng: the source of drawn noise (stream 2, draw t). With None, torch's default CPU generator draws a seed.
         add_noise: False gives k0 x_start.
-        out: receives the result, like x_start. It may be x_start. With `out`, gradients are not recorded.
+        out: a tensor like x_start for the result, or x_start itself. With `out`, no input may require a gradient.
 
     Returns:
-        as x_start. Differentiable in x_start and noise.
+        A tensor like x_start. Differentiable in x_start and noise.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
@@ -201,7 +201,7 @@ def forward_process(
     checks.tensor("table", table)
     row, index = split_t(t)
     arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD, x_start.device))
-    if not _registration.is_recorded():
+    if not _registration.is_traced():
         if out is None:
             return C.forward_process(x_start, table, *arguments)
         C.forward_process_out(x_start, table, *arguments, out)
@@ -238,5 +238,5 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
 def _affine(op: str, tensors: dict[str, Tensor], table: Tensor, t: int | Tensor) -> Tensor:
     for name, tensor in (tensors | {"table": table}).items():
         checks.tensor(name, tensor)
-    call = getattr(torch.ops.ddpm_ext if _registration.is_recorded() else C, op)
+    call = getattr(torch.ops.ddpm_ext if _registration.is_traced() else C, op)
     return call(*tensors.values(), table, *split_t(t))

@@ -44,7 +44,7 @@ def diffusion_loss(
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         loss: the function of a difference d. "mse" is d^2, "l1" is |d|, and "huber", as torch's, is d^2 / 2 where |d|
             <= delta, else delta (|d| - delta / 2).
-        noise: z, like x_start. With None, `rng` draws it (stream 2, draw t), the rng of the model's input.
+        noise: z, like x_start. With None, `rng` draws it (stream 2, draw t), and must be the rng of the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
         variational: whether to add a term of the variational bound, which needs x_start. The model's output may then
             have twice the channels, with the variance in the second half.
@@ -86,7 +86,7 @@ class LossStep:
         The other arguments are those of diffusion_loss.
 
     Attributes:
-        noise: the noise, if the caller gave it or `noised` has stored it. None: both launches draw it.
+        noise: the noise that the caller passed or `noised` has stored. With None, both launches draw it.
 
     Raises:
         TypeError, ValueError: t, noise or rng has a wrong type or is out of range; x_start or noise requires a
@@ -110,21 +110,21 @@ class LossStep:
     ) -> None:
         self._rows = x_start, table
         self._t = (t, 0) if isinstance(t, Tensor) else split_t(t)
-        self._recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+        self._traced = torch.compiler.is_compiling() or torch._C._is_tracing()
         self.noise: Tensor | None = None
         self._rng: Sequence[Any]
         if noise is None and rng is None:
-            self._rng = fresh_arguments(STREAM_FORWARD, device, self._recorded)
+            self._rng = fresh_arguments(STREAM_FORWARD, device, self._traced)
         else:
             self.noise, _, *self._rng = noise_arguments(noise, rng, False, STREAM_FORWARD, device)
         if torch.is_grad_enabled():
-            for name, given in (("x_start", x_start), ("noise", noise)):
-                if given is not None and given.requires_grad:
+            for name, tensor in (("x_start", x_start), ("noise", noise)):
+                if tensor is not None and tensor.requires_grad:
                     raise ValueError(
                         f"diffusion_loss: {name} requires a gradient, expected none (backend='reference' has it)"
                     )
-        self._kind = LOSSES.index(loss), float(delta)
-        self._how = REDUCTIONS.index(reduction), variational, detach_mean
+        self._loss_kind = LOSSES.index(loss), float(delta)
+        self._reduction_options = REDUCTIONS.index(reduction), variational, detach_mean
         self._overwrite_noise = False
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
@@ -132,10 +132,10 @@ class LossStep:
 
         Args:
             keep_noise: whether to store the noise on a CPU, where reading it takes less time than drawing it again.
-                It is stored for a float32 x_t that is neither recorded nor differentiated. The loss's launch overwrites
-                it with the gradient, so the peak of memory does not rise.
+                It is stored only for a float32 x_t that is neither traced nor differentiated. The loss's launch
+                overwrites it with the gradient, so the peak of memory does not rise.
         """
-        if self._recorded:
+        if self._traced:
             return torch.ops.ddpm_ext.forward_process(
                 x_start, table, *self._t, self.noise, self.noise is None, *self._rng
             )
@@ -148,10 +148,10 @@ class LossStep:
 
     def loss(self, model_output: Tensor) -> Tensor:
         """diffusion_loss of the model's output."""
-        arguments = (model_output, *self._rows, *self._t, *self._kind, self.noise, *self._rng)
-        reduction, variational, detach_mean = self._how
+        arguments = (model_output, *self._rows, *self._t, *self._loss_kind, self.noise, *self._rng)
+        reduction, variational, detach_mean = self._reduction_options
         want_slope = torch.is_grad_enabled() and model_output.requires_grad
-        if not self._recorded:
+        if not self._traced:
             flags = (reduction, want_slope, variational, detach_mean, self._overwrite_noise)
             return _DiffusionLoss.apply(flags, *arguments)
         return torch.ops.ddpm_ext.diffusion_loss(
@@ -181,16 +181,16 @@ class _DiffusionLoss(torch.autograd.Function):
 def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
     """slope times grad as `dtype`, by one operation.
 
-    The result has the slope's memory, unless that is `shared` or the graph is retained.
+    The result has the slope's memory, unless this memory is `shared` or the graph is retained.
     """
-    plain = checks.is_plain(grad)
+    is_plain = checks.is_plain(grad)
     # A retained graph may need the slope again.
-    retained = shared or not plain or torch._C._autograd._get_current_graph_task_keep_graph()
-    if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
+    retained = shared or not is_plain or torch._C._autograd._get_current_graph_task_keep_graph()
+    if is_plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
         return slope.to(dtype, copy=retained) if retained or slope.dtype != dtype else slope
     factor = _registration.by_sample(grad, slope)
     if slope.dtype == dtype:
         return slope * factor if retained else slope.mul_(factor)
-    if not plain:
+    if not is_plain:
         return (slope * factor).to(dtype)
     return torch.mul(slope, factor, out=torch.empty_like(slope, dtype=dtype))

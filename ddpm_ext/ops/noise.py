@@ -33,9 +33,9 @@ class Philox:
             on the samples' device. 0 <= id < 2^56.
         draw: replaces the timestep, 0 <= draw < 2^32. Or an int64 tensor of shape () on the samples' device or on the
             CPU, which each launch reads; a captured training step adds one to it. Sampling loops reject it.
-        stream: replaces the operation's own stream, 0 <= stream < 256. The reverse step has stream 0, the starting
-            noise 1, the forward process 2; callers may use 16 and up. Sampling loops reject it. Timesteps of training
-            (3), offset noise (4) and input perturbation (5) always have their own streams.
+        stream: replaces the operation's stream, 0 <= stream < 256. The reverse step has stream 0, the starting noise 1,
+            the forward process 2; callers may use 16 and up. Sampling loops reject it. It does not replace the streams
+            of training timesteps (3), offset noise (4) and input perturbation (5).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range. The values of a tensor are checked at
@@ -96,14 +96,14 @@ class Philox:
         return seed, self.first_id if self.sample_ids is None else self.sample_ids
 
     def numbers(self) -> tuple[int | None, ...] | None:
-        """The numbers that determine the noise, as a cache key. None if one is a tensor, whose values may change."""
+        """The numbers that determine the noise, for a cache key. None if one is a tensor, whose values may change."""
         draw = self.draw
         if self.seed is not None or self.sample_ids is not None or (draw is not None and isinstance(draw, Tensor)):
             return None
         return self.seed_value, self.first_id, self.stream, draw
 
     def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
-        """The operators' arguments. The object's own stream and draw take precedence over those given here."""
+        """The operators' arguments. The Philox's stream and draw, if it has any, replace the parameters."""
         if self.stream is not None:
             stream = self.stream
         draw_data = self.draw if isinstance(self.draw, Tensor) else None
@@ -127,12 +127,12 @@ def check_rng(rng: object) -> None:
 
 
 def rng_of_many(rng: Philox | None, device: torch.device) -> Philox:
-    """The checked rng of a loop, or a fresh one for None. Raises as check_rng_of_many."""
+    """The rng of a loop, checked by check_rng_of_many. For None, a Philox with a fresh seed."""
     return fresh_rng(device) if rng is None else check_rng_of_many(rng)
 
 
 def check_rng_of_many(rng: object) -> Philox:
-    """Returns rng. Raises TypeError unless it is a Philox, and ValueError if it has its own draw or stream."""
+    """Returns rng. Raises TypeError unless it is a Philox, and ValueError if it has a draw or a stream."""
     check_rng(rng)
     assert isinstance(rng, Philox)
     if rng.draw is not None or rng.stream is not None:
@@ -157,7 +157,7 @@ def is_differentiated() -> bool:
 
 
 def _seed_of_torch() -> Tensor:
-    """A seed drawn by torch's own operator, int64 ().
+    """A seed drawn by torch.randint, int64 ().
 
     A function traced by torch.jit draws a new seed in each call. In vmap it depends on the option `randomness`: "error"
     raises torch's RuntimeError, "same" draws one seed, "different" draws one for each slice.
@@ -165,23 +165,23 @@ def _seed_of_torch() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None:
-    """A fresh seed, int64 (), if an int would become a constant of a recorded graph. Otherwise None.
+def seed_in_memory(device: torch.device, maybe_traced: bool = True) -> Tensor | None:
+    """A fresh seed, int64 (), if an int would become a constant of a traced or captured graph. Otherwise None.
 
-    Compiled code draws it by an operator. During the capture of a CUDA graph, torch's default generator of the device
-    draws it there, so that each replay draws another seed.
+    Code of torch.compile draws the seed by an operator. During the capture of a CUDA graph, the device's default
+    generator draws it on the device, so that each replay draws a different seed.
 
     Args:
-        recorded: False if the caller has checked that neither torch.compile nor torch.jit.trace records.
+        maybe_traced: False if the caller has checked that neither torch.compile nor torch.jit.trace traces the call.
     """
-    if recorded and torch.compiler.is_compiling():
+    if maybe_traced and torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
     # The first test, whether there is any transform, saves a call in most cases.
-    if (recorded and torch._C._is_tracing()) or (
+    if (maybe_traced and torch._C._is_tracing()) or (
         get_interpreter_stack() is not None and in_transform(TransformType.Vmap)
     ):
         return _seed_of_torch()
-    if device.type in cards.CAPTURING and cards.stream_captures():
+    if device.type in cards.GRAPH_DEVICES and cards.stream_captures():
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
     return None
 
@@ -189,15 +189,15 @@ def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None
 def fresh_rng(device: torch.device) -> Philox:
     """A Philox with a fresh seed for samples on `device`.
 
-    The seed is from torch's default CPU generator, or during the capture of a CUDA graph from the device's.
+    torch's default CPU generator draws the seed; during the capture of a CUDA graph, the device's default generator.
     """
     seed = seed_in_memory(device)
     return Philox(random_seed() if seed is None else seed)
 
 
-def fresh_arguments(stream: int, device: torch.device, recorded: bool = True) -> RngArguments:
+def fresh_arguments(stream: int, device: torch.device, maybe_traced: bool = True) -> RngArguments:
     """fresh_rng(device).arguments(stream), without creating the Philox."""
-    seed = seed_in_memory(device, recorded)
+    seed = seed_in_memory(device, maybe_traced)
     return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1, None
 
 
@@ -247,7 +247,7 @@ def randn(
     Args:
         shape: (batch, ...).
         rng: seed and sample ids. With None, torch's default CPU generator draws a seed.
-        draw, stream: the draw and stream of the noise. With None, those of rng, or 0 if it has none.
+        draw, stream: the draw and stream of the noise. With None, rng's draw and stream, or 0 if rng has none.
         device: the result's device. The values are the same on every device.
         dtype: float32, float16 or bfloat16. The noise is drawn in float32, then rounded.
 
@@ -265,8 +265,8 @@ def randn(
     """
     sizes = check_randn(shape, draw, stream, dtype)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        others = 'float64: backend="reference", or ddpm_ext.reference.randn'
-        raise TypeError(f"dtype is {dtype}, expected float32, float16 or bfloat16 ({others})")
+        alternatives = 'float64: backend="reference", or ddpm_ext.reference.randn'
+        raise TypeError(f"dtype is {dtype}, expected float32, float16 or bfloat16 ({alternatives})")
     if rng is not None:
         check_rng(rng)
     device = checks.device(device)

@@ -137,11 +137,11 @@ class LossStep:
         *,
         noise: Tensor | None,
         rng: Philox | None,
-        **how: Any,
+        **options: Any,
     ) -> None:
         source = {"noise": noise, "rng": fresh_rng(device) if noise is None and rng is None else rng}
         self._forward: dict[str, Any] = {"t": t, **source}
-        self._arguments: dict[str, Any] = {"x_start": x_start, "table": table, **self._forward, **how}
+        self._arguments: dict[str, Any] = {"x_start": x_start, "table": table, **self._forward, **options}
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
         return forward_process(x_start, table, **self._forward)
@@ -151,10 +151,10 @@ class LossStep:
 
 
 def _bound(x_start: Tensor, d: Tensor, v: Tensor | float, row: Sequence[Tensor]) -> Tensor:
-    """The row's weight times each element's term of the variational bound: eq. (5) of Ho et al. 2020, or in the
-    decoder's row eq. (13)."""
+    """The row's weight times each element's term of the variational bound: Ho et al. 2020, eq. (5), or eq. (13) in the
+    decoder's row."""
     weight, l0, l1, scale, decoder = row
-    log_variance = l0 + l1 * v  # minus that of the posterior, except in the decoder's row
+    log_variance = l0 + l1 * v  # minus the posterior's log-variance, except in the decoder's row
     g = -log_variance.clamp(-88, 87)
     divergence = (g.expm1() - g + g.exp() * scale * d**2) / 2
     likelihood = discretized_gaussian_log_likelihood(x_start, mean=x_start + scale * d, log_scale=log_variance / 2)

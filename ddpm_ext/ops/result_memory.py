@@ -1,9 +1,9 @@
-"""A pool of memory for large results on a CPU. Operators take the memory of freed results for later ones.
+"""A pool of memory for large results on a CPU. Operators reuse the memory of freed results for later results.
 
 The C library returns large blocks to the system when they are freed. A loop such as x = p_sample(model, x, t) would
-then get new pages for each result, which takes several times as long as the step. So results of 256 KiB and more come
-from a pool. It keeps up to eight freed blocks. If a result has a size that is not among them, the pool returns all of
-them to the system. The tensors are ordinary tensors.
+get new pages for each result, which takes several times as long as the step. So results of 256 KiB and more come from
+a pool. It keeps up to eight freed blocks. If no kept block has a new result's size, the pool returns all of them to the
+system. The tensors are ordinary tensors.
 
 The environment variable DDPM_EXT_RESULT_MEMORY limits the pool's free memory, in MiB. Default: 1024; 0: no pool.
 """
@@ -34,7 +34,7 @@ def _limit() -> int:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """As torch.empty_like, but with memory of the pool for a large x on a CPU."""
+    """Like torch.empty_like, but a large result on a CPU gets memory of the pool."""
     if is_compiling():
         return torch.empty_like(x)
     result: Tensor = C.empty_result_like(x)

@@ -11,7 +11,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops import reference_scales
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.torch_library import is_recorded
+from ddpm_ext.ops.torch_library import is_traced
 
 
 def _need_grad(*tensors: Tensor | None) -> bool:
@@ -63,7 +63,7 @@ def x_start_scale(
         )
     row, index = split_t(t)
     quantile, maximum = checks.real("quantile", quantile), checks.real("maximum", maximum)
-    call = torch.ops.ddpm_ext.x_start_scale if is_recorded() else C.x_start_scale
+    call = torch.ops.ddpm_ext.x_start_scale if is_traced() else C.x_start_scale
     return call(x_t, model_output, table, row, index, quantile, maximum, uncond_output, output_scale)
 
 
@@ -93,5 +93,5 @@ def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float
     checks.tensor("uncond_output", uncond_output)
     if _need_grad(model_output, uncond_output):
         return reference_scales.output_scale(model_output, uncond_output, guidance=guidance, rescale=rescale)
-    call = torch.ops.ddpm_ext.output_scale if is_recorded() else C.output_scale
+    call = torch.ops.ddpm_ext.output_scale if is_traced() else C.output_scale
     return call(model_output, uncond_output, guidance, rescale)

@@ -1,4 +1,4 @@
-"""The further inputs and results of step_with_options, which a plain step does not have: Python's list of them.
+"""Python's list of the optional inputs and results of step_with_options, which reverse_step does not have.
 
 A test compares the list with the signatures of ops.step_with_options and of its twin in `reference`, and with the
 compiled operator's schema. csrc/core/step_inputs.def is the list of the C++ side.
@@ -10,13 +10,13 @@ from enum import Enum
 
 
 class InputKind(Enum):
-    """The required kind of an input: its shape and dtype, and whether it is written."""
+    """What an optional input or result must be: its shape and dtype. "written" marks results."""
 
     LIKE_X = "x_t's shape and dtype"
     OF_MODEL = "x_t's shape, the model output's dtype"
     PER_SAMPLE = "float32 (batch,)"
     RESULT = "written, x_t's shape and dtype"
-    MODEL_INPUT = "written, x_t's shape or twice its batch, any dtype"
+    MODEL_INPUT = "written, x_t's shape, or that with twice the batch, any dtype"
     FLAG = "a bool"
 
 

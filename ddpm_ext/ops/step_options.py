@@ -13,11 +13,16 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
 from ddpm_ext.ops.result_memory import empty_like
-from ddpm_ext.ops.torch_library import NO_CLIP, is_recorded
+from ddpm_ext.ops.torch_library import NO_CLIP, is_traced
 
 
 def refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
-    """Raises ValueError for gradients in a compiled call, as the C++ side does in an eager call."""
+    """Raises ValueError if a tensor requires a gradient, in calls under torch.compile or jit.trace.
+
+    C++ checks eager calls.
+
+    recorder: what records no gradients, for the message.
+    """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
@@ -53,8 +58,9 @@ def step_with_options(
     """reverse_step with all options of a loop and the history of multistep samplers, in one launch.
 
     The row's equation is in ddpm_ext.tables.step_table; its u, v, g and H1 are uncond_output, model_variance, gradient
-    and history1. Further equations apply before, within and after it. In these, w is the row's scale of guidance, p is
-    the row's a x + b m or x_start if that is given, and signal_after and noise_after are the level at the row's end:
+    and history1. Three more equations apply before, within and after the row's. In these, w is the row's scale of
+    guidance, p is x_start or, without it, the row's a x + b m, and signal_after and noise_after are the levels of
+    signal and noise at the end of the step:
 
         m    = output_scale (u + w (m - u))                               before the row
         x0   = clip(x_start_scale p) + g0 g                               in place of the row's x0
@@ -70,7 +76,7 @@ def step_with_options(
         table: StepTable.packed, float32 (rows, 24).
         t, noise, rng, add_noise: see reverse_step.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
-        uncond_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, scale w - 1), like model_output.
+        uncond_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, of scale w - 1), like model_output.
         output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
         model_variance: v, the model's output for its variance, like model_output.
         log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]. Otherwise v is
@@ -82,14 +88,14 @@ def step_with_options(
         gradient: the gradient of a classifier's log-probability (Dhariwal & Nichol 2021), like x_t.
         known, mask: a clean sample, and its share of the result, from 0 to 1, both like x_t. The known sample gets the
             same noise z as the step.
-        out: receives the result, like x_t.
+        out: a tensor like x_t for the result.
         model_input: receives the model's next input, c_in prev. It has x_t's shape or twice its batch, and any of the
             three dtypes. With twice the batch, both halves receive the input.
         x0_out: receives the predicted clean sample, with the gradient's term, like x_t.
         history_out: receives the tensor that the row keeps, k0 x0 + k1 x + k2 m, like x_t.
 
-    Each of these four results that is as x_t may have the memory of an input with the same elements at the same
-    addresses: history_out may be history3.
+    out, x0_out, history_out and a model_input like x_t may have the memory of an input, if each element has the same
+    address in both: history_out may be history3.
 
     Returns:
         x_{t-1}, like x_t. Gradients are not recorded.
@@ -131,7 +137,7 @@ def step_with_options(
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
     if out is None:
         out = empty_like(x_t)
-    if not is_recorded():
+    if not is_traced():
         C.step_with_options(x_t, model_output, table, *arguments, out, *inputs.values(), None)
         return out
     refuse_grad("step_with_options", "it", x_t=x_t, noise=noise, **tensors)

@@ -30,7 +30,7 @@ class CalledTableStep:
     """See ops.fused.TableStep.
 
     Attributes:
-        operators: {name: operator} of the operators that it calls.
+        operators: {name: operator}, the operators that the object calls.
     """
 
     operators: ClassVar[dict[str, Callable[..., Any]]]
@@ -69,7 +69,7 @@ class CalledTableStep:
     def _with_scales(
         self, x_t: Tensor, model_output: Tensor | None, t: int | Tensor, inputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The inputs without None, and with the scales in place of the numbers that they are computed from."""
+        """The inputs that are not None. x_start_scale and output_scale replace the numbers that determine them."""
         tensors: dict[str, Any] = {}
         numbers: dict[str, float] = {}
         call = self.operators

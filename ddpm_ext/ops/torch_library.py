@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.torch_version import TORCH
-from ddpm_ext.ops import extension as _extension  # noqa: F401  the operators themselves
+from ddpm_ext.ops import extension as _extension  # noqa: F401  registers the operators
 from ddpm_ext.ops.row import row_numbers
 
 NO_CLIP = (-math.inf, math.inf)
@@ -17,8 +17,8 @@ _lib = torch.library
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # saves the look-up in each call
 
 
-def is_recorded() -> bool:
-    """Whether calls must go through torch.ops, because torch.compile or torch.jit.trace records them."""
+def is_traced() -> bool:
+    """Whether torch.compile or torch.jit.trace traces the call, so that it must go through torch.ops."""
     return _is_compiling() or _is_tracing()
 
 
@@ -112,10 +112,10 @@ _lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_con
 
 
 def _clamp_lets_edges_through() -> bool:
-    """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch, or 0.
+    """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch. Otherwise it is 0.
 
-    Its node is called without autograd's engine, whose threads would ask the driver for its GPUs as this module is
-    imported, and keep a forked process from any backward pass.
+    The clamp's autograd node is called directly. Autograd's engine would start threads when this module is imported:
+    they would query the driver for GPUs, and a forked process could then run no backward pass.
     """
     with torch.inference_mode(False), torch.enable_grad():
         one = torch.ones((), device="cpu")
@@ -157,7 +157,7 @@ _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_
 
 
 def refuse_second_derivative() -> None:
-    """Raises RuntimeError in a backward pass with create_graph=True, where the gradient would count as a constant."""
+    """Raises RuntimeError in a backward pass with create_graph=True, which would take the gradient for a constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
 

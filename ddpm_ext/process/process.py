@@ -17,7 +17,7 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.ops import fused, reference
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.ops.torch_library import is_recorded
+from ddpm_ext.ops.torch_library import is_traced
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import timesteps_by
@@ -100,7 +100,7 @@ class Process:
             self.magnitude = torch.hypot(schedule.signal, schedule.noise)
         self.magnitude_before = F.pad(self.magnitude[:-1], (1, 0), value=1.0)
 
-        # q(x_{t-1} | x_t, x_0), eq. (6) and (7). Its variance at t = 0 is 0, so the logarithm is clipped.
+        # q(x_{t-1} | x_t, x_0), eq. (6) and (7) there. Its variance at t = 0 is 0, so the logarithm is clipped.
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
@@ -200,7 +200,7 @@ class Process:
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
             numbers = rng.numbers() if type(rng) is Philox else None
-        if noise is not None or numbers is None or is_recorded():
+        if noise is not None or numbers is None or is_traced():
             return self._make_reverse_step(x_t, clip, noise, rng)
         if not isinstance(x_t, Tensor):
             checks.tensor("x_t", x_t)
@@ -248,7 +248,7 @@ class Process:
         rng: Philox | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4).
+        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (Ho et al. 2020, eq. 4).
 
         A schedule of levels has its levels of signal and noise in place of these two factors.
 
@@ -257,7 +257,8 @@ class Process:
             t: int64 (batch,) or int, in [0, timesteps).
             noise: like x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
                 generator.
-            out: receives the result, like x_start. It may be x_start. Gradients are not recorded then.
+            out: a tensor like x_start for the result, or x_start itself. With the fused backend, no input may then
+                require a gradient.
 
         Returns:
             x_t, like x_start. Differentiable in x_start and noise.
@@ -269,19 +270,19 @@ class Process:
         return self.ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)
 
     def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0) (eq. 4).
+        """Mean, variance and log-variance of q(x_t | x_0) (Ho et al. 2020, eq. 4).
 
         Returns:
-            mean as x_start; variance and log-variance of shape (batch, 1, ...).
+            mean like x_start; variance and log-variance of shape (batch, 1, ...).
         """
         mean = self.ops.forward_process(x_start, self.table("q_sample", "x_start", x_start), t, add_noise=False)
         return mean, self.extract("q_variance", t, x_start), self.extract("q_log_variance", t, x_start)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6, 7).
 
         Returns:
-            mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
+            mean like x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
         """
         mean = self.ops.posterior_mean(x_start, x_t, self.table("posterior_mean", "x_start", x_start), t)
         return (

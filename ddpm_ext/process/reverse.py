@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.ops.noise import Philox, is_differentiated
-from ddpm_ext.ops.torch_library import is_recorded
+from ddpm_ext.ops.torch_library import is_traced
 from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
@@ -77,7 +77,7 @@ class ReverseMethods(Process):
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
             noise: like x_t. With None, it is drawn by `rng` (stream 0, draw t), or by a seed from torch's default
                 generator.
-            out: receives the result, like x_t. It may be x_t.
+            out: a tensor like x_t for the result, or x_t itself.
 
         Returns:
             x_{t-1}, like x_t, without gradients, except those of torch.func with backend="reference". At t = 0 no noise
@@ -94,7 +94,7 @@ class ReverseMethods(Process):
         """
         clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
         step = self.reverse_step(x_t, clip, noise, rng)
-        differentiated = not is_recorded() and is_differentiated()
+        differentiated = not is_traced() and is_differentiated()
         if differentiated and self.backend == "fused":
             raise NotImplementedError("p_sample: torch.func takes a derivative, expected none, or backend='reference'")
         recording = _is_grad_enabled()

@@ -78,7 +78,7 @@ class Trained:
         model, device, labels = self.model, next(self.model.parameters()).device, {}
         if self.classes is not None:
             guidance = as_guidance(loop.get("guidance"))
-            # Without an unconditional model, guidance calls the model with a batch of doubled_batch the size.
+            # Without an unconditional model, guidance calls the model with a batch of twice the size.
             doubled_batch = guidance is not None and guidance.unconditional is None
             model_kwargs = self.classes.model_kwargs(
                 range(first, first + count), classes, guided=doubled_batch, device=device

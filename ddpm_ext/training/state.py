@@ -82,7 +82,7 @@ class TrainState:
     def update_averages(self, decay: float) -> None:
         """Moves the average towards the weights by 1 - decay of their difference, and each of the other averages by its
         decay. Copies the buffers."""
-        # In the early_decay steps the decay is smaller, so that the initial weights soon stop mattering.
+        # In the first steps the decay is smaller, so that the initial weights soon stop mattering.
         early_decay = (1 + self.step) / (10 + self.step)
         decays = [(min(decay, early_decay), average) for decay, average in ((decay, self.average), *self.extra.items())]
         decays += [(power_average.decay(length, self.step + 1), average) for length, average in self.power.items()]

@@ -353,8 +353,8 @@ def tune(
         Tuned. The notes of its table say what the table was made for.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range; a learned variance; a teacher that
-            has not converged, such as that of an untrained model.
+        TypeError, ValueError: an argument has a wrong type or is out of range; the variance is learned; or the teacher
+            has not converged, for example because the model is untrained.
 
     Examples:
         >>> gd = GaussianDiffusion(1000)

@@ -363,7 +363,7 @@ def test_all_of_a_large_tensor(host, variant):
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v[2] == PAIRS[0]], ids=variant_name)
 def test_the_device_and_its_stream(host, variant):
     for device in (0, SMALL):
-        with host.elsewhere(device, "of torch"):
+        with host.on_other_device(device, "of torch"):
             host.check(make_call(variant, 3, 1031))
 
 

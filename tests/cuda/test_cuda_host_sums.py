@@ -290,7 +290,7 @@ def test_whose_memory_the_counters_are(host, captured, streams):
     try:
         for device in (0, 0, 1, 1):
             before = host.control.allocations()
-            with host.elsewhere(device, streams):
+            with host.on_other_device(device, streams):
                 check_all(host)
             assert (host.control.allocations() > before) == (captured or streams == "external")
             assert host.control.blocks_of_allocator() == 0

@@ -220,7 +220,7 @@ def test_tables_outlive_their_cache_where_a_graph_or_another_stream_reads_them(f
     """meta is the GPU here. Rows that nobody can read any more are let go."""
     meta, known, gd, cache = torch.device("meta"), [], make_diffusion(), LoopRowsCache(8)
     own, other = fake_cuda.DEFAULT, fake_cuda.Stream()
-    monkeypatch.setattr(cards, "CAPTURING", ("meta",))
+    monkeypatch.setattr(cards, "GRAPH_DEVICES", ("meta",))
     monkeypatch.setattr(cards, "_stream_number", lambda _: id(fake_cuda.Current.stream))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: known.append((id(x), stream)))
 

@@ -228,7 +228,7 @@ def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
         monkeypatch.setattr(each, "check_tensors", lambda *_, **__: None)
     monkeypatch.setattr(tensors_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
-    monkeypatch.setattr(cards, "CAPTURING", ())  # and are in use on no stream
+    monkeypatch.setattr(cards, "GRAPH_DEVICES", ())  # and are in use on no stream
 
     def walk(diffusion):
         x, t = torch.empty(SHAPE, device="cuda"), torch.empty(5, dtype=torch.int64, device="cuda")

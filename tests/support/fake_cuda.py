@@ -226,7 +226,7 @@ def install(monkeypatch):
     CUDAGraph.instances.clear()
     Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
     Current.allocates.clear()
-    monkeypatch.setattr(cards, "CAPTURING", ("cpu", "cuda"))
+    monkeypatch.setattr(cards, "GRAPH_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(cards, "stream_captures", lambda: Current.captures)
     monkeypatch.setattr(torch._C, cuda_graphs.END_ALLOCATE, end_allocate_to_pool, raising=False)
     for name, fake in FAKES.items():

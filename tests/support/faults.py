@@ -206,7 +206,7 @@ def pytest(folder: Path, tests: list[str], env: dict[str, str], limit: float, *o
 
 
 def try_fault(folder: Path, fault: Fault) -> Outcome:
-    """Runs the fault's tests, the narrow ones first, until one fails."""
+    """Runs the tests that ought to see the fault, then the wider ones, until one fails."""
     seconds, ending = 0.0, "green"
     with planted(folder, fault) as env:
         for tests, (limit, *options) in zip(fault.tests, STAGES, strict=False):

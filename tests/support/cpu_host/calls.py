@@ -105,24 +105,24 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
     table, t = make_table(4), torch.tensor([3, 0, 1, 2, 1])
     affine, seed, first = normal(4, 2, seed=1), 2**64 - 3, 2**32 - 2
     rng = {"rng": Philox(seed, first)}
-    for noise, own, how in (
+    for noise, noise_arrays, noise_options in (
         ("drawn", drawn(seed, first), rng),
         ("given", {"noise": z}, {"noise": z}),
         ("none", {}, {"add_noise": False}),
     ):
-        expected = ops.reverse_step(x, m, table, t, **how)
-        arguments = {"x": x, "model_output": m, **rows_of(table, t), **own}
+        expected = ops.reverse_step(x, m, table, t, **noise_options)
+        arguments = {"x": x, "model_output": m, **rows_of(table, t), **noise_arrays}
         yield Call(f"reverse_step {noise}", "reverse_step", arguments, {"out": expected})
         if x.dtype != m.dtype:
             continue
-        expected = ops.forward_process(x, affine, t, **how)
-        if own.get("stream") is not None:
-            own = drawn(seed, first, stream=2)
-        yield Call(f"affine {noise}", "affine", {"x": x, **rows_of(affine, t), **own}, {"out": expected})
+        expected = ops.forward_process(x, affine, t, **noise_options)
+        if noise_arrays.get("stream") is not None:
+            noise_arrays = drawn(seed, first, stream=2)
+        yield Call(f"affine {noise}", "affine", {"x": x, **rows_of(affine, t), **noise_arrays}, {"out": expected})
         if noise == "drawn" and x.dtype == torch.float32:
             made = C.forward_process_and_noise(x, affine, t, 0, None, True, *rng["rng"].arguments(2))
             both = dict(zip(("out", "noise"), made, strict=True))
-            yield Call("affine and its noise", "affine", {"x": x, **rows_of(affine, t), **own}, both)
+            yield Call("affine and its noise", "affine", {"x": x, **rows_of(affine, t), **noise_arrays}, both)
     if x.dtype == m.dtype:
         expected = ddpm_ext.randn(x.shape, Philox(7, 2**56 - 5, draw=2**32 - 1, stream=255), dtype=x.dtype)
         arguments = {**drawn(7, 2**56 - 5, stream=255), "draw": integer(2**32 - 1)}
@@ -138,17 +138,17 @@ def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
         given = {name: every[name] for name in names}
         if ("known" in given) != ("mask" in given):
             given |= {name: every[name] for name in ("known", "mask")}
-        how, own = [
+        step_options, noise_arrays = [
             ({"rng": Philox(5, 2**33)}, drawn(5, 2**33)),
             ({"noise": z}, {"noise": z}),
             ({"add_noise": False}, {}),
         ][i % 3]
         results = {name: torch.empty_like(x) for name in RESULTS if name != "out"}
-        arguments = {"x_t": x, "model_output": m, **rows_of(table, t), **given, **own}
+        arguments = {"x_t": x, "model_output": m, **rows_of(table, t), **given, **noise_arrays}
         if "model_variance" in given:
-            how = {**how, "log_variance": i % 2 == 0}
+            step_options = {**step_options, "log_variance": i % 2 == 0}
             arguments["variance"] = integer(1 if i % 2 == 0 else 2)
-        results["out"] = ops.step_with_options(x, m, table, t, **how, **given, **results)
+        results["out"] = ops.step_with_options(x, m, table, t, **step_options, **given, **results)
         yield Call(f"step_with_options {i} {names}", "step_with_options", arguments, results)
 
 
@@ -175,19 +175,21 @@ def special_calls() -> Iterator[Call]:
 
 
 def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
-    t, plain, bound = torch.tensor([3, 0, 1, 2, 1]), normal(4, 4, seed=5), normal(4, 8, seed=6)
-    bound[:, 7] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # the decoder's row
+    t, loss_table, vlb_table = torch.tensor([3, 0, 1, 2, 1]), normal(4, 4, seed=5), normal(4, 8, seed=6)
+    vlb_table[:, 7] = torch.tensor(
+        [0.0, 1.0, 0.0, 0.0]
+    )  # column decoder: row 1 has the decoder's term, the others a KL divergence
     v = normal(*x.shape, seed=8).to(m.dtype)
     for variational, kind, noise in itertools.product((False, True), LOSSES, ("drawn", "given")):
-        own = drawn(4, 0, stream=2) if noise == "drawn" else {"noise": z}
-        options = {"rng": Philox(4)} if noise == "drawn" else {"noise": z}
+        noise_arrays = drawn(4, 0, stream=2) if noise == "drawn" else {"noise": z}
+        noise_options = {"rng": Philox(4)} if noise == "drawn" else {"noise": z}
         leaf = (torch.cat([m, v], 1) if variational else m.clone()).requires_grad_()
-        table = bound if variational else plain
-        how = {"loss": kind, "delta": 0.7, "reduction": "none", "variational": variational, **options}
-        expected = ops.diffusion_loss(leaf, x, table, t, **how)
+        table = vlb_table if variational else loss_table
+        options = {"loss": kind, "delta": 0.7, "reduction": "none", "variational": variational, **noise_options}
+        expected = ops.diffusion_loss(leaf, x, table, t, **options)
         (slope,) = torch.autograd.grad(expected.sum(), leaf)
         chunks = torch.zeros(len(x), -(-x[0].numel() // 512), dtype=torch.float64)
-        arguments = {"x": x, "model_output": m, **rows_of(table, t), **own, "chunks": chunks}
+        arguments = {"x": x, "model_output": m, **rows_of(table, t), **noise_arrays, "chunks": chunks}
         arguments |= {"kind": integer(LOSSES.index(kind)), "delta": torch.tensor([0.7])}
         halves = slope.float().chunk(2, 1) if variational else (slope.float(),)
         results = {"loss": expected.detach(), **dict(zip(("slope", "variance_slope"), halves, strict=False))}

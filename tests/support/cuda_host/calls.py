@@ -244,21 +244,27 @@ class Host:
             call = replace(call, tensors={name: place(name, tensor) for name, tensor in call.tensors.items()})
             call = replace(call, table=place("table", call.table))
         call = replace(call, t=place("t", call.t), ids=place("ids", call.ids))
-        where = {name: (instead or {}).get(name, name) for name in call.results}
+        written_to = {name: (instead or {}).get(name, name) for name in call.results}
         new_results = {
-            name: place(name, unwritten(call.result_like(name, like))) for name, at in where.items() if at == name
+            name: place(name, unwritten(call.result_like(name, like)))
+            for name, target in written_to.items()
+            if target == name
         }
-        results = {name: new_results[name] if at == name else call.tensors[at] for name, at in where.items()}
+        results = {
+            name: new_results[name] if target == name else call.tensors[target] for name, target in written_to.items()
+        }
         self.launch(call, results, {name: place(f"gpu {name}", tensor) for name, tensor in (gpu or {}).items()})
-        after = {name: p.done(name in where.values()) for name, p in placed.items()}
-        return {name: after[at] for name, at in where.items()}
+        after = {name: p.done(name in written_to.values()) for name, p in placed.items()}
+        return {name: after[target] for name, target in written_to.items()}
 
     @contextmanager
-    def elsewhere(self, device: int, streams: str) -> Iterator[None]:
-        """In the block, calls have their tensors on a device that is not current, with a current stream of this kind.
+    def on_other_device(self, device: int, streams: str) -> Iterator[None]:
+        """In the block, tensors are on `device` while the other device is current.
 
-        Checks that everything is put on this stream while its device is current, and that the other device is current
-        again afterwards.
+        Checks that each launch, allocation and memset is on the current stream of `device`, with `device` current, and
+        that the other device is current again afterwards.
+
+        streams: the kind of current streams (STREAMS).
         """
         control = self.control
         control.set_device(device)
