@@ -77,20 +77,24 @@ def set_timesteps(scheduler: Any, steps: int) -> list[Tensor]:
     return timesteps[:-1] if name in ENDS else timesteps
 
 
-def call_step(scheduler: Any, i: int, m: Tensor, x: Tensor, before: Any, noise: Any, **options: Any) -> Any:
-    """Step i of a loop.
+def call_step(
+    scheduler: Any, i: int, m: Tensor, x: Tensor, last: Any, noise: Any, *, vector: bool = False, **options: Any
+) -> Any:
+    """Takes step i of a loop.
 
     Args:
-        before: the result of the step before, a tuple.
+        last: the results of step i - 1, a tuple. None: step i is the first one.
         noise: makes normal numbers.
+        vector: whether the timestep has shape (1,).
     """
     name, t = type(scheduler).__name__, scheduler.timesteps[i]
+    t = t[None] if vector else t
     if name == "CogVideoXDPMScheduler":
-        back = scheduler.timesteps[i - 1] if i else None
-        return scheduler.step(m, before[1] if before else None, t, back, x, **options)
+        timestep_back = scheduler.timesteps[i - 1] if i else None
+        return scheduler.step(m, last[1] if last else None, t, timestep_back, x, **options)
     if name == "HeliosDMDScheduler":
-        own = {"dmd_sigmas": scheduler.sigmas, "dmd_timesteps": scheduler.timesteps}
-        options |= own | {"all_timesteps": scheduler.timesteps, "cur_sampling_step": i, "dmd_noisy_tensor": noise()}
+        options |= {"dmd_sigmas": scheduler.sigmas, "dmd_timesteps": scheduler.timesteps}
+        options |= {"all_timesteps": scheduler.timesteps, "cur_sampling_step": i, "dmd_noisy_tensor": noise()}
     if name == "ScoreSdeVpScheduler":
         return scheduler.step_pred(m, x, t.expand(len(x)), **options)
     return step_of(scheduler)(m, t.expand(len(x)) if name == "DDPMWuerstchenScheduler" else t, x, **options)
@@ -101,26 +105,31 @@ def loop(
     steps: int,
     dtype: torch.dtype = torch.float32,
     *,
+    output_dtype: torch.dtype | None = None,
+    rounded: torch.dtype | None = None,
     return_dict: bool = True,
     start: int = 0,
-    stop: int | None = None,
     by_index: bool = True,
-    rounded: torch.dtype | None = None,
+    vectors_from: int | None = None,
     edit: Callable[[int, Tensor], Tensor] = lambda i, x: x,
     **options: Any,
 ) -> tuple[list[tuple[Any, ...]], Tensor]:
-    """The results of a loop whose outputs are random, and the generator's state after it.
+    """Runs a loop with random model outputs. Returns the results of its steps and the generator's state after it.
 
-    by_index: whether a start is told by set_begin_index; otherwise the first timestep tells it.
-    rounded: the dtype that all numbers are rounded to; None: `dtype`.
-    edit: what becomes of the result of step i before the next one.
+    Args:
+        dtype: of the samples.
+        output_dtype: of the model outputs. None: `dtype`.
+        rounded: the dtype that all normal numbers are rounded to. None: `dtype`.
+        by_index: whether set_begin_index tells the start. Otherwise the first timestep tells it.
+        vectors_from: the first step whose timestep has shape (1,). None: no step.
+        edit: returns the sample of step i + 1 for the result of step i.
     """
 
     def normal() -> Tensor:
         return torch.randn(shape_of(scheduler), generator=generator).to(rounded or dtype).to(dtype)
 
     generator = torch.Generator().manual_seed(0)
-    timesteps = set_timesteps(scheduler, steps)[:stop]
+    timesteps = set_timesteps(scheduler, steps)
     if start and by_index:
         scheduler.set_begin_index(start)
     parameters = inspect.signature(step_of(scheduler)).parameters
@@ -132,9 +141,10 @@ def loop(
     results: list[tuple[Any, ...]] = []
     for i in range(start, len(timesteps)):
         scaled = scheduler.scale_model_input(x, timesteps[i]) if hasattr(scheduler, "scale_model_input") else x
-        m = normal() - (scaled / 4).clamp(-1, 1).to(dtype)
-        found = call_step(scheduler, i, m, x, results[-1] if results else None, normal, **options)
-        results.append(found if isinstance(found, tuple) else tuple(vars(found).values()))
+        m = (normal() - (scaled / 4).clamp(-1, 1)).to(output_dtype or dtype)
+        last, vector = results[-1] if results else None, vectors_from is not None and i >= vectors_from
+        result = call_step(scheduler, i, m, x, last, normal, vector=vector, **options)
+        results.append(result if isinstance(result, tuple) else tuple(vars(result).values()))
         x = results[-1][0] if i + 1 == len(timesteps) else edit(i, results[-1][0])
     return results, generator.get_state()
 
