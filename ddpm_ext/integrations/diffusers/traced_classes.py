@@ -1,6 +1,6 @@
 """The scheduler classes of diffusers 0.42.1 that cannot be traced, for the printed support table.
 
-Tracing does not read OWN: it tries every class in the same way. A test checks the list.
+Tracing does not read NOT_TRACED: it tries every class in the same way. A test checks the list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STORED = {
     "this_order", "this_predictor_order", "timestep_list",
 }  # fmt: skip
 # {reason: the classes that run their own code, because they cannot be traced}
-OWN = {
+NOT_TRACED = {
     "a Brownian path's noise": ("CosineDPMSolverMultistep", "DPMSolverSDE"),
     "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),
     "options that are tensors of other shapes": ("HeliosDMD",),
