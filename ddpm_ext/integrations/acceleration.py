@@ -216,9 +216,8 @@ class Acceleration:
 
     def begin_loop(self) -> None:
         """Begins a loop, which the following single steps belong to."""
-        if self.noise == "torch" or (
-            self._calls and self._position == BEFORE_LOOP
-        ):  # the pipeline's call has begun a loop
+        begun_by_pipeline = self._calls and self._position == BEFORE_LOOP
+        if self.noise == "torch" or begun_by_pipeline:
             return
         if self._seed is not None and not isinstance(self._ids, Tensor):
             self._ids += self._count

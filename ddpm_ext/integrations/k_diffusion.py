@@ -70,7 +70,7 @@ GUIDED = CFG_PP  # samplers that read an unconditional output
 # "tcd" needs timesteps, "restart" adds steps, and "edm" is "heun" with churn.
 LEFT_OUT = ("tcd", "edm", "restart")
 NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
-CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn: noise before each step (Karras et al. 2022, algorithm 2)
+CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn, extra noise before a step (Karras et al. 2022, algorithm 2)
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # {parameter of samplers: its value, which callers can't set}
 NEEDLESS = ("keep_eps", "variance")  # parameters without effect: there is no clip, and a denoiser has no variance

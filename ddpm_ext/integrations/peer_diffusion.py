@@ -95,9 +95,8 @@ class PeerDiffusion(Accelerated):
         self, proof: Proof, method: str, x: Tensor, steps: Sequence[int], by_rows: Make, by_code: Make
     ) -> Any:
         generators = Generators(x.device)
-        row_tensors = _tensors(
-            self._proving(by_rows, Acceleration())
-        )  # default settings: the noise is drawn as by the code
+        # With default settings, the noise is drawn as by the code.
+        row_tensors = _tensors(self._proving(by_rows, Acceleration()))
         generators.rewind()
         before = contents(vars(self))
         result = by_code()

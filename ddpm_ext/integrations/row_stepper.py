@@ -25,12 +25,8 @@ from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
-OTHER_FACTORS = (
-    "cu",
-    "h1",
-    "h2",
-    "h3",
-)  # the factors of the previous result, which is in uncond_output, and of HISTORY
+# The factors of the previous result, which is in uncond_output, and of HISTORY.
+OTHER_FACTORS = ("cu", "h1", "h2", "h3")
 LARGEST_NORMAL = 8.0  # no normal number is expected to be larger
 CPU = torch.device("cpu")
 # For a row: (index in the history, name of the operator's argument) of each tensor that it reads; whether it keeps a

@@ -82,7 +82,7 @@ class _Buffers(NamedTuple):
     def model_input(self, following: RowNeeds | None) -> Tensor | None:
         """The tensor besides `x` to which a step writes these samples, as the model's input in the row `following`.
 
-        None if there is no following row, or if it reads the samples from `x` alone.
+        None if no row follows, if it does not call the model, or if it reads the samples from `x` alone.
         """
         if following is None or not following.calls_model:
             return None

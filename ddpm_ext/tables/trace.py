@@ -45,10 +45,8 @@ FIRST_RUN_BATCH = 32  # the number of random samples in the first run, and of mo
 FIRST_RUN_SIZE = 2.0**-20  # the size of these numbers, so small that no clip acts on them
 SECOND_RUN_SHAPE = 2, 3, 4, 5, *[2] * 8  # the first `dims` entries are the shape of the second run's samples
 SECOND_RUN_SIZES = 16.0, 1.0, 4.0  # the sizes of the second run's numbers, cycling over the steps
-OUTLIER_EVERY, OUTLIER_SIZE = (
-    11,
-    10.0,
-)  # every TAIL-th number gets FAR added to its magnitude, to reveal a step that clamps outliers
+# Every OUTLIER_EVERY-th number gets OUTLIER_SIZE added to its magnitude, to reveal a step that clamps outliers.
+OUTLIER_EVERY, OUTLIER_SIZE = 11, 10.0
 # At a higher level of noise, rounding of the output's term would hide an error in the sample's factor.
 LARGE_LEVEL = 100.0
 SCALE_TOLERANCE = 1e-12  # the largest relative difference between the model's input and a factor times the sample

@@ -41,7 +41,8 @@ class Scheduler(Subject):
 
     def do_loop_begins(self, choose):
         scheduler, parameters = self.diffusion, inspect.signature(step_of(self.diffusion)).parameters
-        self.timesteps = set_timesteps(scheduler, choose.integer(3, 8, "steps") if choose else 5)
+        fewest = 2 if type(scheduler).__name__ == "UnCLIPScheduler" else 1  # whose code divides by steps - 1
+        self.timesteps = set_timesteps(scheduler, choose.integer(fewest, 8, "steps") if choose else 5)
         self.i, self.options = 0, {}
         if "generator" in parameters and (not choose or choose.one_of([True, False], "generator")):
             self.options["generator"] = self.generator

@@ -24,12 +24,8 @@ from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import CONFIG, SIMPLE_TYPES, observe, setting
 
 SETTINGS = 16  # for each LoopKey, the cache has the rows of this many states of schedulers
-ADDED_NAMES = {
-    *CACHED,
-    "_acceleration",
-    "_position",
-    "_scales_inputs",
-}  # the names of the attributes that this package adds
+# The names of the attributes that this package adds.
+ADDED_NAMES = {*CACHED, "_acceleration", "_position", "_scales_inputs"}
 OBSERVED_STEPS = 3  # the number of steps from which the dtypes of a loop in float32 follow
 ADDED_ITEMS = ("_class_name", "_diffusers_version")  # items that diffusers adds to a config when it is printed or saved
 HASHABLE_TYPES = (bool, int, str, type(None), torch.dtype, torch.device)  # their values are used as cache keys directly
