@@ -171,8 +171,8 @@ class Trainer:
 
         - options.json, which is written before the first step;
         - training.json (options, versions, final loss), losses.csv and losses.png;
-        - checkpoints/: one inputs_of_ranks `options.checkpoint_every` steps, of which the last `options.keep` remain;
-        - samples/: a grid inputs_of_ranks `options.sample_every` steps;
+        - checkpoints/: one every `options.checkpoint_every` steps, of which the last `options.keep` remain;
+        - samples/: a grid every `options.sample_every` steps;
         - with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
         - with `options.snapshot_every`, snapshots/ for post_hoc_average;
         - with `options.tune`, tuned/ with step tables of these numbers of calls.
