@@ -150,7 +150,7 @@ def a_step(shape: str) -> list[str]:
 
 
 def with_options(option: str) -> list[str]:
-    ours, theirs = (median("options", f"a step of {option} {SHAPES[0]}", way) for way in ("ddpm_ext", "diffusers"))
+    ours, theirs = (median("cpu", f"a step of {option} {SHAPES[0]}", way) for way in ("ddpm_ext", "diffusers"))
     return [f"{ours:.0f}", f"{theirs:.0f}", f"{theirs / ours:.1f}"]
 
 

@@ -76,19 +76,6 @@ def test_pngs(tmp_path, channels):
             assert opened.format == "PNG" and np.array_equal(np.asarray(opened).reshape(4, 5, channels), images[i])
 
 
-@pytest.mark.parametrize("first", range(1, 8))
-def test_pngs_of_a_larger_run(tmp_path, first):
-    """Pictures are added to those of a smaller run, whose last shard may not have been full."""
-    image = pytest.importorskip("PIL.Image")
-    images = np.random.default_rng(0).integers(0, 256, (8, 4, 5, 3), dtype=np.uint8)
-    for count in (first, 8):
-        shards = Shards(tmp_path, count, 3, (4, 5, 3))
-        sample_many(shards, {}, lambda first, count: images[first : first + count], batch_size=2)
-        write_pngs(shards, tmp_path / "png")
-    pictures = [np.asarray(image.open(path)) for path in sorted((tmp_path / "png").iterdir())]
-    assert np.array_equal(pictures, images)
-
-
 def test_png_folder_is_whole_or_refused(tmp_path):
     image = pytest.importorskip("PIL.Image")
     shards, _ = exact_run.run(tmp_path)

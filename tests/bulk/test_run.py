@@ -1,4 +1,4 @@
-"""A run of one process: the same samples for every batch size and shard size, interrupted or not."""
+"""A run of one process: what it refuses, and what ends it in the middle. test_any_runs.py has what it writes."""
 
 import errno
 import json
@@ -10,39 +10,9 @@ from support import exact_run
 from support.exact_run import COUNT, SHAPE, SIZE, contents, joined, make_draw
 from support.refused import refused
 
-from ddpm_ext import Philox, randn
-from ddpm_ext.base import files
 from ddpm_ext.bulk import run as bulk_run
-from ddpm_ext.bulk.export import write_pngs
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import Shards
-from ddpm_ext.ops.noise import STREAM_START
-
-
-@pytest.mark.parametrize(("size", "batch_size"), [(4, 1), (4, 7), (6, 3), (100, 7)])
-def test_neither_batches_nor_shards_matter(tmp_path, truth, size, batch_size):
-    seen = []
-    shards, result = exact_run.run(tmp_path, size=size, batch_size=batch_size, seen=seen)
-    assert [i for index in range(len(shards)) for i in shards.ids(index)] == list(range(COUNT))
-    assert size != 4 or shards.path(5).name == "000000020-000000022.npy"
-    assert result.drawn == COUNT and np.array_equal(joined(shards), truth)
-    start = np.concatenate([np.asarray(noise) for noise in seen])
-    assert start.tobytes() == randn(start.shape, Philox(0), stream=STREAM_START).numpy().tobytes()
-    assert max(map(len, seen)) == min(batch_size, size)
-
-
-def test_torn_files_are_ignored_and_removed(tmp_path, truth):
-    exact_run.run(tmp_path)
-    whole, torn = contents(tmp_path), Shards(tmp_path, COUNT, SIZE, SHAPE).path(2)
-    content = torn.read_bytes()
-    torn.unlink()
-    with pytest.raises(FileNotFoundError), files.atomic_path(torn) as beside:  # to get the name that it uses
-        beside.touch()
-        beside.unlink()
-    beside.write_bytes(content[:-50])
-    (tmp_path / beside.with_suffix(".json").name.replace(torn.stem, "manifest")).write_text("{")
-    shards, result = exact_run.run(tmp_path)
-    assert result.drawn == 4 and contents(tmp_path) == whole and np.array_equal(joined(shards), truth)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80 of something else", "short", "other", "archive"])
@@ -81,29 +51,6 @@ def test_other_settings_are_refused_by_name(tmp_path):
     message = rf"has {COUNT} samples, of which none is removed; got num_images {COUNT - 1}, "
     refused(ValueError, message, exact_run.run, tmp_path, settings=settings, count=COUNT - 1)
     assert (contents(tmp_path), (tmp_path / "manifest.json").read_bytes()) == before
-
-
-@pytest.mark.parametrize(("first", "kept"), [(10, 8), (12, 12), (3, 0)])
-def test_a_folder_grows(tmp_path, truth, first, kept, caplog):
-    """Behind a symbolic link, with its pictures; test_several_ranks.py grows one by ranks that are killed."""
-    pytest.importorskip("PIL.Image")
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    of_first, _ = exact_run.run(tmp_path / "link", count=first)
-    of_first.path(len(of_first) - 1).with_suffix(".not_finite.json").write_text(f"[{first - 1}]")  # drawn again, or not
-    write_pngs(of_first, tmp_path / "link" / "png")
-    caplog.set_level("INFO", "ddpm_ext")
-    shards, result = exact_run.run(tmp_path / "link")
-    missing = -(-result.drawn // SIZE)
-    told = [f"{tmp_path / 'link'}: goes on where {missing} of {len(shards)} shards are missing"]
-    assert caplog.messages == (told if kept else [])
-    assert (result.drawn, result.not_finite) == (COUNT - kept, int(kept == first))
-    assert np.array_equal(joined(shards), truth) and len(list(shards.inside.glob("*.npy"))) == len(shards)
-    write_pngs(shards, tmp_path / "link" / "png")
-    exact_run.run(tmp_path / "new")
-    write_pngs(Shards(tmp_path / "new", COUNT, SIZE, SHAPE), tmp_path / "new" / "png")
-    (tmp_path / "real" / "shards" / "000000008-000000011.not_finite.json").unlink(missing_ok=True)
-    assert contents(tmp_path / "real") == contents(tmp_path / "new")
 
 
 def test_a_folder_that_cannot_be_written_does_not_grow(tmp_path, monkeypatch):
@@ -149,7 +96,7 @@ def test_manifest_is_written_first(tmp_path):
     assert (found["settings"], found["about"]) == (expected, {"model": "mine"})
 
 
-def test_a_full_disk_keeps_the_shards_that_are_whole(tmp_path, truth):
+def test_a_full_disk_keeps_the_shards_that_are_whole(tmp_path, truth, caplog):
     """The error says why. A limit of files' sizes stands in for the disk: 128 bytes of a header, and 240 of samples."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +114,9 @@ def test_a_full_disk_keeps_the_shards_that_are_whole(tmp_path, truth):
     reason = f"{os.strerror(errno.EFBIG)}; what was finished is kept: run the same command again to go on"
     assert str(info.value) == f"out: cannot write {shards.path(2)}: {reason}"
     assert sorted(shards.inside.iterdir()) == [shards.path(0), shards.path(1)]
+    caplog.set_level("INFO", "ddpm_ext")
     assert exact_run.run(tmp_path)[1].drawn == COUNT - 8 and np.array_equal(joined(shards), truth)
+    assert caplog.messages == [f"{tmp_path}: goes on where 4 of 6 shards are missing"]
 
 
 def test_one_run_at_a_time(tmp_path):

@@ -26,29 +26,24 @@ from ddpm_ext.plots import to_uint8
 COUNT, SIZE, SHAPE = 23, 4, (4, 5, 3)  # six shards, the last of three samples
 
 
-def make_draw(seed: int = 0, pause: float = 0.0, seen: list | None = None):
-    """draw(first, count). pause: seconds to sleep for each sample. seen: gets the starting noise of each batch."""
+def make_draw(seed: int = 0, pause: float = 0.0):
+    """draw(first, count). pause: seconds to sleep for each sample."""
     diffusion = GaussianDiffusion(20)
     channels, height, width = SHAPE[2], *SHAPE[:2]
-
-    def model(x, t):
-        if seen is not None and t[0] == 19:
-            seen.append(x.clone())
-        return x * 0.5
 
     def draw(first, count):
         time.sleep(pause * count)
         shape, rng = (count, channels, height, width), Philox(seed, sample_ids=first)
         options = {"steps": 5, "rng": rng, "record": "last", "progress": False, "device": "cpu"}
-        return to_uint8(diffusion.p_sample_loop(model, shape, **options))
+        return to_uint8(diffusion.p_sample_loop(lambda x, t: x * 0.5, shape, **options))
 
     return draw
 
 
-def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=3, pause=0.0, seen=None, settings=None):
+def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=3, pause=0.0, settings=None):
     """Returns the shards and the result of sample_many."""
     shards = Shards(Path(folder), count, size, SHAPE)
-    draw = make_draw(seed, pause, seen)
+    draw = make_draw(seed, pause)
     result = bulk_run.sample_many(shards, settings or {"seed": seed}, draw, batch_size=batch_size, ranks=ranks)
     return shards, result
 

@@ -81,14 +81,6 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
     assert taken == [replace(found, accumulate=200, sample_every=5, sample_steps=1500)]
 
 
-def test_resume_of_a_finished_run_changes_nothing(straight):
-    folder = straight[0]
-    kept = (folder / WEIGHTS, folder / "training.json", folder / "losses.csv")
-    before = [path.read_bytes() for path in kept]
-    run(folder, resume=True, command="another")
-    assert [path.read_bytes() for path in kept] == before
-
-
 def test_curve_names_the_loss_and_its_failure_leaves_the_model(tmp_path, monkeypatch):
     def fail(losses, path, title, quarters):
         raise OSError(f"no curve for {title}")
