@@ -25,7 +25,7 @@ static_assert(sizeof(kRowNames) / sizeof(kRowNames[0]) + sizeof(StepRow::unused)
 #undef DDPM_ROW_NUMBER
 #undef DDPM_ROW_BITS
 
-// The clean sample before it is clipped.
+// The predicted clean sample before it is clipped.
 template <class F>
 DDPM_HD F unclipped_x_start(float a, float b, F x, F m) {
   return affine({a, b}, x, m);

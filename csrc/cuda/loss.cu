@@ -94,9 +94,9 @@ class Four {
 };
 
 // The decoder's term, computed one element after the other.
-__device__ __forceinline__ LossParts<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
-  const LossParts<float> a = ddpm_ext::decoder_bound(row, d.v.x, v.v.x, x_start.v.x);
-  const LossParts<float> b = ddpm_ext::decoder_bound(row, d.v.y, v.v.y, x_start.v.y);
+__device__ __forceinline__ LossAndSlopes<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
+  const LossAndSlopes<float> a = ddpm_ext::decoder_bound(row, d.v.x, v.v.x, x_start.v.x);
+  const LossAndSlopes<float> b = ddpm_ext::decoder_bound(row, d.v.y, v.v.y, x_start.v.y);
   return {F2(a.value, b.value), F2(a.slope, b.slope), F2(a.variance_slope, b.variance_slope)};
 }
 
@@ -206,7 +206,7 @@ class LossOfSample {
       difference[i] = loss_difference(row_, widen(m_[p].pairs[i]), aims_at_x_start_, x_start, z[i]);
       if constexpr (kVariational) {
         const F2 d = difference[i], v = call_.variance.data != nullptr ? widen(v_[p].pairs[i]) : F2(0.0f);
-        const LossParts<F2> parts =
+        const LossAndSlopes<F2> parts =
             with_bound(row_, call_.kind, call_.delta, call_.detached, d,
                        row_.decoder != 0.0f ? decoder_bound(row_, d, v, x_start) : divergence(row_, d, v));
         values[i] = parts.value;
@@ -219,7 +219,7 @@ class LossOfSample {
         constexpr Loss kKind = decltype(kind)::value;
         DDPM_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const F2 part = loss_part(kKind, call_.delta, difference[i]);
+          const F2 part = unscaled_slope(kKind, call_.delta, difference[i]);
           values[i] = loss_value(kKind, difference[i], part);
           slopes[i] = factor_ * part;
         }

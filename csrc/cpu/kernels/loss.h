@@ -8,12 +8,12 @@ namespace ddpm_ext::DDPM_ISA {
 namespace {
 
 // The decoder's term, computed lane by lane.
-DDPM_HD LossParts<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F32 x_start) {
+DDPM_HD LossAndSlopes<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F32 x_start) {
   float ds[F32::kLanes], vs[F32::kLanes], xs[F32::kLanes], values[F32::kLanes], slopes[F32::kLanes];
   float variance_slopes[F32::kLanes];
   store(ds, d), store(vs, v), store(xs, x_start);
   for (int i = 0; i < F32::kLanes; ++i) {
-    const LossParts<float> bound = ddpm_ext::decoder_bound(row, ds[i], vs[i], xs[i]);
+    const LossAndSlopes<float> bound = ddpm_ext::decoder_bound(row, ds[i], vs[i], xs[i]);
     values[i] = bound.value, slopes[i] = bound.slope, variance_slopes[i] = bound.variance_slope;
   }
   return {load(values), load(slopes), load(variance_slopes)};
@@ -49,14 +49,14 @@ void loss_of_run(const LossRun& run) {
       const F32 d = loss_difference(row, load(m + at), aimed_at_x_start, x, z[k]);
       if constexpr (kVariational) {
         const F32 v = variance != nullptr ? load(variance + at) : F32(0.0f);
-        const LossParts<F32> parts =
+        const LossAndSlopes<F32> parts =
             with_bound(row, kind, delta, detached, d,
                        row.decoder != 0.0f ? DDPM_ISA::decoder_bound(row, d, v, x) : divergence(row, d, v));
         values[k] = parts.value;
         if (slope != nullptr) store(slope + at, F32(factor) * parts.slope);
         if (variance_slope != nullptr) store(variance_slope + at, F32(factor) * parts.variance_slope);
       } else {
-        const F32 part = loss_part(kind, delta, d);
+        const F32 part = unscaled_slope(kind, delta, d);
         values[k] = loss_value(kind, d, part);
         if (slope != nullptr) store(slope + at, F32(factor) * part);
       }
