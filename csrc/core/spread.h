@@ -33,8 +33,8 @@ DDPM_HD int64_t lane_length(int64_t length, int l) { return (length - l + kSprea
 
 DDPM_HD float chunk_mean(double sum, int64_t length) { return static_cast<float>(sum / static_cast<double>(length)); }
 
-// The moments of one lane, or of F::kLanes lanes if F is a vector type. minus_first is -1 times the lane's first element.
-// `sum` and `squares` are the sums of the differences from the first element, and of their squares.
+// The moments of one lane, or of F::kLanes lanes if F is a vector type. minus_first is -1 times the lane's first
+// element. `sum` and `squares` are the sums of the differences from the first element, and of their squares.
 template <class F>
 struct LaneMoments {
   F minus_first, sum, squares;

@@ -6,6 +6,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
+// The operator for the kernel template of elementwise.cuh, which describes the members.
 struct Affine {
   using Call = ElementwiseCall;
   using Row = AffineRow;
@@ -27,7 +28,7 @@ struct Affine {
 
 void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    // Only noise from the caller may have a lower precision than x.
+    // Drawn noise is float32. Only noise from the caller may have another dtype than x: one of lower precision.
     by_dtypes(call.x.dtype, call.noise_kind == Noise::given ? call.noise.dtype : call.x.dtype, [&](auto x, auto z) {
       using X = decltype(x);
       using Z = decltype(z);

@@ -7,6 +7,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
+// The operator for the kernel template of elementwise.cuh, which describes the members.
 struct ReverseStep {
   using Call = ReverseStepCall;
   using Row = StepRow;
