@@ -33,9 +33,9 @@ struct Call {
   int64_t batch = 0;
   int64_t numel = 0;  // the number of elements of one sample
   int dims = 0;
-  int64_t sizes[kMaxDims] = {1, 1, 1, 1,
-                             1, 1, 1, 1};  // of a sample. Beyond `dims` they are 1: a GPU may divide by them
-  bool contiguous = false;                 // whether samples are contiguous in every tensor, in this order
+  // The sizes of a sample. After the first `dims` of them they are 1, since a GPU may divide by them.
+  int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};
+  bool contiguous = false;  // whether samples are contiguous in every tensor, in this order
 
   // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
   const void* table = nullptr;

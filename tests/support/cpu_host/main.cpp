@@ -1,5 +1,5 @@
-// Runs calls of the CPU's operators without torch: reads them from the file argv[1], and writes to argv[2] the same
-// calls with their results filled in. Prints the instruction set. The files are those of calls.py.
+// Runs calls of the CPU operators without torch. Reads the calls from the file argv[1]. Writes the calls, with their
+// results, to the file argv[2]. Prints the instruction set. calls.py describes the format of the files.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,13 +13,13 @@
 
 using namespace ddpm_ext;
 
-// Left out, since it would take as long to compile as all else.
+// An empty table: compiling the portable kernels would take as long as compiling all other files.
 const Kernels ddpm_ext::portable::kernels = {"portable"};
 
 namespace {
 
 struct Array {
-  int64_t dtype, bytes;  // a DType, or a number above, of a type of which only the bytes matter
+  int64_t dtype, bytes;  // the dtype's number in calls.py, which begins with those of DType; the number of bytes
   std::unique_ptr<char[]> data;
 };
 
@@ -34,7 +34,7 @@ struct Name {
   char text[24];
 };
 
-// The arrays of a call by their names.
+// The arrays of a call, by their names: arguments and results.
 class Arrays {
  public:
   explicit Arrays(FILE* file) {
@@ -85,6 +85,7 @@ class Arrays {
   std::map<std::string, Array> arrays_;
 };
 
+// Sets the fields that the calls of all operators share.
 void fill(Call& call, const Arrays& arrays) {
   call.batch = arrays.number<int64_t>("batch", 0);
   call.numel = call.sizes[0] = arrays.number<int64_t>("numel", 0);
