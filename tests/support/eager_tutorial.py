@@ -1,9 +1,9 @@
-"""The tutorial's GaussianDiffusion in plain torch: its names and formulas, written here anew.
+"""The GaussianDiffusion of a well-known tutorial, in plain torch: the tutorial's names and formulas in new code.
 
     q(x_t | x_0)            = N(sqrt(abar_t) x_0, 1 - abar_t)                                    Ho et al. 2020, eq. (4)
     q(x_{t-1} | x_t, x_0)   = N(coef1_t x_0 + coef2_t x_t, posterior_variance_t)                 eq. (6), (7)
 
-Its tables lie on the CPU and have the dtype `dtype`.
+The tables of coefficients are on the CPU and have the dtype `dtype`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ except ImportError:
 
 
 def linear_beta_schedule(timesteps: int) -> Tensor:
-    """From 1e-4 to 0.02 over 1000 timesteps. Fewer timesteps have larger betas in proportion."""
+    """Betas that rise linearly from 1e-4 to 0.02 for 1000 timesteps, else from and to 1000 / timesteps times these."""
     scale = 1000 / timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """Nichol & Dhariwal 2021, eq. (17)."""
+    """The betas of the cosine schedule (Nichol & Dhariwal 2021, eq. 17)."""
     moments = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     level = ((moments + s) / (1 + s) * math.pi / 2).cos() ** 2
     return (1 - level[1:] / level[:-1]).clamp(max=0.999)
@@ -58,7 +58,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - before) * self.alphas.sqrt() / (1 - kept)
 
     def _extract(self, a: Tensor, t: Tensor, x_shape: torch.Size) -> Tensor:
-        """a[t] in float32, with as many dimensions as x."""
+        """a[t] in float32, of shape (batch, 1, ...) with as many dimensions as x."""
         picked = a.to(t.device).gather(0, t).float()
         return picked.view(len(t), *[1] * (len(x_shape) - 1))
 

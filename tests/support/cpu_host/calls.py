@@ -93,8 +93,8 @@ def all_calls() -> Iterator[Call]:
         calls = (make(x, m, z) for make in (simple_calls, option_calls, loss_calls, scale_calls))
         for call in itertools.chain.from_iterable(calls):
             yield call._replace(what=f"{call.what} {name} {a} {b}", arguments={**sizes, **call.arguments})
-    # channels_last samples. With 2, 4 or 8 channels, some instruction sets reorder the noise in registers. Otherwise it is
-    # copied by 4, 8, 16 or more elements (kernels/noise_by_pixels.h).
+    # channels_last samples. With 2, 4 or 8 channels, some instruction sets reorder the noise in registers. Otherwise it
+    # is copied by 4, 8, 16 or more elements (kernels/noise_by_pixels.h).
     for channels in (2, 3, 4, 5, 8, 12, 16, 24, 32):
         some = (normal(5, channels, 6, 18, seed=seed).to(memory_format=torch.channels_last) for seed in (2, 3, 4))
         sizes = {"batch": integer(5), "numel": integer(channels * 108), "channels_last": integer(channels)}

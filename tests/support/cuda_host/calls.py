@@ -246,7 +246,7 @@ class Host:
             if tensor is None or extent(tensor) > 2**26:
                 return tensor
             where = places if isinstance(places, str) else places.get(name, "front")
-            # A table ends at the end of a page. A kernel that reads 128 bits beyond the last row touches the guard page.
+            # A table ends at the end of a page. A kernel that reads beyond the last row touches the guard page.
             placed[name] = Placed(tensor, "back" if name == "table" else where, self.control)
             return placed[name].tensor
 

@@ -36,8 +36,8 @@ TORCH = [*sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"), 
 # Makes the compiled code trap at undefined behaviour, as far as g++ can detect it. The stand-in catches the trap.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 COMPILER = [*filter(None, [shutil.which("ccache")]), "g++"]  # with ccache, unchanged sources are compiled only once
-# Detects only memory errors. The other build detects undefined behaviour, and with both checks this build would take two
-# thirds longer.
+# Detects only memory errors. The other build detects undefined behaviour, and with both checks this build would take
+# two thirds longer.
 SANITIZERS = ["-fsanitize=address", "-O0", "-g1"]
 
 
