@@ -1,4 +1,4 @@
-"""Which operators of a step read or write a whole batch."""
+"""Records which operators read or write large tensors."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Large(TorchDispatchMode):
-    """Records the operators, except views, that read or return tensors of at least `numel` elements, in their order."""
+    """Records the operators that read or return a tensor of at least `numel` elements, except views, in their order."""
 
     def __init__(self, numel):
         super().__init__()
