@@ -99,7 +99,8 @@ DDPM_HD bool reads_x_start(const VariationalRow& row) { return row.k0 != 0.0f ||
 // with_bound has already applied the row's weights to the slopes.
 DDPM_HD float slope_factor(float share, Loss, const VariationalRow&) { return share; }
 
-// The factor of a sample's sum, besides 1 / numel. with_bound has already applied the weights of a VariationalRow.
+// A sample's loss is the sum over its elements times 1 / numel times this factor. with_bound has already applied the
+// weights of a VariationalRow to the elements.
 DDPM_HD float weight_of_sum(const LossRow& row) { return row.weight; }
 DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
 

@@ -44,7 +44,7 @@ DDPM_HD constexpr bool of_model(Role role) { return role >= Role::model_output; 
 // direct: model_variance is the variance.
 enum class Variance : int { of_row, log, direct };
 
-// The values, besides the row, that all elements of a sample share.
+// The values that all elements of a sample share. The row is a separate argument of take_step.
 struct StepSample {
   float clip_min, clip_max;
   float factors[kFactors];

@@ -4,7 +4,7 @@
 // The docstring of ddpm_ext's StepTable has the equation. The letters here are the same: u is `uncond_output`, g is
 // `gradient`, v is `model_variance` and H1 is `history1`. The step also takes these arguments (core/step_inputs.def):
 // - `output_scale` multiplies the guided output m.
-// - `x_start` replaces a x + b m. `x_start_scale` multiplies whichever of the two is used, before the clip.
+// - `x_start` replaces a x + b m. `x_start_scale` multiplies `x_start`, or a x + b m, before the clip.
 // - `known` and `mask`: prev becomes mask (signal_after known + noise_after z) + (1 - mask) prev.
 // - `model_input` becomes c_in prev.
 // A term is left out if the call does not have its tensor.
@@ -114,7 +114,7 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
   }
   if (io.has(Result::history_out)) {
     F kept[N];
-    // Without a term k1 x, the sum begins with -0: only -0 plus a number is always that number, even if it is -0.
+    // Without a term k1 x, the sum begins with -0: -0 + y is y for every number y, but 0 + y is 0 for y = -0.
     DDPM_EACH kept[i] = row.k1 != 0.0f ? F(row.k1) * x[i] : F(-0.0f);
     add_values(row.k2, m, kept);
     add_values(row.k0, x0, kept);

@@ -15,6 +15,6 @@ int64_t x_start_scale_scratch(int64_t batch, int64_t numel);  // the size of x_s
 void randn(const ElementwiseCall& call);
 
 const Kernels& kernels();       // the kernels of the instruction set in use
-const char* instruction_set();  // the name of that set, as the environment variable DDPM_EXT_CPU takes it
+const char* instruction_set();  // the name of that set, such as "avx2"
 
 }  // namespace ddpm_ext::cpu

@@ -90,9 +90,9 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
           }
     return;
   }
-  // If the matrix has fewer than n rows or columns (channels), a square extends into the next pixels. What it reads
-  // there is not used, and what it writes there is overwritten by the next square. Squares that would extend beyond the
-  // matrix are left to the loops at the end.
+  // If the matrix has fewer than n rows or columns (channels), a square extends into the next pixels. The elements that
+  // it reads there are not used, and the next square overwrites the elements that it writes there. The loops at the end
+  // copy what squares cannot copy without extending beyond the memory of the matrix.
   int64_t done_rows = 0, done_columns = 0;
   if (rows < n)
     for (; (done_columns + n - 1) * in + n <= (columns - 1) * in + rows; done_columns += n)

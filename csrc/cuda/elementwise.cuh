@@ -90,7 +90,7 @@ class Elementwise {
     if constexpr (!Op::kRowless) row_ = cuda::read_row<Row>(call_, t);
     if constexpr (kNoise == Noise::drawn) {
       counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
-      // Without make_opaque, the compiler computes these numbers in every turn, inside the branch around the noise.
+      // Without make_opaque, the compiler would move the computation of these numbers into the loop over turns.
       make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
       make_opaque(counter_.c1_key), make_opaque(counter_.c3);
     }

@@ -37,7 +37,8 @@ uint32_t* cleared(void* data, int64_t count, cudaStream_t stream) {
   return static_cast<uint32_t*>(data);
 }
 
-// Whether torch created the stream, or it is the default stream. torch sets the id of any other stream to its handle.
+// Whether the stream is the default stream, or a stream that torch created. For any other stream, torch uses the handle
+// as the id.
 bool made_by_torch(const c10::cuda::CUDAStream& stream) {
   return stream.stream() == nullptr || stream.id() != reinterpret_cast<int64_t>(stream.stream());
 }

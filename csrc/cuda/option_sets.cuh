@@ -26,7 +26,7 @@ constexpr uint32_t kAlways = set_of(Role::x_t, Role::model_output, Result::out);
 // factors that a call must have, and kMay the set that it may have.
 struct AnyOptions {
   static constexpr uint32_t kMust = 0, kMay = ~0u;
-  static constexpr int kBlocks = 2;      // the least blocks that a multiprocessor can hold: it limits registers
+  static constexpr int kBlocks = 2;      // the least number of blocks of a multiprocessor, which limits registers
   static constexpr bool kEight = false;  // whether a thread takes eight 16-bit elements at once, or four
   // Whether model_input may have any dtype and twice the batch. If not, it has the samples' dtype and batch.
   static constexpr bool kAnyInput = true;
@@ -40,7 +40,7 @@ struct Guided : AnyOptions {
   static constexpr bool kEight = true, kAnyInput = false;
 };
 
-// A step without guidance that returns the predicted clean sample or a history tensor, or reads one history tensor.
+// A step without guidance that may return the predicted clean sample and a history tensor, and read one history tensor.
 struct WithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Result::x0_out, Result::history_out);
@@ -56,7 +56,7 @@ struct GuidedWithX0 : AnyOptions {
   static constexpr bool kAnyInput = false;
 };
 
-// A step without guidance that reads up to three history tensors.
+// A step without guidance that may read three history tensors and return one.
 struct WithHistory : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);

@@ -33,8 +33,8 @@ __device__ __forceinline__ F2 operator*(F2 a, F2 b) { return {a.v.x * b.v.x, a.v
 __device__ __forceinline__ F2 fma(F2 a, F2 b, F2 c) { return {fmaf(a.v.x, b.v.x, c.v.x), fmaf(a.v.y, b.v.y, c.v.y)}; }
 #endif
 
-// Computes sqrt(x), rounded to nearest, by one step of Newton's method from y. The result is correct if y is
-// within 2^-23.3 of 1/sqrt(x).
+// Computes sqrt(x), rounded to nearest, by one step of Newton's method from y. The result is correct if
+// the relative error of y, an approximation of 1/sqrt(x), is at most 2^-23.3.
 __device__ __forceinline__ F2 newton_root(F2 x, F2 y) {
   const F2 root = x * y, half = y * F2(0.5f);
   return fma(fma(root * F2(-1.0f), root, x), half, root);

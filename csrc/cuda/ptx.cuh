@@ -5,7 +5,8 @@
 
 namespace ddpm_ext::cuda {
 
-// Approximates 1/sqrt(x) within 2^-22.9 for a normal x. For such x, .ftz does not change the result but saves a check.
+// Approximates 1/sqrt(x) with a relative error of at most 2^-22.9, for an x that is not subnormal. For such an x, .ftz
+// (flush to zero) does not change the result, but the instruction sequence has no check for subnormal numbers.
 __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -65,7 +66,7 @@ __device__ __forceinline__ void load_word_if(bool condition, const uint2* p, uin
                : "memory");
 }
 
-// Ends the thread if `noise` is NaN, which it never is. But the compiler does not know that, so it cannot move later
+// Ends the thread if `noise` is NaN, which never happens. But the compiler does not know that, so it cannot move later
 // code before this call. So the noise is computed before the first use of loaded values, while the loads are in flight.
 __device__ __forceinline__ void keep_uses_behind(float noise) {
   asm volatile("{ .reg .pred c; setp.nan.f32 c, %0, %0; @c exit; }" : : "f"(noise));

@@ -118,18 +118,18 @@ def normals(**answers):
 
 def states(device):
     """The states of the generators that a loop on a device may use: Python's, and torch's of the CPU and the device."""
-    found = [torch.get_rng_state()]
+    generator_states = [torch.get_rng_state()]
     if torch.device(device).type == "cuda":
-        found.append(torch.cuda.get_rng_state(device))
-    return [*found, torch.tensor(random.getstate()[1])]
+        generator_states.append(torch.cuda.get_rng_state(device))
+    return [*generator_states, torch.tensor(random.getstate()[1])]
 
 
 def seeded(seed, call, device="cpu"):
     """The result of call() after seeding the generators with `seed`, and the generators' states after the call."""
     random.seed(seed)
     torch.manual_seed(seed)
-    found = call()
-    return found, states(device)
+    value = call()
+    return value, states(device)
 
 
 def same_states(one, other):

@@ -39,7 +39,7 @@ ENDS = ("DDPMWuerstchenScheduler", "SCMScheduler")  # the classes whose last tim
 @functools.cache
 def classes() -> dict[str, type]:
     """The scheduler classes that can be imported on this machine, by name."""
-    found = {}
+    by_name = {}
     package = diffusers.schedulers
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         try:
@@ -47,10 +47,10 @@ def classes() -> dict[str, type]:
         except ImportError:
             continue  # it needs a library that is not installed
         for name, cls in vars(module).items():
-            is_own = inspect.isclass(cls) and cls.__module__ == module.__name__
-            if is_own and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
-                found[name] = cls
-    return dict(sorted(found.items()))
+            is_defined_here = inspect.isclass(cls) and cls.__module__ == module.__name__
+            if is_defined_here and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
+                by_name[name] = cls
+    return dict(sorted(by_name.items()))
 
 
 # The names of the classes that run diffusers' code, and of those whose steps are traced.

@@ -66,11 +66,11 @@ def latent_parts(**unet: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     options = SIZES | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 2}
     options |= dict(zip(("down_block_types", "up_block_types"), CROSS, strict=True))
-    found = diffusers.UNet2DConditionModel(**options | unet)
+    model = diffusers.UNet2DConditionModel(**options | unet)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
     vae = diffusers.AutoencoderKL(**blocks, **sizes)
-    return {"unet": found.eval(), "vae": vae.eval()}
+    return {"unet": model.eval(), "vae": vae.eval()}
 
 
 # ---------------------------------------------------------------------------------------------- the families

@@ -22,9 +22,9 @@ class Readback(TorchDispatchMode):
         self.both_ways = both_ways
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs)), tree_leaves(found)
-        given, made = ({x.device.type for x in some if isinstance(x, torch.Tensor)} for some in leaves)
-        if ("cuda" in given and "cpu" in made) or (self.both_ways and given == {"cpu"} and "cuda" in made):
-            raise RuntimeError(f"{function} brings values from {given} to {made}")
-        return found
+        result = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs)), tree_leaves(result)
+        source, target = ({x.device.type for x in tensors if isinstance(x, torch.Tensor)} for tensors in leaves)
+        if ("cuda" in source and "cpu" in target) or (self.both_ways and source == {"cpu"} and "cuda" in target):
+            raise RuntimeError(f"{function} brings values from {source} to {target}")
+        return result

@@ -8,8 +8,8 @@ def drawn(axes):
 
 def legend(owner):
     """The texts of a legend. `owner` is the legend or its axes."""
-    found = owner.get_legend() if hasattr(owner, "get_legend") else owner
-    return [text.get_text() for text in found.get_texts()]
+    shown = owner.get_legend() if hasattr(owner, "get_legend") else owner
+    return [text.get_text() for text in shown.get_texts()]
 
 
 def points(x, y):
@@ -26,6 +26,6 @@ def saved_figures(monkeypatch):
     """A list to which each figure is appended when it is saved, from now on."""
     from matplotlib.figure import Figure
 
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda own, *args, **how: (kept.append(own), save(own, *args, **how)))
-    return kept
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *args, **how: (figures.append(fig), save(fig, *args, **how)))
+    return figures

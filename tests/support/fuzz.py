@@ -31,10 +31,10 @@ PROPERTY = re.compile(
 
 def property_tests(files: list[Path]) -> list[str]:
     """The pytest ids of the property tests in the files. Without files, those in all test files."""
-    found = files or [
+    paths = files or [
         path for path in sorted(TESTS.rglob("test_*.py")) if not {path.name, path.parent.name} & {*LEFT_OUT}
     ]
-    return [f"{path}::{''.join(names)}" for path in found for names in PROPERTY.findall(path.read_text())]
+    return [f"{path}::{''.join(names)}" for path in paths for names in PROPERTY.findall(path.read_text())]
 
 
 def run(test: str, seed: int, examples: int) -> tuple[str, str]:

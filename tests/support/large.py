@@ -13,8 +13,8 @@ class Large(TorchDispatchMode):
         self.numel, self.names = numel, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         if not function.is_view and any(tensor.numel() >= self.numel for tensor in tensors):
             self.names.append(str(function.overloadpacket))
-        return found
+        return result

@@ -54,9 +54,9 @@ def columns(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> list[n
 
 def row_numbers(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of the samples' rows of a packed step table, by their names, without "draw" (see `columns`)."""
-    found = dict(zip(ROW, columns(table, t, x), strict=False))
-    del found["draw"]
-    return found
+    by_name = dict(zip(ROW, columns(table, t, x), strict=False))
+    del by_name["draw"]
+    return by_name
 
 
 def as_float64(table: torch.Tensor) -> torch.Tensor:

@@ -73,10 +73,10 @@ def step(
     The gradients are those of the model's output and of its parameters. Returned as float64 on the CPU, by name.
     """
     model = net().to(x.device, dtype)
-    found = losses(model, x.to(dtype), t, z.to(dtype))
-    found.backward(torch.linspace(0.5, 2, len(x), device=x.device, dtype=found.dtype))
+    sample_losses = losses(model, x.to(dtype), t, z.to(dtype))
+    sample_losses.backward(torch.linspace(0.5, 2, len(x), device=x.device, dtype=sample_losses.dtype))
     assert model.output is not None and model.output.grad is not None
-    results = {"losses": found.detach(), "output": model.output.grad}
+    results = {"losses": sample_losses.detach(), "output": model.output.grad}
     results |= {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name: tensor.double().cpu() for name, tensor in results.items()}
 

@@ -48,7 +48,7 @@ def options(shape: tuple[int, ...], dtype: torch.dtype, model_dtype: torch.dtype
     def normal(number: int, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=torch.Generator().manual_seed(100 * seed + number))
 
-    found = {name: normal(i, *shape).to(dtype) for i, name in enumerate(LIKE_X)}
-    found["mask"] = normal(10, *shape).sigmoid().to(dtype)
-    found |= {name: normal(20 + i, *shape).to(model_dtype) for i, name in enumerate(OF_MODEL)}
-    return found | {name: normal(30 + i, shape[0]) for i, name in enumerate(PER_SAMPLE)}
+    tensors = {name: normal(i, *shape).to(dtype) for i, name in enumerate(LIKE_X)}
+    tensors["mask"] = normal(10, *shape).sigmoid().to(dtype)
+    tensors |= {name: normal(20 + i, *shape).to(model_dtype) for i, name in enumerate(OF_MODEL)}
+    return tensors | {name: normal(30 + i, shape[0]) for i, name in enumerate(PER_SAMPLE)}

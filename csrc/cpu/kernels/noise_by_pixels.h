@@ -174,7 +174,7 @@ class NoiseByPixels {
     products_ = load_products(memory_.products) + uint64_t{kPhiloxM0} * static_cast<uint32_t>(run.block / channels_);
   }
 
-  // How many elements earlier the noise of an element is drawn than the kernel uses it.
+  // The number of elements between the element whose noise is drawn and the element whose noise the kernel uses.
   DDPM_HD int64_t ahead() const { return in_registers() ? kFour : 4 * group_ + 2 * kFour; }
 
   // Returns the products of kPhiloxM0 and the block numbers of the next vector.

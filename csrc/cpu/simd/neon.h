@@ -29,7 +29,7 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return vminq_f32(vmaxq_f32(x.v, lo.v)
 // One instruction returns the high words of four products, and one the low words. So Philox's words stay in the order
 // of the lanes, unlike on x86.
 using Words = U32;
-struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
+struct __attribute__((may_alias)) Products {  // may_alias: PixelsMemory stores these as uint64_t
   uint32x4_t lower, upper;                    // the products of the first two lanes, and of the last two lanes
 };
 

@@ -42,7 +42,7 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) {
 }
 
 using Words = U32;
-struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
+struct __attribute__((may_alias)) Products {  // may_alias: PixelsMemory stores these as uint64_t
   uint64_t v[F32::kLanes];
 };
 

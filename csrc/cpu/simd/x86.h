@@ -22,7 +22,7 @@ struct Words {
   explicit Words(uint32_t x) : Words(broadcast(x), broadcast(x)) {}
   explicit Words(U32 u) : Words(u.v, upper_words(u.v)) {}
 };
-struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
+struct __attribute__((may_alias)) Products {  // may_alias: PixelsMemory stores these as uint64_t
   Integers even, odd;
 };
 

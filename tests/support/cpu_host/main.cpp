@@ -62,20 +62,20 @@ class Arrays {
 
   template <class T = void>
   T* data(const std::string& name) const {
-    const auto found = arrays_.find(name);
-    return found == arrays_.end() ? nullptr : reinterpret_cast<T*>(found->second.data.get());
+    const auto entry = arrays_.find(name);
+    return entry == arrays_.end() ? nullptr : reinterpret_cast<T*>(entry->second.data.get());
   }
   template <class T>
   T number(const std::string& name, T otherwise) const {
-    const T* found = data<T>(name);
-    return found == nullptr ? otherwise : *found;
+    const T* value = data<T>(name);
+    return value == nullptr ? otherwise : *value;
   }
   TensorArg tensor(const std::string& name, int64_t numel) const {
     TensorArg tensor;
-    const auto found = arrays_.find(name);
-    if (found == arrays_.end()) return tensor;
-    tensor.data = found->second.data.get();
-    tensor.dtype = static_cast<DType>(found->second.dtype);
+    const auto entry = arrays_.find(name);
+    if (entry == arrays_.end()) return tensor;
+    tensor.data = entry->second.data.get();
+    tensor.dtype = static_cast<DType>(entry->second.dtype);
     tensor.batch_stride = numel;
     tensor.strides[0] = 1;
     return tensor;
