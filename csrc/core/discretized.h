@@ -38,7 +38,7 @@ DDPM_HD float unlikeliness_of_complement(float q) {
   return q * fma(q, fma(q, fma(q, fma(q, fma(q, 1.0f / 6, 0.2f), 0.25f), 1.0f / 3), 0.5f), 1.0f);
 }
 
-// Mills' ratio: the probability beyond x >= 0 standard deviations, divided by the density at x.
+// Computes Mills' ratio: the probability that a standard normal exceeds x, divided by its density at x, for x >= 0.
 DDPM_HD float mills_ratio(float x) {
   const float t = reciprocal(fma(x, 0x1.333334p-2f, 1.0f));
   // The polynomial p minimises the largest relative error, 2.3e-8.
@@ -48,7 +48,7 @@ DDPM_HD float mills_ratio(float x) {
   return p * t;
 }
 
-// The standard normal's density.
+// Computes the density of the standard normal at x.
 DDPM_HD float density(float x) { return exponential(-0.5f * x * x) * 0x1.988454p-2f; }
 
 constexpr float kHalfBin = 0x1.010102p-8f;  // 1 / 255, half the width of a bin

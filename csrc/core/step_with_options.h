@@ -17,7 +17,7 @@
 
 namespace ddpm_ext {
 
-// Whether a step with this row needs noise drawn by the kernel.
+// Whether a step with this row needs drawn noise. masked: whether the call has a mask.
 DDPM_HD bool draws_noise(const StepRow& row, bool masked) {
   return row.s != 0.0f || (masked && row.noise_after != 0.0f);
 }

@@ -1,4 +1,4 @@
-// The reverse step: core/step.h for every element.
+// The reverse step: computes core/step.h for every element of the samples.
 #include "core/step.h"
 
 #include "cuda/elementwise.cuh"

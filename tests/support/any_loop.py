@@ -122,9 +122,9 @@ def of_a_model(schedule, prediction, row):
     signal, noise = row.signal_now / power, row.noise_now / power
     step, expected = (0.0, 0.0), None
     if not PREDICTIONS[prediction].any_step:  # x_prev, which is one timestep of the schedule before x
-        kept, t = nodes(schedule)[0] ** 2, int(row.timestep)
-        before = kept[t - 1] if t else 1.0
-        step = bayes(kept[t] / before, before)
+        alphas_cumprod, t = nodes(schedule)[0] ** 2, int(row.timestep)
+        before = alphas_cumprod[t - 1] if t else 1.0
+        step = bayes(alphas_cumprod[t] / before, before)
         expected = step[0] + step[1] * signal, step[1] * noise
     elif prediction in DEFINED and signal:
         expected = DEFINED[prediction](signal, noise)

@@ -45,17 +45,17 @@ class GaussianDiffusion:
         self.timesteps = timesteps
         self.betas = betas.to(dtype)
         self.alphas = 1 - self.betas
-        kept = self.alphas_cumprod = self.alphas.cumprod(0)
-        before = self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=dtype), kept[:-1]])
-        self.sqrt_alphas_cumprod = kept.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = (1 - kept).sqrt()
-        self.log_one_minus_alphas_cumprod = (1 - kept).log()
-        self.sqrt_recip_alphas_cumprod = (1 / kept).sqrt()
-        self.sqrt_recipm1_alphas_cumprod = (1 / kept - 1).sqrt()
-        self.posterior_variance = self.betas * (1 - before) / (1 - kept)
+        alphas_cumprod = self.alphas_cumprod = self.alphas.cumprod(0)
+        alphas_cumprod_prev = self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=dtype), alphas_cumprod[:-1]])
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.log_one_minus_alphas_cumprod = (1 - alphas_cumprod).log()
+        self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
+        self.posterior_variance = self.betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
-        self.posterior_mean_coef1 = self.betas * before.sqrt() / (1 - kept)
-        self.posterior_mean_coef2 = (1 - before) * self.alphas.sqrt() / (1 - kept)
+        self.posterior_mean_coef1 = self.betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
     def _extract(self, a: Tensor, t: Tensor, x_shape: torch.Size) -> Tensor:
         """a[t] in float32, of shape (batch, 1, ...) with as many dimensions as x."""

@@ -3,8 +3,6 @@
 The elements of the data are independent, with the distribution N(MU, SIGMA^2). With a = alphas_cumprod, x_t then has
 the distribution N(sqrt(a) MU, a SIGMA^2 + 1 - a), and the best prediction of eps, x0 or v is affine in x_t. A step by a
 row of a StepTable is affine, too. So the mean and the variance of the sample after each row are known.
-
-In this file, `kept` is alphas_cumprod.
 """
 
 import numpy as np
@@ -20,15 +18,15 @@ def diffusion(**options):
     return GaussianDiffusion(TIMESTEPS, "linear", **options)
 
 
-def marginal(kept, sigma=SIGMA):
-    """The mean and the variance of x_t at the alphas_cumprod `kept`."""
-    return kept**0.5 * MU, kept * sigma**2 + 1 - kept
+def marginal(alphas_cumprod, sigma=SIGMA):
+    """The mean and the variance of x_t at this alphas_cumprod."""
+    return alphas_cumprod**0.5 * MU, alphas_cumprod * sigma**2 + 1 - alphas_cumprod
 
 
-def best_prediction(kept, x, prediction, sigma=SIGMA):
-    """The best prediction, E[eps | x_t], E[x0 | x_t] or E[v | x_t], at the alphas_cumprod `kept`."""
-    root, coroot = kept**0.5, (1 - kept) ** 0.5
-    mean, variance = marginal(kept, sigma)
+def best_prediction(alphas_cumprod, x, prediction, sigma=SIGMA):
+    """The best prediction, E[eps | x_t], E[x0 | x_t] or E[v | x_t], at this alphas_cumprod."""
+    root, coroot = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
+    mean, variance = marginal(alphas_cumprod, sigma)
     surprise = (x - mean) / variance
     eps, x0 = coroot * surprise, MU + root * sigma**2 * surprise
     return {"eps": eps, "x0": x0, "v": root * eps - coroot * x0}[prediction]
@@ -41,11 +39,11 @@ def exact_model(gd):
     def model(x, t):
         if t.is_floating_point():
             between = np.interp(t.double().cpu().numpy(), np.arange(len(log_sigma)), log_sigma)
-            kept = torch.from_numpy(1 / (1 + np.exp(2 * between))).to(x.device)
+            alphas_cumprod = torch.from_numpy(1 / (1 + np.exp(2 * between))).to(x.device)
         else:
-            kept = gd.alphas_cumprod.to(x.device)[t]
-        kept = kept.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        return best_prediction(kept, x, gd.prediction)
+            alphas_cumprod = gd.alphas_cumprod.to(x.device)[t]
+        alphas_cumprod = alphas_cumprod.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return best_prediction(alphas_cumprod, x, gd.prediction)
 
     return model
 

@@ -38,12 +38,12 @@ WORDS = " ".join(NOT_PRETENDED.values()).split()
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    able = [item for item in items if not any(word in item.nodeid for word in WORDS)]
+    possible = [item for item in items if not any(word in item.nodeid for word in WORDS)]
     until = "::" if os.environ[SIGN] == "few" else "["
-    first = {item.nodeid.partition(until)[0]: item for item in reversed(able)}
-    kept = able if os.environ[SIGN] == "all" else [item for item in able if item in first.values()]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    first = {item.nodeid.partition(until)[0]: item for item in reversed(possible)}
+    selected = possible if os.environ[SIGN] == "all" else [item for item in possible if item in first.values()]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
 
 
 def environment(root: Path, folder: Path, parameters: str, site: str = "") -> dict[str, str]:
