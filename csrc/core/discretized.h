@@ -32,7 +32,7 @@ DDPM_HD float logarithm(float x) {
   return fma(signed_to_float(exponent), 0x1.62e430p-24f, f * q);
 }
 
-// Computes -ln(1 - q) for q in [0, 1). A small q takes a series, since 1 - q would round away its digits.
+// Computes -ln(1 - q) for q in [0, 1). For a small q it uses a series, since 1 - q would lose digits of q.
 DDPM_HD float unlikeliness_of_complement(float q) {
   if (q > 0.1f) return -logarithm(1.0f - q);
   return q * fma(q, fma(q, fma(q, fma(q, fma(q, 1.0f / 6, 0.2f), 0.25f), 1.0f / 3), 0.5f), 1.0f);

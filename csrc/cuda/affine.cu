@@ -28,7 +28,7 @@ struct Affine {
 
 void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    // Drawn noise is float32. Only noise from the caller may have another dtype than x: one of lower precision.
+    // The second tensor, in `noise`, may have a lower precision than x. Without it, its type is set to that of x.
     by_dtypes(call.x.dtype, call.noise_kind == Noise::given ? call.noise.dtype : call.x.dtype, [&](auto x, auto z) {
       using X = decltype(x);
       using Z = decltype(z);

@@ -18,7 +18,8 @@ namespace {
 
 constexpr size_t kStack = size_t{1} << 17;  // bytes of a fiber's stack
 
-// AddressSanitizer must be told of every switch between stacks. These are the stack of the host thread and its size.
+// AddressSanitizer must be told of every switch between stacks. host_stack is the stack of the host thread, and
+// host_size its size in bytes.
 const void* host_stack;
 size_t host_size;
 
