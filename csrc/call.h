@@ -1,4 +1,5 @@
-// The data of one operator call, as a kernel on either device receives it. Nothing in this file depends on torch.
+// The arguments of an operator call, as the CPU and the CUDA kernels receive them. Nothing in this file depends on
+// torch.
 #pragma once
 
 #include <stdint.h>
@@ -12,12 +13,14 @@
 namespace ddpm_ext {
 
 enum class DType : int { float32, float16, bfloat16 };
+// The noise of a call: no noise, a tensor of the caller, or noise that the kernel draws.
 enum class Noise : int { none, given, drawn };
 
 constexpr int kMaxDims = 8;  // of a sample, after merging neighbouring dimensions
 
-// A tensor of shape (batch, sizes...). Strides count elements. The sizes are a sample's dimensions in the order in
-// which a kernel iterates over them (Order in ops/fill_call.h). `data` is null if the call does not have the tensor.
+// A tensor of shape (batch, sizes...), where Call has the sizes. Strides count elements. `strides` are those of a
+// sample's dimensions, in the order in which a kernel iterates over them (Order in ops/fill_call.h). `data` is null if
+// the call does not have the tensor.
 struct TensorArg {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -28,10 +31,11 @@ struct TensorArg {
 // The fields that the calls of all operators share.
 struct Call {
   int64_t batch = 0;
-  int64_t numel = 0;  // of one sample
+  int64_t numel = 0;  // the number of elements of one sample
   int dims = 0;
-  int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};  // 1 beyond `dims`: a GPU may divide by it
-  bool contiguous = false;                             // whether samples are contiguous in every tensor, in this order
+  // The sizes of a sample. After the first `dims` of them they are 1, since a GPU may divide by them.
+  int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};
+  bool contiguous = false;  // whether samples are contiguous in every tensor, in this order
 
   // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
   const void* table = nullptr;
@@ -41,7 +45,8 @@ struct Call {
   int64_t t_index = 0;
   float clip_min = 0, clip_max = 0;
 
-  // The noise. seed_data and sample_ids, unless null, replace seed and first_id.
+  // The noise (core/philox.h). If seed_data is not null, it replaces seed. If sample_ids is not null, it replaces
+  // first_id and the numbers that follow.
   Noise noise_kind = Noise::none;
   const int64_t* seed_data = nullptr;
   uint64_t seed = 0;
@@ -49,21 +54,23 @@ struct Call {
   int64_t ids_stride = 0;
   int64_t first_id = 0;
   uint32_t stream = 0;
-  int64_t draw = 0;                    // negative: use the draw of the sample's row
-  const int64_t* draw_data = nullptr;  // unless null, its low 32 bits replace `draw`
-  // Noise is drawn in the order of logical indices. If that is (channels, pixels), a launch on either device may change
-  // the sizes to (pixels, channels). Then channels_last is the number of channels, and the number of pixels is a
-  // multiple of four.
+  int64_t draw = 0;                    // if negative, each sample has the draw of its row
+  const int64_t* draw_data = nullptr;  // if not null, its low 32 bits replace `draw`
+  // Noise is defined by logical indices. If the sizes are (channels, pixels) but the memory is channels_last, by_pixels
+  // (cpu/runs.h, cuda/access.cuh) changes the sizes to (pixels, channels). Then channels_last is the number of
+  // channels, and the number of pixels is a multiple of four. Otherwise channels_last is 0.
   int64_t channels_last = 0;
 };
 
-// A call of an affine operator or of randn. An affine operator's rows are AffineRow and its second tensor is `noise`;
-// randn has no rows. On the CPU an affine operator writes the noise that it draws to `noise`, unless its data is null.
+// A call of an affine operator or of randn. The rows of an affine operator are AffineRow, and its second tensor is
+// `noise`. On the CPU an affine operator that draws noise also writes it to `noise`, if that has data. randn has no
+// rows.
 struct ElementwiseCall : Call {
   TensorArg x, model_output, noise, out;
 };
 
-// The one row of all samples of a step, by value, if the host knows it. Then a GPU need not wait to load it.
+// The row of a step in which all samples take the same row and the host has the table. A kernel receives the row as an
+// argument, so a GPU does not load it.
 struct HostRow {
   bool has_row = false;
   StepRow row;
@@ -72,7 +79,7 @@ struct HostRow {
 // A call of the reverse step. Rows are StepRow.
 struct ReverseStepCall : ElementwiseCall, HostRow {};
 
-// A float32 factor for each sample. If data is null, the factor is 1 for all samples.
+// A float32 factor for each sample. If `data` is null, the factor is 1 for all samples.
 struct PerSample {
   const float* data = nullptr;
   int64_t stride = 0;
@@ -94,26 +101,26 @@ struct StepCall : Call, HostRow {
 // A call of a training loss. Rows are LossRow, or VariationalRow for a loss with the variational bound.
 struct LossCall : Call {
   TensorArg model_output, variance, x_start, noise;
-  TensorArg slope, variance_slope;  // float32, written unless data is null
+  TensorArg slope, variance_slope;  // float32 results, if they have data
   Loss kind = Loss::mse;
   float delta = 1;
   bool variational = false, detached = false;
-  float slope_share = 0;     // the factor of a slope, besides the row's weight
+  float slope_share = 0;     // an element's share in the returned loss: 1 / numel, or 1 / (batch numel)
   double per_element = 0;    // 1 / numel
-  double* chunks = nullptr;  // (batch, loss_chunks(numel)): scratch for the chunks' sums
-  float* loss = nullptr;     // (batch,), written
-  float* total = nullptr;    // the sum of the losses times total_factor, written unless null
+  double* chunks = nullptr;  // (batch, loss_chunks(numel)): scratch memory for the sums of the chunks
+  float* loss = nullptr;     // the result, (batch,)
+  float* total = nullptr;    // if not null, a second result: the sum of the losses times total_factor
   double total_factor = 1;
 };
 
-// A call of x_start_scale. Rows are StepRow. Without a table, the magnitudes are those of x.
+// A call of x_start_scale. Rows are StepRow. Without a table, x is the clean sample itself.
 struct XStartScaleCall : Call {
   TensorArg x, model_output, uncond_output;
   PerSample output_scale;
   QuantileRank rank;
   float maximum = 0;
-  float* scale = nullptr;    // (batch,), written
-  float* scratch = nullptr;  // its size depends on the device
+  float* scale = nullptr;    // the result, (batch,)
+  float* scratch = nullptr;  // scratch memory of x_start_scale_scratch(batch, numel) floats, a function of each device
 };
 
 // A call of output_scale.
@@ -121,11 +128,11 @@ struct OutputScaleCall : Call {
   TensorArg model_output, uncond_output;
   float guidance = 1;  // the scale of classifier-free guidance
   double rescale = 0;
-  ChunkMoments* chunks = nullptr;  // scratch (batch, loss_chunks(numel), 2): model's output, guided output
-  float* scale = nullptr;          // (batch,), written
+  ChunkMoments* chunks = nullptr;  // scratch memory (batch, loss_chunks(numel), 2): model's output, guided output
+  float* scale = nullptr;          // the result, (batch,)
 };
 
-// The number of chunks of a sample.
+// Returns the number of chunks (core/loss.h) of a sample.
 DDPM_HD constexpr int64_t loss_chunks(int64_t numel) { return (numel + kLossChunk - 1) / kLossChunk; }
 
 }  // namespace ddpm_ext

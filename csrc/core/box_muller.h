@@ -7,26 +7,28 @@
 
 namespace ddpm_ext {
 
-// Computes sqrt(-2 ln u) with u = fma(float(w), 2^-32, 2^-33).
+// Computes the radius sqrt(-2 ln u) of a pair of normals. u = fma(float(w), 2^-32, 2^-33) is in (0, 1].
 template <class U>
 DDPM_HD auto radius(U w) {
   using F = decltype(unsigned_to_float(w));
   const F u = fma(unsigned_to_float(w), F(0x1p-32f), F(0x1p-33f));
   // u = 2^e (1 + f), with f in [sqrt(1/2) - 1, sqrt(2) - 1)
-  const U bits = float_to_bits(u), exponent = (bits - U(0x3f3504f3u)) & U(0xff800000u);  // 2^23 e
+  const U bits = float_to_bits(u), exponent = (bits - U(0x3f3504f3u)) & U(0xff800000u);  // `exponent` is 2^23 e
   const F f = bits_to_float(bits - exponent) + F(-1.0f);
-  // -2 ln(1 + f) = f q(f). q is the minimax polynomial for the error of the square root, which is 3.1e-7.
+  // -2 ln(1 + f) = f q(f). The polynomial q minimises the largest absolute error of the square root, 3.1e-7.
   const F q = polynomial(f, -0x1.eba97ap-3f, 0x1.82798ep-2f, -0x1.a48406p-2f, 0x1.fd9c34p-2f, -0x1.55182cp-1f,
                          0x1.000292p+0f, -0x1.00001cp+1f);
-  // Adding 2^-100 keeps the square root away from 0 where u is 1. For any other u it does not change the sum.
+  // For u = 1 the logarithm is 0, which the GPU's sqrt (cuda/pair.cuh) does not accept. Adding 2^-100 avoids a root of
+  // 0. For any other u it does not change the sum.
   return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
 
-// Computes cos and sin of 2 pi w / 2^32, up to sign: where half_turns(w) has bit 31 set, both have the wrong sign. The
-// angle relative to the nearest half turn is the low 31 bits of w, read as a signed number.
+// Computes the cosine and the sine of the angle 2 pi w / 2^32 minus the nearest multiple of pi. The low 31 bits of w,
+// read as a signed number, are this difference. If the multiple is odd, the cosine and the sine of the whole angle have
+// the opposite signs: the caller flips them (half_turns).
 template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
-  const F x = signed_to_fraction(w << 1);  // quarter turns, in [-1, 1]
+  const F x = signed_to_fraction(w << 1);  // the difference in quarter turns, in [-1, 1]
   const F x2 = x * x;
   const F s = polynomial(x2, 0x1.3912a8p-13f, -0x1.31fbf4p-8f, 0x1.466504p-4f, -0x1.4abba2p-1f, 0x1.921fb4p+0f) * x;
   const F c = polynomial(x2, 0x1.c2939cp-11f, -0x1.55020cp-6f, 0x1.03bd9ap-2f, -0x1.3bd3b0p+0f);
@@ -34,7 +36,7 @@ DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
   sine = s;
 }
 
-// Bit 31 of the result is set if the half turn nearest to the angle is an odd one.
+// Returns a word whose bit 31 is set if the multiple of pi nearest to the angle 2 pi w / 2^32 is odd.
 template <class U>
 DDPM_HD U half_turns(U w) {
   return w + U(0x40000000u);

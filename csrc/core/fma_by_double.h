@@ -1,4 +1,4 @@
-// fma of floats on machines without the instruction, by arithmetic in double.
+// Computes the fma of floats by arithmetic in double, for CPUs without an fma instruction.
 //
 // The product p = a b is exact in double: 24 + 24 bits fit into 53, and exponents of -298 to 256 into the range of
 // double. So only x = p + c has to be rounded to float, once. Rounding x to the nearest double and then to the nearest
@@ -19,10 +19,13 @@
 namespace ddpm_ext {
 
 DDPM_HD float fma_by_double(float a, float b, float c) {
-  const double p = static_cast<double>(a) * b, sum = p + c, rest = sum - p, e = (p - (sum - rest)) + (c - rest);
+  const double p = static_cast<double>(a) * b, sum = p + c, rounded_c = sum - p,
+               e = (p - (sum - rounded_c)) + (c - rounded_c);
   uint64_t bits;
   memcpy(&bits, &sum, sizeof bits);
-  if (e < 0.0 || e > 0.0) bits = (bits - ((e < 0.0) != (sum < 0.0))) | 1;  // towards zero, then to odd; not if e is NaN
+  // Rounds to odd. If the sum is farther from zero than p + c, subtracting 1 from its bits steps to the neighbouring
+  // double nearer to zero. Then the last bit is set. Nothing changes if e is 0 or NaN.
+  if (e < 0.0 || e > 0.0) bits = (bits - ((e < 0.0) != (sum < 0.0))) | 1;
   double odd;
   memcpy(&odd, &bits, sizeof odd);
   return static_cast<float>(odd);

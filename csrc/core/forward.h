@@ -9,6 +9,7 @@
 
 namespace ddpm_ext {
 
+// A row of an affine operator's table in memory: float32 (rows, 2).
 struct alignas(8) AffineRow {
   float k0, k1;
 };

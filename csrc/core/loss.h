@@ -22,24 +22,28 @@ DDPM_HD F loss_difference(const Row& row, F m, bool has_x_start, F x_start, F z)
   return fma(F(-1.0f), target, m);
 }
 
-// Returns the part s of the loss s (d - c s) of a difference d. For mse, s = d and c = 0; for l1, s is the sign of d
-// and c = 0; for huber, s is d clamped to [-delta, delta] and c = 1/2.
+// Returns s, the loss's derivative by the difference d without the constant factor slope_scale(kind). For mse, s is d;
+// for l1, the sign of d; for huber, d clamped to [-delta, delta].
 template <class F>
-DDPM_HD F loss_part(Loss kind, float delta, F d) {
+DDPM_HD F unscaled_slope(Loss kind, float delta, F d) {
   if (kind == Loss::mse) return d;
   if (kind == Loss::huber) return clamp(d, F(-delta), F(delta));
   return clamp(d * F(0x1p126f) * F(0x1p126f), F(-1.0f), F(1.0f));  // the sign, of subnormal numbers too
 }
 
+// Returns the loss of the difference d, where s is unscaled_slope of d: s d, or s (d - s / 2) for huber.
 template <class F>
-DDPM_HD F loss_value(Loss kind, F d, F part) {
-  return part * (kind == Loss::huber ? fma(part, F(-0.5f), d) : d);
+DDPM_HD F loss_value(Loss kind, F d, F s) {
+  return s * (kind == Loss::huber ? fma(s, F(-0.5f), d) : d);
 }
 
-// The slope of the loss is `part` times this.
-DDPM_HD constexpr float slope_of_part(Loss kind) { return kind == Loss::mse ? 2.0f : 1.0f; }
+// The derivative of the loss by the difference is this factor times unscaled_slope.
+DDPM_HD constexpr float slope_scale(Loss kind) { return kind == Loss::mse ? 2.0f : 1.0f; }
+
+// The factor from unscaled_slope to the slope that a call returns. `share` is one element's share in the returned loss:
+// 1 / numel, or 1 / (batch numel) for the mean over a batch.
 DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
-  return share * slope_of_part(kind) * row.weight;
+  return share * slope_scale(kind) * row.weight;
 }
 
 // ------------------------------------------------------------------------------------- with the variational bound
@@ -57,23 +61,25 @@ struct alignas(16) VariationalRow {
   float k0, k1, weight, vlb_weight, l0, l1, scale, decoder;
 };
 
-// A loss and its derivatives by the model's output and by v.
+// A loss and its derivatives by the model's output and by v, the model's output for the variance.
 template <class F>
-struct LossParts {
+struct LossAndSlopes {
   F value, slope, variance_slope;
 };
 
-// Adds the bound to the loss. If the mean is detached, the bound adds nothing to the derivative by the model's output.
+// Returns the weighted sum of the loss of d and of `bound`, a term of the variational bound, with its derivatives. If
+// the mean is detached, the bound adds nothing to the derivative by the model's output.
 template <class F>
-DDPM_HD LossParts<F> with_bound(const VariationalRow& row, Loss kind, float delta, bool detached, F d,
-                                const LossParts<F>& bound) {
-  const F part = loss_part(kind, delta, d), by_mean = F(detached ? 0.0f : row.vlb_weight) * bound.slope;
-  return {fma(F(row.weight), loss_value(kind, d, part), F(row.vlb_weight) * bound.value),
-          fma(F(row.weight * slope_of_part(kind)), part, by_mean), F(row.vlb_weight) * bound.variance_slope};
+DDPM_HD LossAndSlopes<F> with_bound(const VariationalRow& row, Loss kind, float delta, bool detached, F d,
+                                    const LossAndSlopes<F>& bound) {
+  const F s = unscaled_slope(kind, delta, d), by_mean = F(detached ? 0.0f : row.vlb_weight) * bound.slope;
+  return {fma(F(row.weight), loss_value(kind, d, s), F(row.vlb_weight) * bound.value),
+          fma(F(row.weight * slope_scale(kind)), s, by_mean), F(row.vlb_weight) * bound.variance_slope};
 }
 
+// The bound's term in a row with decoder = 0: the KL divergence, with its derivatives.
 template <class F>
-DDPM_HD LossParts<F> divergence(const VariationalRow& row, F d, F v) {
+DDPM_HD LossAndSlopes<F> divergence(const VariationalRow& row, F d, F v) {
   const F g = clamp(fma(F(-row.l1), v, F(-row.l0)), F(-87.0f), F(88.0f));
   F exponential;
   const F excess = exponential_excess(g, exponential);
@@ -81,7 +87,8 @@ DDPM_HD LossParts<F> divergence(const VariationalRow& row, F d, F v) {
   return {F(0.5f) * (excess + moved), slope, F(-0.5f * row.l1) * (excess + g + moved)};
 }
 
-DDPM_HD LossParts<float> decoder_bound(const VariationalRow& row, float d, float v, float x_start) {
+// The bound's term in a row with another `decoder`: -ln of the probability of x_start's 8-bit level.
+DDPM_HD LossAndSlopes<float> decoder_bound(const VariationalRow& row, float d, float v, float x_start) {
   const Unlikeliness bin = unlikeliness(x_start, -row.scale * d, fma(row.l1, v, row.l0));
   return {bin.value, row.scale * bin.by_mean, row.l1 * bin.by_log_variance};
 }
@@ -89,16 +96,21 @@ DDPM_HD LossParts<float> decoder_bound(const VariationalRow& row, float d, float
 // Whether a row needs x_start, for the target or for the decoder's term.
 DDPM_HD bool reads_x_start(const VariationalRow& row) { return row.k0 != 0.0f || row.decoder != 0.0f; }
 
+// with_bound has already applied the row's weights to the slopes.
 DDPM_HD float slope_factor(float share, Loss, const VariationalRow&) { return share; }
 
-// Every device adds up a sample's losses in the same order. A sample is cut into chunks of kLossChunk elements. In a
-// chunk, element j is added to lane j mod kLossLanes in float32. The lanes are then added by halves (lane l + lane l +
-// n/2, and so on) in float64. Chunk i is added to strand i mod kLossStrands, and the strands are added by halves. The
-// losses of a batch are added by strands as well.
-//
-// A sample's sum is multiplied by weight_of_sum and by 1 / numel.
+// A sample's loss is the sum over its elements times 1 / numel times this factor. with_bound has already applied the
+// weights of a VariationalRow to the elements.
 DDPM_HD float weight_of_sum(const LossRow& row) { return row.weight; }
 DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
+
+// Every device adds up a sample's losses in the same order:
+// - A sample is cut into chunks of kLossChunk neighbouring elements. In a chunk, lane l is the float32 sum of the
+//   elements j with j mod kLossLanes = l.
+// - A chunk's lanes are added by halves, in float64: lane l gets lane l + n/2 of n lanes, then n is halved, until one
+//   lane remains.
+// - Strand s is the float64 sum of the chunks i with i mod kLossStrands = s. The strands are added by halves, too.
+// The sum of a batch's losses is taken in strands as well.
 constexpr int kLossChunk = 512, kLossLanes = 64, kLossStrands = 128;
 
 }  // namespace ddpm_ext

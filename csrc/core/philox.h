@@ -11,7 +11,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// The keys of all rounds, computed once for each launch: they are the same for every element.
+// The keys of all rounds. They depend only on the seed, so they are computed before the loop over elements.
 struct PhiloxKeys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 };
@@ -36,8 +36,9 @@ DDPM_HD SampleCounter sample_counter(uint64_t id, uint32_t stream, uint32_t draw
   return {draw, static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32) + (stream << 24)};
 }
 
-// The part of rounds 0 and 1 that does not depend on the block: one of the two multiplications of each round. It is
-// computed once for each sample.
+// The results of rounds 0 and 1 that do not depend on the block, computed once for each sample: one of the two
+// multiplications of each round. c0 to c3 are the counter's words after a round. A word with `_key` already has the
+// next key, and c0_high is the high half of a product of c0, with the next key.
 struct PhiloxSample {
   uint32_t c3_key, c0_high, c1_key, c3;
 };
@@ -48,9 +49,9 @@ DDPM_HD PhiloxSample philox_sample(const PhiloxKeys& keys, const SampleCounter& 
   return {counter.id_high ^ keys.k1[0], high(q0) ^ keys.k1[1], low(p1) ^ keys.k0[1], low(q0)};
 }
 
-// Computes the four words w[0..3] of the counter (block, draw, id_low, id_high). p0 is the product of block and
-// kPhiloxM0. A vector type may keep its words in two halves, even and odd. The last round joins the halves, since there
-// joining takes the fewest instructions.
+// Computes the four random words w[0..3] of the counter (block, draw, id_low, id_high). p0 is the product of block and
+// kPhiloxM0. A vector type may keep its words in two halves, of even and of odd lanes. The last round joins the halves,
+// since joining takes the fewest instructions at that point.
 template <class Product, class U>
 DDPM_HD void philox_words(const PhiloxKeys& keys, const PhiloxSample& sample, Product p0, U (&w)[4]) {
   auto p1 = multiply_wide(high(p0) ^ sample.c3_key, kPhiloxM1);
@@ -72,6 +73,7 @@ DDPM_HD void philox_words(const PhiloxKeys& keys, const PhiloxSample& sample, Pr
   w[3] = join(low(p0));
 }
 
+// Computes the four random words of a block.
 DDPM_HD void philox_block(const PhiloxKeys& keys, const PhiloxSample& sample, uint32_t block, uint32_t (&w)[4]) {
   philox_words(keys, sample, multiply_wide(block, kPhiloxM0), w);
 }

@@ -6,8 +6,8 @@
 
 namespace ddpm_ext {
 
-constexpr uint32_t kMagnitude = 0x7fffffff;          // all bits but the sign
-constexpr uint32_t kInfiniteMagnitude = 0x7f800000;  // the bits of a NaN are larger
+constexpr uint32_t kMagnitude = 0x7fffffff;          // the mask of a magnitude: all bits but the sign
+constexpr uint32_t kInfiniteMagnitude = 0x7f800000;  // the bits of infinity; those of a NaN are larger
 
 // The quantile is interpolated between two magnitudes: the `from_top`-th largest (1 is the largest), and the next
 // larger one.
@@ -20,7 +20,7 @@ struct QuantileRank {
     const double position = q * static_cast<double>(n - 1), below = ::floor(position);
     return {n - static_cast<int64_t>(below), static_cast<float>(position - below)};
   }
-  // Whether the larger magnitude has a weight.
+  // Whether the next larger magnitude exists and has a weight.
   DDPM_HD bool between() const { return weight != 0.0f && from_top > 1; }
 };
 
@@ -30,7 +30,8 @@ DDPM_HD float interpolate(float below, float above, float weight) {
   return weight < 0.5f ? fma(weight, difference, below) : fma(weight - 1.0f, difference, above);
 }
 
-// Returns 1 / bound. The bound is the quantile, but at least 1 and at most `maximum`. NaN stays NaN.
+// Returns 1 / bound. The bound is the quantile, but at least 1 and at most `maximum`. NaN stays NaN. The quantile is
+// interpolated between the magnitudes with the bits `below` and `above`.
 DDPM_HD float threshold_scale(uint32_t below, uint32_t above, float weight, float maximum) {
   return 1.0f / clamp(interpolate(bits_to_float(below), bits_to_float(above), weight), 1.0f, maximum);
 }

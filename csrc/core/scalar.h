@@ -7,14 +7,15 @@
 //   F + F, F * F, fma, sqrt, clamp   each correctly rounded, clamp as below
 //   U + U, U - U, U & U, U << int
 //   bits_to_float, float_to_bits, signed_to_float, unsigned_to_float, flip_sign
-// The CPU's also provide, for the kernels (cpu/kernels/):
+// The CPU's vector types also provide, for the CPU's kernels (cpu/kernels/):
 //   F::kLanes                        the number of elements
 //   Words, Products                  Philox's words and their 64-bit products, in any order of lanes
 //   multiply_wide, high, low, xor3, Words ^ uint32_t, Products + uint64_t
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
-//   words_in_order(U)                U as Words, such that join() returns the same U
+//   words_in_order(U)                the Words from which join() returns this U
 //   join(Words), join_high(Products) the words, or the products' high words, as a U; xor3 also takes a U
-//   transpose(F (&z)[4])             brings the elements of kLanes blocks to memory order; z[k] has each block's k-th
+//   transpose(F (&z)[4])             reorders the elements of kLanes blocks from z[k], which has the k-th element of
+//                                    every block, to the order of memory
 //   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even
 #pragma once
 
@@ -30,7 +31,7 @@
 #define DDPM_UNROLL
 #endif
 
-#ifdef DDPM_WITHOUT_FMA  // no such instruction, and the C library's fma takes hundreds of cycles
+#ifdef DDPM_WITHOUT_FMA  // for a CPU without an fma instruction: the C library's fma would take hundreds of cycles
 #include "core/fma_by_double.h"
 #endif
 
@@ -54,11 +55,12 @@ DDPM_HD uint32_t float_to_bits(float f) {
   return u;
 }
 
-// Converts an integer to float, rounding to nearest even.
+// Convert an unsigned or a signed 32-bit integer to float, rounding to nearest even.
 DDPM_HD float unsigned_to_float(uint32_t u) { return static_cast<float>(u); }
 DDPM_HD float signed_to_float(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 
-// Converts an integer times 2^-31, rounding to nearest even. NEON has one instruction for it.
+// Computes the signed integer u times 2^-31 as a float, rounded to nearest even. simd/neon.h has an overload, since
+// NEON has one instruction for both operations.
 template <class U>
 DDPM_HD auto signed_to_fraction(U u) {
   return signed_to_float(u) * decltype(signed_to_float(u))(0x1p-31f);
@@ -81,7 +83,8 @@ DDPM_HD F polynomial(F x, float highest, Floats... others) {
   return sum;
 }
 
-// Multiplies 32 by 32 bits to 64. Vector types also hold this product in one lane of 64 bits.
+// Returns the 64-bit product of two 32-bit words. high and low take such a product. join and join_high matter only to
+// vector types that keep words in two halves: here they return the word, and the product's high word.
 DDPM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 DDPM_HD uint32_t high(uint64_t p) { return static_cast<uint32_t>(p >> 32); }
 DDPM_HD uint32_t low(uint64_t p) { return static_cast<uint32_t>(p); }

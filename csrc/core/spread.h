@@ -4,11 +4,11 @@
 // Every device adds up a sample in the same order:
 // - A sample is cut into the chunks of core/loss.h. Element j of a chunk belongs to lane j mod kSpreadLanes.
 // - A lane adds up the differences from its first element, and the squares of these differences, in float32.
-// - The lanes are added by halves: first to half as many in float32, then to a single sum in float64. This is done
-//   twice. The first sum gives the chunk's mean, rounded to float32. The second is the sum of the squared differences
-//   from that mean.
-// - The chunks' moments are combined to the sample's in float64, by the strands of core/loss.h.
-// So nothing cancels, however far from zero the sample lies.
+// - The lanes are added by halves: first to half as many lanes in float32, then to a single sum in float64. This is
+//   done twice. The first sum gives the chunk's mean, rounded to float32. The second is the sum of the squared
+//   differences from that mean.
+// - The moments of the chunks are combined to those of the sample in float64, by the strands of core/loss.h.
+// Sums of differences lose no digits by cancellation, however far from zero the sample lies.
 #pragma once
 
 #include "core/loss.h"
@@ -17,8 +17,9 @@ namespace ddpm_ext {
 
 constexpr int kSpreadLanes = 32;
 
+// The mean of a chunk's elements, and the sum of their squared differences from the mean.
 struct ChunkMoments {
-  double mean, squares;  // squares: the sum of the squared differences from the mean
+  double mean, squares;
 };
 
 // The number of elements in chunk i of a sample.
@@ -32,10 +33,11 @@ DDPM_HD int64_t lane_length(int64_t length, int l) { return (length - l + kSprea
 
 DDPM_HD float chunk_mean(double sum, int64_t length) { return static_cast<float>(sum / static_cast<double>(length)); }
 
-// The moments of one lane, or of F::kLanes lanes if F is a vector type.
+// The moments of one lane, or of F::kLanes lanes if F is a vector type. minus_first is -1 times the lane's first
+// element. `sum` and `squares` are the sums of the differences from the first element, and of their squares.
 template <class F>
 struct LaneMoments {
-  F minus_first, sum, squares;  // the sums are of the differences from the first element
+  F minus_first, sum, squares;
 
   DDPM_HD void begin(F first) {
     minus_first = F(-1.0f) * first;
@@ -55,7 +57,7 @@ struct LaneMoments {
   }
 };
 
-// A chunk's terms of the sample's sum and of the sample's sum of squared differences from `mean`.
+// What a chunk adds to the sample's sum, and to the sample's sum of squared differences from `mean`.
 DDPM_HD double sum_term(const ChunkMoments& chunk, int64_t length) { return chunk.mean * static_cast<double>(length); }
 DDPM_HD double squares_term(const ChunkMoments& chunk, int64_t length, double mean) {
   const double difference = chunk.mean - mean;

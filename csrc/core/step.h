@@ -25,7 +25,7 @@ static_assert(sizeof(kRowNames) / sizeof(kRowNames[0]) + sizeof(StepRow::unused)
 #undef DDPM_ROW_NUMBER
 #undef DDPM_ROW_BITS
 
-// The clean sample before it is clipped.
+// The predicted clean sample before it is clipped.
 template <class F>
 DDPM_HD F unclipped_x_start(float a, float b, F x, F m) {
   return affine({a, b}, x, m);
@@ -36,13 +36,14 @@ DDPM_HD F predict_x_start(const StepRow& row, F x, F m, float clip_min, float cl
   return clamp(unclipped_x_start(row.a, row.b, x, m), F(clip_min), F(clip_max));
 }
 
-// The step without its noise. c2 is other than 0 only for samplers that use the model's output directly, besides x0.
-// For a c2 of 0 the product c2 m is skipped: if m is infinite, the clip has made x0 finite, but 0 times m would be NaN.
+// The next sample without its noise: c0 x0 + c1 x + c2 m. c2 is not 0 only for samplers that use both x0 and the
+// model's output m. If c2 is 0, the product c2 m is skipped: for an infinite m, the clip makes x0 finite, but 0 times m
+// is NaN.
 template <class F>
 DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max) {
-  F rest = F(row.c1) * x;
-  if (row.c2 != 0.0f) rest = fma(F(row.c2), m, rest);
-  return fma(F(row.c0), predict_x_start(row, x, m, clip_min, clip_max), rest);
+  F other_terms = F(row.c1) * x;
+  if (row.c2 != 0.0f) other_terms = fma(F(row.c2), m, other_terms);
+  return fma(F(row.c0), predict_x_start(row, x, m, clip_min, clip_max), other_terms);
 }
 
 // Classifier-free guidance with the scale w (Ho & Salimans 2022, eq. 6, whose scale is w - 1).

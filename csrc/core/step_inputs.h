@@ -4,7 +4,7 @@
 #include "core/scalar.h"
 #include "core/step_inputs.def"
 
-// Each macro expands X for the entries of one kind.
+// Each macro applies the macro X to the list's entries of one kind.
 #define DDPM_NONE(...)
 #define DDPM_LIKE_X(X) DDPM_STEP_INPUTS(X, DDPM_NONE, DDPM_NONE, DDPM_NONE, DDPM_NONE)
 #define DDPM_OF_MODEL(X) DDPM_STEP_INPUTS(DDPM_NONE, X, DDPM_NONE, DDPM_NONE, DDPM_NONE)
@@ -12,7 +12,7 @@
 #define DDPM_FLAGS(X) DDPM_STEP_INPUTS(DDPM_NONE, DDPM_NONE, DDPM_NONE, X, DDPM_NONE)
 #define DDPM_RESULTS(X) DDPM_STEP_INPUTS(DDPM_NONE, DDPM_NONE, DDPM_NONE, DDPM_NONE, X)
 
-// What X may be.
+// Macros to pass as X.
 #define DDPM_NAME(name, ...) name,
 #define DDPM_QUOTED_NAME(name, ...) #name,
 #define DDPM_BOOL(name, value) bool name = k##value;
@@ -21,7 +21,7 @@ namespace ddpm_ext {
 
 constexpr bool kTrue = true, kFalse = false;  // the defaults of flags, as a schema writes them
 
-// The tensors that a step reads: first those with the dtype of x_t, then those with the dtype of the model's output.
+// The tensors that a step reads: first those with the dtype of x_t, then those with the dtype of model_output.
 enum class Role : int { x_t, noise, DDPM_LIKE_X(DDPM_NAME) model_output, DDPM_OF_MODEL(DDPM_NAME) count };
 // The tensors that a step writes. `out` is the next sample.
 enum class Result : int { out, DDPM_RESULTS(DDPM_NAME) count };
@@ -40,11 +40,11 @@ constexpr int kLikeX = static_cast<int>(Role::model_output);  // the number of r
 
 DDPM_HD constexpr bool of_model(Role role) { return role >= Role::model_output; }
 
-// Where the standard deviation comes from: only from the row, or from model_variance as a logarithm's v or as the
-// variance itself.
+// How a step gets its standard deviation. of_row: from the row alone. log: model_variance is the v of exp(l0 + l1 v).
+// direct: model_variance is the variance.
 enum class Variance : int { of_row, log, direct };
 
-// The values, besides the row, that all elements of a sample share.
+// The values that all elements of a sample share. The row is a separate argument of take_step.
 struct StepSample {
   float clip_min, clip_max;
   float factors[kFactors];

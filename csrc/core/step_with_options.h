@@ -4,7 +4,7 @@
 // The docstring of ddpm_ext's StepTable has the equation. The letters here are the same: u is `uncond_output`, g is
 // `gradient`, v is `model_variance` and H1 is `history1`. The step also takes these arguments (core/step_inputs.def):
 // - `output_scale` multiplies the guided output m.
-// - `x_start` replaces a x + b m. `x_start_scale` multiplies whichever of the two is used, before the clip.
+// - `x_start` replaces a x + b m. `x_start_scale` multiplies `x_start`, or a x + b m, before the clip.
 // - `known` and `mask`: prev becomes mask (signal_after known + noise_after z) + (1 - mask) prev.
 // - `model_input` becomes c_in prev.
 // A term is left out if the call does not have its tensor.
@@ -17,26 +17,27 @@
 
 namespace ddpm_ext {
 
-// Whether a step with this row needs noise drawn by the kernel.
+// Whether a step with this row needs drawn noise. masked: whether the call has a mask.
 DDPM_HD bool draws_noise(const StepRow& row, bool masked) {
   return row.s != 0.0f || (masked && row.noise_after != 0.0f);
 }
 
-// The standard deviation divided by the row's s. The clamp keeps v positive: sqrt does not accept zero.
+// The standard deviation divided by the row's s, from v, the model's output for the variance. The clamp keeps v
+// positive: the GPU's sqrt (cuda/pair.cuh) does not accept zero.
 template <class F>
 DDPM_HD F learned_deviation(const StepRow& row, Variance variance, F v) {
   if (variance == Variance::log) return exponential(fma(F(row.l1), v, F(row.l0)));
   return sqrt(clamp(v, F(0x1p-100f), F(0x1p100f)));
 }
 
-// Adds factor * values[i] to each sum. A factor of 0 skips the product, since 0 times infinity would be NaN.
+// Adds factor * values[i] to sums[i]. Does nothing for a factor of 0, since 0 times infinity would be NaN.
 template <int N, class F>
 DDPM_HD void add_values(float factor, const F (&values)[N], F (&sums)[N]) {
   if (factor == 0.0f) return;
   DDPM_UNROLL for (int i = 0; i < N; ++i) sums[i] = fma(F(factor), values[i], sums[i]);
 }
 
-// Does the same with a tensor's values, if the call has the tensor.
+// Like add_values, for the values of the tensor kRole. Does nothing if the call does not have this tensor.
 template <Role kRole, int N, class F, class Io>
 DDPM_HD void add_tensor(float factor, const Io& io, F (&sums)[N]) {
   if (!io.has(kRole) || factor == 0.0f) return;
@@ -113,7 +114,7 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
   }
   if (io.has(Result::history_out)) {
     F kept[N];
-    // -0 is the neutral element: adding a number to it gives that number, for 0 and -0 too.
+    // Without a term k1 x, the sum begins with -0: -0 + y is y for every number y, but 0 + y is 0 for y = -0.
     DDPM_EACH kept[i] = row.k1 != 0.0f ? F(row.k1) * x[i] : F(-0.0f);
     add_values(row.k2, m, kept);
     add_values(row.k0, x0, kept);

@@ -1,4 +1,5 @@
-// Chooses the instruction set once per process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
+// Chooses the instruction set once per process: the best one of the CPU, or the one that the environment variable
+// DDPM_EXT_CPU names.
 #include <c10/util/Exception.h>
 #include <stdlib.h>
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -13,12 +14,13 @@
 namespace ddpm_ext::cpu {
 namespace {
 
+// Returns the kernels of the instruction sets that this CPU has, the best one first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> tables;
 #if defined(__x86_64__) && defined(__GNUC__)
   unsigned a, b, c = 0, d;
   const bool f16c =
-      __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // the builtins of older compilers do not know f16c
+      __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // __builtin_cpu_supports does not know f16c in older compilers
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
@@ -34,14 +36,14 @@ std::vector<const Kernels*> available() {
 
 const Kernels& choose() {
   const auto tables = available();
-  const char* forced = getenv("DDPM_EXT_CPU");
-  if (forced == nullptr || *forced == '\0') return *tables.front();
+  const char* chosen_name = getenv("DDPM_EXT_CPU");
+  if (chosen_name == nullptr || *chosen_name == '\0') return *tables.front();
   std::string names;
-  for (const Kernels* k : tables) {
-    if (std::string(k->name) == forced) return *k;
-    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  for (const Kernels* table : tables) {
+    if (std::string(table->name) == chosen_name) return *table;
+    names += (names.empty() ? "" : ", ") + std::string(table->name);
   }
-  TORCH_CHECK_VALUE(false, "DDPM_EXT_CPU is '", forced, "', expected one that this CPU has: ", names);
+  TORCH_CHECK_VALUE(false, "DDPM_EXT_CPU is '", chosen_name, "', expected one that this CPU has: ", names);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 namespace ddpm_ext {
 
+// The bits of an IEEE half, and of a bfloat16.
 struct Float16 {
   uint16_t bits;
 };
@@ -18,35 +19,37 @@ struct BFloat16 {
 };
 
 constexpr int64_t kRunMultiple = 64;
-constexpr int64_t kMostInGroup = 960;  // elements of a group (kernels/noise_by_pixels.h): 15 AVX-512 vectors of blocks
-constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;  // a group's k-th pixels of fours, and padding that is read
+// The most elements of a group (kernels/noise_by_pixels.h): the noise of 15 AVX-512 vectors of Philox blocks.
+constexpr int64_t kMostInGroup = 960;
+// A group's blocks, and padding that copies may read. One array of this size holds one element of every block.
+constexpr int64_t kMostDrawn = kMostInGroup / 4 + 16;
 
 // The fields that the runs of all noise-drawing kernels share.
 struct NoisyRun {
-  int64_t count;
+  int64_t count;  // the number of elements
   const void* row;
   const PhiloxKeys* keys;
   PhiloxSample counter;
   uint32_t block;  // the Philox block of the first element
 };
 
-constexpr size_t kPage = 4096;
+constexpr size_t kPage = 4096;  // bytes of a page of memory
 
 // A thread's buffers for noise in the order (pixels, channels): see kernels/noise_by_pixels.h. Each buffer fits into
 // one page, because a copy that crosses a page boundary is slow: a run of many such copies takes up to a tenth longer.
 struct PixelsMemory {
-  alignas(kPage) float drawn[4 * kMostDrawn];       // a group as drawn: all first pixels of fours, all second ones, ...
-  alignas(kPage) float ordered[kMostInGroup + 16];  // a group in memory order, and padding for the last copy
-  alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // products of the first vector, then increments
-  int64_t channels = 0, fours_in_sample = 0;             // the run layout that `products` is for
+  alignas(kPage) float drawn[4 * kMostDrawn];       // a group's noise as drawn: first element 0 of every block
+  alignas(kPage) float ordered[kMostInGroup + 16];  // a group's noise in memory order, and padding for the last copy
+  alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // what number_blocks computes for a group
+  int64_t channels = 0, fours_in_sample = 0;             // the PixelsRun's numbers for which `products` was computed
   static_assert(sizeof(drawn) <= kPage && sizeof(ordered) <= kPage);
 };
 
-// A run whose elements are in logical order, or in the order (pixels, channels). In the latter case it has whole
-// groups.
+// A run whose elements are in logical order, or in the order (pixels, channels). In the order (pixels, channels) its
+// elements are whole groups.
 struct PixelsRun : NoisyRun {
   int64_t channels;         // 1 for logical order
-  int64_t fours_in_sample;  // a channel's pixels / 4
+  int64_t fours_in_sample;  // the number of pixels of a sample / 4: the Philox blocks of a channel
   PixelsMemory* memory;
 };
 
@@ -60,34 +63,35 @@ using RunKernel = void (*)(const Run&);
 
 // A run of the step with options. Its row is StepRow.
 struct StepRun : PixelsRun {
-  void *inputs[kRoles], *results[kResults], *input_again;  // null: the call does not have it
-  DType input_dtype;                                       // of model_input
+  void *inputs[kRoles], *results[kResults], *input_again;  // null for a tensor that the call does not have
+  DType input_dtype;                                       // the dtype of model_input
   StepSample sample;
 };
 
 // A run of the loss. It begins at the first element of a chunk. Its row is LossRow or VariationalRow.
 struct LossRun : NoisyRun {
-  void *model_output, *variance, *x_start, *noise, *slope, *variance_slope;  // null: the call does not have it
+  void *model_output, *variance, *x_start, *noise, *slope, *variance_slope;  // null for a tensor that is not passed
   int64_t valid;  // only the first `valid` of `count` elements belong to the sample
   Loss kind;
   bool detached;
   float delta, slope_share;
-  double *sample_chunks, *chunks;  // the chunks' sums: of the sample's first chunk, of the run's first chunk
+  double *sample_chunks, *chunks;  // where the sum of the sample's first chunk is stored, and of the run's first chunk
 };
 
 // A run that computes the magnitudes of the predicted clean sample or, if row is null, of x.
 struct MagnitudesRun {
-  void *x, *model_output, *uncond_output;  // null: the call does not have it
+  void *x, *model_output, *uncond_output;  // null for a tensor that the call does not have
   int64_t count;
   const StepRow* row;
   float output_scale;
-  float *sample_magnitudes, *magnitudes;  // the first magnitude of the sample, and of the run
+  float *sample_magnitudes, *magnitudes;  // where the first magnitude of the sample is stored, and of the run
 };
 
-// Magnitudes are grouped in tiles of kGroup rows and kTileColumns columns. A group is one column of a tile.
+// For the selection of a quantile, every kTile neighbouring magnitudes are a tile: a matrix of kGroup rows and
+// kTileColumns columns. A group is one column of a tile, and its maximum is computed first.
 constexpr int64_t kGroup = 16, kTileColumns = 64, kTile = kGroup * kTileColumns;
 
-// Two magnitudes between which a quantile lies.
+// The bits of the two magnitudes between which a quantile lies.
 struct Neighbours {
   uint32_t below, above;
 };
@@ -97,25 +101,29 @@ struct MomentsRun {
   void *model_output, *uncond_output;
   int64_t count, valid;  // only the first `valid` of `count` elements belong to the sample
   float guidance;
-  ChunkMoments *sample_chunks, *chunks;  // two for each chunk: of the model's output and of the guided output
+  // Where the moments of the sample's first chunk are stored, and of the run's first chunk. A chunk has two moments: of
+  // the model's output and of the guided output.
+  ChunkMoments *sample_chunks, *chunks;
 };
 
 using LossRunKernel = void (*)(const LossRun&);
 
+// The kernels of one instruction set. An entry is null if no operator takes that pair of dtypes.
 struct Kernels {
-  const char* name;
+  const char* name;  // of the instruction set
   // Indices: Noise, the dtype of x and out, the dtype of the second tensor. The second tensor is the model's output or,
-  // for affine, the noise. Null where no operator takes that pair of dtypes.
+  // for affine, the noise.
   RunKernel reverse_step[3][3][3];
   RunKernel affine[3][3][3];
   RunKernel randn[3];  // index: the dtype of out
   // Indices: whether noise is drawn, then the dtypes as for reverse_step.
   void (*step_with_options[2][3][3])(const StepRun&);
-  // Indices: Noise (none if the noise has no weight), the dtype of x_start and noise, the dtype of the model's output.
+  // Indices: Noise, the dtype of x_start and noise, the dtype of the model's output. Noise::none also stands for drawn
+  // noise that the row multiplies by 0.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
   // Indices: the dtype of x, the dtype of the model's output.
   void (*magnitudes[3][3])(const MagnitudesRun&);
-  // Writes the greatest magnitude of each group. The `count` magnitudes fill whole tiles.
+  // Writes the bits of the largest magnitude of each group. The `count` magnitudes fill whole tiles.
   void (*group_maxima)(const float* magnitudes, int64_t count, int32_t* maxima);
   // Finds the from_top-th largest magnitude and the next larger one. The `count` magnitudes fill whole tiles. `scratch`
   // has count / 4 elements.

@@ -7,8 +7,9 @@
 namespace ddpm_ext::cpu {
 namespace {
 
-struct NoRow {};
+struct NoRow {};  // the row of randn, which has no table
 
+// The index of a dtype in a kernel table.
 int index(DType dtype) { return static_cast<int>(dtype); }
 
 }  // namespace
@@ -58,6 +59,7 @@ void randn(const ElementwiseCall& call) {
 
 namespace {
 
+// Computes the training loss with rows of the type Row, by the kernels in `table`.
 template <class Row>
 void loss_by_rows(const LossCall& call, const LossRunKernel (&table)[3][3][3]) {
   const int x = index(call.x_start.dtype), m = index(call.model_output.dtype);

@@ -1,6 +1,6 @@
-// Cuts a batch into runs for the kernels: it spreads the samples over threads and finds each sample's row and Philox
-// counter. The ends of samples and strided memory are copied through a buffer, so that the kernels only see whole
-// vectors in the order of the call's sizes.
+// Divides the elements of a call into runs for the kernels. The samples are divided among threads, and each run gets
+// its sample's row and Philox counter. A run at the end of a sample, or in strided memory, goes through a buffer. So a
+// kernel processes only whole vectors, in the order of the call's sizes.
 #pragma once
 
 #include <algorithm>
@@ -16,34 +16,36 @@
 
 namespace ddpm_ext::cpu {
 
-constexpr int64_t kRow = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
-// A run through a buffer is at most one chunk, so an incomplete chunk is always a run of its own (kernels/spread.h).
+constexpr int64_t kRow = 512;  // the usual number of columns of a Tile: a multiple of kRunMultiple and of kLossChunk
+// For the kernels that sum over chunks, a run through a buffer is at most one chunk. So an incomplete chunk is always
+// the only chunk of its run, as kernels/spread.h requires.
 static_assert(kRow == kLossChunk);
-constexpr int64_t kBuffer = 32 * kRow;  // elements of all rows of a tile
+constexpr int64_t kBuffer = 32 * kRow;  // the most elements of a Tile
 
 // A tensor of a call, the field of a run that points to the tensor's elements, and whether the kernel writes them.
-struct Part {
+struct TensorField {
   const TensorArg* tensor;
-  void** place;
+  void** pointer;
   bool written;
 };
 
-inline std::array<Part, 4> parts_of(const ElementwiseCall& call, Run& run) {
+// Returns the TensorFields of a call. There is an overload for each type of call.
+inline std::array<TensorField, 4> tensors_of(const ElementwiseCall& call, Run& run) {
   return {{{&call.x, &run.x, false},
            {&call.model_output, &run.model_output, false},
            {&call.noise, &run.noise, call.noise_kind == Noise::drawn},
            {&call.out, &run.out, true}}};
 }
 
-inline std::array<Part, kRoles + kResults + 1> parts_of(const StepCall& call, StepRun& run) {
-  std::array<Part, kRoles + kResults + 1> parts;
-  for (int i = 0; i < kRoles; ++i) parts[i] = {&call.inputs[i], &run.inputs[i], false};
-  for (int i = 0; i < kResults; ++i) parts[kRoles + i] = {&call.results[i], &run.results[i], true};
-  parts[kRoles + kResults] = {&call.input_again, &run.input_again, true};
-  return parts;
+inline std::array<TensorField, kRoles + kResults + 1> tensors_of(const StepCall& call, StepRun& run) {
+  std::array<TensorField, kRoles + kResults + 1> fields;
+  for (int i = 0; i < kRoles; ++i) fields[i] = {&call.inputs[i], &run.inputs[i], false};
+  for (int i = 0; i < kResults; ++i) fields[kRoles + i] = {&call.results[i], &run.results[i], true};
+  fields[kRoles + kResults] = {&call.input_again, &run.input_again, true};
+  return fields;
 }
 
-inline std::array<Part, 6> parts_of(const LossCall& call, LossRun& run) {
+inline std::array<TensorField, 6> tensors_of(const LossCall& call, LossRun& run) {
   return {{{&call.model_output, &run.model_output, false},
            {&call.variance, &run.variance, false},
            {&call.x_start, &run.x_start, false},
@@ -52,18 +54,18 @@ inline std::array<Part, 6> parts_of(const LossCall& call, LossRun& run) {
            {&call.variance_slope, &run.variance_slope, true}}};
 }
 
-inline std::array<Part, 3> parts_of(const XStartScaleCall& call, MagnitudesRun& run) {
+inline std::array<TensorField, 3> tensors_of(const XStartScaleCall& call, MagnitudesRun& run) {
   return {{{&call.x, &run.x, false},
            {&call.model_output, &run.model_output, false},
            {&call.uncond_output, &run.uncond_output, false}}};
 }
 
-inline std::array<Part, 2> parts_of(const OutputScaleCall& call, MomentsRun& run) {
+inline std::array<TensorField, 2> tensors_of(const OutputScaleCall& call, MomentsRun& run) {
   return {{{&call.model_output, &run.model_output, false}, {&call.uncond_output, &run.uncond_output, false}}};
 }
 
-// Sets the fields of a run that depend on its position, besides its tensors. The run has n elements, from element j of
-// the sample on.
+// Sets the fields of a run that depend on its position, but not the pointers to its tensors. The run has n elements,
+// from element j of the sample on.
 template <class Run>
 void begin_run(Run& run, int64_t j, int64_t) {
   run.block = static_cast<uint32_t>(j / 4);
@@ -79,22 +81,21 @@ inline void begin_run(MomentsRun& run, int64_t j, int64_t n) {
   run.chunks = run.sample_chunks + 2 * (j / kLossChunk);
 }
 
-// A run that reads its tensors directly, without a buffer, has a multiple of this many elements.
+// A run that accesses its tensors without a buffer has a multiple of this number of elements.
 template <class Run>
 constexpr int64_t kMultiple =
     std::is_same_v<Run, LossRun> || std::is_same_v<Run, MomentsRun> ? kLossChunk : kRunMultiple;
 
-// The rows of a sample, and the columns of these rows, that are copied through a buffer at once. A kernel processes one
-// row after the other.
+// The size of the matrix of a sample's elements that a buffer holds. A kernel processes one row of it after the other.
 struct Tile {
   int64_t rows, columns;
 };
 
 // Chooses the tile of a call:
-// - (channels, pixels) with some tensors channels_last: the tile has all channels, so that it covers neighbouring
-//   memory in both orders.
-// - (pixels, channels): the tile is one row of whole pixels.
-// - All other samples, and sums over (pixels, channels): the tile is one row, a chunk.
+// - If the sample is (channels, pixels) and some tensors are channels_last, the rows are the channels. The tile has all
+//   channels of its pixels, so its elements are neighbours in channels_last tensors, too.
+// - If the sample is (pixels, channels), the tile is one row with all channels of its pixels.
+// - For all other samples, and for kernels that sum over (pixels, channels), the tile is one row of kRow elements.
 template <class Run>
 Tile tile_of(const Call& call) {
   constexpr int64_t kUnit = kMultiple<Run>;
@@ -105,18 +106,18 @@ Tile tile_of(const Call& call) {
   const int64_t rows = call.sizes[0], columns = call.sizes[1];
   const int64_t pixels = std::min(kRow, kBuffer / (kUnit * columns) * kUnit);
   if (!kChunks && pixels > 0) return {1, pixels * columns};
-  const int64_t whole = kChunks ? kLossChunk : call.noise_kind == Noise::drawn ? 4 : 1;  // 4: a block of Philox
+  const int64_t whole = kChunks ? kLossChunk : call.noise_kind == Noise::drawn ? 4 : 1;  // 4 is a Philox block
   if (rows > kBuffer / kUnit || columns < kUnit || columns % whole != 0) return chunk;
   return {rows, std::min(kRow, kBuffer / rows / kUnit * kUnit)};
 }
 
-// A thread's memory for `count` buffers, one for each tensor of a tile. `apart` is the distance between buffers in
-// bytes. The thread keeps the memory for its next call. It is not on the stack, where buffers for 16 channels would not
-// fit.
+// The buffers of a thread, one for each tensor of a call. `stride` is the distance between buffers in bytes.
 struct Buffers {
   char* first;
-  size_t apart;
+  size_t stride;
 };
+// Returns `count` buffers for a tile. The thread uses the same memory in later calls. The memory is not on the stack,
+// where buffers for 16 channels would not fit.
 inline Buffers buffers_of(Tile tile, size_t count) {
   struct alignas(64) Line {
     char bytes[64];
@@ -127,15 +128,15 @@ inline Buffers buffers_of(Tile tile, size_t count) {
   return {memory.data()->bytes, lines * sizeof(Line)};
 }
 
-// Returns the same call with its dimensions in the order (pixels, channels).
+// Returns a call of two dimensions, (channels, pixels), with its dimensions in the order (pixels, channels).
 template <class Run, class AnyCall>
 AnyCall by_pixels(AnyCall call) {
   call.channels_last = call.sizes[0];
   std::swap(call.sizes[0], call.sizes[1]);
   Run run{};
   call.contiguous = true;
-  for (const Part& part : parts_of(call, run)) {
-    TensorArg& tensor = const_cast<TensorArg&>(*part.tensor);
+  for (const TensorField& field : tensors_of(call, run)) {
+    TensorArg& tensor = const_cast<TensorArg&>(*field.tensor);
     if (tensor.data == nullptr) continue;
     std::swap(tensor.strides[0], tensor.strides[1]);
     call.contiguous = call.contiguous && tensor.strides[1] == 1 && tensor.strides[0] == call.channels_last;
@@ -143,7 +144,7 @@ AnyCall by_pixels(AnyCall call) {
   return call;
 }
 
-// Whether a sample lies in memory in the order of the call's sizes.
+// Whether the samples of a tensor are contiguous in memory, in the order of the call's sizes.
 inline bool in_order(const Call& call, const TensorArg& tensor) {
   int64_t stride = 1;
   for (int d = call.dims - 1; d >= 0; stride *= call.sizes[d--])
@@ -151,84 +152,83 @@ inline bool in_order(const Call& call, const TensorArg& tensor) {
   return true;
 }
 
-// Runs a kernel over elements `first` to `last` of each row of sample b. Contiguous tensors are passed directly. A
-// buffer is used for memory in another order, and for elements that do not fill a whole run.
+// Runs a kernel over elements `first` to `last` - 1 of each row of sample b. The kernel accesses a contiguous tensor
+// directly. A tensor in another order is copied through a buffer, and so are elements that do not fill a whole run.
 template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
                 Tile tile = {1, kRow}) {
-  const auto parts = parts_of(call, run);
-  // The parts whose tensor the call has.
-  struct Present {
+  const auto fields = tensors_of(call, run);
+  // A tensor that the call has, and its memory.
+  struct UsedTensor {
     const TensorArg* tensor;
-    void** place;
-    bool written, ordered;
+    void** pointer;
+    bool written, ordered;  // ordered: in_order
     char *sample, *buffer;
     int64_t size;        // of an element, in bytes
-    char* row;           // of the tile: in the sample or in the buffer
-    int64_t row_stride;  // in bytes
-  } present[std::tuple_size_v<decltype(parts_of(call, run))>], *end = present;
-  for (const Part& part : parts) {
-    const TensorArg& tensor = *part.tensor;
-    *part.place = nullptr;
+    char* row;           // the current row of the tile, in the sample or in the buffer
+    int64_t row_stride;  // from one row of the tile to the next, in bytes
+  } used[std::tuple_size_v<decltype(tensors_of(call, run))>], *end = used;
+  for (const TensorField& field : fields) {
+    const TensorArg& tensor = *field.tensor;
+    *field.pointer = nullptr;
     if (tensor.data == nullptr) continue;
     const int64_t size = element_size(tensor.dtype);
     char* const sample = static_cast<char*>(tensor.data) + b * tensor.batch_stride * size;
-    *end++ = {&tensor, part.place, part.written, in_order(call, tensor), sample, nullptr, size, nullptr, 0};
+    *end++ = {&tensor, field.pointer, field.written, in_order(call, tensor), sample, nullptr, size, nullptr, 0};
   }
-  const int64_t groups = call.channels_last > 0 ? whole_groups(call.channels_last) : 0;
-  const int64_t multiple = groups > 0 ? groups : kMultiple<Run>, fill = groups > 0 ? groups : kRunMultiple;
-  const int64_t direct = call.contiguous ? first + (last - first) / multiple * multiple : first;
-  if (direct > first) {
-    for (Present* part = present; part < end; ++part) *part->place = part->sample + first * part->size;
-    run.count = direct - first;
+  const int64_t group = call.channels_last > 0 ? whole_groups(call.channels_last) : 0;
+  const int64_t multiple = group > 0 ? group : kMultiple<Run>, padding = group > 0 ? group : kRunMultiple;
+  const int64_t direct_end = call.contiguous ? first + (last - first) / multiple * multiple : first;
+  if (direct_end > first) {
+    for (UsedTensor* t = used; t < end; ++t) *t->pointer = t->sample + first * t->size;
+    run.count = direct_end - first;
     begin_run(run, first, run.count);
     kernel(run);
   }
-  if (direct == last) return;
-  const Buffers buffers = buffers_of(tile, end - present);
-  for (Present* part = present; part < end; ++part) part->buffer = buffers.first + (part - present) * buffers.apart;
+  if (direct_end == last) return;
+  const Buffers buffers = buffers_of(tile, end - used);
+  for (UsedTensor* t = used; t < end; ++t) t->buffer = buffers.first + (t - used) * buffers.stride;
   const int64_t in_row = call.numel / tile.rows;
-  for (int64_t j = direct; j < last; j += tile.columns) {
-    const int64_t n = std::min(tile.columns, last - j), padded = (n + fill - 1) / fill * fill;
+  for (int64_t j = direct_end; j < last; j += tile.columns) {
+    const int64_t n = std::min(tile.columns, last - j), padded = (n + padding - 1) / padding * padding;
     const Stretch stretch = {tile.rows, j, n, padded};
-    const auto is_copied = [&](const Present* part) { return n < padded || !part->ordered; };
-    for (Present* part = present; part < end; ++part) {
-      if (is_copied(part)) {
-        if (!part->written) copy_stretch<false>(call, *part->tensor, part->sample, stretch, part->buffer);
-        part->row = part->buffer;
-        part->row_stride = padded * part->size;
+    const auto is_copied = [&](const UsedTensor* t) { return n < padded || !t->ordered; };
+    for (UsedTensor* t = used; t < end; ++t) {
+      if (is_copied(t)) {
+        if (!t->written) copy_stretch<false>(call, *t->tensor, t->sample, stretch, t->buffer);
+        t->row = t->buffer;
+        t->row_stride = padded * t->size;
       } else {
-        part->row = part->sample + j * part->size;
-        part->row_stride = in_row * part->size;
+        t->row = t->sample + j * t->size;
+        t->row_stride = in_row * t->size;
       }
     }
     for (int64_t r = 0; r < tile.rows; ++r) {
-      for (Present* part = present; part < end; part->row += part->row_stride, ++part) *part->place = part->row;
+      for (UsedTensor* t = used; t < end; t->row += t->row_stride, ++t) *t->pointer = t->row;
       run.count = padded;
       begin_run(run, r * in_row + j, n);
       kernel(run);
     }
-    for (Present* part = present; part < end; ++part)
-      if (is_copied(part) && part->written)
-        copy_stretch<true>(call, *part->tensor, part->sample, stretch, part->buffer);
+    for (UsedTensor* t = used; t < end; ++t)
+      if (is_copied(t) && t->written) copy_stretch<true>(call, *t->tensor, t->sample, stretch, t->buffer);
   }
 }
 
-// The table row of sample b. t was checked before; the clamp guards against another thread writing to t in the
-// meantime.
+// Returns the row number of sample b. The caller has checked t, but another thread may have written to it in the
+// meantime. So the number is clamped to the rows of the table.
 inline int64_t timestep(const Call& call, int64_t b) {
   const int64_t t = call.t != nullptr ? call.t[b * call.t_stride] : call.t_index;
   return std::clamp<int64_t>(t, 0, call.rows - 1);
 }
 
-// Calls range(b, first, last) for elements `first` to `last` of each row of sample b, until all elements of all samples
-// are covered. Threads divide the whole batch as one sequence of tiles, so that one large sample is spread as well as
-// many small ones.
+// Calls range(b, first, last) for elements `first` to `last` - 1 of each row of sample b. The calls cover all elements
+// of all samples. The tiles of all samples are one sequence that is divided among the threads. So a single large sample
+// uses all threads, and so do many small samples.
 template <class Range>
 void for_each_range(const Call& call, Tile tile, Range range) {
   const int64_t columns = call.numel / tile.rows, per_sample = (columns + tile.columns - 1) / tile.columns;
-  // The fewest elements that are worth another thread: some microseconds of work. On a busy machine a thread may start
-  // late.
+  // The least number of elements for which a further thread is worthwhile: some microseconds of work. On a busy machine
+  // a thread may start late.
   const int64_t least = call.noise_kind == Noise::drawn ? 16384 : 32768;
   const int64_t grain = std::max<int64_t>(1, least / (std::min(tile.columns, columns) * tile.rows));
   parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
@@ -241,15 +241,16 @@ void for_each_range(const Call& call, Tile tile, Range range) {
   });
 }
 
-// The draw for row t if the caller gave none.
+// Returns the noise's `draw` for row t, if the caller has not passed a draw.
 template <class Row>
 uint32_t draw_of(const Row*, int64_t t) {
   return static_cast<uint32_t>(t);
 }
 inline uint32_t draw_of(const StepRow* row, int64_t) { return row->draw; }
 
-// Runs kernels over all samples of a call. has_weight(row) says whether drawn noise has a weight in a sample with this
-// row. choose(noise) returns the kernel. fill(run, b) sets the remaining fields of a run of sample b.
+// Runs kernels over all samples of a call. has_weight(row) says whether a sample with this row needs the drawn noise.
+// choose(noise) returns the kernel for this kind of noise. fill(run, b) sets the fields of a run that only this kind of
+// call has, for sample b.
 template <class Row, class Run, class AnyCall, class HasWeight, class Choose, class Fill>
 void for_each_sample(const AnyCall& call, HasWeight has_weight, Choose choose, Fill fill) {
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;

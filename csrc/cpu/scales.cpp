@@ -1,4 +1,4 @@
-// The operators that compute a per-sample factor from the statistics of the sample's elements.
+// The operators x_start_scale and output_scale: they compute a factor for each sample from statistics of its elements.
 #include "cpu/operators.h"
 
 #include <vector>
@@ -10,21 +10,22 @@
 namespace ddpm_ext::cpu {
 namespace {
 
+// Returns the number of elements in the whole tiles (kernel_table.h) that `numel` elements need.
 int64_t whole_tiles(int64_t numel) { return (numel + kTile - 1) / kTile * kTile; }
 
-// The scratch of one sample, in floats: its magnitudes, the maxima of their groups, and the selection's scratch, a
-// quarter of the magnitudes' number.
+// Returns the size of one sample's scratch memory for x_start_scale, in floats. It has the magnitudes, the maxima of
+// their groups, and a quarter as many elements as magnitudes for the kernel `select`.
 int64_t scratch_of_one(int64_t numel) {
   const int64_t tiles = whole_tiles(numel);
   return tiles + tiles / kGroup + tiles / 4;
 }
 
-// Whether all threads work on one sample after the other: if samples are large and there are fewer of them than
-// threads.
+// Whether x_start_scale processes one sample after the other, each with all threads. It does if samples are large and
+// the batch has fewer samples than there are threads.
 bool one_by_one(int64_t batch, int64_t numel) { return batch < at::get_num_threads() && numel >= 4 * 8192; }
 
-// Writes elements `first` to `last` of a sample's magnitudes, and the maxima of their groups. `first` is a multiple of
-// kTile, `last` is a multiple of kTile or the end of the sample.
+// Computes the magnitudes of elements `first` to `last` - 1 of sample b, and the maxima of their groups. `first` is a
+// multiple of kTile. `last` is a multiple of kTile or the end of the sample.
 void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int64_t last, float* magnitudes,
                      int32_t* maxima) {
   const auto kernel = kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];
@@ -32,7 +33,8 @@ void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int6
   if (call.table != nullptr) run.row = static_cast<const StepRow*>(call.table) + timestep(call, b);
   run.output_scale = call.output_scale.data == nullptr ? 1.0f : call.output_scale.data[b * call.output_scale.stride];
   run.sample_magnitudes = magnitudes;
-  constexpr int64_t kStretch = 4 * kTile;  // fits the L1 cache until its maxima are computed
+  constexpr int64_t kStretch =
+      4 * kTile;  // few enough that they are still in the L1 cache when the maxima are computed
   for (int64_t from = first; from < last; from += kStretch) {
     const int64_t to = std::min(last, from + kStretch), end = whole_tiles(to);
     run_sample(kernel, call, run, b, from, to);
@@ -41,6 +43,7 @@ void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int6
   }
 }
 
+// Stores the factor of sample b, from its magnitudes and the maxima of their groups.
 void finish_sample(const XStartScaleCall& call, int64_t b, const float* magnitudes, const int32_t* maxima,
                    int32_t* scratch) {
   Neighbours neighbours = kernels().select(magnitudes, maxima, whole_tiles(call.numel), call.rank.from_top, scratch);
@@ -90,7 +93,7 @@ struct OutputPair {
   void operator+=(const OutputPair& other) { of_model += other.of_model, of_guided += other.of_guided; }
 };
 
-// Combines the chunks' moments of sample b into its scale.
+// Stores the factor of sample b, from the moments of its chunks.
 void finish_sample(const OutputScaleCall& call, int64_t b) {
   const int64_t chunks = loss_chunks(call.numel);
   const ChunkMoments* const moments = call.chunks + 2 * chunks * b;
@@ -120,7 +123,7 @@ void output_scale(const OutputScaleCall& call) {
     run.sample_chunks = call.chunks + 2 * loss_chunks(call.numel) * b;
     run_sample(kernel, call, run, b, first, last, tile);
     if (first > 0 || last < call.numel / tile.rows) return;
-    finish_sample(call, b);  // this thread has the whole sample
+    finish_sample(call, b);  // this thread has computed the moments of all chunks of the sample
     finished[b] = true;
   });
   for (int64_t b = 0; b < call.batch; ++b)

@@ -1,4 +1,4 @@
-// Sums over a sample's chunks, or over a batch.
+// Sums over the chunks of a sample, or over the samples of a batch, in the order of core/loss.h.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace ddpm_ext::cpu {
 
-// Adds up value(0) to value(count - 1) in the order of kLossStrands in core/loss.h. Strands without a value would be
-// zero and are skipped.
+// Returns the sum of value(0) to value(count - 1). Value i is added to strand i mod kLossStrands, and the strands are
+// then added by halves (core/loss.h). Halves in which all strands would be zero are skipped.
 template <class Value>
 auto sum_by_strands(int64_t count, Value value) {
   decltype(value(count)) strands[kLossStrands];

@@ -1,4 +1,5 @@
-// Copies between strided memory and a buffer. The buffer's elements are in the order of the call's sizes.
+// Copies between strided memory and a buffer. The elements of the buffer are contiguous, in the order of the call's
+// sizes.
 #pragma once
 
 #include <stdint.h>
@@ -20,8 +21,9 @@ struct Strides {
   int64_t rows, columns;
 };
 
-// Copies rows whose elements are contiguous. Short rows are copied with a fixed number of bytes, a few more than the
-// row has; the next row overwrites the excess. Calling memcpy for each row would take longer.
+// Copies rows whose elements are contiguous. `in` and `out` are the distances between rows, in elements. A short row is
+// copied with a fixed number of bytes, at least the row's, and the next row overwrites the excess. This takes less time
+// than calls of memcpy with the size of a row.
 template <class T>
 void copy_rows(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   if (in == columns && out == columns) columns *= rows, rows = 1;
@@ -29,8 +31,8 @@ void copy_rows(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int6
     constexpr int64_t kBytes = decltype(bytes)::value;
     for (; rows > 1; --rows, from += in, to += out) memcpy(to, from, kBytes);
   };
-  // Rows may overlap, as in an expanded tensor (in < columns). Then memory may end before the fixed number of bytes
-  // does.
+  // If rows overlap in `from`, as in an expanded tensor (in < columns), reading the fixed number of bytes might go
+  // beyond the end of the memory.
   const int64_t size = columns * sizeof(T);
   if (out == columns && in >= columns && size > 4 && size <= 32) {
     if (size <= 8)
@@ -43,7 +45,8 @@ void copy_rows(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int6
   for (; rows > 0; --rows, from += in, to += out) std::copy(from, from + columns, to);
 }
 
-// Interleaves the lower or the upper halves of two vectors: an element of a, an element of b, and so on.
+// Returns the interleaved lower halves of two vectors, or upper halves with kUpper: an element of a, an element of b,
+// and so on.
 template <bool kUpper, class Vector, size_t... i>
 DDPM_HD Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
   constexpr size_t n = sizeof...(i);
@@ -54,9 +57,9 @@ DDPM_HD Vector interleave(Vector a, Vector b, std::index_sequence<i...>) {
 #endif
 }
 
-// to[r * out + c] = from[c * in + r] for a square of n rows and columns. If `rows` or `columns` is less than n, only
-// the first rows are written or the first columns are read. Each of them still has n elements, so this reads or writes
-// beyond the matrix.
+// Transposes a square of n rows and n columns: to[r * out + c] = from[c * in + r]. Only the first `rows` rows are
+// written, and only the first `columns` columns are read. But each of these rows and columns has n elements. So if
+// `rows` or `columns` is less than n, this reads and writes beyond the matrix.
 template <int64_t n, class T>
 DDPM_HD void transpose_square(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr auto lanes = std::make_index_sequence<n>();
@@ -73,10 +76,10 @@ DDPM_HD void transpose_square(const T* from, int64_t in, T* to, int64_t out, int
   for (int64_t r = 0; r < rows; ++r) memcpy(to + r * out, &v[r], sizeof(Vector));
 }
 
-// to[r * out + c] = from[c * in + r], computed by squares of n rows and columns.
+// Transposes a matrix, to[r * out + c] = from[c * in + r], by squares of n rows and n columns.
 template <int64_t n, class T>
 void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
-  constexpr int64_t kBlock = 16;  // rows and columns done together, because they share cache lines
+  constexpr int64_t kBlock = 16;  // the squares of 16 rows and 16 columns come together, since they share cache lines
   if (rows >= n && columns >= n) {
     for (int64_t first_row = 0; first_row < rows; first_row += kBlock)
       for (int64_t first_column = 0; first_column < columns; first_column += kBlock)
@@ -87,8 +90,9 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
           }
     return;
   }
-  // If pixels have fewer than n channels, a square extends into the next pixels. The numbers read from there are not
-  // used, and the next square overwrites those written there. The squares must end before the memory does.
+  // If the matrix has fewer than n rows or columns (channels), a square extends into the next pixels. The elements that
+  // it reads there are not used, and the next square overwrites the elements that it writes there. The loops at the end
+  // copy what squares cannot copy without extending beyond the memory of the matrix.
   int64_t done_rows = 0, done_columns = 0;
   if (rows < n)
     for (; (done_columns + n - 1) * in + n <= (columns - 1) * in + rows; done_columns += n)
@@ -100,8 +104,8 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
     for (int64_t c = done_columns; c < columns; ++c) to[r * out + c] = from[c * in + r];
 }
 
-// Transposes by squares with rows of 16 bytes, for which every instruction set has vectors, or by squares of four
-// elements if the matrix is smaller.
+// Transposes a matrix by squares whose rows have 16 bytes, the vectors that every instruction set has. A smaller matrix
+// is transposed by squares of four rows.
 template <class T>
 void transpose(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr int64_t kSide = 16 / sizeof(T);
@@ -109,7 +113,7 @@ void transpose(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int6
   transpose_by<4>(from, in, to, out, rows, columns);
 }
 
-// Copies a matrix.
+// Copies a matrix of any strides.
 template <class T>
 void copy_matrix(const T* from, Strides in, T* to, Strides out, int64_t rows, int64_t columns) {
   if (in.rows == 1 && out.columns == 1) return transpose(from, in.columns, to, out.rows, rows, columns);
@@ -119,8 +123,9 @@ void copy_matrix(const T* from, Strides in, T* to, Strides out, int64_t rows, in
     for (int64_t c = 0; c < columns; ++c) to[r * out.rows + c * out.columns] = from[r * in.rows + c * in.columns];
 }
 
-// Calls copy(offset, rows, count) for pieces of n elements of a sample, from element `start` on. A piece has `rows`
-// rows of `count` elements along the last dimension. `offset` is the piece's offset in the tensor's sample.
+// Splits n elements of a sample, from element `start` on, into matrices: calls copy(offset, rows, count) for each. A
+// matrix has `rows` rows of `count` elements along the last dimension. `offset` is that of its first element, from the
+// start of the sample.
 template <class Copy>
 void for_each_piece(const Call& call, const TensorArg& tensor, int64_t start, int64_t n, Copy copy) {
   int64_t index[kMaxDims], offset = 0;
@@ -150,12 +155,14 @@ void for_each_piece(const Call& call, const TensorArg& tensor, int64_t start, in
   }
 }
 
-// Elements j to j + n of each of a sample's `rows` rows. In a buffer a row takes up `padded` elements. If rows is 1,
-// the row is the whole sample; otherwise the rows are the first of the sample's two dimensions.
+// Elements j to j + n - 1 of each row of a sample that is divided into `rows` rows. If `rows` is 1, the row is the
+// whole sample. Otherwise the sample has two dimensions, and `rows` is the size of the first one. In a buffer a row
+// takes up `padded` elements.
 struct Stretch {
   int64_t rows, j, n, padded;
 };
 
+// copy_stretch for elements of the type T.
 template <bool kStore, class T>
 void copy_elements(const Call& call, const TensorArg& tensor, T* sample, const Stretch& stretch, T* buffer) {
   const auto [rows, j, n, padded] = stretch;
@@ -178,8 +185,8 @@ void copy_elements(const Call& call, const TensorArg& tensor, T* sample, const S
     for (int64_t r = 0; r < rows; ++r) std::fill(buffer + r * padded + n, buffer + (r + 1) * padded, 0);
 }
 
-// Copies a stretch of a sample from the buffer (kStore) or into it, filling each row with zeros up to `padded`
-// elements.
+// With kStore, copies a buffer to a stretch of a sample. Otherwise copies the stretch to the buffer, and fills the rest
+// of each row with zeros, up to `padded` elements.
 template <bool kStore>
 void copy_stretch(const Call& call, const TensorArg& tensor, char* sample, const Stretch& stretch, char* buffer) {
   if (element_size(tensor.dtype) == 4)

@@ -6,6 +6,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
+// The operator for the kernel template of elementwise.cuh, which describes the members.
 struct Affine {
   using Call = ElementwiseCall;
   using Row = AffineRow;
@@ -27,7 +28,7 @@ struct Affine {
 
 void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    // Only noise from the caller may have a lower precision than x.
+    // The second tensor, in `noise`, may have a lower precision than x. Without it, its type is set to that of x.
     by_dtypes(call.x.dtype, call.noise_kind == Noise::given ? call.noise.dtype : call.x.dtype, [&](auto x, auto z) {
       using X = decltype(x);
       using Z = decltype(z);

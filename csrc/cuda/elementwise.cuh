@@ -1,7 +1,7 @@
 // One kernel template for the reverse step, the affine operators and randn. In a turn (one loop iteration) a thread
-// processes kParts runs of kRun neighbouring elements. So it has whole Philox blocks, whatever the launch's shape. The
-// runs of a block's threads are neighbours, so that a warp accesses contiguous memory. Grid and block are (elements,
-// samples).
+// processes kParts runs. A run is four or eight neighbouring elements: one or two whole Philox blocks, whatever the
+// launch's shape. The runs of neighbouring threads are neighbours in memory, so a warp accesses contiguous memory. Grid
+// and block have the dimensions (elements, samples).
 #pragma once
 
 #include "cuda/access.cuh"
@@ -16,11 +16,11 @@ namespace ddpm_ext::cuda {
 // The work of a thread for one sample. Op is an operator with these members:
 //   Call                      the type of its calls: ElementwiseCall or derived from it
 //   Row                       the row of its table; kRowless says that it has none
-//   kX, kSecond               whether it reads x, and a second tensor besides the noise
-//   kDraws                    whether every row needs the drawn noise; if not, draws(row) says whether a row does
-//   draw(row, t)              the draw to use if the caller gave none
+//   kX, kSecond               whether it reads x, and whether it reads `model_output`, its second tensor
+//   kDraws                    whether every row needs the drawn noise; if not, draws(row) says whether this row does
+//   draw(row, t)              the `draw` of the noise's counter, if the caller has not passed one
 //   mean(row, call, x, m)     the result without noise
-//   noisy(row, mean, x, z)    the result with noise
+//   noisy(row, mean, x, z)    the result with the noise z, from the result without noise
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
@@ -30,15 +30,17 @@ class Elementwise {
       sizeof(X) == 4 || (Op::kSecond && sizeof(M) == 4) || (kNoise == Noise::given && sizeof(Z) == 4);
   static constexpr bool kNarrow =
       sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) || (kNoise == Noise::given && sizeof(Z) == 2);
-  // An access has 128 bits. If a narrower tensor is read together with a float32 tensor, its accesses have 64 bits. Two
-  // runs then share a turn's costs.
+  // kWide, kNarrow: whether a tensor of the call is float32, and whether one has 16 bits. Without float32 tensors a run
+  // is eight elements, 128 bits of each tensor. Otherwise it is four elements: 128 bits of a float32 tensor, and 64
+  // bits of a 16-bit tensor. If a run of four has 16-bit tensors or drawn noise, a turn has two runs, which share the
+  // turn's other instructions.
   static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
   static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
   static constexpr int kItems = kParts * kRun;
-  // Whether calls may be processed by pixels. randn never needs it, since its result is contiguous.
+  // Whether by_pixels may have reordered the call. randn does without, since its result is contiguous.
   static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && Op::kX;
-  // The number of blocks per multiprocessor: it limits a thread to 64 registers, or to 80 if the ten keys or strided
-  // offsets take registers as well.
+  // The least number of blocks that a multiprocessor can hold. 4 limits a thread to 64 registers, and 3 to 80. Strided
+  // offsets need more registers, and so do Philox keys that the thread computes from a seed in device memory.
   static constexpr int kBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
 
   __device__ __forceinline__ Elementwise(const Call& call, const Dividers& dividers, const PhiloxKeys& keys, Index b)
@@ -51,7 +53,7 @@ class Elementwise {
         noise_(static_cast<const Z*>(call.noise.data) + sample_start(call.noise.batch_stride, b)),
         out_(static_cast<X*>(call.out.data) + sample_start(call.out.batch_stride, b)) {}
 
-  // Processes the thread's share of the sample's elements.
+  // Processes all of the thread's elements of the sample.
   __device__ __forceinline__ void run() {
     const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
     const Index first = (static_cast<Index>(blockIdx.x) * kParts * blockDim.x + threadIdx.x) * kRun;
@@ -59,7 +61,8 @@ class Elementwise {
       x_ = in_register(x_), m_ = in_register(m_), noise_ = in_register(noise_), out_ = in_register(out_);
       const Index whole = static_cast<Index>(call_.numel) / kRun * kRun;
       Inputs inputs;
-      // The inputs' loads start before the row's, which are two loads one after the other.
+      // The first turn's inputs are loaded before the row: the row may take two loads of which the second waits for the
+      // first, t[b] and table[t].
       DDPM_UNROLL
       for (int p = 0; p < kParts; ++p) load(inputs, p, first + p * run_stride(), whole);
       read_row();
@@ -81,20 +84,20 @@ class Elementwise {
     Vector<Z, kRun> noise[kParts];
   };
 
-  // Reads everything that the sample's elements share.
+  // Reads what all elements of the sample share: the row, and the sample's part of the Philox counter.
   __device__ __forceinline__ void read_row() {
     const int64_t t = sample_row(call_, b_);
     if constexpr (!Op::kRowless) row_ = cuda::read_row<Row>(call_, t);
     if constexpr (kNoise == Noise::drawn) {
       counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
-      // Without make_opaque, the compiler computes these numbers in every turn, inside the branch around the noise.
+      // Without make_opaque, the compiler would move the computation of these numbers into the loop over turns.
       make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
       make_opaque(counter_.c1_key), make_opaque(counter_.c3);
     }
   }
 
-  // Whether the row's elements get noise. As on the CPU, nothing is added in a row without noise: adding zero would
-  // turn -0 into 0.
+  // Whether the kernel adds noise in this row. As on the CPU, a row without noise adds nothing, not even zero: -0 plus
+  // 0 is 0.
   __device__ __forceinline__ bool noisy() const {
     if constexpr (kNoise == Noise::drawn && !Op::kDraws) return Op::draws(row_);
     return kNoise != Noise::none;
@@ -110,13 +113,14 @@ class Elementwise {
     if constexpr (kNoise == Noise::given) inputs.noise[p].load_if(inside, noise_ + j);
   }
 
-  // Processes the runs at j, j + step, and so on. `inputs` has the loaded inputs of the first turn. A turn draws its
-  // noise before it uses its inputs, and then loads the next turn's inputs. So loads are always in flight while noise
-  // is drawn, even in a launch of a single turn.
+  // Processes the runs at j, j + step, and so on up to `whole`, the end of the sample's last whole run. `inputs` has
+  // the loaded inputs of the first turn. A turn draws its noise before it uses its inputs, and then loads the inputs of
+  // the next turn. So loads are in flight while noise is drawn, even in a launch of a single turn.
   __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
-    // If every row needs noise, `noisy` is always true. The compiler does not know this, and would keep the next turn's
-    // loads behind the branch around the noise.
+    // A branch around the noise keeps the compiler from moving the next turn's loads behind the noise, to where their
+    // values are used. If every row needs noise, `noisy` is the constant true and makes no branch. So then the branch
+    // tests noise_kind, which is `drawn` in every call, but the compiler does not know that.
     const bool draws = Op::kX && Op::kDraws ? call_.noise_kind == Noise::drawn : noisy;
     if (j < whole) {
 #pragma unroll 1
@@ -149,9 +153,9 @@ class Elementwise {
         j += step;
       } while (j < whole);
     }
-    // The elements beyond a sample's last whole run, for the thread whose next run they would be.
-    const Index last = j - step + run_stride();  // the second run of the last turn
-    if (j != whole && (kParts == 1 || last != whole)) return;
+    // One thread processes the elements after the sample's last whole run: the thread whose next run would begin there.
+    const Index second = j - step + run_stride();  // where the second run of the last turn begins
+    if (j != whole && (kParts == 1 || second != whole)) return;
 #pragma unroll 1
     for (Index e = whole; e < static_cast<Index>(call_.numel); ++e) {
       F2 z[2] = {};
@@ -160,14 +164,14 @@ class Elementwise {
     }
   }
 
-  // The noise of element i of four.
+  // Returns the noise of element i mod 4 of a Philox block, whose four normals are in the pairs z[0] and z[1].
   template <class Number>
   static __device__ __forceinline__ float one_of_four(const F2* z, Number i) {
     const F2 half = i & 2 ? z[1] : z[0];
     return i & 1 ? half.v.y : half.v.x;
   }
 
-  // Processes a sample that is channels_last in all of its tensors, by words (cuda/pixels.cuh).
+  // Processes a sample of a call that by_pixels has reordered, by words of four elements (cuda/pixels.cuh).
   __device__ __forceinline__ void pixels() const {
     const bool noisy = this->noisy();
     const PixelWords words(call_, dividers_);
@@ -183,8 +187,8 @@ class Elementwise {
     }
   }
 
-  // Processes the four elements at `first`, first + step, and so on, with any strides. For each of these pixels, it
-  // processes all channels of the turn (channels_in_turn).
+  // Processes the four elements at `first`, first + step, and so on, with any strides. If channels_in_turn says more
+  // than 1, these are pixels of the first channel, and the thread also processes the same pixels of the other channels.
   __device__ __forceinline__ void elements(Index first, Index step) const {
     const bool noisy = this->noisy();
     const Index channels = channels_in_turn(call_), pixels = channels == 1 ? call_.numel : call_.sizes[1];
@@ -205,8 +209,9 @@ class Elementwise {
     }
   }
 
-  // Processes four elements that are neighbours along the last dimension. It loads all of them before it stores the
-  // first. The compiler cannot reorder this itself, since it must assume that a store changes what is loaded after it.
+  // Processes four elements that are neighbours along the last dimension, and loads all four before it stores the
+  // first. The compiler could not move loads before stores, since a store may change the memory that a later load
+  // reads.
   __device__ __forceinline__ void row_of_four(const Offsets& o, bool noisy, F2* z) const {
     const int d = call_.dims - 1;
     Inputs inputs;
@@ -216,7 +221,7 @@ class Elementwise {
     four(inputs, noisy, z).scatter(out_ + o.out, call_.out.strides[d]);
   }
 
-  // Computes the results for four elements from their inputs. If noise is drawn, z is their noise.
+  // Computes the results of four elements from their loaded inputs. If noise is drawn, z is their noise.
   __device__ __forceinline__ Vector<X, 4> four(const Inputs& inputs, bool noisy, F2* z) const {
     Vector<X, 4> results;
     DDPM_UNROLL
@@ -232,6 +237,7 @@ class Elementwise {
     return results;
   }
 
+  // Processes one element, which has the offsets o. If noise is drawn, z is its noise.
   __device__ __forceinline__ void element(const Offsets& o, bool noisy, float z) const {
     const float x = Op::kX ? to_float(x_[o.x]) : 0.0f;
     const float m = Op::kSecond ? to_float(m_[o.model_output]) : 0.0f;
@@ -283,7 +289,8 @@ void launch_typed(const typename Op::Call& call, cudaStream_t stream) {
     launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(by_pixels(call), stream);
 }
 
-// X is the type of x and out, M the type of the second tensor, Z the type of the caller's noise.
+// Launches the kernel for the call's kind of noise. X is the type of x and out, M the type of model_output, and Z the
+// type of the caller's noise.
 template <class Op, class X, class M, class Z>
 void launch_noise(const typename Op::Call& call, cudaStream_t stream) {
   switch (call.noise_kind) {

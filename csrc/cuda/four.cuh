@@ -1,4 +1,4 @@
-// Loads of four neighbouring elements, for kernels that reduce a sample.
+// Loads four neighbouring elements, for the kernels x_start_scale.cu and output_scale.cu, which reduce a sample.
 #pragma once
 
 #include "cuda/access.cuh"
@@ -7,7 +7,7 @@
 
 namespace ddpm_ext::cuda {
 
-// Loads elements j to j + 3 of sample b, with zeros beyond the sample's end.
+// Loads elements j to j + 3 of sample b into `to`, as float32. Elements beyond the sample's end are zero.
 template <Access kAccess, class T>
 __device__ __forceinline__ void load_four(const Call& call, const Dividers& dividers, const TensorArg& tensor,
                                           IndexOf<kAccess> b, IndexOf<kAccess> j, F2 (&to)[2]) {

@@ -14,14 +14,14 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-constexpr int64_t kLeast = 4096;
+constexpr int64_t kLeastCounters = 4096;  // of a shared buffer
 
 size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint32_t); }
 
-// Allocates on the current device. If there is not enough memory, torch's allocator frees its cached blocks, and the
-// allocation is tried again.
+// Allocates `count` counters on the current device. If there is not enough memory, torch's allocator frees its unused
+// cached memory, and the allocation is tried a second time.
 void* allocate(int64_t count) {
-  // In other capture modes, cudaMalloc fails while another thread captures a graph.
+  // In the relaxed mode cudaMalloc is allowed while another thread captures a graph. In other modes it would fail.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   void* data = nullptr;
   if (cudaMalloc(&data, bytes_of(count)) == cudaSuccess) return data;
@@ -31,12 +31,14 @@ void* allocate(int64_t count) {
   return data;
 }
 
+// Sets `count` counters to zero, on the stream. Returns them.
 uint32_t* cleared(void* data, int64_t count, cudaStream_t stream) {
   check(cudaMemsetAsync(data, 0, bytes_of(count), stream));
   return static_cast<uint32_t*>(data);
 }
 
-// Whether a stream is one of torch's. The id of any other stream is its handle.
+// Whether the stream is the default stream, or a stream that torch created. For any other stream, torch uses the handle
+// as the id.
 bool made_by_torch(const c10::cuda::CUDAStream& stream) {
   return stream.stream() == nullptr || stream.id() != reinterpret_cast<int64_t>(stream.stream());
 }
@@ -53,8 +55,8 @@ void on_device(int device, void (*launch)(void* closure, cudaStream_t stream), v
 Counts::Counts(int64_t count, int device, cudaStream_t stream) {
   const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   if (captured || !made_by_torch(c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)))) {
-    own_ = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(bytes_of(count), stream);
-    data_ = cleared(own_, count, stream);
+    launch_memory_ = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(bytes_of(count), stream);
+    data_ = cleared(launch_memory_, count, stream);
     return;
   }
   struct Buffer {
@@ -62,19 +64,19 @@ Counts::Counts(int64_t count, int device, cudaStream_t stream) {
     int64_t count = 0;
   };
   static std::mutex mutex;
-  // Never destroyed: at process exit, CUDA may be shut down before static objects are destroyed.
+  // The map is never destroyed: at process exit, CUDA may be shut down before static objects are destroyed.
   static auto& buffers = *new std::map<std::pair<int, cudaStream_t>, Buffer>;
   const std::lock_guard<std::mutex> lock(mutex);
   Buffer& buffer = buffers[{device, stream}];
   if (buffer.count < count) {
-    const int64_t enough = std::max(2 * count, kLeast);
+    const int64_t enough = std::max(2 * count, kLeastCounters);
     buffer = {cleared(allocate(enough), enough, stream), enough};
   }
   data_ = buffer.data;
 }
 
 Counts::~Counts() {
-  if (own_ != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(own_);
+  if (launch_memory_ != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(launch_memory_);
 }
 
 }  // namespace ddpm_ext::cuda

@@ -1,4 +1,4 @@
-// What every launch needs: a grid shape, the tensors' types, the device and its stream.
+// Helpers of every launch: the shape of the grid, the C++ types of the tensors, the device and its stream.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,19 +14,20 @@ namespace ddpm_ext::cuda {
 
 constexpr int kThreads = 256;  // the most threads of a block
 
-constexpr int64_t kMaxGridY = 65535;
+constexpr int64_t kMaxGridY = 65535;  // CUDA's limit of a grid's y dimension
 
-// The number of blocks, and the number of threads in a block.
+// The number of blocks in a grid, and the number of threads in a block, in three dimensions.
 struct Shape {
   dim3 grid, block;
 };
 
-// The current device's number of multiprocessors, and the number of blocks of a kernel that it runs at once.
+// The number of multiprocessors of the current device, and the number of blocks of a kernel that the device runs at
+// once.
 struct Room {
   int multiprocessors, blocks;
 };
 
-// Queries the device once for each kernel.
+// Returns the Room of a kernel with blocks of `threads` threads. Caches it for each kernel and device.
 template <auto kKernel>
 Room room_for(int threads) {
   constexpr int kDevices = 64;
@@ -47,9 +48,11 @@ Room room_for(int threads) {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline unsigned unsigned_int(int64_t n) { return static_cast<unsigned>(n); }
 
-// Lays out blocks along a sample, or over several samples if they are small. Blocks have kThreads threads, or fewer if
-// some multiprocessors would otherwise have no block. If there are more than twice as many blocks as the device runs at
-// once (`at_once`), each thread takes several turns (loop iterations). The turns share the work before the first one.
+// Returns the shape of a launch in which a thread takes `items` elements of a sample in a turn (loop iteration). A
+// block covers a stretch of one sample, or several small samples. It has kThreads threads, or fewer if some
+// multiprocessors would otherwise have no block. If single turns would need more than twice as many blocks as the
+// device runs at once (`at_once`), each thread takes up to kMaxTurns turns, so that it reads the sample's row and
+// factors less often.
 inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multiprocessors, int64_t at_once) {
   constexpr int64_t kMaxTurns = 8, kLeastThreads = 64;
   const int64_t threads = divide_up(numel, items);  // for one sample
@@ -65,8 +68,8 @@ inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multi
           dim3(unsigned_int(along), unsigned_int(samples))};
 }
 
-// Lays out blocks of which each belongs to one sample. A sample has at most `most` blocks. In all there are hardly more
-// than twice as many blocks as the device runs at once (`at_once`).
+// Returns the shape of a launch in which each block belongs to one sample. A sample has at most `most` blocks. In all,
+// the samples have about twice as many blocks as the device runs at once (`at_once`), but at least one block each.
 inline Shape shape_of_samples(int64_t batch, int64_t most, int threads, int64_t at_once) {
   const int64_t blocks = std::min(divide_up(2 * at_once, batch), most), rows = std::min(batch, kMaxGridY);
   return {dim3(unsigned_int(blocks), unsigned_int(rows), unsigned_int(divide_up(batch, rows))),
@@ -83,8 +86,8 @@ void launch_on(const Shape& shape, cudaStream_t stream, const Arguments&... argu
   check(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 
-// Calls launch(x, m) with a value of each tensor's C++ type. The model's output m may have a lower precision if x is
-// float32.
+// Calls launch(x, m) with a value of the C++ type of each dtype. The dtype m is that of the model's output: the dtype
+// x, or a 16-bit type if x is float32.
 template <class Launch>
 void by_dtypes(DType x, DType m, Launch launch) {
   switch (x) {
@@ -104,7 +107,7 @@ void by_dtypes(DType x, DType m, Launch launch) {
   }
 }
 
-// Makes the device current and calls launch(stream) with its current stream.
+// Makes `device` the current device and calls launch(stream) with its current stream.
 template <class Launch>
 void on_device(int device, Launch launch) {
   on_device(device, [](void* closure, cudaStream_t stream) { (*static_cast<Launch*>(closure))(stream); }, &launch);

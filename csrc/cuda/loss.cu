@@ -1,4 +1,4 @@
-// The training loss: core/loss.h for every element, the slopes and the sums, in one launch.
+// The training loss: the loss of every element (core/loss.h), its slopes, and the sum of each sample, in one launch.
 #include "core/loss.h"
 
 #include <type_traits>
@@ -15,12 +15,13 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// The offsets of an element in each of its tensors.
+// The offsets of one element in the tensors of a call.
 struct ElementOffsets {
   int64_t model_output, variance, x_start, noise, slope, variance_slope;
 };
 
-// Up to four neighbouring elements of sample b, from element j on: fewer at the sample's end, and none beyond it.
+// Loads and stores four neighbouring elements of sample b, from element j on. Elements beyond the sample's end are
+// loaded as zeros and not stored.
 template <Access kAccess>
 class Four {
  public:
@@ -50,9 +51,11 @@ class Four {
     }
   }
 
+  // Whether element j + i is an element of the sample.
   __device__ __forceinline__ bool has(int i) const { return i < count_; }
 
-  // Loads the elements, with zeros beyond the sample's end, or zeros everywhere if the tensor is not `given`.
+  // Loads the elements of a tensor into `to`. All of them are zero if `given` is false. `member` names the tensor's
+  // offset in ElementOffsets.
   template <class T>
   __device__ __forceinline__ void load(bool given, const TensorArg& tensor, int64_t ElementOffsets::* member,
                                        Vector<T, 4>& to) const {
@@ -93,14 +96,14 @@ class Four {
   ElementOffsets offsets_[kAccess == Access::strided ? 4 : 1];
 };
 
-// The decoder's term, computed one element after the other.
-__device__ __forceinline__ LossParts<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
-  const LossParts<float> a = ddpm_ext::decoder_bound(row, d.v.x, v.v.x, x_start.v.x);
-  const LossParts<float> b = ddpm_ext::decoder_bound(row, d.v.y, v.v.y, x_start.v.y);
+// Returns decoder_bound of core/loss.h for two elements, computed one after the other.
+__device__ __forceinline__ LossAndSlopes<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
+  const LossAndSlopes<float> a = ddpm_ext::decoder_bound(row, d.v.x, v.v.x, x_start.v.x);
+  const LossAndSlopes<float> b = ddpm_ext::decoder_bound(row, d.v.y, v.v.y, x_start.v.y);
   return {F2(a.value, b.value), F2(a.slope, b.slope), F2(a.variance_slope, b.variance_slope)};
 }
 
-// Calls take(kind) with a compile-time constant, so that there is code for each kind of loss.
+// Calls take(kind) with the kind as a compile-time constant, so that the compiler makes separate code for each kind.
 template <class Take>
 __device__ __forceinline__ void by_kind(Loss kind, Take take) {
   if (kind == Loss::mse) return take(std::integral_constant<Loss, Loss::mse>());
@@ -108,20 +111,22 @@ __device__ __forceinline__ void by_kind(Loss kind, Take take) {
   take(std::integral_constant<Loss, Loss::huber>());
 }
 
-constexpr int kMostChannels = 8;  // by pixels: shared memory has a chunk for each channel
+// The largest number of channels of a call that by_pixels has reordered: shared memory holds a chunk for each channel.
+constexpr int kMostChannels = 8;
 
 // The work of a thread for one sample. In a turn (one loop iteration) a block processes kParts chunks, and a thread
-// four elements of each. kHostKeys says that the seed is known on the host, so that the Philox keys are constants.
+// processes four elements of each of these chunks. With kHostKeys, the host knows the seed, so the Philox keys are
+// arguments of the launch.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 class LossOfSample {
  public:
   using Index = IndexOf<kAccess>;
   static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
-  // Whether calls may be processed by pixels. With the variational bound they may not: the variance's channels lie
-  // between those of the model's output.
+  // Whether by_pixels may have reordered the call. Calls with the variational bound are not reordered: the model
+  // returns the variance as further channels, so the channels of model_output alone are not contiguous for a pixel.
   static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && !kVariational;
-  // The number of blocks per multiprocessor, which limits the registers of a thread.
+  // The least number of blocks that a multiprocessor can hold, which limits the registers of a thread.
   static constexpr int kBlocks = kAccess == Access::strided ? 1 : kVariational ? 6 : 8;
 
   __device__ __forceinline__ LossOfSample(const LossCall& call, const Dividers& dividers, const PhiloxKeys& keys,
@@ -133,13 +138,13 @@ class LossOfSample {
     if constexpr (kVariational) reads_x_start_ = reads_x_start(row_), aims_at_x_start_ = row_.k0 != 0.0f;
   }
 
-  // Loads the thread's elements of a turn.
+  // Loads the inputs of the thread's elements of a turn.
   __device__ __forceinline__ void load(Index turn) {
     DDPM_UNROLL
     for (int p = 0; p < kParts; ++p) load(four_of(turn, p), p);
   }
 
-  // Computes the losses of the loaded elements, and stores their slopes.
+  // Computes the losses of the elements that `load` has loaded, and stores their slopes.
   __device__ __forceinline__ void take(Index turn, float (&losses)[kParts][kLossChunk]) {
     F2 z[kParts][2] = {};
     if (kNoise == Noise::drawn && row_.k1 != 0.0f) {
@@ -158,9 +163,9 @@ class LossOfSample {
     }
   }
 
-  // Processes a stretch of a sample that is channels_last in all of its tensors. A stretch has as many pixels as a
-  // chunk has elements. Loads the stretch's words, computes their losses, sorted into each channel's chunk in the
-  // chunk's order, and stores the slopes.
+  // Processes a stretch of pixels of a call that by_pixels has reordered. A stretch has as many pixels as a chunk has
+  // elements. So losses[channel] becomes that channel's chunk, with the elements in the order of a contiguous sample.
+  // Stores the slopes.
   __device__ __forceinline__ void pixels(uint32_t stretch, float (&losses)[kMostChannels][kParts][kLossChunk]) {
     constexpr uint32_t kQuads = kLossChunk / 4, kWarps = kLossThreads / kLanes;
     const PixelWords<kLossThreads> words(call_, dividers_, threadIdx.x / kLanes, kWarps, stretch * kQuads,
@@ -175,9 +180,9 @@ class LossOfSample {
       if (row_.k1 != 0.0f) words.draw_normals(keys_, counter_, quad, z);
       if (!has) continue;
       take(four, 0, z, values);
-      const float each[4] = {values[0].v.x, values[0].v.y, values[1].v.x, values[1].v.y};
-      words.each(dividers_, quad, [&](uint32_t channel, uint32_t pixel, uint32_t i) {
-        losses[channel][0][pixel % kLossChunk] = each[i];
+      const float losses_of_word[4] = {values[0].v.x, values[0].v.y, values[1].v.x, values[1].v.y};
+      words.for_each_element(dividers_, quad, [&](uint32_t channel, uint32_t pixel, uint32_t i) {
+        losses[channel][0][pixel % kLossChunk] = losses_of_word[i];
       });
     }
   }
@@ -194,7 +199,8 @@ class LossOfSample {
       four.load(call_.variance.data != nullptr, call_.variance, &ElementOffsets::variance, v_[p]);
   }
 
-  // Computes the losses of four loaded elements and stores their slopes. If noise is drawn, z is their noise.
+  // Computes the losses (`values`) of the four elements that are loaded in part p, and stores their slopes. If noise is
+  // drawn, z is the noise.
   template <class Elements>
   __device__ __forceinline__ void take(const Elements& four, int p, F2 (&z)[2], F2 (&values)[2]) {
     m_[p].unpack_from_here(), x_start_[p].unpack_from_here(), v_[p].unpack_from_here();
@@ -206,7 +212,7 @@ class LossOfSample {
       difference[i] = loss_difference(row_, widen(m_[p].pairs[i]), aims_at_x_start_, x_start, z[i]);
       if constexpr (kVariational) {
         const F2 d = difference[i], v = call_.variance.data != nullptr ? widen(v_[p].pairs[i]) : F2(0.0f);
-        const LossParts<F2> parts =
+        const LossAndSlopes<F2> parts =
             with_bound(row_, call_.kind, call_.delta, call_.detached, d,
                        row_.decoder != 0.0f ? decoder_bound(row_, d, v, x_start) : divergence(row_, d, v));
         values[i] = parts.value;
@@ -219,9 +225,9 @@ class LossOfSample {
         constexpr Loss kKind = decltype(kind)::value;
         DDPM_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const F2 part = loss_part(kKind, call_.delta, difference[i]);
-          values[i] = loss_value(kKind, difference[i], part);
-          slopes[i] = factor_ * part;
+          const F2 s = unscaled_slope(kKind, call_.delta, difference[i]);
+          values[i] = loss_value(kKind, difference[i], s);
+          slopes[i] = factor_ * s;
         }
       });
     }
@@ -251,14 +257,15 @@ class LossOfSample {
   Vector<X, 4> x_start_[kParts], z_[kParts];
 };
 
-// `counts` has batch + 1 zeros: for each sample the number of blocks that have finished their part, and then the number
-// of finished samples. The launch leaves the counts at zero.
+// Computes the losses of all samples, the slopes, and the sum of the losses. `counts` has batch + 1 counters, which are
+// zero before and after the launch: one for each sample, which counts its finished blocks, and one for the finished
+// samples.
 //
-// With Access::strided, a sample's turns are divided into stretches of `apart` turns: one stretch for each channel if
-// channels_in_turn says so, otherwise one for the whole sample. A block begins with turn blockIdx.x of the first
-// stretch, takes the same turn of the other stretches, and then advances in the first stretch by the number of blocks.
-// So if channels are last, the block processes all channels of a few pixels before the next pixels, while the L1 cache
-// still holds them. By pixels, `apart` is the number of stretches.
+// With Access::strided, a sample has stretches of `apart` turns: one stretch for each channel if channels_in_turn says
+// so, otherwise a single stretch. A block begins with turn blockIdx.x of the first stretch and takes the same turn of
+// the other stretches. Then it goes on in the first stretch, gridDim.x turns later. So a block processes all channels
+// of some pixels before it takes other pixels. In channels_last tensors, the L1 cache then still holds the other
+// channels. For a call that by_pixels has reordered, `apart` is the number of its stretches of pixels.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
@@ -266,7 +273,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;
   using Index = typename Body::Index;
   constexpr int kParts = Body::kParts;
-  // The losses of this turn and of the previous turn or, by pixels, of each channel.
+  // The losses of this turn and of the previous turn. For a call in the order of pixels: of each channel.
   __shared__ float losses[Body::kPixels ? kMostChannels : 2][kParts][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
@@ -282,7 +289,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   if constexpr (Body::kPixels) {
     const uint32_t channels = static_cast<uint32_t>(call.channels_last), stretches = static_cast<uint32_t>(apart);
     for (uint32_t stretch = blockIdx.x; channels > 0 && stretch < stretches; stretch += gridDim.x) {
-      __syncthreads();  // until no thread reads the previous losses
+      __syncthreads();  // waits until no thread reads the losses of the previous stretch
       body.pixels(stretch, losses);
       __syncthreads();
       for (uint32_t c = threadIdx.x / kLanes; c < channels; c += kLossThreads / kLanes) {
@@ -305,10 +312,11 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   for (Index turn = first, after; turn < turns; turn = after, odd ^= 1) {
     after = next(turn);
     body.take(turn, losses[odd]);
-    body.load(after);  // before the sums, so that the loads overlap with them
+    body.load(after);  // begins before the sums, so that the loads overlap with the sums
     __syncthreads();
-    // One warp adds up a chunk; other warps add up the next turn's chunks. The turn after the next one writes to the
-    // same buffer, but only after another barrier.
+    // One warp adds up a chunk, and in odd turns it is another warp than in even turns. Meanwhile the other warps begin
+    // the next turn, which writes to the other half of `losses`. The turn after that writes to this half, but between
+    // the two turns there is another barrier.
     const unsigned part = (threadIdx.x / 32 + 2 * odd) % (kLossThreads / 32);
     const Index chunk = turn * kParts + part;
     if (part < kParts && chunk < chunks) {
@@ -318,15 +326,17 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   }
 
   if (!comes_last(counts + b, gridDim.x, last)) return;
-  const double sum = sum_by_strands(chunks, [&](int64_t i) { return of_others(sums + i); }, strands);
+  const double sum = sum_by_strands(chunks, [&](int64_t i) { return read_of_other_block(sums + i); }, strands);
   if (threadIdx.x == 0) call.loss[b] = static_cast<float>(sum * call.per_element * static_cast<double>(body.weight()));
   if (call.total == nullptr || !comes_last(counts + call.batch, static_cast<uint32_t>(call.batch), last)) return;
-  const double total = sum_by_strands(call.batch, [&](int64_t i) { return of_others(call.loss + i); }, strands);
+  const double total =
+      sum_by_strands(call.batch, [&](int64_t i) { return read_of_other_block(call.loss + i); }, strands);
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 
-// Like channels_in_turn(call), but for a block and its chunks. Returns more than 1 by pixels, or if a channel's pixels
-// are whole chunks and one channel alone has enough blocks for the device.
+// Returns how many channels a block processes for its pixels, one after the other: all or one. It is all if by_pixels
+// has reordered the call. It is also all if a channel consists of whole chunks and the chunks of one channel give the
+// device enough blocks (`at_once`). Why all channels: see channels_in_turn in access.cuh.
 int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
   if (call.channels_last > 0) return call.channels_last;
   const bool separate = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
@@ -352,7 +362,8 @@ void launch_noise_kind(const LossCall& call, int device, cudaStream_t stream) {
     const LossCall& reordered = pixels ? by_pixels(call) : call;
     return launch_access<Row, kNoise, Access::strided, false, X, M>(reordered, device, stream);
   }
-  // Among the variants with drawn noise, only the most frequent one has constant keys.
+  // With kHostKeys there is a second kernel. To limit the number of kernels, only the most frequent call with drawn
+  // noise has one.
   if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
     if (call.seed_data == nullptr) return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);
   }

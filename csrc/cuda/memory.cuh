@@ -1,5 +1,5 @@
-// Loads and stores: 128 bits at a time where the alignment allows it, otherwise one element at a time with any strides.
-// Values are converted to and from float32, in which all arithmetic is done.
+// Loads and stores of words of several elements, and of single elements at any strides. Values are converted to and
+// from float32, in which all arithmetic is done.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,6 +39,7 @@ __device__ __forceinline__ void narrow(F2 f, float2& v) { v = f.v; }
 __device__ __forceinline__ void narrow(F2 f, __half2& v) { v = __float22half2_rn(f.v); }
 __device__ __forceinline__ void narrow(F2 f, __nv_bfloat162& v) { v = __float22bfloat162_rn(f.v); }
 
+// PairOf<T>::Type is CUDA's type of two elements of type T.
 template <class T>
 struct PairOf;
 template <>
@@ -54,7 +55,8 @@ struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-// kItems elements that are contiguous in memory, loaded and stored as a word of 128, 64 or 32 bits.
+// kItems elements in registers, as pairs. If they are contiguous in memory, they are loaded and stored as a word of
+// 128, 64 or 32 bits.
 template <class T, int kItems>
 struct Vector {
   using Pair = typename PairOf<T>::Type;
@@ -73,8 +75,8 @@ struct Vector {
     load_word_if(condition, reinterpret_cast<const Word*>(p), word);
     memcpy(pairs, &word, sizeof word);
   }
-  // Keeps the elements packed in their words up to this point. Otherwise the compiler would unpack 16-bit elements at
-  // the start of a loop iteration.
+  // Makes the compiler hold the elements as packed words up to this point. Otherwise it would convert 16-bit elements
+  // to float32 at the start of a loop iteration, which takes more registers.
   __device__ __forceinline__ void unpack_from_here() {
     uint32_t words[kBytes / 4];
     memcpy(words, pairs, sizeof words);
@@ -87,7 +89,8 @@ struct Vector {
     memcpy(&word, pairs, sizeof word);
     store_word(reinterpret_cast<Word*>(p), word);
   }
-  // Loads or stores the elements one by one, `stride` elements apart.
+  // gather loads, and scatter stores, the elements one by one. They are `stride` elements apart in memory. scatter
+  // stores only the first `count` of them.
   __device__ __forceinline__ void gather(const T* p, int64_t stride) {
     T values[kItems];
     DDPM_UNROLL
@@ -103,7 +106,7 @@ struct Vector {
   }
 };
 
-// An element's offset within its sample, in each of the sample's tensors.
+// The offset of one element from the start of its sample, in each tensor of a call.
 struct Offsets {
   int64_t x = 0, model_output = 0, noise = 0, out = 0;
 
@@ -115,9 +118,9 @@ struct Offsets {
   }
 };
 
-// Divides j < 2^34 by a size of 2 or more with a multiplication and a shift, since a GPU has no division instruction,
-// only a long routine. With 2^(s-1) < size <= 2^s, magic exceeds 2^(63+s) / size by at most 1. So the quotient's error
-// is below j 2^-(63+s), which is less than 1/size, the least error that could change the result.
+// Divides j < 2^34 by a size of 2 or more with a multiplication and a shift, since a GPU has no instruction for integer
+// division. With 2^(s-1) < size <= 2^s, `magic` exceeds 2^(63+s) / size by at most 1. So j magic 2^-(63+s) exceeds
+// j / size by at most j 2^-(63+s). That is less than 1 / size, the least error that could change the rounded quotient.
 struct Divider {
   uint64_t magic = 0;
   int shift = 0;
@@ -132,16 +135,17 @@ struct Divider {
   __device__ __forceinline__ uint64_t quotient(uint64_t j) const { return __umul64hi(j, magic) >> shift; }
 };
 
+// Divides by each of a sample's sizes but the first one: by[d] divides by sizes[d]. by[0] gives a quotient of 0.
 struct Dividers {
-  Divider by[kMaxDims];  // by[0] is not set and gives a quotient of 0
+  Divider by[kMaxDims];
 
   explicit Dividers(const Call& call) {
     for (int d = 1; d < call.dims; ++d) by[d] = Divider(call.sizes[d]);
   }
 };
 
-// Calls add(d, index) with the index of a sample's element j in each dimension d. So the divisions are done once for
-// all tensors.
+// Calls add(d, index) with the index of a sample's element j in each dimension d. `add` adds the offsets of all
+// tensors, so that the divisions are done only once.
 template <class Add>
 __device__ __forceinline__ void for_each_index(const Call& call, const Dividers& dividers, int64_t j, Add add) {
 #pragma unroll 1
@@ -159,7 +163,8 @@ __device__ __forceinline__ Offsets offsets(const ElementwiseCall& call, const Di
   return o;
 }
 
-// Whether the `count` elements of a sample from j on are neighbours along the last dimension.
+// Whether the elements j to j + count - 1 of a sample are neighbours along the last dimension: they differ only in the
+// last index.
 __device__ __forceinline__ bool in_row(const Call& call, const Dividers& dividers, int64_t j, int count) {
   const int d = call.dims - 1;
   if (d < 0) return false;

@@ -1,5 +1,5 @@
-// The noise of the GPU kernels: the normals of a Philox block, two at a time. The CPU's counterpart is
-// cpu/kernels/normals.h.
+// The noise of the GPU kernels: the four normals of a Philox block, computed as two pairs. cpu/kernels/normals.h does
+// the same on the CPU.
 #pragma once
 
 #include "core/box_muller.h"
@@ -8,7 +8,8 @@
 
 namespace ddpm_ext::cuda {
 
-// Draws the normals of the block of four elements that contains element j, as two pairs in z.
+// Draws the noise of four neighbouring elements: z[0] and z[1] are the pairs of normals of the Philox block that
+// contains element j.
 template <class Index>
 __device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, F2* z) {
   uint32_t w[4];

@@ -1,5 +1,5 @@
-// Sets of options for which there are specialised kernels of the step with options. A kernel that knows at compile time
-// which tensors its calls lack takes fewer registers and instructions than the kernel for all of them.
+// Sets of options for which the step with options has specialised kernels. Such a kernel knows at compile time which
+// tensors its calls do not have. So it takes fewer registers and instructions than the kernel for all calls.
 #pragma once
 
 #include <cstdint>
@@ -13,25 +13,26 @@ DDPM_HD constexpr uint32_t bit(Role role) { return 1u << static_cast<int>(role);
 DDPM_HD constexpr uint32_t bit(Result result) { return 1u << (kRoles + static_cast<int>(result)); }
 DDPM_HD constexpr uint32_t bit(Factor factor) { return 1u << (kRoles + kResults + static_cast<int>(factor)); }
 
-template <class... Each>
-constexpr uint32_t set_of(Each... each) {
+// Returns the bit set of these tensors and factors.
+template <class... Members>
+constexpr uint32_t set_of(Members... members) {
   static_assert(kRoles + kResults + kFactors <= 32);
-  return (bit(each) | ...);
+  return (bit(members) | ...);
 }
 
 constexpr uint32_t kAlways = set_of(Role::x_t, Role::model_output, Result::out);
 
-// The options of the kernels that accept any call. Other sets derive from this one: kMust has all that a call must
-// have, and kMay all that it may have.
+// The options of the kernels that accept any call. The other sets derive from this one. kMust is the set of tensors and
+// factors that a call must have, and kMay the set that it may have.
 struct AnyOptions {
   static constexpr uint32_t kMust = 0, kMay = ~0u;
-  static constexpr int kBlocks = 2;      // per multiprocessor, to limit registers
-  static constexpr bool kEight = false;  // whether a thread takes eight 16-bit elements at once, else four
+  static constexpr int kBlocks = 2;      // the least number of blocks of a multiprocessor, which limits registers
+  static constexpr bool kEight = false;  // whether a thread takes eight 16-bit elements at once, or four
   // Whether model_input may have any dtype and twice the batch. If not, it has the samples' dtype and batch.
   static constexpr bool kAnyInput = true;
 };
 
-// Classifier-free guidance. model_input is for loops that call the model once for both halves.
+// Classifier-free guidance, with or without the model's next input in the samples' dtype.
 struct Guided : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::uncond_output);
   static constexpr uint32_t kMay = kMust | set_of(Result::model_input, Factor::output_scale);
@@ -39,7 +40,7 @@ struct Guided : AnyOptions {
   static constexpr bool kEight = true, kAnyInput = false;
 };
 
-// The predicted clean sample as a result or as history, and the previous step's history.
+// A step without guidance that may return the predicted clean sample and a history tensor, and read one history tensor.
 struct WithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Result::x0_out, Result::history_out);
@@ -47,7 +48,7 @@ struct WithX0 : AnyOptions {
   static constexpr bool kEight = true;
 };
 
-// Guidance together with WithX0, with or without model_input.
+// The same tensors as WithX0, together with guidance and the model's next input.
 struct GuidedWithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::model_input);
@@ -55,7 +56,7 @@ struct GuidedWithX0 : AnyOptions {
   static constexpr bool kAnyInput = false;
 };
 
-// The tensors of a loop without guidance: the model's output and history.
+// A step without guidance that may read three history tensors and return one.
 struct WithHistory : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);
@@ -63,15 +64,15 @@ struct WithHistory : AnyOptions {
   static constexpr bool kEight = true;
 };
 
-// The model's next input in any dtype, together with the tensors of a loop's step or of a step of other libraries'
-// schedulers.
+// A step that writes the model's next input in any dtype. It may have guidance, history tensors, and noise from the
+// caller.
 struct NextInput : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Result::model_input);
   static constexpr uint32_t kMay = GuidedWithX0::kMay | WithHistory::kMay | set_of(Role::noise);
   static constexpr int kBlocks = 3;
 };
 
-// A variance returned by the model.
+// A step with a variance that the model returns.
 struct LearnedVariance : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::model_variance);
   static constexpr uint32_t kMay = kMust | set_of(Role::noise, Result::x0_out);
@@ -79,14 +80,14 @@ struct LearnedVariance : AnyOptions {
   static constexpr bool kEight = true;
 };
 
-// Whether a call has a tensor. Where the options decide this at compile time, nothing is checked at run time.
+// Whether a call has a tensor or a factor. A member of kMust, or one that is not in kMay, is not tested at run time.
 template <class Options, class Which>
 DDPM_HD bool has(const StepCall& call, Which which) {
   if ((Options::kMust & bit(which)) != 0) return true;
   return (Options::kMay & bit(which)) != 0 && call[which].data != nullptr;
 }
 
-// Whether a kernel with these options accepts a call.
+// Whether the kernel with these options accepts a call.
 template <class Options>
 bool fits(const StepCall& call) {
   uint32_t present = 0;

@@ -1,5 +1,6 @@
-// Rescaled guidance: the moments of core/spread.h for every chunk, and each sample's factor, in one launch. Two warps
-// of a block compute a chunk's moments: one for the model's output, one for the guided output.
+// Rescaled guidance: computes the moments of every chunk (core/spread.h) and the factor of every sample, in one launch.
+// Two warps of a block compute the moments of a chunk: one warp those of the model's output, the other those of the
+// guided output.
 #include "core/spread.h"
 
 #include "core/step.h"
@@ -11,7 +12,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// The sum over a warp's lanes. Every lane gets it.
+// Returns the sum of `lane` over the lanes of a warp, to every lane.
 __device__ __forceinline__ double sum_of_warp(float lane) {
   double sum = static_cast<double>(lane + __shfl_xor_sync(0xffffffffu, lane, kSpreadLanes / 2));
   DDPM_UNROLL
@@ -19,7 +20,7 @@ __device__ __forceinline__ double sum_of_warp(float lane) {
   return sum;
 }
 
-// The moments of a chunk of `length` values, computed by a warp.
+// Returns the moments of a chunk of `length` values. All lanes of a warp call this together.
 __device__ __forceinline__ ChunkMoments moments_of(const float* values, int length) {
   static_assert(kSpreadLanes == 32);
   const int l = threadIdx.x % kSpreadLanes;
@@ -33,8 +34,8 @@ __device__ __forceinline__ ChunkMoments moments_of(const float* values, int leng
   return {mean, sum_of_warp(lane.squares_from(mean, n))};
 }
 
-// `counts` has a zero for each sample: the number of blocks that have finished their part. The launch leaves the counts
-// at zero.
+// Computes the factors of all samples. `counts` has a counter for each sample, which counts its finished blocks and is
+// zero before and after the launch.
 template <Access kAccess, class M>
 __global__ void __launch_bounds__(kLossThreads)
     spread_of_samples(const __grid_constant__ OutputScaleCall call, const __grid_constant__ Dividers dividers,
@@ -50,10 +51,10 @@ __global__ void __launch_bounds__(kLossThreads)
   ChunkMoments* const moments = call.chunks + 2 * static_cast<int64_t>(b) * chunks;
   for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const Index j = chunk * kLossChunk + 4 * threadIdx.x;
-    F2 outputs[2][2];  // the model's output; the unconditional output, then the guided one
+    F2 outputs[2][2];  // [0]: the model's output; [1]: the unconditional output, which the guided output replaces
     load_four<kAccess, M>(call, dividers, call.model_output, b, j, outputs[0]);
     load_four<kAccess, M>(call, dividers, call.uncond_output, b, j, outputs[1]);
-    __syncthreads();  // until no thread reads the previous chunk's values
+    __syncthreads();  // waits until no thread reads the values of the previous chunk
     DDPM_UNROLL
     for (int i = 0; i < 2; ++i) outputs[1][i] = guide(call.guidance, outputs[0][i], outputs[1][i]);
     DDPM_UNROLL
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kLossThreads)
   for (int k = 0; k < 2; ++k) {
     const auto chunk_at = [&](int64_t i) {
       const ChunkMoments& chunk = moments[2 * i + k];
-      return ChunkMoments{of_others(&chunk.mean), of_others(&chunk.squares)};
+      return ChunkMoments{read_of_other_block(&chunk.mean), read_of_other_block(&chunk.squares)};
     };
     const double sum =
         sum_by_strands(chunks, [&](int64_t i) { return sum_term(chunk_at(i), chunk_length(call.numel, i)); }, strands);

@@ -5,6 +5,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
+// The operator for the kernel template of elementwise.cuh, which describes the members.
 struct Randn {
   using Call = ElementwiseCall;
   struct Row {};

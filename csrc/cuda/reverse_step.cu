@@ -1,4 +1,4 @@
-// The reverse step: core/step.h for every element.
+// The reverse step: computes core/step.h for every element of the samples.
 #include "core/step.h"
 
 #include "cuda/elementwise.cuh"
@@ -7,6 +7,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
+// The operator for the kernel template of elementwise.cuh, which describes the members.
 struct ReverseStep {
   using Call = ReverseStepCall;
   using Row = StepRow;

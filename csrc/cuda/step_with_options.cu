@@ -1,6 +1,6 @@
-// The step with options: take_step of core/step_with_options.h for every element. Only at run time is it known which
-// tensors a call has, so the kernels branch on null pointers, which are the same for all threads. Frequent sets of
-// options have specialised kernels (option_sets.cuh).
+// The step with options: calls take_step of core/step_with_options.h for every element. Which tensors a call has is
+// known only at run time. So the kernels branch on null pointers, and all threads take the same branch. Frequent sets
+// of options have specialised kernels (option_sets.cuh).
 #include "core/step_with_options.h"
 
 #include <type_traits>
@@ -22,8 +22,8 @@ namespace {
 template <Access kAccess, class Options, class X>
 constexpr int kStepItems = kAccess == Access::vector && Options::kEight && sizeof(X) == 2 ? 8 : 4;
 
-// Calls store(value) with a value of model_input's C++ type, which may differ from the samples' and from the model
-// output's.
+// Calls store(value) with a value of model_input's C++ type. The type may differ from those of the samples and of the
+// model's output.
 template <class Store>
 __device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store) {
   switch (call[Result::model_input].dtype) {
@@ -36,16 +36,16 @@ __device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store
   }
 }
 
-// The positions of a thread's elements in every tensor of dense samples, from element j of sample b on. Loads do
-// nothing unless `inside`.
+// Loads and stores a thread's elements of samples that are contiguous in every tensor, from element j of sample b on.
+// Loads do nothing if `inside` is false.
 template <class Index>
 class DensePositions {
  public:
   __device__ __forceinline__ DensePositions(Index b, Index j, bool inside = true) : b_(b), j_(j), inside_(inside) {
-    make_opaque(b_);  // or the compiler would keep each tensor's sample start in registers
+    make_opaque(b_);  // otherwise the compiler would keep the start of the sample in registers, for each tensor
   }
 
-  // The offset of the first element in a tensor.
+  // Returns the offset of the thread's first element in a tensor.
   template <class Which>
   __device__ __forceinline__ int64_t offset(const StepCall& call, Which which) const {
     return sample_start(call[which].batch_stride, b_) + j_;
@@ -65,9 +65,9 @@ class DensePositions {
   const bool inside_;
 };
 
-// The same for samples with any strides: the positions of one element, or of two that are neighbours along the last
-// dimension. The inputs' offsets are computed together. Each result's offset is computed when it is stored, since all
-// of them would not fit in registers.
+// Like DensePositions, for samples with any strides: one element, or two that are neighbours along the last dimension.
+// The offsets in all inputs are computed at once. The offset in a result is computed when the result is stored, since
+// the offsets in all results would not fit in registers.
 class StridedPositions {
  public:
   __device__ __forceinline__ StridedPositions(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j,
@@ -113,8 +113,9 @@ class StridedPositions {
   int64_t inputs_[kRoles];
 };
 
-// kItems elements of a step's tensors: Io of take_step, which takes four of them at a time, or two if kItems is 2. All
-// loads are issued before the first value is used.
+// The Io of take_step (core/step_with_options.h) for a thread's kItems elements. The constructor issues the loads of
+// all tensors, before the first value is used. A call of take_step processes two pairs of elements, or one if kItems is
+// 2.
 template <class Options, class X, class M, int kItems, class Positions>
 class Tensors {
  public:
@@ -132,12 +133,13 @@ class Tensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
-  // Writes a result to memory once its last elements have been computed. All inputs have been loaded by then.
+  // Takes the pair `i` of a result. Writes the result to memory when it has all of its elements. All inputs have been
+  // loaded by then.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
     if constexpr (kResult == Result::model_input && Options::kAnyInput) {
       input_[i] = value;
-      if (i == kPairs - 1) by_input_dtype(call_, [&](auto of) { store_input<decltype(of)>(); });
+      if (i == kPairs - 1) by_input_dtype(call_, [&](auto type) { store_input<decltype(type)>(); });
     } else {
       Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
       narrow(value, result.pairs[first + i]);
@@ -147,10 +149,10 @@ class Tensors {
     }
   }
 
-  int first = 0;  // load and store count pairs from this one
+  int first = 0;  // the first pair of the current take_step: i of load and store is relative to it
 
  private:
-  static constexpr int kPairs = kItems == 2 ? 1 : 2;  // the number of pairs that take_step takes
+  static constexpr int kPairs = kItems == 2 ? 1 : 2;  // the number of pairs in a call of take_step
 
   template <Role kRole>
   __device__ __forceinline__ auto& get() const {
@@ -161,7 +163,8 @@ class Tensors {
     }
   }
 
-  // Stores only the elements of one take_step at a time, since their dtype is known only at run time.
+  // Stores the elements of model_input after each take_step. Unlike other results, they are not collected over several
+  // calls, since their dtype is known only at run time.
   template <class T>
   __device__ __forceinline__ void store_input() const {
     Vector<T, 2 * kPairs> values;
@@ -188,14 +191,14 @@ class Tensors {
   const Positions positions_;
   Vector<X, kItems> like_x_[kLikeX];
   Vector<M, kItems> of_model_[kRoles - kLikeX];
-  // Initialised, because otherwise ptxas would keep the registers that a branch writes to allocated through the whole
-  // loop.
+  // Both arrays are initialised, since only branches write to them. Otherwise ptxas would reserve their registers
+  // during the whole loop.
   Vector<X, kItems> results_[kResults] = {};
   F2 input_[kPairs] = {};
 };
 
-// One element of a step's tensors, beyond the last whole vector of a dense sample. It is the first element of a pair
-// whose second element is not used.
+// The Io of take_step (core/step_with_options.h) for a single element, after the last whole vector of a contiguous
+// sample. take_step processes pairs, so the pair's second element is not used.
 template <class Options, class X, class M>
 class ElementTensors {
  public:
@@ -221,8 +224,8 @@ class ElementTensors {
   __device__ __forceinline__ void store(int, F2 value) const {
     const int64_t offset = results_[static_cast<int>(kResult)];
     if constexpr (kResult == Result::model_input && Options::kAnyInput) {
-      by_input_dtype(call_, [&](auto of) {
-        using T = decltype(of);
+      by_input_dtype(call_, [&](auto type) {
+        using T = decltype(type);
         static_cast<T*>(call_[kResult].data)[offset] = from_float<T>(value.v.x);
         if (call_.input_again.data != nullptr)
           static_cast<T*>(call_.input_again.data)[offset] = from_float<T>(value.v.x);
@@ -237,9 +240,10 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// A thread's turns (loop iterations) are `apart` elements apart. With Access::strided, the threads of a sample begin at
-// its first `pixels` elements, four each. If these are one channel (channels_in_turn), `apart` is `pixels`, so a thread
-// processes the same pixels of all channels. If channels_last > 0, PixelWords replaces both.
+// From one turn (loop iteration) to the next, a thread goes on by `apart` elements. With Access::strided, only the
+// first `pixels` elements of a sample have threads, one thread for four elements. If channels_in_turn (access.cuh) is
+// more than 1, these elements are the first channel, and `apart` equals `pixels`: a thread processes the same pixels of
+// every channel. If channels_last > 0, PixelWords lays out the turns, and both parameters are unused.
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
@@ -251,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
   if (b >= static_cast<Index>(call.batch)) return;
 
   const StepRow row = read_row<StepRow>(call, sample_row(call, b));
-  // If the options exclude model_variance, the variance comes from the row.
+  // With options that exclude model_variance, the standard deviation comes from the row.
   const bool learned = (Options::kMay & bit(Role::model_variance)) != 0;
   StepSample sample = {call.clip_min, call.clip_max, {}, learned ? call.variance : Variance::of_row};
   DDPM_UNROLL
@@ -262,10 +266,10 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const PhiloxSample counter = sample_noise(call, keys, b, row.draw);
-  // Evaluated after the seed and the id are loaded. Otherwise the compiler would put their loads behind the wait for
-  // the row.
+  // This line comes after the loads of the seed and of the sample id. It waits for the row, and the compiler would not
+  // move those loads before the wait.
   const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
-  // Processes the up to four elements from j to `end`, one by one. z is the noise of the four.
+  // Processes at most four elements, from j to `end` - 1, one by one. z is the noise of four elements from j on.
   const auto by_element = [&](Index j, Index end, const F2* z) {
 #pragma unroll 1
     for (Index i = j; i < end; ++i) {
@@ -295,17 +299,19 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
         take_step(row, sample, tensors, drawn, z);
       }
     }
-    // The elements beyond a sample's last whole vector, which one thread processes.
+    // One thread processes the elements after the sample's last whole vector.
     for (; j < numel; j += 4) {
       F2 z[2] = {F2(0.0f), F2(0.0f)};
       if (drawn) draw_normals(keys, counter, j, z);
       by_element(j, numel - j < 4 ? numel : j + 4, z);
     }
   } else {
-    const auto own_keys = [&] {
-      int64_t own_seed = static_cast<int64_t>(seed);
-      make_opaque(own_seed);  // or the compiler would keep the keys in registers, which are too few
-      return philox_keys(static_cast<uint64_t>(own_seed));
+    // Computes the Philox keys in every turn. There are too few registers to keep `keys`. make_opaque hides from the
+    // compiler that the keys are the same in every turn.
+    const auto keys_of_turn = [&] {
+      int64_t opaque_seed = static_cast<int64_t>(seed);
+      make_opaque(opaque_seed);
+      return philox_keys(static_cast<uint64_t>(opaque_seed));
     };
     if (call.channels_last > 0) {
       const PixelWords words(call, dividers);
@@ -315,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
         const DensePositions<uint32_t> positions(static_cast<uint32_t>(b), words.element(quad), has);
         Tensors<Options, X, M, 4, DensePositions<uint32_t>> tensors(call, positions);
         F2 z[2] = {F2(0.0f), F2(0.0f)};
-        if (drawn) words.draw_normals(own_keys(), counter, quad, z);
+        if (drawn) words.draw_normals(keys_of_turn(), counter, quad, z);
         if (has) take_step(row, sample, tensors, drawn, z);
       }
       return;
@@ -324,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
 #pragma unroll 1
     for (; j < numel; j += apart) {
       F2 z[2] = {F2(0.0f), F2(0.0f)};
-      if (drawn) draw_normals(own_keys(), counter, j, z);
+      if (drawn) draw_normals(keys_of_turn(), counter, j, z);
       const int left = numel - j < 4 ? static_cast<int>(numel - j) : 4;
 #pragma unroll 1
       for (int i = 0; i < left;) {
@@ -343,7 +349,8 @@ template <Access kAccess, class Options, class X, class M>
 void launch(const StepCall& call, cudaStream_t stream) {
   constexpr auto kKernel = with_options<kAccess, Options, X, M>;
   const int64_t pixels = elements_of_threads(call);
-  // A thread that processes several channels' elements takes no other turns.
+  // If a thread processes several channels, its turns are the channels. at_once is then so large that launch_shape adds
+  // no further turns.
   const Room room = room_for<kKernel>(kThreads);
   const int64_t at_once = pixels < call.numel ? call.batch * call.numel : room.blocks;
   constexpr int kItems = kStepItems<kAccess, Options, X>;
@@ -352,23 +359,24 @@ void launch(const StepCall& call, cudaStream_t stream) {
   launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }
 
-// Launches the kernel of a frequent set of options, if the call fits it.
-template <class Usual, class X, class M>
-bool launch_usual(const StepCall& call, cudaStream_t stream) {
-  if (!fits<Usual>(call)) return false;
-  launch<Access::vector, Usual, X, M>(call, stream);
+// Launches the kernel of a frequent set of options if it accepts the call. Returns whether it does.
+template <class Options, class X, class M>
+bool launch_if_fits(const StepCall& call, cudaStream_t stream) {
+  if (!fits<Options>(call)) return false;
+  launch<Access::vector, Options, X, M>(call, stream);
   return true;
 }
 
-// Launches the kernel of the first of these sets of options that the call fits, or else the kernel for any options.
-template <class... Usual>
+// Launches the kernel of the first of these sets of options that accepts the call, or else the kernel for any options.
+template <class... OptionSets>
 void launch_first(const StepCall& call, cudaStream_t stream) {
   by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
     using X = decltype(x);
     using M = decltype(m);
     if (choose_access(call) == Access::strided)
       return launch<Access::strided, AnyOptions, X, M>(by_pixels(call), stream);
-    if (!(launch_usual<Usual, X, M>(call, stream) || ...)) launch<Access::vector, AnyOptions, X, M>(call, stream);
+    if (!(launch_if_fits<OptionSets, X, M>(call, stream) || ...))
+      launch<Access::vector, AnyOptions, X, M>(call, stream);
   });
 }
 

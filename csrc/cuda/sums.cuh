@@ -1,5 +1,5 @@
-// The sums of a sample's chunks, in the order that core/loss.h describes. Several blocks add up a sample's chunks, and
-// the last of them finishes the sample.
+// Adds up a sample in the order that core/loss.h describes. Several blocks add up the chunks of a sample, and the last
+// block to finish adds up the sums of the chunks.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,11 @@
 
 namespace ddpm_ext::cuda {
 
-constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one or two chunks at a time
+// The threads of a block, which processes one or two chunks at a time: a thread takes four elements of a chunk.
+constexpr int kLossThreads = kLossChunk / 4;
 static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
 
-// Adds up a chunk's values, by a warp. The warp's first lane has the sum.
+// Adds up the values of a chunk. All lanes of a warp call this, and the first lane gets the sum.
 __device__ __forceinline__ double sum_of_lanes(const float* values) {
   float lanes[2] = {0.0f, 0.0f};
   DDPM_UNROLL
@@ -28,13 +29,14 @@ __device__ __forceinline__ double sum_of_lanes(const float* values) {
 // Reads a number that another block wrote, after comes_last. The read is volatile, since the compiler might otherwise
 // move it before comes_last.
 template <class T>
-__device__ __forceinline__ T of_others(const T* p) {
+__device__ __forceinline__ T read_of_other_block(const T* p) {
   return *static_cast<const volatile T*>(p);
 }
 
-// Adds up value(0) to value(count - 1), by all threads of a block. All of them return the sum, after a barrier. If only
-// the first thread returned it, the compiler might let the other threads read strands[0] as well, at a time when no
-// barrier protects it.
+// Returns the sum of value(0) to value(count - 1), in strands (core/loss.h). All threads of a block call this together.
+// `strands` is shared memory. All threads read the sum after a barrier, although only the first thread needs it. If the
+// first thread alone read it, the compiler might let the other threads read strands[0], too, at a later point where
+// another thread may already write there.
 template <class Value>
 __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, double* strands) {
   double strand = 0;
@@ -49,8 +51,8 @@ __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, dou
   return strands[0];
 }
 
-// Whether this block is the last of `blocks` blocks to call this. If so, it sees everything that the other blocks
-// wrote, and the count is back at zero for the next launch.
+// Whether this block is the last of `blocks` blocks to call this. In the last block, everything that the other blocks
+// wrote before their call is visible, and `count` is back at zero for the next launch. `last` is shared memory.
 __device__ __forceinline__ bool comes_last(uint32_t* count, uint32_t blocks, bool& last) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -1,8 +1,11 @@
-// Dynamic thresholding: computes the magnitudes of core/quantile.h, and selects two of them in each sample, by radix
-// selection. While the magnitudes are computed, their first 11 bits are counted. Among the magnitudes that share their
-// first bits with the wanted one, the next 10 bits are counted, and then the last 10. In small samples, the last block
-// to finish does these two counts, so that there is one launch. For large samples, each count is a launch with as many
-// blocks as the first launch.
+// Dynamic thresholding: computes the magnitudes |x0| of each sample and selects the two between which the quantile is
+// interpolated (core/quantile.h), by radix selection. A magnitude has 31 bits.
+// - The first histogram counts the first 11 bits of all magnitudes, while they are computed. It gives the first 11 bits
+//   of the wanted magnitude.
+// - The second histogram counts the next 10 bits, of the magnitudes that begin with these 11 bits.
+// - The third histogram counts the last 10 bits, of the magnitudes that begin with the 21 bits known by then.
+// For a small sample, the last block to finish counts the second and the third histogram, so that one launch suffices.
+// For a large sample, each further histogram is a launch with as many blocks as the first one.
 #include "core/quantile.h"
 
 #include "core/step.h"
@@ -14,31 +17,33 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-constexpr int kBins = 2048, kBinBits = 10;  // only the count of the first 11 bits uses all bins
-constexpr uint32_t kNan = kMagnitude;       // the only NaN among magnitudes, alone in the last bin
+constexpr int kBins = 2048, kBinBits = 10;  // only the histogram of the first 11 bits uses all bins
+constexpr uint32_t kNan = kMagnitude;       // replaces the bits of every NaN, and is alone in the last bin
 
-// The search for the quantile's magnitude so far: its first bits, and its rank (from the largest) among the magnitudes
-// that begin with these bits.
+// The known first bits of the wanted magnitude, and its rank among the magnitudes that begin with these bits. The rank
+// 1 is the largest magnitude.
 struct Prefix {
   uint32_t first_bits, from_top;
 };
 
-// The shared memory of a block: the counts of the next bits among the magnitudes that begin with the first bits, and
-// the smallest magnitude whose first bits are larger. The other members are for narrow_down and comes_last.
+// The shared memory of a block. `bins` is a histogram of the magnitudes that begin with a Prefix's bits. `larger` is
+// the smallest of the magnitudes whose first bits are larger than the Prefix's. narrow_down uses `sums` and `result`,
+// and comes_last uses `last`.
 struct Shared {
   uint32_t bins[kBins], larger, sums[kThreads];
-  Prefix found;
+  Prefix result;
   bool last;
 };
 
-// The state of the search that one launch passes to the next, and the last launch's blocks to each other.
+// The state of the search in scratch memory. A launch passes `prefix` to the next launch. The blocks of the last launch
+// share `larger`, which has the meaning of Shared::larger.
 struct Search {
   Prefix prefix;
   uint32_t larger;
 };
 
-// The distance between samples in the scratch memory, in 32-bit words. Each sample has its magnitudes, followed by its
-// Search.
+// Returns the distance from one sample to the next in the scratch memory, in 32-bit words. A sample's magnitudes come
+// first, padded to whole words of four, and then its Search.
 DDPM_HD constexpr int64_t scratch_stride(int64_t numel) { return (numel + 3) / 4 * 4 + 4; }
 
 __device__ __forceinline__ uint32_t* magnitudes_of(const XStartScaleCall& call, int64_t b) {
@@ -49,21 +54,24 @@ __device__ __forceinline__ Search* search_of(const XStartScaleCall& call, int64_
   return reinterpret_cast<Search*>(magnitudes_of(call, b) + scratch_stride(call.numel) - 4);
 }
 
+// Empties the histogram and sets `larger` to the largest magnitude. All threads of a block call this together.
 __device__ __forceinline__ void clear(Shared& shared) {
   for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
   if (threadIdx.x == 0) shared.larger = kMagnitude;
   __syncthreads();
 }
 
-// Finds the next bits of the wanted magnitude from the counts, by all threads of a block.
+// Returns a longer prefix of the wanted magnitude, from the histogram of the bits that follow `prefix`. A thread adds
+// up kBinsOfThread bins, and the thread with the wanted bin writes the result. All threads of a block call this
+// together.
 __device__ __forceinline__ Prefix narrow_down(const Prefix& prefix, Shared& shared) {
-  constexpr int kEach = kBins / kThreads;
+  constexpr int kBinsOfThread = kBins / kThreads;
   uint32_t (&sums)[kThreads] = shared.sums;
-  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
-  uint32_t own_count = 0;
+  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsOfThread;
+  uint32_t thread_count = 0;
   DDPM_UNROLL
-  for (int i = 0; i < kEach; ++i) own_count += shared.bins[top - i];
-  sums[threadIdx.x] = own_count;
+  for (int i = 0; i < kBinsOfThread; ++i) thread_count += shared.bins[top - i];
+  sums[threadIdx.x] = thread_count;
   __syncthreads();
   for (unsigned h = 1; h < kThreads; h *= 2) {
     const uint32_t previous = threadIdx.x >= h ? sums[threadIdx.x - h] : 0;
@@ -71,21 +79,22 @@ __device__ __forceinline__ Prefix narrow_down(const Prefix& prefix, Shared& shar
     sums[threadIdx.x] += previous;
     __syncthreads();
   }
-  uint32_t above = sums[threadIdx.x] - own_count;
+  uint32_t above = sums[threadIdx.x] - thread_count;
   if (above < prefix.from_top && prefix.from_top <= sums[threadIdx.x]) {
     int bin = top;
     while (prefix.from_top - above > shared.bins[bin]) above += shared.bins[bin--];
-    shared.found = {prefix.first_bits << kBinBits | bin, prefix.from_top - above};
+    shared.result = {prefix.first_bits << kBinBits | bin, prefix.from_top - above};
   }
   __syncthreads();
-  return shared.found;
+  return shared.result;
 }
 
-// Calls take(value) for the magnitudes of a sample, or of a block's part of it. A thread has several loads in flight
-// before it uses the first, since its block may be the only one running. A sample has fewer than 2^31 magnitudes.
+// Calls take(value) for the magnitudes of a sample that belong to block number `block` of `blocks`. A thread issues
+// several loads before it uses the first one, since its block may be the only one on the multiprocessor. A sample has
+// fewer than 2^31 magnitudes.
 template <class Take>
-__device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, uint32_t numel, uint32_t block,
-                                               uint32_t blocks, Take take) {
+__device__ __forceinline__ void for_each_magnitude(const uint32_t* magnitudes, uint32_t numel, uint32_t block,
+                                                   uint32_t blocks, Take take) {
   constexpr uint32_t kLoads = 4, kTurn = 4 * kThreads * kLoads;
 #pragma unroll 1
   for (uint32_t first = block * kTurn + 4 * threadIdx.x; first < numel; first += blocks * kTurn) {
@@ -106,13 +115,13 @@ __device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, uint3
   }
 }
 
-// Counts the next bits (those from bit `shift` on) of the magnitudes that begin with the first bits. Covers a whole
-// sample, or a block's part of it.
+// Counts the histogram of the kBinBits bits from bit `shift` on, over the magnitudes that begin with the prefix's bits.
+// Also computes shared.larger. Reads the magnitudes that belong to block number `block` of `blocks`.
 __device__ __forceinline__ void count_bits(const XStartScaleCall& call, int64_t b, uint32_t block, uint32_t blocks,
                                            const Prefix& prefix, int shift, Shared& shared) {
   clear(shared);
   uint32_t larger = kMagnitude;
-  each_magnitude(magnitudes_of(call, b), static_cast<uint32_t>(call.numel), block, blocks, [&](uint32_t value) {
+  for_each_magnitude(magnitudes_of(call, b), static_cast<uint32_t>(call.numel), block, blocks, [&](uint32_t value) {
     const uint32_t first = value >> (shift + kBinBits);
     if (first == prefix.first_bits) atomicAdd(shared.bins + (value >> shift & ((1u << kBinBits) - 1)), 1u);
     if (first > prefix.first_bits && value < larger) larger = value;
@@ -126,8 +135,8 @@ __device__ __forceinline__ void count_bits(const XStartScaleCall& call, int64_t 
   __syncthreads();
 }
 
-// Adds the block's counts to the sample's counts, which are zero before and after a launch. Returns whether the block
-// is the last to do so. In that block, `shared` has the sample's counts then.
+// Adds the block's histogram to the sample's histogram in `counts`, which is zero before and after a launch. Returns
+// whether the block is the last of the sample's blocks to do this. If so, shared.bins is then the sample's histogram.
 __device__ __forceinline__ bool has_counts_of_all(Shared& shared, uint32_t* counts, int64_t batch, int64_t b) {
   if (gridDim.x == 1) return true;
   uint32_t* const sample_counts = counts + batch + b * kBins;
@@ -135,12 +144,12 @@ __device__ __forceinline__ bool has_counts_of_all(Shared& shared, uint32_t* coun
     if (shared.bins[i] != 0) atomicAdd(sample_counts + i, shared.bins[i]);
   if (!comes_last(counts + b, gridDim.x, shared.last)) return false;
   for (int i = threadIdx.x; i < kBins; i += kThreads)
-    shared.bins[i] = of_others(sample_counts + i), sample_counts[i] = 0;
+    shared.bins[i] = read_of_other_block(sample_counts + i), sample_counts[i] = 0;
   __syncthreads();
   return true;
 }
 
-// Stores a sample's factor, by all threads of a block that has the counts of the last bits.
+// Stores a sample's factor, from the histogram of the last bits. All threads of the block call this together.
 __device__ __forceinline__ void finish(const XStartScaleCall& call, int64_t b, const Prefix& prefix, Shared& shared) {
   const auto [below, from_top] = narrow_down(prefix, shared);
   constexpr uint32_t kAll = (1u << kBinBits) - 1;
@@ -152,12 +161,13 @@ __device__ __forceinline__ void finish(const XStartScaleCall& call, int64_t b, c
   call.scale[b] = threshold_scale(below, above, call.rank.weight, call.maximum);
 }
 
-// The most blocks of a sample for which one block finishes the sample in the same launch. Up to this number, its passes
-// over all magnitudes take no more time than two launches.
+// If a sample has at most this number of blocks, the last block counts the second and the third histogram in the same
+// launch. Up to this number of blocks, that takes no more time than two further launches.
 constexpr unsigned kBlocksOfOneLaunch = 4;
 
-// `counts` has a zero for each sample: the number of blocks that have finished their part. If a sample has several
-// blocks, kBins zeros for each sample follow. The launch leaves the counts at zero.
+// Computes the magnitudes and the first histogram of all samples, and for small samples also their factors. `counts` is
+// zero before and after the launch. It has a counter for each sample, which counts its finished blocks. If a sample has
+// several blocks, the samples' histograms follow, with kBins bins each.
 template <Access kAccess, class X, class M>
 __global__ void __launch_bounds__(kThreads)
     threshold_samples(const __grid_constant__ XStartScaleCall call, const __grid_constant__ Dividers dividers,
@@ -200,13 +210,13 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   if (!has_counts_of_all(shared, counts, call.batch, b)) return;
-  const bool nan = shared.bins[kBins - 1] != 0;  // then the quantile is NaN, the largest magnitude
+  const bool nan = shared.bins[kBins - 1] != 0;  // if a magnitude is NaN, so is the quantile: then rank 1 is wanted
   Prefix prefix = narrow_down({0, nan ? 1 : static_cast<uint32_t>(call.rank.from_top)}, shared);
   if (gridDim.x > kBlocksOfOneLaunch) {
     if (threadIdx.x == 0) *search_of(call, b) = {prefix, kMagnitude};
     return;
   }
-#pragma unroll 1  // unrolled, it would take more registers
+#pragma unroll 1  // the unrolled loop would take more registers
   for (int shift = kBinBits;; shift = 0) {
     count_bits(call, b, 0, 1, prefix, shift, shared);
     if (shift == 0) return finish(call, b, prefix, shared);
@@ -214,8 +224,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Continues after threshold_samples, or after this kernel's previous launch. The first launch has kBinBits for `shift`,
-// the second has 0.
+// Counts the second histogram of large samples (shift = kBinBits), or the third one (shift = 0) and stores the factors.
+// Runs after threshold_samples.
 __global__ void __launch_bounds__(kThreads)
     search_samples(const __grid_constant__ XStartScaleCall call, uint32_t* counts, int shift) {
   __shared__ Shared shared;
@@ -227,22 +237,22 @@ __global__ void __launch_bounds__(kThreads)
   if (shift == 0 && threadIdx.x == 0) atomicMin(&search->larger, shared.larger);
   if (!has_counts_of_all(shared, counts, call.batch, b)) return;
   if (shift == 0) {
-    if (threadIdx.x == 0) shared.larger = of_others(&search->larger);
+    if (threadIdx.x == 0) shared.larger = read_of_other_block(&search->larger);
     return finish(call, b, prefix, shared);
   }
   const Prefix next = narrow_down(prefix, shared);
   if (threadIdx.x == 0) search->prefix = next;
 }
 
-// The number of elements for which another block is worthwhile, since each block's counts have to be added to the
-// sample's.
-constexpr int64_t kWorthABlock = 8192;
+// The least number of elements of a block. With fewer, adding the block's histogram to the sample's would take too much
+// time.
+constexpr int64_t kElementsOfBlock = 8192;
 
 template <Access kAccess, class X, class M>
 void launch(const XStartScaleCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = threshold_samples<kAccess, X, M>;
-  const int64_t worth = divide_up(call.numel, kWorthABlock);
-  const Shape shape = shape_of_samples(call.batch, worth, kThreads, room_for<kKernel>(kThreads).blocks);
+  const int64_t most = divide_up(call.numel, kElementsOfBlock);
+  const Shape shape = shape_of_samples(call.batch, most, kThreads, room_for<kKernel>(kThreads).blocks);
   const Counts counts(shape.grid.x > 1 ? call.batch * (1 + kBins) : call.batch, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), counts.data());
   if (shape.grid.x <= kBlocksOfOneLaunch) return;

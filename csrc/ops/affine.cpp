@@ -16,7 +16,7 @@ void begin(const char* op, ElementwiseCall& call, const char* x_name, const Tens
   set_table(op, call, rows, sizeof(AffineRow) / sizeof(float), x.device());
 }
 
-// Computes k0 x + k1 y.
+// Returns k0 x + k1 y. Error messages call the tensors x_name and y_name.
 Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const char* y_name, const Tensor& y,
                   const Rows& rows) {
   ElementwiseCall call;
@@ -29,7 +29,8 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   return result;
 }
 
-// `drawn`, unless null, receives the noise that is drawn.
+// Returns the noised samples, which are in `out` if the caller passes it. If `drawn` is not null, the drawn noise is
+// written to that tensor.
 Tensor run_forward(const Tensor& x_start, const Rows& rows, const NoiseSource& source, const OptionalTensor& out,
                    const Tensor* drawn) {
   constexpr const char* op = "forward_process";

@@ -17,7 +17,8 @@ using namespace py::literals;
 
 namespace {
 
-// The kernels' Philox, for tests against the published vectors.
+// Returns the four words of a Philox block, by the functions that the kernels use. Tests compare them with published
+// values.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(key[0] | (uint64_t{key[1]} << 32));
   uint32_t w[4];
@@ -31,6 +32,7 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
+// Returns how this module was built, and the CPU instruction set that it uses.
 py::dict build_info() {
   py::dict info;
   info["torch"] = DDPM_EXT_TORCH_VERSION;
@@ -46,7 +48,7 @@ py::dict build_info() {
   return info;
 }
 
-// Under torch's modes, and for tensor subclasses, torch itself must create the tensor.
+// Returns an uninitialised tensor like `like`. Under torch's modes, and for tensor subclasses, torch must create it.
 Tensor empty_result_like(const Tensor& like) {
   if (!ddpm_ext::plain({{"like", like}})) return at::empty_like(like);
   return ddpm_ext::empty_result_like(like, like.scalar_type());
@@ -60,8 +62,8 @@ py::dict result_memory() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  // Turns errors of torch and of its modes into the Python errors that torch itself raises. pybind11 translates all
-  // others.
+  // Turns errors of torch, and of torch's modes in Python, into the Python errors that torch itself raises. pybind11
+  // translates all other errors.
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -74,7 +76,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   ddpm_ext::eager::define(m);
   m.def("draw_seed", &ddpm_ext::draw_seed);
-  // Torch 2.7 does not expose this in Python.
+  // Torch 2.7 has no Python function for this.
   m.def("has_saved_tensors_hooks", [] { return at::SavedTensorDefaultHooks::get_hooks().has_value(); });
   m.def("philox4x32", &philox4x32);
   m.def("row_names",

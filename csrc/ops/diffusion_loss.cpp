@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   constexpr int64_t kMean = 0, kNone = 1;
   const at::Device device = model_output.device();
   LossCall call;
-  // The samples' dtype is that of x_start; without x_start, that of `noise`; without either, that of the model's
-  // output.
+  // x stands for the samples, whose shape and dtype other tensors must match: x_start or, if that is missing, `noise`
+  // or, if both are missing, the model's output.
   const Tensor& x = x_start.has_value() ? *x_start : noise.has_value() ? *noise : model_output;
   const char* x_name = x_start.has_value() ? "x_start" : noise.has_value() ? "noise" : "model_output";
   call.x_start.dtype = call.noise.dtype = check_sample(op, x_name, x);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
     return {losses, slope};
   }
   Tensor total = at::empty({}, like.dtype(at::kFloat));
-  if (call.batch == 0 || call.numel == 0)  // as in torch
+  if (call.batch == 0 || call.numel == 0)  // there is no kernel launch: the same result as torch's losses
     total.fill_(call.batch == 0 && reduction != kMean ? 0.0f : std::numeric_limits<float>::quiet_NaN());
   call.total = total.mutable_data_ptr<float>();
   if (reduction == kMean) call.total_factor = 1.0 / static_cast<double>(call.batch);

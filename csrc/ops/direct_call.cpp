@@ -6,16 +6,18 @@
 namespace ddpm_ext {
 namespace {
 
-bool records_grad(at::ArrayRef<Named> tensors) {
+// Whether autograd records a call with these tensors.
+bool records_grad(at::ArrayRef<NamedTensor> tensors) {
   if (!at::GradMode::is_enabled()) return false;
-  for (const Named& t : tensors)
+  for (const NamedTensor& t : tensors)
     if (t.tensor != nullptr && t.tensor->requires_grad()) return true;
   return false;
 }
 
-// Refuses tensors with a tangent, which the dispatcher would silently ignore.
-void refuse_forward_mode(const char* op, at::ArrayRef<Named> tensors) {
-  for (const Named& t : tensors) {
+// Raises NotImplementedError for a tensor with a forward-mode derivative. The dispatcher would ignore the derivative
+// without an error.
+void refuse_forward_mode(const char* op, at::ArrayRef<NamedTensor> tensors) {
+  for (const NamedTensor& t : tensors) {
     if (t.tensor == nullptr || t.tensor->unsafeGetTensorImpl()->autograd_meta() == nullptr) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(!t.tensor->_fw_grad(0).defined(), op, ": ", t.name,
                                 " has a forward-mode derivative, expected none (backend=\"reference\" takes them)");
@@ -24,7 +26,7 @@ void refuse_forward_mode(const char* op, at::ArrayRef<Named> tensors) {
 
 }  // namespace
 
-bool plain(at::ArrayRef<Named> tensors) {
+bool plain(at::ArrayRef<NamedTensor> tensors) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
   constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
@@ -34,36 +36,37 @@ bool plain(at::ArrayRef<Named> tensors) {
                                      DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU,
                                      DispatchKey::AutocastCUDA});
   if (c10::impl::tls_local_dispatch_key_set().included_.has_any(modes)) return false;
-  for (const Named& t : tensors)
+  for (const NamedTensor& t : tensors)
     if (t.tensor != nullptr && (t.tensor->key_set() | ordinary) != ordinary) return false;
   return true;
 }
 
-void check_agreement(const char* op, at::ArrayRef<Named> tensors) {
+void check_agreement(const char* op, at::ArrayRef<NamedTensor> tensors) {
   const Tensor& first = *tensors[0].tensor;
-  for (const Named& t : tensors) {
+  for (const NamedTensor& t : tensors) {
     if (t.tensor == nullptr) continue;
     TORCH_CHECK_VALUE(t.tensor->layout() == at::kStrided, op, ": ", t.name, " has layout ", t.tensor->layout(),
                       ", expected strided");
     const char* kind = t.tensor->is_nested() ? "nested" : t.tensor->is_quantized() ? "quantized" : nullptr;
     TORCH_CHECK_VALUE(kind == nullptr, op, ": ", t.name, " is a ", kind, " tensor, expected a plain one");
-    // A CPU tensor without dimensions, such as a seed, may come with CUDA samples: the dispatcher ignores its device.
+    // A 0-dimensional CPU tensor, such as a seed, may come with CUDA samples: the dispatcher ignores the device of such
+    // a tensor.
     const bool is_number = t.tensor->is_cpu() && t.tensor->dim() == 0;
     TORCH_CHECK_VALUE(is_number || t.tensor->device() == first.device(), op, ": ", t.name, " is on ",
                       t.tensor->device(), ", expected the samples' device, ", first.device());
   }
 }
 
-bool needs_dispatcher(const char* op, at::ArrayRef<Named> tensors) {
+bool needs_dispatcher(const char* op, at::ArrayRef<NamedTensor> tensors) {
   refuse_forward_mode(op, tensors);
   if (plain(tensors) && !records_grad(tensors)) return false;
   check_agreement(op, tensors);
   return true;
 }
 
-void refuse_grad(const char* op, at::ArrayRef<Named> tensors, const char* recorder) {
+void refuse_grad(const char* op, at::ArrayRef<NamedTensor> tensors, const char* recorder) {
   if (!at::GradMode::is_enabled()) return;
-  for (const Named& t : tensors) {
+  for (const NamedTensor& t : tensors) {
     TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name, " requires a gradient, but ",
                       recorder, " records no gradients, expected none");
   }

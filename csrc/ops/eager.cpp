@@ -1,6 +1,6 @@
-// The operators for eager calls. They skip torch's dispatcher, which would cost more than the arithmetic of a small
-// step, unless the dispatcher is needed (ops/direct_call.h). Python passes the schema's arguments by position, followed
-// by arguments that only a direct call takes.
+// The operators for eager calls. They skip torch's dispatcher, which takes longer than the arithmetic of a small step,
+// unless the call needs the dispatcher (ops/direct_call.h). Python passes the schema's arguments by position, and then
+// the arguments that only a direct call takes.
 #include "ops/eager.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,15 +15,17 @@ namespace py = pybind11;
 namespace ddpm_ext::eager {
 namespace {
 
-// For at most this many elements on a CPU, releasing the GIL takes longer than the operator itself.
+// Up to this number of elements on a CPU, releasing Python's global lock (the GIL) takes longer than the operator
+// itself.
 constexpr int64_t kBrief = 8192;
 
 bool is_brief(const Tensor& x) {
   return x.is_cpu() && !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides() && x.numel() <= kBrief;
 }
 
+// Returns the name of an argument for error messages. In Python, `draw` of Philox is an int or a tensor.
 const char* shown_name(const c10::Argument& argument) {
-  return argument.name() == "draw_data" ? "draw" : argument.name().c_str();  // in Python, Philox has one name for both
+  return argument.name() == "draw_data" ? "draw" : argument.name().c_str();
 }
 
 template <class Signature>
@@ -31,9 +33,10 @@ struct Operator;
 
 template <class Result, class... Args>
 struct Operator<Result(Args...)> {
-  // Defines a Python function that calls `direct`, or torch's operator if the dispatcher is needed. Torch's operator is
-  // `of_schema`, by default the one called `name`. If the operator records no gradients, `recorder` names it in the
-  // error message; null means that gradients are recorded.
+  // Defines the Python function `name`. It calls `direct`, or torch's operator if the call needs the dispatcher.
+  // Torch's operator is called `of_schema`, or `name` if that is null. If the operator records no gradients, the
+  // function refuses tensors that require a gradient, and `recorder` names the operator in the error message. Otherwise
+  // `recorder` is null.
   template <class Direct, class... Extra>
   static void define(py::module_& m, const char* name, Direct (*direct)(Args..., Extra...),
                      const char* recorder = nullptr, const char* of_schema = nullptr, const char* overload = "") {
@@ -43,7 +46,7 @@ struct Operator<Result(Args...)> {
       const c10::FunctionSchema& schema = op.schema();
       const char* const name = schema.name().c_str() + sizeof("ddpm_ext::") - 1;
       const c10::Argument* argument = schema.arguments().data();
-      const Named tensors[] = {Named(shown_name(*argument++), args)...};
+      const NamedTensor tensors[] = {NamedTensor(shown_name(*argument++), args)...};
       std::optional<py::gil_scoped_release> unlocked;
       if (!is_brief(*tensors[0].tensor)) unlocked.emplace();
       if (recorder != nullptr) refuse_grad(name, tensors, recorder);
@@ -59,7 +62,8 @@ struct Operator<Result(Args...)> {
   }
 };
 
-// Returns the rows with `on_host`, which must be the same table on the CPU.
+// Returns the rows with on_host set. `on_host` must be the same table on the CPU. Its device, dtype and
+// shape are checked, but not its values.
 Rows with_host(Rows rows, const OptionalTensor& on_host) {
   const Tensor& table = rows.table;
   if (on_host.has_value())
@@ -82,10 +86,11 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_P
   ddpm_ext::reverse_step(x_t, model_output, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE, out);
 }
 
-// Checks these arguments of a step, so that errors come before the model is called.
+// Checks the arguments of reverse_step that are known before the model is called, so that an error comes before that
+// call.
 void check_reverse_step(const Tensor& x_t, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, const OptionalTensor& out) {
-  const Named tensors[] = {{"x_t", x_t},   {"table", table},           {"t", t},     {"noise", noise},
-                           {"seed", seed}, {"sample_ids", sample_ids}, {"out", out}, {"draw", draw_data}};
+  const NamedTensor tensors[] = {{"x_t", x_t},   {"table", table},           {"t", t},     {"noise", noise},
+                                 {"seed", seed}, {"sample_ids", sample_ids}, {"out", out}, {"draw", draw_data}};
   if (plain(tensors)) return ddpm_ext::check_reverse_step(x_t, DDPM_ROWS, DDPM_SOURCE, out);
   if (out.has_value()) {
     check_not_negated("reverse_step", "out", *out);

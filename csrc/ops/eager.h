@@ -5,6 +5,7 @@
 
 namespace ddpm_ext::eager {
 
+// Adds the functions to the module.
 void define(pybind11::module_& m);
 
 }  // namespace ddpm_ext::eager

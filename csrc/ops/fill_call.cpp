@@ -8,12 +8,12 @@
 namespace ddpm_ext {
 namespace {
 
-constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;
-constexpr int64_t kDraws = int64_t{1} << 32;
-constexpr int64_t kMaxNumel = int64_t{1} << 34;  // a block of four elements has a 32-bit number
+constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;  // the largest sample id
+constexpr int64_t kDraws = int64_t{1} << 32;        // the number of draws
+constexpr int64_t kMaxNumel = int64_t{1} << 34;     // of a sample: a Philox block has four elements and a 32-bit number
 
-// Returns the address of a number on the GPU, from which the kernel reads it. Returns null if the number is missing, or
-// is on the CPU; then `value` is set to it.
+// Checks a seed or a draw in a tensor. If the tensor is on the GPU, returns the address from which the kernel reads the
+// number. Otherwise returns null, and sets `value` to the number if there is a tensor.
 const int64_t* number_in_memory(const char* op, const char* name, const OptionalTensor& number, at::Device device,
                                 int64_t& value) {
   if (!number.has_value()) return nullptr;
@@ -27,9 +27,11 @@ const int64_t* number_in_memory(const char* op, const char* name, const Optional
   return nullptr;
 }
 
-// The dimensions of a sample in the order in which a kernel iterates over them, without dimensions of size 1. They are
-// sorted as they lie in memory if any order is allowed and a sample of x is dense.
 using Dims = c10::SmallVector<int64_t, 8>;
+
+// Returns the dimensions of a sample in the order in which a kernel iterates over them, without dimensions of size 1.
+// With Order::any and dense samples of x, this is the order of memory: the dimension with the largest stride comes
+// first.
 Dims dims_of_sample(const Tensor& x, Order order) {
   Dims logical;
   for (int64_t d = 1; d < x.dim(); ++d)
@@ -53,7 +55,7 @@ void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at
   CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
               " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
   CHECK_VALUE(table.device() == device, "table", " is on ", table.device(), ", expected the samples' device, ", device);
-  // A GPU reads a row 16 bytes at a time, or 8 if the row has no more.
+  // A GPU reads a row 16 bytes at a time, or at once if it has 8 bytes.
   const uintptr_t multiple = columns * sizeof(float) < 16 ? 8 : 16,
                   address = reinterpret_cast<uintptr_t>(table.const_data_ptr());
   CHECK_VALUE(address % multiple == 0, "table", " begins at an address that is ", address % multiple,
@@ -114,7 +116,8 @@ void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, cons
 
 void set_clip(const char* op, Call& call, double clip_min, double clip_max) {
   CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
-  // A bound of zero gets the sign that leaves a zero of x unchanged, even where -0 counts as less than 0.
+  // A clip at zero must not change the sign of a zero of x, even on a device where -0 counts as less than 0. So a lower
+  // bound of zero is -0, and an upper bound of zero is 0.
   call.clip_min = static_cast<float>(clip_min) == 0 ? -0.0f : static_cast<float>(clip_min);
   call.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
 }

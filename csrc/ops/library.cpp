@@ -89,7 +89,8 @@ TORCH_LIBRARY(ddpm_ext, m) {
   m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 
-// Each operator is one function for all devices. It checks its arguments' device itself.
+// Registers the operators for one device. An operator is the same function for all devices, and checks the device of
+// its arguments.
 static void register_kernels(torch::Library& m) {
   m.impl("reverse_step", ddpm_ext::library::reverse_step);
   m.impl("reverse_step.out", ddpm_ext::library::reverse_step_out);
@@ -103,8 +104,9 @@ static void register_kernels(torch::Library& m) {
   m.impl("posterior_mean", ddpm_ext::library::affine<ddpm_ext::posterior_mean>);
 }
 
-// Clones negated inputs of operators that write to their arguments and return nothing. Torch's own handling of views
-// that are negated on reading assumes that an operator returns what it writes.
+// Clones inputs that are negated views, whose values torch negates when it reads them. Such views need this function in
+// operators that write to an argument and return nothing: torch's own handling assumes that an operator returns the
+// tensor that it writes. Raises ValueError if an argument that the operator writes to is a negated view.
 static void resolve_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const std::string name = op.schema().name().substr(sizeof("ddpm_ext::") - 1);
@@ -127,7 +129,7 @@ TORCH_LIBRARY_IMPL(ddpm_ext, Negative, m) {
 }
 TORCH_LIBRARY_IMPL(ddpm_ext, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(ddpm_ext, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(ddpm_ext, CompositeExplicitAutograd, m) {  // no tensor argument has a device
+TORCH_LIBRARY_IMPL(ddpm_ext, CompositeExplicitAutograd, m) {  // a call may have no tensor to select a device by
   m.impl("randn", ddpm_ext::library::randn);
   m.impl("draw_seed", ddpm_ext::library::draw_seed);
 }

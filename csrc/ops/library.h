@@ -1,4 +1,4 @@
-// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so the fields of Rows,
+// The operators as functions that torch's dispatcher calls. A schema of torch has no structs, so the fields of Rows,
 // NoiseSource and StepInputs are separate parameters.
 #pragma once
 
@@ -12,7 +12,7 @@
       int64_t draw, const OptionalTensor &draw_data
 #define DDPM_SOURCE_PARAMETERS const OptionalTensor &noise, bool draw_noise, DDPM_RNG_PARAMETERS
 
-// Build the structs from these parameters.
+// Build the structs from parameters of these names.
 #define DDPM_ROWS \
   ddpm_ext::Rows { table, t, t_index }
 #define DDPM_RNG \
@@ -20,7 +20,7 @@
 #define DDPM_SOURCE \
   ddpm_ext::NoiseSource { noise, draw_noise, DDPM_RNG }
 
-// The optional parameters of the step with options.
+// The parameters of the step with options, and DDPM_STEP_ARGUMENTS, which builds StepInputs from them.
 #define DDPM_TENSOR_PARAMETER(name, ...) , const OptionalTensor& name
 #define DDPM_FLAG_PARAMETER(name, ...) , bool name
 #define DDPM_STEP_PARAMETERS                                                                                     \

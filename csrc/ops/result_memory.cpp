@@ -18,30 +18,33 @@
 namespace ddpm_ext {
 namespace {
 
-constexpr size_t kLeast = 1u << 18;  // the C library itself keeps smaller blocks
-constexpr size_t kMostBlocks = 8;    // a step may return two tensors, and a loop may hold more
-constexpr size_t kHeader = 64;       // bytes before a block's data: hold its size, keep its alignment
+constexpr size_t kLeastBytes = 1u << 18;  // smaller results need no pool: the C library reuses small blocks itself
+constexpr size_t kMostBlocks = 8;         // blocks in the pool: a step may return two tensors, and a loop may hold more
+constexpr size_t kHeader = 64;            // bytes before a block's data, with its size: 64 so that the data are aligned
 
 size_t& size_of(char* data) { return *reinterpret_cast<size_t*>(data - kHeader); }
 
-// The freed blocks that are kept. There are never more blocks of a size than were in use at once. A request for a size
-// that is not in the pool first returns all blocks to the system. So a program whose sizes change needs no more memory
-// than without the pool. When a loop ends, its blocks stay until such a request or until release_result_memory().
+// The freed blocks that wait for reuse. There are never more blocks of a size than were in use at the same time. If a
+// program requests a size of which the pool has no block, all blocks are first returned to the system. So a program
+// whose sizes change needs no more memory than without the pool. After a loop, its blocks stay in the pool until such a
+// request or until release_result_memory().
 struct Pool {
-  std::mutex mutex;  // guards kept and kept_bytes
-  std::vector<char*> kept;
-  size_t kept_bytes = 0;
+  std::mutex mutex;  // guards free_blocks and free_bytes
+  std::vector<char*> free_blocks;
+  size_t free_bytes = 0;
   std::atomic<size_t> limit{0}, used{0};
 
+  // Empties the pool. Returns its blocks, which the caller must free.
   std::vector<char*> take_all() {
-    kept_bytes = 0;
-    return std::exchange(kept, {});
+    free_bytes = 0;
+    return std::exchange(free_blocks, {});
   }
 };
 
 Pool& pool() {
   static Pool* const instance = [] {
-    // Locks the pool during a fork, so that the child process finds it in a consistent state.
+    // Locks the pool during a fork. Otherwise another thread might be changing it, and the pool of the child process
+    // would stay locked.
     pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
     return new Pool;  // never destroyed: tensors may outlive static objects
   }();
@@ -54,21 +57,21 @@ void free_all(const std::vector<char*>& blocks) {
 
 char* allocate_block(size_t size) {
   Pool& pool = ddpm_ext::pool();
-  std::vector<char*> evicted;
+  std::vector<char*> removed;
   char* data = nullptr;
   {
     const std::lock_guard<std::mutex> lock(pool.mutex);
-    const auto match =
-        std::find_if(pool.kept.begin(), pool.kept.end(), [=](char* kept) { return size_of(kept) == size; });
-    if (match != pool.kept.end()) {
+    const auto match = std::find_if(pool.free_blocks.begin(), pool.free_blocks.end(),
+                                    [=](char* block) { return size_of(block) == size; });
+    if (match != pool.free_blocks.end()) {
       data = *match;
-      pool.kept.erase(match);
-      pool.kept_bytes -= size;
+      pool.free_blocks.erase(match);
+      pool.free_bytes -= size;
     } else {
-      evicted = pool.take_all();
+      removed = pool.take_all();
     }
   }
-  free_all(evicted);
+  free_all(removed);
   if (data == nullptr) {
     data = static_cast<char*>(c10::alloc_cpu(size + kHeader)) + kHeader;
     size_of(data) = size;
@@ -85,9 +88,9 @@ void free_block(void* block) {
   pool.used -= size;
   {
     const std::lock_guard<std::mutex> lock(pool.mutex);
-    if (pool.kept.size() < kMostBlocks && pool.kept_bytes + size <= pool.limit) {
-      pool.kept.push_back(data);
-      pool.kept_bytes += size;
+    if (pool.free_blocks.size() < kMostBlocks && pool.free_bytes + size <= pool.limit) {
+      pool.free_blocks.push_back(data);
+      pool.free_bytes += size;
       return;
     }
   }
@@ -98,7 +101,7 @@ void free_block(void* block) {
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kLeast) return c10::GetCPUAllocator()->allocate(bytes);
+    if (bytes < kLeastBytes) return c10::GetCPUAllocator()->allocate(bytes);
     char* const data = allocate_block(bytes);
     c10::profiledCPUMemoryReporter().New(data, bytes);
     return {data, data, &free_block, c10::Device(c10::kCPU)};
@@ -107,11 +110,13 @@ class ResultAllocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-// Creates a tensor without at::empty, whose dispatch takes longer than the allocation.
+// Returns an uninitialised CPU tensor. It is created without at::empty, since the dispatcher of at::empty takes longer
+// than the allocation.
 at::Tensor empty_result_strided(at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType dtype) {
   static auto* const result_allocator = new ResultAllocator;  // never destroyed, like the pool
   const size_t bytes = static_cast<size_t>(c10::multiply_integers(size)) * c10::elementSize(dtype);
-  c10::Allocator* const allocator = bytes >= kLeast && pool().limit > 0 ? result_allocator : c10::GetCPUAllocator();
+  c10::Allocator* const allocator =
+      bytes >= kLeastBytes && pool().limit > 0 ? result_allocator : c10::GetCPUAllocator();
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
   return at::Tensor(at::detail::empty_strided_generic(size, stride, allocator, keys, dtype));
 }
@@ -132,7 +137,7 @@ at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options) 
 
 ResultMemory result_memory() {
   const std::lock_guard<std::mutex> lock(pool().mutex);
-  return {pool().limit, pool().kept_bytes, pool().kept.size(), pool().used};
+  return {pool().limit, pool().free_bytes, pool().free_blocks.size(), pool().used};
 }
 
 void release_result_memory() {

@@ -1,24 +1,28 @@
-// Memory for large results on the CPU. When a result is freed, its memory is kept for the next result.
+// Memory for large results on the CPU. The memory of a freed result is reused for a later result of the same size.
 //
-// In a loop x = step(x), each result is allocated while the previous one is still alive. The C library returns large
-// blocks to the system as soon as they are freed. Getting their pages back from the system, one by one, costs up to ten
-// times as much as a step.
+// In a loop x = step(x), each result is allocated while the previous result is still alive. The C library returns a
+// large block to the system as soon as it is freed. Getting the pages of the block back from the system, one by one,
+// takes up to ten times as long as a step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 namespace ddpm_ext {
 
-// Like at::empty_like and at::empty, contiguous. The storages of large results on the CPU behave like any others: they
-// can be resized, shared and saved.
+// Return uninitialised tensors: empty_result_like like at::empty_like, and empty_result a contiguous tensor like
+// at::empty. Their storages can be resized, shared and saved like any other storages.
 at::Tensor empty_result_like(const at::Tensor& like, at::ScalarType dtype);
 at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options);
 
+// The limit, the memory of freed results that waits for reuse (kept), the number of its blocks (kept_blocks), and the
+// memory of results that are alive (used). In bytes, except kept_blocks.
 struct ResultMemory {
-  size_t limit, kept, kept_blocks, used;  // in bytes, except kept_blocks
+  size_t limit, kept, kept_blocks, used;
 };
 ResultMemory result_memory();
+// Returns all memory that waits for reuse to the system.
 void release_result_memory();
-void limit_result_memory(size_t bytes);  // the most that is kept. Initially 0: nothing is kept
+// Sets the limit of memory that waits for reuse. The first limit is 0: no memory is reused.
+void limit_result_memory(size_t bytes);
 
 }  // namespace ddpm_ext

@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* op = "reverse_step";
 
-// Checks all arguments except the model's output and the clip, and sets their fields of the call.
+// Checks all arguments except the model's output and the clip, and sets the fields of the call that come from them.
 void begin(ReverseStepCall& call, const Tensor& x_t, const Rows& rows, const NoiseSource& source,
            const OptionalTensor& out) {
   set_step(op, call, call.x, call.noise, call.out, x_t, rows, source);

@@ -1,4 +1,4 @@
-// Runs a call with the kernels of its tensors' device.
+// Runs a call on the CPU or on a GPU, according to the device of its tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 
 namespace ddpm_ext {
 
-// Runs a call on its device. Nothing runs for an empty tensor.
+// Calls cpu(call) or cuda(call, device index), according to the device. Does nothing if there are no elements.
 template <class AnyCall, class Cpu, class Cuda>
 void run_on_device(const AnyCall& call, at::Device device, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   if (call.batch == 0 || call.numel == 0) return;
@@ -28,7 +28,8 @@ void run_on_device(const AnyCall& call, at::Device device, Cpu cpu, [[maybe_unus
 #define DDPM_RUN(function, call, device) run_on_device(call, device, cpu::function, nullptr)
 #endif
 
-// Returns the result. If the caller passed `out`, its version is bumped, so that autograd notices the change.
+// Returns the result. If the caller passed `out`, increments the version of that tensor, so that autograd notices that
+// it was changed in place.
 inline Tensor finish(const Tensor& result, const OptionalTensor& out) {
   if (out.has_value() && !result.is_inference()) result.unsafeGetTensorImpl()->bump_version();
   return result;

@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* op = "step_with_options";
 
-// Sets the dtype of the model's tensors. The first one that the caller passed decides, and the others must have the
-// same dtype.
+// Checks the tensors that the model returns, and sets their dtypes in the call. All tensors that the caller has passed
+// must have the dtype of the first one.
 void set_model_dtypes(StepCall& call, const StepInputs& arguments) {
   const Tensor& x_t = *arguments[Role::x_t];
   DType dtype = call[Role::x_t].dtype;
@@ -28,12 +28,13 @@ void set_model_dtypes(StepCall& call, const StepInputs& arguments) {
   for (int i = kLikeX; i < kRoles; ++i) call.inputs[i].dtype = dtype;
 }
 
+// Checks that `partner` is passed if `role` is.
 void check_pair(const StepInputs& arguments, Role role, Role partner) {
   CHECK_VALUE(arguments[role] == nullptr || arguments[partner] != nullptr, kRoleNames[static_cast<int>(role)],
               " is given without ", kRoleNames[static_cast<int>(partner)], ", expected both");
 }
 
-// A model_input has the sample's shape or twice its batch, and any dtype.
+// Checks model_input. It has the shape of x_t or twice the batch, and may have any dtype that the kernels have.
 void check_model_input(StepCall& call, const Tensor* tensor, const Tensor& x_t) {
   if (tensor == nullptr) return;
   const char* name = "model_input";
@@ -46,8 +47,8 @@ void check_model_input(StepCall& call, const Tensor* tensor, const Tensor& x_t) 
               x_t.device());
 }
 
-// Checks that each result has its own memory. A result may share memory only with a tensor that it is computed from
-// elementwise, and then every element must have the same address in both.
+// Checks that the results share no memory with one another or with inputs. There is one exception: a result may be the
+// same memory as an input from which it is computed elementwise, if every element has the same address in both.
 void check_results(const StepInputs& arguments, const Rows& rows, const Rng& rng) {
   const Tensor* const not_elementwise[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed),
                                            pointer(rng.draw_data)};
@@ -69,11 +70,11 @@ void check_results(const StepInputs& arguments, const Rows& rows, const Rng& rng
       CHECK_VALUE(other == nullptr || !may_overlap(*result, *other), name, " shares memory with ", kResultNames[j],
                   ", expected memory of its own");
     }
-    if (i != 0) result->mutable_data_ptr();  // gives it its own memory if that was lazily shared
+    if (i != 0) result->mutable_data_ptr();  // if torch shares the memory lazily (copy on write), this makes the copy
   }
 }
 
-// Whether the call has only tensors of the plain step.
+// Whether the call has only the tensors of reverse_step, and has the model's output.
 bool is_plain(const StepCall& call) {
   for (int i = 0; i < kRoles; ++i) {
     const auto role = static_cast<Role>(i);

@@ -33,8 +33,9 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
   set_per_sample(op, "output_scale", call.output_scale, pointer(output_scale), call, x_t.device());
   CHECK_VALUE(0 < quantile && quantile <= 1, "quantile", " is ", quantile, ", expected 0 < quantile <= 1");
   CHECK_VALUE(maximum >= 1, "maximum", " is ", maximum, ", expected at least 1");
-  // A quantile does not depend on the order of the elements. If x_t is contiguous, the order is that of model_output,
-  // whose channels may be neighbours in memory: then the copies are shorter.
+  // A quantile does not depend on the order of the elements. If x_t is contiguous, the elements are processed in the
+  // order of model_output, which may be channels_last: copying x_t through a buffer takes less time than copying
+  // model_output.
   if (model_output.has_value() && x_t.is_contiguous())
     bind(op, call, Order::any, {{&x_t, &call.x}, {pointer(uncond_output), &call.uncond_output}}, *model_output,
          call.model_output);

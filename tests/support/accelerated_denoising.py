@@ -1,4 +1,4 @@
-"""What the tests of accelerated denoising-diffusion-pytorch objects share: objects, models, noise, truth."""
+"""Helpers of the tests that compare accelerated objects of denoising-diffusion-pytorch with plain ones."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 
 
 def has(method, option):
-    """Whether this version has an option."""
+    """Whether the method has this option in the installed version."""
     return option in inspect.signature(getattr(peer.GaussianDiffusion, method)).parameters
 
 
 def needs(method, option):
+    """A mark that skips a test if the method does not have the option."""
     return pytest.mark.skipif(not has(method, option), reason=f"{method} has no {option} in this version")
 
 
 class Net(nn.Module):
-    """A small model, nonlinear in all its inputs. It counts its calls and keeps its last inputs."""
+    """A small model, nonlinear in all of its inputs. It counts its calls, and `told` has the inputs of the last one."""
 
     def __init__(self, self_condition=False):
         super().__init__()
         self.self_condition = self_condition
         self.channels = self.out_dim = SHAPE[1]
-        self.random_or_learned_sinusoidal_cond = False  # older versions ask
+        self.random_or_learned_sinusoidal_cond = False  # older versions read it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.first = nn.Conv2d(SHAPE[1], 5, 3, padding=1)
@@ -59,7 +60,7 @@ class Net(nn.Module):
 
 
 class Given(Net):
-    """A model that always returns the same tensor, not a copy of it."""
+    """A model that always returns the same tensor object."""
 
     def __init__(self, output, self_condition=False):
         super().__init__(self_condition)
@@ -77,7 +78,7 @@ def make(objective="pred_v", model=None, *, device="cpu", timesteps=50, **option
 
 
 def in64(gd):
-    """The library's object on the CPU in float64, made of the numbers in the buffers."""
+    """A copy of the library's object on the CPU, with its buffers and its model in float64."""
     made = copy.deepcopy(gd).cpu().double()
     for module in made.modules():
         if isinstance(module, Given):
@@ -86,7 +87,7 @@ def in64(gd):
 
 
 class ScriptedTorch:
-    """torch, but the normals that it draws are given."""
+    """The module torch, except that randn and randn_like return these tensors."""
 
     def __init__(self, **answers):
         self.answers = answers
@@ -107,7 +108,7 @@ class ScriptedTorch:
 
 @contextlib.contextmanager
 def normals(**answers):
-    """The normals that the library's code draws, by function."""
+    """A context in which the library's code draws these normals. answers: a tensor for "randn" and for "randn_like"."""
     before, peer.torch = peer.torch, ScriptedTorch(**answers)
     try:
         yield
@@ -116,19 +117,19 @@ def normals(**answers):
 
 
 def states(device):
-    """The states of Python's generator and of those of torch that a loop on a device may touch."""
-    found = [torch.get_rng_state()]
+    """The states of the generators that a loop on a device may use: Python's, and torch's of the CPU and the device."""
+    generator_states = [torch.get_rng_state()]
     if torch.device(device).type == "cuda":
-        found.append(torch.cuda.get_rng_state(device))
-    return [*found, torch.tensor(random.getstate()[1])]
+        generator_states.append(torch.cuda.get_rng_state(device))
+    return [*generator_states, torch.tensor(random.getstate()[1])]
 
 
 def seeded(seed, call, device="cpu"):
-    """The result of a call with fixed seeds, and the generators' states afterwards."""
+    """The result of call() after seeding the generators with `seed`, and the generators' states after the call."""
     random.seed(seed)
     torch.manual_seed(seed)
-    found = call()
-    return found, states(device)
+    value = call()
+    return value, states(device)
 
 
 def same_states(one, other):

@@ -1,7 +1,8 @@
-"""Compares a step of an accelerated scheduler with diffusers' own: both in float32 against diffusers in float64.
+"""Compares a step of an accelerated scheduler with the same step of diffusers.
 
-Our error may be at most FACTOR times diffusers' error in the same step or in many similar steps, or a few ulps. With
-16-bit samples, it may be at most diffusers' error, or an ulp.
+Both are computed in float32, and their errors are the differences from diffusers' code run in float64. Our error may be
+at most FACTOR times diffusers' error in this step or in many similar steps, or ULPS ulps. With 16-bit samples, it may
+be at most diffusers' error, or one ulp.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from ddpm_ext.integrations import accelerate
 
 FACTOR, ULPS = 4, 4
-MANY = 100
+MANY = 100  # the number of similar steps
 NAMES = ("DDPM", "DDIM", "DDIMInverse", "EulerDiscrete", "EulerAncestralDiscrete")
 SIGMA = NAMES[3:]  # the schedulers that have sigmas and count their steps
 MODULES = {name: getattr(diffusers, f"{name}Scheduler").__module__ for name in (*NAMES, "DPMSolverMultistep")}
@@ -30,20 +31,20 @@ BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # S
 
 
 def make(name: str, **config: Any) -> Any:
-    """A scheduler of diffusers, by its name without "Scheduler"."""
+    """A scheduler of diffusers. `name` is the name of its class without "Scheduler"."""
     schedule = BY_SCHEDULE.get(config.get("beta_schedule", ""), {})
     return getattr(diffusers, f"{name}Scheduler")(**{**schedule, **config})
 
 
 def prepared(name: str, steps: int | list[int] = 10, **config: Any) -> Any:
-    """A scheduler with the timesteps of a loop: their number, or a list of them."""
+    """A scheduler after set_timesteps. steps: the number of timesteps, or a list of them."""
     scheduler = make(name, **config)
     scheduler.set_timesteps(**{"num_inference_steps" if isinstance(steps, int) else "timesteps": steps})
     return scheduler
 
 
 def given(name: str, seed: int = 1) -> dict[str, Any]:
-    """The keyword argument for a seeded generator, if the scheduler's step takes one."""
+    """The arguments of the scheduler's step for a seeded generator, if the step takes a generator."""
     return {} if name == "DDIMInverse" else {"generator": seeded(seed)}
 
 
@@ -63,8 +64,11 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 class Alphas(Tensor):
-    """float64 alphas_cumprod. Their ratio, and 1 minus the ratio, are rounded to float32: here the rounding of
-    diffusers' beta is part of the step's definition, not an error."""
+    """float64 alphas_cumprod, whose ratio, and 1 minus the ratio, are rounded to float32.
+
+    diffusers computes beta from this ratio in float32. The tests count that rounding as part of the step's definition,
+    and not as an error.
+    """
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -81,6 +85,8 @@ class Alphas(Tensor):
 
 
 class Ratio(Alphas):
+    """The ratio of two Alphas."""
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
@@ -91,7 +97,7 @@ class Ratio(Alphas):
 
 
 class Doubled:
-    """torch with float64 in place of float32."""
+    """The module torch, with torch.float64 in place of torch.float32."""
 
     float32 = torch.float64
 
@@ -100,7 +106,7 @@ class Doubled:
 
 
 def exact(scheduler: Any) -> Any:
-    """A copy of the scheduler with its float32 tensors in float64."""
+    """A copy of the scheduler whose float32 tables are float64."""
     in_double = copy.deepcopy(scheduler)
     for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"):
         if name in vars(in_double):
@@ -112,7 +118,7 @@ def exact(scheduler: Any) -> Any:
 
 @contextlib.contextmanager
 def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
-    """Runs the code of the scheduler's module with float64 for float32, and draws its noise in the dtype `drawn`."""
+    """A context in which the scheduler's module computes in float64, but draws its noise in the dtype `drawn`."""
     scheduler_module = module(name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(scheduler_module, "torch", Doubled()))
@@ -128,7 +134,7 @@ def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def draws(name: str) -> Iterator[list[torch.dtype]]:
-    """Yields a list to which the scheduler's module adds the dtype of each noise that it draws."""
+    """A context that yields a list of the dtypes of the noise that the scheduler's module draws in it."""
     scheduler_module = module(name)
     dtypes: list[torch.dtype] = []
     draw = getattr(scheduler_module, "randn_tensor", None)
@@ -148,7 +154,7 @@ def draws(name: str) -> Iterator[list[torch.dtype]]:
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """The largest difference; infinite if, for some element, exactly one of the two is NaN."""
+    """The largest difference of two elements. It is infinite if only one of the two is NaN."""
     found = found.double()
     apart = (found - truth).abs()
     apart[(found == truth) | (found.isnan() & truth.isnan())] = 0
@@ -156,6 +162,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def size(x: Tensor) -> float:
+    """The largest finite absolute value."""
     finite = x[x.isfinite()].abs()
     return finite.max().item() if len(finite) else 0.0
 
@@ -166,11 +173,11 @@ def check(
     truth: tuple[Tensor, ...],
     usual: Callable[[], tuple[list[float], list[float]]],
 ) -> None:
-    """Checks our results against the module's bounds.
+    """Checks the errors of our results by the bounds in this file's docstring.
 
-    usual: returns diffusers' errors in many such steps, and the sizes of the results without a clip. It is called only
-        if the first check fails: diffusers may have been lucky in this step, and a clip hides the size of the values
-        that were rounded.
+    usual: returns diffusers' errors in many similar steps, and the sizes of the results without a clip. It is called
+        only if the check without it fails. In this step, diffusers' rounding errors may cancel by chance, and a clip
+        hides how large the rounded values were.
     """
     assert len(ours) == len(theirs) == len(truth)
     for i, (mine, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
@@ -189,8 +196,10 @@ def check(
 
 
 def shuffled(x: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """MANY times as many samples, of the same numbers in random orders. Numbers in the first `channels` channels stay
-    in them."""
+    """MANY times as many samples, with the numbers of x in random orders.
+
+    The first `channels` channels are shuffled separately from the others.
+    """
     parts = []
     for part in (x[:, :channels], x[:, channels:]):
         orders = [torch.randperm(part.numel(), generator=generator) for _ in range(MANY)]
@@ -199,22 +208,25 @@ def shuffled(x: Tensor, channels: int, generator: torch.Generator) -> Tensor:
 
 
 def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    """Checks that results are equal."""
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == other.dtype
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    """Checks that two loops' results differ by at most 1e-4, relative to the largest value: with sigmas, samples start
-    as large as the largest sigma."""
+    """Checks that the results of two loops differ by at most 1e-4, relative to the largest value if that is above 1.
+
+    Samples of schedulers with sigmas are as large as the largest sigma.
+    """
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
 
 
 def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):
-    """Compares one step of diffusers and of its accelerated copy, both from the state of `plain`, which isn't changed.
+    """Takes a step with a copy of the scheduler `plain` and with an accelerated copy, and compares the results.
 
-    Returns the accelerated scheduler and whether it launched a fused operator. If it did not, its results must be equal
-    to diffusers' bit for bit.
+    Returns the accelerated scheduler, and whether it launched a fused operator. If it did not, its results must have
+    the bits of diffusers' results.
     """
     accelerated = accelerate(copy.deepcopy(plain))
     theirs = copy.deepcopy(plain)
@@ -241,7 +253,7 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
     if called:
 
         def pair(plain, m, x, noise):
-            """The results of diffusers in float32 and in float64."""
+            """The results of diffusers' step in float32 and in float64."""
             other, truth = copy.deepcopy(plain), exact(plain)
             result, _ = step(other, m, x, noise)
             with in_float64(name, drawn):
@@ -265,14 +277,14 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
 
 
 def model(x: Tensor, t: Any, channels: int | None = None) -> Tensor:
-    """A model that is nonlinear in x and t. If it has more channels than x, the additional ones are for a variance."""
+    """A model that is nonlinear in x and t. channels: of its output. Channels after those of x are for a variance."""
     m = torch.tanh(0.8 * x.float() + 0.1 * torch.sin(torch.as_tensor(t).float()) - 0.05)
     more = (channels or x.shape[1]) - x.shape[1]
     return torch.cat([m, 0.5 * m[:, :more].abs() + 0.1], 1).to(x.dtype) if more else m.to(x.dtype)
 
 
 def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any = None, **options: Any) -> Tensor:
-    """A sampling loop as diffusers' pipelines write it."""
+    """The last sample of a loop like those of diffusers' pipelines."""
     for t in scheduler.timesteps if timesteps is None else timesteps:
         m = model(scheduler.scale_model_input(x, t), t, channels)
         x = scheduler.step(m, t, x, **options, return_dict=False)[0]
@@ -280,7 +292,7 @@ def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any 
 
 
 class Elsewhere(Tensor):
-    """A tensor that claims not to be on the CPU, and counts how often it is read from the host."""
+    """A CPU tensor whose is_cpu is False. `reads` counts how often the host reads values of such tensors."""
 
     reads = 0
 

@@ -1,4 +1,4 @@
-"""What the tests beside guided-diffusion and improved-diffusion share: objects, functions, noise."""
+"""Helpers of the tests that compare accelerated objects of guided-diffusion and improved-diffusion with plain ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if not LIBRARIES:
 TIMESTEPS, ULP = 1000, 2.0**-23
 PREDICTIONS = ("EPSILON", "START_X", "PREVIOUS_X")
 VARIANCES = ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE")
-OURS = dict(zip(("eps", "x0", "x_prev"), PREDICTIONS, strict=True))  # by our names
+OURS = dict(zip(("eps", "x0", "x_prev"), PREDICTIONS, strict=True))  # the libraries' predictions by ddpm_ext's names
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
 SHAPE = (5, 3, 4, 6)
 
@@ -43,8 +43,10 @@ def make(
     rescale=False,
     betas=None,
 ):
-    """A GaussianDiffusion, or a SpacedDiffusion where a spacing is given. The first two may have our names, and betas
-    may be a tensor of ours in place of a schedule's name."""
+    """A GaussianDiffusion of the library, or with `spacing` a SpacedDiffusion.
+
+    The names of the prediction and the variance may be ddpm_ext's. `betas`, a tensor, replaces the schedule's betas.
+    """
     peer, respace = module(library), module(library, "respace")
     options = {
         "betas": peer.get_named_beta_schedule(schedule, timesteps) if betas is None else betas.numpy(),
@@ -59,11 +61,12 @@ def make(
 
 
 def learned(variance):
+    """Whether the model returns the variance."""
     return not variance.startswith("FIXED")
 
 
 def model_of(variance, seen=None):
-    """A cheap model whose output has x's size; it appends the timesteps that it gets to `seen`."""
+    """A cheap model, with twice the channels if it returns a variance. It appends the t of each call to `seen`."""
 
     def model(x, t, shift=0.0):
         if seen is not None:
@@ -82,7 +85,7 @@ def cond_fn(x, t, shift=0.0):
 
 
 class Noise(TorchFunctionMode):
-    """torch.randn_like returns z, in the dtype of its argument."""
+    """A context in which torch.randn_like returns z, in the dtype of its argument. `drawn` counts its calls."""
 
     def __init__(self, z):
         super().__init__()
@@ -97,7 +100,7 @@ class Noise(TorchFunctionMode):
 
 @contextlib.contextmanager
 def in_float64(library=LIBRARIES[0]):
-    """The peer reads its float64 tables without rounding them to float32."""
+    """A context in which the library does not round its float64 tables to float32."""
 
     def extract(values, t, shape):
         return torch.from_numpy(values).to(t.device)[t].reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
@@ -107,8 +110,12 @@ def in_float64(library=LIBRARIES[0]):
 
 
 def check(ours, theirs, truth, unclipped=None, what=""):
-    """Each sample may be at most four times as far from the truth as theirs, or as far as their worst sample, or
-    four ulps of its size, or one ulp of its size before the clip: a clip can leave theirs exact by luck."""
+    """Checks ddpm_ext's results against the library's, by their distances from the float64 results `truth`.
+
+    A sample of `ours` may have four times the error of the same sample of `theirs`, or the error of their worst sample,
+    or four ulps of its size. It may also have one ulp of its size before the clip (`unclipped`): the clip may have made
+    the library's result exact by chance.
+    """
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and truth.dtype == torch.float64, what
     assert truth.isfinite().all(), what
     unclipped = truth if unclipped is None else unclipped
@@ -119,9 +126,11 @@ def check(ours, theirs, truth, unclipped=None, what=""):
 
 
 def no_fallback(diffusion):
+    """Checks that no method ran the library's code."""
     assert diffusion.accelerated.fallbacks == {}
 
 
 @functools.cache
 def numbers(seed, *shape):
+    """Normal numbers, float32."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""What the tests of the accelerated tutorial's class share: models, seeds, truth."""
+"""Helpers of the tests that compare accelerated objects of the tutorial's class with plain ones."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ own_code = pytest.mark.filterwarnings("ignore:.*runs the own code")
 
 
 def record_bars(monkeypatch, module=eager_tutorial):
-    """Replaces a module's progress bars by a record of their arguments."""
+    """Replaces a module's progress bars. Returns a list to which the arguments of each bar are appended."""
     bars = []
 
     def tqdm(steps, **options):
@@ -27,6 +27,8 @@ def record_bars(monkeypatch, module=eager_tutorial):
 
 
 class Given(nn.Module):
+    """A model that always returns the same tensor, and counts its calls."""
+
     def __init__(self, output):
         super().__init__()
         self.output, self.calls = output, 0
@@ -37,19 +39,24 @@ class Given(nn.Module):
 
 
 class Exact(GaussianDiffusion):
-    """The class in float64, whatever dtype the tables have."""
+    """The tutorial's class, with coefficients in float64 for tables of any dtype."""
 
     def _extract(self, a, t, x_shape):
         return a.double()[t].reshape(-1, *[1] * (len(x_shape) - 1))
 
 
 def seeded(seed, call):
+    """The result of call() after torch.manual_seed(seed), and the generator's state after the call."""
     torch.manual_seed(seed)
     return call(), torch.get_rng_state()
 
 
 def both(call, plain, fused=True):
-    """Ours, theirs, and whether the generator is in the same state. fused: checks that nothing falls back."""
+    """The result of call(object) for an accelerated copy of the object `plain` and for `plain` itself.
+
+    Also returns whether the generator has the same state after both calls. Checks that the accelerated object ran the
+    library's code in some method, or with `fused` in no method.
+    """
     fast = accelerate(plain)
     (ours, state), (theirs, their_state) = (seeded(3, lambda gd=gd: call(gd)) for gd in (fast, plain))
     assert (fast.accelerated.fallbacks == {}) == fused
@@ -57,9 +64,9 @@ def both(call, plain, fused=True):
 
 
 def check(ours, theirs, truth, name="", largest=0.0):
-    """Ours, in float32, may be FACTOR times as far from the truth as theirs, or a few ulps of the largest value.
+    """Checks our float32 result: its error may be FACTOR times the error of theirs, or ULPS times the largest value.
 
-    largest: the largest term of the sums, where it can be far above the values: theirs may be exact by chance.
+    largest: the largest term of the sums, if it can be far above the largest value. Their errors may cancel by chance.
     """
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == truth.shape
     exact = truth.double().cpu()
@@ -69,6 +76,6 @@ def check(ours, theirs, truth, name="", largest=0.0):
 
 
 def with_method(function, name=None):
-    """The class as somebody pasted it, with another method in place of its own."""
+    """A copy of the tutorial's class, as if pasted into another file, in which `function` replaces a method."""
     pasted = {key: each for key, each in vars(GaussianDiffusion).items() if key not in ("__dict__", "__weakref__")}
     return type("Other", (), pasted | {name or function.__name__: function})

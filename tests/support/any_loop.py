@@ -1,6 +1,6 @@
-"""Random loops with schedules, predictions, samplers and timesteps from all registries.
+"""Random loops: their schedules, predictions, samplers and timesteps are drawn from all that ddpm_ext has.
 
-The levels come from the papers' definitions. The model's output is the exact one of a model that knows x0 and eps.
+A loop's levels and its model's exact output are computed from the papers' definitions, not by ddpm_ext.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ OWN = {
     "sigma space": sigma_space(SIGMAS, lambda signal, noise: noise),
     "levels": NoiseSchedule(1.2 - RISING**2, RISING.sqrt()),
 }
-# Signal and noise where the model is called with t.
+# The schedules whose signal and noise are a function of the timestep t that the model gets: that function.
 BY_TIMESTEP = {
     "flow": lambda t: (1 - t / 1000, t / 1000),
     "edm": lambda t: (1 / np.hypot(np.exp(4 * t), 0.5), np.exp(4 * t) / np.hypot(np.exp(4 * t), 0.5)),
     "sigma space": lambda t: (1.0, t),
 }
-SPACED_BY = ("timesteps", "sections", None, *SPACINGS)  # the ways to choose the timesteps
+SPACED_BY = ("timesteps", "sections", None, *SPACINGS)  # the ways to choose a loop's timesteps
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def process(schedule, prediction="x0"):
 
 @functools.cache
 def nodes(schedule):
-    """Signal and noise at each timestep. For betas they come from the product of 1 - beta."""
+    """The signal and the noise at each timestep of a schedule. For betas they follow from the product of 1 - beta."""
     schedule_or_betas = OWN[schedule] if schedule in OWN else SCHEDULES[schedule](T)
     if isinstance(schedule_or_betas, NoiseSchedule):
         return schedule_or_betas.signal.numpy(), schedule_or_betas.noise.numpy()
@@ -59,14 +59,17 @@ def nodes(schedule):
 
 
 def ends(schedule):
-    """The least and the greatest noise / signal."""
+    """The least and the greatest noise / signal of a schedule."""
     signal, noise = nodes(schedule)
     return noise[0] / signal[0], noise[-1] / signal[-1] if signal[-1] else np.inf
 
 
 def true_level(schedule, t):
-    """Signal and noise where the model is called with t. Between timesteps, log(noise / signal) is linear in t. For
-    betas, signal^2 + noise^2 = 1. Otherwise the level lies on the line through the two neighbouring levels."""
+    """The signal and the noise of the samples for which the model gets t.
+
+    Between two timesteps, log(noise / signal) is linear in t. For a schedule of betas, signal^2 + noise^2 is 1. For
+    other schedules, (signal, noise) is on the line through the levels of the two timesteps.
+    """
     if schedule in BY_TIMESTEP:
         return BY_TIMESTEP[schedule](t)
     signal, noise = nodes(schedule)
@@ -82,7 +85,7 @@ def true_level(schedule, t):
 
 
 def bayes(alpha, before):
-    """Weights of x0 and x_t in the mean of q(x_prev | x_t, x0), by completing the square.
+    """The weights of x0 and x_t in the mean of q(x_prev | x_t, x0), by completing the square.
 
     x_prev | x0 ~ N(sqrt(before) x0, 1 - before) and x_t | x_prev ~ N(sqrt(alpha) x_prev, 1 - alpha).
     """
@@ -93,13 +96,14 @@ def bayes(alpha, before):
 
 
 def of_edm(signal, noise):
-    """F of x0 = c_skip x + c_out F, for x with a signal of 1: Karras et al. 2022, table 1."""
+    """The weights of x0 and eps in the output F of EDM: x0 = c_skip x + c_out F (Karras et al. 2022, table 1)."""
     sigma, power = noise / signal, (noise / signal) ** 2 + 0.25
     skip, out = 0.25 / power, 0.5 * sigma / power**0.5
     return (1 - skip) / out, -skip * sigma / out
 
 
-# The weights of x0 and eps in what a model returns, where x = signal x0 + noise eps has a power of 1.
+# The weights of x0 and eps in a model's output, by the prediction, for x = signal x0 + noise eps with
+# signal^2 + noise^2 = 1.
 DEFINED = {
     "eps": lambda signal, noise: (0, 1),
     "x0": lambda signal, noise: (1, 0),
@@ -110,14 +114,17 @@ DEFINED = {
 
 
 def of_a_model(schedule, prediction, row):
-    """The weights of x0 and eps in a model's output where a row starts, as in its training target."""
+    """The weights of x0 and eps in the model's output at the level before a row. They are those of the training target.
+
+    Checks the target of ddpm_ext by the definition of the prediction.
+    """
     power = np.hypot(row.signal_now, row.noise_now)
     signal, noise = row.signal_now / power, row.noise_now / power
     step, expected = (0.0, 0.0), None
-    if not PREDICTIONS[prediction].any_step:  # of the schedule's own step
-        kept, t = nodes(schedule)[0] ** 2, int(row.timestep)
-        before = kept[t - 1] if t else 1.0
-        step = bayes(kept[t] / before, before)
+    if not PREDICTIONS[prediction].any_step:  # x_prev, which is one timestep of the schedule before x
+        alphas_cumprod, t = nodes(schedule)[0] ** 2, int(row.timestep)
+        before = alphas_cumprod[t - 1] if t else 1.0
+        step = bayes(alphas_cumprod[t] / before, before)
         expected = step[0] + step[1] * signal, step[1] * noise
     elif prediction in DEFINED and signal:
         expected = DEFINED[prediction](signal, noise)
@@ -128,7 +135,11 @@ def of_a_model(schedule, prediction, row):
 
 
 class AnyLoop(NamedTuple):
-    """A loop. The unconditional output is exact for data whose mean is `other` times the conditional data's mean."""
+    """The options of a loop.
+
+    scale, interval: of the guidance. other: the unconditional output is the exact one for data whose mean is `other`
+        times the mean of the conditional data.
+    """
 
     schedule: str
     prediction: str
@@ -139,16 +150,17 @@ class AnyLoop(NamedTuple):
     interval: tuple[float, float] | None = None
 
     def table(self):
+        """The step table of the loop."""
         guidance = Guidance(self.scale, lambda x, t: x, interval=self.interval)
         options = LoopOptions(sampler=self.sampler, guidance=guidance, **self.options)
         return make_loop_rows(process(self.schedule, self.prediction), options).table
 
     def begins_blind(self, table):
-        """Whether the first output does not depend on x0."""
+        """Whether the first output does not depend on x0: the loop starts from noise alone."""
         return table.signal_now[0] == 0 and not PREDICTIONS[self.prediction].without_signal
 
     def model(self, knows):
-        """A model for `gaussian.weights`. knows(row, x, mean): x0 and eps of x, of data of this mean."""
+        """A model for gaussian.weights. knows(row, x, mean) returns x0 and eps of x, for data of this mean."""
 
         def outputs(row, x, mean):
             of_x0, of_eps = of_a_model(self.schedule, self.prediction, row)
@@ -160,7 +172,7 @@ class AnyLoop(NamedTuple):
 
 
 def fits(schedule, how):
-    """Whether a spacing's levels lie between the schedule's lowest and highest level."""
+    """Whether the levels that the spacing `how` needs are within the levels of the schedule."""
     if how not in SIGMA_GRIDS:
         return True
     if schedule == "flow":
@@ -178,6 +190,7 @@ def between(sampler):
 
 
 def any_loop(choose, least=1):
+    """A random AnyLoop of `least` to 20 steps."""
     prediction = choose.one_of([*PREDICTIONS], "prediction")
     any_step = PREDICTIONS[prediction].any_step
     sampler = choose.one_of([name for name in SAMPLERS if any_step or not between(name)], "sampler")

@@ -1,5 +1,7 @@
-"""Two objects that get the same calls, drawn one by one: after each, both have returned the same and drawn the same
-noise, whatever was called before."""
+"""Property tests that make the same random calls of an accelerated object and of a plain object of a library.
+
+After each call, the test checks that both returned the same results and that their generators have the same states.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,13 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 class Subject:
-    """An object with the samples and generators of the calls it gets. Each method whose name begins with `do_` is a
-    call that can be drawn: it takes a `choose`, and returns tensors, numbers or None.
+    """One of the two objects, with the generators that its calls use.
 
-    The second of two subjects repeats the choices of the first (Replay).
+    Each method `do_...` makes a call of the object. It takes a Choose, and returns tensors, numbers or None. The
+    methods of the second subject take a Replay, which repeats the choices of the first subject.
     """
 
-    refusals: tuple[type[Exception], ...] = ()  # errors that a drawn call may raise, where both subjects raise them
+    refusals: tuple[type[Exception], ...] = ()  # errors that a call may raise, if it raises them for both subjects
 
     def __init__(self, diffusion: Any) -> None:
         self.diffusion = diffusion
@@ -36,7 +38,7 @@ class Subject:
         self.global_states = torch.Generator().manual_seed(1).get_state(), random.Random(1).getstate()
 
     def state(self) -> list[Any]:
-        """What the two objects have in common after each call."""
+        """The states that must be the same for both objects after each call."""
         return [self.generator.get_state(), *self.global_states]
 
     def normal(self, *shape: int, seed: int = 0) -> Tensor:
@@ -46,7 +48,7 @@ class Subject:
         self.diffusion = COPIES[choose.one_of([*COPIES], "how")](self.diffusion)
 
     def call(self, name: str, choose: Choose) -> list[Any] | None:
-        """The results of a call and the state after it; None where it raises one of `refusals`."""
+        """Makes the call `name`. Returns its results and the state after it, or None if it raises one of `refusals`."""
         before = random.getstate()
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.global_states[0])
@@ -62,7 +64,7 @@ class Subject:
 
 
 class Recorded:
-    """Choices of a `Choose`, and the list of them."""
+    """A Choose that also records the choices, in the list `choices`."""
 
     def __init__(self, choose: Choose) -> None:
         self.choose, self.choices = choose, []
@@ -76,7 +78,7 @@ class Recorded:
 
 
 class Replay:
-    """The same choices again."""
+    """A Choose that returns the choices of a list, in their order."""
 
     def __init__(self, choices: list[Any]) -> None:
         self.choices = iter(choices)
@@ -86,6 +88,7 @@ class Replay:
 
 
 def same(ours: Any, theirs: Any, bound: float, what: str) -> None:
+    """Checks that two results of a call are the same, or within the bound of same_calls if they are float tensors."""
     assert type(ours) is type(theirs), what
     if not isinstance(theirs, Tensor):
         assert ours == theirs, what
@@ -100,9 +103,9 @@ def same(ours: Any, theirs: Any, bound: float, what: str) -> None:
 
 
 def same_calls(choose: Choose, ours: Subject, theirs: Subject, calls: int, bound: float) -> None:
-    """Makes up to `calls` calls of both objects.
+    """Makes at most `calls` random calls of both objects, and checks after each call that the results are the same.
 
-    bound: how far results may be apart, relative to the largest number, or to 1.
+    bound: the largest difference of float results, relative to their largest number, or to 1 if that is larger.
     """
     names, history = [name for name in dir(theirs) if name.startswith("do_")], []
     for _ in range(choose.integer(calls // 2, calls, "calls")):
@@ -113,7 +116,7 @@ def same_calls(choose: Choose, ours: Subject, theirs: Subject, calls: int, bound
         found = ours.call(name, Replay(recorded.choices))
         if expected is None or found is None:
             assert expected is found, ", ".join(history)
-            return  # a library's own step may have done a part of its work
+            return  # after an error, the library's object may be in any state
         assert len(found) == len(expected)
         for mine, other in zip(found, expected, strict=True):
             same(mine, other, bound, ", ".join(history))

@@ -1,4 +1,4 @@
-"""Checkouts of libraries that tests compare with, and that no package index has as they are."""
+"""Finds checkouts of libraries that tests compare with. A package index does not have these versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDERS = (os.environ.get("DDPM_EXT_PEERS"), PROJECT / "peers", PROJECT.parent / "shared" / "peers")
-"""Where they are looked for: the folder that the environment names, or else one in the project or beside it."""
+"""The folders that may have checkouts. The folder that the environment names comes first."""
 
 SOURCES = {
     "guided-diffusion": "https://github.com/openai/guided-diffusion",
@@ -17,11 +17,11 @@ SOURCES = {
 
 
 def checkout(name: str) -> Path | None:
-    """The folder of this library; None where there is none."""
+    """The folder of this library's checkout, or None if there is none."""
     return next((found for folder in FOLDERS if folder and (found := Path(folder, name).resolve()).is_dir()), None)
 
 
 def missing(*names: str) -> str:
-    """Why tests of these are skipped, with the commands that get them."""
+    """The reason why tests with these libraries are skipped, with the commands that clone the libraries."""
     commands = " && ".join(f"git clone {SOURCES[name]} peers/{name}" for name in names)
     return f"there is no checkout of {' or '.join(names)}: {commands}"

@@ -1,4 +1,4 @@
-"""Runs `ddpm-ext` in this process or in forks of another, and makes tiny models for it."""
+"""Runs the command `ddpm-ext` in this process or in forked processes, and makes tiny models for it."""
 
 import io
 import json
@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 
 
 def _on_cpu(arguments):
-    """The arguments as text. Adds --device cpu unless they have a device: with a GPU, that is the default."""
+    """The arguments as text, with --device cpu if they have no device: the default is the GPU if there is one."""
     commands = ("sample", "trajectory", "train", "invert", "bits-per-dim", "tune", "compare")
     takes_device = arguments[:1] in {(name,) for name in commands} or arguments[:2] == ("plot", "histogram")
     more = ("--device", "cpu") if takes_device and "--device" not in arguments else ()
@@ -29,7 +29,7 @@ def _on_cpu(arguments):
 
 
 def call(*arguments):
-    """Runs the command in this process, which is faster, and returns its exit code."""
+    """Runs the command in this process, and returns its exit code."""
     try:
         return cli.main(_on_cpu(arguments))
     except SystemExit as stopped:
@@ -37,37 +37,37 @@ def call(*arguments):
 
 
 def check_refused(capsys, message, *arguments):
-    """The command ends with exit code 2 and one sentence that has the message."""
+    """Checks that the command ends with exit code 2 and writes only one line, which contains the message."""
     assert call(*arguments) == 2
     written = capsys.readouterr()
     assert message in written.err and (written.err.count("\n"), written.out) == (1, "")
 
 
 def save_tiny(folder):
-    """Saves a tiny colour model of 20 timesteps and 8 by 12 pixels to a folder."""
+    """Saves a tiny model of colour images of 8 by 12 pixels, with 20 timesteps, to a folder. Returns the folder."""
     torch.manual_seed(0)
     models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
     return folder
 
 
 def save_pets(folder):
-    """Saves a model like save_tiny's with three classes and a null class, whose embeddings change the output."""
+    """Saves a model like that of save_tiny, with three classes and a null class, to a folder. Returns the folder."""
     torch.manual_seed(1)
     unet = models.build_unet(TINY | {"num_class_embeds": 4})
     with torch.no_grad():
-        unet.class_embedding.weight.mul_(5)
+        unet.class_embedding.weight.mul_(5)  # so that the class changes the output
     models.save_model(unet, DiffusionSettings(timesteps=20), folder, classes=Classes(("cat", "dog", "hen"), 3))
     return folder
 
 
 def grid_of(steps, spacing="trailing", schedule="linear"):
-    """The grid of the step tables of 1,000 timesteps."""
+    """The grid of a step table with `steps` steps, for a schedule of 1,000 timesteps."""
     gd = GaussianDiffusion(1000, schedule)
     return make_grid(gd.alphas_cumprod, spaced_timesteps(1000, steps, spacing), betas=gd.betas)
 
 
 def not_finite(model, folder):
-    """Copies a model to a folder, with a configuration that makes all its outputs NaN."""
+    """Copies a model to a folder, with a configuration that makes all of its outputs NaN. Returns the folder."""
     shutil.copytree(model, folder)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"norm_eps": -1e9}))
@@ -75,10 +75,10 @@ def not_finite(model, folder):
 
 
 def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False):
-    """Runs a command in a fork, as if in its own process: see forks.in_forks.
+    """Runs a command in a forked process as a new process would run it. in_forks calls this in each fork.
 
-    full: the streams (1 or 2) that write to a full disk. gone: the streams that write to a pipe without a reader.
-    unbuffered: as with PYTHONUNBUFFERED.
+    full: the streams (1 for stdout, 2 for stderr) that write to a full disk. gone: the streams that write to a pipe
+        that nobody reads. unbuffered: whether the streams are unbuffered, as with PYTHONUNBUFFERED.
     """
     from support import forks
 
@@ -94,7 +94,10 @@ def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False):
 
 
 def in_forks(folder, runs):
-    """The exit codes of commands by name. `runs` has the options of as_process for each rank, by the command's name."""
+    """Runs commands in forked processes. Returns the exit codes of the ranks, by the command's name.
+
+    runs: the options of as_process for each rank, by the command's name.
+    """
     from support import forks
 
     return forks.in_forks(__file__, folder, runs)

@@ -1,4 +1,4 @@
-"""GaussianDiffusion and the tutorial's formulas, and a bound for the rounding errors between them."""
+"""Compares GaussianDiffusion with the tutorial's formulas in float64, within a bound for rounding errors."""
 
 import functools
 
@@ -12,8 +12,8 @@ BACKENDS = ("fused", "reference")
 PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large")
 SHAPE = (6, 3, 5, 7)
-# An operator rounds its coefficients, its products and its sums to float32: a few ulps of the terms' magnitudes.
-# Measured over all tests here: 2.6 half-ulps, factor 2.
+# The bound for an operator's error, relative to the sum of its terms' absolute values. The operator rounds
+# coefficients, products and sums to float32. The largest measured error is 2.6 half-ulps, about half of this bound.
 HALF_ULPS = 5 * 2.0**-24
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -23,7 +23,7 @@ clips = pytest.mark.parametrize("clip", [True, False])
 
 
 def float64(v):
-    """v in float64 on the CPU, as Tutorial computes."""
+    """v in float64 on the CPU."""
     return v.double().cpu()
 
 
@@ -42,19 +42,19 @@ def pair(prediction="eps", variance="fixed_small", backend="fused", schedule="li
 
 
 def check(actual, expected, magnitude, device, dtype=torch.float32):
-    """`actual` is `expected` but for the rounding of terms whose absolute values add up to `magnitude`."""
+    """Checks `actual` against `expected`. magnitude: the sum of the absolute values of the terms that are rounded."""
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     assert actual.device == device
     allowed = HALF_ULPS * magnitude
-    if dtype != torch.float32:  # the result is rounded once more, to its own dtype
+    if dtype != torch.float32:  # the result is also rounded to its dtype
         allowed = allowed + torch.finfo(dtype).eps / 2 * expected.abs() + torch.finfo(dtype).smallest_normal
     error = (float64(actual) - expected).abs()
     assert (error <= allowed).all(), (error / allowed).max()
 
 
 def check_variances(actual, expected, device):
-    """The variance and its logarithm have shape (batch, 1, 1, 1) and are the float64 ones, rounded to float32."""
+    """Checks the variance and its logarithm: shape (batch, 1, 1, 1), and the expected values, rounded to float32."""
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == (SHAPE[0], 1, 1, 1)
         assert a.dtype == torch.float32
@@ -64,12 +64,12 @@ def check_variances(actual, expected, device):
 
 @functools.cache
 def tutorial(prediction):
-    """The tutorial's formulas for the linear schedule of 1000 timesteps."""
+    """The Tutorial with the linear schedule of 1000 timesteps."""
     return pair(prediction)[1]
 
 
 def target_of(prediction, x, z, t):
-    """The target of a model of that schedule, from its definition, in float64."""
+    """The training target of a prediction, for the schedule of `tutorial`, from its definition, in float64."""
     truth = tutorial(prediction)
     if prediction == "x_prev":
         return truth.q_posterior_mean_variance(x, truth.q_sample(x, t, z), t)[0]
@@ -77,9 +77,9 @@ def target_of(prediction, x, z, t):
 
 
 def log_variance_of(gd, v, t):
-    """The logarithm of the variance of p(x_{t-1} | x_t), as in guided-diffusion, or of one that the model returns.
+    """The logarithm of the variance of p(x_{t-1} | x_t), as guided-diffusion computes it.
 
-    `v` is the second half of the model's output.
+    v: the second half of the model's output, from which a learned variance follows.
     """
     smallest = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()
     small, large = (c[t.cpu()].reshape(-1, 1, 1, 1) for c in (smallest, gd.betas.log()))
@@ -94,7 +94,7 @@ def log_variance_of(gd, v, t):
 
 
 def start_magnitude(truth, x, m, t):
-    """The sum of the absolute values of the terms of the predicted x_0."""
+    """The magnitude, for `check`, of the predicted x_0: the sum of the absolute values of its terms."""
     if truth.prediction == "x0":
         return float64(m).abs()
     if truth.prediction == "v":
@@ -103,5 +103,6 @@ def start_magnitude(truth, x, m, t):
 
 
 def step_magnitude(truth, x, m, t, z=None):
+    """The magnitude, for `check`, of a reverse step with the noise z."""
     magnitude = truth.q_posterior_mean_variance(start_magnitude(truth, x, m, t), x.abs(), t)[0]
     return magnitude if z is None else magnitude + float64(z).abs()

@@ -1,4 +1,4 @@
-"""Compilers that a machine may have, some only under a name with their version."""
+"""Finds compilers and compiles libraries for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def find_compiler(name: str) -> str:
-    """The command for a compiler; skips the test where there is none."""
+    """The command of a compiler, which may have its version in its name. Skips the test if there is none."""
     names = [name, *(f"{name}-{version}" for version in range(30, 9, -1))]
     command = next(filter(shutil.which, names), None)
     if command is None:
@@ -26,7 +26,7 @@ def find_compiler(name: str) -> str:
 def compiled(
     compiler: str, source: str, folder: Path, flags: Iterable[str], libraries: Iterable[str] = ()
 ) -> ctypes.CDLL:
-    """A shared library of a source in tests/support, which may include csrc's headers and torch's."""
+    """Compiles a source in tests/support, which may include headers of csrc and of torch, and loads the library."""
     target = folder / "trial.so"
     include = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     command = [find_compiler(compiler), "-std=c++20", "-fPIC", "-shared", *flags, *include]

@@ -1,4 +1,4 @@
-"""Moves inputs that a test states on the CPU to the test's device."""
+"""Moves a test's inputs from the CPU to the test's device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ddpm_ext import Inpaint, Interpolation, Philox
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A copy on `device` of a tensor, of a Philox with sample ids, of images, or of a dict, list or tuple of such.
+    """A copy of the value with its tensors on `device`.
 
-    Anything else is returned as it is. So are tensors on meta, which tests use as a wrong device.
+    The value may be a tensor, a Philox, an Inpaint, an Interpolation, or a dict, list or tuple of these. Other values
+    are returned unchanged, and so are tensors on the device meta, which tests use as a wrong device.
     """
     if isinstance(value, torch.Tensor):
         return value if value.is_meta else value.to(device)

@@ -1,4 +1,4 @@
-"""All scheduler classes of the installed diffusers, and a loop of each as its pipelines have it."""
+"""All scheduler classes of the installed diffusers, and loops with them like those of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ddpm_ext.integrations.diffusers.traced import TracedScheduler
 from ddpm_ext.integrations.diffusers.traced_classes import NOT_TRACED
 
 SHAPE = (2, 3, 4, 5)
-# What makes an object of a class where it needs arguments, or a configuration that pipelines use in place of its own.
+# Configurations of classes that cannot be created without arguments, or that pipelines create with these arguments.
 CONFIGS = {
     "AmusedScheduler": {"mask_token_id": 5},
     "DPMSolverSDEScheduler": {"noise_sampler_seed": 0},
@@ -27,18 +27,19 @@ CONFIGS = {
     "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
     "VQDiffusionScheduler": {"num_vec_classes": 8},
 }
+# More arguments of set_timesteps.
 ARGUMENTS = {
     "HeliosScheduler": {"stage_index": 0},
     "HeliosDMDScheduler": {"stage_index": 0},
     "SCMScheduler": {"intermediate_timesteps": None},
 }
-ENDS = ("DDPMWuerstchenScheduler", "SCMScheduler")  # their last timestep is where the last step ends
+ENDS = ("DDPMWuerstchenScheduler", "SCMScheduler")  # the classes whose last timestep is the end of the last step
 
 
 @functools.cache
 def classes() -> dict[str, type]:
-    """Those that can be imported here, by name."""
-    found = {}
+    """The scheduler classes that can be imported on this machine, by name."""
+    by_name = {}
     package = diffusers.schedulers
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         try:
@@ -46,13 +47,13 @@ def classes() -> dict[str, type]:
         except ImportError:
             continue  # it needs a library that is not installed
         for name, cls in vars(module).items():
-            is_own = inspect.isclass(cls) and cls.__module__ == module.__name__
-            if is_own and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
-                found[name] = cls
-    return dict(sorted(found.items()))
+            is_defined_here = inspect.isclass(cls) and cls.__module__ == module.__name__
+            if is_defined_here and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
+                by_name[name] = cls
+    return dict(sorted(by_name.items()))
 
 
-# Those that run their own code, and those whose rows are traced.
+# The names of the classes that run diffusers' code, and of those whose steps are traced.
 ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(NOT_TRACED.values(), ())]
 TRACED = [n for n, cls in classes().items() if n not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)]
 
@@ -62,15 +63,20 @@ def make(name: str, **config: Any) -> Any:
 
 
 def step_of(scheduler: Any) -> Any:
+    """The method that takes a step."""
     return scheduler.step if hasattr(scheduler, "step") else scheduler.step_pred
 
 
 def shape_of(scheduler: Any) -> tuple[int, ...]:
+    """The shape of the samples in a loop. HeliosDMDScheduler takes videos."""
     return (*SHAPE, 2) if type(scheduler).__name__ == "HeliosDMDScheduler" else SHAPE
 
 
 def set_timesteps(scheduler: Any, steps: int) -> list[Tensor]:
-    """The timesteps of a loop's steps. ConsistencyDecoderScheduler takes two steps alone."""
+    """Calls set_timesteps, and returns the timesteps of the loop's steps.
+
+    ConsistencyDecoderScheduler accepts only two steps.
+    """
     name = type(scheduler).__name__
     scheduler.set_timesteps(2 if name == "ConsistencyDecoderScheduler" else steps, **ARGUMENTS.get(name, {}))
     timesteps = list(scheduler.timesteps)
@@ -80,12 +86,12 @@ def set_timesteps(scheduler: Any, steps: int) -> list[Tensor]:
 def call_step(
     scheduler: Any, i: int, m: Tensor, x: Tensor, last: Any, noise: Any, *, vector: bool = False, **options: Any
 ) -> Any:
-    """Takes step i of a loop.
+    """Takes step i of a loop, with the arguments that the class needs, and returns the step's result.
 
     Args:
-        last: the results of step i - 1, a tuple. None: step i is the first one.
-        noise: makes normal numbers.
-        vector: whether the timestep has shape (1,).
+        last: the results of step i - 1, a tuple. None in the first step.
+        noise: a function that returns normal numbers with the shape of the samples.
+        vector: whether the timestep has the shape (1,), and not ().
     """
     name, t = type(scheduler).__name__, scheduler.timesteps[i]
     t = t[None] if vector else t
@@ -117,12 +123,15 @@ def loop(
     """Runs a loop with random model outputs. Returns the results of its steps and the generator's state after it.
 
     Args:
-        dtype: of the samples.
-        output_dtype: of the model outputs. None: `dtype`.
-        rounded: the dtype that all normal numbers are rounded to. None: `dtype`.
-        by_index: whether set_begin_index tells the start. Otherwise the first timestep tells it.
-        vectors_from: the first step whose timestep has shape (1,). None: no step.
-        edit: returns the sample of step i + 1 for the result of step i.
+        dtype: the dtype of the samples.
+        output_dtype: the dtype of the model outputs. With None, `dtype`.
+        rounded: a dtype to which all normal numbers are rounded before they are converted to `dtype`. With None,
+            `dtype`.
+        start: the first step that the loop takes.
+        by_index: whether the loop calls set_begin_index(start). Otherwise the scheduler determines the start by the
+            first timestep.
+        vectors_from: the first step whose timestep has the shape (1,). With None, all timesteps have the shape ().
+        edit: a function (i, result of step i) that returns the sample for step i + 1.
     """
 
     def normal() -> Tensor:
@@ -150,7 +159,10 @@ def loop(
 
 
 def check(ours: Any, theirs: Any, bound: float) -> None:
-    """Results as near as `bound`, relative to the largest number of each, of the same dtypes; equal generators."""
+    """Checks that two results of `loop` have the same dtypes and generator states, and nearly the same numbers.
+
+    bound: the largest difference, relative to the largest number of a tensor.
+    """
     (ours, our_state), (theirs, their_state) = ours, theirs
     assert torch.equal(our_state, their_state)
     for found, expected in zip(ours, theirs, strict=True):

@@ -1,6 +1,7 @@
-"""diffusers' pipelines with small models of random weights: its families, each with its usual scheduler, and others.
+"""Pipelines of diffusers with small models of random weights: its families of models, with their usual schedulers.
 
-Text encoders are left out where a pipeline takes embeddings, and VAEs where it gives latents. Nothing is downloaded.
+A pipeline has no text encoder if its call takes embeddings, and no VAE if its call returns latents. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from support.accelerated_diffusers import make, normal
 
 CROSS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 HIDDEN = 16
-SIZES = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}  # of a UNet
-XL = {  # of Stable Diffusion XL's UNet, for two text encoders
+# The sizes of a UNet.
+SIZES = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
+XL = {  # the options of Stable Diffusion XL's UNet, which takes embeddings of two text encoders
     "cross_attention_dim": 2 * HIDDEN,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8,
@@ -40,7 +42,7 @@ def of_pixels(scheduler: Any, ddim: bool = False) -> Any:
 
 
 def tokenizer(folder: Path) -> Any:
-    """A tokenizer of single letters, read from files."""
+    """A tokenizer whose tokens are single letters. `folder` is for its files."""
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -64,11 +66,11 @@ def latent_parts(**unet: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     options = SIZES | {"in_channels": 4, "out_channels": 4, "attention_head_dim": 2}
     options |= dict(zip(("down_block_types", "up_block_types"), CROSS, strict=True))
-    found = diffusers.UNet2DConditionModel(**options | unet)
+    model = diffusers.UNet2DConditionModel(**options | unet)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     sizes = {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
     vae = diffusers.AutoencoderKL(**blocks, **sizes)
-    return {"unet": found.eval(), "vae": vae.eval()}
+    return {"unet": model.eval(), "vae": vae.eval()}
 
 
 # ---------------------------------------------------------------------------------------------- the families
@@ -79,7 +81,7 @@ TOKENS = 5
 
 
 def embeds(*names: str, width: int = HIDDEN, tokens: int | None = TOKENS) -> dict[str, Any]:
-    """Embeddings of two prompts, by the names of a call's arguments."""
+    """Random embeddings of two prompts for each of these arguments of a call, by the argument's name."""
     shape = (2, width) if tokens is None else (2, tokens, width)
     return {name: normal(40 + i, *shape) for i, name in enumerate(names)}
 
@@ -115,7 +117,7 @@ def controlnet() -> Any:
     parts = latent_parts(cross_attention_dim=HIDDEN)
     net = diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8))
     torch.manual_seed(1)
-    for convolution in net.controlnet_down_blocks:  # they begin as zeros
+    for convolution in net.controlnet_down_blocks:  # a new ControlNet has zeros, which would make it do nothing
         torch.nn.init.normal_(convolution.weight)
     scheduler = make("UniPCMultistep", **STABLE_DIFFUSION)
     return diffusers.StableDiffusionControlNetPipeline(
@@ -208,14 +210,14 @@ def cogvideox() -> Any:
 
 
 def cogvideox_dpm() -> Any:
-    """As the model of five billion parameters has it."""
+    """CogVideoX with the scheduler that its model of five billion parameters has."""
     pipeline = cogvideox()
     pipeline.scheduler = diffusers.CogVideoXDPMScheduler.from_config(pipeline.scheduler.config)
     return pipeline
 
 
 POOLED_16 = embeds(*POOLED, tokens=None) | OF_16
-# By name: what makes the pipeline, its call's arguments apart from the generator, and how many steps these take.
+# By name: a function that makes the pipeline, the arguments of its call except the generator, and the number of steps.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "stable_diffusion": (stable_diffusion, embeds(*BOTH) | OF_16, 9),  # PNDM takes its second step twice
     "stable_diffusion_xl": (stable_diffusion_xl, embeds(*BOTH, width=2 * HIDDEN) | POOLED_16, 8),
@@ -230,7 +232,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------- of several schedulers
+# --------------------------------------------------------------------------- pipelines with several schedulers
 
 
 def upscaler() -> Any:
@@ -251,7 +253,7 @@ def deep_floyd() -> Any:
 
 
 def kandinsky(folder: Path) -> Any:
-    """Its prior and its decoder are pipelines in it."""
+    """Kandinsky 2.2, a pipeline that contains two pipelines, a prior and a decoder."""
     from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionConfig
     from transformers import CLIPVisionModelWithProjection as VisionModel
 

@@ -1,9 +1,9 @@
-"""The tutorial's GaussianDiffusion in plain torch: its names and formulas, written here anew.
+"""The GaussianDiffusion of a well-known tutorial, in plain torch: the tutorial's names and formulas in new code.
 
     q(x_t | x_0)            = N(sqrt(abar_t) x_0, 1 - abar_t)                                    Ho et al. 2020, eq. (4)
     q(x_{t-1} | x_t, x_0)   = N(coef1_t x_0 + coef2_t x_t, posterior_variance_t)                 eq. (6), (7)
 
-Its tables lie on the CPU and have the dtype `dtype`.
+The tables of coefficients are on the CPU and have the dtype `dtype`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ except ImportError:
 
 
 def linear_beta_schedule(timesteps: int) -> Tensor:
-    """From 1e-4 to 0.02 over 1000 timesteps. Fewer timesteps have larger betas in proportion."""
+    """Betas in equal steps, from 1e-4 to 0.02 for 1000 timesteps. Other numbers of timesteps scale both inversely."""
     scale = 1000 / timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
 
 
 def cosine_beta_schedule(timesteps: int, s: float = 0.008) -> Tensor:
-    """Nichol & Dhariwal 2021, eq. (17)."""
+    """The betas of the cosine schedule (Nichol & Dhariwal 2021, eq. 17)."""
     moments = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     level = ((moments + s) / (1 + s) * math.pi / 2).cos() ** 2
     return (1 - level[1:] / level[:-1]).clamp(max=0.999)
@@ -45,20 +45,20 @@ class GaussianDiffusion:
         self.timesteps = timesteps
         self.betas = betas.to(dtype)
         self.alphas = 1 - self.betas
-        kept = self.alphas_cumprod = self.alphas.cumprod(0)
-        before = self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=dtype), kept[:-1]])
-        self.sqrt_alphas_cumprod = kept.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = (1 - kept).sqrt()
-        self.log_one_minus_alphas_cumprod = (1 - kept).log()
-        self.sqrt_recip_alphas_cumprod = (1 / kept).sqrt()
-        self.sqrt_recipm1_alphas_cumprod = (1 / kept - 1).sqrt()
-        self.posterior_variance = self.betas * (1 - before) / (1 - kept)
+        alphas_cumprod = self.alphas_cumprod = self.alphas.cumprod(0)
+        alphas_cumprod_prev = self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=dtype), alphas_cumprod[:-1]])
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.log_one_minus_alphas_cumprod = (1 - alphas_cumprod).log()
+        self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
+        self.posterior_variance = self.betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
-        self.posterior_mean_coef1 = self.betas * before.sqrt() / (1 - kept)
-        self.posterior_mean_coef2 = (1 - before) * self.alphas.sqrt() / (1 - kept)
+        self.posterior_mean_coef1 = self.betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
     def _extract(self, a: Tensor, t: Tensor, x_shape: torch.Size) -> Tensor:
-        """a[t] in float32, with as many dimensions as x."""
+        """a[t] in float32, of shape (batch, 1, ...) with as many dimensions as x."""
         picked = a.to(t.device).gather(0, t).float()
         return picked.view(len(t), *[1] * (len(x_shape) - 1))
 

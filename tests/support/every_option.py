@@ -1,7 +1,7 @@
-"""The law "every option arrives": another value of an option changes the result, or an error says why it can't.
+"""Helpers of tests that every option has an effect: another value changes the result, or raises an error.
 
-A test reads the names of the options from a signature, a dataclass or a parser, and takes other values of them from a
-dictionary. So an option that somebody adds fails the test until the dictionary has a value for it.
+Such a test reads the names of the options from a signature, a dataclass or a parser. It has a dictionary with other
+values for these names. So the test fails for a new option until the dictionary has a value for it.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from ddpm_ext.cli.main import build_parser
 
 
 class Another(NamedTuple):
-    """Another value of an option. beside: what the first run has, too, because the option needs it."""
+    """A value of an option that changes the result. beside: other options that both runs have, since it needs them."""
 
     given: Any
     beside: Any = None
 
 
 class Same(NamedTuple):
-    """A value that leaves the result as it is. why: the reason."""
+    """A value that does not change the result. why: the reason. beside: as for Another."""
 
     given: Any
     why: str
@@ -30,7 +30,7 @@ class Same(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A value that an error refuses. message: a part of its text."""
+    """A value that raises an error. message: a part of the error's text."""
 
     given: Any
     message: str
@@ -43,20 +43,22 @@ class Elsewhere(NamedTuple):
 
 
 def keywords_of(function, *without):
-    """The names of a function's keyword-only options."""
+    """The names of a function's keyword-only parameters, except those in `without`."""
     found = inspect.signature(function).parameters.values()
     return [each.name for each in found if each.kind is each.KEYWORD_ONLY and each.name not in without]
 
 
 def fields_of(*classes):
-    """The names of the arguments of classes, such as "Guidance.scale"."""
+    """The names of the constructors' parameters of classes, such as "Guidance.scale"."""
     return [f"{each.__name__}.{name}" for each in classes for name in inspect.signature(each).parameters]
 
 
 def entries(table, names, kind=object):
-    """The entries of all options, as pairs for pytest.mark.parametrize. None stands for an entry that is missing.
+    """Pairs (name, entry) for pytest.mark.parametrize: the entries of a dictionary for these names of options.
 
-    kind: the class of the entries that are wanted.
+    A name without an entry has the entry None. Entries of the class Elsewhere are left out.
+
+    kind: the class of the entries to return.
     """
     assert table.keys() <= {*names}, f"values for {sorted(table.keys() - {*names})}, which are no options"
     pairs = []
@@ -68,11 +70,12 @@ def entries(table, names, kind=object):
 
 
 def check_has_value(name, entry):
+    """Checks that an entry of `entries` is not None."""
     assert entry is not None, f"no value for option {name}: add one, or say why it changes nothing"
 
 
 def equal(one, other):
-    """Whether two results have the same bits. They may be lists, dictionaries, arrays and tensors."""
+    """Whether two results are equal. They may be nested lists and dictionaries of arrays and tensors."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, np.ndarray):
@@ -85,7 +88,7 @@ def equal(one, other):
 
 
 def options_of(*command):
-    """The names of a command's options, such as ("plot", "grid"), as its parser stores them."""
+    """The names under which the parser stores the options of a command, such as ("plot", "grid")."""
     parser = build_parser()
     for word in command:
         parser = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction)).choices[word]

@@ -1,8 +1,9 @@
-"""ddpm_ext.bulk with a model whose arithmetic is exact: a sample has the same bits in every batch.
+"""Runs of ddpm_ext.bulk with a model whose samples have the same bits in every batch.
 
-As a script this is one rank of a run, `exact_run.py FOLDER '{"batch_size": 3, ...}'`, or the parent of the ranks for
-forks.in_forks. The options are those of `run` and of `as_rank`. die_at = (own, all): the process is killed when it has
-written `own` shards and the folder has `all` shards. die_after: the process is killed after this number of seconds.
+The script `exact_run.py FOLDER '{"batch_size": 3, ...}'` is one rank of a run. forks.in_forks also starts it, as the
+parent process of the ranks. The options are those of `run` and of `as_rank`. die_at = (own, all): the process kills
+itself when it has written `own` shards and the folder has `all` shards. die_after: the process is killed after this
+number of seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ COUNT, SIZE, SHAPE = 23, 4, (4, 5, 3)  # six shards, the last of three samples
 
 
 def make_draw(seed: int = 0, pause: float = 0.0):
-    """draw(first, count). pause: seconds to sleep for each sample."""
+    """A function draw(first, count) that returns the samples with ids from `first` on, as uint8 images.
+
+    pause: seconds to sleep for each sample.
+    """
     diffusion = GaussianDiffusion(20)
     channels, height, width = SHAPE[2], *SHAPE[:2]
 
@@ -41,7 +45,7 @@ def make_draw(seed: int = 0, pause: float = 0.0):
 
 
 def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=3, pause=0.0, settings=None):
-    """Returns the shards and the result of sample_many."""
+    """Runs sample_many. Returns the shards and its result."""
     shards = Shards(Path(folder), count, size, SHAPE)
     draw = make_draw(seed, pause)
     result = bulk_run.sample_many(shards, settings or {"seed": seed}, draw, batch_size=batch_size, ranks=ranks)
@@ -49,7 +53,7 @@ def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=
 
 
 def contents(folder):
-    """The bytes of every file in a folder, by its path; without the manifest."""
+    """The bytes of every file in a folder except the manifest, by the file's path."""
     by_path = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     del by_path["manifest.json"]
     return by_path
@@ -60,7 +64,7 @@ def joined(shards):
 
 
 def kill_at(own: int, all_shards: int) -> None:
-    """Kills this process when it has written `own` shards and the folder has `all_shards`, for which it waits."""
+    """Makes this process kill itself when it has written `own` shards, after waiting for `all_shards` in the folder."""
     write, written = Shards.write, []
 
     def then_die(self, index, *arguments):
@@ -77,7 +81,7 @@ def kill_at(own: int, all_shards: int) -> None:
 def as_rank(
     folder, *, patience=None, visible_within=None, elsewhere=None, die_at=None, die_after=0.0, **options
 ) -> None:
-    """One rank of a run."""
+    """Runs one rank, and prints "done" at its end. `patience` and `visible_within` replace constants of bulk.run."""
     signal.setitimer(signal.ITIMER_REAL, die_after)
     bulk_run._PATIENCE = patience or bulk_run._PATIENCE
     bulk_run._VISIBLE_WITHIN = visible_within or bulk_run._VISIBLE_WITHIN

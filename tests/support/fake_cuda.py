@@ -1,10 +1,10 @@
-"""torch.cuda's graphs, streams and events on the CPU, as far as ddpm_ext uses them, with a log of the calls.
+"""Replaces the graphs, streams and events of torch.cuda by ones on the CPU, as far as ddpm_ext uses them.
 
-A capture runs the calls and then undoes their writes. Like a GPU, it refuses to read a value back and to begin another
-capture. A replay repeats the recorded calls on the same memory with the same arguments. Its results differ from the
-capture's only through values in memory and through the draws of torch's own generator.
+LOG records their calls. A capture runs the calls and then undoes their writes. Like a GPU, it refuses to read a value
+back and to begin another capture. A replay repeats the recorded calls on the same memory with the same arguments. Only
+other values in memory, and other draws of torch's own generator, make its results differ from those of the capture.
 
-After a failed capture, the state is the same as with torch up to 2.11: the capture's stream is still current, the
+After a failed capture, the state is that of torch up to 2.11: the capture's stream is still the current stream, the
 allocator still allocates from the graph's pool, and the generator refuses to draw.
 """
 
@@ -21,18 +21,19 @@ FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_
 
 
 def refuse_in_a_capture(what):
+    """Raises CUDA's error during a capture. `what` says what the capture refuses."""
     if Current.captures:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
 
 
 def end_wait(what):
-    """The host has waited for all work."""
+    """Ends a wait of the host for all work. `what` names the CUDA function, which a capture refuses."""
     refuse_in_a_capture(what)
     Stream.busy.clear()
 
 
 class Stream:
-    busy: ClassVar[set] = set()  # the streams with a running _sleep, until the host waits
+    busy: ClassVar[set] = set()  # the streams on which a _sleep runs; it ends when the host waits
 
     def __init__(self, device=None):
         self.device = device
@@ -78,12 +79,12 @@ class Current:
     stream = DEFAULT
     captures = False
     captured = None  # the stream of the capture
-    slept = 0.0  # seconds of all _sleep calls, which do not really wait
-    allocates: ClassVar[set] = set()  # devices and pools that a capture allocates from
+    slept = 0.0  # the sum of the seconds of all _sleep calls, which do not really wait
+    allocates: ClassVar[set] = set()  # pairs (device, pool) from which a capture allocates
 
 
 class Generator:
-    """A GPU's default generator. A failed capture leaves it `broken`; its clones are not."""
+    """The default generator of a GPU. After a failed capture it is `broken`, but its clones are not."""
 
     broken = False
 
@@ -136,7 +137,7 @@ class CUDAGraph:
             out = function(*args, **kwargs)
             if results is not None:
                 for result, new in zip(results, out if isinstance(out, tuple | list) else (out,), strict=True):
-                    if result is not None:  # None: for instance a gradient that was not requested
+                    if result is not None:  # an operator may return None, such as for a gradient that nobody requested
                         result.copy_(new)
 
 
@@ -149,7 +150,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if str(function).startswith(FORBIDDEN):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        if str(function).startswith("profiler."):  # an optimizer's profiler calls are no launches
+        if str(function).startswith("profiler."):  # calls of torch's profiler by an optimizer, which launch nothing
             return function(*args, **kwargs)
         arguments = function._schema.arguments
         written, viewed = [], False
@@ -187,7 +188,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         with recorder:
             yield
         end_allocate_to_pool(0, pool)
-    except (KeyError, KeyboardInterrupt):  # raised by Python, not by a CUDA call
+    except (KeyError, KeyboardInterrupt):  # errors of Python and not of CUDA, after which a capture ends normally
         end_allocate_to_pool(0, pool)
         raise
     except BaseException:
@@ -199,7 +200,7 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         torch.set_rng_state(random)
         with torch.no_grad():
             for tensor, before in reversed(recorder.before.values()):
-                tensor.copy_(before)  # a capture executes nothing
+                tensor.copy_(before)  # undoes the write, since a capture executes nothing
 
 
 FAKES = {
@@ -218,8 +219,8 @@ FAKES = {
 
 
 def install(monkeypatch):
-    """Replaces everything in torch.cuda that ddpm_ext's graphs and copies use. Returns the emptied log."""
-    from ddpm_ext.loop import cuda_graphs  # not before the module is built: pretended_card imports this file
+    """Replaces everything of torch.cuda that ddpm_ext's graphs and copies use, for one test. Returns LOG, emptied."""
+    from ddpm_ext.loop import cuda_graphs  # here, since pretended_card imports this file before the module is built
     from ddpm_ext.ops import cards
 
     LOG.clear()

@@ -6,14 +6,14 @@
 
 `check` checks that each fault's old text still occurs exactly once.
 
-`build` copies the tree to FOLDER and compiles the copy, which takes a few minutes. All faults in C++ are compiled into
-one module: each old text becomes an expression or statement that the environment variable DDPM_FAULT switches to the
-new text. Without the variable, the module is the usual one except for its optimisation.
+`build` copies the working tree to FOLDER and compiles the copy, which takes a few minutes. All faults in C++ are
+compiled into one module: each old text becomes an expression or a statement that is the new text if the environment
+variable DDPM_FAULT has the fault's number. Without the variable, the module does what it does without faults.
 
-`run` selects the C++ faults by DDPM_FAULT. It plants the faults in Python and in CUDA sources, which tests compile, in
-the copy. For each fault it runs the narrow tests, then the fast tests of the wide ones, until one fails. After each
-fault it writes RECORD (JSON), so that an interrupted run can continue. Last, it runs those
-tests again without any fault: a test counts only if it passes then. The tree itself is never changed.
+`run` selects a C++ fault by DDPM_FAULT. It plants a fault in Python, or in a CUDA source, which tests compile, by
+editing the copy. For each fault it runs the narrow tests, then the fast tests among the wide tests, until a test fails.
+After each fault it writes RECORD (JSON), so that an interrupted run can continue. At the end it runs the tests that
+failed without any fault: a test has detected a fault only if it passes then. The working tree is never changed.
 
 After a change of code, edit faults.txt until `check` passes, and compare the two records fault by fault.
 """
@@ -37,10 +37,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 LIST = "tests/support/faults.txt"
 CHOICES = "tests/support/choices.py"
-# For the narrow and the wide tests: the time limit in seconds, and options of pytest.
+# Of the narrow and of the wide tests: the time limit in seconds, and options of pytest.
 STAGES = ((90,), (300, "-m", "not subprocess and not slow"))
-COMPILING = 900  # seconds for tests that compile CUDA sources
-CONTROL = 1800  # seconds for the tests without a fault
+COMPILING = 900  # the time limit in seconds of tests that compile CUDA sources
+CONTROL = 1800  # the time limit in seconds of all tests without a fault
 HEADER = re.compile(r"(\w+), (\S+)\n([\w/. ]+)(?:\| ([\w/. ]+))?")
 FIRST_RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
@@ -52,8 +52,11 @@ inline const int ddpm_fault = getenv("DDPM_FAULT") == nullptr ? 0 : atoi(getenv(
 
 
 class Fault(NamedTuple):
-    """number: from 1 on. tests: the narrow and the wide tests, as paths below tests/. seen: the test that detected the
-    fault according to the list, or an empty string."""
+    """An entry of the list.
+
+    number: its number, from 1 on. tests: the narrow and the wide tests, as paths below tests/. seen: the test that
+        detects the fault according to the list, or "".
+    """
 
     number: int
     name: str
@@ -73,7 +76,7 @@ class Fault(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a run of pytest ended: "green", "red" with the first test that failed, "crash", or "time limit"."""
+    """How a run of pytest ended: "green", "red", "crash" or "time limit". test: with "red", the first failed test."""
 
     ending: str
     test: str
@@ -84,7 +87,7 @@ class Outcome(NamedTuple):
 
 
 def read_faults(root: Path) -> list[Fault]:
-    """The faults in a tree's list. Raises ValueError for an entry that cannot be read."""
+    """The faults in the list of a working tree. Raises ValueError for an entry that cannot be read."""
     faults: list[Fault] = []
     for part in (root / LIST).read_text().split("\n@ ")[1:]:
         first, tests, *rest = part.splitlines()
@@ -118,7 +121,7 @@ def check(root: Path, faults: list[Fault]) -> list[str]:
 
 
 def choice(fault: Fault) -> str:
-    """C++ that is the old text or the new one, depending on DDPM_FAULT."""
+    """C++ that runs the fault's new text if DDPM_FAULT has the fault's number, and otherwise the old text."""
     if fault.old.endswith(";"):
         return f"if (ddpm_fault == {fault.number}) {{ {fault.new} }} else {{ {fault.old} }}"
     return f"(ddpm_fault == {fault.number} ? ({fault.new}) : ({fault.old}))"
@@ -132,6 +135,7 @@ def write(path: Path, text: str) -> None:
 
 
 def build(folder: Path) -> None:
+    """The command `build`."""
     faults = read_faults(ROOT)
     if wrong := check(ROOT, faults):
         sys.exit("\n".join(wrong))
@@ -149,10 +153,10 @@ def build(folder: Path) -> None:
                 text = text.replace(fault.old, choice(fault))
         write(folder / name, '#include "faults.h"\n' + text)
     write(folder / "csrc/faults.h", CHOICE)
-    # Hypothesis takes minutes to simplify a failing example, which nobody reads here.
+    # Without the phase in which hypothesis simplifies a failing example, which takes minutes.
     phases = "database=None, phases=[hypothesis.Phase.generate]"
     write(folder / CHOICES, (ROOT / CHOICES).read_text().replace("database=None", phases))
-    # Most of a compiler's time goes into optimisation. The bits don't depend on it.
+    # Compiles with -O1, which takes less time than -O3. The results have the same bits.
     write(folder / "setup.py", (ROOT / "setup.py").read_text().replace('"-O3", "-g0"', '"-O1", "-g0"'))
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=folder, check=True, env=os.environ | {"DDPM_EXT_CUDA": "0"})
@@ -170,7 +174,7 @@ def planted(folder: Path, fault: Fault) -> Iterator[dict[str, str]]:
     try:
         yield {}
     finally:
-        os.replace(backup, path)  # with its time, by which Python checks its compiled files
+        os.replace(backup, path)  # restores the file's time, too, by which Python decides whether to recompile it
 
 
 # ----------------------------------------------------------------------------------------------------------- the tests
@@ -206,7 +210,7 @@ def pytest(folder: Path, tests: list[str], env: dict[str, str], limit: float, *o
 
 
 def try_fault(folder: Path, fault: Fault) -> Outcome:
-    """Runs the tests that ought to see the fault, then the wider ones, until one fails."""
+    """Plants a fault and runs its narrow tests, then its wide tests, until one fails."""
     seconds, ending = 0.0, "green"
     with planted(folder, fault) as env:
         for tests, (limit, *options) in zip(fault.tests, STAGES, strict=False):
@@ -231,7 +235,8 @@ def red_without_fault(folder: Path, tests: list[str]) -> set[str]:
 
 
 def run(folder: Path, record: Path, only: list[str]) -> None:
-    for backup in folder.rglob("*.kept"):  # left by a run that was killed
+    """The command `run`. With names in `only`, tries only these faults."""
+    for backup in folder.rglob("*.kept"):  # backups of a run that was killed
         os.replace(backup, backup.with_suffix(""))
     faults = read_faults(folder)
     tried: dict[str, dict[str, object]] = json.loads(record.read_text()) if record.is_file() else {}

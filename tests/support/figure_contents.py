@@ -1,15 +1,15 @@
-"""Reads what a matplotlib figure shows, for tests of figures."""
+"""Reads the contents of matplotlib figures: lines, legends, colours."""
 
 
 def drawn(axes):
-    """The points of each line by its label."""
+    """The points of each line of the axes, by the line's label."""
     return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
 
 
 def legend(owner):
-    """The texts of a legend, given as such or by its axes."""
-    found = owner.get_legend() if hasattr(owner, "get_legend") else owner
-    return [text.get_text() for text in found.get_texts()]
+    """The texts of a legend. `owner` is the legend or its axes."""
+    shown = owner.get_legend() if hasattr(owner, "get_legend") else owner
+    return [text.get_text() for text in shown.get_texts()]
 
 
 def points(x, y):
@@ -18,14 +18,14 @@ def points(x, y):
 
 
 def looks(axes):
-    """Colour and dashes of each line."""
+    """The colour, the line style and the dashes of each line of the axes."""
     return [(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in axes.lines]
 
 
 def saved_figures(monkeypatch):
-    """The figures that are written from now on."""
+    """A list to which each figure is appended when it is saved, from now on."""
     from matplotlib.figure import Figure
 
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda own, *args, **how: (kept.append(own), save(own, *args, **how)))
-    return kept
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *args, **how: (figures.append(fig), save(fig, *args, **how)))
+    return figures

@@ -1,4 +1,5 @@
-// A library with the fma of machines that have none: over vectors, and over single numbers.
+// A library with the fma for CPUs without an fma instruction, over vectors and over single numbers, and with the C
+// library's fma.
 #define DDPM_WITHOUT_FMA
 #include "cpu/simd/sse2.h"
 
@@ -16,7 +17,7 @@ void fma_of_numbers(int64_t n, const float* a, const float* b, const float* c, f
   for (int64_t i = 0; i < n; ++i) out[i] = ddpm_ext::fma(a[i], b[i], c[i]);
 }
 
-// The C library's, which C demands to be rounded once.
+// The fma of the C library. The C standard requires that it rounds only once.
 void fma_of_libm(int64_t n, const float* a, const float* b, const float* c, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = ::fmaf(a[i], b[i], c[i]);
 }

@@ -1,4 +1,4 @@
-"""Runs several ranks as forks of one process that has already imported their modules: imports are slow."""
+"""Runs the ranks of a run as forks of a process that has already imported their modules, since imports are slow."""
 
 from __future__ import annotations
 
@@ -24,26 +24,30 @@ Runs = dict[str, list[dict[str, Any]]]
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A free port of 127.0.0.1. In the block, other processes get it only if they ask for its number, as rank 0 does.
+    """A context that yields the number of a free port of 127.0.0.1, and reserves the port.
 
-    Without a reservation, another program could take the port before rank 0 listens on it.
+    While it is reserved, the system does not give it to a program that asks for any free port. A process that asks for
+    this number gets it, as rank 0 does.
     """
     with socket.socket() as holder:
-        # Bound, but not listening: a listener that also sets SO_REUSEADDR, as torch's store does, can still use it.
+        # Bound, but not listening: another socket with SO_REUSEADDR, such as that of torch's store, can still listen.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         yield holder.getsockname()[1]
 
 
 class Leave(SystemExit):
-    """Ends a fork like an ordinary process, with everything that Python does at exit."""
+    """Raised to end a fork like an ordinary process, with everything that Python does at exit."""
 
 
 def in_forks(script: str, folder: Path, runs: Runs) -> dict[str, list[int]]:
-    """Executes the runs one after the other. `runs` has the options of each rank, by the run's name.
+    """Starts the script `script`, whose `serve` executes the runs one after the other.
 
-    The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err. A rank whose
-    options have "stuck" is killed when the ranks before it have ended.
+    The folder of a run is `folder`/name/run. The output of rank 0 is in `folder`/name/0.out and 0.err.
+
+    Args:
+        runs: the options of each rank, by the run's name. A rank whose options have "stuck" is killed when all ranks
+            before it have ended.
 
     Returns:
         The exit codes of the ranks by the run's name. A rank killed by a signal has minus the signal's number.
@@ -55,12 +59,15 @@ def in_forks(script: str, folder: Path, runs: Runs) -> dict[str, list[int]]:
 
 
 def said(folder: Path, rank: int, where: str = "err") -> str:
-    """The output of a rank of a run."""
+    """The output of a rank. folder: `folder`/name of in_forks. where: "out" or "err"."""
     return (folder / f"{rank}.{where}").read_text()
 
 
 def serve(act: Callable[..., None], *modules: str) -> None:
-    """The main part of a script that in_forks starts: imports the modules, calls act(folder, **options) in forks."""
+    """The main function of a script that in_forks starts: imports `modules` and calls act(folder, **options) in forks.
+
+    Prints the exit codes of the ranks as JSON, for in_forks.
+    """
     torch.set_num_threads(1)
     for module in ("torch.distributed", *modules):
         importlib.import_module(module)
@@ -82,7 +89,7 @@ def _codes(folder: Path, by_rank: list[dict], act: Callable[..., None]) -> list[
 
 
 def _fork(folder: Path, rank: int, size: int, port: int, act: Callable[..., None], options: dict) -> int:
-    """Starts a process that runs in `folder`/run and writes its output to `folder`; returns its id."""
+    """Forks a process that calls act(`folder`/run, **options) and writes its output to `folder`. Returns its id."""
     child = os.fork()
     if child:
         return child
@@ -101,7 +108,7 @@ def _fork(folder: Path, rank: int, size: int, port: int, act: Callable[..., None
     except SystemExit as stopped:
         code = stopped.code
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)  # and frees it, with all that its frames hold
+        print(error, file=sys.stderr)  # after this clause, the error and the objects in its frames are freed
     except Exception:
         traceback.print_exc()
     finally:

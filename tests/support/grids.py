@@ -1,20 +1,21 @@
-"""Schedules and grids that the tests of samplers share."""
+"""Schedules and grids for the tests of samplers."""
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 
-IDS = ("linspace", "trailing", "karras")  # of `grids`
+IDS = ("linspace", "trailing", "karras")  # the names of the grids that grids() returns
 
 
 def schedule(name="linear", timesteps=1000):
-    """Its betas and alphas_cumprod."""
+    """The betas and the alphas_cumprod of a schedule."""
     betas = make_betas(name, timesteps)
     return betas, (1 - betas).cumprod(0)
 
 
 def grids():
+    """Three grids for schedules of 1,000 timesteps."""
     _, levels = schedule("scaled_linear")
     return [
         make_grid(levels, spaced_timesteps(1000, 25)),

@@ -1,4 +1,4 @@
-"""Which operators of a step read or write a whole batch."""
+"""Records which operators read or write large tensors."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,15 +6,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class Large(TorchDispatchMode):
-    """Records the operators, except views, that read or return tensors of at least `numel` elements, in their order."""
+    """Records the operators that read or return a tensor of at least `numel` elements, except views, in their order."""
 
     def __init__(self, numel):
         super().__init__()
         self.numel, self.names = numel, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         if not function.is_view and any(tensor.numel() >= self.numel for tensor in tensors):
             self.names.append(str(function.overloadpacket))
-        return found
+        return result

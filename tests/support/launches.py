@@ -1,4 +1,4 @@
-"""Which operators are called: all, or ours."""
+"""Records which operators are called: all of them, or only ddpm_ext's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operators(TorchDispatchMode):
-    """Notes the names of the operators that are called, such as aten::add and ddpm_ext::randn."""
+    """Records the names of the operators that are called, such as aten::add and ddpm_ext::randn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +33,6 @@ class _Launches(Operators):
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The names of the operators that are called, but for those that only draw."""
+    """A context that yields the list of ddpm_ext's operators that are called in it, except randn and draw_seed."""
     with _Launches() as called:
         yield called.names

@@ -1,7 +1,7 @@
-"""The cases of the loop's tests: options for p_sample_loop.
+"""Sets of options for p_sample_loop, which tests of the loop run as cases.
 
-The models work on each element by itself, with products and sums only, so that a sample's bits do not depend on its
-batch.
+The models compute each output element from one element of each input, by products and sums only. So the bits of a
+sample do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TIMESTEPS = (99, 80, 61, 40, 22, 9, 3, 0)
 
 
 def model(x, t, x0=None, *, y=None):
-    """An output of x's shape. y has shape (batch,)."""
+    """A model, whose output has the shape of x. y: labels of shape (batch,)."""
     m = x * 0.5 - (t.to(x.dtype) / 200).reshape(-1, 1, 1, 1) * x.clamp(-1, 1)
     m = m if x0 is None else m + x0 * 0.25
     return m if y is None else m + y.reshape(-1, 1, 1, 1)
@@ -30,14 +30,14 @@ def unconditional(x, t, x0=None):
 
 
 def doubled(x, t, y=None):
-    """The unconditional and the conditional output, for a batch that holds each sample twice."""
+    """A model for a batch that has each sample twice: returns the unconditional and then the conditional outputs."""
     x_u, x_m = x.chunk(2)
     t_u, t_m = t.chunk(2)
     return torch.cat([unconditional(x_u, t_u), model(x_m, t_m, y=None if y is None else y.chunk(2)[1])])
 
 
 def once_or_twice(batch):
-    """`model` for `batch` samples, `doubled` for more. There must be as many labels as samples."""
+    """A model that is `model` for `batch` samples and `doubled` for more. Checks that each sample has a label."""
 
     def either(x, t, y):
         assert len(y) == len(x)
@@ -56,6 +56,8 @@ def denoised_fn(x0):
 
 
 def with_variance(name):
+    """A model that returns an output for the variance `name`, too."""
+
     def both(x, t):
         v = {"learned_range": (x * 0.75).clamp(-1, 1), "learned": x * 0.25 - 4.0, "learned_variance": x * x * 0.01}
         return torch.cat([model(x, t), v[name]], 1)
@@ -64,6 +66,7 @@ def with_variance(name):
 
 
 def given(number, part, device, dtype, shape=SHAPE):
+    """Normal numbers of the seed `number`, for this part of the batch."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
     return x[part].to(dtype).to(device)
 
@@ -85,7 +88,7 @@ def labels(*where):
 
 
 def twice(y):
-    """Labels for both halves. Those of the first half are not used."""
+    """Labels for a batch that has each sample twice. Those of the first half are NaN, since nothing may use them."""
     return torch.cat([y * float("nan"), y])
 
 
@@ -93,7 +96,7 @@ def constant(**options):
     return lambda *_: options
 
 
-# By name: a function that makes p_sample_loop's options from (part of the batch, device, dtype).
+# By name: a function (part of the batch, device, dtype) that returns options of p_sample_loop.
 CASES = {
     "plain": constant(),
     "no clip": constant(clip_denoised=False),
@@ -131,7 +134,11 @@ CASES = {
 
 
 def sampler_options(gd, sampler):
-    """The options for a sampler. A ddim with the eps of the clipped x0 ("rederived") has no name, so it is a table."""
+    """The options of p_sample_loop for one of SAMPLERS.
+
+    "rederived" is ddim with the eps that follows from the clipped x0. It is a step table, since ddpm_ext has no name
+    for it.
+    """
     if sampler == "rederived":
         grid = make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas)
         return {"sampler": ddim(grid, prediction=gd.prediction, eta=0.5, keep_eps=False)}
@@ -139,7 +146,7 @@ def sampler_options(gd, sampler):
 
 
 def ours(gd, case, sampler="ddpm", *, part=PART, device="cpu", dtype=torch.float32, **others):
-    """p_sample_loop's arguments."""
+    """The arguments of p_sample_loop for a case and a sampler. others: options that replace these."""
     options = {"model": model, **CASES[case](part, device, dtype), **others}
     ids = torch.tensor(IDS, device=device)[part]
     return {

@@ -1,4 +1,4 @@
-"""What the tests of the noise of accelerated objects' loops share."""
+"""Checks of the noise in loops of accelerated objects of other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_ext import Philox
 
-UNRELATED = 0.12  # about 5 standard deviations of the correlation of 2000 numbers, the fewest compared
+UNRELATED = 0.12  # a bound for correlations: over 5 standard deviations for independent images of 2000 numbers
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
@@ -19,17 +19,19 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def unrelated(images: Sequence[Tensor]) -> None:
-    """Checks that no two images share noise. Each must have 2000 numbers or more."""
+    """Checks that no two images share noise, by their correlation. An image must have at least 2000 numbers."""
     for x, y in combinations(images, 2):
         assert min(x.numel(), y.numel()) >= 2000
         assert abs(correlation(x, y)) < UNRELATED
 
 
 def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
-    """Checks that three loops of one object differ, and repeat for the same seed: with and without a seed of its own.
+    """Checks that three loops of one object give different samples, and that the same seed repeats them.
 
-    make: creates the object from `seed`; None: torch's seed decides. loop: runs a loop of an object and returns its
-        samples, whose only randomness is the object's noise.
+    Checks this with a seed of the object, and with torch's seed.
+
+    make: creates the object from `seed`. With None, torch's seed decides. loop: runs a loop of an object and returns
+        its samples, whose only randomness is the object's noise.
     """
     for seed in (None, 7):
         runs = []
@@ -41,7 +43,7 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1], strict=True))
         if seed is None:
             unrelated([*runs[0], *runs[2]])
-            torch.manual_seed(1)  # repeats also with the same object
+            torch.manual_seed(1)  # the same object repeats its first loop, too
             assert torch.equal(loop(obj), runs[0][0])
         else:
             assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[2], strict=True))
@@ -50,12 +52,12 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
 
 
 def parts(make: Callable[..., Any], loop: Callable[..., Tensor], batch: int = 10) -> None:
-    """Checks that a batch may be divided: the parts have the same samples as one loop of the whole batch.
+    """Checks that a batch may be divided among several loops, which give the samples of one loop over the whole batch.
 
-    The parts are two loops of one object, a loop with ids that start later, and a loop with the ids of a tensor
-    in any order.
+    Divides it into two loops of one object. Also checks a loop whose sample ids start at 4, and a loop whose ids are a
+    tensor, in any order.
 
-    make: creates an object with a seed, and with `sample_ids` if given. loop: runs a loop of an object for a number of
+    make: creates an object with a seed, and with these `sample_ids`. loop: runs a loop of an object for a number of
         samples.
     """
     obj, state = make(), torch.get_rng_state()

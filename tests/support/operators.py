@@ -1,4 +1,4 @@
-"""Random arguments for the operators, and a bound for the error of their results against float64."""
+"""Random arguments for the operators, and a bound for the errors of their results, compared with float64."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ddpm_ext import Philox, reference
 from ddpm_ext.ops.row import ROW
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# of the samples, and of the model's output (for predict_start and posterior_mean, the second tensor)
+# The dtypes of the samples and of the model's output or, for predict_start and posterior_mean, of the second tensor.
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
-# Rounding the result costs half a unit in its last place, and at least half the smallest subnormal number.
+# The largest error of rounding to a dtype: relative, and at least the absolute error of half the smallest subnormal
+# number.
 HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
-# The arithmetic before that is in float32. Its error is counted in roundings of the sum of the terms' absolute values.
-# Measured worst of 9,000 examples: fused 1.13, reference 1.18; the margin is 1.7.
+# The arithmetic is in float32. Its error may be ROUNDINGS times 2^-24, relative to the sum of the terms' absolute
+# values. The largest measured errors of 9,000 examples are 1.13 (fused) and 1.18 (reference) times 2^-24.
 ROUNDINGS = 2
 NOISE_ERROR = 2e-6  # the noise contract's bound for a drawn normal: see ops/test_noise.py
 CPU = torch.device("cpu")
@@ -24,12 +25,15 @@ CLIPS = [None, (-1.0, 1.0), (-0.25, 1.5), (0.5, 0.5)]
 
 
 def host(x: torch.Tensor) -> np.ndarray:
-    """In float64."""
+    """The tensor as a float64 array on the CPU."""
     return x.detach().double().cpu().numpy()
 
 
 def assert_near(got: torch.Tensor, terms: list[np.ndarray], noise_scale: np.ndarray | float = 0.0) -> None:
-    """`got` is the sum of the float64 `terms`. noise_scale is the factor of a drawn normal among them."""
+    """Checks that `got` is the sum of the float64 `terms`, within the bound for errors.
+
+    noise_scale: the factor of drawn noise in the sum. Drawn noise itself may have the error NOISE_ERROR.
+    """
     truth, size = sum(terms), sum(map(np.abs, terms))
     relative, least = HALF_ULP[got.dtype]
     before = ROUNDINGS * 2.0**-24 * size + noise_scale * NOISE_ERROR
@@ -38,32 +42,32 @@ def assert_near(got: torch.Tensor, terms: list[np.ndarray], noise_scale: np.ndar
 
 
 def each(t: int | torch.Tensor, batch: int) -> np.ndarray:
-    """The timestep of each sample."""
+    """The timestep of each sample, as an array of shape (batch,)."""
     return np.broadcast_to(t.cpu().numpy() if isinstance(t, torch.Tensor) else t, batch).copy()
 
 
 def columns(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> list[np.ndarray]:
-    """The columns of each sample's row, in float64, each of shape (batch, 1, ...)."""
+    """The columns of the samples' rows, in float64. A column has the shape (batch, 1, ...), like x."""
     rows = host(table)[each(t, len(x))]
     return [column.reshape(-1, *[1] * (x.ndim - 1)) for column in rows.T]
 
 
 def row_numbers(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of each sample's row of a packed step table by their names, as `columns` gives them; no draw."""
-    found = dict(zip(ROW, columns(table, t, x), strict=False))
-    del found["draw"]
-    return found
+    """The columns of the samples' rows of a packed step table, by their names, without "draw" (see `columns`)."""
+    by_name = dict(zip(ROW, columns(table, t, x), strict=False))
+    del by_name["draw"]
+    return by_name
 
 
 def as_float64(table: torch.Tensor) -> torch.Tensor:
-    """A packed step table in float64, as the reference reads it."""
+    """A packed step table in float64, whose `draw` is the bits of an int64, for the reference operators."""
     wide, draw = table.double(), ROW.index("draw")
     wide.view(torch.int64)[:, draw] = table.view(torch.int32)[:, draw].long()
     return wide
 
 
 def in_some_memory(x: torch.Tensor, dtype: torch.dtype, choose: Choose) -> torch.Tensor:
-    """x's values in some memory layout, or those of one place along an axis, expanded."""
+    """x in a random memory layout. If the layout is "expanded", all values along an axis are the first one."""
     kind = choose.one_of(["contiguous", "permuted", "sliced", "offset", "expanded"], "memory")
     if kind == "permuted":
         order = choose.order(x.dim(), "order")
@@ -78,20 +82,20 @@ def in_some_memory(x: torch.Tensor, dtype: torch.dtype, choose: Choose) -> torch
 
 
 class Inputs:
-    """An operator's arguments, made by choices."""
+    """Random arguments of an operator, for tables of `rows` rows. Each method makes an argument."""
 
     def __init__(self, choose: Choose, rows: int, device: torch.device) -> None:
         self.choose, self.rows, self.device = choose, rows, device
         self.x_dtype, self.y_dtype = choose.one_of(DTYPES, "dtypes")
         inner = choose.several(lambda: choose.integer(0, 5), 0, 3, "inner")
-        # sizes at the ends of the kernels' vectors, runs and buffers
+        # Sizes at which the kernels' vectors, runs and buffers are just full or not.
         last = choose.several(lambda: choose.one_of([0, 1, 3, 4, 5, 63, 64, 65, 513]), 0, 1, "last")
         self.batch = choose.integer(0, 4, "batch")
         self.shape = (self.batch, *inner, *last)
         self.generator = torch.Generator().manual_seed(choose.integer(0, 99, "values"))
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
-        """Random numbers in some memory layout."""
+        """Normal numbers in a random memory layout."""
         return in_some_memory(torch.randn(self.shape, generator=self.generator).to(self.device), dtype, self.choose)
 
     def row(self) -> int:
@@ -114,9 +118,12 @@ class Inputs:
         return Philox(choose.integer(0, 2**64 - 1, "seed"), ids, draw=draw, stream=stream)
 
     def noise(self, draws: np.ndarray, stream: int) -> tuple[np.ndarray | None, dict, bool]:
-        """The normals in float64, the options that ask for them, and whether the operator draws them itself.
+        """Noise of a random kind: none, a tensor, or noise that the operator draws.
 
-        They have the operator's draws and stream, unless the rng has its own.
+        draws, stream: those of the operator's drawn noise, if its rng has none.
+
+        Returns:
+            The noise in float64 or None, the operator's options for it, and whether the operator draws it.
         """
         kind = self.choose.one_of(["none", "given", "drawn"], "noise")
         if kind == "none":

@@ -1,4 +1,4 @@
-"""Runs all code blocks of a page of the documentation, top to bottom, in one namespace, as a reader pastes them."""
+"""Runs all code blocks of a page of the documentation in one namespace, as a reader might paste them one by one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+# Libraries that may be missing.
 OTHERS = {"denoising_diffusion_pytorch", "diffusers", "guided_diffusion", "matplotlib", "PIL", "sklearn", "torchvision"}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def paste(page: Path) -> dict[str, Any]:
-    """Runs a page's code and returns its namespace. If a library is missing, the rest of the section is skipped.
+    """Runs a page's code and returns the namespace. If a library is missing, skips the section's other blocks.
 
-    Line numbers in tracebacks are the page's.
+    Checks that accelerated objects ran no code of their library. Line numbers in tracebacks are those of the page.
     """
     text, names, without = page.read_text(), {"__name__": "__main__"}, ""
     for block in BLOCK.finditer(text):

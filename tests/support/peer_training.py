@@ -1,7 +1,8 @@
-"""A training step of ours beside a peer's: both in float32 against the peer in float64.
+"""Compares a training step of ddpm_ext with a training step of another library (the peer).
 
-Ours may be at most FACTOR times as far from float64 as the peer in the same sample, or, where the peer is lucky,
-in the median sample, and a few ulps.
+Both are computed in float32, and their errors are the differences from the peer's step in float64. Our error may be at
+most FACTOR times the peer's error plus ULPS. The peer's error is that of the same sample or, if that is larger, that of
+the median sample: in a single sample, its rounding errors may cancel by chance.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ Losses = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """A small model that is nonlinear in x_t and in t, with `outputs` times the channels; with `skip`, the first of
-    them are near x_t. It keeps its output, so that its gradient can be compared."""
+    """A small model that is nonlinear in x_t and in t. Its last output is stored, so that its gradient can be compared.
+
+    outputs: the number of output channels divided by that of x_t. skip: whether the first of these outputs is near x_t.
+    """
 
     self_condition = False
 
     def __init__(self, outputs: int = 1, skip: bool = False) -> None:
         super().__init__()
         self.skip = skip
-        self.channels = self.out_dim = SHAPE[1]  # what lucidrains' object asks for
+        self.channels = self.out_dim = SHAPE[1]  # denoising-diffusion-pytorch reads these
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.first = nn.Conv2d(SHAPE[1], 7, 3, padding=1)
@@ -51,13 +54,13 @@ class Net(nn.Module):
 
 
 def make_inputs(device: torch.device, t: Sequence[int] = T) -> tuple[Tensor, Tensor]:
-    """x_start of 8 bits, with some values in the outermost bins, and t."""
+    """x_start with values of 8-bit images, some of them in the first and in the last bin, and t."""
     levels = torch.randint(-40, 296, SHAPE, generator=torch.Generator().manual_seed(0)).clamp(0, 255)
     return (levels / 127.5 - 1).to(device), torch.tensor(t, device=device)
 
 
 def drawn(t: Tensor, shape: tuple[int, ...] = SHAPE, stream: int = 2) -> Tensor:
-    """The noise that train_losses draws by RNG, with t as its draw."""
+    """The noise that train_losses draws with rng=RNG: the draw of a sample is its timestep."""
     rngs = [Philox(SEED, FIRST_ID + i, draw=draw, stream=stream) for i, draw in enumerate(t.tolist())]
     return torch.cat([randn((1, *shape[1:]), rng) for rng in rngs]).to(t.device)
 
@@ -65,24 +68,26 @@ def drawn(t: Tensor, shape: tuple[int, ...] = SHAPE, stream: int = 2) -> Tensor:
 def step(
     losses: Losses, x: Tensor, t: Tensor, z: Tensor, dtype: torch.dtype, net: Callable[[], Net] = Net
 ) -> dict[str, Tensor]:
-    """Each sample's loss, and the gradients of a weighted sum of the losses, in float64 on the CPU."""
+    """The losses of the samples, and the gradients of a weighted sum of the losses, computed in `dtype`.
+
+    The gradients are those of the model's output and of its parameters. Returned as float64 on the CPU, by name.
+    """
     model = net().to(x.device, dtype)
-    found = losses(model, x.to(dtype), t, z.to(dtype))
-    found.backward(torch.linspace(0.5, 2, len(x), device=x.device, dtype=found.dtype))
+    sample_losses = losses(model, x.to(dtype), t, z.to(dtype))
+    sample_losses.backward(torch.linspace(0.5, 2, len(x), device=x.device, dtype=sample_losses.dtype))
     assert model.output is not None and model.output.grad is not None
-    results = {"losses": found.detach(), "output": model.output.grad}
+    results = {"losses": sample_losses.detach(), "output": model.output.grad}
     results |= {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name: tensor.double().cpu() for name, tensor in results.items()}
 
 
 def error(found: Tensor, truth: Tensor) -> Tensor:
-    """For each sample's loss or gradient, or each parameter's: the norm of the difference relative to that of the
-    truth."""
+    """The norm of the difference, relative to the norm of the truth."""
     return (found - truth).norm() / truth.norm()
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """Compares whole tensors and, where there is one for each sample, sample by sample."""
+    """Checks our errors by the bound in this file's docstring: for each sample, and for each parameter's gradient."""
     assert ours.keys() == theirs.keys() == truth.keys()
     for name, exact in truth.items():
         samples = name in ("losses", "output")

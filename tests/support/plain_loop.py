@@ -1,7 +1,7 @@
-"""A sampling loop with every option, in float64: the equation of a table's rows, and what the options change in it.
+"""A sampling loop with every option, in float64 on the CPU: the equation of a step table's rows, and the options.
 
-The tests compare with its results; those of `tables` compare the rows with the papers. It runs on the CPU, and uses
-only the reference's noise from ddpm_ext.
+Tests of the loop compare ddpm_ext's samples with those of this loop. Tests in tests/tables compare the rows themselves
+with the papers. This file uses only the reference noise of ddpm_ext.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from ddpm_ext import Philox, reference
 
 @functools.cache
 def noise(shape, ids, draw, stream=0):
-    """By the seed 1."""
+    """The drawn noise of samples with these ids, for the seed 1."""
     return reference.randn(shape, Philox(1, torch.tensor(ids)), draw=draw, stream=stream, dtype=torch.float64)
 
 
 def each(values, x):
-    """(batch,) -> (batch, 1, ...)"""
+    """`values`, of shape (batch,), in the shape (batch, 1, ...) with as many dimensions as x."""
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def rescaled(m, guided, share):
-    """Lin et al. 2024, eq. (15) and (16): the output that guidance leads to, with the deviation of `m`."""
+    """Rescaled guidance (Lin et al. 2024, eq. 15 and 16): moves the deviation of `guided` towards that of `m`."""
     ratio = m.flatten(1).std(1) / guided.flatten(1).std(1)
     return share * guided * each(ratio, m) + (1 - share) * guided
 
 
 def threshold(x0, quantile, maximum):
-    """Saharia et al. 2022, section 2.3."""
+    """Dynamic thresholding of x0 (Saharia et al. 2022, section 2.3)."""
     bound = np.quantile(np.abs(x0).reshape(len(x0), -1), quantile, axis=1).clip(1, maximum)
     bound = each(bound, x0)
     return np.clip(x0, -bound, bound) / bound
@@ -59,7 +59,11 @@ def plain_loop(
     mask=None,
     self_condition=False,
 ):
-    """x and x0 after each row. variance: how the rows read the model's own, "log", "direct" or None."""
+    """Yields x and x0 after each row.
+
+    variance: how a step reads the model's output for the variance: "log" for v of exp(l0 + l1 v), "direct" for the
+        variance itself. None: the model returns no variance.
+    """
     x0, history = torch.zeros_like(x), []
 
     def edited(x0):

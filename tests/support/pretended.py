@@ -1,7 +1,7 @@
-"""Processes with a pretended card: their environment, and which tests they run. It does not import torch.
+"""The environment of processes with a pretended card, and the selection of the tests that they run.
 
-A process gets the card (pretended_card.py) by a sitecustomize.py, before its own first line, so that all of its imports
-and the processes that it forks are those of a machine with a card.
+A sitecustomize.py installs the pretended card (pretended_card.py) in a process before its first line. So everything
+that the process imports, and every process that it forks, has the card. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Says which tests run: "all", those with the "first" parameters of each function, or "few": the first of each file.
+# The environment variable that says which tests run: "all"; "first", each function with its first parameters only; or
+# "few", only the first test of each file.
 SIGN = "DDPM_EXT_PRETENDED_CARD"
 SITE = """
 import sys
@@ -19,7 +20,7 @@ if "benchmarks.gpu" not in sys.orig_argv:  # which runs the parts, and must do w
     from support import pretended_card
     pretended_card.install()
 """
-# Why the pretence can't serve a test, and words in such tests' names.
+# The reasons for which a test cannot run with the pretended card, and words in the names of such tests.
 NOT_PRETENDED = {
     "too long on a CPU": "more_samples_than_a_grid large_batch test_any_ values_and_slopes accelerated_tutorial",
     "C++ looks into its tensors": "compile opcheck export fake without_data traced_ trace_of torch_func in_a_mode "
@@ -37,16 +38,19 @@ WORDS = " ".join(NOT_PRETENDED.values()).split()
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    able = [item for item in items if not any(word in item.nodeid for word in WORDS)]
+    possible = [item for item in items if not any(word in item.nodeid for word in WORDS)]
     until = "::" if os.environ[SIGN] == "few" else "["
-    first = {item.nodeid.partition(until)[0]: item for item in reversed(able)}
-    kept = able if os.environ[SIGN] == "all" else [item for item in able if item in first.values()]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    first = {item.nodeid.partition(until)[0]: item for item in reversed(possible)}
+    selected = possible if os.environ[SIGN] == "all" else [item for item in possible if item in first.values()]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
 
 
 def environment(root: Path, folder: Path, parameters: str, site: str = "") -> dict[str, str]:
-    """Of processes that run in `root`, with its tests. `site` is what the sitecustomize.py in `folder` does before."""
+    """The environment variables of processes with the card, which run in `root` with the tests there.
+
+    Writes sitecustomize.py to `folder`. It runs the code `site` before it installs the card.
+    """
     (folder / "sitecustomize.py").write_text(site + SITE)
     added = {"PYTHONPATH": f"{folder}{os.pathsep}{root / 'tests'}", "PYTEST_PLUGINS": "support.pretended"}
     return os.environ | added | {SIGN: parameters, "OMP_NUM_THREADS": "1"}

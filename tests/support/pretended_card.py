@@ -1,16 +1,17 @@
-"""Two pretended GPUs, with values: tensors on "cuda" live in the CPU's memory, and its kernels compute them.
+"""Two pretended GPUs ("cards") whose tensors have values. The tensors are in the CPU's memory, and CPU kernels compute.
 
-`install` replaces torch.cuda for the whole process, before anything has used it. Then torch's C++ sees the result of
-`torch.zeros(3, device="cuda")` as a CPU tensor with a marked storage, and Python sees it as a GPU tensor. The pretended
-GPU refuses what a GPU refuses:
+`install` replaces torch.cuda for the whole process, before the process uses it. Then Python sees the result of
+`torch.zeros(3, device="cuda")` as a GPU tensor. torch's C++ sees a CPU tensor, whose storage has a mark. The pretended
+card raises errors for what a GPU refuses:
 
 - operators on tensors of different devices;
-- in a capture (fake_cuda.graph): everything that makes the host wait, copies of host memory that is not pinned, pinning
-  memory, and allocations for another stream than the captured one;
+- in a graph capture (fake_cuda.graph): everything that makes the host wait, copies of host memory that is not pinned,
+  pinning memory, and allocations for another stream than the captured stream;
 - while torch.cuda.set_sync_debug_mode is "error": everything that makes the host wait;
-- in a forked process: the card, if the parent has used it, and backward passes, if the parent ran one.
+- in a forked process: any use of the card, if the parent process has used it, and backward passes, if the parent
+  process has run one.
 
-An operator has ended when it returns. Times come from the host's clock and say nothing about a real card.
+Operators are synchronous. Times come from the host's clock and say nothing about a real card.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 NAME, CARDS, CAPABILITY = "pretended card", 2, (9, 0)
-MEMORY = 2**30  # of each card; allocations beyond it are not refused
+MEMORY = 2**30  # bytes of each card; a card does not refuse larger allocations
+# The operators that make the host wait for the card.
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
+# torch's own attributes and methods of Tensor.
 PLAIN = {name: getattr(Tensor, name) for name in ("device", "is_cpu", "is_cuda", "to", "tolist", "numpy")}
 
 GROUPED = torch._C._group_tensors_by_device_and_dtype
@@ -45,7 +48,7 @@ class Host:
     passing: int | None = None  # the card of a running backward pass: C++ creates its tensors on the CPU
     sync_debug = "default"
     used = ran_backward = forked_after_use = forked_after_backward = False
-    blocks = size = in_use = 0  # allocations so far, their bytes, bytes not yet freed
+    blocks = size = in_use = 0  # the number of allocations, their bytes, and the bytes that are not freed yet
 
     @classmethod
     def fork(cls) -> None:
@@ -72,14 +75,14 @@ class Host:
 
     @classmethod
     def wait(cls, what: str) -> None:
-        """The host waits for a card."""
+        """Raises an error where the host must not wait for a card. `what` says what makes it wait."""
         refuse_in_a_capture(what)
         if cls.sync_debug == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
 
 def mark(x: Any, name: str) -> Any:
-    """A mark of a tensor's storage, or None: `card` is the card's number, `pinned` is for host memory."""
+    """A mark of a tensor's storage, or None. "card" is the number of its card. "pinned" says that it is pinned."""
     try:
         return getattr(x.untyped_storage(), name, None)
     except (AttributeError, NotImplementedError, RuntimeError):  # x is no tensor, or has no storage
@@ -87,16 +90,17 @@ def mark(x: Any, name: str) -> Any:
 
 
 def card_of(x: Any) -> int | None:
+    """The number of a tensor's card, or None if it is on the host."""
     return mark(x, "card")
 
 
 def index_of(device: Any) -> int | None:
-    """The number of a card, or None for another device."""
+    """The number of the card that a device names, or None for other devices."""
     as_device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cpu")
     return None if as_device.type != "cuda" else Host.index if as_device.index is None else as_device.index
 
 
-# ------------------------------------------------------------------------------- what a tensor says in Python
+# ----------------------------------------------------------------------------- attributes and methods of Tensor
 
 
 def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,14 +139,14 @@ TENSOR = {
     "cuda": lambda self, device=None, non_blocking=False: to(self, device or "cuda", non_blocking=non_blocking),
     "tolist": lambda self: PLAIN["tolist"](self.cpu()),
     "numpy": numpy,
-    "record_stream": lambda self, stream: None,  # memory is freed at once, since all work has ended
+    "record_stream": lambda self, stream: None,  # does nothing, since operators are synchronous
 }
 
 
 def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wraps torch.tensor or torch.as_tensor, which create on the host and copy to a card where modes do not see it.
+    """Wraps torch.tensor or torch.as_tensor, which create a tensor on the host and copy it to the card.
 
-    Here the copy is a call of `to`, which modes see.
+    Dispatch modes do not see torch's own copy. They see the copy by `to`, which replaces it here.
     """
 
     def make(data: Any, *, device: Any = None, requires_grad: bool = False, **options: Any) -> Tensor:
@@ -157,7 +161,7 @@ def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Operators(TorchDispatchMode):
-    """A dispatch mode that is active for the whole process and sees each operator."""
+    """A dispatch mode for the whole process. It runs the operators of cards on the CPU, and marks their results."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function._schema.name.partition("::")[2]
@@ -192,7 +196,7 @@ class Operators(TorchDispatchMode):
         return result
 
     def check(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor], cards: set[int], card: int | None) -> None:
-        """Raises the errors that a card would raise."""
+        """Raises the error that a GPU would raise for this call, if there is one."""
         of_host = [x for x in inputs if card_of(x) is None]
         if name in WAITS:
             Host.wait(name)
@@ -265,13 +269,17 @@ CUDA: dict[str, Any] = fake_cuda.FAKES | {
 
 
 def grouped(lists: Any, *options: Any) -> dict[Any, Any]:
-    """Groups an optimizer's tensors by device and dtype: C++ takes all of them for CPU tensors. The first list has no
-    None."""
+    """torch._C._group_tensors_by_device_and_dtype, with the devices that Python sees.
+
+    It groups the tensors of an optimizer. C++ sees only CPU tensors, but has grouped them by dtype. The first list has
+    no None.
+    """
     groups = GROUPED(lists, *options)
     return {(group[0][0][0].device, dtype): group for (_, dtype), group in groups.items()}
 
 
 def install() -> None:
+    """Replaces torch.cuda, and what else shows the card, in this process. It cannot be undone."""
     engine = torch.autograd._engine_run_backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:  # args[0]: the tensors that the pass starts from

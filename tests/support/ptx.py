@@ -1,8 +1,8 @@
-"""Compiles CUDA sources to PTX, and runs kernels in PTX thread by thread on numpy arrays.
+"""Compiles CUDA sources to PTX, and interprets kernels in PTX, one thread after the other, on numpy arrays.
 
-The interpreter knows the instructions of the kernels of ptx_trial.cu, with the semantics of NVIDIA's PTX ISA. It raises
-PtxError, with the instruction's name, for all others, and for memory accesses that are unaligned or not within one
-array.
+The interpreter knows the instructions of the kernels in ptx_trial.cu, as NVIDIA's PTX ISA defines them. For another
+instruction it raises PtxError with the instruction's name. It also raises PtxError for memory accesses that are
+unaligned or not within one array.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.static.compiler import CSRC, Missing, find_tools, load_setup, ou
 
 ROOT = Path(__file__).resolve().parents[2]
 TRIAL = ROOT / "tests/support/ptx_trial.cu"
-NAN = 0x7FFFFFFF  # the only NaN that arithmetic on float32 returns
-FIRST_ADDRESS, BETWEEN = 2**33, 2**20  # of the first array; between arrays
+NAN = 0x7FFFFFFF  # the bits of the only NaN that arithmetic on float32 returns
+FIRST_ADDRESS, BETWEEN = 2**33, 2**20  # the address of the first array; the distance from one array to the next
 
 
 class PtxError(Exception):
-    """The interpreter does not accept an instruction, an operand or an access."""
+    """Says that the interpreter does not accept an instruction, an operand or a memory access."""
 
 
 # --------------------------------------------------------------------------------------------------------- the compiler
@@ -34,7 +34,7 @@ class PtxError(Exception):
 
 @functools.cache
 def compile_ptx(source: Path, arch: str) -> str:
-    """The PTX of a source with the flags of the build; skips the test if there is no nvcc, or one without this arch."""
+    """The PTX of a source, compiled with the flags of the build. Skips the test if no nvcc knows the architecture."""
     try:
         tools = find_tools()
     except Missing as missing:
@@ -49,17 +49,17 @@ def compile_ptx(source: Path, arch: str) -> str:
 
 
 def kernels_of(source: str) -> str:
-    """The PTX of a source of csrc/cuda, as the build makes it for most architectures."""
+    """The PTX of a source in csrc/cuda, for the architecture 8.0."""
     return compile_ptx(CSRC / "cuda" / f"{source}.cu", "80")
 
 
 def ptx_archs() -> list[str]:
-    """The architectures for which the build makes PTX: the sources differ between them."""
+    """The architectures for which the build makes PTX."""
     return [str(arch) for arch in load_setup().PTX_ARCHS]
 
 
 def bodies(ptx: str) -> dict[str, str]:
-    """The kernels' parameters and instructions, by the kernels' names."""
+    """The PTX of each kernel, its parameters and instructions, by the kernel's name."""
     parts = re.split(r"^\s*(?:\.visible\s+|\.weak\s+)?\.entry\s+(\w+)", ptx, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -68,7 +68,11 @@ def bodies(ptx: str) -> dict[str, str]:
 
 
 class Instruction(NamedTuple):
-    """guard: the predicate on which the instruction executes, with "!" in front if it must be false; or empty."""
+    """An instruction of PTX.
+
+    guard: the predicate that must be true for the instruction to execute, or false if it begins with "!". "" if there
+        is no condition.
+    """
 
     guard: str
     opcode: str
@@ -77,12 +81,13 @@ class Instruction(NamedTuple):
 
 class Kernel(NamedTuple):
     parameters: list[str]
-    registers: dict[str, str]  # types by name; a name ending in "%" stands for numbered registers
+    registers: dict[str, str]  # their types by name; "%r%" stands for the registers %r0, %r1, ...
     instructions: list[Instruction]
     labels: dict[str, int]  # the index of the instruction after each label
 
 
 def parse(body: str) -> Kernel:
+    """Parses the PTX of a kernel (`bodies`)."""
     head, _, body = re.sub(r"//.*", "", body).partition("{")
     kernel = Kernel(re.findall(r"\.param\s+\.u64\s[^,)]*?(\w+)\s*[,)]", head), {}, [], {})
     for statement in body.split(";"):
@@ -100,16 +105,17 @@ def parse(body: str) -> Kernel:
     return kernel
 
 
-# ------------------------------------------------------------------------------------------------------------ its state
+# ------------------------------------------------------------------------------------------------------------ the state
 
 
 class Memory:
-    """The arrays of a run, with addresses far apart from one another."""
+    """The arrays that a kernel accesses. Their addresses are far apart, so an access out of bounds is in no array."""
 
     def __init__(self, arrays: tuple[np.ndarray, ...]) -> None:
         self.bytes = [memoryview(array.reshape(-1)).cast("B") for array in arrays]
 
     def at(self, address: int, size: int) -> memoryview:
+        """The `size` bytes at an address. Raises PtxError if they are out of bounds or unaligned."""
         number, begin = divmod(address - FIRST_ADDRESS, BETWEEN)
         if not (0 <= number < len(self.bytes) and begin + size <= len(self.bytes[number])):
             raise PtxError(f"an access to {size} bytes at {address:#x}, out of bounds")
@@ -119,14 +125,14 @@ class Memory:
 
 
 class Thread:
-    """A thread's registers, whose bits are stored as integers."""
+    """The registers of a thread. Their bits are stored as integers."""
 
     def __init__(self, kernel: Kernel, number: int) -> None:
         self.kernel, self.number = kernel, number
         self.values: dict[str, int] = {}
 
     def check(self, register: str, kind: str) -> None:
-        """Raises PtxError unless the register's type has the same size as `kind` and is compatible with it."""
+        """Raises PtxError unless an operand of the type `kind`, such as "f32", may be this register."""
         types = self.kernel.registers
         declared = types.get(register) or types.get(re.sub(r"\d+$", "%", register))
         if (
@@ -169,7 +175,7 @@ def to_bits(value: np.float32) -> int:
 
 
 def rsqrt(x: np.float32, flushes: bool) -> np.float32:
-    """1/sqrt(x) rounded to nearest, which is within the error that the ISA allows."""
+    """1/sqrt(x), rounded to nearest, so within the error that the ISA allows. flushes: whether subnormals are 0."""
     if flushes and abs(x) < np.finfo(np.float32).smallest_normal:
         x = np.copysign(np.float32(0), x)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -177,7 +183,7 @@ def rsqrt(x: np.float32, flushes: bool) -> np.float32:
 
 
 def larger(a: np.float32, b: np.float32, keeps_nan: bool) -> np.float32:
-    """The larger number; 0 is larger than -0. If one is NaN, returns the other number or, with keeps_nan, NaN."""
+    """The larger number, where 0 is larger than -0. If one number is NaN: NaN if keeps_nan, else the other number."""
     if np.isnan(a) or np.isnan(b):
         return np.float32(np.nan) if keeps_nan else b if np.isnan(a) else a
     return max((a, b), key=lambda x: (x, not np.signbit(x)))
@@ -215,7 +221,7 @@ def execute(thread: Thread, memory: Memory, opcode: str, operands: list[str]) ->
                     part[:] = thread.read(name, kind).to_bytes(size, "little")
         case ["mov", kind]:
             thread.write(to, kind, thread.read(of[0], kind))
-        case ["cvta", "to", "global", kind]:  # global addresses are generic addresses here
+        case ["cvta", "to", "global", kind]:  # in this interpreter, a global address is its generic address
             thread.write(to, kind, thread.read(of[0], kind))
         case ["cvt", "u64", "u32"]:
             thread.write(to, "u64", thread.read(of[0], "u32"))
@@ -240,7 +246,7 @@ def execute(thread: Thread, memory: Memory, opcode: str, operands: list[str]) ->
 
 
 def run(ptx: str, name: str, threads: int, *arrays: np.ndarray) -> Counter[str]:
-    """Runs a kernel with one block. Its parameters are the arrays. Returns how often each instruction was executed."""
+    """Runs one block of a kernel, whose parameters are the arrays. Returns how often each instruction was executed."""
     kernel, memory, executed = parse(bodies(ptx)[name]), Memory(arrays), Counter()
     if len(kernel.parameters) != len(arrays):
         raise PtxError(f"{len(arrays)} arrays for {len(kernel.parameters)} parameters")

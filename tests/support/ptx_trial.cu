@@ -1,9 +1,10 @@
-// A kernel for each function of csrc/cuda/ptx.cuh. A thread takes one number or one word.
+// A kernel for each function of csrc/cuda/ptx.cuh. A thread processes one number or one word.
 #include "cuda/ptx.cuh"
 
 namespace cuda = ddpm_ext::cuda;
 
-// The word that a thread has if the condition does not hold is in `to`.
+// Calls load_word_if with a word that holds *to, and stores the word to *to. So *to changes only if the condition
+// holds.
 template <class Word>
 __device__ __forceinline__ void load_if(uint32_t condition, const Word* from, Word* to) {
   Word word = *to;
@@ -44,7 +45,7 @@ __global__ void keep_uses_behind(const float* from, float* to) {
   to[threadIdx.x] = from[threadIdx.x];
 }
 
-// A compiler that knows the word computes 5 ^ 3 itself.
+// Without make_opaque, the compiler would know the word and store the constant 5 ^ 3.
 __global__ void opaque_32(uint32_t* to) {
   uint32_t word = 5;
   cuda::make_opaque(word);

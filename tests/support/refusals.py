@@ -1,4 +1,4 @@
-"""Good arguments for each method, and a check of the error that a bad one raises: see process/test_bad_input.py."""
+"""Valid arguments for each method, and checks of the errors that invalid ones raise, for process/test_bad_input.py."""
 
 import re
 
@@ -26,7 +26,7 @@ GOOD_T = [0, 20, 49]
 
 
 class Model:
-    """Returns `output` and counts its calls."""
+    """A model that returns `output`, or x / 2 for None, and counts its calls."""
 
     def __init__(self, output=None):
         self.output, self.calls = output, 0
@@ -37,7 +37,7 @@ class Model:
 
 
 def call(method, backend, device, /, **changes):
-    """Calls `method` with good arguments, of which `changes` replace some."""
+    """An object, its model, and valid arguments for `method` on `device`, of which `changes` replace some."""
     gd = GaussianDiffusion(TIMESTEPS, backend=backend)
     model = Model()
     arguments = {
@@ -55,7 +55,10 @@ def call(method, backend, device, /, **changes):
 
 
 def spread(cases, names):
-    """(name, case): all cases with the first name, two with each other one, in turns: one place decides for all."""
+    """Pairs (name, case): all cases with the first name, and two of the cases, in turn, with each other name.
+
+    Two suffice, since the same code checks the argument for all names.
+    """
     many = list(cases) * 2
     return [(names[0], case) for case in cases] + [
         (name, case) for i, name in enumerate(names[1:]) for case in many[2 * i % len(cases) :][:2]
@@ -63,7 +66,10 @@ def spread(cases, names):
 
 
 def raises(error, words, call, device=CPU):
-    """Calling `call` raises `error`, and its message matches each pattern of `words`. DEVICE stands for the device."""
+    """Checks that call() raises `error`, and that its message matches "expected" and each pattern of `words`.
+
+    In a pattern, DEVICE stands for the device.
+    """
     with pytest.raises(error) as info:
         call()
     assert type(info.value) in (TypeError, ValueError)
@@ -75,7 +81,7 @@ def raises(error, words, call, device=CPU):
 
 
 def refuse(method, backend, device, error, words, /, calls=0, **changes):
-    """The call raises `error` as in `raises`, changes no argument, and calls the model this many times."""
+    """Checks that the method raises `error` as in `raises`, changes no argument, and calls the model `calls` times."""
     gd, _, arguments = call(method, backend, device, **changes)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
     copies = {k: v.clone() for k, v in tensors.items()}

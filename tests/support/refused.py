@@ -1,9 +1,9 @@
-"""A check of a refusal."""
+"""Checks that a call is refused with an error."""
 
 import pytest
 
 
 def refused(error, message, call, /, *arguments, **options):
-    """call(*arguments, **options) raises the error, in whose text the pattern `message` is found."""
+    """Checks that call(*arguments, **options) raises `error`, whose text contains the pattern `message`."""
     with pytest.raises(error, match=message):
         call(*arguments, **options)

@@ -1,13 +1,14 @@
-"""A rehearsal of `make gpu` on a machine without a card, in a bare clone, against pretended_card.py.
+"""Runs `make gpu` on a machine without a GPU: in a copy of the sources, with the pretended card of pretended_card.py.
 
     make rehearse           # or: PYTHONPATH=tests python -m support.rehearsal FOLDER
 
-The rehearsal runs what a card would run: the parts' processes and their forks, the parsing of their logs, their time
-limits and the report. `PRETENDED` lists what is not real. The clone's setup.py is replaced by one that copies a built
-module into the clone, which has no module before. A sitecustomize.py installs the pretended card in each process.
+Such a rehearsal runs the processes of the parts of `make gpu` and their forks, parses their logs, applies their time
+limits and writes the report. `PRETENDED` lists what is not real. The copy has no compiled module, and its setup.py is
+replaced by one that copies a module that is already built. A sitecustomize.py installs the pretended card in each
+process.
 
-The pretended machine has one core. There a build takes longer than all the measurements, and its time must not count as
-theirs.
+The pretended machine has one core. So its build takes longer than all measurements, and the rehearsal shows that the
+time of the build does not count as time of the measurements.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ else:
 
 
 def clone(folder: Path) -> None:
-    """Copies the sources of the working tree, without build outputs."""
+    """Copies the sources of the working tree to a folder, without build outputs."""
     command = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
     for name in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
@@ -85,7 +86,7 @@ def clone(folder: Path) -> None:
 
 
 def wrong(parts: dict[str, Any]) -> list[str]:
-    """The failures in the parts' results."""
+    """Descriptions of the failures in the results of the parts of `make gpu`, which are given by name."""
     failures = [
         f"{name}: {part['verdict']}, {part['found']}" for name, part in parts.items() if part["verdict"] != "pass"
     ]
@@ -94,7 +95,13 @@ def wrong(parts: dict[str, Any]) -> list[str]:
 
 
 def rehearse(out: Path, tests: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns the results by part, and the failures. `tests` says which tests run: see pretended.SIGN."""
+    """Runs the rehearsal, with its report in the folder `out`.
+
+    tests: which tests run, as pretended.SIGN describes.
+
+    Returns:
+        The results of each part by the part's name, and descriptions of the failures.
+    """
     for old in out.glob("*.json"):
         old.unlink()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-// Threads that allocate results and free each other's, while the process forks.
+// A library in which several threads allocate results and free the results of other threads, while the process forks.
 #include <ATen/core/Tensor.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,7 +12,8 @@
 
 namespace {
 
-// A result that nobody else writes to while it lives: its ends hold a mark of its own.
+// A result whose first and last element are a unique mark. If the marks change, its memory was used for another result,
+// too.
 struct Marked {
   at::Tensor tensor;
   int64_t mark;
@@ -24,11 +25,11 @@ struct Marked {
   bool whole() const { return ends()[0] == mark && ends()[tensor.numel() - 1] == mark; }
 };
 
-std::mutex mutex;  // for what follows
+std::mutex mutex;  // guards `shelf` and all_whole
 std::vector<Marked> shelf;
 bool all_whole = true;
 
-std::atomic<bool> done{false};
+std::atomic<bool> done{false};  // tells the threads to stop
 
 void work(int64_t thread) {
   for (int64_t i = 0; !done; ++i) {
@@ -41,7 +42,8 @@ void work(int64_t thread) {
 
 }  // namespace
 
-// Whether every result kept its marks, in this process and in its children.
+// Returns whether all marks of results were unchanged, all children ended without an error, and no memory was left in
+// use.
 extern "C" bool try_results(int64_t threads, int64_t forks) {
   ddpm_ext::limit_result_memory(1 << 30);
   for (int64_t i = 0; i < 6; ++i) shelf.emplace_back(40'000, i);

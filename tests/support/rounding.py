@@ -1,4 +1,4 @@
-"""Numbers that carry the size of their rounding errors, and comparisons of results with them or with other results."""
+"""Numbers with a bound for their rounding errors, and comparisons of results with such numbers or bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from support.operators import HALF_ULP, host
 
 
 class Number:
-    """A float64 number, and the sum of its terms' absolute values, to which rounding errors are in proportion."""
+    """A float64 number, and the sum of its terms' absolute values (`size`). Rounding errors are a share of that sum."""
 
     def __init__(self, value: np.ndarray | float, size: np.ndarray | float | None = None) -> None:
         self.value, self.size = value, np.abs(value) if size is None else size
@@ -24,12 +24,15 @@ class Number:
 
     def clip(self, low: float, high: float) -> Number:
         value = np.clip(self.value, low, high)
-        # The result is no larger than the bound, but has the error of its terms.
+        # A clipped value is small, but near the clip the result still has the rounding errors of its terms.
         return Number(value, np.maximum(self.size, np.abs(value)))
 
 
 def roundings(got: torch.Tensor, truth: Number, noise_error: np.ndarray | float = 0.0) -> float:
-    """The largest error, less the rounding of the result itself, in half units of float32."""
+    """The largest rounding error of a result, in units of 2^-24 times its size.
+
+    Does not count the rounding of the result to its dtype, nor `noise_error`, the error of drawn noise.
+    """
     relative, least = HALF_ULP[got.dtype]
     error = np.abs(host(got) - truth.value) - noise_error
     error = error - relative * (np.abs(truth.value) + np.abs(error)) - least
@@ -37,7 +40,7 @@ def roundings(got: torch.Tensor, truth: Number, noise_error: np.ndarray | float 
 
 
 def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many elements differ in a bit; all where the shapes or dtypes do. Any NaN equals any other."""
+    """The number of elements with different bits, or of all elements if shapes or dtypes differ. All NaNs are equal."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return max(a.numel(), b.numel(), 1)
     whole = torch.int32 if a.dtype == torch.float32 else torch.int16

@@ -1,6 +1,7 @@
-"""Another value of each option of the commands that draw samples, and the options of the loop that it stands for.
+"""For each option of the commands that draw samples: a value, and the options of p_sample_loop that it should set.
 
-The model is save_pets's. Paths are in the folder that write_inputs fills.
+Tests check that the value changes the samples as these options do. The model is that of save_pets. Paths are in the
+folder of write_inputs.
 """
 
 from typing import Any, NamedTuple
@@ -22,9 +23,10 @@ DDIM = ("--sampler", "ddim", "--steps", 4)
 
 
 class Drawn(NamedTuple):
-    """Another value of an option.
+    """A value of an option that changes the samples.
 
-    loop: from Inputs to options of p_sample_loop. beside: what the first command has, too. steps: both commands'.
+    given: the option and its value as arguments of the command. loop: a function from Inputs to the options of
+        p_sample_loop that give the same samples. beside: arguments that the option needs. steps: more arguments.
     """
 
     given: Any
@@ -34,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 class Inputs:
-    """What the files of write_inputs hold."""
+    """The contents of the files of write_inputs."""
 
     def __init__(self, folder):
         self.folder, self.loaded = folder, models.load_model(folder / "pets")
@@ -57,7 +59,7 @@ class Inputs:
 
     @torch.no_grad()
     def loop(self, count=2, labels=(0, 1, 2), model="pets", **options):
-        """The samples of p_sample_loop."""
+        """The samples of p_sample_loop with these options."""
         loaded = models.load_model(self.folder / model, dtype=options.get("dtype", torch.float32))
         kwargs = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])}
         given = {"sampler": "ddim", "steps": 4, "rng": Philox(0), "model_kwargs": kwargs} | options
@@ -70,7 +72,7 @@ def unit(pixels):
 
 
 def write_inputs(folder):
-    """Models of classes, images to begin from, noise and a step table. Returns the folder."""
+    """Writes models with classes, images, masks, noise and a step table to a folder. Returns the folder."""
     unet, settings = models.load_model(save_pets(folder / "pets")).unet, DiffusionSettings(timesteps=100)
     for name, factor in (("pets", 1), ("other", 2)):
         with torch.no_grad():

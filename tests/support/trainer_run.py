@@ -1,6 +1,6 @@
-"""Tiny models and tiny datasets to train on, in this process or in others that are killed or are ranks.
+"""Runs of a Trainer with tiny models and data, in this process or in forked processes that are killed or are ranks.
 
-in_forks starts this file as a process, which forks.
+in_forks starts this file as a script.
 """
 
 import csv
@@ -22,13 +22,13 @@ from ddpm_ext.training.step import TrainingStep
 
 SIZES = {"steps": 60, "batch_size": 6, "timesteps": 20, "warmup": 4, "checkpoint_every": 10, "log_every": 7}
 SIZES |= {"device": "cpu"}
-# A UNet2DModel's options, and images that fit.
+# The options of a run with a UNet2DModel, and its images.
 UNET = {"batch_size": 4, "widths": (8,), "attention": (), "groups": 4, "timesteps": 20, "steps": 2, "device": "cpu"}
 IMAGES = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
 
 
 class Tiny(nn.Module):
-    """model(x, t), with dropout, and with a buffer that changes with every call in training mode."""
+    """A model of x and t with dropout. Its buffer counts the calls in training mode."""
 
     def __init__(self, channels: int = 1, outputs: int | None = None, dropout: float = 0.1, width: int = 6) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Tiny(nn.Module):
 
 
 class Conditional(Tiny):
-    """Tiny with a class embedding, of which the last is the null class; remembers the labels that it was given."""
+    """Tiny with a class embedding, whose last class is the null class. `seen` has the labels of all training calls."""
 
     def __init__(self, classes: int = 5, **sizes) -> None:
         super().__init__(**sizes)
@@ -63,7 +63,7 @@ class Conditional(Tiny):
 
 
 class Squares(Dataset):
-    """Squares on a dark ground, drawn with the generators of three libraries at each read."""
+    """Images of squares. Each access draws an image with the generators of torch, Python and numpy."""
 
     def __init__(self, count: int = 11, size: int = 8) -> None:
         self.count, self.size = count, size
@@ -79,11 +79,11 @@ class Squares(Dataset):
 
 
 def _do_nothing(text: str) -> None:
-    """A report that nobody reads."""
+    """Ignores a line of the report."""
 
 
 def make(out, *, dropout=0.1, width=6, squares=11, model=None, data=None, report=_do_nothing, **options):
-    """A Trainer of the tiny module on the squares, unless a model or data are given."""
+    """A Trainer of `model` on `data`, by default of a Tiny on Squares."""
     options = SIZES | options
     twice = options.get("variance", "fixed_small").startswith("learned")
     if model is None:
@@ -97,25 +97,25 @@ def make_unet(out, data=IMAGES, *, report=_do_nothing, **options):
 
 
 def features_lost(images, calls=[]):  # noqa: B006
-    """Features, which fail in this process's second call: the first one tries them out."""
+    """Features of images. The second call in a process raises an error; the first one is the Trainer's trial."""
     calls.append(1)
     return {1: images.flatten(1)}[len(calls)]
 
 
 def as_arguments(options):
-    """The options of `ddpm-ext train` that are these of TrainOptions."""
+    """Options of TrainOptions as arguments of `ddpm-ext train`."""
     texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
     return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
 
 
 def before_steps(act) -> None:
-    """Calls act(step, images) before each step of this process, and trains on the images that it returns."""
+    """Makes every Trainer of this process call act(step, images) before each step, and train on the returned images."""
     take = TrainingStep.take
     TrainingStep.take = lambda self, images, labels: take(self, act(self.state.step, images), labels)
 
 
 def die_after(monkeypatch, steps) -> None:
-    """A run in this process ends after this many steps and writes nothing more, as one that is killed."""
+    """Makes a run in this process end after this number of steps, without writing more, like a killed process."""
     take = TrainingStep.take
 
     def die(self, images, labels):
@@ -127,8 +127,11 @@ def die_after(monkeypatch, steps) -> None:
 
 
 def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arguments=None, **options) -> None:
-    """Trains, or runs `ddpm-ext train` with `arguments`. After this many steps the process is killed (die_at), gets a
-    SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before."""
+    """Trains with the Trainer of `make`, or with `arguments` by the command `ddpm-ext train`.
+
+    die_at, signal_at, nan_at: the number of steps after which the process kills itself, gets a SIGTERM, or gets NaN
+        images. own_group: the backend of a process group that the process creates before it trains.
+    """
     if arguments is not None:
         from ddpm_ext import cli
 
@@ -152,7 +155,7 @@ def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arg
 
 
 def weights(folder):
-    """The weights that a run of `make` wrote."""
+    """The weights in the folder of a run, by name."""
     from safetensors.torch import load_file
 
     path = Path(folder) / "model.safetensors"
@@ -160,7 +163,7 @@ def weights(folder):
 
 
 def assert_same(found, expected) -> None:
-    """Tensors by name, or the folders of runs, whose weights they are, have the same names and bits."""
+    """Checks that two dicts of tensors have the same names and values. A folder stands for the weights of its run."""
     found, expected = (given if isinstance(given, dict) else weights(given) for given in (found, expected))
     assert found.keys() == expected.keys()
     differ = [name for name, value in expected.items() if not torch.equal(found[name], value)]
@@ -168,13 +171,13 @@ def assert_same(found, expected) -> None:
 
 
 def rows(folder):
-    """The lines of a run's losses.csv as numbers."""
+    """The lines of a run's losses.csv, as dicts of numbers."""
     with open(Path(folder) / "losses.csv") as opened:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
 
 
 def in_forks(folder: Path, runs: forks.Runs) -> dict[str, list[int]]:
-    """Trains as forks.in_forks says; the options are those of `run`."""
+    """Trains in forked processes (forks.in_forks). The options in `runs` are those of `run`."""
     return forks.in_forks(__file__, folder, runs)
 
 

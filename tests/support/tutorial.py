@@ -1,7 +1,7 @@
-"""The tutorial's GaussianDiffusion in float64, with x0- and v-predictions and the large variance added.
+"""The GaussianDiffusion of eager_tutorial in float64, also with predictions of x0 and v and with the large variance.
 
-It computes on the CPU, wherever its arguments lie. The tests take its results for the truth, so that it imports nothing
-from ddpm_ext.
+It computes on the CPU, whatever the device of its arguments. Tests use its results as the correct ones, so it imports
+nothing from ddpm_ext.
 """
 
 import torch
@@ -14,6 +14,7 @@ ATTRIBUTES = [name for name, table in vars(eager_tutorial.GaussianDiffusion()).i
 
 
 def wide(*tensors):
+    """The tensors on the CPU, with float64 in place of other float dtypes."""
     return [x.double().cpu() if x.is_floating_point() else x.cpu() for x in tensors]
 
 
@@ -43,11 +44,11 @@ class Tutorial(eager_tutorial.GaussianDiffusion):
         return super().predict_start_from_noise(*wide(x_t, t, noise))
 
     def rotated(self, x, y, t):
-        """sqrt(abar_t) x - sqrt(1 - abar_t) y: v of noise and x_0, and x_0 of x_t and v."""
+        """sqrt(abar_t) x - sqrt(1 - abar_t) y. For x = noise and y = x_0 it is v; for x = x_t and y = v it is x_0."""
         return self.q_sample(x, t, -y)
 
     def predict_start(self, x_t, t, model_output):
-        """x_0 from what the model predicts."""
+        """The x_0 that follows from the model's output."""
         if self.prediction == "x0":
             return model_output.double().cpu()
         if self.prediction == "v":
@@ -65,7 +66,7 @@ class Tutorial(eager_tutorial.GaussianDiffusion):
         if clip_denoised:
             x_recon = torch.clamp(x_recon, min=-1.0, max=1.0)
         mean, variance, log_variance = self.q_posterior_mean_variance(x_recon, x_t, t)
-        if self.variance == "fixed_large":  # beta, but at t = 0, where no noise is added, the small variance of t = 1
+        if self.variance == "fixed_large":  # beta_t; at t = 0, which adds no noise, the small one of t = 1
             large = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
             variance = self._extract(large, t, x_t.shape)
             log_variance = variance.log()

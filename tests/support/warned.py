@@ -1,4 +1,4 @@
-"""The warnings that a test expects among those that were caught."""
+"""Selects the warnings that tests check."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from collections.abc import Iterable
 
 
 def user_warnings(caught: Iterable[warnings.WarningMessage]) -> list[warnings.WarningMessage]:
-    """Only UserWarnings: objects left open by earlier tests may cause a ResourceWarning at any moment."""
+    """The UserWarnings among caught warnings. Others may come from objects that earlier tests left open."""
     return [warning for warning in caught if warning.category is UserWarning]

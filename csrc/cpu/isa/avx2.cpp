@@ -6,7 +6,7 @@
 
 DDPM_BEGIN_TARGET("avx2,fma,f16c")
 #include "cpu/simd/avx2.h"
-// The kernels come after the vector type.
+// This comes after the vector type, which the kernels use.
 #include "cpu/kernels/all.h"
 DDPM_END_TARGET
 #endif

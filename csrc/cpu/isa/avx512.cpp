@@ -6,7 +6,7 @@
 
 DDPM_BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx2,fma,f16c")
 #include "cpu/simd/avx512.h"
-// The kernels come after the vector type.
+// This comes after the vector type, which the kernels use.
 #include "cpu/kernels/all.h"
 DDPM_END_TARGET
 #endif

@@ -1,7 +1,7 @@
-// All functions between DDPM_BEGIN_TARGET("names") and DDPM_END_TARGET are compiled for an instruction set. Standard
-// headers must be included before. Otherwise one of their inline functions would be compiled for this instruction set,
-// and the linker could use that copy for the other files, which would then fail on machines without it. The functions
-// of this project are always inlined.
+// All functions between DDPM_BEGIN_TARGET("names") and DDPM_END_TARGET are compiled for the named instruction sets.
+// Standard headers must be included before. Otherwise their inline functions, too, would be compiled for these
+// instruction sets. The linker could then use such a function in all other files, and they would fail on CPUs without
+// the instructions. This cannot happen to functions of this project, since they are always inlined.
 #pragma once
 
 #include <math.h>

@@ -1,5 +1,5 @@
-// The kernels of one instruction set. A file in cpu/isa/ first includes a vector type from cpu/simd/, which defines
-// DDPM_ISA as the kernels' namespace, and then this file.
+// The table of the kernels of one instruction set. A file in cpu/isa/ first includes a vector type from cpu/simd/,
+// which defines DDPM_ISA as the kernels' namespace, and then this file.
 #pragma once
 
 #include "cpu/kernels/loss.h"
@@ -10,14 +10,16 @@
 
 namespace ddpm_ext::DDPM_ISA {
 
-// The instances of a kernel template, by the dtype of x and the dtype of the second tensor. The second dtype may be
-// lower if x is float32. The arguments after `kernel` are the template's first arguments.
+// The instances of a kernel template, indexed by the dtype of x and the dtype of the second tensor. If x is float32,
+// the second dtype may have a lower precision. The macro arguments after `kernel` are the first arguments of the
+// template.
 #define DDPM_BY_DTYPE(kernel, ...)                                                                                    \
   {                                                                                                                   \
       {kernel<__VA_ARGS__, float, float>, kernel<__VA_ARGS__, float, Float16>, kernel<__VA_ARGS__, float, BFloat16>}, \
       {nullptr, kernel<__VA_ARGS__, Float16, Float16>, nullptr},                                                      \
       {nullptr, nullptr, kernel<__VA_ARGS__, BFloat16, BFloat16>},                                                    \
   }
+// The same table, where both dtypes are equal.
 #define DDPM_BY_ONE_DTYPE(kernel, ...)                             \
   {                                                                \
       {kernel<__VA_ARGS__, float, float>, nullptr, nullptr},       \

@@ -1,5 +1,5 @@
-// The interface between kernels and noise on the CPU: the normals of a run, and the loop over its vectors. The GPU's is
-// cuda/normals.cuh.
+// The loops of the CPU kernels over the vectors of a run, with the noise of each vector. cuda/normals.cuh draws the
+// noise of the GPU kernels.
 #pragma once
 
 #include "cpu/kernels/noise_by_pixels.h"
@@ -7,9 +7,10 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Computes the normals of a vector of blocks from the words that the previous call drew, and then draws the next words.
-// z[k] has element k of each block. Both computations are long chains of dependent instructions; separated like this,
-// they run in parallel. next() returns the products of the next blocks' numbers with kPhiloxM0.
+// Computes the normals z of a vector of blocks from their words w. z[k] has element k of each block. Then draws the
+// words of the next vector of blocks into w. Each computation is a long chain of dependent instructions. But neither
+// needs the result of the other, so the CPU runs them in parallel. next() returns the products of kPhiloxM0 and the
+// next block numbers.
 template <class Next>
 DDPM_HD void draw(const PhiloxKeys& keys, const PhiloxSample& counter, Next next, U32 (&w)[4], F32 (&z)[4]) {
   box_muller(w[0], w[1], z[0], z[1]);
@@ -22,13 +23,13 @@ template <Noise kNoise, class Run, class Body>
 DDPM_HD void for_each_four(const Run& run, Body body) {
   constexpr int64_t kFour = 4 * F32::kLanes;
   static_assert(kRunMultiple % kFour == 0);
-  // Local copies, since the compiler cannot know that the body's stores do not change them.
+  // Local copies: the compiler must assume that the body's stores change `run`.
   const PhiloxSample counter = run.counter;
   const PhiloxKeys keys = *run.keys;
   const int64_t count = run.count;
   if constexpr (kNoise == Noise::drawn && std::is_base_of_v<PixelsRun, Run>) {
-    // A large body is faster if it comes before the next draw. So the step with options also takes this path in
-    // logical order.
+    // This loop calls the body before it draws the next normals, which is faster for a large body. So the step with
+    // options takes this path in logical order, too.
     if (std::is_same_v<Run, StepRun> || run.channels > 1) {
       NoiseByPixels noise(run);
       const auto next = [&]() __attribute__((always_inline)) { return noise.next(); };
@@ -37,8 +38,8 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
       F32 z[4] = {F32(0.0f), F32(0.0f), F32(0.0f), F32(0.0f)};
       philox_words(keys, counter, next(), w);
       for (int64_t i = -ahead; i < count; i += kFour) {
-        // Most iterations need no condition. With conditions in the loop, the compiler would load the same constants in
-        // each iteration.
+        // These iterations need no conditions. With the conditions, the compiler would load constants in each
+        // iteration.
         for (; i >= 0 && i < count - ahead; i += kFour) {
           body(i, z);
           draw(keys, counter, next, w, z);
@@ -52,12 +53,11 @@ DDPM_HD void for_each_four(const Run& run, Body body) {
     }
   }
   if constexpr (kNoise == Noise::drawn) {
-    // The products with kPhiloxM0 of as many blocks as a vector has lanes. From one vector to the next they grow by a
-    // constant.
-    Products first = multiply_wide(block_words(run.block), kPhiloxM0);
+    // The products of kPhiloxM0 and the block numbers of a vector. From one vector to the next they grow by a constant.
+    Products following = multiply_wide(block_words(run.block), kPhiloxM0);
     const auto next = [&]() __attribute__((always_inline)) {
-      const Products products = first;
-      first = first + uint64_t{kPhiloxM0} * F32::kLanes;
+      const Products products = following;
+      following = following + uint64_t{kPhiloxM0} * F32::kLanes;
       return products;
     };
     U32 w[4];

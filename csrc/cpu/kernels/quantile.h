@@ -1,10 +1,11 @@
-// Computes the magnitudes of the predicted clean sample, and selects two of them. Magnitudes are compared as integers,
-// in plain loops that the compiler vectorises.
+// The kernels of dynamic thresholding: they compute the magnitudes of the predicted clean sample and select the two
+// between which the quantile lies. Magnitudes are compared as integers, in plain loops that the compiler vectorises.
 #pragma once
 
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
+// Stores the magnitudes of a run.
 template <class X, class M>
 void magnitudes(const MagnitudesRun& run) {
   const X* x = static_cast<const X*>(run.x);
@@ -12,24 +13,25 @@ void magnitudes(const MagnitudesRun& run) {
   const M* u = static_cast<const M*>(run.uncond_output);
   float* to = run.magnitudes;
   const int64_t count = run.count;
-  const auto each = [&](auto x_start) __attribute__((always_inline)) {
+  const auto store_all = [&](auto x_start) __attribute__((always_inline)) {
     for (int64_t i = 0; i < count; i += F32::kLanes)
       store(to + i, bits_to_float(float_to_bits(x_start(i)) & U32(kMagnitude)));
   };
-  if (run.row == nullptr) return each([&](int64_t i) { return load(x + i); });
+  if (run.row == nullptr) return store_all([&](int64_t i) { return load(x + i); });
   const float a = run.row->a, b = run.row->b, w = run.row->w, scale = run.output_scale;
   if (u == nullptr || w == 1.0f)
-    return each([&](int64_t i) { return unclipped_x_start(a, b, load(x + i), load(m + i) * F32(scale)); });
-  each(
+    return store_all([&](int64_t i) { return unclipped_x_start(a, b, load(x + i), load(m + i) * F32(scale)); });
+  store_all(
       [&](int64_t i) { return unclipped_x_start(a, b, load(x + i), guide(w, load(m + i), load(u + i)) * F32(scale)); });
 }
 
-// The bits of a magnitude. As signed integers they have the order of the magnitudes.
+// Returns the bits of a magnitude. As signed integers, bits have the order of the magnitudes.
 DDPM_HD int32_t order(int32_t bits) { return bits; }
 DDPM_HD int32_t order(float magnitude) { return static_cast<int32_t>(ddpm_ext::float_to_bits(magnitude)); }
 
+// Writes the bits of the largest magnitude of each group. A group is a column of a tile (kernel_table.h).
 void group_maxima(const float* magnitudes, int64_t count, int32_t* maxima) {
-  constexpr int kColumns = 4 * F32::kLanes;  // done at once, in registers
+  constexpr int kColumns = 4 * F32::kLanes;  // the columns that are processed at once, in registers
   static_assert(kTileColumns % kColumns == 0);
   for (int64_t tile = 0; tile < count; tile += kTile, maxima += kTileColumns) {
     for (int64_t first = 0; first < kTileColumns; first += kColumns) {
@@ -43,7 +45,7 @@ void group_maxima(const float* magnitudes, int64_t count, int32_t* maxima) {
   }
 }
 
-// The number of values that are at least `least`.
+// Returns the number of values that are at least `least`.
 template <class T>
 DDPM_HD int64_t count_from(const T* values, int64_t count, int32_t least) {
   constexpr int64_t kPiece = 1 << 20;  // short enough for 32-bit counts
@@ -57,8 +59,8 @@ DDPM_HD int64_t count_from(const T* values, int64_t count, int32_t least) {
   return total;
 }
 
-// The smallest value that is at least `least`; there must be one. Smaller values wrap around to large unsigned
-// differences.
+// Returns the smallest value that is at least `least`. There must be such a value. For values below `least`, the
+// unsigned difference wraps around and is large.
 template <class T>
 DDPM_HD int32_t smallest_from(const T* values, int64_t count, int32_t least) {
   uint32_t smallest = UINT32_MAX;
@@ -69,6 +71,7 @@ DDPM_HD int32_t smallest_from(const T* values, int64_t count, int32_t least) {
   return least + static_cast<int32_t>(smallest);
 }
 
+// Returns the largest value, or 0 if there is none.
 template <class T>
 DDPM_HD int32_t largest(const T* values, int64_t count) {
   int32_t greatest = 0;
@@ -76,8 +79,8 @@ DDPM_HD int32_t largest(const T* values, int64_t count) {
   return greatest;
 }
 
-// The from_top-th largest value, by bisection of its bits. The bisection ends early if exactly from_top values are at
-// least the middle.
+// Returns the from_top-th largest value (1 is the largest), by bisection of its bits. The bisection ends early if
+// exactly from_top values are at least the middle.
 template <class T>
 DDPM_HD int32_t select_one(const T* values, int64_t count, int64_t from_top) {
   int32_t low = smallest_from(values, count, 0), high = largest(values, count);
@@ -93,6 +96,7 @@ DDPM_HD int32_t select_one(const T* values, int64_t count, int64_t from_top) {
   return smallest_from(values, count, low);
 }
 
+// Returns the from_top-th largest value and the next larger one, which is the same if values are equal.
 template <class T>
 DDPM_HD Neighbours select_two(const T* values, int64_t count, int64_t from_top) {
   const int32_t below = select_one(values, count, from_top);
@@ -101,16 +105,17 @@ DDPM_HD Neighbours select_two(const T* values, int64_t count, int64_t from_top) 
   return {static_cast<uint32_t>(below), static_cast<uint32_t>(above)};
 }
 
-// Finds the from_top-th largest magnitude and the next larger one. Only groups whose maximum is large enough can
-// contain one of the from_top largest magnitudes. There are few such groups if from_top is small, as for the quantile
-// 0.995.
+// Returns the from_top-th largest magnitude and the next larger one. If from_top is small, as for the quantile 0.995,
+// few groups can contain one of the from_top largest magnitudes: those with a large maximum. Only these groups are
+// searched.
 Neighbours select(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top, int32_t* scratch) {
   const int64_t groups = count / kGroup;
   const int32_t greatest = largest(maxima, groups);
   if (greatest > static_cast<int32_t>(kInfiniteMagnitude))
     return {static_cast<uint32_t>(greatest), static_cast<uint32_t>(greatest)};  // NaN
   if (from_top > groups / 4) return select_two(magnitudes, count, from_top);
-  // At least from_top magnitudes are at least the pivot. Those above the pivot lie in fewer than from_top groups.
+  // At least from_top magnitudes are at least the pivot, the from_top-th largest maximum. Larger magnitudes are in
+  // fewer than from_top groups.
   const int32_t pivot = select_one(maxima, groups, from_top);
   int64_t above = 0;
   for (int64_t group = 0; group < groups; ++group) {

@@ -1,4 +1,5 @@
-// The chunks' moments of the model's output and of the guided output (core/spread.h).
+// The kernel of rescaled guidance: computes the moments of the model's output and of the guided output, for each chunk
+// (core/spread.h).
 #pragma once
 
 #include "cpu/kernels/sums.h"
@@ -7,15 +8,15 @@ namespace ddpm_ext::DDPM_ISA {
 namespace {
 
 constexpr int kSpreadVectors = kSpreadLanes / F32::kLanes;
-// The number of lane vectors that are added up at once: few enough for their sums to stay in registers.
+// The number of vectors of lanes that are added up at once. It is small enough for their sums to stay in registers.
 constexpr int kPassVectors = F32::kLanes < 8 ? 4 : 2;
 
-// The lanes of one chunk, for one of the two outputs.
+// The lanes' moments of one chunk, for one of the two outputs.
 struct Spread {
   LaneMoments<F32> lanes[kSpreadVectors];
 };
 
-// Adds up all lanes. value(k) returns the k-th vector of lanes, for k from 0 to kSpreadVectors - 1.
+// Returns the sum of all lanes. value(k) returns vector k of the lanes, for k from 0 to kSpreadVectors - 1.
 template <class Value>
 DDPM_HD double sum_of_lanes(Value value) {
   constexpr int kHalf = kSpreadLanes / 2;
@@ -29,13 +30,14 @@ DDPM_HD double sum_of_lanes(Value value) {
   return sums[0];
 }
 
-// Computes the lanes of a chunk of `length` elements, for both outputs. Memory is padded to whole rows of kSpreadLanes.
+// Computes the lanes' moments of a chunk of `length` elements, for both outputs. kWhole says that the chunk is
+// complete. The memory of an incomplete chunk extends to a multiple of kSpreadLanes elements.
 template <bool kWhole, class M>
 DDPM_HD void add_up_chunk(const M* m, const M* u, float guidance, int64_t length, Spread& of_model, Spread& of_guided) {
   for (int first = 0; first < kSpreadVectors; first += kPassVectors) {
-    // Calls take(values, valid) with both outputs' values from element i on. The first `valid` values belong to the
-    // sample.
-    const auto each = [=](int64_t i, auto take) __attribute__((always_inline)) {
+    // Calls take(values, valid) with the values of both outputs from element i on. Only the first `valid` values belong
+    // to the sample.
+    const auto with_values = [=](int64_t i, auto take) __attribute__((always_inline)) {
       F32 values[2][kPassVectors];
       for (int k = 0; k < kPassVectors; ++k) {
         values[0][k] = load(m + i + k * F32::kLanes);
@@ -45,14 +47,14 @@ DDPM_HD void add_up_chunk(const M* m, const M* u, float guidance, int64_t length
     };
     const int64_t begin = first * F32::kLanes;
     LaneMoments<F32> moments[2][kPassVectors];
-    each(begin, [&](F32(&values)[2][kPassVectors], int64_t valid) __attribute__((always_inline)) {
+    with_values(begin, [&](F32(&values)[2][kPassVectors], int64_t valid) __attribute__((always_inline)) {
       for (int o = 0; o < 2; ++o) {
         if constexpr (!kWhole) zero_beyond(valid, values[o]);
         for (int k = 0; k < kPassVectors; ++k) moments[o][k].begin(values[o][k]);
       }
     });
     for (int64_t i = begin + kSpreadLanes; i < (kWhole ? kLossChunk : length); i += kSpreadLanes)
-      each(i, [&](F32(&values)[2][kPassVectors], int64_t valid) __attribute__((always_inline)) {
+      with_values(i, [&](F32(&values)[2][kPassVectors], int64_t valid) __attribute__((always_inline)) {
         for (int o = 0; o < 2; ++o) {
           for (int k = 0; k < kPassVectors; ++k) values[o][k] = moments[o][k].difference(values[o][k]);
           if constexpr (!kWhole) zero_beyond(valid, values[o]);
@@ -64,15 +66,16 @@ DDPM_HD void add_up_chunk(const M* m, const M* u, float guidance, int64_t length
   }
 }
 
+// Stores the moments of the run's chunks.
 template <class M>
 void moments(const MomentsRun& run) {
-  constexpr int64_t kChunks = 4;  // at once, so that their final sums run in parallel
+  constexpr int64_t kChunks = 4;  // processed at once, so that the CPU computes their final sums in parallel
   const M* const m = static_cast<const M*>(run.model_output);
   const M* const u = static_cast<const M*>(run.uncond_output);
   const int64_t chunks = (run.valid + kLossChunk - 1) / kLossChunk;
   for (int64_t begin = 0; begin < chunks; begin += kChunks) {
     const int64_t count = chunks - begin < kChunks ? chunks - begin : kChunks;
-    Spread outputs[2 * kChunks];  // the model's output and the guided output in turn
+    Spread outputs[2 * kChunks];  // for each chunk: of the model's output, of the guided output
     F32 n[kSpreadVectors];        // the number of elements in each lane
     for (F32& lanes : n) lanes = F32(static_cast<float>(kLossChunk / kSpreadLanes));
     for (int64_t c = 0; c < count; ++c) {

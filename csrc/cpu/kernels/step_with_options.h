@@ -1,4 +1,4 @@
-// The loop of the step with options over a run.
+// The kernel of the step with options: the loop over a run.
 #pragma once
 
 #include "core/step_with_options.h"
@@ -7,11 +7,11 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Io of take_step (core/step_with_options.h) for a run.
+// The Io of take_step (core/step_with_options.h) for four vectors of a run.
 template <class X, class M>
 struct RunTensors {
   const StepRun& run;
-  int64_t at;  // the offset of the first of four vectors
+  int64_t at;  // the offset of the first of the four vectors
 
   DDPM_HD bool has(Role role) const { return run.inputs[static_cast<int>(role)] != nullptr; }
   DDPM_HD bool has(Result result) const { return run.results[static_cast<int>(result)] != nullptr; }
@@ -47,8 +47,8 @@ struct RunTensors {
   }
 };
 
-// kNoise is `drawn` if the run draws noise. Otherwise it is `none`, also if the caller gives a noise tensor: take_step
-// reads that.
+// Takes the step for a run. kNoise is `drawn` or `none`. It is `none` even if the call has a noise tensor, since
+// take_step reads that tensor itself.
 template <Noise kNoise, class X, class M>
 void step_with_options(const StepRun& run) {
   const StepRow row = *static_cast<const StepRow*>(run.row);

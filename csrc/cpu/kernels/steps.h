@@ -1,4 +1,4 @@
-// The loops of the reverse step, of the affine operators and of randn over a run.
+// The kernels of the reverse step, of the affine operators and of randn: their loops over a run.
 #pragma once
 
 #include "cpu/kernels/normals.h"

@@ -15,7 +15,8 @@ using Integers = __m256i;
 DDPM_HD Floats broadcast(float x) { return _mm256_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm256_mul_epu32(a, b); }
-DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }  // a is computed last
+// The caller computes a last. In this order, b ^ c need not wait for a.
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) { return a ^ (b ^ c); }
 template <int kWords>
 DDPM_HD Floats shuffle(Floats a, Floats b) {
   return _mm256_shuffle_ps(a, b, kWords);
@@ -31,7 +32,8 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 DDPM_HD F32 sqrt(F32 x) { return _mm256_sqrt_ps(x.v); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm256_min_ps(hi.v, _mm256_max_ps(lo.v, x.v)); }  // NaN stays NaN
 
-// In the order that join() and transpose() need; see avx512.h.
+// The numbers of 8 consecutive blocks, one for each lane. In this order of lanes, join() and transpose() return the
+// elements in the order of memory.
 DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7))); }
 
 DDPM_HD F32 load(const float* p) { return _mm256_loadu_ps(p); }

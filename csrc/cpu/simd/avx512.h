@@ -15,7 +15,7 @@ using Integers = __m512i;
 DDPM_HD Floats broadcast(float x) { return _mm512_set1_ps(x); }
 DDPM_HD Integers broadcast(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm512_mul_epu32(a, b); }
-DDPM_HD Integers xor3(Integers a, Integers b, Integers c) {  // compilers turn two ^ into two instructions
+DDPM_HD Integers xor3(Integers a, Integers b, Integers c) {  // for a ^ b ^ c, compilers emit two instructions
   return _mm512_ternarylogic_epi32(a, b, c, 0x96);
 }
 template <int kWords>
@@ -33,8 +33,8 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 DDPM_HD F32 sqrt(F32 x) { return _mm512_sqrt_ps(x.v); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v)); }  // NaN stays NaN
 
-// The numbers of 16 consecutive blocks, in the lanes from which join() and transpose() bring the elements into memory
-// order.
+// The numbers of 16 consecutive blocks, one for each lane. In this order of lanes, join() and transpose() return the
+// elements in the order of memory.
 DDPM_HD Words block_words(uint32_t first) {
   return Words(U32(first) + U32(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15)));
 }

@@ -26,10 +26,11 @@ DDPM_HD F32 sqrt(F32 x) { return vsqrtq_f32(x.v); }
 DDPM_HD F32 signed_to_fraction(U32 u) { return vcvtq_n_f32_s32(vreinterpretq_s32_u32(u.v), 31); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return vminq_f32(vmaxq_f32(x.v, lo.v), hi.v); }  // NaN stays NaN
 
-// Unlike on x86, one instruction takes the high or low words of four products, so Philox's words stay in order.
+// One instruction returns the high words of four products, and one the low words. So Philox's words stay in the order
+// of the lanes, unlike on x86.
 using Words = U32;
-struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
-  uint32x4_t lower, upper;                    // of the first two and the last two lanes
+struct __attribute__((may_alias)) Products {  // may_alias: PixelsMemory stores these as uint64_t
+  uint32x4_t lower, upper;                    // the products of the first two lanes, and of the last two lanes
 };
 
 DDPM_HD Products multiply_wide(Words a, uint32_t b) {

@@ -1,5 +1,5 @@
-// The arithmetic of core/scalar.h over 4 elements at once, for any machine. What the compiler's built-in vectors lack
-// are loops over the functions of core/scalar.h.
+// The arithmetic of core/scalar.h over 4 elements at once, for any CPU. Operations that the compiler's built-in vectors
+// do not have are loops over the scalar functions of core/scalar.h.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -23,7 +23,7 @@ DDPM_HD Integers broadcast(uint32_t x) { return Integers{x, x, x, x}; }
 
 namespace ddpm_ext::portable {
 
-// A vector whose element i is f(i).
+// Returns the vector whose element i is f(i).
 template <class Out, class Function>
 DDPM_HD Out map(Function f) {
   Out out;
@@ -42,7 +42,7 @@ DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) {
 }
 
 using Words = U32;
-struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
+struct __attribute__((may_alias)) Products {  // may_alias: PixelsMemory stores these as uint64_t
   uint64_t v[F32::kLanes];
 };
 

@@ -1,7 +1,7 @@
-// What the vector types of all instruction sets share. The operators are the built-in vector operators of g++ and
-// clang, which mean the same on every machine. Before including this, a file defines DDPM_ISA as its namespace. In that
-// namespace it defines Floats and Integers, the vectors that its instructions take, and broadcast, which copies a
-// number to every lane.
+// The vector types F32 and U32, and their operations that are the same for all instruction sets: those that g++ and
+// clang have as built-in operators. Before a file includes this, it defines DDPM_ISA as its namespace. In that
+// namespace it defines Floats and Integers, the vector types of its instructions, and broadcast, which copies a number
+// to every lane.
 #pragma once
 
 namespace ddpm_ext::DDPM_ISA {
@@ -31,7 +31,7 @@ DDPM_HD U32 operator-(U32 a, U32 b) { return Integers(Unsigned(a.v) - Unsigned(b
 DDPM_HD U32 operator&(U32 a, U32 b) { return a.v & b.v; }
 DDPM_HD U32 operator<<(U32 a, int n) { return Integers(Unsigned(a.v) << n); }
 
-// Picks lanes of two vectors by number. b's lanes are numbered after a's.
+// Returns a vector of chosen lanes of a and b. The lanes of a are numbered from 0, and the lanes of b follow.
 template <size_t... lanes>
 DDPM_HD F32 choose(F32 a, F32 b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -47,7 +47,8 @@ DDPM_HD F32 signed_to_float(U32 u) { return __builtin_convertvector(Signed(u.v),
 DDPM_HD F32 unsigned_to_float(U32 u) { return __builtin_convertvector(Unsigned(u.v), Floats); }
 DDPM_HD F32 flip_sign(F32 f, U32 u) { return Floats(Integers(f.v) ^ (u.v & broadcast(0x80000000u))); }
 
-// The nearest BFloat16 of each lane, in the lane's upper half, rounded to even. Any NaN becomes the quiet NaN.
+// Rounds each lane to BFloat16, to nearest even. The result is in the upper half of the lane. Any NaN becomes the quiet
+// NaN.
 DDPM_HD U32 to_bfloat16(F32 x) {
   const Unsigned bits = Unsigned(x.v), rounded = bits + 0x7fff + (bits >> 16 & 1);
   return Integers(x.v == x.v ? rounded : Unsigned(broadcast(0x7fc00000u)));

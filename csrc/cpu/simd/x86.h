@@ -1,6 +1,7 @@
-// Philox's words for all vector types of x86, which have an instruction that multiplies every other word to 64 bits.
-// Before including this, a file defines multiply_even, which is that instruction; xor3, for three vectors; and shuffle,
-// which takes two words of each of two vectors in every 128 bits.
+// Philox's words for all vector types of x86. Before a file includes this, it defines:
+// - multiply_even(a, b): the instruction that multiplies the even words of two vectors to 64-bit products
+// - xor3(a, b, c), for vectors
+// - shuffle<kWords>(a, b): in every 128 bits, two chosen words of a and then two chosen words of b
 #pragma once
 
 #include "cpu/simd/vector.h"
@@ -11,9 +12,9 @@ using Longs = uint64_t __attribute__((vector_size(sizeof(Integers))));
 
 DDPM_HD Integers upper_words(Integers x) { return Integers(Longs(x) >> 32); }
 
-// Words of Philox's state, one for each lane. Even and odd words are in separate registers, each in the low half of a
-// 64-bit lane whose upper half is never read. So the low word of a product needs no instruction, and its high word
-// needs one shift.
+// Words of Philox's state, one for each lane. Even and odd words are in separate registers. A word is in the low half
+// of a 64-bit lane, and the upper half is not used. So the low word of a product needs no instruction, and its high
+// word needs one shift.
 struct Words {
   Integers even, odd;
   Words() = default;
@@ -21,7 +22,7 @@ struct Words {
   explicit Words(uint32_t x) : Words(broadcast(x), broadcast(x)) {}
   explicit Words(U32 u) : Words(u.v, upper_words(u.v)) {}
 };
-struct __attribute__((may_alias)) Products {  // PixelsMemory stores them as uint64_t
+struct __attribute__((may_alias)) Products {  // may_alias: PixelsMemory stores these as uint64_t
   Integers even, odd;
 };
 
@@ -40,15 +41,17 @@ DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
 }
 DDPM_HD U32 xor3(U32 a, U32 b, uint32_t c) { return xor3(a.v, b.v, broadcast(c)); }
 
-// Numbers as Words, such that join() returns them in the same order.
+// Returns the Words from which join() returns u.
 DDPM_HD Words words_in_order(U32 u) { return Words(U32(Integers(shuffle<0xD8>(Floats(u.v), Floats(u.v))))); }
 
-// Every 128 bits of the result have two even words before two odd ones.
+// Return the words, or the high words of the products, as one vector: in every 128 bits, two even words and then two
+// odd words.
 DDPM_HD U32 join(Words w) { return Integers(shuffle<0x88>(Floats(w.even), Floats(w.odd))); }
 DDPM_HD U32 join_high(Products p) { return Integers(shuffle<0xDD>(Floats(p.even), Floats(p.odd))); }
 
-// Before, z[k] holds element k of every block. Afterwards the four vectors hold the elements in memory order.
-// Transposing every 128 bits is enough, because block_words() numbers the blocks of a vector's lanes accordingly.
+// Reorders the elements of blocks. Before, z[k] has element k of every block. Afterwards, z[0] to z[3] have the
+// elements in the order of memory. Transposing within every 128 bits suffices, because block_words() numbers the lanes
+// accordingly.
 DDPM_HD void transpose(F32 (&z)[4]) {
   const Floats a = shuffle<0x44>(z[0].v, z[1].v), b = shuffle<0x44>(z[2].v, z[3].v);
   const Floats c = shuffle<0xEE>(z[0].v, z[1].v), d = shuffle<0xEE>(z[2].v, z[3].v);

@@ -1,4 +1,4 @@
-"""Calls of the CPU's operators for main.cpp, which runs them without torch, and the compiled module's results."""
+"""Calls of the CPU operators for main.cpp, which runs them without torch, with the results that ddpm_ext gives."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import ddpm_ext
 from ddpm_ext import Philox, ops
 from ddpm_ext.ops.extension import C
 
-# As DType of csrc/call.h numbers them, and then those of which only the bytes matter.
+# A dtype's number in the files is its index: first those of DType in csrc/call.h, then two that have no DType.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.float64)
 LOSSES = ("mse", "l1", "huber")
 SHAPES = ((5, 1), (5, 67), (5, 3, 17, 19), (5, 1024))
 
 
 class Call(NamedTuple):
-    """An operator of main.cpp, its arguments by the names there, and the results that it is to write."""
+    """A call of an operator of main.cpp: its arguments and its expected results, by their names in main.cpp."""
 
     what: str
     operator: str
@@ -37,7 +37,11 @@ def data(tensor: Tensor) -> bytes:
 
 
 def write(path: Path, calls: Iterable[Call]) -> None:
-    """Each call is its operator, the number of its arrays, and each array's name, dtype, size and bytes."""
+    """Writes the file that main.cpp reads.
+
+    The file has the number of calls. A call is the operator's name, the number of arrays, and for each array its name,
+    dtype, number of bytes and bytes. The arrays are the arguments, and zeros for the results.
+    """
     calls = list(calls)
     with path.open("wb") as file:
         file.write(struct.pack("<q", len(calls)))
@@ -50,7 +54,7 @@ def write(path: Path, calls: Iterable[Call]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Tensor]]:
-    """The arrays of each call, flat, as main.cpp leaves them."""
+    """The arrays of each call in the file that main.cpp has written, by name. They have one dimension."""
     content, at = path.read_bytes(), 0
     while at < len(content):
         (count,), at, arrays = struct.unpack_from("<q", content, at), at + 8, {}
@@ -78,7 +82,7 @@ def drawn(seed: int, first_id: int, stream: int = 0) -> dict[str, Tensor]:
 
 
 def all_calls() -> Iterator[Call]:
-    """Every operator with every dtype, with noise that is drawn, given and absent; then special numbers."""
+    """Every operator with every dtype and kind of noise; then channels_last samples; then special numbers."""
     pairs = [(a, b) for a, b in itertools.product(DTYPES[:3], DTYPES[:3]) if a in (b, torch.float32)]
     values = {str(shape): [2 * normal(*shape, seed=seed) for seed in (2, 3, 4)] for shape in SHAPES}
     odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -3e38]).repeat(20)
@@ -89,11 +93,12 @@ def all_calls() -> Iterator[Call]:
         calls = (make(x, m, z) for make in (simple_calls, option_calls, loss_calls, scale_calls))
         for call in itertools.chain.from_iterable(calls):
             yield call._replace(what=f"{call.what} {name} {a} {b}", arguments={**sizes, **call.arguments})
-    # Pixels that are put in order in registers, and others, which are copied by 4, 8, 16 and more elements.
+    # channels_last samples. With 2, 4 or 8 channels, some instruction sets reorder the noise in registers. Otherwise it
+    # is copied by 4, 8, 16 or more elements (kernels/noise_by_pixels.h).
     for channels in (2, 3, 4, 5, 8, 12, 16, 24, 32):
         some = (normal(5, channels, 6, 18, seed=seed).to(memory_format=torch.channels_last) for seed in (2, 3, 4))
         sizes = {"batch": integer(5), "numel": integer(channels * 108), "channels_last": integer(channels)}
-        for call in itertools.islice(simple_calls(*some), 3):  # those whose noise is drawn
+        for call in itertools.islice(simple_calls(*some), 3):  # the calls that draw noise
             given, got = ({n: v.movedim(1, -1) if v.dim() == 4 else v for n, v in each.items()} for each in call[2:])
             yield call._replace(what=f"{call.what} {channels}", arguments={**sizes, **given}, results=got)
     for call in special_calls():
@@ -130,7 +135,7 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
-    """The step with options: none, each alone, all at once, and some of them."""
+    """Calls of the step with options: with no option, with each one alone, with all, and with some sets of them."""
     table, t = make_table(8), torch.tensor([3, 0, 1, 2, 7])
     every = options(tuple(x.shape), x.dtype, m.dtype)
     some = [[name for i, name in enumerate(every) if 0x9E3779B1 * k >> 7 + i & 1] for k in range(1, 9)]
@@ -153,7 +158,7 @@ def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def special_calls() -> Iterator[Call]:
-    """Every number of 16 bits, and float32 numbers of all sizes as a variance."""
+    """Calls with every float16 and every bfloat16 number, and with float32 numbers of all sizes as a variance."""
     one, row = torch.tensor([0]), make_row(a=1.0, c0=1.0)
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype).view(1, -1)
@@ -176,9 +181,8 @@ def special_calls() -> Iterator[Call]:
 
 def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
     t, loss_table, vlb_table = torch.tensor([3, 0, 1, 2, 1]), normal(4, 4, seed=5), normal(4, 8, seed=6)
-    vlb_table[:, 7] = torch.tensor(
-        [0.0, 1.0, 0.0, 0.0]
-    )  # column decoder: row 1 has the decoder's term, the others a KL divergence
+    # The column `decoder` of the table: row 1 has the decoder's term, and the other rows a KL divergence.
+    vlb_table[:, 7] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     v = normal(*x.shape, seed=8).to(m.dtype)
     for variational, kind, noise in itertools.product((False, True), LOSSES, ("drawn", "given")):
         noise_arrays = drawn(4, 0, stream=2) if noise == "drawn" else {"noise": z}
@@ -199,7 +203,7 @@ def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def scale_calls(x: Tensor, m: Tensor, u: Tensor) -> Iterator[Call]:
-    """The factors that follow from statistics: quantiles of all ranks, of x itself and of what a model predicts."""
+    """Calls of x_start_scale, for several quantiles, of x itself and of a predicted x0; and a call of output_scale."""
     table, t, u = make_table(4), torch.tensor([3, 0, 1, 2, 1]), u.to(m.dtype)
     factors = torch.tensor([0.5, 1.5, 2.0, -1.0, 0.0])
     for quantile, maximum in ((0.2, math.inf), (0.995, math.inf), (1.0, 3.0)):

@@ -1,5 +1,5 @@
-// Runs calls of the CPU's operators without torch: reads them from the file argv[1], and writes to argv[2] the same
-// calls with their results filled in. Prints the instruction set. The files are those of calls.py.
+// Runs calls of the CPU operators without torch. Reads the calls from the file argv[1]. Writes the calls, with their
+// results, to the file argv[2]. Prints the instruction set. calls.py describes the format of the files.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,13 +13,13 @@
 
 using namespace ddpm_ext;
 
-// Left out, since it would take as long to compile as all else.
+// An empty table: compiling the portable kernels would take as long as compiling all other files.
 const Kernels ddpm_ext::portable::kernels = {"portable"};
 
 namespace {
 
 struct Array {
-  int64_t dtype, bytes;  // a DType, or a number above, of a type of which only the bytes matter
+  int64_t dtype, bytes;  // the dtype's number in calls.py, which begins with those of DType; the number of bytes
   std::unique_ptr<char[]> data;
 };
 
@@ -34,7 +34,7 @@ struct Name {
   char text[24];
 };
 
-// The arrays of a call by their names.
+// The arrays of a call, by their names: arguments and results.
 class Arrays {
  public:
   explicit Arrays(FILE* file) {
@@ -62,20 +62,20 @@ class Arrays {
 
   template <class T = void>
   T* data(const std::string& name) const {
-    const auto found = arrays_.find(name);
-    return found == arrays_.end() ? nullptr : reinterpret_cast<T*>(found->second.data.get());
+    const auto entry = arrays_.find(name);
+    return entry == arrays_.end() ? nullptr : reinterpret_cast<T*>(entry->second.data.get());
   }
   template <class T>
   T number(const std::string& name, T otherwise) const {
-    const T* found = data<T>(name);
-    return found == nullptr ? otherwise : *found;
+    const T* value = data<T>(name);
+    return value == nullptr ? otherwise : *value;
   }
   TensorArg tensor(const std::string& name, int64_t numel) const {
     TensorArg tensor;
-    const auto found = arrays_.find(name);
-    if (found == arrays_.end()) return tensor;
-    tensor.data = found->second.data.get();
-    tensor.dtype = static_cast<DType>(found->second.dtype);
+    const auto entry = arrays_.find(name);
+    if (entry == arrays_.end()) return tensor;
+    tensor.data = entry->second.data.get();
+    tensor.dtype = static_cast<DType>(entry->second.dtype);
     tensor.batch_stride = numel;
     tensor.strides[0] = 1;
     return tensor;
@@ -85,6 +85,7 @@ class Arrays {
   std::map<std::string, Array> arrays_;
 };
 
+// Sets the fields that the calls of all operators share.
 void fill(Call& call, const Arrays& arrays) {
   call.batch = arrays.number<int64_t>("batch", 0);
   call.numel = call.sizes[0] = arrays.number<int64_t>("numel", 0);

@@ -1,4 +1,4 @@
-"""Calls of an operator, for the CPU's kernels and for the CUDA kernels run on the CPU."""
+"""Calls of operators, and the checks that the CUDA kernels, run on the CPU, give the bits of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ddpm_ext.ops.step_inputs import STEP_INPUTS
 
 WIDE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 Pair = tuple[torch.dtype, torch.dtype]
-# dtypes of x_t and of the second tensor: the model's output, the noise
+# The dtypes of x_t and of the operator's second tensor, which is the model's output or the noise.
 PAIRS: list[Pair] = [(WIDE, WIDE), (WIDE, HALF), (WIDE, BRAIN), (HALF, HALF), (BRAIN, BRAIN)]
 SPECIAL = [0.0, -0.0, 1e-40, -3e38, 6e4, math.inf, -math.inf, math.nan]
 STEP = "step_with_options"
 OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
 
-# The kinds of noise for which each operator has kernels. A GPU may read the seed from memory.
+# The kinds of noise for which each operator has kernels. With SEED_IN_MEMORY, the kernel reads the seed from memory.
 SEED_IN_MEMORY = "drawn by a seed in memory"
 NOISES = {
     "reverse_step": ("none", "given", "drawn", SEED_IN_MEMORY),
@@ -38,11 +38,11 @@ NOISES = {
     "randn": ("drawn", SEED_IN_MEMORY),
     STEP: ("none", "given", "drawn"),
 }
-STREAMS = ("null", "of torch", "external")  # as standin::Streams has them
-TAKE_OUT = ("reverse_step", "forward_process", STEP)  # the operators that write to a tensor of the caller's
+STREAMS = ("null", "of torch", "external")  # in the order of standin::Streams (c10/cuda/CUDAStream.h)
+TAKE_OUT = ("reverse_step", "forward_process", STEP)  # the operators that can write to a tensor of the caller
 
 Variant = tuple[str, str, Pair]
-# (operator, kind of noise, dtypes): every variant of the kernels. The step has all of its options.
+# Every variant of the kernels: the operator, the kind of noise, and the dtypes.
 VARIANTS: list[Variant] = [
     (op, noise, pair)
     for op, noises in NOISES.items()
@@ -53,7 +53,7 @@ VARIANTS: list[Variant] = [
 
 
 def values(*shape: int, seed: int = 0, dtype: torch.dtype = WIDE, special: bool = True) -> Tensor:
-    """Normal numbers with some zeros, infinities, NaNs and numbers near the ends of the range."""
+    """Normal numbers. If `special`, some of them are replaced by SPECIAL: zeros, infinities, NaN and others."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2
     if special:
         flat = x.view(-1)[seed % 3 :: 11]
@@ -61,7 +61,7 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = WIDE, special: bool 
     return x.to(dtype)
 
 
-ROWS = make_table(8)  # with and without the terms of the model's output, noise, guidance and history
+ROWS = make_table(8)  # a step table: rows with and without the terms of the output, noise, guidance and history
 AFFINE = torch.tensor([[0.75, -1.5], [-2.0, 0.5], [1 / 3, 0.0], [0.0, 1.0]])
 
 
@@ -72,10 +72,10 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments as ddpm_ext.ops takes them.
+    """The arguments of a call of an operator.
 
-    Tensors and results have the names of step_with_options; `model_output` is also the second tensor of predict_start
-    and posterior_mean, and randn's result has the shape and dtype of `x_t`.
+    Tensors and results have the names that they have in step_with_options. The second tensor of predict_start and
+    posterior_mean is called `model_output`, too. randn's result has the shape and dtype of `x_t`.
     """
 
     op: str
@@ -88,12 +88,12 @@ class Call:
     t_index: int = 0
     clip: tuple[float, float] = (-1.0, 1.0)
     seed: int = 0
-    seed_in_memory: bool = False  # the GPU reads the seed from memory; the seed by value is then different
+    seed_in_memory: bool = False  # whether the GPU reads the seed from memory
     ids: Tensor | None = None
     first_id: int = 0
     stream: int = 0
     draw: int = -1
-    input_kind: tuple[torch.dtype | None, int] = (None, 1)  # of model_input: dtype, batch / x_t's batch
+    input_kind: tuple[torch.dtype | None, int] = (None, 1)  # model_input's dtype (None: x_t's), its batch / x_t's batch
 
     @property
     def x(self) -> Tensor:
@@ -106,11 +106,11 @@ class Call:
 
     @property
     def moved(self) -> tuple[int, int]:
-        """The bytes of the samples' tensors that the kernel reads, and the bytes that it writes."""
+        """The number of bytes that the kernel reads from tensors like x_t, and the number that it writes to results."""
         return sum(self.tensors[name].nbytes for name in self.read), len(self.results) * self.x.nbytes
 
     def arguments(self, results: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """The arguments in the order of the compiled modules; for randn, in the order of torch.ops."""
+        """The arguments by position, as functions of the compiled modules take them; for randn, as torch.ops does."""
         by_name = {**self.tensors, **results, "log_variance": self.log_variance}
         x, second, noise = map(by_name.get, ("x_t", "model_output", "noise"))
         written = [by_name["out"]] if "out" in by_name else []
@@ -126,7 +126,7 @@ class Call:
         return x, second, *row, *self.clip, noise, self.drawn, *rng, *written, *options, None
 
     def run_by(self, module: Any, results: Mapping[str, Tensor]) -> Any:
-        """Calls the operator of a compiled module."""
+        """Calls the operator in a compiled module, ddpm_ext._C or `operators`, and returns its result."""
         name = f"{self.op}_out" if self.op != STEP and self.op in TAKE_OUT and "out" in results else self.op
         return getattr(module, name)(*self.arguments(results))
 
@@ -135,6 +135,7 @@ class Call:
         return f"{self.op} of {layouts}, drawn {self.drawn}, log_variance {self.log_variance}, {self.results}"
 
     def on_cpu(self) -> dict[str, Tensor]:
+        """The results of the CPU kernels, by name."""
         if self.op == "randn":
             return {"out": torch.ops.ddpm_ext.randn(*self.arguments({}), dtype=self.x.dtype, device="cpu")}
         results = {name: self.result_like(name, self.x) for name in self.results} if self.op == STEP else {}
@@ -142,12 +143,13 @@ class Call:
         return results or {"out": result}
 
     def result_like(self, name: str, like: Tensor) -> Tensor:
+        """An uninitialised tensor for the result `name`, with the strides of `like`."""
         dtype, times = self.input_kind if name == "model_input" else (None, 1)
         like = like if times == 1 else torch.cat([like] * times)
         return torch.empty_strided(like.shape, like.stride(), dtype=dtype or like.dtype)
 
     def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Call:
-        """A copy in which change(name, tensor) replaces each tensor like x_t."""
+        """A copy of the call in which change(name, tensor) replaces each tensor that is like x_t."""
         return replace(self, tensors={n: t if n in PER_SAMPLE else change(n, t) for n, t in self.tensors.items()})
 
 
@@ -159,7 +161,11 @@ def make_call(
     special: bool = True,
     **changes: Any,
 ) -> Call:
-    """A call of a variant. The step has these options and all results. `changes` replace fields of the call."""
+    """A call of a variant, on samples of `shape`.
+
+    step_with_options gets these options, except `without`, and writes all of its results. `changes` replaces fields of
+    the Call.
+    """
     op, noise, pair = variant
     names = ["x_t", *["model_output"] * (op not in ("forward_process", "randn")), *["noise"] * (noise == "given")]
     tensors = {}
@@ -178,13 +184,14 @@ def make_call(
 
 
 def unwritten(like: Tensor) -> Tensor:
+    """A tensor like `like`, with bits that no kernel writes."""
     whole = torch.int32 if like.dtype == WIDE else torch.int16
     return torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(like.dtype)
 
 
 @dataclass
 class Host:
-    """The CUDA kernels on the CPU."""
+    """The compiled library that runs the CUDA kernels on the CPU."""
 
     path: Path  # of the library
     operators: Any = field(init=False)
@@ -195,9 +202,14 @@ class Host:
         self.control = library.load(self.path, "control")
 
     def launch(self, call: Call, results: Mapping[str, Tensor], gpu: Mapping[str, Tensor] | None = None) -> None:
-        """Runs the kernels. gpu: tensors "t", "sample_ids", "seed" or "draw" that only the kernel reads, unchecked."""
+        """Runs the kernels of a call, which write to `results`.
+
+        gpu: tensors "t", "sample_ids", "seed" or "draw" as if they were in GPU memory: the operator does not check
+            their values, and the kernel reads them.
+        """
         gpu = dict(gpu or {})
         if call.seed_in_memory:
+            # A kernel that takes the seed of the call instead of the seed in memory gives other noise.
             gpu["seed"], call = torch.tensor(call.seed), replace(call, seed=~call.seed)
         out = None if call.op in TAKE_OUT else results["out"]
         self.control.instead(*map(gpu.get, ("t", "sample_ids", "seed")), out, gpu.get("draw"))
@@ -218,14 +230,14 @@ class Host:
         instead: Mapping[str, str] | None = None,
         gpu: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Runs the kernels with all tensors in guarded memory, and returns the results by name.
+        """Runs the kernels with copies of all tensors in guarded memory, and returns the results by name.
 
-        Tensors keep their strides. A tensor whose elements are too far apart is not moved.
+        The copies have the strides of the tensors. A tensor that would take more than 2^26 elements is not copied.
 
         Args:
-            places: the place of each tensor in guarded memory (Placed), by name, or one place for all.
-            like: a tensor whose strides the results have; None: x_t.
-            instead: for results that overwrite an argument, the argument's name.
+            places: where each tensor is in its guarded memory (Placed), by the tensor's name, or one place for all.
+            like: a tensor whose strides the results get. With None, x_t.
+            instead: the name of the argument that a result overwrites, by the result's name.
             gpu: as in launch.
         """
         placed: dict[str, Placed] = {}
@@ -234,7 +246,7 @@ class Host:
             if tensor is None or extent(tensor) > 2**26:
                 return tensor
             where = places if isinstance(places, str) else places.get(name, "front")
-            # A table lies up to the last byte, since rows are read 128 bits at a time.
+            # A table ends at the end of a page. A kernel that reads beyond the last row touches the guard page.
             placed[name] = Placed(tensor, "back" if name == "table" else where, self.control)
             return placed[name].tensor
 
@@ -259,12 +271,12 @@ class Host:
 
     @contextmanager
     def on_other_device(self, device: int, streams: str) -> Iterator[None]:
-        """In the block, tensors are on `device` while the other device is current.
+        """A context in which tensors are on `device`, while the other device is the current device.
 
-        Checks that each launch, allocation and memset is on the current stream of `device`, with `device` current, and
-        that the other device is current again afterwards.
+        Checks that each launch, allocation and memset is on the current stream of `device`, and that `device` is the
+        current device during it. Checks that the other device is the current device at the end.
 
-        streams: the kind of current streams (STREAMS).
+        streams: the kind of the current streams, one of STREAMS.
         """
         control = self.control
         control.set_device(device)
@@ -281,7 +293,7 @@ class Host:
             control.set_streams(0)
 
     def check(self, call: Call, *args: Any, expected: Mapping[str, Tensor] | None = None, **options: Any) -> None:
-        """Checks that the CPU's kernels and the CUDA kernels give the same bits."""
+        """Checks that the CUDA kernels give the bits of the CPU kernels, or those of `expected`."""
         expected = call.on_cpu() if expected is None else expected
         got = self.run(call, *args, **options)
         assert got.keys() == expected.keys()
@@ -294,10 +306,10 @@ def variant_name(variant: tuple[Any, ...]) -> str:
 
 
 def moves_by_words(host: Host, call: Call) -> None:
-    """Checks that a call whose samples do not allow Access::vector moves them by words.
+    """Checks that a call that cannot use Access::vector still moves its samples by words of several elements.
 
-    The sectors have slightly more bytes than the samples, since a warp's words may straddle a sector. The device is the
-    small one, on which threads take several turns.
+    Then the sectors (32 bytes) of the warps' accesses have only slightly more bytes than the samples, since the words
+    of a warp may begin within a sector. The call runs on device 1, which is so small that threads take several turns.
     """
     host.control.set_device(1)
     expected = call.on_cpu()
@@ -309,5 +321,5 @@ def moves_by_words(host: Host, call: Call) -> None:
 
 @functools.cache
 def open_host(folder: Path) -> Host:
-    """The CUDA kernels on the CPU, from the library of the session with this folder."""
+    """The Host of a test session, whose library is built in this folder."""
     return Host(library.for_session(folder))

@@ -1,4 +1,4 @@
-// The settings of the stand-in that tests may change, and what it records.
+// The settings of the stand-in for CUDA's runtime, which tests change, and its records of launches and memory accesses.
 #pragma once
 
 #include <stddef.h>
@@ -22,24 +22,25 @@ struct Work {
   int device;
 };
 
-// The devices' numbers of multiprocessors. Device 0 is a large GPU. Device 1 is so small that a test's tensors are
-// large for it.
+// The numbers of multiprocessors of the two devices. Device 0 is like a large GPU. On device 1, small tensors already
+// need more blocks than it runs at once.
 constexpr int kMultiprocessors[] = {132, 2};
 
-// The sectors of 32 bytes that the warps' accesses touched. A sector counts once for each access.
+// The numbers of sectors (32 bytes of memory) that the loads and stores of all warps touched. A sector counts once for
+// each access of a warp that touches it.
 struct Sectors {
   int64_t loaded = 0, stored = 0;
 };
 
 struct Control {
   uint64_t seed = 0;  // decides the order in which threads and blocks run
-  // If set, only these blocks of a grid run, numbered with x fastest. With an empty list, launches are recorded but
-  // nothing runs.
+  // If set, only the blocks with these numbers run. Blocks are numbered with x fastest. With an empty list, launches
+  // are recorded but no block runs.
   std::optional<std::vector<uint64_t>> blocks;
-  bool refuse = false;  // makes every launch an error
-  int full = 0;         // the number of next cudaMalloc calls that fail
-  int seconds = 30;     // of processor time, the limit of a launch
-  int device = 0;       // of the tensors of a call, independent of the current one
+  bool refuse = false;  // whether every launch fails
+  int full = 0;         // the number of the next calls of cudaMalloc that fail, as if memory were full
+  int seconds = 30;     // the limit of a launch, in seconds of processor time
+  int device = 0;       // the device of a call's tensors, which may differ from the current device
   bool counts_sectors = false;
   Sectors sectors;
   std::vector<Launch> launches;
@@ -48,11 +49,12 @@ struct Control {
 
 inline Control control;
 
-// Adds the accesses noted by the threads of the block that has just ended to control.sectors, if control.counts_sectors
-// is set. The n-th loads of a warp's threads count as one access, and so do the n-th stores.
+// Adds the sectors of the block that has just ended to control.sectors, if control.counts_sectors is set. The n-th
+// loads of all threads of a warp count as one access of the warp, and so do their n-th stores.
 void count_sectors();
 
-// Under AddressSanitizer, forbids instrumented code to access these bytes, or allows it again. Otherwise does nothing.
+// poison makes AddressSanitizer report accesses to these bytes, and unpoison allows them. Without AddressSanitizer,
+// both do nothing.
 void poison(void* p, size_t size);
 void unpoison(void* p, size_t size);
 

@@ -11,27 +11,27 @@ namespace standin {
 namespace {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr std::array kSignals = {SIGVTALRM};  // AddressSanitizer reports the other signals in more detail
+constexpr std::array kSignals = {SIGVTALRM};  // AddressSanitizer itself handles the other signals, with more detail
 #else
 constexpr std::array kSignals = {SIGVTALRM, SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
 #endif
 
-std::array<struct sigaction, kSignals.size()> before;
-pthread_t owner;
+std::array<struct sigaction, kSignals.size()> previous_actions;
+pthread_t launching_thread;
 Fault fault;
 bool caught = false;
 
 void restore() {
-  for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &before[i], nullptr);
+  for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &previous_actions[i], nullptr);
 }
 
 void on_fault(int signal, siginfo_t* info, void*) {
-  const bool ours = pthread_equal(owner, pthread_self());
-  if (signal == SIGVTALRM && (!ours || !in_kernel)) {  // ignored: the timer fires again soon
-    if (!ours) pthread_kill(owner, signal);
+  const bool in_launching_thread = pthread_equal(launching_thread, pthread_self());
+  if (signal == SIGVTALRM && (!in_launching_thread || !in_kernel)) {  // ignored, since the timer fires again soon
+    if (!in_launching_thread) pthread_kill(launching_thread, signal);
     return;
   }
-  if (!ours) return restore();  // returning repeats the fault, for the previous handler
+  if (!in_launching_thread) return restore();  // the instruction then faults a second time, for the previous handler
   fault = {signal, info->si_addr};
   caught = true;
   leave_fiber();
@@ -56,11 +56,12 @@ std::string Fault::text() const {
 }
 
 CatchFaults::CatchFaults(int seconds) {
-  owner = pthread_self();
+  launching_thread = pthread_self();
   struct sigaction action = {};
   action.sa_sigaction = on_fault;
-  action.sa_flags = SA_SIGINFO | SA_NODEFER;  // NODEFER: the handler never returns to unblock the signal
-  for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &action, &before[i]);
+  action.sa_flags =
+      SA_SIGINFO | SA_NODEFER;  // NODEFER: the handler does not return, so it could not unblock the signal
+  for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &action, &previous_actions[i]);
   const itimerval timer = {{0, 10000}, {seconds, 0}};  // fires again every hundredth of a second
   setitimer(ITIMER_VIRTUAL, &timer, nullptr);
 }

@@ -1,5 +1,5 @@
-// Faults of kernels. A kernel that touches a guard page, or that exceeds its time, ends its launch with an error, as on
-// a GPU. It does not end the process.
+// Catches faults of kernels. If a kernel accesses a guard page or exceeds its time, its launch ends with an error, as
+// on a GPU, and the process continues.
 #pragma once
 
 #include <string>
@@ -8,6 +8,7 @@
 
 namespace standin {
 
+// The signal of a fault, and the address that the signal reports.
 struct Fault {
   int signal;
   const void* address;
@@ -15,10 +16,12 @@ struct Fault {
   std::string text() const;
 };
 
-// Whether a kernel's code is running, as opposed to the scheduler's. A fiber may only be left while it is.
+// Whether the code of a kernel is running, and not that of the scheduler. leave_fiber may be called only in a kernel's
+// code.
 extern volatile bool in_kernel;
 
-// During its lifetime, catches faults of the thread that created it, and stops work that takes more than `seconds`.
+// While an object exists, faults of the thread that created it are caught. A kernel that takes more than `seconds`
+// seconds of processor time is stopped, which is a fault, too.
 class CatchFaults {
  public:
   explicit CatchFaults(int seconds);
@@ -26,8 +29,8 @@ class CatchFaults {
   CatchFaults(const CatchFaults&) = delete;
 };
 
-const Fault* caught_fault();  // the fault since the last call, or null
+const Fault* caught_fault();  // returns the fault that was caught after the previous call, or null
 
-[[noreturn]] void leave_fiber();  // called after a fault was caught
+[[noreturn]] void leave_fiber();  // ends the running thread's fiber, after a fault or an error
 
 }  // namespace standin

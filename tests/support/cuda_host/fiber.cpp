@@ -16,9 +16,10 @@
 namespace standin {
 namespace {
 
-constexpr size_t kStack = size_t{1} << 17;
+constexpr size_t kStack = size_t{1} << 17;  // bytes of a fiber's stack
 
-// AddressSanitizer tracks stacks and must be informed of every switch.
+// AddressSanitizer must be told of every switch between stacks. host_stack is the stack of the host thread, and
+// host_size its size in bytes.
 const void* host_stack;
 size_t host_size;
 
@@ -36,7 +37,7 @@ void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_
 #endif
 }
 
-[[noreturn, gnu::noinline]] void go(Place to) { __builtin_longjmp(to, 1); }
+[[noreturn, gnu::noinline]] void go(JumpBuffer to) { __builtin_longjmp(to, 1); }
 
 }  // namespace
 
@@ -102,7 +103,7 @@ void Fiber::enter(unsigned high, unsigned low) {
 
 void Fiber::leave() {
   prepared_ = false;
-  before_switch(nullptr, host_stack, host_size);  // null: this stack's contents are not needed again
+  before_switch(nullptr, host_stack, host_size);  // null: nothing on this stack is used any more
   go(host_);
 }
 

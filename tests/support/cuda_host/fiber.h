@@ -1,4 +1,4 @@
-// Fibers: threads of execution that take turns on one thread of the host. Each fiber has its own stack.
+// Fibers: functions with separate stacks that take turns on one thread of the host. A thread of a kernel is a fiber.
 #pragma once
 
 #include <stddef.h>
@@ -6,20 +6,24 @@
 
 namespace standin {
 
-// The state that __builtin_setjmp saves. It has no signal mask, so a switch takes only a few instructions.
-using Place = void* [5];
+// The memory in which __builtin_setjmp saves where to continue. It saves no signal mask, so a switch takes only a few
+// instructions.
+using JumpBuffer = void* [5];
 
 class Fiber {
  public:
-  // `body` is called once each time the fiber is started.
+  // Creates a fiber. Each start of the fiber calls `body` once.
   explicit Fiber(void (*body)(Fiber*));
   ~Fiber();
   Fiber(const Fiber&) = delete;
 
-  void run();      // from outside: continues the body until it pauses, or restarts it after its end
-  void pause();    // from inside
-  void abandon();  // from outside: drops the body's state, so that the next run restarts it
-  // From inside, even from a signal handler: like pause, but drops the body's state.
+  // Called outside the fiber: continues the body until it pauses or ends. If it has ended, starts it.
+  void run();
+  // Called in the body: returns to the caller of run().
+  void pause();
+  // Called outside the fiber: discards the body's state, so that the next run() starts it from its beginning.
+  void abandon();
+  // Called in the body, even in a signal handler: returns to the caller of run() and discards the body's state.
   [[noreturn]] void leave();
 
   bool ended() const { return ended_; }
@@ -31,7 +35,7 @@ class Fiber {
   void (*body_)(Fiber*);
   char* stack_;
   ucontext_t start_;
-  Place here_, host_;
+  JumpBuffer here_, host_;
   bool ended_ = true, prepared_ = false;
 };
 

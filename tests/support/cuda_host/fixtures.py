@@ -1,4 +1,4 @@
-"""Fixtures of the tests on the stand-in for CUDA's runtime."""
+"""Fixtures of the tests that run the CUDA kernels on the CPU, with the stand-in for CUDA's runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def windows():
 
 @pytest.fixture
 def host(one_host, request):
-    """The CUDA kernels on the CPU. The seed of the threads' order depends on the test's name."""
+    """The Host that runs the CUDA kernels, with default settings. Its threads' order depends on the test's name."""
     control = one_host.control
     control.set_seed(zlib.crc32(request.node.name.encode()))
     control.take_launches()

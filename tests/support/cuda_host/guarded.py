@@ -1,4 +1,4 @@
-"""Tensors in guarded memory, where accesses out of bounds are detected: between protected pages, and among canaries."""
+"""Tensors in guarded memory, which detects accesses out of bounds: between protected pages, and among canaries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# NaN as float16, as bfloat16 and, twice, as float32: a read out of bounds makes the result NaN.
+# The 16 bits that fill the memory around a tensor. They are NaN as float16 and as bfloat16, and two of them are NaN as
+# float32. So a read out of bounds makes a result NaN.
 CANARY = torch.tensor([0xFFC1 - 0x10000], dtype=torch.int16)
 PLACES = ("front", "odd", "middle", "back")
 
@@ -23,7 +24,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def reserve(size: int, protection: str) -> int:
-    """The address of new pages. They take memory only when they are touched."""
+    """The address of `size` bytes of new pages. A page takes memory only after its first access."""
     flags = _PRIVATE | _ANONYMOUS | _NORESERVE
     address = _libc.mmap(None, size, _PROTECTION[protection], flags, -1, 0)
     if address in (None, ctypes.c_void_p(-1).value):
@@ -32,12 +33,12 @@ def reserve(size: int, protection: str) -> int:
 
 
 def tensor_at(address: int, size: int) -> Tensor:
-    """A tensor of the bytes at an address that is never freed."""
+    """A uint8 tensor of the `size` bytes at an address. The memory is never freed."""
     return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 class Sparse:
-    """Address space for more elements than fit into memory. Elements that are not touched take no memory."""
+    """Address space for more float32 elements than fit into memory. Pages that are not accessed take no memory."""
 
     def __init__(self, numel: int) -> None:
         self.bytes = tensor_at(reserve(4 * numel, "read_write"), 4 * numel)
@@ -47,7 +48,7 @@ class Sparse:
 
 
 def extent(tensor: Tensor) -> int:
-    """The number of elements in memory from a tensor's first to its last, both included."""
+    """The number of elements that the memory from a tensor's first element to its last element can hold."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -68,8 +69,8 @@ class Pages:
 class Placed:
     """A copy of a tensor in guarded memory, with the same strides.
 
-    place: "front", from the first byte of a page on, so aligned; "odd", one element later; "middle", 64 bits later;
-        "back", up to the last byte.
+    place: where the tensor begins in its pages: "front" at the first byte, which is aligned to 128 bits; "odd" one
+        element later; "middle" 64 bits later. With "back", the tensor ends at the last byte.
     """
 
     _free: dict[int, list[Pages]] = {}  # noqa: RUF012
@@ -100,7 +101,11 @@ class Placed:
         call(self.pages.address + self.end, self.pages.size - self.end)
 
     def done(self, written: bool) -> Tensor:
-        """The tensor's values. Asserts that memory around it and, unless `written`, the tensor are unchanged."""
+        """Returns the tensor's values, and returns the pages for reuse.
+
+        Asserts that the memory around the tensor is unchanged. If the kernel should not have `written` to the tensor,
+        asserts that the tensor is unchanged, too.
+        """
         self.poison(False)
         result = self.tensor.clone()
         if written and result.numel() > 0:

@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources by g++ against the stand-in for CUDA's runtime, into a module that runs them on the CPU."""
+"""Builds the library that runs the CUDA kernels on the CPU, by g++ and with a stand-in for CUDA's runtime."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 CSRC = ROOT / "csrc"
 
-GIVEN_BY = "DDPM_EXT_TEST_CUDA_HOST"  # names a built library to test instead of building one
+GIVEN_BY = "DDPM_EXT_TEST_CUDA_HOST"  # the environment variable with the path of a built library to test
 GIVEN = os.environ.get(GIVEN_BY, "")
 SANITIZED = Path(GIVEN).parent.name == "sanitized"
 
 KERNELS = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "host.cpp", FOLDER / "probe.cu"]
 RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "sectors.cpp")]
-# Without library.cpp, since a process can register its operators only once and ddpm_ext's own module has done so.
+# Without library.cpp: a process can register operators with torch only once, and ddpm_ext._C has registered them.
 TORCH = [*sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"), FOLDER / "module.cpp"]
 
-# All undefined behaviour that g++ can detect. A trap's instruction is a fault, which the stand-in catches.
+# Makes the compiled code trap at undefined behaviour, as far as g++ can detect it. The stand-in catches the trap.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-COMPILER = [*filter(None, [shutil.which("ccache")]), "g++"]  # ccache: unchanged sources are compiled only once
-# Only memory errors: checking undefined behaviour too, which the traps find, would compile two thirds longer.
+COMPILER = [*filter(None, [shutil.which("ccache")]), "g++"]  # with ccache, unchanged sources are compiled only once
+# Detects only memory errors. The other build detects undefined behaviour, and with both checks this build would take
+# two thirds longer.
 SANITIZERS = ["-fsanitize=address", "-O0", "-g1"]
 
 
 def why_not() -> str | None:
-    """The reason why the library can't be built on this machine, or None."""
+    """The reason why the library cannot be built on this machine, or None if it can."""
     if not sys.platform.startswith("linux"):
         return f"the stand-in for CUDA's runtime is for Linux, this is {sys.platform}"
     return None if shutil.which("g++") else "there is no g++ on PATH"
@@ -63,15 +64,16 @@ def compile_all(sources: Iterable[Path], folder: Path, sanitizers: list[str]) ->
     flags += [f"-isystem{sysconfig.get_paths()['include']}", "-DTORCH_EXTENSION_NAME=operators"]
     flags += [f'-DDDPM_EXT_TORCH_VERSION="{torch.__version__}"']
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    # Like nvcc for a GPU. The kernels load floats as other types, which breaks strict aliasing; nvcc allows that.
+    # Flags for the CUDA sources. The kernels load floats as words of other types, which breaks C++'s strict aliasing.
+    # nvcc allows that.
     cuda = ["-x", "c++", "-include", "cuda_runtime.h", "-D__CUDACC__", "-fno-strict-aliasing"]
-    # Both values are tested: from 1000 on, two elements share an instruction.
+    # From 1000 on, an instruction processes two elements. So the two builds test both versions of that code.
     cuda.append(f"-D__CUDA_ARCH__={1000 if sanitizers else 900}")
 
     def compile_one(source: Path) -> Path:
         target = object_file(source, folder)
-        own = [*cuda, *(sanitizers or TRAPS)] if source in KERNELS else sanitizers
-        run(*COMPILER, *flags, *own, "-c", source, "-o", target)
+        source_flags = [*cuda, *(sanitizers or TRAPS)] if source in KERNELS else sanitizers
+        run(*COMPILER, *flags, *source_flags, "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
@@ -86,12 +88,12 @@ def link(objects: Iterable[Path], target: Path, sanitizers: list[str]) -> Path:
 
 
 def build(folder: Path) -> Path:
-    """Builds the library, in which undefined behaviour traps."""
+    """Builds the library with traps for undefined behaviour, and returns its path."""
     return link(compile_all([*KERNELS, *RUNTIME, *TORCH], folder, []), folder / "host.so", [])
 
 
 def build_sanitized(plain: Path) -> Path:
-    """Builds the library with AddressSanitizer. Objects that use torch come from the plain library's folder."""
+    """Builds the library with AddressSanitizer. The objects that use torch are those of the library `plain`."""
     folder = plain.parent / "sanitized"
     folder.mkdir()
     objects = compile_all([*KERNELS, *RUNTIME], folder, SANITIZERS)
@@ -100,7 +102,7 @@ def build_sanitized(plain: Path) -> Path:
 
 
 def sanitizer_libraries() -> list[str]:
-    """The libraries that Python must preload to load the sanitized library. Empty if g++ lacks them."""
+    """The libraries that Python must preload to load the sanitized library, or [] if g++ does not have them."""
     commands = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     found = [subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in commands]
     return found if all(os.path.isabs(path) for path in found) else []
@@ -108,13 +110,13 @@ def sanitizer_libraries() -> list[str]:
 
 def sanitized_environment(sanitized: Path) -> dict[str, str]:
     """Environment variables for a Python process that tests the sanitized library."""
-    options = "detect_leaks=0:protect_shadow_gap=0"  # Python leaks; a CUDA driver needs the shadow gap
+    options = "detect_leaks=0:protect_shadow_gap=0"  # Python never frees some memory; a CUDA driver needs the gap
     sanitizer = {"LD_PRELOAD": " ".join(sanitizer_libraries()), "ASAN_OPTIONS": options}
     return {**os.environ, **sanitizer, "CUDA_VISIBLE_DEVICES": "", GIVEN_BY: str(sanitized)}
 
 
 def for_session(folder: Path) -> Path:
-    """The library that all tests share: built in a session's folder, unless the environment names one."""
+    """The library of a test session: the one that the environment names, or else one that is built in `folder`."""
     if GIVEN:
         return Path(GIVEN)
     if problem := why_not():

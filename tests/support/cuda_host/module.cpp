@@ -1,5 +1,6 @@
-// Two Python modules in one library. `operators` is csrc/ops/bindings.cpp with the CUDA kernels in place of the CPU's,
-// so its functions take the same arguments as those of ddpm_ext._C. `control`, in this file, has everything else.
+// Two Python modules in one library. `operators` is csrc/ops/bindings.cpp with the CUDA kernels in place of the CPU
+// kernels, so its functions take the arguments of ddpm_ext._C's. `control`, in this file, changes the settings of the
+// stand-in and reads its records.
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -26,14 +27,16 @@ using ddpm_ext::OptionalTensor;
 
 namespace {
 
-// Replacements for arguments and results. On the CPU the operators read these arguments themselves; for a GPU they pass
-// them to the kernel. `out` replaces a result that an operator allocates.
+// Tensors that replace arguments or the result of a call. For CPU tensors an operator reads t, sample_ids, seed and
+// draw itself. These replacements reach the kernel, as tensors in GPU memory would. `out` replaces the result that an
+// operator allocates.
 struct Instead {
   OptionalTensor t, sample_ids, seed, out, draw;
 } instead;
 
-bool took_vectors;
+bool took_vectors;  // whether the last call allowed Access::vector
 
+// Runs the CUDA kernels of a call, after the replacements of its arguments.
 template <class AnyCall>
 void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
   if (instead.t) call.t = instead.t->const_data_ptr<int64_t>(), call.t_stride = instead.t->stride(0);
@@ -44,7 +47,7 @@ void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
   if (instead.seed) call.seed_data = instead.seed->const_data_ptr<int64_t>();
   if (instead.draw) call.draw_data = instead.draw->const_data_ptr<int64_t>();
   if constexpr (std::is_same_v<AnyCall, ddpm_ext::ElementwiseCall>) {
-    if (instead.out) {  // its samples have the same layout as the allocated result's
+    if (instead.out) {  // the samples of `out` have the layout of the result that was allocated
       call.out.data = instead.out->mutable_data_ptr();
       call.out.batch_stride = instead.out->stride(0);
     }
@@ -68,7 +71,7 @@ py::list take_launches() {
   return result;
 }
 
-// The stream, as a number, and the device of each recorded launch, allocation or memset.
+// Returns and clears the records of launches, allocations and memsets: the stream, as a number, and the device of each.
 std::vector<std::tuple<intptr_t, int>> take_works() {
   std::vector<std::tuple<intptr_t, int>> result;
   for (const standin::Work& work : std::exchange(standin::control.works, {}))
@@ -76,7 +79,7 @@ std::vector<std::tuple<intptr_t, int>> take_works() {
   return result;
 }
 
-// Calls run(), and returns the numbers of sectors that were loaded and stored.
+// Calls run(). Returns the numbers of sectors that kernels loaded and stored meanwhile (control.h).
 std::tuple<int64_t, int64_t> sectors_of(const py::function& run) {
   standin::control.sectors = {};
   standin::control.counts_sectors = true;
@@ -85,8 +88,8 @@ std::tuple<int64_t, int64_t> sectors_of(const py::function& run) {
   return {standin::control.sectors.loaded, standin::control.sectors.stored};
 }
 
-// Of the `count` words first, first + step, ..., counts those for which the CUDA kernels compute a different radius
-// than the scalar code.
+// Returns for how many of the `count` words first, first + step, and so on the CUDA kernels compute another radius than
+// the scalar code (core/box_muller.h).
 int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
   int64_t mismatches = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -96,7 +99,7 @@ int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
   return mismatches;
 }
 
-// The contract's normals of blocks first to first + count, computed by the scalar code.
+// Returns the normals of the Philox blocks `first` to first + count - 1, computed by the scalar code.
 std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t draw, uint32_t first, int count) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(seed);
   const ddpm_ext::PhiloxSample sample = ddpm_ext::philox_sample(keys, ddpm_ext::sample_counter(id, stream, draw));

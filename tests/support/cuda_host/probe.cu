@@ -13,7 +13,7 @@ constexpr unsigned kThreads = 1024;
 
 __global__ void take_numbers(int* counter, int* numbers) { numbers[threadIdx.x] = atomicAdd(counter, 1); }
 
-// ----------------------------------- correct kernels, and kernels with one error each
+// Small kernels for run_kernel: correct ones, and ones with a single error.
 
 __global__ void early_return() {
   if (threadIdx.x % 3 == 0) return;

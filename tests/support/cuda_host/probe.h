@@ -1,4 +1,5 @@
-// Functions by which tests reach into the CUDA sources and the stand-in. They are compiled like the CUDA sources.
+// Functions that call single device functions of the CUDA sources, or small kernels, for tests. They are compiled like
+// the CUDA sources.
 #pragma once
 
 #include <stdint.h>
@@ -8,17 +9,19 @@
 
 namespace probe {
 
-float radius(uint32_t w);  // core/box_muller.h's radius, with the kernels' square root
+// Returns radius of core/box_muller.h, computed with the CUDA kernels' square root.
+float radius(uint32_t w);
 
-// Computes the kernels' square root of every mantissa and both parities of the exponent, from every start value within
-// 2^-22.9, the error that the manual of rsqrt.approx allows. Returns the number of start values and the number of
-// results that were not correctly rounded, and then the same two numbers for the start values within 2^-23.3.
+// Computes the CUDA kernels' square root for every mantissa and both parities of the exponent. It starts from every
+// approximation of 1 / sqrt(x) with a relative error of at most 2^-22.9, the error that the manual of rsqrt.approx
+// allows. Returns the number of start values and the number of results that are not correctly rounded, and then the
+// same two numbers for the start values with an error of at most 2^-23.3.
 std::vector<int64_t> roots_from_every_start();
 
-// The order in which a block's threads run: the number that each thread takes from a shared counter.
+// Returns the order in which the threads of a block run: for each thread, the number of threads that ran before it.
 std::vector<int> order_of_threads(unsigned threads);
 
-// Launches one of the small kernels of probe.cu. Errors become exceptions.
+// Launches the small kernel of probe.cu with this name. Throws an exception if the launch returns an error.
 void run_kernel(const std::string& name, unsigned blocks, unsigned threads);
 
 }  // namespace probe

@@ -1,5 +1,5 @@
 // Runs a launch: the blocks one after the other, and the threads of a block in turns. The seed decides both orders. A
-// thread's turn lasts until it reaches a barrier or ends. Barriers open only when no thread can continue otherwise.
+// thread runs until it reaches a barrier or ends, then another thread runs. Barriers open only when no thread can run.
 #include <stdlib.h>
 #include <string.h>
 
@@ -33,9 +33,9 @@ struct Thread {
   uint3 index;
   unsigned number;
   State state;
-  Site site;
-  unsigned mask;
-  uint64_t bits;  // read by the other threads of the warp
+  Site site;      // where in the source it waits
+  unsigned mask;  // the lanes that take part in the warp barrier at which it waits
+  uint64_t bits;  // the value that the thread passes to a shuffle, for the other threads of the warp
 
   Thread();
 };
@@ -76,12 +76,14 @@ std::string text(uint3 v) {
 }
 std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
+// Sets the error of the launch, if it has none yet.
 void fail(cudaError_t code, const std::string& what) {
   if (error.code == cudaSuccess) error = {code, what + " in block " + text(blockIdx)};
 }
 
 bool same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
 
+// Pauses the running thread until its barrier opens.
 void wait(State state, unsigned mask, Site site) {
   running->state = state;
   running->mask = mask;
@@ -91,7 +93,8 @@ void wait(State state, unsigned mask, Site site) {
   in_kernel = true;
 }
 
-// The threads of the warp that are in the mask of `first`; none if they do not all wait at the same barrier.
+// Returns the threads of the warp barrier at which `first` waits: those in its mask. Returns none if a thread of the
+// mask does not wait at that barrier.
 std::vector<Thread*> met_in_warp(const Thread& first) {
   std::vector<Thread*> met;
   for (unsigned i = 0; i < warpSize; ++i) {
@@ -105,8 +108,8 @@ std::vector<Thread*> met_in_warp(const Thread& first) {
   return met;
 }
 
-// Releases the threads at every barrier that all of its participants have reached. A thread that has ended no longer
-// takes part in the block's barriers.
+// Opens every barrier that all of its threads have reached. Returns whether there was such a barrier. A thread that has
+// ended does not take part in the block's barriers.
 bool open_barriers() {
   bool all = true, opened = false;
   const Thread* first = nullptr;
@@ -125,6 +128,7 @@ bool open_barriers() {
   return opened;
 }
 
+// Describes how many threads wait at which barriers, for an error message.
 std::string describe_waiting() {
   std::string result;
   std::vector<bool> told(live);
@@ -236,7 +240,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, int source, Site site) {
     leave_fiber();
   }
   const uint64_t result = threads[running->number / warpSize * warpSize + source]->bits;
-  wait_for_warp(mask, site);  // until all threads have read the bits
+  wait_for_warp(mask, site);  // waits until all threads have read the bits
   return result;
 }
 

@@ -11,8 +11,8 @@ namespace {
 
 constexpr uintptr_t kSector = 32;
 
-// For the running block: the sectors of each load and of each store of a warp, and the number of accesses that each
-// thread has noted.
+// For the running block: the sectors of each load and of each store of a warp (the key is the warp's number, and
+// whether the access is a store), and the number of loads or stores of each thread so far.
 std::map<std::pair<unsigned, bool>, std::vector<std::set<uintptr_t>>> by_warp;
 std::map<std::pair<std::pair<unsigned, bool>, int>, size_t> noted;
 

@@ -1,4 +1,4 @@
-"""Checks some elements of results whose tensors are too large for memory."""
+"""Checks operators on tensors that are too large for memory, at a few ranges of elements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from support.cuda_host.calls import Call, Host, Variant, assert_same_bits, make_
 from support.cuda_host.guarded import Sparse
 from torch import Tensor
 
-ITEMS = (4, 8)  # the numbers of consecutive elements that a thread may take
+ITEMS = (4, 8)  # the numbers of neighbouring elements that a thread may process at once
 
 
 def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:
-    """The indices of elements of sample b. `elements` are their numbers in C order."""
+    """The indices of elements of sample b, one tensor for each dimension. `elements` has their positions in C order."""
     where = []
     for size in reversed(shape[1:]):
         where.append(elements % size)
@@ -24,7 +24,7 @@ def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:
 
 
 def around(samples: Iterable[int], numbers: Iterable[int], numel: int) -> list[tuple[int, int, int]]:
-    """Ranges (sample, begin, end) of elements around these numbers, without overlaps."""
+    """Ranges (sample, begin, end) of elements around the positions `numbers`, 600 on each side, that do not overlap."""
     places = []
     for b in sorted(set(samples)):
         last = 0
@@ -37,8 +37,10 @@ def around(samples: Iterable[int], numbers: Iterable[int], numel: int) -> list[t
 
 
 class Windows:
+    """Memory for huge tensors, of which only the elements that `check` reads and writes take memory."""
+
     def __init__(self) -> None:
-        self.rooms = {name: Sparse(2**34 + 64) for name in ("x_t", "model_output", "noise", "out")}
+        self.memory = {name: Sparse(2**34 + 64) for name in ("x_t", "model_output", "noise", "out")}
 
     def check(
         self,
@@ -49,16 +51,18 @@ class Windows:
         offsets: Mapping[str, int],
         places: Sequence[tuple[int, int, int]],
     ) -> None:
-        """Checks elements begin to end of sample b, for each (b, begin, end) in places.
+        """Checks the elements from `begin` to end - 1 of sample b, for each (b, begin, end) of `places`.
 
-        Runs only the blocks that may have these elements. strides: by the tensors' names; "out" is for tensors that are
-        not named. offsets: where a tensor begins, by its name, by default 0.
+        Runs only the blocks that may process these elements.
+
+        strides: the strides of a tensor by its name; tensors without an entry have those of "out".
+        offsets: the element of the memory at which a tensor begins, by its name, 0 by default.
         """
         changes = {"t": None, "t_index": 1, "draw": 2**32 - 9, "first_id": 2**55}
         call = make_call(variant, 1, 1, **changes)
         like = {**call.tensors, "out": call.x}
         tensors = {
-            name: self.rooms[name].tensor(tensor.dtype, shape, strides.get(name, strides["out"]), offsets.get(name, 0))
+            name: self.memory[name].tensor(tensor.dtype, shape, strides.get(name, strides["out"]), offsets.get(name, 0))
             for name, tensor in like.items()
         }
         out = tensors.pop("out")
@@ -86,7 +90,10 @@ class Windows:
 
     @staticmethod
     def small(host: Host, call: Call, b: int, begin: int) -> Call:
-        """A call with only these elements. If noise is drawn, it is in float32, the dtype in which noise is drawn."""
+        """A call on a small tensor with the elements from `begin` on of sample b.
+
+        If the large call draws noise, the small call gets that noise as a tensor. It is float32, like drawn noise.
+        """
         n = call.x.shape[1]
         call = call.with_tensors(lambda name, x: values(1, n, seed=begin % 97 + len(name), dtype=x.dtype))
         if not call.drawn:
@@ -97,7 +104,10 @@ class Windows:
 
     @staticmethod
     def blocks(launch: tuple[Sequence[int], Sequence[int]], places: Sequence[tuple[int, int, int]]) -> list[int]:
-        """The blocks that may have these elements: x counts elements, y and then z samples, each modulo the grid."""
+        """The numbers of the blocks that may process these elements.
+
+        A block's x counts elements. Its y and z count samples, with y fastest. Each wraps around at the grid's size.
+        """
         (gx, gy, gz), (bx, by, _) = launch
         numbers = set()
         for b, begin, end in places:

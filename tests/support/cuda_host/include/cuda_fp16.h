@@ -1,4 +1,4 @@
-// IEEE 754's binary16. Conversion from float32 rounds to nearest even.
+// IEEE 754's binary16, CUDA's __half. Conversion from float32 rounds to nearest even.
 #pragma once
 
 #include <math.h>
@@ -29,10 +29,11 @@ inline __half __float2half_rn(float f) {
   uint32_t bits;
   if (f != f) {
     return {0x7fff};
-  } else if (magnitude >= 65520.0f) {  // halfway between the largest number and the one that would follow
+  } else if (magnitude >= 65520.0f) {  // from here on, numbers round to infinity
     bits = 0x7c00;
   } else if (magnitude < 0x1p-14f) {
-    bits = static_cast<uint32_t>(nearbyintf(magnitude * 0x1p24f));  // only nearbyintf rounds
+    bits = static_cast<uint32_t>(
+        nearbyintf(magnitude * 0x1p24f));  // subnormal; the product is exact, and nearbyintf rounds it
   } else {
     bits = (u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13;
   }

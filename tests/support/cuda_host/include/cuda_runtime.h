@@ -1,5 +1,6 @@
-// A stand-in for the CUDA runtime, which is included before every CUDA source. With it g++ compiles the kernels and
-// they run on the CPU, where sanitizers and guard pages check each of their accesses. It has only what the sources use.
+// A stand-in for the CUDA runtime, included before every CUDA source. With it, g++ compiles the kernels for the CPU,
+// where sanitizers and guard pages check their memory accesses. It has only the functions and types that the sources
+// use.
 #pragma once
 
 #include "standin/intrinsics.h"

@@ -1,4 +1,4 @@
-// Stands in for ATen's header: a loop on one thread.
+// Replaces torch's header of this name. Its parallel_for is a loop on one thread.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// Replaces csrc/cuda/ptx.cuh, whose functions are GPU instructions.
+// Replaces csrc/cuda/ptx.cuh, whose functions are GPU instructions, by functions for the CPU.
 #pragma once
 
 #include <math.h>
@@ -9,11 +9,12 @@
 
 namespace standin {
 
-// Which of the results that PTX allows rsqrt_approx returns: the nearest to the exact one, the least, the greatest, or
-// one that depends on the argument.
+// PTX allows several results of rsqrt.approx. This says which of them rsqrt_approx returns: the nearest to the exact
+// result, the least, the greatest, or one chosen by a hash of the argument.
 enum class Rsqrt : int { nearest, least, greatest, any };
 inline Rsqrt rsqrt_choice = Rsqrt::any;
 
+// Returns the float with these bits.
 inline float positive_float(uint32_t bits) {
   float f;
   memcpy(&f, &bits, sizeof f);
@@ -24,7 +25,8 @@ inline float positive_float(uint32_t bits) {
 
 namespace ddpm_ext::cuda {
 
-// rsqrt.approx.ftz.f32: any float32 within the error that PTX's manual allows.
+// The instruction rsqrt.approx.ftz.f32. Returns a float32 within the error that PTX's manual allows, chosen by
+// rsqrt_choice.
 inline float rsqrt_approx(float x) {
   if (x != x) return NAN;
   if (fabsf(x) < 0x1p-126f) return signbit(x) ? -INFINITY : INFINITY;  // subnormals are flushed
@@ -53,7 +55,7 @@ inline float rsqrt_approx(float x) {
   return standin::positive_float(least + static_cast<uint32_t>(uint64_t{hash} * (greatest - least + 1) >> 32));
 }
 
-// max.NaN.f32 and min.NaN.f32: -0 is below 0.
+// The instructions max.NaN.f32 and min.NaN.f32. -0 is below 0. If an argument is NaN, the result is NaN.
 inline float max_nan(float a, float b) {
   if (a != a || b != b) return NAN;
   if (a == b) return signbit(a) ? b : a;
@@ -61,7 +63,7 @@ inline float max_nan(float a, float b) {
 }
 inline float min_nan(float a, float b) { return -max_nan(-a, -b); }
 
-// Accesses of 128 and 64 bits are noted, so that their sectors can be counted (control.h).
+// These accesses are recorded, so that their sectors can be counted (control.h).
 template <class Word>
 Word load_word(const Word* p) {
   standin::note_access(true, false, p, sizeof(Word));

@@ -1,4 +1,4 @@
-// Arithmetic and loads under CUDA's names.
+// CUDA's functions for arithmetic and for loads and stores, for the CPU.
 #pragma once
 
 #include <math.h>

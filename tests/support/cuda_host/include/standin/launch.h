@@ -1,4 +1,5 @@
-// Launches. The kernel ends before the call returns, so that an error inside the kernel becomes the launch's error.
+// Launches of kernels, and CUDA's functions for devices, memory and errors. A launch returns after its kernel has
+// ended, and returns an error of the kernel.
 #pragma once
 
 #include <stddef.h>
@@ -40,7 +41,7 @@ namespace standin {
 
 inline int current_device = 0;
 
-// Records that something is put on a stream, together with the current device.
+// Records a launch, an allocation or a memset: its stream and the current device.
 void note_stream(cudaStream_t stream);
 
 }  // namespace standin
@@ -57,7 +58,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// On every device, a multiprocessor has room for 1,024 threads. It runs as many blocks at once as fit.
+// On every device, a multiprocessor runs at most 1,024 threads at once, and as many blocks as these threads allow.
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t) {
   *blocks = 1024 / threads;

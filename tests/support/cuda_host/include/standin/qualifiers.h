@@ -1,4 +1,4 @@
-// CUDA's qualifiers for functions and variables.
+// CUDA's qualifiers for functions and variables, as macros for g++.
 #pragma once
 
 #define __global__
@@ -7,6 +7,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block runs at a time, so all blocks can share one copy. A block finds whatever the previous block left there,
-// which is as good as uninitialised.
+// Shared memory is a static variable, which is one copy for all blocks. That suffices, since one block runs at a time.
+// At its start a block finds the values of the previous block there. A kernel must not use them, like any uninitialised
+// memory.
 #define __shared__ static

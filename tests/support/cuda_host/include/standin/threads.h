@@ -1,5 +1,5 @@
 // The indices of a kernel's thread, and its synchronisation with other threads. All threads of a launch are fibers of
-// one host thread. So the variables of the running thread are plain globals, and every operation is atomic.
+// one host thread. So the variables of the running thread are global variables, and every operation is atomic.
 #pragma once
 
 #include <stddef.h>
@@ -17,19 +17,21 @@ constexpr int warpSize = 32;
 
 namespace standin {
 
-// A position in the source.
+// A position in the source code, which identifies a barrier or a shuffle.
 struct Site {
   const char* file;
   int line;
 };
 
+// The barriers __syncthreads and __syncwarp.
 void wait_for_block(Site site);
 void wait_for_warp(unsigned mask, Site site);
-// Returns the bits that the thread `lane` of the warp passes at the same site.
+// A shuffle: returns the bits that the thread `lane` of the warp passes at the same site.
 uint64_t exchange(unsigned mask, uint64_t bits, int lane, Site site);
-int lane();
-unsigned warp();  // the warp's number in its block
-// Records that the thread reaches an access to global memory. `happens` says whether the access's condition holds.
+int lane();       // the running thread's lane in its warp
+unsigned warp();  // the number of that warp in its block
+// Records that the running thread reaches an access to global memory. `happens` says whether the condition of the
+// access holds.
 void note_access(bool happens, bool store, const void* p, size_t bytes);
 
 template <class T>
@@ -42,7 +44,7 @@ T exchange_value(unsigned mask, T value, int source, Site site) {
   return value;
 }
 
-// Lane `source`, or the caller's own lane if `source` is outside its group of `width` lanes.
+// Returns `source`, or the running thread's lane if `source` is after the end of that lane's group of `width` lanes.
 inline int within(int source, int width) { return source <= (lane() | (width - 1)) ? source : lane(); }
 
 }  // namespace standin
@@ -52,7 +54,7 @@ inline int within(int source, int width) { return source <= (lane() | (width - 1
 inline void __syncthreads(STANDIN_SITE) { standin::wait_for_block({file, line}); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, STANDIN_SITE) { standin::wait_for_warp(mask, {file, line}); }
 
-// Only one thread runs at a time, and it sees everything that the others wrote.
+// Does nothing: only one thread runs at a time, so it sees everything that other threads have written.
 inline void __threadfence() {}
 
 template <class T>
@@ -69,7 +71,7 @@ inline int atomicAdd(int* p, int value) { return std::exchange(*p, *p + value); 
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
 inline unsigned atomicMin(unsigned* p, unsigned value) { return std::exchange(*p, std::min(*p, value)); }
 
-// Counts up to `last`, then starts again at 0.
+// Increments *p, from `last` to 0. Returns the number before.
 inline unsigned atomicInc(unsigned* p, unsigned last) {
   const unsigned before = *p;
   *p = before >= last ? 0 : before + 1;

@@ -1,4 +1,4 @@
-// Stands in for c10's header.
+// Replaces torch's header of this name, without error messages.
 #pragma once
 
 #include <stdlib.h>

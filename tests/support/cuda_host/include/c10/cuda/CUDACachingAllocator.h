@@ -10,8 +10,9 @@
 
 namespace standin {
 
-// The blocks that torch's allocator has handed out and not got back. Even so, torch may give their memory to other
-// tensors, as it does with the pool of a CUDA graph.
+// The blocks that torch's allocator has allocated and that are not freed yet, with their sizes in bytes. For the pool
+// of a CUDA graph, torch may use such memory for other tensors, too. overwrite_memory_of_allocator does what those
+// tensors would do.
 inline std::map<void*, size_t> of_allocator;
 inline int allocations = 0, caches_emptied = 0;
 

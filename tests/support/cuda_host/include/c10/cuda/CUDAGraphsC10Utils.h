@@ -4,7 +4,7 @@
 
 namespace standin {
 
-inline bool capturing = false;  // whether launches are captured; they run nevertheless
+inline bool capturing = false;  // whether the current stream is captured in a CUDA graph; launches run nevertheless
 
 }  // namespace standin
 

@@ -6,8 +6,8 @@
 
 namespace standin {
 
-// The kind of the current streams: default streams, whose handle is null on every device; other streams of torch; or
-// streams that torch has not made.
+// The kind of the current streams. null: default streams, whose handle is null on every device. of_torch: other streams
+// that torch has created. external: streams that torch has not created.
 enum class Streams : int { null, of_torch, external };
 inline Streams streams = Streams::null;
 
@@ -23,7 +23,7 @@ using DeviceIndex = int8_t;
 
 namespace c10::cuda {
 
-// The id of a stream that torch has not made is its handle. The id of a default stream is 0.
+// A stream of torch. The id of a stream that torch has not created is its handle, and the id of a default stream is 0.
 class CUDAStream {
  public:
   explicit CUDAStream(cudaStream_t stream) : stream_(stream) {}
