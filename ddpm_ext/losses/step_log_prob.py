@@ -140,8 +140,8 @@ class StepLogProb:
         for i in indices:
             if self._without_log_prob[i]:
                 raise ValueError(
-                    f"row {i} has s {self.table.s[i]} and a weight of m of {self._output_factor[i]}, expected both above 0 "
-                    "in size: its step is no random one that m decides"
+                    f"row {i} has s {self.table.s[i]} and a weight of m of {self._output_factor[i]}, expected both "
+                    "above 0 in size: its step is no random one that m decides"
                 )
 
     def _make(self, elements: int) -> DeviceTables:
