@@ -69,7 +69,7 @@ LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
 
 def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
-    """Returns cached_loop_rows, after a check that the rows have what the options need."""
+    """cached_loop_rows(cache, process, options), after a check that the rows have the columns that the options need."""
     rows = cached_loop_rows(cache, process, options)
     check_notes(process, options)
     _check_rows(rows, options)
@@ -223,8 +223,8 @@ def _check_history(table: StepTable, needs: Sequence[RowNeeds], skipped: int) ->
         for slot, reads in enumerate(row.history, start=1):
             if reads and kept_count < slot:
                 raise ValueError(
-                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept_count} rows of "
-                    "the loop before it keep a tensor, expected 0"
+                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept_count} rows "
+                    "of the loop before it keep a tensor, expected 0"
                 )
         kept_count += row.keeps
 
