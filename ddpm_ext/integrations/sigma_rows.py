@@ -32,7 +32,7 @@ class SigmaRows(NamedTuple):
         """Groups the rows into steps.
 
         Args:
-            begins: the row with which each step begins. All rows before begins[1] belong to the first step.
+            step_starts: the row with which each step begins. All rows before step_starts[1] belong to the first step.
         """
         ends = [*step_starts[1:], len(table)]
         steps = [list(range(first, end)) for first, end in zip([0, *step_starts[1:]], ends, strict=True)]

@@ -201,7 +201,7 @@ class Tutorial(LoopOptionsTaker):
         """The rows for a call of a training method. Raises Fallback if the call has no fused form.
 
         Args:
-            more: whether the call has arguments that the tutorial's method doesn't have.
+            has_more: whether the call has arguments that the tutorial's method doesn't have.
         """
         if has_more:
             raise Fallback("it has arguments that the tutorial's hasn't")

@@ -150,7 +150,7 @@ class _SideBySideRun:
 
     def __init__(self, loop: TracedLoop, proof: Proof | None, call: SamplerCall) -> None:
         self._loop, self._proof, self._call, self._drawn = loop, proof, call, 0
-        self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), wide=False)
+        self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), keeps_float64=False)
         self._row = -1  # the current row; -1 before the first
         self._inputs: tuple[Tensor, Tensor] | None = None  # the sample and model output of the current row
         self._z: Tensor | None = None  # the noise of the current row

@@ -88,7 +88,7 @@ class _Buffers(NamedTuple):
             self.x.copy_(x)
 
     def model_input(self, next_needs: RowNeeds | None) -> Tensor | None:
-        """The tensor besides `x` to which a step writes these samples, as the model's input in the row `following`.
+        """The tensor besides `x` to which a step writes these samples, as the model's input in the row of `next_needs`.
 
         None if no row follows, if it does not call the model, or if it reads the samples from `x` alone.
         """

@@ -183,7 +183,7 @@ class Scheduler(Accelerated):
         and dtype of the model's output.
 
         Args:
-            noisy: whether the step has noise.
+            has_noise: whether the step has noise.
             like: the model's output.
             index: the position of the step in its loop, a number that rises along the loop.
         """

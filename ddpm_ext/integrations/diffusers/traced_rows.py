@@ -292,7 +292,9 @@ def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> Lo
     try:
         samples, outputs = ([tensor.clone() for _ in range(count)] for tensor in (x, m))
         options = options_of_steps(key.options, rows.scheduler.timesteps, key.first, n)
-        steps_taken = observe(rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, wide=False)
+        steps_taken = observe(
+            rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, keeps_float64=False
+        )
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
     prev, second = steps_taken[0].prev.dtype, None if steps_taken[0].second is None else steps_taken[0].second.dtype
