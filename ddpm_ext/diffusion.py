@@ -1,4 +1,7 @@
-"""GaussianDiffusion: the tutorial's class, with each of its steps in one launch."""
+"""GaussianDiffusion: the class for training and sampling, which takes each step in one kernel launch.
+
+Its methods have the names and arguments of the class in tutorials on DDPM.
+"""
 
 from __future__ import annotations
 

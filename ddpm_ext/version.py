@@ -1,4 +1,4 @@
-"""Which version of ddpm_ext this is, how it was built, and which device that suits."""
+"""The version of ddpm_ext, how it was built, and whether it can use a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ddpm_ext.ops.extension import BUILT, C
 
 
 def _version() -> str:
-    """The version in the installed metadata, which is that of pyproject.toml when the package was installed.
+    """The version of the installed package.
 
-    A source folder that was never installed has pyproject.toml's version with "+source". A copy of the package without
-    either has "0+unknown".
+    For a source folder that was never installed, it is pyproject.toml's version with "+source"; for a copy of the
+    package without pyproject.toml, "0+unknown".
     """
     import re
     from importlib import metadata
@@ -34,7 +34,7 @@ __version__ = _version()
 
 
 def build_info() -> dict[str, Any]:
-    """How this build was made and what it uses.
+    """How ddpm_ext was built, and the CPU instructions that it uses.
 
     Returns:
         version: the version of ddpm_ext.
@@ -52,7 +52,7 @@ def build_info() -> dict[str, Any]:
 
 
 def why_no_gpu() -> str:
-    """Why this build or torch can't use a GPU, in words; "" where they can."""
+    """The reason, in words, why ddpm_ext or torch can't use a GPU; "" if they can."""
     built = build_info()
     if built["cuda"] is None:
         return f"ddpm_ext is built without CUDA: {built['why_cpu']}"
@@ -64,9 +64,9 @@ def why_no_gpu() -> str:
 
 
 def default_device() -> str:
-    """Where commands and training run if no device is named: "cuda" if this build and torch can use a GPU, or "cpu".
+    """The default device of commands and training: "cuda" if ddpm_ext and torch can use a GPU, or "cpu".
 
-    Warns of a GPU that this build has no code for.
+    Warns if there is a GPU, but ddpm_ext was built without code for it.
     """
     if C.build_info()["cuda"] is None or not torch.cuda.is_available():
         return "cpu"

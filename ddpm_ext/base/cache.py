@@ -1,4 +1,4 @@
-"""A small cache that threads may share."""
+"""BoundedCache, a cache with a maximum size that threads may share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ Value = TypeVar("Value")
 
 
 class BoundedCache(Generic[Value]):
-    """A cache of at most `size` values by key. A new value replaces the oldest.
+    """A cache of at most `size` values by key. A new value in a full cache replaces the value that was added first.
 
-    Threads may share it. A lookup of an existing key takes no lock. Copies and pickles of the cache are empty.
+    Threads may share the cache. A lookup of an existing key takes no lock. Copies and pickles of a cache are empty.
 
-    Raises ValueError: size is below 1.
+    Raises:
+        ValueError: size is below 1.
     """
 
     def __init__(self, size: int) -> None:
@@ -33,10 +34,10 @@ class BoundedCache(Generic[Value]):
         return type(self), (self.size,)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key. A missing value is made by make(), which must not return None, and stored.
+        """The value of a key. If the key is missing, the result of make() is stored and returned; it must not be None.
 
-        make() runs without the lock, so it may use the cache. If several threads make a value of the same key at the
-        same time, all get the value that was stored first. If make() raises an error, nothing is stored.
+        make() runs without the lock, so it may use the cache. If several threads call it for the same key at the same
+        time, all get the value that was stored first. If make() raises an error, nothing is stored.
         """
         value = self._values.get(key)
         if value is not None:

@@ -1,7 +1,7 @@
 """Checks of arguments. An error names the argument, its value, and what is expected.
 
-The compiled operators check themselves that their tensors fit together. This module has the checks that must be made
-before an operator is called, and those of `reference`.
+The compiled operators check that the shapes, dtypes and devices of their tensors agree. This module has the checks that
+Python makes before it calls an operator, and the checks of the operators in `reference`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Older versions of torch.compile can't trace unions of types, nor any(): hence tuples here, and loops below.
+# Older versions of torch.compile can trace neither isinstance with a union of types nor any(). So this file has tuples
+# of types, and loops in place of any().
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)
-_REALS: Any = (float, int, numbers.Real)  # float and int first: isinstance with an abstract class calls a function
+_REALS: Any = (float, int, numbers.Real)  # float and int come first, since a test for the abstract class Real is slow
 
 
 def as_int(name: str, value: object) -> int:
@@ -70,7 +71,7 @@ def nonnegative(name: str, value: object) -> float:
 
 
 def clip_range(clip: Any) -> tuple[float, float] | None:
-    """Returns `clip`. Raises TypeError unless it is None or has two numbers, ValueError unless they ascend."""
+    """Returns `clip`. Raises TypeError unless it is None or has two numbers, ValueError unless low <= high."""
     if clip is None:
         return None
     pair = isinstance(clip, _PAIRS) and len(clip) == 2
@@ -113,22 +114,27 @@ def floating(name: str, value: Any) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}, expected a floating one")
 
 
-def refuse(name: str, values: Any, bad: Any, expected: str) -> None:
-    """Raises ValueError, which names the first bad value, if any value is bad.
+def refuse(name: str, values: Any, is_wrong: Any, expected: str) -> None:
+    """Raises ValueError, which names the first wrong value, if any value is wrong.
 
     Args:
-        values, bad: arrays, or tensors on the CPU.
+        values, is_wrong: arrays, or tensors on the CPU. is_wrong has a bool for each value.
+        expected: what the error says is expected.
     """
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
+    if is_wrong.any():
+        i = int(np.flatnonzero(is_wrong)[0])
         raise ValueError(f"{name}[{i}] is {values[i]}, expected {expected}")
 
 
 def floats(name: str, values: Tensor, shape: str) -> Tensor:
     """Returns numbers as float64 (n,) on the CPU.
 
-    Raises TypeError unless `values` is a floating tensor, and ValueError unless it has one dimension and at least one
-    number. `shape` is the expected shape in the error's text.
+    Args:
+        shape: the expected shape, for the error's text.
+
+    Raises:
+        TypeError: `values` is not a floating tensor.
+        ValueError: it has more or less than one dimension, or no number.
     """
     floating(name, values)
     if values.dim() != 1 or len(values) == 0:
@@ -145,7 +151,7 @@ def plain_layout(name: str, x: Tensor) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is neither of a subclass nor wrapped by a transform of torch.func or by batched gradients."""
+    """Whether a tensor is an ordinary one: not of a subclass, and not wrapped by torch.func or by batched gradients."""
     functorch = torch._C._functorch
     wrapped = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
     return type(tensor) is Tensor and not wrapped
@@ -167,7 +173,7 @@ def shape(value: object, least: int = 0) -> tuple[int, ...]:
 
 
 def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
-    """Splits t into the operators' two arguments: (t, 0) for a tensor, and (None, t) for an int."""
+    """The operators' two arguments for t: (t, 0) for a tensor, and (None, t) for an int."""
     if isinstance(t, Tensor):
         return t, 0
     if type(t) is not int:
@@ -221,8 +227,8 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int) -> None:
     """Raises TypeError or ValueError unless v is int64 (batch,) with values in [0, last].
 
-    Values on a GPU are not checked, because reading them would synchronise. Nor are values in a transform of
-    torch.func, because they cannot be read.
+    Values on a GPU are not checked, because reading them would wait for the GPU. Values in a transform of torch.func
+    are not checked, because they cannot be read.
     """
     if v.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {v.dtype}, expected int64")

@@ -1,4 +1,4 @@
-"""Atomic writing: a file is written under another name in the same folder and then renamed, so it is never partial."""
+"""Atomic writing of files: a file is written under another name in its folder, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 _LARGEST_JSON = 2**28  # bytes
-_ABANDONED = 3600.0  # seconds without a write after which a temporary file counts as left by a killed process
+_ABANDONED = 3600.0  # after this many seconds without a write, a temporary file counts as that of a killed process
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
+    """The path of the file to write. Raises ValueError if it is a folder or a device."""
     # For a symbolic link, the file that it points to is replaced, and the link stays.
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -35,16 +36,17 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _temporary_name(target: Path) -> Path:
-    """A hidden temporary name in the folder of `target`, with the same ending, not longer than names may be."""
+    """A new hidden path in the folder of `target`, with the same ending. Its name has a legal length."""
     return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
 
 
 def _short_stem(target: Path) -> str:
+    """The first 200 bytes of a file's name without its ending."""
     return os.fsdecode(os.fsencode(target.stem)[:200])
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flushes a rename to the disk, if the system can."""
+    """Flushes the renames in a folder to the disk, if the system can."""
     with suppress(OSError):  # Windows can't open folders, and some network file systems can't flush them
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -60,11 +62,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     When the block ends without an exception, the file is flushed to the disk and renamed to `path`. Otherwise it is
     removed, and a file that was at `path` before is not changed. Missing parent folders are created.
 
-    Raises ValueError if `path` is a folder or a device, and an OSError that names `path` if it can't be written.
+    Raises:
+        ValueError: `path` is a folder or a device.
+        OSError: it can't be written; the error names `path`.
     """
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not created by tempfile: only the owner can read its files, and the rename would not change their mode.
+    # The module tempfile is not used: only the owner could read its files, also after the rename.
     temporary = _temporary_name(target)
     try:
         with errors_that_name(path, temporary):
@@ -78,31 +82,31 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -math.inf) -> None:
-    """Removes temporary files from a folder that killed processes left while they wrote `of`, or any file.
+    """Removes the temporary files that killed processes left in `folder` while they wrote the file `of`.
 
-    No other process may be writing such files.
+    The caller ensures that no other process is writing this file.
 
     Args:
-        of: the file that was to be written. None means any file.
-        untouched: remove only files that were not written for this many seconds.
+        of: the file that was to be written. None means any file in the folder.
+        untouched: only temporary files that were not written for this many seconds are removed.
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
-        status = leftover.lstat()  # of a link itself: its target may not exist
+        status = leftover.lstat()  # not stat(), which fails for a link whose target does not exist
         if time.time() - status.st_mtime > untouched:
             shutil.rmtree(leftover) if stat.S_ISDIR(status.st_mode) else leftover.unlink()
 
 
 @contextmanager
-def errors_that_name(path: str | os.PathLike[str], hidden: Path) -> Iterator[None]:
-    """Makes OSErrors in the block name `path` if they name no file, or the temporary file or folder `hidden`.
+def errors_that_name(path: str | os.PathLike[str], temporary_target: Path) -> Iterator[None]:
+    """Makes OSErrors in the block name `path`, if they name no file or the temporary file or folder `temporary_target`.
 
-    An error of write() on a full disk names no file, for example.
+    For example, an error of write() on a full disk names no file.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not os.fsdecode(error.filename).startswith(os.fspath(hidden)):
+        if error.filename is not None and not os.fsdecode(error.filename).startswith(os.fspath(temporary_target)):
             raise
         number, reason = error.errno or errno.EIO, error.strerror or str(error)
         raise OSError(number, reason, os.fspath(path)) from error
@@ -126,8 +130,8 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 def write_array(path: str | os.PathLike[str], array: npt.NDArray[Any]) -> None:
     """Writes an .npy, atomically."""
-    # Also opened for reading: numpy's C code writes files that are open only for writing. On a full disk its error does
-    # not give the reason, and the rest of its buffer is lost without an error.
+    # The mode "w+b" makes numpy write by Python's file object. For "wb" it writes by C code, whose error on a full disk
+    # does not give the reason, and which loses the end of its buffer without an error.
     with atomic_path(path) as temporary, open(temporary, "w+b") as opened:
         np.save(opened, array)
 
@@ -154,8 +158,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError with the reason if a file could not be written to `path`. Leaves no file behind.
 
     With this check, a command can report a wrong path before hours of work. The file's folder is created if its parent
-    exists; no other folders are, so that a mistyped path creates none. Temporary files of earlier commands that were
-    killed while they wrote this file are removed.
+    exists. No other folders are created, since they would probably come from a mistyped path. Temporary files of
+    earlier commands that were killed while they wrote this file are removed.
     """
     try:
         target = _target(path)
@@ -165,7 +169,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.touch()
         finally:
             probe.unlink(missing_ok=True)
-        with suppress(OSError):  # a file is another user's, or another command has renamed it meanwhile
+        with suppress(OSError):  # a temporary file belongs to another user, or another command has just renamed it
             remove_leftovers(target.parent, target, untouched=_ABANDONED)
     except FileExistsError as error:
         raise ValueError(f"out: cannot write {path}: {error.filename} is no folder") from error
@@ -177,7 +181,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def errors_name(option: str, path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
-    """Makes OSErrors in the block name `path`. The message begins with `option` and ends with `more`."""
+    """Makes OSErrors in the block name `path`. Their text begins with `option` and ends with `more`."""
     try:
         yield
     except OSError as error:
@@ -186,12 +190,16 @@ def errors_name(option: str, path: str | os.PathLike[str], more: str = "") -> It
 
 @contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Locks a file, so that no second run works in its folder. The lock ends with the process, even if it is killed.
+    """Locks a file while the block runs, so that no second run works in its folder.
 
-    On file systems without locks this does nothing. Raises ValueError if another run has the lock.
+    The lock also ends if the process is killed. On file systems without locks, this function does nothing.
+
+    Raises:
+        ValueError: another run has the lock.
     """
     with open(path, "rb") as opened:
-        # Forked workers inherit the open file, and would hold the lock for seconds after the run was killed.
+        # A forked worker inherits the open file and with it the lock. It closes the file at once: otherwise the lock
+        # would last as long as the worker, which ends seconds after a killed run.
         register_after_fork(opened, type(opened).close)
         try:
             import fcntl

@@ -1,4 +1,4 @@
-"""A setting of the C library for freed memory."""
+"""keep_freed_memory, which tells the C library not to return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ VARIABLES = {
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed blocks of up to 32 MiB in this process, instead of returning them to the system.
 
-    A model's temporary tensors are freed and allocated in every step. If their pages went back to the system, it would
-    provide them again one by one, which can take longer than the arithmetic. Parameters that the environment sets are
-    not changed.
+    A model's temporary tensors are freed and allocated in every step. If their memory went back to the system, each
+    allocation would get new pages one by one, which can take longer than the arithmetic. Parameters that the
+    environment sets are not changed.
 
     Returns:
         Whether the C library accepted the setting; False for other libraries than glibc.

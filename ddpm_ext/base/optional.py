@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 ALL_EXTRAS = ', or for all commands, in ddpm_ext\'s source folder, pip install --no-build-isolation ".[demo]"'
-_told = False  # whether the line about a missing tqdm was printed
-_INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}
+_tqdm_reported = False  # whether the line about a missing tqdm was printed
+_INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}  # {module: package}, where pip's name differs
 
 
 class MissingExtra(ImportError):
@@ -20,12 +20,12 @@ class MissingExtra(ImportError):
 def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
     """Imports and returns a module.
 
-    Raises MissingExtra, with the pip command, if its package is not installed, or if a package is missing that this
-    package imports.
-
     Args:
-        purpose: what needs the module. The error's sentence begins with it.
-        in_demo: whether the extra "demo" installs it. The error then says so.
+        purpose: what needs the module, with which the error's text begins.
+        in_demo: whether the extra "demo" installs the module's package. The error then says so.
+
+    Raises:
+        MissingExtra: the package, or a package that it imports, is not installed. The error has the pip command.
     """
     try:
         return importlib.import_module(module)
@@ -44,7 +44,7 @@ def counter(count: int, what: str | None, disable: bool | None = None) -> Iterab
 
     Args:
         what: the label of the bar.
-        disable: as tqdm's. None shows the bar only if standard error is a terminal.
+        disable: whether to show no bar. None means: unless standard error is a terminal, as in tqdm.
     """
     if disable or not has_bars():
         return range(count)
@@ -74,12 +74,12 @@ def calls_bar(most: int, what: str, shown: bool) -> Iterator[Callable[..., objec
 
 def has_bars(*, tell: bool = True) -> bool:
     """Whether tqdm is installed. If not, and with `tell`, a line on a terminal says once how to install it."""
-    global _told
+    global _tqdm_reported
     try:
         importlib.import_module("tqdm.auto")
     except ImportError:
-        if tell and not _told and sys.stderr is not None and sys.stderr.isatty():
+        if tell and not _tqdm_reported and sys.stderr is not None and sys.stderr.isatty():
             print("no progress bar without tqdm: pip install tqdm", file=sys.stderr)
-            _told = True
+            _tqdm_reported = True
         return False
     return True

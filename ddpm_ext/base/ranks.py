@@ -22,20 +22,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-_EXCHANGE = timedelta(minutes=30)  # the timeout of an exchange; other ranks may still be starting or loading a model
-# The timeout of wait_for_all: no limit in practice. A closed connection shows a rank's death at once.
+_EXCHANGE = timedelta(minutes=30)  # the timeout of an exchange, long enough for a rank that is loading a model
+# The timeout of wait_for_all, which is no limit in practice. A closed connection shows at once that a rank has died.
 _WAIT = timedelta(days=365)
 _POLL = 0.1  # seconds between two calls of wait_for_all's `meanwhile`
 KEPT = "what was finished is kept: run the same command again to go on"
-"""The end of the message of a run that has ended early."""
+"""The end of the message of a run that ends before its work is done."""
 _LOST = f"another rank ended before the work was done (its own message, if it had one, says why); {KEPT}"
-# (Ranks, barrier) of each wait_for_all that an exception ended. Kept: freeing a barrier waits for the other ranks.
+# (Ranks, barrier) of each wait_for_all that an exception ended. They are never freed, since freeing a barrier waits for
+# the other ranks.
 _UNFINISHED: list[Any] = []
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The numbers of this process: `rank` of `size` processes, and `local` on its machine. By default it is alone."""
+    """The numbers of this process: `rank` of `size` processes, and `local` on its machine. By default, it is alone."""
 
     rank: int = 0
     size: int = 1
@@ -52,25 +53,25 @@ class Ranks:
     def share(self, make: Callable[[], T]) -> T:
         """Calls make() on rank 0 only, and returns its result on all ranks.
 
-        If make() raises, only rank 0 raises the exception, so that it is reported once; the other ranks raise
-        SystemExit(2). Raises ConnectionError if a rank is lost.
+        If make() raises an exception, rank 0 raises it, so that it is reported once; the other ranks raise
+        SystemExit(2). If another rank's process ends or can't be reached, this raises ConnectionError.
         """
         if self.size == 1:
             return make()
-        box: list[Any] = [False, None]
+        success_and_result: list[Any] = [False, None]
         failure = None
         if self.rank == 0:
             try:
-                box = [True, make()]
+                success_and_result = [True, make()]
             except Exception as error:
                 failure = error
         with _lost_ranks():
-            distributed.broadcast_object_list(box, group=self._talk)
+            distributed.broadcast_object_list(success_and_result, group=self._talk)
         if failure is not None:
             raise failure
-        if not box[0]:
+        if not success_and_result[0]:
             raise SystemExit(2)
-        return box[1]
+        return success_and_result[1]
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, in their order, on each rank. Raises ConnectionError if a rank is lost."""
@@ -112,7 +113,10 @@ class Ranks:
 
     @contextmanager
     def in_touch(self) -> Iterator[None]:
-        """Wraps code that communicates by itself, such as a backward pass: a lost rank becomes a ConnectionError."""
+        """Converts errors of the block about lost ranks to a ConnectionError.
+
+        It is for code that communicates without the methods of this class, such as a backward pass.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -121,7 +125,7 @@ class Ranks:
             raise ConnectionError(_LOST) from error
 
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
-        """Waits until every rank has called this, and calls `meanwhile` from time to time until then.
+        """Waits until every rank has called this method. While it waits, it calls `meanwhile` every 0.1 seconds.
 
         Raises ConnectionError as soon as a rank is lost, and any exception of `meanwhile`.
         """
@@ -150,9 +154,10 @@ def _lost_ranks() -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """The Ranks of this process, from the environment variables that torchrun sets; without these it is alone.
+    """The Ranks of this process, from the environment variables that torchrun sets. Without these it is one process.
 
-    Raises ValueError if WORLD_SIZE, RANK and LOCAL_RANK do not fit together.
+    Raises:
+        ValueError: WORLD_SIZE, RANK and LOCAL_RANK do not fit together.
     """
     size = _number("WORLD_SIZE", 1, 1, 2**31)
     rank = _number("RANK", 0 if size == 1 else None, 0, size)
@@ -160,6 +165,7 @@ def ranks() -> Ranks:
 
 
 def _number(name: str, default: int | None, low: int, high: int) -> int:
+    """The number in [low, high) in an environment variable; `default` if the variable is not set."""
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
@@ -179,14 +185,17 @@ def part_of(samples: range, part: int, parts: int) -> range:
 def join() -> Iterator[Ranks]:
     """Yields the Ranks of this process. Several ranks have a process group while the block runs.
 
-    A process group that the caller has initialized is used and not destroyed. Raises ValueError if WORLD_SIZE, RANK and
-    LOCAL_RANK do not fit together, and ConnectionError if the other ranks don't start.
+    If the caller has initialized torch.distributed, its process group is not destroyed at the end.
+
+    Raises:
+        ValueError: WORLD_SIZE, RANK and LOCAL_RANK do not fit together.
+        ConnectionError: the other ranks don't start.
     """
     process_ranks = ranks()
     if process_ranks.size == 1:
         yield process_ranks
         return
-    if distributed.is_initialized():  # The caller's group may be for GPUs only, so groups for objects are created.
+    if distributed.is_initialized():  # new groups, since the caller's group may be for tensors on GPUs only
         talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_EXCHANGE, _WAIT))
         yield replace(process_ranks, _talk=talk, _at_the_end=at_the_end)
         return

@@ -1,4 +1,4 @@
-"""The version of torch at run time, and a function for a difference between versions."""
+"""The version of torch at run time, and a function that hides a difference between versions."""
 
 import torch
 

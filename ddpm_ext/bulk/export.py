@@ -20,7 +20,7 @@ from ddpm_ext.bulk.shards import Pixels, Shards
 
 __all__ = ["check_png_folder", "write_npz", "write_pngs"]
 
-_THREADS = 8
+_THREADS = 8  # how many threads write pictures
 
 
 def write_npz(
@@ -35,7 +35,7 @@ def write_npz(
 
     Args:
         labels: (count,), written as arr_1.
-        more: {name: array} of further arrays.
+        more: {name: array}, further arrays that are written by their names.
 
     Examples:
         >>> from pathlib import Path
@@ -49,7 +49,7 @@ def write_npz(
     target = Path(path)
     files.remove_leftovers(target.parent, of=target)
     header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, *shards.shape)}
-    with files.atomic_path(target) as hidden, zipfile.ZipFile(hidden, "w") as archive:
+    with files.atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as opened:
             np.lib.format.write_array_header_1_0(opened, header)
             for images in shards.images():
@@ -62,10 +62,11 @@ def write_npz(
 def write_pngs(shards: Shards, folder: Path) -> None:
     """Writes all samples to `folder` as 000000.png, 000001.png and so on.
 
-    A new folder appears once all pictures are written. An existing folder that has all pictures is not changed. If it
-    has the first ones only, as from a smaller number of samples, the others are added in ascending order.
+    A new folder appears only when all pictures are written. An existing folder with all pictures is not changed. If the
+    folder has only the first pictures, as after a run with fewer samples, the others are added in ascending order.
 
-    Raises ValueError as check_png_folder.
+    Raises:
+        ValueError: see check_png_folder.
 
     Examples:
         >>> from pathlib import Path
@@ -82,30 +83,31 @@ def write_pngs(shards: Shards, folder: Path) -> None:
         return
     files.remove_leftovers(folder.parent, of=folder)
     image = require("PIL.Image", "writing pictures")
-    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
 
     def save(sample: int, pixels: Pixels) -> None:
-        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(hidden / _picture(shards, sample))
+        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(temporary / _picture(shards, sample))
 
     try:
-        with files.errors_that_name(folder, hidden), ThreadPoolExecutor(_THREADS) as pool:
-            hidden.mkdir()
-            # Starts with the shard of the last picture: a shard that was not full has been drawn again.
+        with files.errors_that_name(folder, temporary), ThreadPoolExecutor(_THREADS) as pool:
+            temporary.mkdir()
+            # Begins with the shard of the first missing picture.
             for index in range(existing // shards.size, len(shards)):
                 list(pool.map(save, shards.ids(index), shards.read(index)))
         if folder.exists():
-            for path in sorted(hidden.iterdir()):
+            for path in sorted(temporary.iterdir()):
                 os.replace(path, folder / path.name)
         else:
-            os.replace(hidden, folder)
+            os.replace(temporary, folder)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_png_folder(shards: Shards, folder: Path) -> int:
-    """The number of pictures in the folder; 0 if it does not exist.
+    """The number of pictures in the folder; 0 if the folder does not exist.
 
-    Raises ValueError if the channels are not 1 or 3, or if the pictures are not the first ones of the run.
+    Raises:
+        ValueError: the samples have neither 1 nor 3 channels, or the pictures are not the run's first samples.
     """
     if shards.shape[-1] not in (1, 3):
         raise ValueError(f"png: got samples of {shards.shape[-1]} channels, expected 1 or 3")
@@ -117,4 +119,5 @@ def check_png_folder(shards: Shards, folder: Path) -> int:
 
 
 def _picture(shards: Shards, sample: int) -> str:
+    """The file name of a sample's picture."""
     return f"{sample:0{max(6, len(str(shards.count - 1)))}d}.png"

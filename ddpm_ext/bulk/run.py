@@ -1,7 +1,7 @@
 """Draws the samples that are missing in a folder, by one process or several.
 
-A run that was killed continues where it stopped, and a run with a larger number of samples adds the missing ones. The
-ranks take turns at the missing shards: with R ranks, rank r draws every R-th of them, starting with the r-th.
+A run that was killed continues where it stopped, and a run with more samples than the folder has adds the missing ones.
+With R ranks, rank r draws the missing shards r, r + R, r + 2 R and so on, in the order of the list of missing shards.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 
 _log = logging.getLogger(__name__)
 _FORMAT = "ddpm-ext samples 1"
-_INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
-# A waiting rank gives up if no shard is written for this many seconds plus ten times the duration of its slowest one.
+_INTERVAL = 1.0  # seconds between two times that rank 0 lists the folder; other ranks wait ten times as long
+# A waiting rank gives up if no shard is written for this many seconds, plus ten times the longest duration of a shard
+# that it drew itself.
 _PATIENCE = 600.0
-_STOPPED = 60.0  # If a waiting rank did not run for this many seconds, all ranks were stopped, as by Ctrl-Z.
+# If a waiting rank did not run for this many seconds, it was stopped, as by Ctrl-Z, and probably the other ranks, too.
+_STOPPED = 60.0
 _VISIBLE_WITHIN = 60.0  # the limit in seconds until a new file is visible on another machine's mount
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run.
+    """Statistics of a run.
 
     Attributes:
-        drawn: the number of samples that were missing at the start of the run.
-        seconds: the time until all ranks had drawn them.
-        not_finite: the number of samples in the folder that had NaN or infinities.
+        drawn: the number of samples that were missing at the start of the run, and were drawn.
+        seconds: the time until all ranks had drawn their samples.
+        not_finite: the number of samples in the folder in which NaN or infinities became pixels.
     """
 
     drawn: int
@@ -59,19 +61,20 @@ def sample_many(
     progress: bool = False,
     not_finite: Container[int] = (),
 ) -> Result:
-    """Draws the shards that are missing in the folder. When it returns, the folder has all of them.
+    """Draws the shards that are missing in the folder. When this function returns, the folder has all shards.
 
-    A folder with fewer samples keeps its shards, except that a last shard that was not full is drawn again.
+    If the folder has fewer samples, its full shards are not drawn again. Its last shard is drawn again if it was not
+    full.
 
     Args:
-        settings: the settings that determine the samples, as JSON. A folder has samples of one set of settings only.
+        settings: the settings that determine the samples, as JSON. All samples in a folder have the same settings.
         draw: draw(first sample, count) -> uint8 (count, height, width, channels).
-        batch_size: the number of samples to draw at a time. A batch never goes past the end of a shard.
-        ranks: the processes of the run, all with the same arguments and the same folder. None means this process alone.
-        about: further entries of the manifest, which later runs do not compare.
+        batch_size: the most samples to draw at a time. A batch ends at the end of a shard.
+        ranks: the processes of the run, all with the same arguments and the same folder. None means only this process.
+        about: further entries of the manifest. A later run may have other values.
         progress: whether rank 0 shows a progress bar on a terminal, over the samples of all ranks. It needs tqdm.
-        not_finite: the numbers of samples in which `draw` has found NaN or infinities. It is read after each shard, and
-            the count is written to the manifest.
+        not_finite: the numbers of samples with NaN or infinities, a container to which `draw` adds them. It is read
+            after each shard, and the manifest gets the count of all shards.
 
     Raises:
         ValueError: the folder has samples of other settings, more samples or a damaged shard, is in use by another run,
@@ -93,8 +96,8 @@ def sample_many(
     with ExitStack() as until_the_end:
         missing = ranks.share(lambda: _begin(shards, settings, about or {}, until_the_end))
         _wait_until_visible(shards.manifest)
-        first = ranks.rank == 0
-        watch = _Watch(shards, missing, bar=progress and first, every=_INTERVAL if first else 10 * _INTERVAL)
+        is_first = ranks.rank == 0
+        watch = _Watch(shards, missing, bar=progress and is_first, every=_INTERVAL if is_first else 10 * _INTERVAL)
         until_the_end.callback(watch.close)
         for index in missing[ranks.rank :: ranks.size]:
             ids, batches = shards.ids(index), []
@@ -103,14 +106,17 @@ def sample_many(
                 watch.look(start + len(batches[-1]) - ids.start)
             with files.errors_name("out", shards.path(index), f"; {KEPT}"):
                 shards.write(index, np.concatenate(batches), [number for number in ids if number in not_finite])
-            watch.own_shard_is_done()
+            watch.shard_is_done()
         ranks.wait_for_all(watch.wait)
         result = watch.finish()
         return replace(result, not_finite=ranks.share(lambda: _count_not_finite(shards)))
 
 
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
-    """Rank 0's preparation: writes or compares the manifest, locks the folder, and returns the missing shards."""
+    """Prepares the folder, on rank 0: writes or compares the manifest, and locks it. Returns the missing shards.
+
+    until_the_end: the lock is released when this ExitStack ends.
+    """
     settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": shards.shape}
     settings = json.loads(json.dumps(settings))  # lists in place of tuples, like those of the manifest
     if shards.folder.exists() and not shards.folder.is_dir():
@@ -122,10 +128,11 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
             files.check_writable(shards.manifest)
             before = replace(shards, count=manifest["settings"]["num_images"])
             if before.path(len(before) - 1) != shards.path(len(before) - 1):
-                # Removed before the new manifest is written, so that a killed run leaves a valid smaller folder.
+                # The last shard was not full. It is removed before the new manifest is written, so that the folder is
+                # valid at any time, even if this process is killed.
                 before.remove(len(before) - 1)
             files.write_json(shards.manifest, {**manifest, "settings": settings})
-            until_the_end.enter_context(files.lock(shards.manifest))  # the manifest is a new file, without a lock
+            until_the_end.enter_context(files.lock(shards.manifest))  # the new manifest is another file, without a lock
     elif shards.inside.exists():
         raise ValueError(f"out: {shards.folder} has shards but no {MANIFEST}, expected both or neither")
     else:
@@ -139,12 +146,12 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
     if len(missing) < len(shards):
         _log.info("%s: goes on where %d of %d shards are missing", shards.folder, len(missing), len(shards))
     for index in set(range(len(shards))).difference(missing):
-        shards.read(index)
+        shards.read(index)  # raises ValueError if the shard is damaged
     return missing
 
 
 def _count_not_finite(shards: Shards) -> int:
-    """Called on rank 0: counts the samples that were not finite, and writes their number to the manifest."""
+    """Counts the samples that were not finite, on rank 0, and writes their number to the manifest."""
     manifest, count = files.read_json(shards.manifest), len(shards.not_finite())
     if manifest.get("not_finite") != count:
         files.write_json(shards.manifest, {**manifest, "not_finite": count})
@@ -152,18 +159,18 @@ def _count_not_finite(shards: Shards) -> int:
 
 
 def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The manifest. Raises ValueError, naming what differs, if the folder has other settings, or more samples."""
+    """The content of the manifest. Raises ValueError if the folder has other settings, or more samples."""
     try:
         content = files.read_json(manifest)
-        form, stored = content["format"], content["settings"]
+        form, old_settings = content["format"], content["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {manifest} is no manifest of samples") from error
     if form != _FORMAT:
         raise ValueError(f"out: {manifest} has format {form!r}, expected {_FORMAT!r}")
-    if not isinstance(stored, dict):
-        raise ValueError(f"out: {manifest} has settings {stored!r}, expected an object")
-    names = [name for name in {**settings, **stored} if settings.get(name) != stored.get(name)]
-    count, target = stored.get("num_images"), settings["num_images"]
+    if not isinstance(old_settings, dict):
+        raise ValueError(f"out: {manifest} has settings {old_settings!r}, expected an object")
+    names = [name for name in {**settings, **old_settings} if settings.get(name) != old_settings.get(name)]
+    count, target = old_settings.get("num_images"), settings["num_images"]
     if isinstance(count, int) and 0 < count < target:
         names.remove("num_images")
     if names == ["num_images"]:
@@ -172,37 +179,42 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "at least as many, or another folder"
         )
     if names:
-        differ = "; ".join(f"{name} is {stored.get(name)} there and {settings.get(name)} here" for name in names)
+        differ = "; ".join(f"{name} is {old_settings.get(name)} there and {settings.get(name)} here" for name in names)
         raise ValueError(f"out: {manifest.parent} has samples of other settings: {differ}; expected another folder")
     return dict(content)
 
 
 def _wait_until_visible(path: Path) -> None:
-    """Waits until a file that another rank wrote is visible on this machine. Raises ValueError if it doesn't appear."""
-    deadline, late = time.monotonic() + _VISIBLE_WITHIN, False
+    """Waits until a file that another rank wrote is visible on this machine.
+
+    Raises:
+        ValueError: the file is not visible after _VISIBLE_WITHIN seconds.
+    """
+    deadline, timed_out = time.monotonic() + _VISIBLE_WITHIN, False
     while not path.exists():
-        if late:
+        if timed_out:
             raise ValueError(
                 f"out: another rank wrote {path}, but here it is not; expected a folder that all share, and that no "
                 "other program removes files from"
             )
-        late = time.monotonic() > deadline  # the loop looks once more: this process may have been stopped meanwhile
+        # After the deadline, the loop tests once more, since this process may have been stopped for a long time.
+        timed_out = time.monotonic() > deadline
         time.sleep(0.1)
 
 
 class _Watch:
-    """One rank's view of the folder: which shards are still missing, and whether the other ranks make progress.
+    """Counts the missing shards of the folder while a rank draws or waits, and notices if the other ranks are stuck.
 
     Args:
         bar: whether to show a progress bar.
-        every: seconds between two looks into the folder.
+        every: seconds between two times that the folder is listed.
     """
 
     def __init__(self, shards: Shards, missing: list[int], *, bar: bool, every: float) -> None:
         self.shards, self.every = shards, every
         self.sizes = {shards.path(index).name: len(shards.ids(index)) for index in missing}
         self.missing_samples = sum(self.sizes.values())
-        self.start = self.own_start = self.last_change = self.last_look = time.monotonic()
+        self.start = self.shard_start = self.last_change = self.last_look = time.monotonic()
         self.last_wait = math.inf
         self.remaining = len(missing)
         self.slowest = 0.0  # the longest duration of a shard of this rank, in seconds
@@ -217,10 +229,11 @@ class _Watch:
             self.bar.close()
 
     def look(self, drawn: int = 0, *, now: bool = False) -> None:
-        """Counts the shards in the folder, if the last look is long enough ago or with `now`.
+        """Lists the folder, counts its missing shards and updates the progress bar.
 
         Args:
             drawn: the number of samples of this rank's current shard that are drawn.
+            now: whether to list the folder even if the last time is less than `every` seconds ago.
         """
         if not now and time.monotonic() - self.last_look < self.every:
             return
@@ -231,15 +244,18 @@ class _Watch:
         if self.bar is not None:
             self.bar.update(self.shards.count - sum(self.sizes[name] for name in names) + drawn - self.bar.n)
 
-    def own_shard_is_done(self) -> None:
+    def shard_is_done(self) -> None:
+        """Measures the duration of a shard. Called when this rank has written one."""
         now = time.monotonic()
-        self.slowest, self.own_start = max(self.slowest, now - self.own_start), now
+        self.slowest, self.shard_start = max(self.slowest, now - self.shard_start), now
 
     def wait(self) -> None:
-        """Called repeatedly while this rank waits for the others.
+        """Checks the progress of the other ranks. Called repeatedly while this rank waits for them.
 
-        Raises TimeoutError if the others write no shard for too long. A rank that drew no shard cannot estimate the
-        duration of one, and waits without a limit.
+        A rank that drew no shard cannot estimate the duration of one, so it waits without a limit.
+
+        Raises:
+            TimeoutError: the other ranks have written no shard for too long.
         """
         self.look()
         now = time.monotonic()
@@ -253,6 +269,7 @@ class _Watch:
             )
 
     def finish(self) -> Result:
+        """Waits until all shards are visible on this machine, and returns the statistics of the run."""
         for name in self.sizes:
             _wait_until_visible(self.shards.inside / name)
         self.look(now=True)

@@ -5,7 +5,8 @@ the batch size. In the folder:
 
     manifest.json                       the settings that determine the samples; written first
     shards/000000000-000000511.npy      uint8 (samples, height, width, channels); a file that exists is complete
-    shards/000000000-000000511.not_finite.json    the numbers of those samples that had NaN or infinities, if any had
+    shards/000000000-000000511.not_finite.json    the numbers of the shard's samples that had NaN or infinities before
+                                        they became pixels; the file is missing if there are none
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import numpy.typing as npt
 from ddpm_ext.base import files
 
 MANIFEST = "manifest.json"
-SHARD_SIZE = 512
+SHARD_SIZE = 512  # the default number of samples in a shard
 _NOT_FINITE = ".not_finite.json"
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Samples 0 to `count` - 1 in files of `size` samples; the last file holds what remains.
+    """The samples 0 to `count` - 1 of a run, in files of `size` samples. The last file may have fewer.
 
     Args:
         shape: (height, width, channels) of a sample.
@@ -62,6 +63,7 @@ class Shards:
         return range(index * self.size, min((index + 1) * self.size, self.count))
 
     def path(self, index: int) -> Path:
+        """The path of a shard's file."""
         ids = self.ids(index)
         return self.inside / f"{ids[0]:09d}-{ids[-1]:09d}.npy"
 
@@ -70,13 +72,14 @@ class Shards:
         return [index for index in range(len(self)) if not self.path(index).exists()]
 
     def write(self, index: int, images: Pixels, not_finite: Sequence[int] = ()) -> None:
-        """Writes a shard, atomically, and the numbers of its samples that were not finite.
+        """Writes a shard, atomically, and the numbers of its samples that had NaN or infinities.
 
-        Raises ValueError unless images is uint8 (samples, height, width, channels).
+        Raises:
+            ValueError: images is not uint8 (samples, height, width, channels).
         """
         self._check(index, images, "draw gave")
         numbers_path = self.path(index).with_suffix(_NOT_FINITE)
-        if not_finite:  # written before the shard: a shard that exists counts as complete
+        if not_finite:  # the numbers are written before the shard, since a shard that exists counts as complete
             files.write_json(numbers_path, list(not_finite))
         else:
             numbers_path.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""The command `ddpm-ext`. The module of a command declares its options (add_parser) and does its work (run).
+"""The command line program `ddpm-ext`. Each command has a module with two functions: add_parser declares the command's
+options, and run does its work.
 
-A command's run raises TypeError or ValueError for a wrong option or a file or folder that can't be read, OSError for a
-file that can't be written, MissingExtra for a package that the command needs and that is not installed, and
-UserCodeError if a function that an option names fails.
+run raises TypeError or ValueError for a wrong option, or for a file or folder that can't be read; OSError for a file
+that can't be written; MissingExtra for an optional package that is not installed; and UserCodeError if a function that
+an option names fails.
 """
 
 from ddpm_ext.cli.main import main

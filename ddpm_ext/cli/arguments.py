@@ -1,4 +1,4 @@
-"""Shared parts of the commands' options: parsers of values, names of devices, samplers and spacings, and checks."""
+"""What the options of several commands share: parsers of values, names of samplers and spacings, and checks."""
 
 from __future__ import annotations
 
@@ -23,28 +23,37 @@ from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
 Number = TypeVar("Number", int, float)
 WRONG_INPUT = 2  # the exit code for wrong input
-_LONG = 250  # the longest word in a message, in characters
-FIGURES = (".png", ".svg", ".pdf")  # the endings of figures' files
+_LONGEST_WORD = 250  # an error message shortens words that are longer than this, in characters
+FIGURES = (".png", ".svg", ".pdf")  # the possible endings of a figure's file
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error as one sentence, without the usage. Takes no abbreviated names; suggests the nearest names."""
+    """A parser of arguments that reports an error as one sentence, without the usage, and suggests similar names.
+
+    It does not accept abbreviated names of options.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"allow_abbrev": False})
         self._words: list[str] = []
 
     def error(self, message: str) -> NoReturn:
-        """Reports an unknown option first: it may be a misspelling of the option that the message says is missing."""
-        if self._subparsers is None:  # otherwise most of the arguments belong to a command
-            before = takewhile(lambda word: word != "--", self._words)
-            options = [word for word in before if word.startswith("--") and " " not in word]
+        """Prints the message and exits. If there is an unknown option, the message is about it instead.
+
+        For example, if a required option is misspelled, argparse's message would only say that it is missing.
+        """
+        if self._subparsers is None:  # a parser with subparsers does not know the options of its commands
+            words_before_dashes = takewhile(lambda word: word != "--", self._words)
+            options = [word for word in words_before_dashes if word.startswith("--") and " " not in word]
             unknown = [option for option in options if option.partition("=")[0] not in self._option_string_actions]
             message = self._unrecognized(unknown) if unknown else message
         self.exit(WRONG_INPUT, f"{self.prog}: {shortened(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Refuses unknown arguments. argparse's message would refer to the help of ddpm-ext, not of the command."""
+        """Reports unknown arguments as an error of this parser, whose message refers to the help of this command.
+
+        argparse would report them as an error of the outermost parser.
+        """
         self._words = list(sys.argv[1:] if args is None else args)
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -54,32 +63,33 @@ class Parser(argparse.ArgumentParser):
     def _unrecognized(self, unknown: list[str]) -> str:
         option = unknown[0].partition("=")[0]
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        near = f", expected an option such as {nearest_names(option, known)}" if option.startswith("-") else ""
-        return f"unrecognized arguments: {' '.join(unknown)}{near}"
+        suggestions = f", expected an option such as {nearest_names(option, known)}" if option.startswith("-") else ""
+        return f"unrecognized arguments: {' '.join(unknown)}{suggestions}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            near = nearest_names(str(value), [str(choice) for choice in action.choices])
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r}, expected one such as {near}")
+            suggestions = nearest_names(str(value), [str(choice) for choice in action.choices])
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}, expected one such as {suggestions}")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        as_given = action.type in (None, str) and not isinstance(action, argparse._SubParsersAction)
-        if not arg_string and as_given and arg_string != action.const:
+        is_text = action.type in (None, str) and not isinstance(action, argparse._SubParsersAction)
+        if not arg_string and is_text and arg_string != action.const:
             raise argparse.ArgumentError(action, "got an empty text, expected one with a character at least")
         return super()._get_value(action, arg_string)
 
 
 def shortened(message: str) -> str:
-    """A message with long words and a long text shortened in the middle, so that it fits on a screen."""
+    """The message, with long words cut in the middle, and also the whole text if it is long, to fit on a screen."""
     words = [
-        word if len(word) <= _LONG else f"{word[: _LONG // 2]}...{word[-_LONG // 4 :]}" for word in message.split()
+        word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD // 2]}...{word[-_LONGEST_WORD // 4 :]}"
+        for word in message.split()
     ]
     text = " ".join(words)
-    return text if len(text) <= 8 * _LONG else f"{text[: 6 * _LONG]} ... {text[-_LONG:]}"
+    return text if len(text) <= 8 * _LONGEST_WORD else f"{text[: 6 * _LONGEST_WORD]} ... {text[-_LONGEST_WORD:]}"
 
 
-Subparsers = Any  # argparse's type for them is private
-"""What ArgumentParser.add_subparsers returns."""
+Subparsers = Any
+"""The type of the object that ArgumentParser.add_subparsers returns, which is private in argparse."""
 
 
 def add_command(
@@ -91,11 +101,12 @@ def add_command(
     takes: str = "",
     epilog: str | None = None,
 ) -> argparse.ArgumentParser:
-    """Adds a command, such as "sample" or "plot grid", to the parsers of commands or of a command's kinds.
+    """Adds the parser of a command, such as "sample" or "plot grid", and returns it.
 
     Args:
+        subparsers: the object that collects the parsers of all commands, or of all kinds of "plot".
         summary: the command's line in the list of commands. None means the line of COMMANDS.
-        takes: the arguments before the options in the usage line.
+        takes: the positional arguments, as the usage line shows them before the options.
     """
     return subparsers.add_parser(
         command.split()[-1],
@@ -122,10 +133,14 @@ def number(low: float, expected: str, *, below: float = math.inf) -> Callable[[s
     return _parser(float, lambda value: low <= value < below, expected)
 
 
-def _parser(convert: Callable[[str], Number], fits: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:
+def _parser(
+    convert: Callable[[str], Number], is_in_range: Callable[[Number], bool], expected: str
+) -> Callable[[str], Number]:
+    """A parser of numbers in a range. expected: a description of these numbers, for the error's text."""
+
     def parse(text: str) -> Number:
         with suppress(ValueError):
-            if fits(value := convert(text)):
+            if is_in_range(value := convert(text)):
                 return value
         raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
 
@@ -133,7 +148,7 @@ def _parser(convert: Callable[[str], Number], fits: Callable[[Number], bool], ex
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Parses whole numbers with commas between them. An empty text gives none."""
+    """Parses whole numbers with commas between them. An empty text gives an empty tuple."""
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
@@ -149,7 +164,7 @@ finite_number = number(-sys.float_info.max, "a finite number")
 nonnegative_number = number(0, "a number >= 0")
 positive_number = number(math.ulp(0), "a number > 0")
 seed = whole_number(0, 2**64 - 1)
-MOST_STEPS = 10**6  # tables with many more rows would fill the memory
+MOST_STEPS = 10**6  # a table with many more rows might not fit in memory
 steps = whole_number(1, MOST_STEPS)
 samples = whole_number(1, 10**9)
 
@@ -162,15 +177,20 @@ LISTED = "a name that ddpm-ext samplers lists"
 SPACING = f"which timesteps: {LISTED}; or ddim25, 10,15,20 and the like (default: {DEFAULT_SPACING})"
 
 
-class OfSampler(str):
-    """A spacing from the end of a sampler's name, as in "DPM++ 2M Karras"."""
+class SpacingOfSampler(str):
+    """The name of a spacing that came from the end of a sampler's name, as in "DPM++ 2M Karras".
+
+    The class distinguishes it from a spacing that the option --spacing set.
+    """
 
 
 class SamplerName(argparse.Action):
-    """Stores the known name of a sampler, and the spacing at the end of a name such as "DPM++ 2M Karras".
+    """The action of --sampler: stores this package's name of the sampler.
+
+    From a name such as "DPM++ 2M Karras", which ends in the name of a spacing, it also stores the spacing.
 
     Args:
-        known: the known names.
+        known: this package's names of samplers.
     """
 
     def __init__(self, *args: Any, known: Collection[str], **kwargs: Any) -> None:
@@ -178,20 +198,20 @@ class SamplerName(argparse.Action):
         self.known = known
 
     def __call__(self, parser: Any, options: argparse.Namespace, text: Any, _: str | None = None) -> None:
-        explicit_spacing = None if isinstance(options.spacing, OfSampler) else options.spacing
+        explicit_spacing = None if isinstance(options.spacing, SpacingOfSampler) else options.spacing
         try:
             options.sampler, spacing = sampler_and_spacing(text, explicit_spacing, self.known, SPACINGS)
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from None
-        options.spacing = OfSampler(spacing) if explicit_spacing is None and spacing is not None else spacing
+        options.spacing = SpacingOfSampler(spacing) if explicit_spacing is None and spacing is not None else spacing
 
 
 class SpacingName(argparse.Action):
-    """Stores the known name of a spacing, or any other text."""
+    """The action of --spacing: stores this package's name of the spacing, or another text, such as "ddim25"."""
 
     def __call__(self, parser: Any, options: argparse.Namespace, text: Any, _: str | None = None) -> None:
         spacing = find_name(text, SPACINGS) or text
-        if isinstance(options.spacing, OfSampler) and spacing != options.spacing:
+        if isinstance(options.spacing, SpacingOfSampler) and spacing != options.spacing:
             raise argparse.ArgumentError(self, f"got {text}, but the name of the sampler has {options.spacing}")
         options.spacing = spacing
 
@@ -206,7 +226,7 @@ def check_eta(eta: float | None, samplers: Collection[str]) -> None:
 
 
 def eta_of(sampler: str, eta: float | None) -> float | None:
-    """The eta that a sampler uses: `eta`, or the sampler's default if `eta` is None. None for a sampler without eta."""
+    """The eta that a sampler uses: `eta`, or its default if `eta` is None. None for a sampler without an eta."""
     if sampler not in WITH_ETA:
         return None
     return inspect.signature(SAMPLERS[sampler]).parameters["eta"].default if eta is None else eta
@@ -222,18 +242,20 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"device: {name} can't be used here ({reason})") from error
-    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch also makes tensors on these devices
+    # torch makes tensors on "meta" and on "cpu:1", too, but a command can't run there.
+    if device.type == "meta" or (device.type == "cpu" and device.index):
         raise ValueError(f"device: got {name}, expected cpu, or cuda with or without a number")
     return device
 
 
 def find_modules_here() -> None:
-    """Makes modules in the working directory importable, for names on the command line."""
+    """Makes modules in the working directory importable, for options such as --network MODULE:NAME."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def endings_help(endings: tuple[str, ...] = FIGURES) -> str:
+    """The part of a help text that lists the possible endings of a file's name."""
     return f"ends in {' or '.join(endings)}"
 
 

@@ -1,4 +1,4 @@
-"""`ddpm-ext average`: averages a run's weights over another length, from the run's snapshots."""
+"""`ddpm-ext average`: makes a moving average of a run's weights with another length, from the run's snapshots."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the model in the form in which a run writes its model."""
+    """Writes the averaged model to a folder, with the same files as those of a finished run."""
     folder = Path(options.run) / f"average-{options.length:g}" if options.out is None else Path(options.out)
     files.remove_leftovers(folder, of=folder / _ABOUT)
     if folder.exists() and not (folder / _ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> None:
     files.check_writable(folder / _ABOUT)
     remove_leftovers(folder)
     about = {"run": options.run, "length": options.length, "step": result.step, "snapshots": result.snapshots}
-    # Written before the model: if writing the model fails, this file marks the folder as this command's, and the
-    # command can be run again.
+    # This file is written before the model. If writing the model fails, the file shows that this command made the
+    # folder, so that a second call of the command accepts it.
     files.write_json(folder / _ABOUT, about | {"distance": result.distance})
     described = trained.shape, trained.classes, trained.clip
     save_result(trained.model, trained.settings, folder, torch.float32, *described)

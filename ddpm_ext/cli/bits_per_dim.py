@@ -1,4 +1,4 @@
-"""`ddpm-ext bits-per-dim`: measures how well a model explains images, as a bound of their negative log-likelihood."""
+"""`ddpm-ext bits-per-dim`: computes the variational bound of images' negative log-likelihood under a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.data import Shapes, digits
 from ddpm_ext.training.data.source import Labels
 
-_SHAPES_SEED = 1  # not the seed of the training images
-_SHAPES = 256
+_SHAPES_SEED = 1  # the seed of the images "shapes", which differs from that of training images
+_SHAPES = 256  # the default number of images "shapes"
 _EXAMPLES = """examples:
   ddpm-ext bits-per-dim digits --num 64
   ddpm-ext bits-per-dim photos --model my-run --device cuda --out bits.npz"""
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     images, labels = _data(options, loaded.model.shape)
     # The bound is about the likelihood of 8-bit images, so images are rounded to 256 levels.
     images = ((images[: options.num] + 1) * 127.5).round_().clamp_(0, 255).div_(127.5).sub_(1)
-    numbers, whose = _classes(loaded, options, labels, len(images))
+    numbers, phrase = _classes(loaded, options, labels, len(images))
     starts = range(0, len(images), options.batch_size)
     parts = [_measured(loaded, options, images, numbers, first) for first in starts]
     results = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in BitsPerDim._fields}
@@ -70,13 +70,13 @@ def run(options: argparse.Namespace) -> None:
         with files.atomic_path(options.out) as temporary, open(temporary, "wb") as opened:
             np.savez(opened, **{name: value.numpy() for name, value in results.items()})  # type: ignore[arg-type]
     total, terms = results["total"].double(), results["vlb"].double()
-    sure = f" +- {total.std().item() / math.sqrt(len(total)):.4f} (standard error)" if len(total) > 1 else ""
-    print(f"{plural(len(total), 'image')}{whose}: {total.mean().item():.4f} bits per dimension{sure}")
+    error_text = f" +- {total.std().item() / math.sqrt(len(total)):.4f} (standard error)" if len(total) > 1 else ""
+    print(f"{plural(len(total), 'image')}{phrase}: {total.mean().item():.4f} bits per dimension{error_text}")
     shares = results["prior"].double().mean(), terms[:, 1:].sum(1).mean(), terms[:, 0].mean()
     print("prior {:.4f}, steps {:.4f}, levels of the image {:.4f}".format(*(share.item() for share in shares)))
     if not torch.isfinite(total).all():
-        wrong = int((~torch.isfinite(total)).sum())
-        raise ValueError(f"model: {wrong} of {len(total)} bounds are not finite numbers")
+        not_finite = int((~torch.isfinite(total)).sum())
+        raise ValueError(f"model: {not_finite} of {len(total)} bounds are not finite numbers")
 
 
 def _data(options: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[Tensor, Labels | None]:
@@ -101,7 +101,7 @@ def _classes(
 ) -> tuple[Tensor | None, str]:
     """The classes with which the model is called, (count,) int64 or None, and a phrase about them for the output.
 
-    A class of the data is matched with the model's class of the same name. The classes of an .npz are numbers.
+    An image of a class gets the model's class of the same name. The names of an .npz's classes are numbers.
     """
     if loaded.classes is None:
         return None, ""
@@ -112,14 +112,14 @@ def _classes(
             raise ValueError("class: the model has classes but no null class, expected --class")
         return torch.full((count,), loaded.classes.null, device="cpu"), " without classes"
     numbers = labels.numbers[:count]
-    of_model = {}
+    model_class = {}
     for number in numbers.unique().tolist():
         try:
-            of_model[number] = loaded.classes.find(labels.names[number])
+            model_class[number] = loaded.classes.find(labels.names[number])
         except ValueError as error:
             class_ = f"data: in {options.data}, {labels.names[number]} is none of the model's classes"
             raise ValueError(f"{class_}, {str(error).partition(', ')[2]}; or --class or --no-classes") from None
-    return torch.tensor([of_model[number] for number in numbers.tolist()], device="cpu"), " with their classes"
+    return torch.tensor([model_class[number] for number in numbers.tolist()], device="cpu"), " with their classes"
 
 
 def _measured(

@@ -1,4 +1,4 @@
-"""Step tables of the options --table and --sampler tuned, and the default where the options name no sampler."""
+"""The step tables that the options --table and --sampler tuned select, and the default sampler without them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,35 @@ from ddpm_ext.models.folder import LoadedModel
 from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
-TUNED = "tuned"  # the sampler's name that stands for a tuned table
+TUNED = "tuned"  # the value of --sampler that selects a tuned table
 
-FEW, FEW_STEPS = "dpmpp_2m", 20
-"""The default sampler and steps if there is no tuned table. With this package's models, the samples are as near to the
-data as after 1,000 steps of ddpm."""
+DEFAULT_SAMPLER, DEFAULT_STEPS = "dpmpp_2m", 20
+"""The default sampler and its steps if there is no tuned table. With this package's models, its samples are as near to
+the data as those of ddpm in 1,000 steps."""
 DEFAULT = (
     f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options "
-    f"that tables are not tuned for, {FEW} in {FEW_STEPS} steps, or with RePaint's jumps ddpm"
+    f"that tables are not tuned for, {DEFAULT_SAMPLER} in {DEFAULT_STEPS} steps, or with RePaint's jumps ddpm"
 )
-# Tables are tuned to samples that begin as noise, with the usual clip and guidance. So these options exclude them.
-_UNTUNED = ("spacing", "eta", "clip", "threshold", "guidance_rescale", "guidance_interval", "start", "noise", "inpaint")
+# With any of these options, a tuned table is not the default: tables are tuned for loops from pure noise, with the
+# default clip and plain guidance.
+_NOT_TUNED_FOR = (
+    "spacing",
+    "eta",
+    "clip",
+    "threshold",
+    "guidance_rescale",
+    "guidance_interval",
+    "start",
+    "noise",
+    "inpaint",
+)
 
 Tables = Mapping[float | None, StepTable]
-"""The step tables by the scale of guidance; empty if a named sampler makes the table."""
+"""{scale of guidance: its step table}. It is empty if the options name a sampler, so that the loop makes the table."""
 
 
 def scales_of(options: argparse.Namespace) -> tuple[float | None, ...]:
-    """The scales of --guidance, with which a command draws in turn; (None,) without guidance."""
+    """The scales of --guidance, for each of which a command draws samples; (None,) without guidance."""
     return options.guidance if isinstance(options.guidance, tuple) else (options.guidance,)
 
 
@@ -46,35 +57,38 @@ def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: i
     """
     if options.sampler is not None or options.table is not None:
         return None
-    untuned = options.no_clip or any(getattr(options, name) is not None for name in _UNTUNED)
+    untuned = options.no_clip or any(getattr(options, name) is not None for name in _NOT_TUNED_FOR)
     calls = set.intersection(*(tuned.calls_in(model.folder, scale) for scale in scales_of(options)))
     if options.steps is not None:
         calls &= {options.steps}
-    if calls and not untuned and _is_of(model, [model.tuned(max(calls), scale) for scale in scales_of(options)]):
+    if calls and not untuned and _suits_model(model, [model.tuned(max(calls), scale) for scale in scales_of(options)]):
         options.sampler, options.steps = TUNED, max(calls)
         return f"sampler: the tuned table of {options.model} in {max(calls)} steps; --sampler and --steps choose others"
-    if options.jump_n_sample is not None or options.jump_length is not None:  # jumps need a sampler without history
+    # RePaint's jumps need a sampler without history, which dpmpp_2m is not.
+    if options.jump_n_sample is not None or options.jump_length is not None:
         options.sampler = "ddpm"
         return "sampler: ddpm, which is RePaint's; --sampler and --steps choose others"
-    options.sampler = FEW
-    if options.steps is None and options.spacing in (None, *SPACINGS):  # sections determine the number of steps
-        options.steps = min(FEW_STEPS, timesteps)
+    options.sampler = DEFAULT_SAMPLER
+    # A spacing such as "ddim25" or "10,15,20" determines the number of steps.
+    if options.steps is None and options.spacing in (None, *SPACINGS):
+        options.steps = min(DEFAULT_STEPS, timesteps)
     steps = "" if options.steps is None else f" in {options.steps} steps"
-    return f"sampler: {FEW}{steps}, {options.model} has no tuned table for this; --sampler and --steps choose others"
+    reason = f"{options.model} has no tuned table for this"
+    return f"sampler: {DEFAULT_SAMPLER}{steps}, {reason}; --sampler and --steps choose others"
 
 
-def _is_of(model: LoadedModel, tables: Iterable[StepTable]) -> bool:
-    """Whether none of the tables was tuned to another model."""
+def _suits_model(model: LoadedModel, tables: Iterable[StepTable]) -> bool:
+    """Whether none of the tables was tuned to another model. A table without a model's hash was not."""
     return {table.notes.get(tuned.MODEL_SHA256) for table in tables} <= {None, model_hash(model)}
 
 
 def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
-    """The tables for the options --table, --sampler, --steps and --guidance, which may have several scales.
+    """The tables that the options --table, --sampler, --steps and --guidance select, one for each scale of guidance.
 
     Warns if a table was tuned to another model.
 
     Raises:
-        ValueError: another option has no meaning together with a table, or a file is missing or damaged.
+        ValueError: an option has no effect together with a table, or a file is missing or damaged.
     """
     if options.table is None and options.sampler != TUNED:
         return {}
@@ -88,7 +102,7 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
         tables = dict.fromkeys(scales, load_table(options.table))
     else:
         tables = {scale: _tuned(options, model, scale) for scale in scales}
-    if not _is_of(model, tables.values()):
+    if not _suits_model(model, tables.values()):
         warnings.warn(
             f"the table was tuned to another model than {options.model}: named samplers may come nearer than it does",
             stacklevel=2,
@@ -97,7 +111,7 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
 
 
 def _tuned(options: argparse.Namespace, model: LoadedModel, scale: float | None) -> StepTable:
-    """The tuned table in the model's folder."""
+    """The table in the model's folder that was tuned for --steps and this scale of guidance."""
     if options.steps is None:
         names, fitting = tuned.tables_in(model.folder), tuned.calls_in(model.folder, scale)
         makes = f"{tune_command(options, '4,6,8,10', scale)} makes some"
@@ -128,7 +142,7 @@ def load_table(path: str) -> StepTable:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """The name in a picture's title: the sampler's, or the table's file name."""
+    """The name of the loop in a picture's title: the sampler's name, or the table's file name."""
     return options.sampler if options.table is None else Path(options.table).name
 
 

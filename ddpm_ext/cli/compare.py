@@ -1,4 +1,4 @@
-"""`ddpm-ext compare`: compares all samplers and spacings with a loop of many steps, at few calls of a model."""
+"""`ddpm-ext compare`: compares loops of few model calls, with all samplers and spacings, to a loop of many steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ddpm_ext.tuning import Named, Tuner
 from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 from ddpm_ext.tuning.teacher import STEPS
 
-_SHOWN = 10
+_SHOWN = 10  # how many samplers have a line of their own
 _EXAMPLES = """examples:
   ddpm-ext compare --calls 4,6,8,10
   ddpm-ext compare --model shapes --guidance 2.5 --calls 6,10,20 --plot compare.png"""
@@ -49,8 +49,8 @@ def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, 
     group = parser.add_argument_group("what to sample")
     add_model(group)
     add = group.add_argument
-    several = f"{counts_help}, with commas between them"
-    add(f"--{counts}", type=whole_numbers, default="4,6,8,10", metavar="N,...", help=several)
+    counts_text = f"{counts_help}, with commas between them"
+    add(f"--{counts}", type=whole_numbers, default="4,6,8,10", metavar="N,...", help=counts_text)
     scale = "scale of classifier-free guidance: 1 for none, and further towards the class above 1"
     add("--guidance", type=finite_number, metavar="X", help=scale)
     add_class(group, "all")
@@ -66,9 +66,10 @@ def add_options(parser: argparse.ArgumentParser, counts: str, counts_help: str, 
 
 
 def prepare(options: argparse.Namespace, counts: str) -> tuple[Loaded, Tuner, list[int]]:
-    """Loads the model and checks the options that both commands share. counts: see add_options.
+    """Loads the model and checks the options that `compare` and `tune` share. counts: see add_options.
 
-    Returns the model, its Tuner, and the numbers of calls in ascending order.
+    Returns:
+        The model, its Tuner, and the numbers of calls in ascending order.
     """
     if options.plot is not None:
         check_out(options.plot, FIGURES, "plot")
@@ -114,20 +115,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def typed(named: Named) -> str:
-    """The options of `ddpm-ext sample` that draw with this sampler."""
+    """The options of `ddpm-ext sample` for a loop with this sampler, as one types them."""
     return " ".join(f"--{name} {value}" for name, value in named.options.items())
 
 
 def _lines(names: Mapping[int, Sequence[Named]]) -> list[str]:
-    """A line with the errors of each of the best names, and a line with the range of all other errors."""
+    """The lines of the printed table: the errors of each of the best samplers, then the range of all other errors."""
     errors_of = errors_by_name(names)
-    best = {count: min(errors[count] for errors in errors_of.values() if count in errors) for count in names}
+    smallest = {count: min(errors[count] for errors in errors_of.values() if count in errors) for count in names}
     others = list(errors_of.values())[_SHOWN:]
     width = max(map(len, list(errors_of)[:_SHOWN])) + 2
     lines = [f"{'error in calls:':<{width}}" + "".join(f"{count:>16} " for count in names)]
     for name, errors in list(errors_of.items())[:_SHOWN]:
         cells = [f"{errors[c]:.4f}" if c in errors else "-" for c in names]
-        marks = ["*" if errors.get(c) == best[c] else " " for c in names]
+        marks = ["*" if errors.get(c) == smallest[c] else " " for c in names]
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}{mark}" for cell, mark in zip(cells, marks, strict=True)))
     if others:
         ranges = []

@@ -1,4 +1,4 @@
-"""Reads a command's input images and their classes: a picture, samples in an .npz or .npy, or a folder."""
+"""Reads the input images of commands, and their classes: a picture, samples in an .npz or .npy, or a folder."""
 
 from __future__ import annotations
 
@@ -38,23 +38,25 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
     if source.suffix.lower() in ARRAYS and not source.is_dir():
         array = _read_array(path, name)
         if array.dtype.kind == "f" and array.ndim == 4:
-            return _of_shape(_float32(array), path, shape, name)
-        return _of_shape(_unit(torch.from_numpy(_as_pixels(array, path, name)).permute(0, 3, 1, 2)), path, shape, name)
+            return _checked_samples(_float32(array), path, shape, name)
+        return _checked_samples(
+            _in_unit_range(torch.from_numpy(_as_pixels(array, path, name)).permute(0, 3, 1, 2)), path, shape, name
+        )
     if source.suffix.lower() not in SUFFIXES and not source.is_dir():
         kinds = "a picture, an .npz, an .npy or a folder" if source.exists() else "a file or a folder that exists"
         raise ValueError(f"{name}: got {path}, expected {kinds}")
-    paths = image_paths(source, name) if source.is_dir() else [_regular(source, name)]
-    return _unit(torch.stack([read_image(image, shape, name) for image in paths]))
+    paths = image_paths(source, name) if source.is_dir() else [_regular_file(source, name)]
+    return _in_unit_range(torch.stack([read_image(image, shape, name) for image in paths]))
 
 
 class Samples:
-    """Finished samples, with the interface of an ImageSource.
+    """Samples in files, with the interface of an ImageSource.
 
     They come from an .npz or .npy as for read_pixels, from a folder of `ddpm-ext sample --num-images`, or from a folder
-    of pictures, which are resized to the size of the first one.
+    of pictures, which are resized to the size of the first picture.
 
     Attributes:
-        about: the settings with which the folder's samples were drawn, empty if they are not known.
+        about: for a folder of `ddpm-ext sample`, the settings with which the samples were drawn; otherwise empty.
 
     Raises:
         ValueError: there is no such file or folder, or it is damaged, empty or not finished.
@@ -72,7 +74,7 @@ class Samples:
                 raise ValueError(f"{name}: got {path}, expected a folder, or an .npz or .npy of samples, that exists")
             self._parts = [read_pixels(path, name)]
         elif (source / MANIFEST).is_file():
-            shards, self.about = _finished(source, name)
+            shards, self.about = _finished_run(source, name)
             self._parts = list(shards.images())
         elif (source / OPTIONS).is_file():
             expected = f"samples, such as the folder of ddpm-ext sample --model {path} --num-images 10000"
@@ -92,7 +94,7 @@ class Samples:
 
     def batch(self, indices: Tensor) -> Tensor:
         """The samples at `indices`, (batch,) int64: (batch, channels, height, width) float32 in [-1, 1]."""
-        return _unit(torch.stack([self._pixels(index) for index in indices.tolist()]))
+        return _in_unit_range(torch.stack([self._pixels(index) for index in indices.tolist()]))
 
     def _pixels(self, index: int) -> Tensor:
         """The pixels of a sample, (channels, height, width) uint8."""
@@ -102,12 +104,13 @@ class Samples:
         return torch.from_numpy(self._parts[part][index - self._ends[part]].transpose(2, 0, 1).copy())
 
 
-def _finished(folder: Path, name: str) -> tuple[Shards, dict[str, Any]]:
+def _finished_run(folder: Path, name: str) -> tuple[Shards, dict[str, Any]]:
     """The samples of a run of `ddpm-ext sample --num-images`, and their settings."""
     try:
         settings = files.read_json(folder / MANIFEST)["settings"]
         shards = Shards(folder, settings["num_images"], settings["shard_size"], tuple(settings["shape"]))
-        # Files are counted first, which is fast: an untrusted manifest may claim any number of shards.
+        # Counting files is fast. Only if there are enough, missing() tests every shard in the manifest: an untrusted
+        # manifest may have a huge number of shards.
         missing = len(shards) - sum(1 for _ in shards.inside.glob("*.npy"))
         missing = missing if missing > 0 else len(shards.missing())
     except (ValueError, TypeError, KeyError, OSError, ArithmeticError) as error:
@@ -153,7 +156,7 @@ def read_labels(path: str, count: int, name: str) -> Labels | None:
 
 
 def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
-    """The grey values of a picture, (1, 1, height, width) float32 from 0 (black) to 1 (white).
+    """Reads a picture as a mask: its grey values, (1, 1, height, width) float32 from 0 (black) to 1 (white).
 
     The picture is cropped and resized like images, but without interpolation between pixels, so that edges stay sharp.
 
@@ -162,7 +165,7 @@ def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"mask: got {path}, expected a picture ending in {' '.join(sorted(SUFFIXES))}")
-    return read_image(_regular(Path(path), "mask"), (1, *shape[1:]), "mask", smooth=False)[None].float() / 255
+    return read_image(_regular_file(Path(path), "mask"), (1, *shape[1:]), "mask", smooth=False)[None].float() / 255
 
 
 def read_noise(path: str, shape: tuple[int, int, int]) -> Tensor:
@@ -175,7 +178,7 @@ def read_noise(path: str, shape: tuple[int, int, int]) -> Tensor:
     if array.dtype.kind != "f" or array.ndim != 4:
         expected = "floats (num, channels, height, width), as ddpm-ext invert writes them"
         raise ValueError(f"noise: {path} holds {array.dtype} of shape {array.shape}, expected {expected}")
-    return _of_shape(_float32(array), path, shape, "noise")
+    return _checked_samples(_float32(array), path, shape, "noise")
 
 
 def read_pixels(path: str, name: str = "file") -> Pixels:
@@ -201,7 +204,7 @@ def _read_array(path: str, name: str) -> np.ndarray[Any, Any]:
 
 def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
     """Reads an .npy, or `entry` of an .npz; None if the .npz lacks the entry. An .npz must have arr_0."""
-    _regular(Path(path), name)
+    _regular_file(Path(path), name)
     try:
         contents = np.load(path, allow_pickle=False)
         if isinstance(contents, np.lib.npyio.NpzFile):
@@ -212,38 +215,42 @@ def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
     except OSError as error:
         raise ValueError(f"{name}: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        # numpy takes any other file for a pickle, and its message advises to load it as a pickle.
+        # For a file of another format, numpy's message advises to load it as a pickle, which would be wrong and unsafe.
         reason = "damaged, or of another format" if "pickle" in str(error) else error
         raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({reason})") from error
     return np.asarray(contents)
 
 
-def _regular(path: Path, name: str) -> Path:
-    """Returns the path. Raises ValueError for a pipe or a device: opening it would wait for somebody to write to it."""
+def _regular_file(path: Path, name: str) -> Path:
+    """Returns the path. Raises ValueError for a pipe or a device, since opening it could wait forever for a writer."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{name}: {path} is no regular file")
     return path
 
 
 def _float32(array: np.ndarray[Any, Any]) -> Tensor:
-    """Converts to float32 without numpy's warning: numbers beyond float32 become infinite, which later checks refuse or
-    which become white or black pixels."""
+    """Converts an array to a float32 tensor. Numbers beyond float32's range become infinite, without numpy's warning.
+
+    Infinities are refused by _checked_samples, or become white or black pixels.
+    """
     with np.errstate(over="ignore"):
         return torch.from_numpy(array.astype(np.float32))
 
 
 def _as_pixels(array: np.ndarray[Any, Any], path: str, name: str) -> Pixels:
+    """Returns the array. Raises ValueError unless it is uint8 with four dimensions."""
     if array.dtype != np.uint8 or array.ndim != 4:
         expected = "uint8 (num, height, width, channels) or floats (num, channels, height, width)"
         raise ValueError(f"{name}: {path} holds {array.dtype} of shape {array.shape}, expected {expected}")
     return array
 
 
-def _unit(pixels: Tensor) -> Tensor:
+def _in_unit_range(pixels: Tensor) -> Tensor:
+    """Converts pixels from 0 to 255 to float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1)
 
 
-def _of_shape(images: Tensor, path: str, shape: tuple[int, int, int], name: str) -> Tensor:
+def _checked_samples(images: Tensor, path: str, shape: tuple[int, int, int], name: str) -> Tensor:
     if not len(images):
         raise ValueError(f"{name}: {path} holds no samples, expected at least 1")
     if images.shape[1:] != shape:

@@ -1,4 +1,4 @@
-"""`ddpm-ext invert`: computes the noise that leads to images."""
+"""`ddpm-ext invert`: computes the noise from which the sampler ddim makes given images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     table = inversion_table(loaded.diffusion, options.steps, options.spacing)
     images = read_images(options.images, loaded.model.shape, "images").to(loaded.device, loaded.dtype)
     files.check_writable(options.out)
-    arrays, wrong = [], 0
+    arrays, not_finite = [], 0
     for first in range(0, len(images), options.batch_size):
         batch = images[first : first + options.batch_size]
         noise = loaded.last_samples(
@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> None:
             rng=None,
             **running_of(options),
         )
-        wrong += are_finite(noise).count(False)
+        not_finite += are_finite(noise).count(False)
         arrays.append(noise.float().cpu().numpy())
     files.write_array(options.out, np.concatenate(arrays))
     print(f"{options.out}: noise of {plural(len(images), 'image')}, after {plural(len(table), 'step')}")
-    refuse_not_finite(wrong, len(images), options.out)
+    refuse_not_finite(not_finite, len(images), options.out)

@@ -1,6 +1,6 @@
-"""Options of a sampling loop: beginning from images, inpainting, clipping, guidance, and how the model is called.
+"""Options that become arguments of p_sample_loop: start images, inpainting, the clip, guidance, and the model's calls.
 
-Most values are passed on unchecked: the loop checks them, and its error message is the command's.
+Most values are not checked here: p_sample_loop checks them, and the command prints its error message.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.options import DTYPES
 
-_TAKES = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpaint", "jump_n_sample": "inpaint"}
+_BELONGS_TO = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpaint", "jump_n_sample": "inpaint"}
 
 
 def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
     """Adds the options of clipping the predicted x_0 to a group.
 
     Args:
-        threshold: whether dynamic thresholding is one of them.
-        clips: whether x_0 is clipped by default.
+        threshold: whether the group gets the options of dynamic thresholding.
+        clips: whether x_0 is clipped by default. If not, there is no option --no-clip.
     """
-    ways = group.add_mutually_exclusive_group()
+    alternatives = group.add_mutually_exclusive_group()
     clip = f"range that the predicted x_0 is clipped to (default: {'-1 1' if clips else 'none'})"
-    ways.add_argument("--clip", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=clip)
+    alternatives.add_argument("--clip", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=clip)
     if clips:
-        ways.add_argument("--no-clip", action="store_true", help="do not clip the predicted x_0")
+        alternatives.add_argument("--no-clip", action="store_true", help="do not clip the predicted x_0")
     else:
         group.set_defaults(no_clip=True)
     if threshold:
         quantile = "clip each sample's predicted x_0 by its own quantile (Imagen); 0.995 is usual"
-        ways.add_argument("--threshold", type=finite_number, metavar="QUANTILE", help=quantile)
+        alternatives.add_argument("--threshold", type=finite_number, metavar="QUANTILE", help=quantile)
         most = "the largest bound that --threshold may use (default: any)"
         group.add_argument("--threshold-max", type=finite_number, metavar="X", help=most)
 
@@ -59,7 +59,7 @@ def clip_of(options: argparse.Namespace) -> bool | Clip | DynamicThreshold:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Adds the options with which a loop begins from images, or keeps a part of them (inpainting)."""
+    """Adds the options of a loop that begins from images, or that fills in a part of images (inpainting)."""
     description = f"FILES are {IMAGES}.\nSample i has image i; after the last comes the first again."
     add = parser.add_argument_group("to begin from images", description).add_argument
     add("--start", metavar="FILES", help="begin from these images with noise, in place of noise alone")
@@ -86,15 +86,15 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 def running_of(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments compile, autocast and graph of p_sample_loop."""
     autocast = None if options.autocast is None else DTYPES[options.autocast]
-    captured = {name: getattr(options, name, False) for name in ("compile", "graph")}
-    return {"autocast": autocast, **captured}
+    run_options = {name: getattr(options, name, False) for name in ("compile", "graph")}
+    return {"autocast": autocast, **run_options}
 
 
 def guidance_of(options: argparse.Namespace) -> Guidance | None:
     """The argument guidance of p_sample_loop.
 
     Raises:
-        TypeError, ValueError: as Guidance, or an option that belongs to --guidance is given without it.
+        TypeError, ValueError: see Guidance; or --guidance-rescale or --guidance-interval is set without --guidance.
     """
     rescale, interval = options.guidance_rescale, options.guidance_interval
     if options.guidance is None:
@@ -107,11 +107,11 @@ def guidance_of(options: argparse.Namespace) -> Guidance | None:
 
 @dataclass(frozen=True)
 class LoopInputs:
-    """The input images of a loop, (images, channels, height, width), on the model's device and of the samples' dtype.
+    """The input images of a loop, on the model's device and in the samples' dtype.
 
-    count: how many samples the command draws.
-    start, to, noise, inpaint: the images that the options of these names read.
-    mask: (1, 1, height, width), 1 where the image `inpaint` is kept.
+    count: the number of samples that the command draws.
+    start, to, noise, inpaint: the images that the options of these names read, (images, channels, height, width).
+    mask: (1, 1, height, width), 1 where samples equal the image `inpaint`, 0 where they are drawn.
     """
 
     count: int
@@ -127,13 +127,13 @@ class LoopInputs:
     ) -> LoopInputs:
         """Reads the images that the options name.
 
-        The count is --num or --num-images. Without these it is the number of images to begin from or to fill in, or
-        else the command's default.
+        `count` is --num or --num-images. Without these options it is the number of input images, or without images the
+        command's default.
 
         Raises:
-            ValueError: an image can't be read, or an option is given without the option that it belongs to.
+            ValueError: an image can't be read, or an option is set without the option that it belongs to.
         """
-        for name, other in _TAKES.items():
+        for name, other in _BELONGS_TO.items():
             if getattr(options, name) is not None and getattr(options, other) is None:
                 raise ValueError(f"{name.replace('_', '-')}: belongs to --{other}")
         for option, other in (("to", "start"), ("inpaint", "mask")):
@@ -151,11 +151,14 @@ class LoopInputs:
         if options.mask is not None:
             images_of["mask"] = read_mask(options.mask, shape)
         count = getattr(options, "num_images", None) or options.num or images
-        # Contiguous, so that a captured loop reads the known images in place, without a copy.
+        # The images are contiguous, so that a captured loop of an Inpaint reads them without a copy.
         return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in images_of.items()})
 
     def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
-        """The sample ids of the noise: the samples' ids, but on a path between two images all have id 0."""
+        """The sample ids of the noise: the first id of `samples`, or zeros for a path between two images.
+
+        On a path, all samples have the same noise, so that they change smoothly.
+        """
         if self.to is not None and options.weight is None:
             return torch.zeros(len(samples), dtype=torch.int64, device=self.to.device)
         return samples.start
@@ -164,38 +167,48 @@ class LoopInputs:
         """The arguments of p_sample_loop for the samples with these ids.
 
         Raises:
-            TypeError, ValueError: as DynamicThreshold, Inpaint and Interpolation.
+            TypeError, ValueError: see DynamicThreshold, Inpaint and Interpolation.
         """
         ids = torch.arange(samples.start, samples.stop, device="cpu")
 
-        def turn(images: Tensor | None) -> Tensor | None:
+        def images_of_ids(images: Tensor | None) -> Tensor | None:
             return None if images is None else images[(ids % len(images)).to(images.device)]
 
-        start: Tensor | Interpolation | None = turn(self.start)
+        start: Tensor | Interpolation | None = images_of_ids(self.start)
         if self.to is not None:
             weight = ids / (self.count - 1) if self.count > 1 else torch.full((1,), 0.5, device="cpu")
             chosen = weight if options.weight is None else options.weight
-            start = Interpolation(turn(self.start), turn(self.to), chosen, options.mix or "slerp")  # type: ignore[arg-type]
+            start = Interpolation(images_of_ids(self.start), images_of_ids(self.to), chosen, options.mix or "slerp")  # type: ignore[arg-type]
         jumps = {"jump_length": options.jump_length, "jump_n_sample": options.jump_n_sample}
         inpaint = None
         if self.inpaint is not None:
             set_jumps = {name: value for name, value in jumps.items() if value is not None}
-            inpaint = Inpaint(turn(self.inpaint), self.mask, **set_jumps)  # type: ignore[arg-type]
+            inpaint = Inpaint(images_of_ids(self.inpaint), self.mask, **set_jumps)  # type: ignore[arg-type]
         return {
             "start": start,
             "strength": options.strength,
-            "noise": turn(self.noise),
+            "noise": images_of_ids(self.noise),
             "inpaint": inpaint,
             "clip_denoised": clip_of(options),
             **running_of(options),
         }
 
     def settings(self, options: argparse.Namespace) -> dict[str, Any]:
-        """The settings that determine a sample, as JSON: only options that have an influence, and the SHA-256 of each
-        tensor of images."""
-        of_images = ("weight", "mix", "jump_length", "jump_n_sample")
-        plain = ("clip", "threshold", "threshold_max", "guidance_rescale", "guidance_interval", *of_images, "autocast")
-        settings = {name: getattr(options, name) for name in plain if getattr(options, name) is not None}
+        """The settings of the loop that determine a sample, as JSON.
+
+        They are the options that are set and change samples, and the SHA-256 of each tensor of images.
+        """
+        image_options = ("weight", "mix", "jump_length", "jump_n_sample")
+        names = (
+            "clip",
+            "threshold",
+            "threshold_max",
+            "guidance_rescale",
+            "guidance_interval",
+            *image_options,
+            "autocast",
+        )
+        settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         if options.no_clip:
             settings["clip"] = "none"
         if options.strength != 1:

@@ -1,4 +1,4 @@
-"""`ddpm-ext` on the command line: runs a command, and reports an error as one sentence."""
+"""The function `main` of `ddpm-ext`, which runs a command and reports an error as one sentence."""
 
 from __future__ import annotations
 
@@ -18,33 +18,38 @@ from ddpm_ext.cli.overview import COMMANDS, begin_parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
-_INTERRUPTED = 130
-_FILES = {name: import_module(f"ddpm_ext.cli.{name.replace('-', '_')}") for name in COMMANDS}
-"""The modules of the commands, by the commands' names."""
+_INTERRUPTED = 130  # the exit code after Ctrl-C, as of a shell
+_MODULES = {name: import_module(f"ddpm_ext.cli.{name.replace('-', '_')}") for name in COMMANDS}
+"""{name of a command: its module}."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ddpm-ext` with all its commands."""
     parser, commands = begin_parser(__version__, Parser)
-    for file in _FILES.values():
-        file.add_parser(commands)
+    for module in _MODULES.values():
+        module.add_parser(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `ddpm-ext` and returns its exit code.
 
-    The code is 0, or 2 if anything is wrong with the input or the output, 130 for Ctrl-C, or 1 if the work was done but
-    its output was not read to the end. A command's run gets its options; `options.arguments` is the command line that
-    they were parsed from.
+    The exit code is 0; or 2 for wrong input, or if output can't be written; or 130 for Ctrl-C. It is 1 if the work was
+    done, but the program that reads its standard output ended early, as in `ddpm-ext ... | head -1`.
+
+    arguments: the command line without the program's name. The command's function `run` gets it as options.arguments.
     """
     keep_freed_memory()
     formatwarning = warnings.formatwarning
     options = argparse.Namespace(arguments=sys.argv[1:] if arguments is None else list(arguments), command=None)
 
-    def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
-        """Leaves out the line of code that warned, which does not help the user of a command."""
-        return f"{_name(options)}: {message}\n" if category is UserWarning else formatwarning(message, category, *place)
+    def one_line(message: Warning | str, category: type[Warning], *location: Any) -> str:
+        """A warning's text without the line of code that raised it, which does not help the user of a command."""
+        return (
+            f"{_program_name(options)}: {message}\n"
+            if category is UserWarning
+            else formatwarning(message, category, *location)
+        )
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
@@ -54,33 +59,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    watched: dict[str, _Watched] = {}
+    streams: dict[str, _WatchedStream] = {}
     with ExitStack() as until_the_end:
         for name, redirect, ignored in _STREAMS:
-            if getattr(sys, name) is not None:  # None: the stream was closed when the program started
-                watched[name] = _Watched(getattr(sys, name), ignored)
-                until_the_end.enter_context(redirect(cast(TextIO, watched[name])))
-        code = _code_of(options, watched.get("stdout"))
-    lost = {name: stream for name, stream in watched.items() if stream.error is not None}
-    for name in lost:
-        setattr(sys, name, None)  # otherwise Python would fail again when it flushes the stream at exit
-    if "stdout" in lost and not isinstance(error := lost["stdout"].error, BrokenPipeError):
-        return _wrong(options, f"the output cannot be written: {getattr(error, 'strerror', None) or error}")
-    return code or int(bool(lost))
+            if getattr(sys, name) is not None:  # it is None if the stream was closed when the program started
+                streams[name] = _WatchedStream(getattr(sys, name), ignored)
+                until_the_end.enter_context(redirect(cast(TextIO, streams[name])))
+        code = _code_of(options, streams.get("stdout"))
+    failed = {name: stream for name, stream in streams.items() if stream.error is not None}
+    for name in failed:
+        setattr(sys, name, None)  # otherwise Python would try to flush the stream at exit, and fail
+    if "stdout" in failed and not isinstance(error := failed["stdout"].error, BrokenPipeError):
+        return _report(options, f"the output cannot be written: {getattr(error, 'strerror', None) or error}")
+    return code or int(bool(failed))
 
 
-# For each stream: the errors that don't stop the work. A command goes on writing its files if nobody reads its lines
-# or its progress bar. Errors of standard error can't be reported anywhere.
+# For each stream: its name, the function that redirects it, and the errors of writing to it that are ignored. If no
+# program reads the standard output any more, a command still writes its files. If the standard error can't be written,
+# no message could say so.
 _STREAMS: tuple[tuple[str, Callable[[TextIO], AbstractContextManager[Any]], type[OSError]], ...] = (
     ("stdout", redirect_stdout, BrokenPipeError),
     ("stderr", redirect_stderr, OSError),
 )
 
 
-class _Watched:
-    """A stream that records the error if it can't be written, for example on a full disk. (argparse ignores the error.)
+class _WatchedStream:
+    """A stream that records the last error of writing to it, for example on a full disk.
 
-    ignored: the errors that are not raised, so that the work goes on.
+    The record is needed since argparse ignores errors when it prints a help text.
+
+    ignored: the errors that are recorded but not raised, so that the work goes on.
     """
 
     def __init__(self, stream: TextIO, ignored: type[OSError]) -> None:
@@ -88,16 +96,16 @@ class _Watched:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        with self._noting():
+        with self._recording_errors():
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._noting():
+        with self._recording_errors():
             self.stream.flush()
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _recording_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -109,38 +117,38 @@ class _Watched:
         return getattr(self.stream, name)
 
 
-def _code_of(options: argparse.Namespace, stdout: _Watched | None) -> int:
-    """Runs the command, and reports its errors, except those of stdout."""
+def _code_of(options: argparse.Namespace, stdout: _WatchedStream | None) -> int:
+    """Runs the command and returns its exit code. Reports its errors, except those of writing to stdout."""
     try:
         _run(options)
         if stdout is not None:
             stdout.flush()
-    except SystemExit as stopped:  # argparse, after a help text or a wrong option; training, after a signal
+    except SystemExit as stopped:  # argparse exits after a help text or a wrong option, training after a signal
         if stdout is not None:
             with suppress(OSError):
                 stdout.flush()
         if isinstance(stopped.code, str):
-            raise  # Python prints it
+            raise  # Python prints the text
         return int(stopped.code or 0)
     except KeyboardInterrupt as interrupt:
-        print("; ".join([f"\n{_name(options)}: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        print("; ".join([f"\n{_program_name(options)}: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         if stdout is not None and error is stdout.error:
             return WRONG_INPUT
-        return _wrong(options, str(error) or type(error).__name__)
+        return _report(options, str(error) or type(error).__name__)
     except UserCodeError as error:
-        code = _wrong(options, str(error))
+        code = _report(options, str(error))
         traceback.print_exception(error.__cause__)
         return code
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):  # torch's signal handler may raise this in any line
+        if str(error).startswith("DataLoader worker"):  # torch's signal handler raises it, at any line of the program
             reason = f"data: a worker died ({' '.join(str(error).split())}); expected more memory"
         elif "out of memory" in str(error) or "can't allocate memory" in str(error):
             reason = f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit"
         else:
-            raise  # a bug in this package: the traceback helps to find it
-        return _wrong(options, reason)
+            raise  # probably a bug in this package, which a traceback helps to find
+        return _report(options, reason)
     return 0
 
 
@@ -154,15 +162,17 @@ def _run(options: argparse.Namespace) -> None:
         return
     if "device" in options and options.device is None:
         options.device = default_device()
-    _FILES[options.command].run(options)
+    _MODULES[options.command].run(options)
 
 
-def _name(options: argparse.Namespace) -> str:
+def _program_name(options: argparse.Namespace) -> str:
+    """The program's name with its command, such as "ddpm-ext plot grid", with which messages begin."""
     return " ".join(["ddpm-ext", *filter(None, (options.command, getattr(options, "kind", None)))])
 
 
-def _wrong(options: argparse.Namespace, reason: str) -> int:
-    name = _name(options)
+def _report(options: argparse.Namespace, reason: str) -> int:
+    """Prints an error on the standard error, and returns the exit code for wrong input."""
+    name = _program_name(options)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         name += f", rank {os.environ.get('RANK')}"
     print(f"{name}: {shortened(reason)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Models of training runs that are not in diffusers' layout: the user's modules, and unfinished runs."""
+"""Loads the models of training runs that have no folder in diffusers' layout: users' modules, and unfinished runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from ddpm_ext.training.load_run import TakesClassLabels, network_of
 
 @dataclass(frozen=True, kw_only=True)
 class RunModel(LoadedModel):
-    """A model that training.load has loaded. `sha256` is the hash of its diffusion's settings and weights."""
+    """A model that training.load has loaded.
+
+    sha256: the hash of its diffusion's settings and of its weights.
+    """
 
     sha256: str
 
@@ -35,7 +38,10 @@ def model_hash(model: LoadedModel) -> str:
 
 
 def is_run(model: str) -> bool:
-    """Whether --model names the folder of an unfinished run, or of a run whose module is not in diffusers' layout."""
+    """Whether `model`, the value of --model, is the folder of a run without a model in diffusers' layout.
+
+    Such runs are unfinished, or train a module of the user's own.
+    """
     folder = Path(model)
     if model in (DIGITS.name, SHAPES.name) or folder_of_denoiser(folder) != folder or (folder / CONFIG).is_file():
         return False
@@ -45,18 +51,18 @@ def is_run(model: str) -> bool:
 def load_run_model(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
     """Loads the averaged weights of a run for which is_run is true.
 
-    network: "module:name" of a class or function that makes the module. With None, the module is a UNet2DModel.
+    network: "module:name" of a class or function that makes the module. None if the run made its module itself.
 
     Raises:
-        ValueError: the name is missing or wrong, or as training.load.
+        ValueError: `network` is missing or wrong, or see training.load.
     """
     folder = Path(model)
     trained = load(folder, network_for(folder, network))
     sha256 = trained.sha256()
-    placed = nn.Module.to(trained.model, device=device, dtype=dtype)
-    check_finite(placed, folder)
+    module_on_device = nn.Module.to(trained.model, device=device, dtype=dtype)
+    check_finite(module_on_device, folder)
     return RunModel(
-        TakesClassLabels(placed).eval(),
+        TakesClassLabels(module_on_device).eval(),
         trained.settings,
         folder,
         trained.classes,
@@ -68,10 +74,12 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
 
 
 def network_for(folder: Path, network: str | None) -> nn.Module | None:
-    """The module that --network makes for a run. Its source file may be in the working directory.
+    """The module that --network makes for a run, or None if the run needs none.
+
+    The source file of the class or function may be in the working directory.
 
     Raises:
-        ValueError: the name is missing or wrong, or the class or function makes no module.
+        ValueError: --network is missing or wrong, or makes no module.
     """
     if network is not None:
         find_modules_here()

@@ -1,6 +1,7 @@
-"""The version and the list of commands of `ddpm-ext`.
+"""The list of `ddpm-ext`'s commands, and its output for --version and --help.
 
-ddpm_ext_command.py runs this file without importing the package and torch, so it imports only the standard library.
+ddpm_ext_command.py runs this file without importing the package and torch, so that these outputs are fast. Therefore
+this file imports only the standard library.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-COMMANDS = {
+COMMANDS = {  # {name of a command: its line in the list of commands}
     "sample": "draw samples into an .npz, a picture or a folder",
     "score": "measure how near finished samples are to images: FID, precision, recall",
     "invert": "find the noise that leads to an image",
@@ -36,12 +37,12 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):
-            # argparse does not count the indentation of commands, and would wrap the longest name.
+            # argparse forgets the indentation of commands, so the longest name would have a line of its own.
             self._action_max_length += 2
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.required
-        return action.help if bare else super()._get_help_string(action)
+        has_no_default = action.default is None or action.default is False or action.required
+        return action.help if has_no_default else super()._get_help_string(action)
 
 
 def begin_parser(
@@ -63,7 +64,7 @@ def begin_parser(
 
 
 def answer(arguments: Sequence[str]) -> str | None:
-    """The output of `ddpm-ext` for these arguments, or None if it needs the package."""
+    """The output of `ddpm-ext` for these arguments; None if the package is needed for it."""
     if list(arguments) == ["--version"]:
         return f"ddpm-ext {metadata.version('ddpm-ext')}\n"
     if list(arguments) not in ([], ["-h"], ["--help"], ["help"]):

@@ -23,9 +23,10 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
 from ddpm_ext.training.run_options import OPTIONS
 
-DrawKind = Callable[[argparse.Namespace], str]  # draws a picture, and returns a description of it
-_PICTURES = (".png",)
-_HISTOGRAMS = 100  # the approximate number of histograms along the loop
+DrawKind = Callable[[argparse.Namespace], str]
+"""A function that draws a picture for the options, and returns a description of the picture."""
+_PICTURES = (".png",)  # the ending of pictures that consist of samples
+_HISTOGRAMS = 100  # a loop has about this many histograms
 
 _EXAMPLES = {
     "schedules": """examples:
@@ -86,14 +87,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _add_schedules(parser: argparse.ArgumentParser) -> None:
-    every = ", ".join(SCHEDULES)
-    parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
+    all_names = ", ".join(SCHEDULES)
+    parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{all_names} (default: all)")
     parser.add_argument("--timesteps", type=arguments.steps, default=1000, metavar="N", help="steps of the schedules")
     parser.add_argument("--out", default="schedules.png", metavar="FILE", help=arguments.endings_help())
 
 
 def _schedule(name: str) -> str:
-    """Parses a schedule's name. argparse's own `choices` would refuse an empty list of names."""
+    """Parses a schedule's name. With argparse's `choices`, an empty list of names would be an error."""
     if name not in SCHEDULES:
         raise argparse.ArgumentTypeError(f"got {name}, expected {', '.join(SCHEDULES)}")
     return name
@@ -161,10 +162,10 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
 def _draw_guidance(options: argparse.Namespace) -> str:
     prepared = prepare(options, pictures=True)
     tell_choice(prepared, options)
-    of_scale = argparse.Namespace(**vars(options))
+    options_of_scale = argparse.Namespace(**vars(options))
     rows = []
-    for of_scale.guidance in options.guidance:
-        rows.append(draw(prepared, of_scale, 0, options.num).float().cpu())
+    for options_of_scale.guidance in options.guidance:
+        rows.append(draw(prepared, options_of_scale, 0, options.num).float().cpu())
     names = prepared.class_names(range(options.num))  # prepare refuses guidance of other models
     scales = ", ".join(f"{scale:g}" for scale in options.guidance)
     title = f"guidance {scales}, from top to bottom" if len(options.guidance) > 1 else f"guidance {scales}"
@@ -214,8 +215,8 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
     # Heun's method visits each timestep twice; only the first visit is shown.
-    first = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
-    timesteps, x_t = [recorder.t[i] for i in first], [recorder.x_t[i] for i in first]
+    first_visits = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
+    timesteps, x_t = [recorder.t[i] for i in first_visits], [recorder.x_t[i] for i in first_visits]
     shown = {"bins": options.bins, "limit": options.limit, "name": name_of(options)}
     plots.histogram_figure(x_t, timesteps, options.out, samples=samples, **shown)
     return f"{plural(options.num, 'sample')} at {len(x_t)} of {plural(prepared.steps, 'step')}"

@@ -1,4 +1,4 @@
-"""`ddpm-ext sample`: draws samples, with --num into one file, with --num-images into a folder on all ranks."""
+"""`ddpm-ext sample`: draws samples, with --num into one file, or with --num-images into a folder, by several ranks."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def run(options: argparse.Namespace) -> None:
     files.check_writable(out)
     tell_choice(prepared, options)
     batches = range(0, options.num, options.batch_size)
-    pictures, wrong = [], 0
+    pictures, not_finite_count = [], 0
     for first in batches:
         count = min(options.batch_size, options.num - first)
         if len(batches) > 1 and not options.quiet:
-            which = f"samples {first} to {first + count - 1}" if count > 1 else f"sample {first}"
-            print(f"{which} of {options.num}")
+            which_samples = f"samples {first} to {first + count - 1}" if count > 1 else f"sample {first}"
+            print(f"{which_samples} of {options.num}")
         samples = draw(prepared, options, first, count)
-        wrong += are_finite(samples).count(False)
+        not_finite_count += are_finite(samples).count(False)
         pictures.append(plots.to_uint8(samples))
     images = np.concatenate(pictures)
     if ending == ".npz":
@@ -86,18 +86,18 @@ def run(options: argparse.Namespace) -> None:
     else:
         plots.save_picture(plots.grid(images), out)
     print(f"{out}: {plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}")
-    refuse_not_finite(wrong, len(images), out)
+    refuse_not_finite(not_finite_count, len(images), out)
 
 
 def _run_many(options: argparse.Namespace) -> None:
-    """Draws those of `options.num_images` samples that the folder `options.out` lacks, together with other ranks."""
+    """Draws `options.num_images` samples into the folder `options.out`, by all ranks. Samples in the folder stay."""
     folder = Path(options.out or "samples")
     if folder.suffix.lower() in (".npz", ".png"):
         raise ValueError(f"out: got {folder}, expected a folder for --num-images; --npz and --png write files too")
     with distributed.join() as ranks:
         options.device = ranks.device(options.device)
         if check_device(options.device).type == "cuda":
-            torch.cuda.set_device(options.device)  # kernels of a user's model may launch on the current device
+            torch.cuda.set_device(options.device)  # custom kernels in a user's model may use the current device
         prepared = prepare(options, pictures=options.png, latents=True)
         settings = settings_of(options, prepared)
         channels, height, width = prepared.model.image_shape
@@ -134,11 +134,11 @@ def _run_many(options: argparse.Namespace) -> None:
             raise KeyboardInterrupt(distributed.KEPT) from None
     if ranks.rank != 0:
         return
-    done = f"{folder}: {plural(shards.count, 'sample')}, {_by(shards.shape)}"
+    summary = f"{folder}: {plural(shards.count, 'sample')}, {_by(shards.shape)}"
     if result.drawn:
-        done += f"; {result.drawn} drawn in {result.seconds:.1f} s, {result.drawn / result.seconds:.1f} images/s"
-        done += f" on {ranks.size} ranks" if ranks.size > 1 else ""
-    print(done, flush=True)
+        summary += f"; {result.drawn} drawn in {result.seconds:.1f} s, {result.drawn / result.seconds:.1f} images/s"
+        summary += f" on {ranks.size} ranks" if ranks.size > 1 else ""
+    print(summary, flush=True)
     if options.npz is not None:
         labels = prepared.labels(range(shards.count))
         write_npz(shards, npz, None if labels is None else labels.numpy(), as_arrays(settings))
@@ -155,7 +155,7 @@ def _run_many(options: argparse.Namespace) -> None:
 
 
 def _npz_path(options: argparse.Namespace, shards: Shards) -> Path:
-    """The path of --npz; by default inside the folder, with guided-diffusion's name for such a file."""
+    """The path of --npz. The default is a file in the folder, with the name that guided-diffusion's scripts give it."""
     name = f"samples_{_by((shards.count, *shards.shape))}.npz"
     return Path(options.npz) if options.npz else shards.folder / name
 
@@ -168,15 +168,16 @@ def _by(sizes: Sequence[int]) -> str:
 
 
 def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
-    """The settings that determine a sample, besides its number."""
-    of_classes: dict[str, Any] = {}
+    """The settings that, together with a sample's number, determine the sample."""
+    class_settings: dict[str, Any] = {}
     if prepared.classes is not None:
-        of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
+        class_settings["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
         if options.guidance is not None:
-            of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
+            class_settings |= {"guidance": options.guidance, "null_class": prepared.classes.null}
     loop: dict[str, Any] = {"sampler": options.sampler, "steps": prepared.steps}
     loop |= {"spacing": options.spacing or DEFAULT_SPACING, "eta": eta_of(options.sampler, options.eta)}
-    for table in prepared.tables.values():  # only the rows matter, not whether --table or --sampler tuned chose them
+    # A table is identified by its rows, no matter whether --table or --sampler tuned selected it.
+    for table in prepared.tables.values():
         loop = {"sampler": "table", "steps": prepared.steps, "table_sha256": table_hash(table)}
     return {
         "version": __version__,
@@ -186,7 +187,7 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
         "seed": options.seed,
         "dtype": options.dtype,
         "backend": options.backend,
-        **of_classes,
+        **class_settings,
         **prepared.inputs.settings(options),
     }
 

@@ -1,4 +1,4 @@
-"""`ddpm-ext samplers`: lists the names that `--sampler` and `--spacing` take."""
+"""`ddpm-ext samplers`: lists the names of samplers and spacings that `--sampler` and `--spacing` accept."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _group_of(name: str) -> str:
-    """The group of a sampler, by the rows of an example table with the sampler's default options."""
+    """The group of a sampler, determined from its table for _TIMESTEPS with the default options."""
     if name in CFG_PP:
         return _GROUPS[4]
     table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
     calls = int(((table.b != 0) | (table.c2 != 0)).sum())
-    several = calls > len(_TIMESTEPS) + 1  # a sampler that calls the model twice only in its first step does not count
-    return _GROUPS[2 * bool((table.s != 0).any()) + several]
+    # A sampler that calls the model twice only in its first step makes len(_TIMESTEPS) + 1 calls.
+    calls_twice = calls > len(_TIMESTEPS) + 1
+    return _GROUPS[2 * bool((table.s != 0).any()) + calls_twice]

@@ -1,4 +1,4 @@
-"""Shared code of the commands that draw samples: loading, checks of parsed options, and drawing."""
+"""The code that commands share that call a model: loading the model, checking the options, and drawing samples."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from ddpm_ext.training.options import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model on its device, and its diffusion.
+    """A model on its device, with its diffusion and the classes that the options choose.
 
-    classes: the model's classes, with the null class of the options, or None if the model is unconditional.
-    chosen: the numbers of the classes that are assigned to samples in turn, empty for all.
-    captured: the loops that last_samples has captured, with the options of the capture.
+    classes: the model's classes, with the null class of --null-class. None if the model is unconditional.
+    chosen: the numbers of the classes of --class, which are assigned to samples in turn. Empty means all classes.
+    captured: {shape of a batch: the loop that last_samples captured, and the options of the capture}.
     """
 
     model: LoadedModel
@@ -47,8 +47,8 @@ class Loaded:
     def last_samples(self, unet: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
         """The final samples of p_sample_loop with these options. unet: the model, or a wrapper of it.
 
-        If the options ask for a CUDA graph, all loops of the same shape share one captured loop. They may only differ
-        in rng, start, noise, the known images and the tensors in model_kwargs.
+        With a CUDA graph, all calls with the same shape share one captured loop. So their options may differ only in
+        rng, start, noise, the known images and the tensors in model_kwargs.
         """
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
@@ -57,10 +57,10 @@ class Loaded:
             if shape not in self.captured:
                 self.captured[shape] = self.diffusion.capture(unet, shape, **options), options
             loop, captured_options = self.captured[shape]
-            if options.get("inpaint") is not None:  # the captured loop reads the tensor that it was captured with
+            if options.get("inpaint") is not None:  # the graph reads the known images of the capture, so copy to them
                 captured_options["inpaint"].known.copy_(options["inpaint"].known)
-            replaced = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}
-            return loop(options["rng"], progress=progress, **replaced)
+            call_options = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}
+            return loop(options["rng"], progress=progress, **call_options)
 
     def class_names(self, samples: range) -> list[str]:
         """The names of the samples' classes; empty for an unconditional model."""
@@ -83,21 +83,24 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Loaded):
-    """A model with everything that a loop needs besides the options, and the number of the loop's steps.
+    """A model with the input images and tables of its loops.
 
-    said: a line that names the default sampler that was chosen, or None if the options name a sampler.
+    steps: the number of steps of a loop.
+    inputs: the input images.
+    tables: the tables that the options select.
+    default_line: a line that names the default sampler that was chosen; None if the options name a sampler.
     """
 
     steps: int
     inputs: LoopInputs
     tables: Tables
-    said: str | None
+    default_line: str | None
 
 
 def load(options: argparse.Namespace, *, latents: bool = False) -> Loaded:
-    """Loads the model that the options --model, --network, --class, --null-class, --guidance and "how to run" describe.
+    """Loads the model of the option --model, and checks the options about its classes, guidance and device.
 
-    If the model's samples are not clipped, and no option asks for a clip, options.no_clip becomes true.
+    If the model's samples are not to be clipped, and no option sets a clip, this sets options.no_clip.
 
     latents: whether the command supports a model of latents.
     """
@@ -132,13 +135,13 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
 
 
 def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = False) -> Prepared:
-    """Loads model and images, and checks the options as far as possible before the work starts.
+    """Loads the model and the input images, and checks the options as far as possible before the work starts.
 
-    options.num becomes the number of samples to draw. If the options have neither a sampler nor a table, a default is
-    chosen, which tell_choice prints.
+    It sets options.num to the number of samples to draw. If the options have neither a sampler nor a table, it sets a
+    default, which tell_choice prints.
 
     Args:
-        pictures: whether the command will write pictures, which need pillow.
+        pictures: whether the command will write pictures, which needs the package pillow.
         latents: see load.
     """
     check_device(options.device)
@@ -147,7 +150,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     loaded = load(options, latents=latents)
     if loaded.model.latent:
         _check_latents(options, loaded.model)
-    said = choose_default(options, loaded.model, loaded.diffusion.timesteps)
+    default_line = choose_default(options, loaded.model, loaded.diffusion.timesteps)
     check_eta(options.eta, [options.sampler])
     tables = chosen_tables(options, loaded.model)
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
@@ -156,19 +159,19 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     for table in tables.values() or (None,):
         loop = LoopOptions(**_loop_options(inputs, options, range(1), table))
         steps = len(make_loop_rows(loaded.diffusion, loop))
-    if not isinstance(options.guidance, tuple):  # a tuple's scales are drawn, and checked, one after another
+    if not isinstance(options.guidance, tuple):  # `draw` checks each of several scales
         guidance_of(options)
-    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables, said=said)
+    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables, default_line=default_line)
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
     """Prints which default sampler was chosen, if the options name none. Only rank 0 prints."""
-    if prepared.said is not None and not options.quiet and ranks().rank == 0:
-        print(prepared.said, flush=True)
+    if prepared.default_line is not None and not options.quiet and ranks().rank == 0:
+        print(prepared.default_line, flush=True)
 
 
 def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
-    """Raises ValueError if latents have no decoder, or if an option gives images to begin from."""
+    """Raises ValueError if the model of latents has no decoder, or if an option names input images."""
     if model.decoder is None:
         raise ValueError(
             f"model: {options.model} samples latents, expected their AutoencoderKL in {model.folder / 'vae'}"
@@ -217,14 +220,14 @@ def draw(
     *,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Draws the seed's samples `first` to `first + count - 1`.
+    """Draws the samples with the numbers `first` to `first + count - 1`.
 
     Args:
         recorder: records x_t and the predicted clean samples along the loop.
         progress: whether to show a progress bar, unless the options say --quiet.
 
     Returns:
-        (count, channels, height, width), of the options' dtype, on the model's device. Latents are decoded to images.
+        (count, channels, height, width), in the dtype of --dtype, on the model's device. Latents are decoded to images.
     """
     model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
     chosen = {
@@ -233,10 +236,10 @@ def draw(
         "model_kwargs": prepared.model_kwargs(samples, guided=guidance is not None),
         "rng": Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),
     }
-    called: Any = model.unet
+    denoiser: Any = model.unet
     if recorder is not None:
-        called, chosen = recorder, {**chosen, "x0": True, "callback": recorder.keep}
-    drawn = prepared.last_samples(called, (count, *model.shape), progress=progress and not options.quiet, **chosen)
+        denoiser, chosen = recorder, {**chosen, "x0": True, "callback": recorder.keep}
+    drawn = prepared.last_samples(denoiser, (count, *model.shape), progress=progress and not options.quiet, **chosen)
     return drawn if model.decoder is None else model.decoder(drawn)
 
 
@@ -246,15 +249,16 @@ def are_finite(samples: torch.Tensor) -> list[bool]:
     return finite
 
 
-def refuse_not_finite(wrong: int, count: int, out: str | os.PathLike[str]) -> None:
-    """Raises ValueError if `wrong`, the number of samples that are not finite, is above 0.
+def refuse_not_finite(not_finite: int, count: int, out: str | os.PathLike[str]) -> None:
+    """Raises ValueError if any samples are not finite. It is called after they have been written.
 
     Args:
+        not_finite: the number of samples with NaN or infinities.
         count: the number of all samples.
-        out: the file or folder to which all samples have been written.
+        out: the file or folder that has them.
     """
-    if wrong:
+    if not_finite:
         raise ValueError(
-            f"out: {wrong} of {count} samples are not finite, and black in {out} where they are not: "
+            f"out: {not_finite} of {count} samples are not finite, and black in {out} where they are not: "
             "the model's weights or its configuration are wrong, or its dtype is too narrow"
         )

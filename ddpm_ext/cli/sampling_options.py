@@ -1,4 +1,4 @@
-"""The options of all commands that call a model: which model and classes, how to sample, how to run, the output."""
+"""Adds the options that several commands share: the model and its classes, the loop, the device, and the output."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def add_running(
     capture: bool = True,
     dtype: bool = True,
 ) -> None:
-    """Adds the options of "how to run": the device, how the model is called, the batch size.
+    """Adds the group of options "how to run": the device, the dtype, how the model is called, and the batch size.
 
     Args:
         batches: a description of a batch, for the help. With None, the command draws all samples at once and records
@@ -136,15 +136,15 @@ def add_sampling(
     interval = "the timesteps at which to guide, both included (default: all)"
     add("--guidance-interval", type=arguments.finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     add_null_class(group)
-    ways = group.add_mutually_exclusive_group()
+    alternatives = group.add_mutually_exclusive_group()
     samplers = (
         f"the reverse step: {arguments.LISTED}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune "
         f"(default: {DEFAULT})"
     )
     names: dict[str, Any] = {"action": arguments.SamplerName, "known": (*SAMPLERS, TUNED)}
-    ways.add_argument("--sampler", **names, metavar="NAME", help=samplers)
+    alternatives.add_argument("--sampler", **names, metavar="NAME", help=samplers)
     table = "the rows of a .json file that StepTable.save wrote, as ddpm-ext tune and ddpm-ext table --save do"
-    ways.add_argument("--table", metavar="FILE", help=table)
+    alternatives.add_argument("--table", metavar="FILE", help=table)
     add_spacing(group, "with --sampler all timesteps of the model")
     eta = "scale of the noise, for samplers that ddpm-ext samplers marks with eta"
     add("--eta", type=arguments.nonnegative_number, metavar="X", help=eta)

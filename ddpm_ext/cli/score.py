@@ -23,7 +23,7 @@ from ddpm_ext.training.inception import NAME, Inception
 from ddpm_ext.training.score import Features, features_by_name, features_of, frechet, moments, precision_recall
 from ddpm_ext.version import __version__
 
-_NEIGHBOURS = 3
+_NEIGHBOURS = 3  # the number of nearest neighbours for precision and recall
 _EXAMPLES = """examples:
   ddpm-ext score samples --data photos
   ddpm-ext score samples.npz --data digits --features pixels
@@ -67,20 +67,20 @@ def run(options: argparse.Namespace) -> None:
     if ":" in options.features:
         arguments.find_modules_here()
     function = features_by_name(options.features)
-    used = f"{NAME} of {function.source}" if isinstance(function, Inception) else options.features
-    of_samples, of_images = (
+    features_name = f"{NAME} of {function.source}" if isinstance(function, Inception) else options.features
+    sample_features, image_features = (
         _features(function, source, options, device, what)
         for source, what in ((samples, "samples"), (images, "images"))
     )
-    if of_samples.shape[1] != of_images.shape[1]:
-        kinds = f"{of_samples.shape[1]} of samples and {of_images.shape[1]} of images"
+    if sample_features.shape[1] != image_features.shape[1]:
+        kinds = f"{sample_features.shape[1]} of samples and {image_features.shape[1]} of images"
         raise ValueError(f"features: got {kinds}, expected as many of both")
-    precision, recall = precision_recall(of_images, of_samples, _NEIGHBOURS)
-    distance = frechet(moments(of_samples), moments(of_images))
+    precision, recall = precision_recall(image_features, sample_features, _NEIGHBOURS)
+    distance = frechet(moments(sample_features), moments(image_features))
     scores = {"frechet_distance": distance, "precision": precision, "recall": recall}
     about: dict[str, Any] = {
         "neighbours": _NEIGHBOURS,
-        "features": used,
+        "features": features_name,
         "samples": {"path": options.samples, "count": len(samples), "shape": samples.shape, **samples.about},
         "data": {"path": options.data, "count": len(images)},
         "command": shlex.join(["ddpm-ext", *options.arguments]),
@@ -90,13 +90,13 @@ def run(options: argparse.Namespace) -> None:
     files.write_json(out, scores | about)
     print(f"{plural(len(samples), 'sample')} of {options.samples}, {plural(len(images), 'image')} of {options.data}")
     no_fid = "" if options.features == NAME else ", so the distance is no FID"
-    print(f"features: {used}, {of_samples.shape[1]} of an image{no_fid}")
+    print(f"features: {features_name}, {sample_features.shape[1]} of an image{no_fid}")
     print("Fréchet distance {:.4f}, precision {:.4f}, recall {:.4f}".format(*scores.values()))
     print(out)
 
 
 def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:
-    """The images to compare with, of the samples' shape."""
+    """The images of --data. Raises ValueError if they can't have the samples' `shape`."""
     channels, height, width = shape
     images: ImageSource | Samples
     if Path(data).suffix.lower() in ARRAYS and not Path(data).is_dir():
@@ -114,7 +114,7 @@ def _images(data: str, shape: tuple[int, int, int]) -> ImageSource | Samples:
 def _features(
     function: Features, images: ImageSource | Samples, options: argparse.Namespace, device: torch.device, what: str
 ) -> Tensor:
-    """The features of all images, (count, features) float64. what: a name of the images, for the progress bar."""
+    """The features of all images, (count, features) float64. what: the progress bar's name for the images."""
     parts = []
     for index in counter(-(-len(images) // options.batch_size), f"features of {what}", options.quiet or None):
         first = index * options.batch_size

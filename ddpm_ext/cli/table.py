@@ -50,7 +50,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that determine tables. `plot table` has them as well."""
+    """Adds the options that determine a table, which `table` and `plot table` have."""
     add = parser.add_argument_group("of samplers and schedulers").add_argument
     add("--steps", type=arguments.steps, metavar="N", help="steps of the loop (default for a sampler: all)")
     add = parser.add_argument_group("of schedulers").add_argument
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     source = options.sampler or options.scheduler
     if source == options.scheduler and _sampler_of(source) is not None:
         source = os.path.join(os.curdir, source)  # so that a folder with a sampler's name counts as a folder
-    if isinstance(options.spacing, arguments.OfSampler):
+    if isinstance(options.spacing, arguments.SpacingOfSampler):
         source, options.spacing = f"{source} {options.spacing}", None
     sources = [source, *([] if options.diff is None else [options.diff])]
     check_options(options, sources)
@@ -90,8 +90,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def source_name(text: str) -> str:
-    """The known name of a sampler, with the known name of a spacing if one follows, as in "euler karras". Any other
-    text, such as a file's path, is returned unchanged."""
+    """This package's name for the sampler that `text` names, with its spacing if it has one, such as "euler karras".
+
+    A text that names no sampler, such as a file's path, is returned unchanged.
+    """
     if os.sep in text or os.path.exists(text):
         return text
     with suppress(ValueError):
@@ -100,17 +102,22 @@ def source_name(text: str) -> str:
 
 
 def _sampler_of(source: str) -> str | None:
-    """The sampler of a name that source_name returned; None for a file or folder."""
+    """The sampler in a text that source_name returned; None if the text names a file or folder."""
     sampler, _, spacing = source.partition(" ")
     return sampler if sampler in SAMPLERS and spacing in ("", *SPACINGS) else None
 
 
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:
-    """Raises ValueError if an option belongs to none of the sources."""
+    """Raises ValueError if an option affects none of the sources, which are texts that source_name returned."""
     samplers = [sampler for source in sources if (sampler := _sampler_of(source)) is not None]
     schedulers = [source for source in sources if _sampler_of(source) is None and not _is_table(source)]
-    for name, used in (("steps", samplers or schedulers), ("mu", schedulers), ("spacing", samplers), ("eta", samplers)):
-        if getattr(options, name) is not None and not used:
+    for name, relevant in (
+        ("steps", samplers or schedulers),
+        ("mu", schedulers),
+        ("spacing", samplers),
+        ("eta", samplers),
+    ):
+        if getattr(options, name) is not None and not relevant:
             kind = "scheduler" if name == "mu" else "sampler"
             raise ValueError(f"{name}: got {getattr(options, name)}, but there is no {kind} that it is for")
     if samplers:
@@ -118,11 +125,11 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
 
 
 def table_of(source: str, options: argparse.Namespace) -> StepTable:
-    """The table of a source: a sampler's name as source_name returns it, a scheduler's folder or config, or a file.
+    """The step table of a source: a sampler's name from source_name, a scheduler's folder or config, or a file.
 
     Raises:
-        TypeError, ValueError: an option is out of range, or `source` is no such name, config or table. MissingExtra:
-        the source needs diffusers, which is not installed.
+        TypeError, ValueError: an option is out of range, or `source` is none of these.
+        MissingExtra: the source needs diffusers, which is not installed.
     """
     if (sampler := _sampler_of(source)) is not None:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
@@ -156,8 +163,10 @@ def _is_table(source: str) -> bool:
 
 
 def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
-    """The table of a scheduler of diffusers, from its config. The config may be untrusted, so it can only create a
-    scheduler."""
+    """The table of a scheduler of diffusers, from its config.
+
+    The config may be untrusted. So the class that it names must be a scheduler of diffusers.
+    """
     if steps is None:
         raise ValueError(f"steps: got none, expected a number of steps for the scheduler of {path}")
     try:

@@ -32,7 +32,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or with --resume continues a run. A resume takes the run's options where the command line has none."""
+    """Trains a model, or with --resume continues a run, whose options are the defaults of the command line's."""
     arguments.check_device(options.device)
     names = set(training.TrainOptions.__dataclass_fields__)
     change: list[str] = []
@@ -65,14 +65,18 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _check_repeated(folder: Path, of_run: dict[str, Any], repeated: dict[str, Any]) -> None:
-    """Raises ValueError if an option of the run imports code or sends data, and is not repeated on the command line.
+def _check_repeated(folder: Path, run_settings: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Raises ValueError if an option of the run imports code or sends data, and the command line does not repeat it.
 
-    The run's folder may be untrusted.
+    Otherwise an untrusted folder of a run could run code or send data.
+
+    Args:
+        run_settings: the options in the run's folder.
+        typed: the options on the command line.
     """
     for name in ("features", "wandb", "push_to_hub"):
-        value = of_run.get(name)
-        if name not in repeated and value is not None and value != getattr(training.TrainOptions, name):
+        value = run_settings.get(name)
+        if name not in typed and value is not None and value != getattr(training.TrainOptions, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"resume: the run in {folder} has {option} {value}, which imports code or sends data, expected "
@@ -80,22 +84,22 @@ def _check_repeated(folder: Path, of_run: dict[str, Any], repeated: dict[str, An
             )
 
 
-def _on_command_line(line: list[str], names: set[str]) -> dict[str, Any]:
-    """The named options that are on the command line, without the defaults of the rest."""
+def _on_command_line(words: list[str], names: set[str]) -> dict[str, Any]:
+    """{name: value} of those options in `names` that the command line sets, so without defaults."""
     parser = arguments.Parser(prog="ddpm-ext train")
     _add_options(parser)
-    absent = object()  # argparse sets a default only where the namespace has no value
+    absent = object()  # argparse does not set the defaults of names that the namespace has
     options = argparse.Namespace(**dict.fromkeys(names, absent))
-    parser.parse_args(line[line.index("train") + 1 :], options)
+    parser.parse_args(words[words.index("train") + 1 :], options)
     return {name: value for name, value in vars(options).items() if name in names and value is not absent}
 
 
 def _add_option(standard: training.TrainOptions, group: Any, name: str, help_text: str, **more: Any) -> None:
-    """Adds a field of TrainOptions to a group of options, with its default and its limits or choices.
+    """Adds the option for a field of TrainOptions to a group, with the field's default and its limits or choices.
 
     Args:
-        standard: the options that have the defaults.
-        more: further or overriding arguments of argparse's add_argument.
+        standard: the default options.
+        more: arguments of argparse's add_argument, which replace those from the field.
     """
     default = getattr(standard, name)
     if name in CHOICES:
@@ -115,7 +119,7 @@ def _add_option(standard: training.TrainOptions, group: Any, name: str, help_tex
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that are named like the fields of TrainOptions, and --out, --resume, --change and --quiet."""
+    """Adds an option for each field of TrainOptions, and --out, --resume, --change and --quiet."""
     standard = training.TrainOptions()
     add = partial(_add_option, standard, parser.add_argument_group("data"))
     data = "scikit-learn's handwritten digits, coloured shapes, your images, or an .npz of latents"

@@ -15,7 +15,7 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 
 _ENDINGS = (".png", ".gif")
-_PICTURES = {".png": 10, ".gif": 60}  # without --every: the approximate number of steps that are shown
+_PICTURES = {".png": 10, ".gif": 60}  # without --every, about this many steps are shown
 _EXAMPLES = """examples:
   ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif
@@ -41,11 +41,11 @@ def run(options: argparse.Namespace) -> None:
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
     shown = recorder.x_t, recorder.x_0, recorder.labels()
-    named: dict[str, Any] = {"name": name_of(options), "names": prepared.class_names(range(options.num))}
+    titles: dict[str, Any] = {"name": name_of(options), "names": prepared.class_names(range(options.num))}
     if ending == ".gif":
-        plots.save_gif(plots.trajectory_frames(*shown, **named), options.out)
+        plots.save_gif(plots.trajectory_frames(*shown, **titles), options.out)
     else:
-        plots.save_picture(plots.trajectory(*shown, **named), options.out)
+        plots.save_picture(plots.trajectory(*shown, **titles), options.out)
     shown_at = f"{len(recorder.t)} of {plural(prepared.steps, 'step')}"
     print(f"{options.out}: {plural(options.num, 'sample')} at {shown_at}")
     refuse_not_finite(are_finite(samples).count(False), options.num, options.out)

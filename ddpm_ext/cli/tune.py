@@ -1,4 +1,4 @@
-"""`ddpm-ext tune`: fits step tables to a model, so that sampling needs only a few calls of it."""
+"""`ddpm-ext tune`: fits step tables to a model, so that a loop needs only a few calls of the model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from ddpm_ext.models import tuned
 from ddpm_ext.tuning import Report
 from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 
-EXAMPLE = 2.0  # a usual scale of guidance
-UNTIMED, TIMED = 3, 10  # how many of the model's first calls, which are slow, are not timed; how many are timed then
-LEAST = 0.5  # the smallest share of the planned calls that tunings have taken so far; not a guaranteed bound
+EXAMPLE_SCALE = 2.0  # a usual scale of guidance, for the command that is suggested
+# The first calls of the model are slow, so they are not timed; then this many calls are timed.
+FIRST_CALLS, TIMED_CALLS = 3, 10
+LEAST_SHARE = 0.5  # in tests, tuning took at least this share of the planned calls, which are an upper bound
 _EXAMPLES = """examples:
   ddpm-ext tune --model my-run --steps 4,6,8,10
   ddpm-ext sample --model my-run --sampler tuned --steps 6 --out samples.png
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     sha256 = model_hash(loaded.model)
     chosen = {} if options.classes is None else {"classes": options.classes}
     if loaded.classes is not None and options.guidance is None:
-        guided = tune_command(options, ",".join(map(str, counts)), EXAMPLE)
+        guided = tune_command(options, ",".join(map(str, counts)), EXAMPLE_SCALE)
         print(f"tuning without guidance; for loops with --guidance, which {options.model} can have, type: {guided}")
     most = tuner.planned_calls(counts)
     print(f"at most {most:,} calls of the model", flush=True)
@@ -75,19 +76,21 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _tell_time(model: torch.nn.Module, most: int) -> None:
-    """Prints how long at most `most` calls of the model will take, as soon as the first calls have been timed."""
+    """Makes the model print, after its first calls, about how long tuning with up to `most` calls will take."""
     call_times: list[float] = []
 
-    def note(*_: object) -> None:
+    def record_call(*_: object) -> None:
         call_times.append(time.monotonic())
-        if len(call_times) > UNTIMED + TIMED:
+        if len(call_times) > FIRST_CALLS + TIMED_CALLS:
             handle.remove()
-            between = [after - before for before, after in pairwise(call_times[UNTIMED:])]
-            seconds = most * statistics.median(between)
+            durations = [after - before for before, after in pairwise(call_times[FIRST_CALLS:])]
+            seconds = most * statistics.median(durations)
             unit, size = ("minutes", 60) if seconds >= 100 else ("seconds", 1)
-            print(f"about {max(LEAST * seconds / size, 1):.0f} to {max(seconds / size, 1):.0f} {unit}", flush=True)
+            print(
+                f"about {max(LEAST_SHARE * seconds / size, 1):.0f} to {max(seconds / size, 1):.0f} {unit}", flush=True
+            )
 
-    handle = model.register_forward_pre_hook(note)
+    handle = model.register_forward_pre_hook(record_call)
 
 
 def _lines(reports: Sequence[Report]) -> list[str]:

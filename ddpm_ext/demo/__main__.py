@@ -1,4 +1,4 @@
-"""`python -m ddpm_ext.demo --out demo`: draws shapes, with rising guidance and as they develop, and times a step."""
+"""`python -m ddpm_ext.demo --out demo`: draws shapes with a guided model, with several scales, and times a step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
 
-_OF_EACH, _SHOWN, _PICTURES = 8, 5, 10
-_SCALES, _SCALE = (0.0, 1.0, 2.5, 5.0), 2.5
-_ROUNDS = 60
-_SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))
+_SAMPLES_PER_CLASS, _SAMPLES_OF_TRAJECTORY, _STEPS_OF_TRAJECTORY = 8, 5, 10
+_SCALES, _USUAL_SCALE = (0.0, 1.0, 2.5, 5.0), 2.5
+_ROUNDS = 60  # how many times each step is timed
+_SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))  # the shapes of samples for which a step is timed
 
 
 def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
     """Draws shapes with the model that comes with the package, and writes three pictures to `folder`.
 
-    samples.png has eight samples of each class. guidance.png has a sample of each class, with rising guidance and the
-    same noise. trajectory.png has x_t and the predicted clean samples at some of the steps.
+    samples.png has eight samples of each class. guidance.png has a sample of each class with several scales of
+    guidance, from the same noise. trajectory.png has x_t and the predicted clean samples at some of the steps.
 
     Args:
         steps: the number of the loop's steps.
@@ -46,7 +46,7 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
     assert classes is not None
 
     def draw(count: int, scale: float, denoiser: Any = model.unet, **options: Any) -> torch.Tensor:
-        """Samples (count, channels, height, width), of the classes in turn."""
+        """Draws samples (count, channels, height, width), whose classes are all classes in turn."""
         with torch.no_grad():
             return diffusion.p_sample_loop(
                 denoiser,
@@ -62,8 +62,8 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
             )
 
     columns = len(classes.names)
-    recorder = Recorder(model.unet, max(1, steps // _PICTURES), steps, _SHOWN)
-    shapes = draw(_OF_EACH * columns, _SCALE, recorder, x0=True, callback=recorder.keep)
+    recorder = Recorder(model.unet, max(1, steps // _STEPS_OF_TRAJECTORY), steps, _SAMPLES_OF_TRAJECTORY)
+    shapes = draw(_SAMPLES_PER_CLASS * columns, _USUAL_SCALE, recorder, x0=True, callback=recorder.keep)
     plots.save_grid(shapes, paths[0], columns=columns)
     rising = torch.stack([draw(columns, scale) for scale in _SCALES], 1)
     title = f"guidance {', '.join(f'{scale:g}' for scale in _SCALES)}, from top to bottom"
@@ -73,9 +73,10 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
 
 
 def step_costs(shape: tuple[int, ...]) -> tuple[float, float]:
-    """The median time of one reverse step without the model call, in seconds: of the fused kernel, and of eager torch.
+    """The median times in seconds of one reverse step without the model call: by the fused kernel, and by eager torch.
 
-    A step draws its noise but gets a fixed model output. Both are timed in turns.
+    A step draws its noise, but its model's output is a fixed tensor. The two kinds of steps are timed alternately, so
+    that a change of the machine's speed affects both.
     """
     fused, eager = GaussianDiffusion(), EagerDiffusion()
     x, predicted = torch.randn(shape, device="cpu"), torch.randn(shape, device="cpu")

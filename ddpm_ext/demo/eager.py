@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class EagerDiffusion:
-    """The steps of Ho et al. 2020, forward and reverse: linear schedule, fixed small variance, predicted noise."""
+    """The forward and the reverse step of Ho et al. 2020, with a linear schedule, for a model that predicts the noise.
+
+    The variance of a reverse step is the posterior's.
+    """
 
     def __init__(self, timesteps: int = 1000) -> None:
         scale = 1000 / timesteps
@@ -53,5 +56,5 @@ class EagerDiffusion:
         )
         log_variance = self.extract(self.posterior_log_variance_clipped, t, x_t)
         noise = torch.randn_like(x_t)
-        moving = (t != 0).float().view(-1, *(1,) * (x_t.dim() - 1))
-        return mean + moving * (0.5 * log_variance).exp() * noise
+        adds_noise = (t != 0).float().view(-1, *(1,) * (x_t.dim() - 1))
+        return mean + adds_noise * (0.5 * log_variance).exp() * noise

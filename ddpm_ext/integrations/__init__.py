@@ -1,4 +1,4 @@
-"""accelerate() for other libraries' diffusion objects: the same methods and results, with one launch for each step.
+"""accelerate() makes a copy of another library's diffusion object whose steps take one kernel launch each.
 
 `python -m ddpm_ext.integrations` prints what is fused, class by class. ADDING.md says how to add a class.
 """
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _OfDiffusers(Protocol):
-    """A pipeline or scheduler of diffusers. With this overload, type checkers keep the object's type."""
+    """A pipeline or scheduler of diffusers. For type checkers, accelerate() returns an object of the same type."""
 
     def save_config(self, save_directory: Any, /) -> Any: ...
 
@@ -131,7 +131,8 @@ def accelerate(
 
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
-    if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):  # a TableScheduler
+    # An accelerated class without a class of another library: a TableScheduler. A copy with the settings is enough.
+    if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):
         accelerated = copy.copy(obj)
         vars(accelerated)["_acceleration"] = settings
         return accelerated

@@ -1,4 +1,4 @@
-"""python -m ddpm_ext.integrations: prints what is fused, class by class."""
+"""`python -m ddpm_ext.integrations` prints, for each class of other libraries, the calls that accelerate() fuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 
 from ddpm_ext.integrations import support_table
 
-WIDTH = 60
+WIDTH = 60  # the width of a text column, in characters
 
 
 def main() -> None:

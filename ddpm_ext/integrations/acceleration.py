@@ -1,4 +1,4 @@
-"""The settings of an accelerated object, and which noise each of its loops draws."""
+"""Acceleration: the settings of an accelerated object, and the generators of the noise of its loops."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ddpm_ext.ops.noise import (
 )
 
 NOISES = ("torch", "philox")
-PROOF = "a first loop proves its rows"
+PROOF = "a first loop proves its rows"  # the reason for a fallback in such a loop, see proof.py
 _log = logging.getLogger(__name__)
-# The values of `_position` before the first step of a loop, and after a loop that has ended.
+# The values of Acceleration._position before the first step of a loop, and after a loop has ended.
 BEFORE_LOOP, AFTER_LOOP = -math.inf, math.inf
 
 
@@ -78,7 +78,7 @@ class Acceleration:
       `begin_loop()` or set_timesteps. Without a seed, each of them draws a seed.
 
     Attributes:
-        noise: "torch" for the peer's draws, or "philox" for noise of the noise contract.
+        noise: "torch" for the library's draws, or "philox" for noise of the noise contract.
         seed: the seed of all loops. With None, each loop draws a seed. After it is set, the next loop has the first
             sample ids.
         rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to another Philox
@@ -89,10 +89,10 @@ class Acceleration:
         trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows (see
             `accelerate`).
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
-            the first sample ids, however many loops there were.
-        fallbacks: {method: reason}, the latest reason why the peer's code ran.
+            the first sample ids, no matter how many loops have run.
+        fallbacks: {method: the latest reason why the library's code ran in place of the fused form}.
         fused_calls: how many calls of methods took their fused form, which is mostly one launch.
-        fallback_calls: how many calls ran the peer's code. Neither number counts diffusers' set_timesteps and
+        fallback_calls: how many calls ran the library's code. Neither number counts diffusers' set_timesteps and
             scale_model_input, and code compiled by torch.compile.
 
     Examples:
@@ -118,7 +118,7 @@ class Acceleration:
         self.trace = trace
         self.stream = stream
         self.iteration = 0
-        self._calls = 0  # nested calls of pipelines that are running
+        self._running_calls = 0  # how many calls of pipelines, nested in each other, are running
         self.fallbacks: dict[str, str] = {}
         self.fused_calls = self.fallback_calls = 0
         self._warned: set[tuple[str, str]] = set()
@@ -150,7 +150,7 @@ class Acceleration:
     def continued(self) -> Acceleration:
         """A copy for another object. It continues the sample ids of the loops, but its counts begin at 0."""
         copy_of_self = copy.copy(self)
-        vars(copy_of_self).update(fallbacks={}, fused_calls=0, fallback_calls=0, _calls=0, _warned=set())
+        vars(copy_of_self).update(fallbacks={}, fused_calls=0, fallback_calls=0, _running_calls=0, _warned=set())
         return copy_of_self
 
     def __repr__(self) -> str:
@@ -207,17 +207,17 @@ class Acceleration:
 
     def _begin(self) -> None:
         self._position: float = BEFORE_LOOP  # the last step's position in the loop, a number that rises along it
-        self._used_at_position = 0  # sample ids that steps at this position have used
-        self._unread = 0  # steps whose timesteps were not read
-        self._starts = 0  # how often start noise was drawn
+        self._used_at_position = 0  # how many sample ids the steps at this position have used
+        self._steps_with_unread_times = 0  # how many steps had timesteps on a GPU, which are not read
+        self._starts = 0  # how often start noise was drawn in this loop
         self._rng = None
-        if self._seed is not None:  # created here, so that steps under torch.compile only read it
+        if self._seed is not None:  # with a seed, the Philox is created here, so that compiled steps only read it
             self._rng = self._philox(self._seed, self._ids)
 
     def begin_loop(self) -> None:
-        """Begins a loop, which the following single steps belong to."""
-        begun_by_pipeline = self._calls and self._position == BEFORE_LOOP
-        if self.noise == "torch" or begun_by_pipeline:
+        """Begins a loop. The single steps that follow belong to it."""
+        pipeline_began_it = self._running_calls and self._position == BEFORE_LOOP
+        if self.noise == "torch" or pipeline_began_it:
             return
         if self._seed is not None and not isinstance(self._ids, Tensor):
             self._ids += self._count
@@ -230,19 +230,19 @@ class Acceleration:
 
     @contextlib.contextmanager
     def within_call(self) -> Iterator[None]:
-        """Wraps a call of a pipeline. The call begins a loop; its first set_timesteps then begins no other loop."""
+        """Wraps a call of a pipeline. The call begins a loop, and its first set_timesteps does not begin another."""
         self.begin_loop()
-        self._calls += 1
+        self._running_calls += 1
         try:
             yield
         finally:
-            self._calls -= 1
+            self._running_calls -= 1
 
     def rng_of_start(self, batch: int) -> Philox:
         """The generator of the start noise of a loop of `batch` samples.
 
-        Each call returns a different draw, first the draw of ddpm_ext's loops. The schedulers of a pipeline, which have
-        different streams, have different draws.
+        Each call in a loop has a different draw, and so has each scheduler of a pipeline. The first draw of the first
+        scheduler is that of p_sample_loop's start noise.
         """
         assert self.rng is not None
         draw = 16 * self._starts + self.stream
@@ -251,7 +251,10 @@ class Acceleration:
         return self.rng.of(STREAM_START, draw)
 
     def whole_loop(self, batch: int) -> Philox | None:
-        """Begins a whole loop of `batch` samples. Returns its generator; None if the peer draws the noise."""
+        """Begins a loop of `batch` samples for a call that is a whole loop. Returns the generator of its noise.
+
+        The result is None if the library draws the noise.
+        """
         if self.noise == "torch":
             return None
         self.begin_loop()
@@ -260,7 +263,7 @@ class Acceleration:
         return self.rng
 
     def rng_of_step(self, batch: int, first: int, last: int | None = None) -> Philox | None:
-        """The generator of a single step of `batch` samples; None if the peer draws the noise.
+        """The generator of a single step of `batch` samples; None if the library draws the noise.
 
         Args:
             first, last: the range of the samples' positions in the loop, numbers that rise along it. Without `last`,
@@ -270,19 +273,19 @@ class Acceleration:
             return None
         if torch.compiler.is_compiling():
             return self._rng_of_unread_step(batch)
-        used = 0
+        used_ids = 0
         if first <= self._position:
             if first == self._position and last is None:
-                used = self._used_at_position
+                used_ids = self._used_at_position
             else:
                 self.begin_loop()
         self._position = first if last is None else last
-        self._used_at_position = used + batch
+        self._used_at_position = used_ids + batch
         self._count = max(self._count, self._used_at_position)
         rng = self._rng or self.rng
-        if used and not isinstance(self._ids, Tensor):
+        if used_ids and not isinstance(self._ids, Tensor):
             assert rng is not None
-            return self._philox(rng.seed_and_ids()[0], self._ids + used)
+            return self._philox(rng.seed_and_ids()[0], self._ids + used_ids)
         return rng
 
     def rng_of_step_at(self, t: Tensor, timesteps: int) -> Philox | None:
@@ -296,13 +299,13 @@ class Acceleration:
             if values.count(values[0]) == len(values):
                 return self.rng_of_step(len(values), -values[0])
             return self.rng_of_step(len(values), -max(values), -min(values))
-        if self._position == AFTER_LOOP or self._unread >= timesteps:
+        if self._position == AFTER_LOOP or self._steps_with_unread_times >= timesteps:
             self.begin_loop()
-        self._unread += 1
+        self._steps_with_unread_times += 1
         return self._rng_of_unread_step(len(t))
 
     def _rng_of_unread_step(self, batch: int) -> Philox | None:
-        if self._seed is None and torch.compiler.is_compiling():  # a seed as an int would be a constant of the graph
+        if self._seed is None and torch.compiler.is_compiling():  # an int would become a constant of the graph
             return self._philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
         if batch > self._count:
             self._count = batch
@@ -311,7 +314,7 @@ class Acceleration:
     def next_forward(self, device: torch.device) -> Philox | None:
         """The generator of a training batch's noise on `device`. Each call returns a different draw.
 
-        None if the peer draws the noise.
+        None if the library draws the noise.
         """
         if self.noise == "torch":
             return None
@@ -322,12 +325,12 @@ class Acceleration:
     # ---------------------------------------------------------------------------------------------------- fallbacks
 
     def record_proof(self, library: str, method: str, failed: str | None, begins: bool) -> None:
-        """Records a step of a loop that proves rows: the step ran both the object's code and its rows.
+        """Records a step that ran both the object's code and the rows, to prove that their results agree (proof.py).
 
-        With noise "philox" this warns that the loop has the noise of the object's code.
+        With noise "philox", the first step warns that this loop has the noise of the object's code.
 
         Args:
-            failed: why the rows must not take the step, or None if they agree with the object's code.
+            failed: the reason why the rows are not proven; None if their result agrees with that of the object's code.
             begins: whether the step is the first of its loop.
         """
         if failed is not None or (begins and self.noise == "philox"):
@@ -338,7 +341,7 @@ class Acceleration:
         self.fallback_calls += 1
 
     def record_fallback(self, library: str, method: str, reason: str) -> None:
-        """Records why the peer's code runs. Warns and logs once for each reason."""
+        """Records why the library's code runs. Warns and logs once for each reason."""
         self.fallbacks[method] = reason
         if not torch.compiler.is_compiling():
             self.fallback_calls += 1
@@ -352,7 +355,7 @@ class Acceleration:
 
 
 def _level_outside() -> int:
-    """The stacklevel for the caller's warning: of the first frame that is neither this package's nor torch's."""
+    """The stacklevel of a warning for the first calling frame whose code is neither of this package nor of torch."""
     if torch.compiler.is_compiling():  # the compiler does not trace frames
         return 1
     frame, level = sys._getframe(1), 1

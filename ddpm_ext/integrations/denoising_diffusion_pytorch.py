@@ -1,7 +1,7 @@
-"""denoising-diffusion-pytorch's GaussianDiffusion: a step of its loops in one launch, its training loss in two.
+"""The mixin for denoising-diffusion-pytorch's GaussianDiffusion: a step in one launch, the training loss in two.
 
-Callers pass and get images in [0, 1]; samples are in [-1, 1]. Loops convert their result by the library's
-`unnormalize`, and the library's own `forward` converts the training images.
+Samples are in [-1, 1], but the library's callers pass and get images in [0, 1]. Loops convert their result by the
+library's `unnormalize`. The library's method `forward`, which is not replaced, converts the training images.
 """
 
 from __future__ import annotations
@@ -72,19 +72,19 @@ SUPPORT = tuple(
     )
 )
 
-OLDEST = (1, 10)
+OLDEST = (1, 10)  # the oldest version of the library whose objects can be accelerated
 PREDICTIONS = peer_predictions("denoising-diffusion-pytorch")
 _take_buffers = operator.itemgetter(*BUFFERS)
 Step = tuple[Tensor, Tensor | None]  # the next sample, and x_start if the caller needs it
 
 
 def _library() -> Any:
-    """The peer's module. Its `tqdm` and `random` are looked up at each use, as in the library's code."""
+    """The library's module. Its attributes `tqdm` and `random` are read at each use, since a user may replace them."""
     return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
 
 
 class Denoising(LoopOptionsTaker):
-    """Mixin placed before GaussianDiffusion in the bases."""
+    """The mixin that comes before the library's GaussianDiffusion in the bases of the accelerated class."""
 
     library = "denoising-diffusion-pytorch"
     replaces = ("p_sample", "p_sample_loop", "ddim_sample", "interpolate", "q_sample", "p_losses")
@@ -98,7 +98,7 @@ class Denoising(LoopOptionsTaker):
         "predict_v",
     )
     sample_calls = ("p_sample_loop", "ddim_sample")
-    # attributes of the peer
+    # attributes of the library's objects, which the mixin reads
     objective: str
     self_condition: bool
     num_timesteps: int
@@ -111,7 +111,7 @@ class Denoising(LoopOptionsTaker):
     _buffers: dict[str, Tensor]
 
     def _check(self) -> None:
-        """Raises TypeError for versions older than OLDEST: some of their methods have other results."""
+        """Raises TypeError for versions of the library that are older than OLDEST: their methods have other results."""
         version = _library().__version__
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
@@ -128,8 +128,8 @@ class Denoising(LoopOptionsTaker):
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
         """The rows of the current buffers, cached. Raises Fallback if samples of this dtype have no fused form."""
         buffers = _take_buffers(self._buffers)
-        tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
-        if dtype not in tables.sample_dtypes:  # the library's results would have another dtype
+        tables = self._cached_by_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
+        if dtype not in tables.sample_dtypes:  # the library's code would change the dtype of the samples
             also = f" and its buffers {dtype_name(tables.dtype)}" if dtype in DTYPES else ""
             raise Fallback(f"its samples are {dtype_name(dtype)}{also}")
         if device != tables.device or device.type not in ("cpu", "cuda"):
@@ -139,7 +139,7 @@ class Denoising(LoopOptionsTaker):
         return tables
 
     def _returning(self, output: Any, **attributes: Any) -> Any:
-        """An object of the peer's class with the same state and a model that returns `output`."""
+        """An object of the library's class with the same state and a model that returns `output`."""
         plain = new(self._peer)
         plain.__dict__.update(self.__dict__, model=returning(output), **attributes)
         return plain
@@ -167,7 +167,7 @@ class Denoising(LoopOptionsTaker):
     def _descend(
         self, method: str, steps: KernelTables, img: Tensor, rng: Philox | None, count: int, **bar: Any
     ) -> Iterator[Tensor]:
-        """Yields `img`, then the result of each row from count - 1 down to 0, with a progress bar."""
+        """Yields `img`, then the samples after each row from count - 1 down to 0, with the library's progress bar."""
         yield img
         x_start = None
         # The timesteps of all steps are created at once; the model gets a row of this tensor.
@@ -240,7 +240,7 @@ class Denoising(LoopOptionsTaker):
         return self._fused_tables(x.dtype, x.device).steps
 
     def _noised(self, steps: KernelTables, x: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
-        if getattr(self, "immiscible", False):  # older versions don't have it
+        if getattr(self, "immiscible", False):  # older versions don't have this attribute
             noise = noise_itself(source, x)
             source = {"noise": noise[self.noise_assignment(x, noise)]}
         return ops.forward_process(x, steps.get("q_sample", x.device, torch.float32), t, **source)
@@ -292,7 +292,10 @@ class Denoising(LoopOptionsTaker):
         return loss
 
     def _offset(self, x: Tensor, source: dict[str, Any], strength: float) -> Tensor:
-        """The noise plus one more normal number for each channel. Writes to the caller's noise, as the peer does."""
+        """The noise, plus `strength` times a normal number for each channel of each sample.
+
+        It writes the sum to the caller's noise, as the library does.
+        """
         noise = noise_itself(source, x)
         rng = source["rng"] if "rng" in source else self.accelerated.next_forward(x.device)
         sizes = x.shape[:2]
@@ -324,7 +327,7 @@ def _step(
     rng: Philox | None,
     with_x0: bool,
 ) -> Step:
-    """Takes a row in one launch. Row 0 is the last step, which adds no noise."""
+    """Takes the step of row `row` in one launch. Row 0 is the last step of a loop, which adds no noise."""
     output = gd.model(x, times, x_self_cond)
 
     def peers_step() -> Step:
@@ -347,7 +350,7 @@ def _step(
     return take_step(steps, x, output, row, x0_out=x0, **noise), x0
 
 
-# {name of the peer's method: a function that takes a step of this method}. Fallbacks are recorded under these names.
+# {name of the library's method: a function that takes a step of this method}. Fallbacks are recorded under these names.
 STEPS: dict[str, Callable[..., Step]] = {
     method: with_fallback(method)(functools.partial(_step, method)) for method in ("p_sample", "ddim_sample")
 }

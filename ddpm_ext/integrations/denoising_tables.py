@@ -1,4 +1,4 @@
-"""Rows for the operators, made from the buffers of denoising-diffusion-pytorch."""
+"""Rows for the operators, made from the buffers of an object of denoising-diffusion-pytorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.fallback import Fallback, cached_with
-from ddpm_ext.integrations.own_tables import TABLES, rows_of
+from ddpm_ext.integrations.peer_tables import TABLES, rows_of
 from ddpm_ext.integrations.tensors import DTYPES
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.grid import Jumps
@@ -17,7 +17,7 @@ from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.step_table import StepTable
 
-BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
+BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")  # the names of the buffers that determine the rows
 
 
 class DenoisingTables:
@@ -25,12 +25,12 @@ class DenoisingTables:
 
     Args:
         prediction: ddpm_ext's name of the model's prediction.
-        buffers: the object's BUFFERS.
+        buffers: the tensors of the object's BUFFERS, in this order.
 
     Attributes:
-        steps: the result of own_tables.rows_of.
+        steps: the result of peer_tables.rows_of.
         device, dtype: the device and dtype of the buffers.
-        sample_dtypes: the dtypes of samples whose dtype a step of the library does not change.
+        sample_dtypes: the dtypes of samples that the library's step does not change to another dtype.
 
     Raises Fallback for numbers that are not finite.
     """
@@ -48,9 +48,9 @@ class DenoisingTables:
         return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """The rows of samplers.ddim, where eps follows from x_0 by sqrt_recipm1_alphas_cumprod.
+        """The rows of samplers.ddim, except for two differences, which follow the library's code.
 
-        The last step returns x_0.
+        eps is computed from x_0 with the buffer sqrt_recipm1_alphas_cumprod, and the last step returns x_0.
         """
         try:
             eta = samplers.check_eta(eta)
@@ -58,7 +58,8 @@ class DenoisingTables:
             raise Fallback(str(error)) from None
         if not 0 < timesteps <= len(self.steps) or count < 1:
             raise Fallback(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
-        # The timesteps, in float32 as in the library. The first number, -1, is the end of the last step.
+        # The timesteps, rounded from float32 as in the library. The first number, -1, stands for clean samples, where
+        # the last step ends.
         t = torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().long()[1:]
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)
         c0, c1, s = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)

@@ -1,6 +1,7 @@
-"""Falling back: a call that has no fused form runs the peer's code.
+"""Fallback: the exception that makes an accelerated object's method run the library's code, and caches with Fallbacks.
 
-A call has no fused form if the operators don't take its options, dtypes or shapes.
+A call of a method has no fused form if the operators don't take its options, dtypes or shapes. "The library" is the
+library of the accelerated object's class; names of variables call it the peer.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from ddpm_ext.integrations.shared import peer_method
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
-CACHED = 16  # entries in the cache of one object: rows of its latest states, trials and proofs of its steps
+CACHED = 16  # the most entries in the cache of an object, which has rows for its latest states, trials and proofs
 
 
 class Fallback(Exception):
-    """Raised if a call has no fused form, so that the peer's code runs.
+    """Raised if a call has no fused form, so that the library's code runs.
 
     Args:
-        reason: why, for the warning and `.accelerated.fallbacks`. None gives no warning: the peer will reject the
-            argument itself.
-        instead: a function without arguments to run in place of the peer's method. For calls that have already called
-            the model or another function of the caller, which must not be called a second time.
+        reason: the reason, for the warning and `.accelerated.fallbacks`. With None there is no warning: the library's
+            code will reject the arguments, with an error of its own.
+        instead: a function without arguments to run in place of the library's method. It is for calls that have already
+            called the model or another function of the caller, which must not be called a second time.
     """
 
     def __init__(self, reason: str | None = None, instead: Callable[[], Any] | None = None) -> None:
@@ -40,13 +41,13 @@ class Fallback(Exception):
 def with_fallback(
     method: str | None = None, peers_code: Function | None = None, *, compiles: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorator of a method of an Accelerated class. If the method raises a Fallback, the peer's method runs.
+    """Decorator of a method of an Accelerated class. If the method raises a Fallback, the library's method runs.
 
     Args:
-        method: the peer's name of the method. Default: the name of the decorated function.
+        method: the library's name of the method. Default: the name of the decorated function.
         peers_code: runs after a Fallback, as peers_code(method, obj, ...) with the call's arguments. Default: the
             peer's method.
-        compiles: whether torch.compile may trace the method. If not, compiled code runs the peer's method.
+        compiles: whether torch.compile may trace the method. If not, compiled code runs the library's method.
     """
 
     def decorate(function: Function) -> Function:
@@ -63,20 +64,20 @@ def with_fallback(
             except Fallback as fallback:
                 reason, instead = fallback.reason, fallback.instead
             except TypeError as error:
-                # A traceback of one frame: the arguments did not fit the function's signature, so its code did not
-                # run. The peer's method then raises the TypeError, which names that method.
+                # If the traceback has one frame, the arguments did not fit the function's signature, so its code did
+                # not run. The library's method then raises the TypeError, which names this method.
                 if error.__traceback__ is None or error.__traceback__.tb_next is not None:
                     raise
                 reason = instead = None
-            # Outside of the handler: otherwise Python would show the Fallback as the context of the peer's errors.
+            # This comes after the handler: otherwise Python would show the Fallback as the context of later errors.
             if reason is not None:
                 self.accelerated.record_fallback(self.library, name, reason)
             return run_peers_code(name, self, *args, **kwargs) if instead is None else instead()
 
         @functools.wraps(function)
         def call_unless_compiling(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # Separate from `call`: record_fallback's warning breaks the graph, and the compiler can't resume a function
-            # that has an exception handler.
+            # This is not in `call`, since record_fallback's warning breaks the graph of torch.compile, which can't
+            # resume a function that has an exception handler.
             if torch.compiler.is_compiling():
                 self.accelerated.record_fallback(self.library, name, "it is being compiled")
                 return run_peers_code(name, self, *args, **kwargs)
@@ -103,7 +104,7 @@ def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
     try:
         return make(*args)
     except Fallback as fallback:
-        return Fallback(fallback.reason)  # a new one, without the traceback, which keeps frames alive
+        return Fallback(fallback.reason)  # a new one without a traceback, which would keep frames and tensors alive
 
 
 def made_outside_autograd(make: Callable[..., Result], *args: Any) -> Result | Fallback:
@@ -120,13 +121,13 @@ def result_of(attempted: Result | Fallback) -> Result:
 
 
 def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any = None) -> Result:
-    """make(), cached with an object for the latest CACHED keys. Copies and pickles of the object leave out the cache.
+    """The result of make(), cached in an attribute of `obj` for the latest CACHED keys.
 
-    Raises the Fallback that make() raises, and caches it.
+    Copies and pickles of the object leave out the cache. If make() raises a Fallback, it is cached and raised.
 
     Args:
-        values: the objects whose ids are in the key. The cache keeps them alive, because Python could give the id of a
-            dead object to a new one.
+        values: the objects whose ids are in the key. The cache references them: otherwise Python could free one and
+            give its id to a new object.
     """
     cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
     entry = None if cache is None else cache.get(key)

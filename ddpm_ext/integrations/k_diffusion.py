@@ -1,4 +1,4 @@
-"""Samplers with the signature of k-diffusion's samplers, which compute each row of a step table in one launch.
+"""sampler() makes samplers with the signature of k-diffusion's, whose steps are rows of a step table.
 
     sample = sampler("dpmpp_2m")
     x = sample(model, x, sigmas, extra_args={"cond": cond}, rng=Philox(seed=0))
@@ -27,10 +27,10 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
 from ddpm_ext.integrations.library_code import is_sampler_of_k_diffusion
-from ddpm_ext.integrations.own_sampler import SamplerCall, UserSampler, rows_of_function
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
 from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows
 from ddpm_ext.integrations.table_levels import of_denoiser, table_sigmas
+from ddpm_ext.integrations.user_sampler import SamplerCall, UserSampler, rows_of_function
 from ddpm_ext.ops.noise import rng_of_many
 from ddpm_ext.tables.grid import Grid, grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
@@ -50,7 +50,10 @@ Sampler = Callable[..., Tensor]
 
 @at_any_scale
 def _lcm(grid: Grid, *, prediction: str) -> StepTable:
-    """Steps to x0, then adds fresh noise. The denoiser of a consistency model includes c_skip and c_out."""
+    """The rows of LCM's sampler: the next sample is x0 plus new noise.
+
+    The denoiser of a consistency model must include the factors c_skip and c_out.
+    """
     zeros = torch.zeros_like(grid.now)
     return implicit(grid, prediction, (1 - grid.after).sqrt(), keep_eps=False, direction=zeros)
 
@@ -67,18 +70,19 @@ MAKERS: dict[str, Callable[..., StepTable]] = {
     **{f"uni_pc_{solver}": partial(_uni_pc, solver=solver) for solver in ("bh1", "bh2")},
 }
 GUIDED = CFG_PP  # samplers that read an unconditional output
-# "tcd" needs timesteps, "restart" adds steps, and "edm" is "heun" with churn.
+# Samplers without k-diffusion's signature: "tcd" needs timesteps, and "restart" adds steps. "edm" is "heun" with churn.
 LEFT_OUT = ("tcd", "edm", "restart")
 NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
 CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn, extra noise before a step (Karras et al. 2022, algorithm 2)
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # {parameter of samplers: its value, which callers can't set}
-NEEDLESS = ("keep_eps", "variance")  # parameters without effect: there is no clip, and a denoiser has no variance
+NEEDLESS = ("keep_eps", "variance")  # parameters without effect, since loops have no clip and denoisers no variance
 NOISE = ("noise_sampler", "rng")
 UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
-ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # k-diffusion's arguments, not in SAMPLERS
+# {argument of k-diffusion's samplers that ddpm_ext's samplers don't have: its default}
+ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}
 SIGMA_TOLERANCE = 1e-3  # the largest relative difference between the sigmas of a table and of a caller
 CACHED = 32  # the number of loops whose rows are cached
 
@@ -156,9 +160,9 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         sampler_parameters = [
             _parameter(option, default) for option, default in {**_options(chosen), "flow": False}.items()
         ]
-    needed = 2 if isinstance(chosen, SigmaRows) else 3  # with a table, sigmas may be left out
-    leading_parameters = [_parameter(argument) for argument in SIGNATURE[:needed]]
-    leading_parameters += [_parameter(argument, None) for argument in SIGNATURE[needed:]]
+    required_count = 2 if isinstance(chosen, SigmaRows) else 3  # with a table, sigmas may be left out
+    leading_parameters = [_parameter(argument) for argument in SIGNATURE[:required_count]]
+    leading_parameters += [_parameter(argument, None) for argument in SIGNATURE[required_count:]]
     names = (*NOISE, UNCONDITIONAL) if chosen in GUIDED else NOISE
     keyword_parameters = [
         inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=None) for argument in names
@@ -207,9 +211,9 @@ def _sigmas_of_table(rows: SigmaRows, sigmas: Tensor | None, x: Tensor) -> Tenso
 
 def _named(name: str) -> str | Sampler:
     """The sampler's name in MAKERS, or k-diffusion's function with this name. Raises ValueError for other names."""
-    ours = find_name(name, (*NAMES, *GUIDED))
-    if ours is not None:
-        return ours
+    our_name = find_name(name, (*NAMES, *GUIDED))
+    if our_name is not None:
+        return our_name
     try:
         peer_names = vars(importlib.import_module("k_diffusion.sampling"))
     except ImportError:
@@ -217,10 +221,10 @@ def _named(name: str) -> str | Sampler:
     peer_name = find_name(name, [key.removeprefix("sample_") for key in peer_names if key.startswith("sample_")])
     if peer_name is None:
         try:
-            ours, spacing = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
+            our_name, spacing = sampler_and_spacing(name, None, (*NAMES, *GUIDED), SPACINGS)
         except ValueError as error:
             raise ValueError(f"{error}, or with k-diffusion installed one of its samplers") from None
-        raise ValueError(f"sampler is {name!r}, expected {ours!r} with sigmas that are spaced by {spacing!r}")
+        raise ValueError(f"sampler is {name!r}, expected {our_name!r} with sigmas that are spaced by {spacing!r}")
     return peer_names[f"sample_{peer_name}"]
 
 
@@ -339,7 +343,7 @@ def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
         )
     if call.noise_sampler is None and (rng is not None or any(needs.noisy for needs in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
-    called_with, arrives = (sigma.to(sigmas.device, sigmas.dtype) for sigma in (rows.sigma, rows.arrives))
+    model_sigmas, arrives = (sigma.to(sigmas.device, sigmas.dtype) for sigma in (rows.sigma, rows.arrives))
     batches = rows.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     history: tuple[Tensor, ...] = ()
     for i in counter(len(rows.steps), None, call.disable):
@@ -350,7 +354,7 @@ def _take_rows(which: str | Sampler | SigmaRows, call: SamplerCall) -> Tensor:
                 m = call.model(x, batches[number], **(call.extra_args or {}))
                 checks.tensor("the model's output", m)
                 if callback is not None and not has_called_back:
-                    hat = called_with[number]
+                    hat = model_sigmas[number]
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})
                     has_called_back = True
             inputs: dict[str, Any] = {}

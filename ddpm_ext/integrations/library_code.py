@@ -1,4 +1,4 @@
-"""Whether the methods of an object are the library's code. By default, only steps of library code are replaced."""
+"""Tests whether the methods of an object are a library's code. By default, accelerate() replaces only such steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 DIFFUSERS = "diffusers"
 # A subclass of a scheduler may override these methods: a step does not call them, but reads attributes that they set.
-FREE = {"__init__", "set_timesteps"}
+OVERRIDABLE = {"__init__", "set_timesteps"}
 STEPS = ("step", "step_pred", "scale_model_input")
-HOOKS = ("__getattribute__", "__getattr__", "__setattr__", "__delattr__")  # these may change any attribute access
+# If a class defines one of these methods, any access to an attribute may run its code.
+HOOKS = ("__getattribute__", "__getattr__", "__setattr__", "__delattr__")
 
 
 def is_code_of(function: Any, *packages: str) -> bool:
@@ -60,7 +61,7 @@ def _methods(cls: type) -> frozenset[str]:
     return frozenset(
         name
         for name in dir(diffusers_class)
-        if callable(getattr(diffusers_class, name)) and not name.startswith("__") and name not in FREE
+        if callable(getattr(diffusers_class, name)) and not name.startswith("__") and name not in OVERRIDABLE
     )
 
 
@@ -74,7 +75,7 @@ def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str
     diffusers_class = library_class(cls)
     for base in cls.__mro__[: cls.__mro__.index(diffusers_class)]:
         for name, value in vars(base).items():
-            if not (name.startswith("__") or name in FREE or _is_new(name, value, diffusers_class)):
+            if not (name.startswith("__") or name in OVERRIDABLE or _is_new(name, value, diffusers_class)):
                 return name
     step_methods = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks steps without a parent in diffusers
     for method in (*methods, *[step for step in step_methods if step is not None]):

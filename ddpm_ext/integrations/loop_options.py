@@ -1,4 +1,6 @@
-"""Lets loops of other libraries' objects take options of GaussianDiffusion.p_sample_loop, which runs in their place."""
+"""Lets other libraries' loops take options of GaussianDiffusion.p_sample_loop. With such options, p_sample_loop runs
+in place of the library's loop.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.fallback import Fallback
-from ddpm_ext.integrations.own_tables import TABLES
 from ddpm_ext.integrations.peer_diffusion import PeerDiffusion
+from ddpm_ext.integrations.peer_tables import TABLES
 from ddpm_ext.integrations.shared import new, peer_method
 from ddpm_ext.loop.options import SampleKeywords
 from ddpm_ext.tables.levels import betas_between
@@ -27,7 +29,7 @@ class LoopOptionsTaker(PeerDiffusion):
     p_sample_loop.
 
     Attributes:
-        sample_calls: the methods with a whole loop, one of which the peer's `sample` calls.
+        sample_calls: the methods with a whole loop, one of which the library's `sample` calls.
     """
 
     sample_calls: tuple[str, ...] = ("p_sample_loop",)
@@ -52,10 +54,10 @@ class LoopOptionsTaker(PeerDiffusion):
             except ValueError as error:
                 raise Fallback(str(error)) from None
 
-        return self._of_state((GaussianDiffusion, prediction, *tables.values()), make)
+        return self._cached_by_state((GaussianDiffusion, prediction, *tables.values()), make)
 
     def _default_options(self, method: str, loop_options: Mapping[str, Any]) -> dict[str, Any]:
-        """Defaults of p_sample_loop's options for a call of the peer's `method`, from the object's settings.
+        """Defaults of p_sample_loop's options for a call of the library's `method`, from the object's settings.
 
         Args:
             loop_options: the options of p_sample_loop in the call.
@@ -63,11 +65,11 @@ class LoopOptionsTaker(PeerDiffusion):
         return {}
 
     def _finish(self, images: Any) -> Any:
-        """Converts the images of ddpm_ext's loop to what the peer's loops return."""
+        """Converts the images of ddpm_ext's loop to what the library's loops return."""
         return images
 
     def sample(self, *args: Any, **options: Any) -> Any:
-        """Runs the peer's `sample`. With options of p_sample_loop, the loop that it calls is ddpm_ext's."""
+        """Runs the library's `sample`. If the call has options of p_sample_loop, `sample` calls ddpm_ext's loop."""
         peers_method = peer_method(self, "sample")
         peers_options, loop_options = _split(peers_method, options)
         if not loop_options:
@@ -79,9 +81,9 @@ class LoopOptionsTaker(PeerDiffusion):
             has_run = True
             return getattr(self, name)(*args, **(options | loop_options))
 
-        view = new(type(self))
-        view.__dict__.update(self.__dict__, **{name: functools.partial(loop, name) for name in self.sample_calls})
-        images = peer_method(view, "sample")(*args, **peers_options)
+        clone = new(type(self))
+        clone.__dict__.update(self.__dict__, **{name: functools.partial(loop, name) for name in self.sample_calls})
+        images = peer_method(clone, "sample")(*args, **peers_options)
         if not has_run:
             loops = " or ".join(self.sample_calls)
             raise TypeError(f"sample of {self.library} has no {sorted(loop_options)[0]}: it does not call {loops}")
@@ -90,11 +92,11 @@ class LoopOptionsTaker(PeerDiffusion):
     def _run_loop(
         self, peers_method: Any, args: tuple[Any, ...], peers_options: dict[str, Any], loop_options: dict[str, Any]
     ) -> Any:
-        """Runs GaussianDiffusion.p_sample_loop in place of the peer's method.
+        """Runs GaussianDiffusion.p_sample_loop in place of the library's method.
 
         Args:
-            peers_method: the peer's method.
-            args, peers_options: the call's arguments for the peer's method.
+            peers_method: the library's method.
+            args, peers_options: the call's arguments for the library's method.
             loop_options: the call's options of p_sample_loop.
         """
         signature = inspect.signature(peers_method)
@@ -122,7 +124,7 @@ class LoopOptionsTaker(PeerDiffusion):
 def takes_loop_options(method: Method) -> Method:
     """Decorator of a LoopOptionsTaker's method that is a whole loop.
 
-    If a call has an option of p_sample_loop that the peer's method doesn't have, ddpm_ext's loop runs instead.
+    If a call has an option of p_sample_loop that the library's method doesn't have, ddpm_ext's loop runs instead.
     """
 
     @functools.wraps(method)
@@ -139,9 +141,9 @@ def takes_loop_options(method: Method) -> Method:
 
 
 def _split(peers_method: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits options into the options of the peer's method and the options of p_sample_loop.
+    """Splits options into the options of the library's method and the options of p_sample_loop.
 
-    If the peer's method has **kwargs, it gets all of them.
+    If the library's method has **kwargs, it gets all of them.
     """
     parameters = inspect.signature(peers_method).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -1,4 +1,7 @@
-"""The base of the mixins for other libraries' GaussianDiffusion: proofs, noise, and caches keyed by object state."""
+"""PeerDiffusion, the base of the mixins for other libraries' GaussianDiffusion.
+
+It has the proofs of overridden steps, the training noise, and a cache with the object's state as key.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class PeerDiffusion(Accelerated):
             cls._methods = (*cls.replaces, *cls.relies_on)
 
     def _current_methods(self) -> list[Any]:
-        """The functions named in `_methods`: the object's attributes, or else the methods of the peer's class."""
+        """The functions named in `_methods`: the object's attributes, or else the methods of the library's class."""
         attributes, peer = self.__dict__, self._peer
         return [attributes[name] if name in attributes else getattr(peer, name, None) for name in self._methods]
 
@@ -70,7 +73,7 @@ class PeerDiffusion(Accelerated):
         """The result of a step: by_rows(), if all methods are the library's code or the rows have been proven.
 
         In the first loop of an overridden step, the result is by_code(), which is compared with by_rows(). Both call
-        the model. Raises Fallback if the peer's code must run.
+        the model. Raises Fallback if the library's code must run.
 
         Args:
             timesteps: returns the samples' timesteps. It may wait for a GPU.
@@ -83,7 +86,7 @@ class PeerDiffusion(Accelerated):
             raise Fallback(self._refusal(foreign))
         if "_left_alone" in self.__dict__:
             raise Fallback(self.__dict__["_left_alone"])
-        proof: Proof = self._of_state((method, x.shape, x.dtype, x.device, *options), Proof, self._state())
+        proof: Proof = self._cached_by_state((method, x.shape, x.dtype, x.device, *options), Proof, self._state())
         if proof.failed is not None:
             raise Fallback(proof.failed)
         steps = timesteps()
@@ -95,7 +98,7 @@ class PeerDiffusion(Accelerated):
         self, proof: Proof, method: str, x: Tensor, steps: Sequence[int], by_rows: Make, by_code: Make
     ) -> Any:
         generators = Generators(x.device)
-        # With default settings, the noise is drawn as by the code.
+        # With the default Acceleration(), the rows draw their noise from torch's generator, as the code does.
         row_tensors = _tensors(self._proving(by_rows, Acceleration()))
         generators.rewind()
         before = contents(vars(self))
@@ -116,7 +119,7 @@ class PeerDiffusion(Accelerated):
         return result
 
     def _proving(self, by_rows: Make, settings: Acceleration) -> Any:
-        """Runs by_rows() with these settings. While it runs, `_check_methods` accepts overridden methods."""
+        """The result of by_rows() with these settings. While it runs, `_check_methods` accepts overridden methods."""
         state, previous = self.__dict__, self.accelerated
         state.update(_acceleration=settings, _is_proving=True)
         try:
@@ -140,8 +143,10 @@ class PeerDiffusion(Accelerated):
         """The classes in the object's MRO that a user wrote: those before the library's class."""
         return self._peer.__mro__[: self._peer.__mro__.index(self._known)]
 
-    def _of_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
-        """make(), cached by these settings and this state; see setting_key for the keys. Raises make's Fallback.
+    def _cached_by_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
+        """The result of make(), cached by these settings and this state; see setting_key for the keys.
+
+        Raises the Fallback that make() raises.
 
         Args:
             state: the values that count as the object's state. Default: its methods.

@@ -1,7 +1,7 @@
-"""The proof that rows have the same results as a step that a user wrote, in a loop of the user's samples.
+"""Proves that rows of a table have the same results as a step that a user wrote, on the samples of the user's loop.
 
-In the first loop the user's code runs, and the loop gets its results. The rows are also computed, with the same noise.
-If both agree in every step of this loop, the rows replace the user's code in later loops.
+In the first loop, the user's code runs and determines the samples. The rows are also computed, with the same noise. If
+both agree in every step of this loop, the rows replace the user's code in later loops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm_ext.integrations.tensors import version_of
 
 TRACE_HINT = "accelerate(..., trace=True) replaces such steps, once it has compared them in a first loop"
-MAX_ROUNDINGS = 16  # A row and a step may differ by this many roundings of their largest term, in the result's dtype.
+MAX_ROUNDINGS = 16  # a row and a step may differ by this many roundings of their largest term, in the result's dtype
 LARGEST_COMPARED = 2**20  # bytes; larger arrays are compared by identity alone
 
 
@@ -35,16 +35,18 @@ class Proof:
         self.stores: set[str] = set()
         self.failed: str | None = None
 
-    def compare(self, step: int, of_rows: Iterable[Tensor | None], of_code: Iterable[Any], size: float) -> None:
+    def compare(
+        self, step: int, row_results: Iterable[Tensor | None], code_results: Iterable[Any], size: float
+    ) -> None:
         """Records whether the results of the rows agree with those of the step's code.
 
         Args:
             size: the size of the largest term in the sums that both compute.
         """
-        of_rows, of_code = list(of_rows), list(of_code)
-        if len(of_rows) != len(of_code):
+        row_results, code_results = list(row_results), list(code_results)
+        if len(row_results) != len(code_results):
             self.failed = f"step {step} returns something else than its rows"
-        for row_result, code_result in zip(of_rows, of_code, strict=False):
+        for row_result, code_result in zip(row_results, code_results, strict=False):
             if row_result is None or self.failed is not None:
                 continue
             has_shape_and_dtype = isinstance(code_result, Tensor) and (code_result.shape, code_result.dtype) == (
@@ -67,7 +69,9 @@ class Generators:
     """The states of the random generators that a step may draw from. `rewind` restores them for a second draw."""
 
     def __init__(self, device: torch.device, generator: Any = None) -> None:
-        """generator: a step's argument: a generator, a list of generators or None. torch's default ones are added."""
+        """generator: the argument of a step: a generator, a list of generators or None. torch's default generators of
+        the CPU and of `device` are added.
+        """
         generators = [torch.default_generator, *(generator if isinstance(generator, list | tuple) else [generator])]
         if device.type == "cuda":
             generators.append(torch.cuda.default_generators[device.index or 0])
@@ -76,6 +80,7 @@ class Generators:
         ]
 
     def rewind(self) -> None:
+        """Restores the states that the generators had when this object was made."""
         for generator, state in self._states:
             generator.set_state(state)
 

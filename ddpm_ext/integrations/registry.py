@@ -10,9 +10,12 @@ from ddpm_ext.integrations.shared import Support, make_class, new, peer_class
 
 
 class KnownClass(NamedTuple):
-    """The module and name of a peer's class, and of the mixin for it, whose module is in this package.
+    """A class of another library, and the mixin for it in this package.
 
-    Both classes are given by name, so that no library is imported before an object of it is accelerated.
+    Attributes:
+        module, name: the module and name of the library's class. It is not imported before an object of the library is
+            accelerated.
+        mixin_module, mixin: the module and name of the mixin. The module's path is relative to this package.
     """
 
     module: str
@@ -53,7 +56,7 @@ def support_table() -> list[Support]:
 
 
 def accelerated_class(peer: type) -> type:
-    """The accelerated subclass of a peer's class. For diffusers' schedulers it can be instantiated directly.
+    """The accelerated subclass of a library's class. For diffusers' schedulers it can be instantiated directly.
 
     Raises:
         TypeError: the class is of no kind that can be accelerated.

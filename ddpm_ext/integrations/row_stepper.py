@@ -1,4 +1,4 @@
-"""Takes the rows of a table, each in one launch, for schedulers, samplers and traced loops."""
+"""RowStepper, which takes the rows of a step table, one launch each, for schedulers, samplers and traced loops."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Reads = tuple[list[tuple[int, str]], bool, bool]
 
 
 class RowStepper:
-    """The rows of a step table.
+    """Takes the rows of a step table in any order. The caller stores the tensors that rows keep for later rows.
 
     Args:
         table: the table, or a function that returns it, called when the table is first needed.
         clip: the range to which predicted clean samples are clipped.
         threshold: dynamic thresholding of predicted clean samples, before the clip.
-        holds_outputs: whether a row that keeps the model's output keeps the caller's tensor and not a copy. If so, the
-            caller must not write to it.
+        holds_outputs: whether a row that keeps the model's output may keep the caller's tensor and not a copy. If so,
+            the caller must not write to the tensor.
         packed: the packed rows of the table, if they exist already.
 
     Attributes:
@@ -61,7 +61,7 @@ class RowStepper:
         holds_outputs: bool = True,
         packed: Tensor | None = None,
     ) -> None:
-        self._made_table, self.clip, self.threshold = table, clip, threshold
+        self._table_or_function, self.clip, self.threshold = table, clip, threshold
         self.needs = row_needs(self.table)
         if packed is None:
             with torch.inference_mode(False):
@@ -77,7 +77,7 @@ class RowStepper:
 
     @functools.cached_property
     def table(self) -> StepTable:
-        table = self._made_table
+        table = self._table_or_function
         return table if isinstance(table, StepTable) else table()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,11 +138,11 @@ class RowStepper:
         row = {
             name: abs(float(getattr(self.table, name)[i])) for name in ("a", "b", "c0", "c1", "c2", "s", *OTHER_FACTORS)
         }
-        sample, output, *rest = (
+        sample, output, *other_sizes = (
             float(tensor.abs().max()) if tensor.numel() else 0.0 for tensor in (x, m, *read_tensors)
         )
         clean = row["a"] * sample + row["b"] * output
-        other_terms = max(row[name] for name in OTHER_FACTORS) * max(rest, default=0.0)
+        other_terms = max(row[name] for name in OTHER_FACTORS) * max(other_sizes, default=0.0)
         terms = row["c0"] * clean, row["c1"] * sample, row["c2"] * output, row["s"] * LARGEST_NORMAL, other_terms
         return max(clean, *terms)
 

@@ -1,6 +1,6 @@
-"""The base of all accelerated classes, and the functions that create an accelerated class or object.
+"""Accelerated, the base of all accelerated classes, and the functions that create an accelerated class or object.
 
-A peer is another library, or a class of it.
+"The library" is the other library whose object is accelerated. In names, `peer` means its class or its code.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ class Support(NamedTuple):
     """A row of the table that `python -m ddpm_ext.integrations` prints.
 
     Attributes:
-        cls, method: the peer's class and method.
-        fused: the options that are fused.
-        own: the options with which the peer's code runs.
+        cls, method: the library's class and method.
+        fused: the calls of the method that are fused, in words.
+        unfused: the calls that run the library's code, in words.
     """
 
     cls: str
     method: str
     fused: str
-    own: str
+    unfused: str
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
 
 
 class Accelerated:
-    """The base of the mixins. A mixin comes before a peer's class in the bases of the accelerated class.
+    """The base of the mixins. An accelerated class is derived from a mixin and, after it, from the library's class.
 
     Attributes:
-        library: the peer's name, for warnings.
-        replaces: the peer's methods that the mixin replaces.
-        relies_on: the peer's methods that the replaced methods call, and whose work the fused code also does. If a user
-            has overridden a method of `replaces` or `relies_on`, the object's code runs and not the fused code.
+        library: the library's name, for warnings.
+        replaces: the names of the library's methods that the mixin replaces.
+        relies_on: the names of the library's methods that the replaced methods call, and whose work the fused code also
+            does. If a user has overridden a method of `replaces` or `relies_on`, the user's code runs.
     """
 
     library: ClassVar[str]
     replaces: ClassVar[tuple[str, ...]]
     relies_on: ClassVar[tuple[str, ...]] = ()
-    _peer: ClassVar[type]  # the peer's class, which may be a user's subclass of a library's class
-    _known: ClassVar[type]  # the library's class: `_peer`, or the base of it for which the mixin was written
-    _restore: ClassVar[Callable[[type], Any]]  # (peer's class) -> an accelerated object without attributes
+    _peer: ClassVar[type]  # the class of the original object: the library's class, or a user's subclass of it
+    _known: ClassVar[type]  # the library's class, for which the mixin was written: `_peer` or a base of it
+    _restore: ClassVar[Callable[[type], Any]]  # _restore(_peer) returns an accelerated object without attributes
 
     @property
     def accelerated(self) -> Acceleration:
@@ -68,12 +68,12 @@ class Accelerated:
         return f"{shown(self)}\n{super().__repr__()}"
 
     def _check(self) -> None:
-        """Called once for each new object. Raises TypeError for an object that its mixin can't accelerate."""
+        """Raises TypeError for an object that its mixin can't accelerate. It is called for each new object."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles the peer's class, which can be imported, and the state without caches.
+        """Pickles `_peer`, which can be imported, unlike the accelerated class, and the attributes without caches.
 
-        A copy has its own settings, so that its loops and those of the original are counted separately.
+        The settings are copied, so that loops of a copy and of the original are counted separately.
         """
         state = {name: value for name, value in self.__dict__.items() if name not in CACHED}
         if "_acceleration" in state:
@@ -87,12 +87,12 @@ def shown(obj: Any) -> str:
 
 
 def peer_class(cls: type) -> type:
-    """The peer's class of an accelerated class. Any other class is returned as it is."""
+    """The original class of an accelerated class. Any other class is returned as it is."""
     return getattr(cls, "_peer", cls)
 
 
 def peer_method(obj: Any, name: str) -> Callable[..., Any]:
-    """The peer's method of that name, bound to an accelerated object."""
+    """The method of this name of the original class, bound to an accelerated object."""
     return getattr(super(Accelerated, obj), name)
 
 
@@ -109,7 +109,7 @@ def new(cls: Any) -> Any:
 
 
 def accelerated_copy(obj: Any, cls: type[Accelerated], settings: Acceleration) -> Any:
-    """An object of the accelerated class `cls` with the state of the peer's `obj`, which is not changed.
+    """An object of the accelerated class `cls` with the attributes of the library's object `obj`, which is not changed.
 
     Raises TypeError if obj has attributes in place of its class's methods, or if the mixin can't accelerate it.
     """
@@ -117,7 +117,7 @@ def accelerated_copy(obj: Any, cls: type[Accelerated], settings: Acceleration) -
         if name in vars(obj):
             raise TypeError(f"obj has a {name} of its own, expected its class's")
     accelerated = new(cls)
-    # Containers are copied because methods write to them. Tensors are shared: methods only assign new ones.
+    # Containers are copied, because methods write to them. Tensors are shared, because methods only replace them.
     for name, value in vars(obj).items():
         if name not in CACHED:
             accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
@@ -128,12 +128,13 @@ def accelerated_copy(obj: Any, cls: type[Accelerated], settings: Acceleration) -
 
 @functools.cache
 def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Callable[[type], Any]) -> type:
-    """The accelerated class of `peer`, which is `known` or a subclass of it.
+    """The accelerated class for objects of the class `peer`.
 
-    It has the peer's name, so that files that the library writes name the library's class.
+    It has the name of `peer`, so that files that the library writes name a class of the library.
 
     Args:
-        restore: (peer's class) -> an accelerated object without attributes. Pickles import this function.
+        known: the library's class for which the mixin was written, `peer` or a base of it.
+        restore: restore(peer) returns an accelerated object without attributes. Pickles import this function.
     """
     attributes = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
     attributes |= {"_peer": peer, "_known": known, "_restore": staticmethod(restore)}

@@ -1,4 +1,4 @@
-"""The rows of a loop over sigmas, and the rows of each of its steps."""
+"""SigmaRows: the rows of a loop over sigmas, grouped into steps. A step has a row for each call of the model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.tables.step_table import StepTable
 
-SAME_LEVEL = 1e-9  # Levels whose relative difference is at most this count as equal.
+SAME_LEVEL = 1e-9  # levels count as equal if their relative difference is at most this
 
 
 class SigmaRows(NamedTuple):
-    """The rows of a loop.
+    """The rows of a loop over sigmas.
 
     Attributes:
-        stepper: takes the rows, in order.
+        stepper: takes the rows.
         sigma: float64 (rows,), the sigma with which the model is called.
         arrives: float64 (rows,), the sigma to which each row leads.
         steps: the indices of the rows of each step.
@@ -28,14 +28,14 @@ class SigmaRows(NamedTuple):
     steps: list[list[int]]
 
     @classmethod
-    def of(cls, table: StepTable, begins: list[int]) -> SigmaRows:
+    def of(cls, table: StepTable, step_starts: list[int]) -> SigmaRows:
         """Groups the rows into steps.
 
         Args:
-            begins: the row with which each step begins. All rows before begins[1] belong to the first step.
+            step_starts: the row with which each step begins. All rows before step_starts[1] belong to the first step.
         """
-        ends = [*begins[1:], len(table)]
-        steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
+        ends = [*step_starts[1:], len(table)]
+        steps = [list(range(first, end)) for first, end in zip([0, *step_starts[1:]], ends, strict=True)]
         return cls(RowStepper(table), table.timestep, table.noise_after, steps)
 
 
@@ -47,18 +47,18 @@ def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
     """
     ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
     moves = (ratio - ratio_after).abs() > SAME_LEVEL * ratio
-    begins: list[int] = []
+    step_starts: list[int] = []
     calls = (table.b != 0) | (table.c2 != 0)
     for row, is_first in enumerate((moves & calls).tolist()):
-        if is_first and len(begins) < len(sigmas) and table.timestep[row] == sigmas[len(begins)]:
-            begins.append(row)
-    return begins
+        if is_first and len(step_starts) < len(sigmas) and table.timestep[row] == sigmas[len(step_starts)]:
+            step_starts.append(row)
+    return step_starts
 
 
-def first_rows_untold(table: StepTable, sigmas: Tensor) -> list[int]:
-    """first_rows for a function that does not call its callback, which would show where steps begin.
+def first_rows_or_all(table: StepTable, sigmas: Tensor) -> list[int]:
+    """first_rows; or the indices of all rows, up to the number of sigmas, if the table has no row for some sigma.
 
-    If the function does not call the model at these sigmas, each row counts as a step.
+    It is for functions that don't call their callback, which would show where steps begin.
     """
-    begins = first_rows(table, sigmas)
-    return begins if len(begins) == len(sigmas) else list(range(min(len(sigmas), len(table))))
+    step_starts = first_rows(table, sigmas)
+    return step_starts if len(step_starts) == len(sigmas) else list(range(min(len(sigmas), len(table))))

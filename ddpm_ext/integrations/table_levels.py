@@ -1,4 +1,4 @@
-"""Which samples a step table is for, according to its levels, and its rows for other samples and models."""
+"""Determines from the levels of a step table which samples it is for, and converts its rows for other samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["FLOW", "OTHER", "SIGMA_SPACE", "of_denoiser", "scale_of", "table_sigmas"]
 
-SIGMA_SPACE, FLOW, OTHER = "x0 + sigma eps", "(1 - sigma) x0 + sigma eps", "others"
+SIGMA_SPACE, FLOW, OTHER = "x0 + sigma eps", "(1 - sigma) x0 + sigma eps", "others"  # the kinds of samples
 NEAR = 1e-5  # the largest difference between levels that count as equal
 
 
 def scale_of(table: StepTable) -> str:
-    """SIGMA_SPACE, FLOW or OTHER. Variance-preserving samples and tables without levels are OTHER."""
+    """The kind of samples that a table is for: SIGMA_SPACE, FLOW or OTHER.
+
+    Variance-preserving samples and tables without levels are OTHER.
+    """
     signal, noise = table.signal_now, table.noise_now
     for scale, unit in ((SIGMA_SPACE, signal), (FLOW, signal + noise)):
         if bool(((unit - 1).abs() < NEAR).all()):
@@ -61,10 +64,12 @@ def of_denoiser(table: StepTable) -> StepTable:
         ValueError: a row reads more of the model's output than x0.
     """
     m_of_x0 = torch.where(table.b != 0, 1 / table.b, 0)
-    reads = (table.c2 != 0) | (table.k2 != 0)
-    if bool(((table.cu != 0) | (table.l0 != 0) | (table.l1 != 0) | ((reads | (table.c0 != 0)) & (table.b == 0))).any()):
+    reads_m = (table.c2 != 0) | (table.k2 != 0)
+    if bool(
+        ((table.cu != 0) | (table.l0 != 0) | (table.l1 != 0) | ((reads_m | (table.c0 != 0)) & (table.b == 0))).any()
+    ):
         raise ValueError("the table reads more of the model than its predicted clean sample, which a denoiser returns")
-    if bool(reads.any()) and clip_in_notes(table, None) is not None:
+    if bool(reads_m.any()) and clip_in_notes(table, None) is not None:
         raise ValueError("the table reads what the model returned before the clip, expected rows that read x0 alone")
     columns: dict[str, Any] = {
         "c0": table.c0 + table.c2 * m_of_x0,

@@ -1,4 +1,4 @@
-"""Checks of the tensors that the fused operators take, and small helpers for tensors."""
+"""Checks whether the fused operators can take the tensors of another library's call, and helpers for tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.noise import randn
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the dtypes of samples that the fused operators take
 TRANSFORMED = "a transform of torch.func is at work"
 
 
@@ -93,10 +93,11 @@ def check_output(
 
 
 def dtype_name(dtype: object) -> str:
+    """A dtype's name for messages, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
-_TORCH_DRAWS = torch.randn, torch.randn_like
+_TORCH_DRAWS = torch.randn, torch.randn_like  # torch's own functions, to notice if they are replaced later
 
 
 def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def layout_arguments(first: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """The operators' argument `out`, for a result with the strides that the peer's formula would give it.
+    """The operators' argument `out`, for a result with the strides that the library's formula would give it.
 
     These are the strides of the result of torch's arithmetic with `first` as first operand. They matter because
     torch.randn_like of the result draws in the order of its memory. The dict is empty if x has these strides.

@@ -1,8 +1,9 @@
-"""The GaussianDiffusion of a well-known tutorial, which is in many notebooks. Its methods' parameters identify it.
+"""The mixin for the GaussianDiffusion of a well-known tutorial, which many notebooks contain in some variation.
 
-There are many variations of the class. The rows are made from the object's tables. Before a method is fused for samples
-of some shape, the method runs on trial samples of this shape, and its result is compared with the result of the rows:
-see tutorial_trial.py. A method that a subclass overrides is not fused, or is proven in a first loop: see proof.py.
+A class is recognized by the parameters of its methods. The rows are made from the object's tables. Before a method is
+fused for samples of some shape, it runs on trial samples of this shape, and its result is compared with that of the
+rows: see tutorial_trial.py. A method that a subclass overrides is not fused, or is proven in a first loop: see
+proof.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ddpm_ext.base.torch_version import torch_default_device
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.loop_options import LoopOptionsTaker, takes_loop_options
-from ddpm_ext.integrations.own_tables import TABLES
+from ddpm_ext.integrations.peer_tables import TABLES
 from ddpm_ext.integrations.shared import CACHED, Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_batch, check_output, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.integrations.tutorial_trial import GradMode, checked_rows, copied, try_step, try_training
@@ -113,14 +114,14 @@ def _methods(caller: str, classes: tuple[type, ...], counts: tuple[int, ...]) ->
 
 
 class Tried(NamedTuple):
-    """The result of a trial: the rows of the object's tables, and the grad mode in which its method runs."""
+    """The result of a trial that succeeded: the rows, and the grad mode in which the object's method runs its code."""
 
     rows: KernelTables
     grad_mode: GradMode
 
 
 class _StartNoise(TorchFunctionMode):
-    """Makes the first torch.randn of a loop, before its first step, return noise of the noise contract."""
+    """A mode in which the first torch.randn of a loop, before its first step, returns noise of the noise contract."""
 
     def __init__(self, rng: Philox) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class _StartNoise(TorchFunctionMode):
 
 
 class Tutorial(LoopOptionsTaker):
-    """Mixin placed in the bases before a class that resembles the tutorial's."""
+    """The mixin that comes in the bases before a class that resembles the tutorial's."""
 
     library = "the tutorial's class"
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
@@ -176,7 +177,7 @@ class Tutorial(LoopOptionsTaker):
     def _rows(self) -> KernelTables:
         """The rows of the object's current tables, cached. Raises Fallback if they are not the tutorial's."""
         tables = {name: getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES}
-        return self._of_state(tables.values(), lambda: checked_rows(tables))
+        return self._cached_by_state(tables.values(), lambda: checked_rows(tables))
 
     def _tried(self, method: str, shape: Sequence[int], device: torch.device, *clip: bool) -> Tried:
         """Runs the trial of a method on samples of this shape, once for each state of the object.
@@ -192,15 +193,17 @@ class Tutorial(LoopOptionsTaker):
                 return Tried(rows, try_training(trial_object, rows, method, shape, device))
             return Tried(rows, try_step(trial_object, rows, shape, device, *clip))
 
-        return self._of_state((method, torch.Size(shape), device, *clip), run, self._state())
+        return self._cached_by_state((method, torch.Size(shape), device, *clip), run, self._state())
 
-    def _rows_for_training(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> KernelTables:
+    def _rows_for_training(
+        self, method: str, x: Any, t: Any, has_more: bool, noise: Tensor | None = None
+    ) -> KernelTables:
         """The rows for a call of a training method. Raises Fallback if the call has no fused form.
 
         Args:
-            more: whether the call has arguments that the tutorial's method doesn't have.
+            has_more: whether the call has arguments that the tutorial's method doesn't have.
         """
-        if more:
+        if has_more:
             raise Fallback("it has arguments that the tutorial's hasn't")
         check_batch(x, t, noise, (torch.float32,))
         foreign = self._foreign_method(method)

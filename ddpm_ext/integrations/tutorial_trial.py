@@ -1,8 +1,8 @@
-"""Trials of a class that resembles the tutorial's: do its methods have the same results as the rows of its tables?
+"""Tests whether the methods of a class that resembles the tutorial's have the same results as the rows of its tables.
 
 A method runs on samples of the caller's shape and device, at the first, middle and last timesteps, and at every
-timestep on one sample. All this is needed because there are many variations of the class: one may scale a single
-channel, depend on the size of its samples, or change its guidance for a few timesteps.
+timestep on one sample. All these are needed because notebooks have many variations of the class: a variation may scale
+a single channel, depend on the size of its samples, or change its guidance for a few timesteps.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback
-from ddpm_ext.integrations.own_tables import TABLES, rows_of
+from ddpm_ext.integrations.peer_tables import TABLES, rows_of
 from ddpm_ext.integrations.proof import Generators, changed, contents
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.tables.on_device import KernelTables
 
-TOLERANCE = 1e-5  # relative to the size of the terms: their float32 sums, in any order, differ by less
-SCALES = ((1.0, -1 / 256), (-1.0, 4.0))  # of the samples of alternate trials; at -1/256 no clean sample is clipped
+# The largest difference, relative to the size of the terms. float32 sums of the terms in any order differ by less.
+TOLERANCE = 1e-5
+# The factors of the samples in alternate trials. With -1/256, no predicted clean sample is clipped.
+SCALES = ((1.0, -1 / 256), (-1.0, 4.0))
 GradMode = Callable[[], AbstractContextManager[Any]]
 
 
 def checked_rows(tables: Mapping[str, Any]) -> KernelTables:
-    """The rows of an object's tables. Raises Fallback if these are not like the tutorial's tables."""
+    """The rows made from an object's tables. Raises Fallback if the tables are not vectors like the tutorial's."""
     needed = {name: tables[name] for name in TABLES}
     shape = getattr(needed[TABLES[0]], "shape", ())
     for name, table in needed.items():
@@ -41,7 +43,7 @@ def checked_rows(tables: Mapping[str, Any]) -> KernelTables:
 
 
 def copied(x: Any) -> Any:
-    """A copy, also of the containers and tensors in x, so that a trial does not write to the caller's objects."""
+    """A copy of x and of the containers and tensors in it, so that a trial does not write to the caller's objects."""
     if isinstance(x, dict):
         return type(x)({key: copied(value) for key, value in x.items()})
     if isinstance(x, list):
@@ -108,7 +110,11 @@ def try_training(
 
 
 class _Probe(nn.Module):
-    """A model with a parameter. It draws a number, so that a step that draws its noise before the call differs."""
+    """A model with a parameter, for trials.
+
+    It draws a random number, so that a step that draws its noise before the model's call, unlike the tutorial's, gets
+    other noise and fails the trial.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -124,7 +130,7 @@ class _Trial:
 
     def __init__(self, trial_object: Any, device: torch.device) -> None:
         self.model = _Probe(device)
-        self._plain, self._device, self._before = trial_object, device, contents(vars(trial_object))
+        self._trial_object, self._device, self._before = trial_object, device, contents(vars(trial_object))
         self._generators, self._noise_generator = Generators(device), torch.Generator("cpu").manual_seed(0)
         self.rewind = self._generators.rewind
 
@@ -136,7 +142,7 @@ class _Trial:
         """The result of the object's method. Raises Fallback if the method raises an error or returns no tensor."""
         self.rewind()
         try:
-            result = getattr(self._plain, name)(*args, **options)
+            result = getattr(self._trial_object, name)(*args, **options)
         except Exception as error:  # a user's code may raise anything
             raise Fallback(f"its {name} raises {type(error).__name__}: {error}") from None
         finally:
@@ -152,18 +158,18 @@ class _Trial:
         return self.model(x, t), torch.randn_like(x)
 
     def check_state(self, name: str) -> None:
-        stores = changed(self._before, vars(self._plain))
+        stores = changed(self._before, vars(self._trial_object))
         if stores:
             raise Fallback(f"its {name} stores {', '.join(stores)}")
 
 
-def _compare(name: str, result: Tensor, of_rows: Tensor, size: Tensor, t: Tensor) -> None:
+def _compare(name: str, result: Tensor, row_result: Tensor, size: Tensor, t: Tensor) -> None:
     """Raises Fallback if a result differs from the rows' result by more than the rounding of terms of this size."""
-    if result.shape != of_rows.shape or result.dtype != of_rows.dtype:
+    if result.shape != row_result.shape or result.dtype != row_result.dtype:
         raise Fallback(f"its {name} gives {result.dtype} of shape {tuple(result.shape)}")
-    expected, actual = of_rows.flatten(), result.detach().flatten()
+    expected, actual = row_result.flatten(), result.detach().flatten()
     wrong = ~((actual - expected).abs() <= TOLERANCE * size.flatten())  # NaN is wrong
     if wrong.any():
         i = int(wrong.nonzero()[0])
-        place = f" at t = {int(t[i * len(t) // len(wrong)])}" if len(wrong) > 1 else ""
-        raise Fallback(f"its {name} gives {actual[i]:.6g}{place}, where the tutorial's gives {expected[i]:.6g}")
+        timestep_text = f" at t = {int(t[i * len(t) // len(wrong)])}" if len(wrong) > 1 else ""
+        raise Fallback(f"its {name} gives {actual[i]:.6g}{timestep_text}, where the tutorial's gives {expected[i]:.6g}")

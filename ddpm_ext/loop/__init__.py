@@ -1,1 +1,1 @@
-"""From noise to samples: the sampling loop and its options."""
+"""The sampling loop, which turns noise into samples, and its options."""

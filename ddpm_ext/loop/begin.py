@@ -1,4 +1,4 @@
-"""The beginning of a sampling loop: its device, the samples before the first step, and the compiled model."""
+"""What happens before a sampling loop: checks of the model, torch.compile, and the samples before the first step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, is_differentiated
 
 
 def check_model(model: object) -> None:
-    """Raises TypeError if the model is not callable, and NotImplementedError in contexts where no loop can run."""
+    """Raises TypeError if the model is not callable, and NotImplementedError where no loop can run.
+
+    No loop can run in torch.jit.trace, or in a derivative by torch.func.
+    """
     if not callable(model):
         raise TypeError(f"model is {model!r}, expected a function")
     if torch.compiler.is_compiling():
@@ -32,7 +35,7 @@ def check_model(model: object) -> None:
 
 
 def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
-    """Compiles the model with torch.compile if `mode`, p_sample_loop's option `compile`, says so."""
+    """The model, compiled with torch.compile unless `mode`, which is p_sample_loop's option `compile`, is False."""
     if isinstance(mode, str) or mode is True:
         _check_compiler(mode, device)
     if isinstance(mode, str):
@@ -46,9 +49,9 @@ def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
 
 
 def _check_compiler(mode: bool | str, device: torch.device) -> None:
-    """Raises ValueError if there is no C++ compiler: torch.compile would fail in the first step, with pages of errors.
+    """Raises ValueError if torch.compile needs a C++ compiler, as on a CPU, and finds none.
 
-    On CUDA devices nothing is checked.
+    Otherwise it would fail in the first step, with pages of errors.
     """
     if device.type != "cpu":
         return
@@ -64,7 +67,7 @@ def _check_compiler(mode: bool | str, device: torch.device) -> None:
 
 
 def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
-    """A Philox of the same noise with seed and sample ids in tensors, which a CUDA graph reads at each replay."""
+    """A Philox with the same noise, whose seed and sample ids are tensors, since a CUDA graph reads them in replays."""
     seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
     ids = rng.sample_ids
     if ids is None:
@@ -73,7 +76,7 @@ def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
 
 
 class InitialSamples:
-    """Creates the samples before a loop's first step.
+    """Makes the samples before a loop's first step.
 
     Args:
         ops: the operators of the process.
@@ -89,7 +92,7 @@ class InitialSamples:
         self.device = _device(options, model)
 
     def samples(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
-        """The loop's first samples: pure noise (drawn, or `noise`), or `start` with the first step's noise.
+        """The samples before the first step: drawn noise, or `noise`, or `start` plus noise of the first step's level.
 
         Raises:
             TypeError, ValueError: start or noise has a wrong type, shape, dtype or device, or both are given.

@@ -1,4 +1,4 @@
-"""CUDA graphs of a loop's steps: the kernels that a step launches, also those of the model, are captured and replayed.
+"""CUDA graphs of a loop's steps. A graph has all kernels that a step launches, also those of the model.
 
 If a step can't be captured, a warning gives the reason, and the steps run without a graph.
 """
@@ -19,14 +19,14 @@ _log = logging.getLogger(__name__)
 # Up to torch 2.11, an allocator keeps the address of a graph whose capture failed. So these graphs are never freed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
-_MANY_NODES = 20_000
+_MANY_NODES = 20_000  # the number of nodes of a graph from which on a warning is given
 # Torch's function that ends the allocation in a graph's pool has a different name in torch 2.7.
 _OLD_NAME = "_cuda_endAllocateCurrentStreamToPool"
 END_ALLOCATE = _OLD_NAME if _OLD_NAME in vars(torch._C) else "_cuda_endAllocateToPool"
 
 
 def restorer(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """Copies the tensors. Returns a function that copies the values back."""
+    """Copies the tensors, and returns a function that writes the values back to them."""
     targets = [x.detach() for x in tensors]
     copies = [x.clone() for x in targets]
 
@@ -38,7 +38,7 @@ def restorer(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
 
 
 class CudaGraphs:
-    """CUDA graphs, each with a key. All share one memory pool."""
+    """Captures and replays CUDA graphs, which have keys and share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,7 +46,7 @@ class CudaGraphs:
         self._possible = device.type == "cuda"
         if self._possible:
             self._pool = torch.cuda.graph_pool_handle()
-            # Torch's default stream for captures is on the device that was current at the first capture of the process.
+            # A stream on this device: torch's default stream for captures is on the device of the first capture.
             self._stream = torch.cuda.Stream(device)
         else:
             self._fall_back(f"the samples are on {device}, where there are none")
@@ -72,15 +72,15 @@ class CudaGraphs:
             key: the key of the graph.
             step: must read everything that changes between calls from memory with fixed addresses. It runs once before
                 the capture, so that libraries initialize themselves.
-            save: called before this first run. It returns a function, called after the run, which restores all memory
-                that `step` both reads and changes.
+            save: called before the run that precedes the capture. It saves all memory that `step` both reads and
+                changes, and returns a function that restores it after the run.
         """
         if self._possible and key not in self._graphs:
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             try:
                 self._warm_up_and_capture(key, step, save)
-            finally:  # also after an error: the caller may free the buffers that the stream still writes
+            finally:  # also after an error, since the caller may free buffers to which the stream still writes
                 current.wait_stream(self._stream)
         if self._possible:
             self._graphs[key].replay()
@@ -106,14 +106,14 @@ class CudaGraphs:
         cause: BaseException | None = None
         try:
             with (
-                torch.cuda.stream(self._stream),  # some versions of torch.cuda.graph don't exit it after a failure
+                torch.cuda.stream(self._stream),  # some versions of torch.cuda.graph don't exit the stream on an error
                 # Other threads, such as one that pins a DataLoader's batches, may make calls that a capture forbids.
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 try:
                     step()
                 except Exception as error:
-                    cause = error  # the end of the failed capture raises another error
+                    cause = error  # torch.cuda.graph replaces this error by another one
                     raise
         except RuntimeError as error:
             if _FAILURES_LEAVE_TRACES:
@@ -130,7 +130,7 @@ class CudaGraphs:
         """
         _FAILED.append(graph)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # raised if the allocation in the pool has not begun
+        with suppress(RuntimeError):  # raised if the allocation from the pool has not begun
             getattr(torch._C, END_ALLOCATE)(index, self._pool)
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())

@@ -21,9 +21,9 @@ class Guidance:
         scale: diffusers' guidance_scale, where 1 is no guidance. The paper's scale is lower by 1.
         unconditional: unconditional(x_t, t) -> u, of x_t's shape. With None, the model gets the batch twice, in a
             tensor (2 * batch, ...), and returns u in the first half and m in the second, as in diffusers. Tensors in
-            model_kwargs must also have 2 * batch rows. Calls without guidance get the second half of these tensors.
-        rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1. Guidance increases the standard deviation of the
-            output, and this share of the increase is undone. The paper recommends 0.7.
+            model_kwargs must also have 2 * batch rows; in steps without guidance, the model gets their second half.
+        rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1: the share that is undone of guidance's increase of
+            the output's standard deviation. The paper recommends 0.7.
         interval: (low, high), the range of timesteps with guidance, both included (Kynkäänniemi et al. 2024). At other
             timesteps the model gets the batch once. None includes all timesteps.
 
@@ -54,7 +54,7 @@ class Guidance:
                 raise ValueError(f"guidance interval is {self.interval}, expected low <= high")
 
     def guides(self, timestep: Tensor) -> Tensor:
-        """Whether there is guidance at each timestep, bool: False outside the interval."""
+        """For each timestep, whether there is guidance, bool of timestep's shape. It is False outside the interval."""
         if self.interval is None:
             return torch.ones(timestep.shape, dtype=torch.bool, device="cpu")
         low, high = self.interval

@@ -1,4 +1,4 @@
-"""Copies of a loop's samples to the host, while the loop continues."""
+"""Copies samples of a loop to the host while the loop continues."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def to_numpy(x: Tensor) -> np.ndarray:
 
 
 class HostCopies:
-    """Collects copies of samples as arrays.
+    """Collects copies of samples as numpy arrays.
 
-    Samples on a GPU are copied by a separate stream into two pinned buffers in turn. A buffer is converted to an array
-    before it is used again.
+    For samples on a GPU, a separate stream copies them to two pinned buffers alternately. Before a buffer gets other
+    samples, its content is copied to an array.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,6 +31,7 @@ class HostCopies:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, x: Tensor) -> None:
+        """Copies the samples x. On a GPU, this only starts the copy."""
         if self._stream is None:
             self._arrays.append(to_numpy(x))
             return
@@ -38,20 +39,20 @@ class HostCopies:
             self._pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True, device="cpu") for _ in range(2)]
         if len(self._pending) == len(self._pinned):
             self._finish_oldest()
-        host = self._pinned[0]
+        pinned_buffer = self._pinned[0]
         self._pinned.reverse()
-        done = torch.cuda.Event()
+        copied = torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
-            host.copy_(x, non_blocking=True)
-            done.record(self._stream)
-        self._pending.append((x.data_ptr(), host, done))
+            pinned_buffer.copy_(x, non_blocking=True)
+            copied.record(self._stream)
+        self._pending.append((x.data_ptr(), pinned_buffer, copied))
 
     def before_overwriting(self, x: Tensor) -> None:
-        """Makes the current stream wait until copies from x are done; the host does not wait."""
-        for address, _, done in self._pending:
+        """Makes the current stream wait until x is copied, so that a step can write to x. The host does not wait."""
+        for address, _, copied in self._pending:
             if address == x.data_ptr():
-                done.wait(torch.cuda.current_stream(self._device))
+                copied.wait(torch.cuda.current_stream(self._device))
 
     def arrays(self) -> list[np.ndarray]:
         """All copies, in order. Waits for copies that are not done."""
@@ -60,6 +61,6 @@ class HostCopies:
         return self._arrays
 
     def _finish_oldest(self) -> None:
-        _, host, done = self._pending.popleft()
-        done.synchronize()
-        self._arrays.append(to_numpy(host))
+        _, pinned_buffer, copied = self._pending.popleft()
+        copied.synchronize()
+        self._arrays.append(to_numpy(pinned_buffer))

@@ -1,4 +1,4 @@
-"""Inpainting, as an option of the sampling loop: a part of the samples is known."""
+"""Inpaint, an option of the sampling loop for samples of which a part is known."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ddpm_ext.base import checks
 
 @dataclass(frozen=True)
 class Inpaint:
-    """Inpainting. Each step replaces the known part of the samples by `known`, with noise of the step's new level.
+    """Inpainting. After each step, the known part of the samples is replaced by `known` plus noise of the new level.
 
     Args:
         known: (batch, ...), clean samples, of the loop's shape.
-        mask: 1 where the samples are known, 0 where they are not. Values in between mix the two. A bool or floating
-            tensor that broadcasts to the shape of `known`.
+        mask: 1 where the samples are known, 0 where they are not; a number between them is the known sample's share.
+            A bool or floating tensor that broadcasts to the shape of `known`.
         jump_length, jump_n_sample: RePaint's resampling (Lugmayr et al. 2022, section 4.2). Each sequence of
-            `jump_length` steps is taken `jump_n_sample` times, and noise is added again in between. A jump_n_sample of
-            1 means no resampling.
+            `jump_length` steps is taken `jump_n_sample` times. Before it is repeated, noise is added to return to the
+            level where it began. A jump_n_sample of 1 means no resampling.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or device, or is out of range.

@@ -1,4 +1,4 @@
-"""Interpolation: a sampling loop that begins between two images."""
+"""Interpolation, an option of the sampling loop to begin from a mixture of two images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ddpm_ext.base import checks
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Begins a loop between two images (Ho et al. 2020, section 4.3; Song et al. 2021, appendix D.5).
+    """Begins a loop from a mixture of two images (Ho et al. 2020, section 4.3; Song et al. 2021, appendix D.5).
 
-    Different noise is added to each image, up to the level where the first step begins. The noisy images are mixed.
+    Noise of the first step's level is added to both images, different noise to each. Then the noisy images are mixed.
 
     Args:
         first, second: (batch, ...), clean samples of the loop's shape.
         weight: the weight of `second`, from 0 to 1, a float or a tensor (batch,).
-        method: "slerp", along the great circle, which preserves the noise's variance, or "lerp".
+        method: "slerp" interpolates along the great circle, which preserves the noise's variance; "lerp" linearly.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.

@@ -1,4 +1,4 @@
-"""A sampling loop: takes the rows of a table, one after the other."""
+"""Loop, which takes the rows of a table one after the other, with or without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ddpm_ext.ops.noise import Philox, rng_of_many
 
 
 class Loop:
-    """A sampling loop. The constructor allocates all its memory but the model's.
+    """A sampling loop. The constructor allocates all memory of the loop, except what the model allocates.
 
     Args:
         ops: the operators of the process.
@@ -68,7 +68,7 @@ class Loop:
 
     @property
     def doubled(self) -> bool:
-        """Whether the model gets the batch twice in a guided step. If so, `x` is part of a doubled batch's memory."""
+        """Whether the model gets the batch twice in a guided step. Then `x` is a half of a larger tensor."""
         return self._step.doubled
 
     @property
@@ -84,7 +84,7 @@ class Loop:
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Goes back to the first step of a captured loop, with new samples in the same memory."""
+        """Prepares another run of a captured loop: writes new samples, seed and conditioning to the memory it reads."""
         skipped = self.rows.skipped
         if start is None and skipped > 0:
             raise ValueError(f"start is None, expected one: the loop leaves out the first {skipped} steps")
@@ -123,13 +123,13 @@ class Loop:
             # Gradients are disabled around each step, not around the loop: between two steps the caller's code runs.
             grad_enabled = torch.is_grad_enabled()
             try:
-                torch._C._set_grad_enabled(False)  # process.reverse.p_sample says why it is not torch.no_grad()
+                torch._C._set_grad_enabled(False)  # process/reverse.py explains in p_sample why not torch.no_grad()
                 if self._graphs is None:
                     step.take(call, None, row, self._timesteps_at[row])
                 else:
                     self._take_captured(self._graphs, call)
             except Exception as error:
-                _note_fraction(error, timesteps[row])
+                _explain_fractional_timestep(error, timesteps[row])
                 raise
             finally:
                 torch._C._set_grad_enabled(grad_enabled)
@@ -151,18 +151,25 @@ class Loop:
         return self.x
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
-        # A row may read the oldest tensor of history and then overwrite it, so that tensor is also restored.
+        # The step runs once before its capture. Both tensors that it changes are restored after this run: the row's
+        # index, and the oldest tensor of history, which a row may read before it overwrites it.
         history_out = [call.inputs["history_out"]] if "history_out" in call.inputs else []
         graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *history_out]))
 
     def _take_next(self, call: StepCall) -> None:
-        """Takes the step of the row whose index is in `self._row`, which a CUDA graph reads at each replay."""
+        """Takes the step of the row whose index is in `self._row`, then adds 1 to it.
+
+        The index is in a tensor, which a CUDA graph reads at each replay.
+        """
         self._step.take(call, self._row[: len(call.x)], 0, self._timesteps.index_select(0, self._row))
         self._row.add_(1)
 
 
-def _note_fraction(error: Exception, timestep: int | float) -> None:
-    """Adds a note to the error of a step at a fractional timestep, from Python 3.11 on."""
+def _explain_fractional_timestep(error: Exception, timestep: int | float) -> None:
+    """Adds an explanation to the error of a step, if the model was called at a timestep that is not an integer.
+
+    The model may only take integers. Errors take notes from Python 3.11 on.
+    """
     if isinstance(timestep, float) and hasattr(error, "add_note"):
         error.add_note(
             f"The loop called the model at timestep {timestep:g}, in a float tensor. A model that looks timesteps up "
@@ -171,12 +178,13 @@ def _note_fraction(error: Exception, timestep: int | float) -> None:
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
+    """range(count), with a progress bar if `progress` is true and tqdm is installed. batch: the number of samples."""
     bar = counter(count, "sampling loop time step", disable=None if progress else True)
     return bar if isinstance(bar, range) else _with_rate(bar, count, batch)
 
 
 def _with_rate(bar: Any, count: int, batch: int) -> Iterator[int]:
-    """Yields the steps of a progress bar, which shows finished images per second, estimated from the steps so far."""
+    """Yields the steps of a progress bar. The bar shows the rate of images per second, estimated from past steps."""
     begin = time.perf_counter()
     for step in bar:
         yield step

@@ -1,4 +1,7 @@
-"""The notes of a step table: prediction, guidance and clip of the loop that it is for. Loops with others warn."""
+"""The notes of a step table, which say for which prediction, guidance and clip it was made, and checks of a loop.
+
+A loop warns if its own prediction, guidance or clip differs from the notes, or its schedule from the table's levels.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ NEAR = 0.01
 
 
 def notes_of_loop(process: Process, options: LoopOptions) -> dict[str, Any]:
-    """The notes of a table for a loop with these options: the options that the table's columns do not show."""
+    """The notes of a table for a loop with these options: prediction, guidance and clip, which no column shows."""
     clip = options.clip if options.threshold is None else str(options.threshold)
     return {
         "prediction": process.prediction,
@@ -69,12 +72,14 @@ def check_schedule(process: Process, table: StepTable) -> None:
     """
     signal, noise, t = table.signal_now, table.noise_now, table.timestep
     power = torch.hypot(signal, noise)
-    has_noise = noise > 0  # a row that starts at clean data has the previous row's timestep, not one of its level
-    # At the same timestep, samples of flows, of sigma space and of variance-preserving processes differ in size.
+    has_noise = noise > 0  # a row that starts at clean data is not compared: it has the previous row's timestep
+    # The size sqrt(signal^2 + noise^2) is also compared. It differs between flows, sigma space and variance-preserving
+    # processes.
     scale = process.schedule.scale
     expected = torch.ones_like(power) if scale is None else scale(signal / power, noise / power)
     differs = has_noise & ~((power / expected).log().abs() < NEAR)
-    if process.schedule.timestep is None:  # otherwise the rows' timesteps are the model's inputs: any numbers
+    # If the schedule has timesteps of its own for the model, the rows have those, which may be any numbers.
+    if process.schedule.timestep is None:
         outside = (t < 0) | (t > process.timesteps - 1)
         for row in outside.nonzero().flatten().tolist():
             timestep = f"{t[row].item():g}" if t.is_floating_point() else int(t[row])

@@ -1,7 +1,7 @@
 """The options of a sampling loop. GaussianDiffusion.p_sample_loop documents them.
 
-Each option is listed twice: in LoopOptions with its default, and in TypedDicts, from which editors and type checkers
-know the keywords of the methods that pass the options on.
+Each option is listed twice: in LoopOptions with its default, and in TypedDicts. The TypedDicts are for editors and type
+checkers, which read from them the keywords of methods that pass on **options.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class LoopOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> LoopOptions:
-        """LoopOptions(**options), but the TypeError for an unknown keyword names the options most like it."""
+        """LoopOptions(**options), but the TypeError for an unknown keyword suggests options with similar names."""
         check_options(options, _names(), "a loop")
         return cls(**options)
 
@@ -129,7 +129,10 @@ class LoopOptions:
 
     @property
     def doubled_kwargs(self) -> bool:
-        """Whether tensors in model_kwargs have 2 * batch rows. A call with a single batch gets the second half."""
+        """Whether tensors in model_kwargs may have 2 * batch rows, since the model gets the batch twice.
+
+        A call with a single batch gets the second half of such tensors.
+        """
         return self.guide is not None and self.guide.unconditional is None
 
 
@@ -209,13 +212,13 @@ class SampleKeywords(ProgressiveKeywords, total=False):
 
 
 def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Method], Method]:
-    """Decorator for a method that passes **options on to `source`: the method's signature lists these options.
+    """Decorator that adds the options of `source` to the signature of a method that passes **options on to it.
 
-    So help() shows them with their defaults.
+    So help() shows the options with their defaults.
 
     Args:
         source: the function that takes the options.
-        without: options that the method does not take. The method's own arguments are also left out.
+        without: options that the method does not take. Options that are parameters of the method are not added.
     """
 
     def decorate(method: Method) -> Method:

@@ -1,4 +1,4 @@
-"""The results of a sampling loop: the last samples, or the samples after chosen steps. And loops that can run again."""
+"""Runs a loop for its last samples or the samples after chosen steps, and CapturedLoop, a loop that can run again."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def collect(
             break
     if copies is not None:
         return copies.arrays()
-    # With doubled batches, x_t is a half of a larger allocation, which the caller's reference would keep alive.
+    # With doubled batches, x_t is a half of a tensor. A copy lets the whole tensor be freed while the caller uses x_t.
     return empty_like(state.x_t).copy_(state.x_t) if loop.doubled else state.x_t
 
 

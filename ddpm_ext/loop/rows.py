@@ -34,7 +34,8 @@ class LoopRows:
         skipped: how many of the sampler's first steps the loop leaves out because of the option `strength`.
         device: the rows for the kernels.
         needs, timesteps: the needs and the timestep of each row, on the host.
-        variance: how the rows read the model's variance output, "log" or "direct", or None if they don't read it.
+        variance: how the rows read the model's output for its variance: "log" if it determines the logarithm, "direct"
+            if it is the variance itself, or None if they don't read it.
         learned: whether the model returns a variance besides its prediction.
         pure_noise: the standard deviation of the noise from which the loop starts.
     """
@@ -62,24 +63,25 @@ class LoopRows:
         return guide is not None and guide.unconditional is None and (guide.scale != 1 or self.guided)
 
 
-# Each entry keeps its sampler alive: a StepTable's id is in the cache key, and Python could give it to a new one.
+# An entry also has the option `sampler`. If that is a StepTable, its id is in the cache key; without the reference,
+# Python could free the table and give its id to a new one.
 LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
 
 def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
-    """Returns kept_loop_rows, after a check that the rows have what the options need."""
-    rows = kept_loop_rows(cache, process, options)
+    """cached_loop_rows(cache, process, options), after a check that the rows have the columns that the options need."""
+    rows = cached_loop_rows(cache, process, options)
     check_notes(process, options)
     _check_rows(rows, options)
     return rows
 
 
-def kept_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
+def cached_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
     """make_loop_rows(process, options), cached for the latest loops of the process.
 
     A second loop with the same options copies nothing to the device, so it can be captured in a CUDA graph.
     """
-    return cache.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
+    return cache.get_or_make(_cache_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
 def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
@@ -99,8 +101,11 @@ def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
         )
 
 
-def _key(options: LoopOptions) -> object:
-    """The cache key: the options that the rows depend on. It distinguishes 1, 1.0 and True, although they are equal."""
+def _cache_key(options: LoopOptions) -> object:
+    """The cache key: the options that the rows depend on.
+
+    It has the repr of numbers, since 1, 1.0 and True are equal but not all valid.
+    """
     sampler = id(options.sampler) if isinstance(options.sampler, StepTable) else repr(options.sampler)
     guidance, timesteps = options.guide, options.timesteps
     if not (timesteps is None or isinstance(timesteps, Tensor)):
@@ -121,6 +126,7 @@ def _key(options: LoopOptions) -> object:
 
 
 def _jumps(options: LoopOptions) -> Jumps | None:
+    """The jumps of RePaint's resampling, or None without resampling."""
     inpaint = options.inpaint
     return None if inpaint is None or inpaint.jump_n_sample == 1 else (inpaint.jump_length, inpaint.jump_n_sample)
 
@@ -151,11 +157,11 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
         scales[is_guided], unguided[is_guided] = float(guidance.scale), 0
     # Rows without guidance read the model's output as the unconditional output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
-    needs, levels = row_needs(table, scales), _levels(process, table)
+    needs, levels = row_needs(table, scales), _start_levels(process, table)
     _check_history(table, needs, skipped)
     device = KernelTables(table, scales, **({} if levels is None else {"start": levels}))
     deviation = 1.0 if levels is None else pure_noise(*levels[0].tolist())
-    variance, timesteps = _variance(process, table, learned), table.timestep.tolist()
+    variance, timesteps = _variance_kind(process, table, learned), table.timestep.tolist()
     return LoopRows(table, skipped, device, needs, timesteps, variance, process.variance_entry.learned, deviation)
 
 
@@ -168,7 +174,7 @@ def _skipped(steps: int, strength: float) -> int:
 
 
 def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, int]:
-    """The rows that the loop takes of a named sampler, and how many of the sampler's first steps it leaves out."""
+    """The rows of a named sampler without the first steps that `strength` leaves out, and how many it leaves out."""
     sampler = options.sampler
     if not isinstance(sampler, str):
         raise ValueError(f"sampler is {sampler!r}, expected a name such as 'ddpm' or 'dpmpp_2m', or a StepTable")
@@ -183,54 +189,55 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     if skipped and len(table) == len(grid) and not table.history:
         table = table[skipped:]
     elif skipped:
-        # A sampler of higher order has no history yet and starts at first order, like k-diffusion's with sigmas[k:].
+        # The rows are made for the remaining steps only: the first of them must not read history, so a sampler of
+        # higher order begins with order 1, like k-diffusion's with sigmas[k:].
         table = make(grid[skipped:], **arguments)
     return process.for_model(table if any_step else _for_schedule_steps(process, table)), skipped
 
 
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
-    """Converts rows for a model that predicts x0 to rows for the process's prediction, which depends on the step.
+    """Converts rows for a model that predicts x0 to rows for the process's prediction, which is "x_prev".
 
-    The only such prediction, "x_prev", is for one step of the schedule, even if the loop takes larger steps.
+    Such a model predicts the mean after one step of the schedule, even if the loop takes larger steps.
     """
     t = table.timestep
     if t.is_floating_point():
         raise ValueError(
             f"prediction is {process.prediction!r}, expected a sampler and a spacing with the schedule's own timesteps"
         )
-    of_x, of_m = (column[t] for column in process.prediction_entry.x0(process.levels))
+    x_factor, output_factor = (column[t] for column in process.prediction_entry.x0(process.levels))
     return replace(
         table,
-        a=table.a + table.b * of_x,
-        b=table.b * of_m,
-        c1=table.c1 + (table.c2 + table.cu) * of_x,
-        c2=table.c2 * of_m,
-        cu=table.cu * of_m,
+        a=table.a + table.b * x_factor,
+        b=table.b * output_factor,
+        c1=table.c1 + (table.c2 + table.cu) * x_factor,
+        c2=table.c2 * output_factor,
+        cu=table.cu * output_factor,
     )
 
 
 def _check_history(table: StepTable, needs: Sequence[RowNeeds], skipped: int) -> None:
     """Raises ValueError if a row reads a tensor of history that no earlier row of the loop keeps."""
-    count = 0
+    kept_count = 0
     for i, row in enumerate(needs):
         for slot, reads in enumerate(row.history, start=1):
-            if reads and count < slot:
+            if reads and kept_count < slot:
                 raise ValueError(
-                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {count} rows of the "
-                    "loop before it keep a tensor, expected 0"
+                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept_count} rows "
+                    "of the loop before it keep a tensor, expected 0"
                 )
-        count += row.keeps
+        kept_count += row.keeps
 
 
-def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
-    """How the rows read the model's variance output: "log", "direct", or None.
+def _variance_kind(process: Process, table: StepTable, learned: bool) -> str | None:
+    """LoopRows.variance: how the rows read the model's output for its variance, "log", "direct" or None.
 
     Args:
-        learned: whether it is known that they read it.
+        learned: whether the caller knows that they read it.
     """
     variance = process.variance_entry
     log = bool((table.l1 != 0).any())
-    # Rows that read the variance itself have s = 1: s multiplies the model's standard deviation.
+    # Rows that read the variance itself have s = 1, since s is a factor of the model's standard deviation.
     learned = learned or log or (variance.learned and not variance.logarithm and bool((table.s == 1).any()))
     if log and not variance.logarithm:
         raise ValueError(
@@ -242,7 +249,7 @@ def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
     return "log" if variance.logarithm else "direct"
 
 
-def _levels(process: Process, table: StepTable) -> Tensor | None:
+def _start_levels(process: Process, table: StepTable) -> Tensor | None:
     """The signal and noise where each row starts, (rows, 2): the table's levels, or the schedule's at its timesteps.
 
     None if the table has no levels and its timesteps are not the schedule's.
@@ -256,6 +263,7 @@ def _levels(process: Process, table: StepTable) -> Tensor | None:
 
 
 def _grid(process: Process, options: LoopOptions) -> Grid:
+    """The levels that a loop with these options visits."""
     steps, spacing = options.steps, options.spacing
     if options.timesteps is not None:
         if steps is not None or spacing is not None:

@@ -23,7 +23,7 @@ HISTORY = ("history1", "history2", "history3")
 
 @dataclass(frozen=True, eq=False)
 class StepCall:
-    """The buffers and arguments of a step. Rows with the same needs and the same buffers share one StepCall.
+    """The buffers and arguments of a step. Rows with the same needs and buffers share one StepCall.
 
     Attributes:
         needs: the needs of the rows.
@@ -49,10 +49,11 @@ class StepCall:
 
 
 class _Buffers(NamedTuple):
-    """The samples and the model's inputs: `x`, `once` and `twice` of a StepCall.
+    """One of the two sets of buffers for samples and the model's input: `x`, `once` and `twice` of a StepCall.
 
-    If the model's inputs have the dtype of the samples, `x`, `once` and the first half of `twice` share memory. A step
-    whose result the model gets as a doubled batch then writes it to `x` and to `second_half`, that half of `twice`.
+    If the model's input has the dtype of the samples, `x`, `once` and the first half of `twice` are the same memory. A
+    step before a guided one then writes its result twice: to `x`, and to `second_half`, the second half of `twice`.
+    Otherwise second_half is None.
     """
 
     x: Tensor
@@ -62,8 +63,14 @@ class _Buffers(NamedTuple):
 
     @classmethod
     def like(cls, x: Tensor, doubled: bool, dtype: torch.dtype) -> _Buffers:
+        """New buffers for samples like x.
+
+        Args:
+            doubled: whether the model gets the batch twice in some steps.
+            dtype: the dtype of the model's input.
+        """
         template = x.expand(2, *x.shape) if doubled else x
-        # Allocated in the pool of results (see ops.result_memory), which torch.cat does not use.
+        # empty_like takes memory from the pool of results (ops/result_memory.py).
         twice = empty_like(template) if dtype is x.dtype else torch.empty_like(template, dtype=dtype)
         once, second_half = twice, None
         if doubled:
@@ -74,29 +81,31 @@ class _Buffers(NamedTuple):
         return cls(empty_like(x), once, twice, None)
 
     def fill(self, x: Tensor) -> None:
-        twice, x = self.twice, x.detach()  # the steps write to these buffers without gradients
+        """Copies the samples x to all buffers."""
+        twice, x = self.twice, x.detach()  # the buffers must not require gradients, since the steps write to them
         (twice if len(twice) == len(x) else twice.unflatten(0, (-1, len(x)))).copy_(x)
         if self.once is not self.x:
             self.x.copy_(x)
 
-    def model_input(self, following: RowNeeds | None) -> Tensor | None:
-        """The tensor besides `x` to which a step writes these samples, as the model's input in the row `following`.
+    def model_input(self, next_needs: RowNeeds | None) -> Tensor | None:
+        """The tensor besides `x` to which a step writes these samples, as the model's input in the row of `next_needs`.
 
         None if no row follows, if it does not call the model, or if it reads the samples from `x` alone.
         """
-        if following is None or not following.calls_model:
+        if next_needs is None or not next_needs.calls_model:
             return None
         if self.once is not self.x:
-            return self.twice if following.guided else self.once
-        return self.second_half if following.guided else None
+            return self.twice if next_needs.guided else self.once
+        return self.second_half if next_needs.guided else None
 
 
 def _has_rows(value: object, rows: int) -> bool:
+    """Whether a value is a tensor whose first dimension has this size."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
 
 
 class LoopStep:
-    """Takes the steps of a loop one by one. The constructor allocates all memory but the model's.
+    """Takes the steps of a loop one by one. The constructor allocates all memory, except what the model allocates.
 
     Attributes:
         calls: the StepCall of each row.
@@ -132,12 +141,12 @@ class LoopStep:
         # Rows without noise run on kernels without noise, which have fewer branches and use fewer registers. With
         # inpainting, every row adds noise to the known part of the samples.
         steps, on_host = (tables.get("steps", device, dtype) for device in (x.device, torch.device("cpu")))
-        quiet = ops.TableStep(steps, on_host=on_host, clip=options.clip, add_noise=False)
+        noiseless = ops.TableStep(steps, on_host=on_host, clip=options.clip, add_noise=False)
         noisy = ops.TableStep(steps, on_host=on_host, clip=options.clip, rng=rng)
         noisy.check(x, None, 0)
-        self.calls = self._calls(rows, x, quiet, noisy)
+        self.calls = self._calls(rows, x, noiseless, noisy)
 
-    def _calls(self, rows: LoopRows, x: Tensor, quiet: Any, noisy: Any) -> list[StepCall]:
+    def _calls(self, rows: LoopRows, x: Tensor, noiseless: Any, noisy: Any) -> list[StepCall]:
         """Allocates the loop's buffers and assigns them to the rows.
 
         There are two buffers of samples, and two of predicted clean samples: a step reads one and writes the other.
@@ -154,12 +163,12 @@ class LoopStep:
             constant["known"], constant["mask"] = options.inpaint.tensors(x)
         if options.threshold is not None:
             constant |= {"quantile": options.threshold.quantile, "maximum": float(options.threshold.maximum)}
-        step_of = {False: noisy if options.inpaint is not None else quiet, True: noisy}
+        step_of = {False: noisy if options.inpaint is not None else noiseless, True: noisy}
         writes_input = self.doubled or self._dtype is not x.dtype
         by_key: dict[Any, StepCall] = {}
         calls = []
-        for needs, following in zip(rows.needs, [*rows.needs[1:], None], strict=True):
-            model_input = samples[1].model_input(following) if writes_input else None
+        for needs, next_needs in zip(rows.needs, [*rows.needs[1:], None], strict=True):
+            model_input = samples[1].model_input(next_needs) if writes_input else None
             key = needs, id(samples[0]), id(clean[0]), id(history[0]) if history else 0, id(model_input)
             if key not in by_key:
                 inputs = constant if model_input is None else constant | {"model_input": model_input}
@@ -181,8 +190,8 @@ class LoopStep:
         history: list[Tensor],
         constant: dict[str, Any],
     ) -> StepCall:
-        for_every_row = ("known", "mask", "model_input")
-        inputs = dict(constant) if needs.calls_model else {k: v for k, v in constant.items() if k in for_every_row}
+        always_passed = ("known", "mask", "model_input")
+        inputs = dict(constant) if needs.calls_model else {k: v for k, v in constant.items() if k in always_passed}
         inputs |= {name: history[i] for i, name in enumerate(HISTORY) if needs.history[i]}
         if needs.keeps:
             inputs["history_out"] = history[2]
@@ -254,7 +263,7 @@ class LoopStep:
         return output if type(output) is Tensor else unwrap(output)
 
     def restart(self, x: Tensor) -> None:
-        """Goes back to the first step with new samples, in the same buffers."""
+        """Writes new samples to the buffers of the first step, so that the loop can run again."""
         first = self.calls[0]
         _Buffers(first.x, first.once, first.twice, None).fill(x)
         if first.last_x0 is not None:

@@ -1,9 +1,9 @@
 """The variational bound of a sample's negative log-likelihood, in bits per dimension: Ho et al. 2020, eq. (5).
 
 The bound has one term for each timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the negative
-log-likelihood of the image's levels (eq. 13) for t = 0. The prior's term, KL(q(x_T | x_0) || N(0, 1)), does not depend
-on the model. A sample's term is the mean over its elements, divided by ln 2. It is float32 (float64 for float64
-samples).
+log-likelihood of the image's 8-bit values (eq. 13) for t = 0. The prior's term, KL(q(x_T | x_0) || N(0, 1)), does not
+depend on the model. A term of a sample is the mean over its elements, divided by ln 2. It is float32 (float64 for
+float64 samples).
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ class BitsPerDim(NamedTuple):
 
 
 def _mean_bits(nats: Tensor) -> Tensor:
+    """The mean over each sample's elements, converted from nats to bits, (batch,)."""
     return _mean_flat(nats) / math.log(2)
 
 
 def _mean_flat(values: Tensor) -> Tensor:
+    """The mean over each sample's elements, (batch,)."""
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
@@ -90,7 +92,7 @@ class LikelihoodMethods(ReverseMethods):
     ) -> VlbTerms:
         """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
-        At t = 0, the variance of "fixed_small" is replaced by that of t = 1, so that the log-likelihood is finite.
+        With the variance "fixed_small", t = 0 has the variance of t = 1, so that the log-likelihood is finite.
 
         Args:
             model: see GaussianDiffusion.
@@ -138,7 +140,8 @@ class LikelihoodMethods(ReverseMethods):
         return VlbTerms(output, pred_xstart)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """The prior's term, (batch,), in bits per dimension: the divergence of the last x_t from a loop's start noise.
+        """The prior's term, (batch,), in bits per dimension: KL(q(x_T | x_0) || p(x_T)), with p(x_T) the distribution
+        of the noise that sampling loops start from.
 
         Args:
             x_start: (batch, ...), of any float dtype.
@@ -188,7 +191,7 @@ class LikelihoodMethods(ReverseMethods):
             error = pred_xstart - x_start
             vlb.append(output)
             x_start_mse.append(_mean_flat(error**2))
-            # x_t is fixed, so the error of the noise is that of x_0 times the ratio of signal and noise in x_t.
+            # The predicted x_0 and noise add up to the same x_t, so the noise's error is x_0's times signal / noise.
             mse.append(_mean_flat((error * math.sqrt(levels[t] / (1 - levels[t]))) ** 2))
         terms = torch.stack(vlb, 1)
         total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)

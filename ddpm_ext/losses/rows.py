@@ -14,11 +14,11 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.weightings import check_given, names, weights
 
-CACHED = 8  # cache entries: rows of a caller's weights or of a factor of the bound, or of a scale of the perturbation
+CACHED = 8  # the most cached tables, each for a caller's weights, a factor of the bound or a scale of the perturbation
 
 
 def _log_variance(process: Process) -> Tensor:
-    """l0 and l1 of the log-variance l0 + l1 v of p(x_{t-1} | x_t), with the model's v: (timesteps, 2)."""
+    """l0 and l1 of the log-variance l0 + l1 v of p(x_{t-1} | x_t), with v the model's output for it: (timesteps, 2)."""
     cpu, dtype = process.betas.device, process.betas.dtype
     if process.variance_entry.learned:
         return process.tables.get("learned_log_variance", cpu, dtype)
@@ -27,9 +27,9 @@ def _log_variance(process: Process) -> Tensor:
 
 
 def _bound(process: Process) -> Tensor:
-    """The bound's columns, (timesteps, 4): l0, l1, the scale of the error, and 1 in the decoder's row. See
-    csrc/core/loss.h.
+    """The columns of a row for the variational bound, (timesteps, 4). csrc/core/loss.h has the equation.
 
+    The columns are l0, l1, the scale of the error, and a flag that is 1 for the decoder's term, at timestep 0, else 0.
     The means of the posterior and of the model differ by the model's error times mean_slope.
     """
     mean_slope = process.prediction_entry.mean_slope(process.levels) * process.magnitude_before
@@ -48,14 +48,15 @@ def _bound(process: Process) -> Tensor:
 
 
 def _rows(target: Tensor, weight: Tensor) -> Tensor:
+    """The rows for diffusion_loss, (timesteps, 4): the target's factors k0 and k1, the weight and a zero."""
     return torch.cat([target, torch.stack([weight, torch.zeros_like(weight)], 1)], 1)
 
 
 class LossRows:
-    """The rows of a process's losses, for each named weighting and for the latest weights of callers.
+    """The rows of the losses of a process: tables with the target and the weight of each timestep, on every device.
 
-    Rows of a caller's weights are made again when torch has written to the weights. The rows stay on the devices where
-    they were used.
+    The rows of named weightings are made once, and those of the last CACHED weights of callers are cached. A write to a
+    caller's weights, by an operator of torch, makes its rows outdated: `get` then makes new rows.
 
     Attributes:
         bounded: whether the variational bound is finite. With the prediction "eps" it is infinite if an alphas_cumprod
@@ -64,12 +65,15 @@ class LossRows:
     """
 
     def __init__(self, process: Process) -> None:
-        self._of = process.alphas_cumprod, process.prediction
+        self._alphas_and_prediction = process.alphas_cumprod, process.prediction
         self.bounded = process.prediction_entry.without_signal or bool(process.alphas_cumprod[-1] > 0)
-        target, self._names = torch.stack(process.prediction_entry.target(process.levels), 1), names(*self._of)
+        target, self._names = (
+            torch.stack(process.prediction_entry.target(process.levels), 1),
+            names(*self._alphas_and_prediction),
+        )
         self.needs_x_start, self.needs_noise = (target != 0).any(0).tolist()
-        named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
-        self._named = DeviceTables(**named, bound=_bound(process), noise=process.schedule.noise)
+        named_rows = {name: _rows(target, weights(*self._alphas_and_prediction, name)) for name in self._names}
+        self._named = DeviceTables(**named_rows, bound=_bound(process), noise=process.schedule.noise)
         self._by_key: BoundedCache[tuple[DeviceTables, object]] = BoundedCache(CACHED)
 
     def get(
@@ -83,17 +87,18 @@ class LossRows:
         """The rows of a weighting, (timesteps, 4): k0, k1, the weight and a zero; with a bound (timesteps, 8).
 
         Args:
-            error: whether the loss includes the weighted error of the prediction.
+            error: whether the loss includes the weighted error of the prediction. If not, the weight is 0.
             bound: the factor of a timestep's term of the variational bound in nats, or None for no bound.
 
-        Raises TypeError and ValueError as weightings.weights.
+        Raises:
+            TypeError, ValueError: see ddpm_ext.tables.weightings.weights.
         """
         if isinstance(weighting, Tensor):
-            check_given(self._of[0], weighting)
+            check_given(self._alphas_and_prediction[0], weighting)
         elif isinstance(weighting, str) and weighting in self._names and bound is None:
             return self._named.get(weighting, device, dtype)
         name: object = weighting if isinstance(weighting, str) else None
-        # Inference tensors have no version, so a later write to them could not be noticed: their rows are not cached.
+        # Rows of inference tensors are not cached: these have no version, so a later write could not be noticed.
         if isinstance(weighting, Tensor) and not (torch.compiler.is_compiling() or weighting.is_inference()):
             name = id(weighting), weighting._version
         key = None if name is None else (name, error, bound)
@@ -102,22 +107,23 @@ class LossRows:
     def _cached(
         self, key: Hashable, make: Callable[..., Tensor], keep_alive: object, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """make(device, dtype), cached by the key; with None as key, not cached.
+        """The result of make(device, dtype), cached by `key`, or not cached if `key` is None.
 
         Args:
-            keep_alive: the object whose id is in the key. The cache references it, because Python could give the id of
-                a dead object to a new one.
+            keep_alive: the object whose id is in the key. The cache references it: otherwise Python could free it and
+                give its id to a new object.
         """
         if torch.compiler.is_compiling():
-            # A compiled graph can't notice writes to the weights, so it makes the rows in each call. They are rounded
-            # at the end, as below, so that they have the same bits.
+            # A compiled graph can't notice writes to the weights, so it makes the rows in each call. Like cached rows,
+            # they are computed in float64 and then rounded, so that both have the same bits.
             return make(device, torch.float64).to(dtype)
         entry = None if key is None else self._by_key.get(key)
         if entry is None:
-            on_host = torch.device("cpu"), torch.float64
-            entry = new_entry = DeviceTables(rows=make(*on_host)), keep_alive
-            # Tensors that were created in a function transform or a fake mode can't be used after it.
-            if key is not None and is_plain(new_entry[0].get("rows", *on_host)):
+            in_float64 = torch.device("cpu"), torch.float64
+            entry = new_entry = DeviceTables(rows=make(*in_float64)), keep_alive
+            # Tensors that were created in a function transform or a fake mode can't be used after it, so they are not
+            # cached.
+            if key is not None and is_plain(new_entry[0].get("rows", *in_float64)):
                 entry = self._by_key.get_or_make(key, lambda: new_entry)
         return entry[0].get("rows", device, dtype)
 
@@ -128,16 +134,19 @@ class LossRows:
             rows = self._named.get(weighting, device, dtype)
         else:
             target = self._named.get("simple", device, dtype)[:, :2]
-            rows = _rows(target, weights(*self._of, weighting).to(device, dtype))
+            rows = _rows(target, weights(*self._alphas_and_prediction, weighting).to(device, dtype))
         if bound is None:
             return rows
         weight = rows[:, 2:3] if error else torch.zeros_like(rows[:, 2:3])
-        # Multiplied by ones, not filled in, so that torch.compile makes one graph for all factors.
+        # A product with ones, not torch.full: this way, torch.compile makes one graph for all values of `bound`.
         factor = torch.ones_like(weight) * bound
         return torch.cat([rows[:, :2], weight, factor, self._named.get("bound", device, dtype)], 1)
 
     def perturbation(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """1, and `scale` times the standard deviation of x_t's noise, (timesteps, 2)."""
+        """The rows with which forward_process adds an input perturbation to x_t, (timesteps, 2).
+
+        They are 1, and `scale` times the standard deviation of x_t's noise.
+        """
 
         def make(device: torch.device, dtype: torch.dtype) -> Tensor:
             noise = self._named.get("noise", device, dtype)

@@ -1,8 +1,8 @@
 """The log-probability of a sampler's steps, for policy gradients (Black et al. 2024, "DDPO"; Liu et al. 2025).
 
-A row's step is a draw from a normal distribution. If nothing is clipped, its mean is linear in x and the model's output
-m: mean = A x + B m. So the squared error of the next sample is B^2 times the squared error of m with the target
-(prev - A x) / B. This is the form of diffusion_loss, with prev and x in place of x_start and the noise.
+The step of a row draws from a normal distribution. Without a clip, its mean is linear in x and the model's output m:
+mean = A x + B m. So (prev - mean)^2 is B^2 times the squared error of m with the target (prev - A x) / B. The operator
+diffusion_loss computes such an error: prev and x take the places of x_start and the noise in its target.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
-CACHED = 8  # cache entries: the rows for a size of samples
+CACHED = 8  # the most cached tables, each for a number of elements of a sample
 REDUCTIONS = ("mean", "sum")
 
 
 class StepLogProb:
-    """ln p(prev | x, m) of the steps of a table, with m the model's output:
+    """Computes ln p(prev | x, m) of the steps of a table, with m the model's output:
 
         log_prob = StepLogProb(table, clip_denoised=False)
         log_prob(model(x, t), x, prev, row).mean().backward()
@@ -40,11 +40,12 @@ class StepLogProb:
 
     `GaussianDiffusion.step_log_prob` returns a StepLogProb for the options of a loop.
 
-    Without a clip, the values and the gradient are one launch; with a clip, another launch computes the mean. A
-    sample's bits depend neither on its batch nor on the other samples' rows. So a replay of a rollout has the bits of
-    the rollout, if the model's output has. In 16 bits prev is a rounded draw: keep x and prev in float32.
+    Without a clip, one launch computes the values and the gradient; with a clip, another launch computes the mean. The
+    bits of a sample's result depend neither on its batch nor on the other samples' rows. So a replay of a rollout has
+    the same bits as the rollout, if the model's output has. Store x and prev in float32: in 16 bits, prev would be a
+    rounded draw.
 
-    The table does not have further options of a loop. With guidance, pass the guided m. A cond_fn and inpainting are
+    Other options of a loop are not in the table. With guidance, pass the guided m. A cond_fn and inpainting are
     not supported, because they change the steps.
 
     Raises:
@@ -79,8 +80,8 @@ class StepLogProb:
         self.reduction: str = checks.one_of("reduction", reduction, REDUCTIONS)
         self._ops = BACKENDS[checks.one_of("backend", backend, BACKENDS)]
         self._dtype = None if backend == "reference" else torch.float32
-        self._of_output = self.table.c0 * self.table.b + self.table.c2
-        self._silent = ((self.table.s == 0) | (self._of_output == 0)).tolist()
+        self._output_factor = self.table.c0 * self.table.b + self.table.c2
+        self._without_log_prob = ((self.table.s == 0) | (self._output_factor == 0)).tolist()
         if not bool((self.table.s != 0).any()):
             raise ValueError("table has no row with noise, expected a sampler's that draws some, as ddim's with an eta")
         self._tables: BoundedCache[DeviceTables] = BoundedCache(CACHED)
@@ -92,14 +93,14 @@ class StepLogProb:
         """The log-probability of each sample's step from x to prev.
 
         Args:
-            model_output: m, (batch, ...), like x, or of a lower precision. Where guidance is used, the guided output.
-            x: where the step starts, (batch, ...), float32, float16 or bfloat16.
-            prev: the step's result, like x.
+            model_output: m, (batch, ...), like x, or of a lower precision. With guidance, the guided output.
+            x: the samples before the step, (batch, ...), float32, float16 or bfloat16.
+            prev: the samples after the step, like x.
             row: the table's row of each sample, int64 (batch,), or one int for all.
 
         Returns:
-            float32 (batch,) (float64 for the reference's float64 samples), differentiable once, in model_output. The
-            reference is differentiable in all three.
+            float32 (batch,) (float64 for the reference's float64 samples), differentiable once, in model_output. With
+            backend="reference" it is differentiable in model_output, x and prev.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; a row has
@@ -111,8 +112,8 @@ class StepLogProb:
         checks.like("model_output", model_output, "x", x, lower=True)
         self._check_rows(row, x)
         if self._dtype is not None and torch.is_grad_enabled():
-            for name, given in (("x", x), ("prev", prev)):
-                if given.requires_grad:
+            for name, tensor in (("x", x), ("prev", prev)):
+                if tensor.requires_grad:
                     raise ValueError(
                         f"{name} requires a gradient, expected none: detach it (backend='reference' has one)"
                     )
@@ -129,6 +130,7 @@ class StepLogProb:
         return squares + constant[row.clamp(0, len(constant) - 1) if isinstance(row, Tensor) else row]
 
     def _check_rows(self, row: int | Tensor, x: Tensor) -> None:
+        """Raises TypeError or ValueError for a row that is out of range or has no log-probability that depends on m."""
         rows = len(self.table)
         if isinstance(row, Tensor):
             checks.per_sample("row", row, len(x), x.device, rows - 1)
@@ -136,20 +138,23 @@ class StepLogProb:
         else:
             indices = [checks.integer("row", row, rows, f"{rows}, of which the table has {rows}")]
         for i in indices:
-            if self._silent[i]:
+            if self._without_log_prob[i]:
                 raise ValueError(
-                    f"row {i} has s {self.table.s[i]} and a weight of m of {self._of_output[i]}, expected both above 0 "
-                    "in size: its step is no random one that m decides"
+                    f"row {i} has s {self.table.s[i]} and a weight of m of {self._output_factor[i]}, expected both "
+                    "above 0 in size: its step is no random one that m decides"
                 )
 
     def _make(self, elements: int) -> DeviceTables:
-        """The rows for samples of this many elements. They contain this factor, because the loss is a mean."""
-        table, of_output = self.table, self._of_output
-        of_x = table.c0 * table.a + table.c1
+        """The tables for samples of this many elements, or of one element for the mean over elements.
+
+        The weights contain the number of elements, because diffusion_loss is a mean over elements.
+        """
+        table, output_factor = self.table, self._output_factor
+        x_factor = table.c0 * table.a + table.c1
         zeros, ones = torch.zeros_like(table.s), torch.ones_like(table.s)
         weight = -elements / (2 * table.s**2)
         return DeviceTables(
-            linear=torch.stack([1 / of_output, -of_x / of_output, weight * of_output**2, zeros], 1),
+            linear=torch.stack([1 / output_factor, -x_factor / output_factor, weight * output_factor**2, zeros], 1),
             mean=torch.stack([ones, zeros, weight, zeros], 1),
             steps=table.packed("cpu", torch.float64),
             constant=-elements * (table.s.log() + math.log(2 * math.pi) / 2),

@@ -1,9 +1,9 @@
 """Timestep samplers: the timesteps of a training iteration, and the weights of its losses.
 
-A sample's timestep depends on the seed, the iteration and the sample's place in the batch over all ranks, by the noise
-contract (stream 3, draw iteration, id place). So it does not depend on the number of ranks, nor on a division into
-smaller batches. The expectation of a loss times its timestep's weight is the mean over all timesteps. LogitNormal and
-Mode are exceptions: their density itself is meant to weight the loss, so all weights are 1.
+A sample's timestep depends on the seed, the iteration and the sample's index in the batch over all ranks. The noise
+contract draws it with stream 3, the iteration as draw and the index as sample id. So it does not depend on the number
+of ranks, nor on a division into smaller batches. The expectation of a loss times its timestep's weight is the mean over
+all timesteps. LogitNormal and Mode are exceptions: their density is meant to weight the loss, so all weights are 1.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.noise import STREAM_TIMESTEPS
 from ddpm_ext.ops.philox import philox4x32
 
-_PLACES = 2**56
+_INDICES = 2**56  # an index in the batch is below this limit of sample ids
 
 
-def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
-    """A uniform number for each place, float64 in (0, 1): (w0 + 1/2) / 2^32, with w0 Philox's first word."""
-    word = torch.zeros_like(places)
-    counter = torch.stack([word, word + iteration, places & 0xFFFFFFFF, (places >> 32) + (STREAM_TIMESTEPS << 24)], -1)
-    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=places.device)
+def _uniforms(seed: int, iteration: int, indices: Tensor) -> Tensor:
+    """A uniform number for each index, float64 in (0, 1): (w0 + 1/2) / 2^32, with w0 Philox's first word."""
+    word = torch.zeros_like(indices)
+    counter = torch.stack(
+        [word, word + iteration, indices & 0xFFFFFFFF, (indices >> 32) + (STREAM_TIMESTEPS << 24)], -1
+    )
+    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=indices.device)
     return (philox4x32(counter, key)[..., 0].double() + 0.5) / 2**32
 
 
@@ -75,8 +77,8 @@ class TimestepSampler:
             batch_size: the number of samples, at least 0.
             seed: 0 <= seed < 2^64.
             iteration: 0 <= iteration < 2^32.
-            first: the first sample's place in the batch over all ranks.
-            total: the size of that batch. None means first + batch_size.
+            first: the first sample's index in the batch over all ranks.
+            total: the size of the batch over all ranks. None means first + batch_size.
             device: the device of the results, which are computed on the CPU.
 
         Returns:
@@ -86,27 +88,28 @@ class TimestepSampler:
         Raises:
             TypeError, ValueError: an argument has a wrong type or is out of range.
         """
-        checks.integer("batch_size", batch_size, _PLACES, "2^56")
+        checks.integer("batch_size", batch_size, _INDICES, "2^56")
         checks.integer("seed", seed, 2**64, "2^64")
         checks.integer("iteration", iteration, 2**32, "2^32")
-        checks.integer("first", first, _PLACES, "2^56")
+        checks.integer("first", first, _INDICES, "2^56")
         stop = first + batch_size
-        total = checks.integer("total", stop if total is None else total, _PLACES, "2^56")
+        total = checks.integer("total", stop if total is None else total, _INDICES, "2^56")
         if stop > total:
             raise ValueError(f"first is {first} and batch_size {batch_size}, expected at most total, {total}, together")
         device = checks.device(device)
-        places = torch.arange(first, stop, device="cpu")
-        t, weights = self._pick(self._positions(places, total, seed, iteration))
+        indices = torch.arange(first, stop, device="cpu")
+        t, weights = self._pick(self._positions(indices, total, seed, iteration))
         return t.to(device), weights.to(device)
 
-    def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
-        """A number for each place, float64 in [0, 1); see _pick."""
-        return _uniforms(seed, iteration, places)
+    def _positions(self, indices: Tensor, total: int, seed: int, iteration: int) -> Tensor:
+        """A random number for each index, float64 in [0, 1), from which `_pick` selects a timestep."""
+        return _uniforms(seed, iteration, indices)
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The timesteps and weights of positions in [0, 1).
+        """The timesteps and weights at these positions in [0, 1).
 
-        The timesteps divide this interval into parts in proportion to their probabilities.
+        Each timestep has an interval in [0, 1) whose length is its probability. The intervals are in the order of the
+        timesteps.
         """
         t = (positions * self.timesteps).long().clamp(max=self.timesteps - 1)
         return t, torch.ones_like(t, dtype=torch.float32)
@@ -127,7 +130,7 @@ class TimestepSampler:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the result of state_dict. Raises ValueError if it is of another sampler."""
+        """Restores the result of state_dict. Raises ValueError if a sampler of another kind or size returned it."""
         if state:
             raise ValueError(
                 f"state has {', '.join(state)}, expected nothing, as a {type(self).__name__} learns nothing"
@@ -143,9 +146,10 @@ class Uniform(TimestepSampler):
 
 
 class LowDiscrepancy(TimestepSampler):
-    """Spreads the timesteps evenly over the batch: sample i of B is at (u + i / B) mod 1 of all timesteps, with one u.
+    """Spreads the timesteps of a batch evenly: sample i of B gets the timestep at the share (u + i / B) mod 1 of all
+    timesteps, with one uniform u for the batch.
 
-    Each sample's timestep is uniform, and each of B equal ranges of timesteps has one sample, so that the loss varies
+    The timestep of a single sample is uniform. Each of B equal ranges of timesteps gets one sample, so the loss varies
     less between iterations. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
 
     Examples:
@@ -154,9 +158,9 @@ class LowDiscrepancy(TimestepSampler):
         [250, 250, 250]
     """
 
-    def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
+    def _positions(self, indices: Tensor, total: int, seed: int, iteration: int) -> Tensor:
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        return (_uniforms(seed, iteration, first) + places.double() / max(total, 1)) % 1
+        return (_uniforms(seed, iteration, first) + indices.double() / max(total, 1)) % 1
 
 
 class _Weighted(TimestepSampler):
@@ -225,8 +229,9 @@ class LossSecondMoment(_Weighted):
         if not 0 < checks.real("uniform_probability", uniform_probability) <= 1:
             raise ValueError(f"uniform_probability is {uniform_probability}, expected 0 < uniform_probability <= 1")
         self.uniform_probability = float(uniform_probability)
-        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")  # ring buffers
-        self._counts = torch.zeros(self.timesteps, dtype=torch.int64, device="cpu")  # losses of each timestep so far
+        # For each timestep, a ring buffer of its last losses, and the number of its losses so far.
+        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")
+        self._counts = torch.zeros(self.timesteps, dtype=torch.int64, device="cpu")
 
     def probabilities(self) -> Tensor:
         uniform = super().probabilities()
@@ -272,13 +277,15 @@ class LossSecondMoment(_Weighted):
 
 
 class _Density(TimestepSampler):
-    """Draws a time in (0, 1), from little noise to much, by a density.
+    """Draws a time in (0, 1) by a density. Near 0 there is little noise, near 1 much.
 
     The times from k / timesteps to (k + 1) / timesteps belong to timestep k.
     """
 
     def _quantile(self, positions: Tensor) -> Tensor:
-        """The quantile function of the density: the times below which these probabilities lie, float64."""
+        """The quantile function of the density: for each of these probabilities p, the time below which a drawn time
+        lies with probability p, float64.
+        """
         raise NotImplementedError
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,8 +301,8 @@ class LogitNormal(_Density):
 
     Args:
         timesteps: the number of timesteps of the diffusion, at least 1.
-        logit_mean: finite. Above 0 there is more noise. In diffusers' training scripts it has the other sign, because
-            they index descending timesteps.
+        logit_mean: the mean of the logit, finite. Above 0, noisier timesteps are more frequent. In diffusers' training
+            scripts it has the opposite sign, because they index descending timesteps.
         logit_std: finite, above 0.
 
     Raises:
@@ -317,7 +324,8 @@ class LogitNormal(_Density):
 
     def probabilities(self) -> Tensor:
         ends = (torch.logit(self._edges()) - self.logit_mean) / self.logit_std
-        # Above the mean, the complementary probabilities are subtracted, so that no digits are lost.
+        # Above the mean, both probabilities are near 1, and their difference would lose digits. There the probabilities
+        # of the complements are subtracted.
         sign = torch.where(ends[:-1] > 0, -1.0, 1.0)
         low, high = (torch.special.ndtr(sign * end) for end in (ends[:-1], ends[1:]))
         return (high - low).abs()
@@ -348,12 +356,13 @@ class Mode(_Density):
             raise ValueError(f"mode_scale is {mode_scale}, expected -1 <= mode_scale <= 2 / (pi - 2)")
 
     def _quantile(self, positions: Tensor) -> Tensor:
-        """The paper's function at u = 1 - positions, which increases."""
+        """The function of the paper with u = 1 - positions, so that it increases with the position."""
         return positions - self.mode_scale * (torch.sin(math.pi / 2 * positions) ** 2 - positions)
 
     def probabilities(self) -> Tensor:
         edges = self._edges()
         low, high = torch.zeros_like(edges), torch.ones_like(edges)
+        # The quantile function has no inverse in closed form: bisection finds the probability below each edge.
         for _ in range(60):
             middle = (low + high) / 2
             below = self._quantile(middle) < edges
@@ -362,7 +371,7 @@ class Mode(_Density):
 
 
 def _of_all_ranks(value: Any) -> list[Any]:
-    """The `value` of every rank of torch.distributed, by rank; of this process alone without torch.distributed."""
+    """The `value` of every rank of torch.distributed, in the order of ranks; [value] if it is not initialized."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):

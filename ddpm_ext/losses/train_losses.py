@@ -1,4 +1,4 @@
-"""The training loss, in two launches besides those of the model."""
+"""train_losses, the training loss of a model: two launches besides those of the model."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ class LossMethods(Process):
         reduction: str = "mean",
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches.
+        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, Ho et al. 2020, eq. 14).
 
-        One launch makes x_t, the other the loss and its gradient. On a GPU the second launch draws the noise again. On
-        a CPU the noise is stored, and later overwritten by the gradient.
+        One launch makes x_t, another the loss and its gradient. On a GPU, the second launch draws the noise again. On a
+        CPU, the first launch stores the noise, and the second overwrites it with the gradient.
 
-        With a learned variance, a term of the variational bound is added: L_simple + vlb_weight L_vlb with the mean
-        detached (Nichol & Dhariwal 2021, eq. 16). The model then returns twice the channels.
+        With a learned variance, the model returns twice the channels, and a term of the variational bound is added:
+        L_simple + vlb_weight L_vlb, where L_vlb has no gradient in the mean (Nichol & Dhariwal 2021, eq. 16).
 
         Args:
             model: model(x_t, t, **model_kwargs) -> (batch, ...).
-            x_start: (batch, ...), in [-1, 1] by custom.
+            x_start: (batch, ...), usually in [-1, 1].
             t: int64 (batch,) or int, in [0, timesteps).
             noise, rng: see q_sample.
-            loss: "mse", "l1" or "huber". Or the variational bound alone, with a gradient in the mean as well. "vlb" is
-                the bound in bits per dimension, "rescaled_vlb" is `timesteps` times that. The mean of "rescaled_vlb"
-                over uniform t is the bound without the prior's term, which does not depend on the model.
+            loss: "mse", "l1" or "huber". Or only the variational bound, with a gradient in the mean as well: "vlb" is
+                the bound's term at t in bits per dimension, "rescaled_vlb" is `timesteps` times the term. The mean of
+                "rescaled_vlb" over uniform t is the bound without the prior's term, which does not depend on the model.
             delta: the difference up to which "huber" is quadratic, above 0.
             weighting: the weight of each timestep's error. "simple" (all the same), "min_snr" (Hang et al. 2023) or
-                another of ddpm_ext.tables.weightings. Or weights (timesteps,), which are read again when torch has
-                written to them. Writes that bypass torch are not noticed.
+                another of ddpm_ext.tables.weightings. Or weights (timesteps,), which are read again after a write to
+                them by torch. Writes that bypass torch are not noticed.
             vlb_weight: the weight of the bound, in bits per dimension, with a learned variance. At least 0.
-            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, for any stream
-                of rng), at least 0. The noise is then stored in a tensor.
+            offset_noise: standard deviation of the noise that all elements of a channel share, at least 0. Its stream
+                is 4, also if rng has a stream. If it is not 0, the noise is stored in a tensor.
             input_perturbation: standard deviation of further noise in x_t, relative to that of x_t's noise, at least 0
-                (Ning et al. 2023, "Input perturbation reduces exposure bias"). The target does not have this noise, of
-                stream 5 for any stream of rng. It takes one more launch.
+                (Ning et al. 2023, "Input perturbation reduces exposure bias"). The target does not have this noise. Its
+                stream is 5, also if rng has a stream. It takes one more launch.
             reduction: "mean" or "sum" of the samples' losses, or "none".
 
         Returns:
@@ -86,14 +86,14 @@ class LossMethods(Process):
             if type(number) is not float or not 0 <= number < math.inf:
                 checks.nonnegative(name, number)
         variance, ops = self.variance_entry, self.ops
-        kind, error, bound = loss, loss not in BOUNDS, None
-        if variance.learned or not error:
+        error_kind, has_error, bound = loss, loss not in BOUNDS, None
+        if variance.learned or not has_error:
             bound = self._bound_factor(variance, loss, weighting, vlb_weight)
-            kind = kind if error else "mse"
+            error_kind = error_kind if has_error else "mse"
         table = self.table("q_sample", "x_start", x_start)
-        rows = self._loss_rows.get(weighting, x_start.device, table.dtype, error, bound)
+        rows = self._loss_rows.get(weighting, x_start.device, table.dtype, has_error, bound)
         if noise is None and rng is None and (offset_noise or input_perturbation):
-            rng = fresh_rng(x_start.device)  # drawn here, because several launches need the same one
+            rng = fresh_rng(x_start.device)  # one seed for all launches of this call
         source: dict[str, Any] = {"noise": noise, "rng": rng}
         if offset_noise:
             source = {"noise": _offset_noise(self, x_start, t, noise, rng, offset_noise), "rng": None}
@@ -104,11 +104,11 @@ class LossMethods(Process):
             t,
             x_start.device,
             **source,
-            loss=kind,
+            loss=error_kind,
             delta=delta,
             reduction=reduction,
             variational=variational,
-            detach_mean=variational and error,
+            detach_mean=variational and has_error,
         )
         keep_noise = self._loss_rows.needs_noise and not variance.learned and torch.is_grad_enabled()
         x_t = step.noised(x_start, table, keep_noise)
@@ -139,7 +139,7 @@ class LossMethods(Process):
 def _offset_noise(
     process: Process, x: Tensor, t: int | Tensor, noise: Tensor | None, rng: Philox | None, scale: float
 ) -> Tensor:
-    """The noise of the forward process, plus one normal for each channel."""
+    """The noise of the forward process, plus `scale` times one normal for each channel of each sample."""
     if noise is not None or rng is None:
         raise ValueError("offset_noise is given with noise, expected noise that has its offset already")
     check_rng(rng)

@@ -21,7 +21,8 @@ class Classes:
     """The classes of a model, by number.
 
     names: the names of the classes 0, 1, and so on.
-    null: the null class, for samples without a class, which classifier-free guidance needs. None if there is none.
+    null: the number of the null class, for samples without a class, which classifier-free guidance needs. None if the
+        model has no such class.
 
     Examples:
         >>> from ddpm_ext.models import Classes
@@ -35,17 +36,20 @@ class Classes:
     """
 
     names: tuple[str, ...]
-    null: int | Any = None  # "| Any": as LoadedModel.classes
+    null: int | Any = None  # "| Any", so that callers with guidance need no check for None
 
     @classmethod
     def of_labels(cls, names: Sequence[str], dropout: float) -> Classes:
-        """The classes of a model trained on images with these labels. If a share of the labels is dropped, the null
-        class is the number after the last."""
+        """The classes of a model trained on images with these labels.
+
+        dropout: the share of labels that training drops. If it is not 0, the null class is the number after the last
+            class.
+        """
         return cls(tuple(names), len(names) if dropout else None)
 
     @property
     def embeddings(self) -> int:
-        """The number of class embeddings that the model needs, the null class included."""
+        """The number of class embeddings that the model needs, with the null class."""
         return max(len(self.names), -1 if self.null is None else self.null + 1)
 
     def find(self, name_or_number: str) -> int:
@@ -54,15 +58,15 @@ class Classes:
             return self.names.index(name_or_number)
         if name_or_number.isdecimal() and int(name_or_number) < len(self.names):
             return int(name_or_number)
-        few = ", ".join(self.names[:_SHOWN]) + (", ..." if len(self.names) > _SHOWN else "")
-        raise ValueError(f"class: got {name_or_number}, expected 0 to {len(self.names) - 1} or a name: {few}")
+        some_names = ", ".join(self.names[:_SHOWN]) + (", ..." if len(self.names) > _SHOWN else "")
+        raise ValueError(f"class: got {name_or_number}, expected 0 to {len(self.names) - 1} or a name: {some_names}")
 
     def labels_of(self, samples: range, chosen: Sequence[int] = ()) -> Tensor:
-        """The classes of samples by their ids, (samples,) int64: sample i has chosen[i mod len(chosen)].
+        """The classes of the samples with these ids, (samples,) int64: sample i has chosen[i mod len(chosen)].
 
-        Classes depend only on the ids, so that a sample has the same class in any batch and on any rank.
+        A class depends only on the sample's id, so that it is the same in any batch and on any rank.
 
-        chosen: numbers of classes, empty for all classes.
+        chosen: the numbers of the classes to assign. If it is empty, all classes are assigned in turn.
         """
         cycle = torch.tensor(chosen or range(len(self.names)), device="cpu")
         ids = samples.start + samples.step * torch.arange(len(samples), device="cpu")
@@ -75,8 +79,8 @@ class Classes:
 
         Args:
             samples, chosen: see labels_of.
-            guided: whether there is classifier-free guidance. Then the model gets the batch twice, first with the null
-                class and then with the samples' classes, so that the labels are (2 samples,).
+            guided: whether the loop has classifier-free guidance. Then the model gets the batch twice, first with the
+                null class and then with the samples' classes, so that the labels are (2 samples,).
             device: the device of the samples.
 
         Raises:

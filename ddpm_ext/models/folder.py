@@ -1,9 +1,9 @@
-"""Loads and saves denoisers in diffusers' layout; two of them, "digits" and "shapes", are in the package.
+"""Loads and saves denoisers in folders with diffusers' layout. The models "digits" and "shapes" are in the package.
 
-A folder holds config.json, diffusion_pytorch_model.safetensors and scheduler_config.json, and for a class-conditional
-model classes.json. In the folder of a pipeline, scheduler_config.json is in scheduler/; the other files are in unet/,
-or for a DiTTransformer2DModel in transformer/. The folders unet/ and transformer/ can also be loaded by themselves,
-with the pipeline's scheduler. For a model of latents, vae/ holds an AutoencoderKL.
+A folder has config.json, diffusion_pytorch_model.safetensors and scheduler_config.json, and for a class-conditional
+model classes.json. In the folder of a pipeline, scheduler_config.json is in scheduler/, and the other files are in
+unet/, or in transformer/ for a DiTTransformer2DModel. If the path of a pipeline's unet/ or transformer/ is loaded, the
+settings come from the pipeline's scheduler/. For a model of latents, vae/ has an AutoencoderKL.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ SCHEDULER = "scheduler_config.json"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for.
+    """A denoiser for sampling, with the settings of the diffusion that it was trained for.
 
     unet: a UNet2DModel, or a DiTTransformer2DModel.
-    classes: the classes of a class-conditional model, which is called with class_labels, or None for another model.
-    shape: (channels, height, width) of one sample, as the denoiser takes it.
-    clip: whether samples are in [-1, 1], for a loop's clip_denoised. Latents are not.
-    decoder: for a model of latents, decoder(latents) returns their images. None if there is no vae/.
+    settings: the arguments of GaussianDiffusion.
+    folder: the folder that it was loaded from.
+    classes: the classes of a class-conditional model, which is called with class_labels. None for another model.
+    shape: (channels, height, width) of one sample, in the space of the denoiser.
+    clip: whether samples are in [-1, 1], to be passed as a loop's clip_denoised. It is False for latents.
+    decoder: for a model of latents, decoder(latents) returns their images. None if the folder has no vae/.
 
     Examples:
         >>> digits = load_model("digits")
@@ -63,7 +65,7 @@ class LoadedModel:
     unet: UNet2DModel
     settings: DiffusionSettings
     folder: Path
-    classes: Classes | Any = None  # "| Any": a caller with a class-conditional model needs no check for None
+    classes: Classes | Any = None  # "| Any", so that callers with a class-conditional model need no check for None
     shape: tuple[int, int, int] = field(kw_only=True)
     clip: bool = field(default=True, kw_only=True)
     decoder: LatentDecoder | None = field(default=None, kw_only=True)
@@ -75,7 +77,7 @@ class LoadedModel:
 
     @property
     def embeddings(self) -> int:
-        """The number of class embeddings, the null class included; 0 for an unconditional model."""
+        """The number of class embeddings, with the null class; 0 for an unconditional model."""
         return embeddings_of(self.unet.config, type(self.unet).__name__) or 0
 
     @property
@@ -107,22 +109,22 @@ class LoadedModel:
 def load_model(
     source: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Loads a model from a local folder in diffusers' layout; nothing is downloaded.
+    """Loads a model from a local folder in diffusers' layout. Nothing is downloaded.
 
     A DiT whose output has twice the sample's channels was trained to predict its variance, so its variance is
-    `learned_range`; diffusers' DiTPipeline drops this half of the output. Sample latents with
-    `clip_denoised=model.clip`.
+    `learned_range`. (diffusers' DiTPipeline drops this half of the output.) To sample latents, pass
+    `clip_denoised=model.clip` to the loop.
 
     Args:
         source: the folder, or "digits" or "shapes", the models in this package.
-        device, dtype: of the model's weights.
+        device, dtype: the device and dtype of the model's weights.
 
     Returns:
         The model in evaluation mode, without gradients, and its diffusion's settings.
 
     Raises:
-        ValueError: the folder or a file in it is missing, damaged or pickled, or can't be sampled from: another
-            architecture, latents of another autoencoder, a scheduler that is not a Gaussian diffusion's.
+        ValueError: the folder or a file in it is missing, damaged or pickled; or the model is not supported, because
+            its architecture, its autoencoder or its scheduler is not.
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
@@ -141,14 +143,14 @@ def load_model(
     for part in ("vqvae", "movq"):
         if (folder / part).is_dir():
             raise ValueError(f"model: {folder} samples in a latent space ({part}/), expected an AutoencoderKL in vae/")
-    inner = folder_of_denoiser(folder)
-    config = read_json(inner / CONFIG)
-    check_supported(config, inner / CONFIG)
-    (settings, clip), classes = _find_settings(folder), _find_classes(inner, config)
-    unet = load_module(lambda where: build_unet(config, str(inner / CONFIG), where), inner)
+    model_folder = folder_of_denoiser(folder)
+    config = read_json(model_folder / CONFIG)
+    check_supported(config, model_folder / CONFIG)
+    (settings, clip), classes = _find_settings(folder), _find_classes(model_folder, config)
+    unet = load_module(lambda device_name: build_unet(config, str(model_folder / CONFIG), device_name), model_folder)
     # The model's method to() would warn about low precision even if all modules support it.
     torch.nn.Module.to(unet, device=device, dtype=dtype)
-    check_finite(unet, inner / WEIGHTS)
+    check_finite(unet, model_folder / WEIGHTS)
     shape = shape_of(unet)
     if kind_of(config) == DIT and unet.out_channels == 2 * shape[0] and not VARIANCES[settings.variance].learned:
         settings = replace(settings, variance="learned_range")
@@ -158,8 +160,10 @@ def load_model(
 
 
 def model_sha256(model: LoadedModel) -> str:
-    """The SHA-256 of the architecture, the weights and the diffusion. It depends neither on the folder's path nor on
-    vae/."""
+    """The SHA-256 of the architecture, the weights and the diffusion's settings.
+
+    It depends neither on the folder's path nor on vae/.
+    """
     digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     update_hash(digest, folder_of_denoiser(model.folder))
     return digest.hexdigest()
@@ -176,27 +180,27 @@ def save_model(
 ) -> None:
     """Writes `unet`, with weights rounded to `dtype`, the configuration of its scheduler, and its classes to `folder`.
 
-    clip: whether samples are in [-1, 1]. Latents are not.
-
     diffusers reads the files with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
+
+    clip: whether samples are in [-1, 1], which is False for latents.
 
     Examples:
         >>> digits = load_model("digits")
         >>> save_model(digits.unet, digits.settings, "copy-of-digits")
     """
-    target, scheduler = Path(folder), settings.to_scheduler_config(clip=clip)
-    write_weights(unet, target / WEIGHTS, dtype)
-    files.write_text(target / CONFIG, unet.to_json_string())
-    files.write_json(target / SCHEDULER, scheduler)
+    folder_path, scheduler = Path(folder), settings.to_scheduler_config(clip=clip)
+    write_weights(unet, folder_path / WEIGHTS, dtype)
+    files.write_text(folder_path / CONFIG, unet.to_json_string())
+    files.write_json(folder_path / SCHEDULER, scheduler)
     if classes is not None:
-        classes.save(target)
+        classes.save(folder_path)
 
 
 def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
     """The classes of the model in `folder`, or None for an unconditional model.
 
-    Without a classes.json, as in a folder that another program has written, the names are numbers; then only a DiT has
-    a null class.
+    If the folder has no classes.json, since another program has written it, the names of the classes are their numbers,
+    and only a DiT has a null class.
     """
     kind = kind_of(config)
     count, path = embeddings_of(config, kind), folder / CLASSES
@@ -212,7 +216,7 @@ def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
 
 
 def _find_settings(folder: Path) -> tuple[DiffusionSettings, bool]:
-    """The diffusion's settings, and whether samples are clipped."""
+    """The diffusion's settings, and whether samples are clipped, from the scheduler's configuration."""
     has_decoder = (folder / VAE).is_dir()
     candidates = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
     if folder.resolve().name in FOLDERS.values():  # a pipeline's unet/ or transformer/

@@ -11,17 +11,21 @@ from ddpm_ext.models.stored import make_from_config
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 FOLDERS = {UNET: "unet", DIT: "transformer"}
-"""The sub-folder of a pipeline that has the denoiser, by diffusers' class."""
+"""{diffusers' class of the denoiser: the sub-folder of a pipeline that has it}."""
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
 
 def folder_of_denoiser(folder: Path) -> Path:
-    """A pipeline's unet/ or transformer/; otherwise the folder itself."""
+    """The folder with the denoiser: unet/ or transformer/ in a pipeline's folder, otherwise `folder` itself."""
     return next((folder / name for name in FOLDERS.values() if (folder / name).is_dir()), folder)
 
 
 def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
-    """The class that a configuration describes. Raises ValueError, naming `name`, if it is not in FOLDERS."""
+    """The name of diffusers' class that a configuration describes.
+
+    Raises:
+        ValueError: the class is not in FOLDERS; the message names `name`.
+    """
     kind = config.get("_class_name", UNET)
     if kind not in tuple(FOLDERS):
         raise ValueError(f"model: {name} describes a {kind}, expected a UNet2DModel or a DiTTransformer2DModel")
@@ -29,7 +33,7 @@ def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
 
 
 def embeddings_of(config: Mapping[str, Any], kind: str) -> int | None:
-    """The number of a model's class embeddings; None: it has no classes. A DiT's last class is the null class."""
+    """The number of a model's class embeddings; None if it has no classes. A DiT's last class is the null class."""
     if kind == DIT:
         return int(config.get("num_embeds_ada_norm", limits.DIT["num_embeds_ada_norm"])) + 1
     count: int | None = config.get("num_class_embeds")
@@ -46,22 +50,24 @@ def shape_of(network: Any) -> tuple[int, int, int]:
 def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
     """Builds a UNet2DModel, or a DiTTransformer2DModel if `_class_name` asks for it, with random weights on `device`.
 
-    In training, the blocks of diffusers' DiT drop labels, each block by other random numbers. Here they don't.
+    In training mode, each block of diffusers' DiT drops labels at random, independently of the other blocks. The model
+    that this function returns drops none.
 
     Raises:
-        ValueError: diffusers can't build a model from `config`, or the model would take more memory or time than models
-            of images do. The check itself takes no such memory. The message names `name`.
+        ValueError: diffusers can't build a model from `config`, or the model is beyond the limits in limits.py, which
+            is found out on the meta device, without using memory. The message names `name`.
     """
-    planned = _make(config, name, "meta")
-    limits.check_weights(planned, name)
-    if planned.config.sample_size is not None:
-        check_size(planned, shape_of(planned)[1:], name)
-    return planned if device == "meta" else _make(config, name, device)
+    on_meta = _make(config, name, "meta")
+    limits.check_weights(on_meta, name)
+    if on_meta.config.sample_size is not None:
+        check_size(on_meta, shape_of(on_meta)[1:], name)
+    return on_meta if device == "meta" else _make(config, name, device)
 
 
 def check_size(network: Any, size: tuple[int, int], name: str) -> None:
-    """Raises ValueError, naming `name`, if samples of this (height, width) don't fit the network, or take too much
-    memory or time."""
+    """Raises ValueError, naming `name`, if the network can't take samples of this (height, width), or if they take too
+    much memory or time.
+    """
     if type(network).__name__ == UNET:
         limits.check_unet(network, size, name)
     elif size != shape_of(network)[1:]:
@@ -76,14 +82,15 @@ def _make(config: dict[str, Any], name: str, device: str) -> Any:
         limits.check_layers(config, name)
     network = make_from_config(kind, config, name, device)
     for module in network.modules():
-        if hasattr(module, "token_drop"):  # diffusers' LabelEmbedding
+        if hasattr(module, "token_drop"):  # diffusers' LabelEmbedding, which drops labels in training mode
             module.dropout_prob = 0.0
     return network
 
 
 def check_supported(config: dict[str, Any], path: Path) -> None:
-    """Raises ValueError, naming `path`, unless `config` describes a UNet2DModel or a DiTTransformer2DModel that can be
-    sampled."""
+    """Raises ValueError, naming `path`, unless `config` describes a UNet2DModel or DiTTransformer2DModel with options
+    that this package supports.
+    """
     if kind_of(config, path) == DIT:
         limits.check_transformer(config, str(path))
         return

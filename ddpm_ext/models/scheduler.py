@@ -1,4 +1,4 @@
-"""Reads diffusers' scheduler_config.json into the arguments of GaussianDiffusion, and writes it from them."""
+"""Converts diffusers' scheduler_config.json to the arguments of GaussianDiffusion, and these to a configuration."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ddpm_ext.tables import schedules
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.variances import peer_variances
 
-# From diffusers' names to the names of GaussianDiffusion.
+# {diffusers' name: the name in GaussianDiffusion}
 _PREDICTIONS = peer_predictions("diffusers")
 _VARIANCES = peer_variances("diffusers")
 # Schedulers with the same forward process: a model that was trained with one of them can be sampled with any of them.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-# The scheduler of rectified flow, for which beta_schedule and prediction are "flow". Entries of its configuration that
-# change the levels must have these values.
+# The scheduler of rectified flow, for which beta_schedule and prediction are "flow". The entries of its configuration
+# in _FLOW_DEFAULTS change the levels, so they must have the values there.
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _FLOW_DEFAULTS = {
     "shift": 1.0,
@@ -32,9 +32,9 @@ _FLOW_DEFAULTS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
-# Entries that only affect the loop: the entry, the value that it must have, and the clip_denoised to pass to the loop
-# in place of another value.
-_OF_LOOP: tuple[tuple[str, object, str], ...] = (
+# Entries that affect only the loop, not the diffusion: the entry, the value that it must have, and, for an error about
+# another value, the argument clip_denoised of a loop with the same effect.
+_LOOP_ENTRIES: tuple[tuple[str, object, str], ...] = (
     ("thresholding", False, "DynamicThreshold(...)"),
     ("clip_sample_range", 1.0, "(low, high)"),
 )
@@ -45,7 +45,7 @@ _MOST_TIMESTEPS = 1_000_000
 class DiffusionSettings:
     """The diffusion that a model was trained for, as arguments of GaussianDiffusion.
 
-    beta_schedule: a name that GaussianDiffusion knows, or the betas themselves.
+    beta_schedule: the name of one of GaussianDiffusion's schedules, or the betas.
     """
 
     timesteps: int = 1000
@@ -117,7 +117,8 @@ class DiffusionSettings:
             "clip_sample_range": 1.0,
         }
         if self.beta_schedule == "linear":
-            # The ends of 1,000 timesteps, scaled to this number of timesteps, as in tables.schedules.
+            # The first and the last beta for 1,000 timesteps, scaled to this number of timesteps, as in
+            # tables.schedules.
             scale = 1000 / self.timesteps
             return config | {"beta_schedule": "linear", "beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
         return config | {"beta_schedule": "linear", "trained_betas": self.diffusion().betas.tolist()}
@@ -126,25 +127,25 @@ class DiffusionSettings:
 def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
     """Reads the settings from a diffusers scheduler's configuration; missing entries have diffusers' defaults.
 
-    timestep_spacing and steps_offset are not read: which timesteps a shorter loop visits is an argument of the sampler.
+    timestep_spacing and steps_offset are not read, since p_sample_loop's options choose the timesteps of a loop.
 
     Raises:
-        ValueError: the scheduler is of another kind, or an entry is damaged, or it asks for something that
-            GaussianDiffusion does not support. The message names `name`.
+        ValueError: the scheduler's class is not supported, an entry is damaged, or GaussianDiffusion does not support
+            its value. The message names `name`.
     """
     kind = config.get("_class_name", "DDPMScheduler")
     if kind == _FLOW:
         return _read_flow(config, name)
     if kind not in _SCHEDULERS:
         raise ValueError(f"model: {name} is for a {kind}, expected one of {', '.join((*_SCHEDULERS, _FLOW))}")
-    for entry, value, instead in _OF_LOOP:
+    for entry, value, instead in _LOOP_ENTRIES:
         actual = config.get(entry, value)
         if actual != value:
             raise ValueError(
                 f"model: {name} has {entry} {actual!r}, expected {value!r}; pass clip_denoised={instead} to "
                 "p_sample_loop instead"
             )
-    prediction = _ours(config, name, "prediction_type", "epsilon", _PREDICTIONS)
+    prediction = _translated(config, name, "prediction_type", "epsilon", _PREDICTIONS)
     variance, schedule = _variance(config, name), config.get("beta_schedule", "linear")
     if schedule not in _SCHEDULES and config.get("trained_betas") is None:
         raise ValueError(f"model: {name} has beta_schedule {schedule!r}, expected one of {', '.join(_SCHEDULES)}")
@@ -166,7 +167,7 @@ def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
     clip = config.get("clip_sample", default)
     if not isinstance(clip, bool):
         raise ValueError(f"model: {name} has clip_sample {clip!r}, expected true or false")
-    # diffusers' PNDMScheduler ignores the entry.
+    # diffusers' PNDMScheduler ignores clip_sample.
     return default if config.get("_class_name") == "PNDMScheduler" else clip
 
 
@@ -185,10 +186,10 @@ def _count(config: dict[str, Any], name: str) -> int:
 
 
 def _variance(config: dict[str, Any], name: str) -> str:
-    return _ours(config, name, "variance_type", "fixed_small", _VARIANCES)
+    return _translated(config, name, "variance_type", "fixed_small", _VARIANCES)
 
 
-def _ours(config: dict[str, Any], name: str, entry: str, default: str, known: dict[str, str]) -> str:
+def _translated(config: dict[str, Any], name: str, entry: str, default: str, known: dict[str, str]) -> str:
     theirs = config.get(entry, default)
     if theirs not in tuple(known):
         raise ValueError(f"model: {name} has {entry} {theirs!r}, expected one of {', '.join(known)}")
@@ -196,7 +197,7 @@ def _ours(config: dict[str, Any], name: str, entry: str, default: str, known: di
 
 
 def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:
-    """The betas, (timesteps,) float64. diffusers computes the same numbers in float32."""
+    """The betas of a configuration, (timesteps,) float64. diffusers computes them in float32."""
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu").flatten()

@@ -1,4 +1,4 @@
-"""The files of a model's folder, a configuration and weights, which may be damaged or untrusted."""
+"""Reads and writes the files of a model's folder: its configuration and weights, which may be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def make_from_config(kind: str, config: Mapping[str, Any], name: str, device: str) -> Any:
-    """Makes a module of diffusers' class `kind` with random weights on a device. The caller checks the configuration
-    before.
+    """Makes a module of diffusers' class `kind` with random weights on a device.
+
+    The caller has checked that the configuration stays within the limits in limits.py.
 
     Raises:
-        ValueError: diffusers can't make it; the message names `name`. MissingExtra: diffusers is not installed.
+        ValueError: diffusers can't make the module; the message names `name`.
+        MissingExtra: diffusers is not installed.
     """
-    maker = getattr(require("diffusers", "the model"), kind)  # outside of `try`: import errors are not about the config
+    maker = getattr(require("diffusers", "the model"), kind)  # before `try`: an import error is not the config's fault
     try:
         with torch.device(device):
             return maker.from_config(config)
@@ -34,8 +36,8 @@ def make_from_config(kind: str, config: Mapping[str, Any], name: str, device: st
 def load_module(make: Callable[[str], Any], folder: Path) -> Any:
     """Makes a module with the weights in `folder`, on the CPU, in evaluation mode and without gradients.
 
-    make: makes the module on a device. It is called with "meta" first, since a configuration may ask for more memory
-        than the machine has.
+    make: make(device) returns the module with any weights. Its first call is for the device "meta", where names and
+        shapes are compared with the file's, since the configuration's module may not fit in memory.
 
     Raises:
         ValueError: the weights are missing, damaged, not finite, or those of another module.
@@ -125,7 +127,7 @@ def one_line(error: BaseException) -> str:
 def write_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
     """Writes a module's state dict as safetensors, with floating-point tensors rounded to `dtype`."""
     to_bytes = require("safetensors.torch", "writing model files").save
-    # safetensors refuses tensors that share memory, such as tied weights, so each is copied.
+    # The tensors are copied, because safetensors refuses tensors that share memory, such as tied weights.
     weights = {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
         for name, value in module.state_dict().items()

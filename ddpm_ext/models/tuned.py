@@ -1,6 +1,7 @@
-"""Step tables in a model's folder that were tuned to the model.
+"""Finds and writes the step tables in a model's folder that were tuned to the model.
 
-tuned/6.json is for 6 calls of the model without guidance, tuned/6-guidance-2.5.json for 6 calls with guidance 2.5.
+For example, tuned/6.json is for 6 calls of the model without guidance, and tuned/6-guidance-2.5.json for 6 calls with a
+guidance scale of 2.5.
 """
 
 from __future__ import annotations

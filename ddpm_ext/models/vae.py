@@ -1,4 +1,4 @@
-"""Decodes latents into images, with an AutoencoderKL in a folder of diffusers."""
+"""Decodes latents to images with diffusers' AutoencoderKL, from the folder vae/ of a pipeline."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ddpm_ext.models import limits
 from ddpm_ext.models.stored import CONFIG, load_module, make_from_config, read_json, update_hash
 
 FOLDER = "vae"
-_LARGEST = 1_000_000
+_LARGEST = 1_000_000  # the limit of scaling_factor and shift_factor in size
+# {entry of the configuration: the only kind of block that it may have}; limits.check_decoder counts these blocks' work.
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
 @dataclass(frozen=True)
 class LatentDecoder:
-    """Decodes latents into images; a call takes and returns (batch, channels, height, width).
+    """Decodes latents to images. A call takes and returns a batch, (batch, channels, height, width).
 
-    vae: diffusers' AutoencoderKL, in float32, since the usual ones overflow in 16 bits.
-    scale, shift: latents are the autoencoder's latents minus `shift`, times `scale`.
+    vae: diffusers' AutoencoderKL, in float32, since activations of the usual ones overflow in 16 bits.
+    scale, shift: the denoiser's latents are (the autoencoder's latents - shift) * scale.
     shape: (channels, height, width) of an image.
-    folder: the autoencoder's folder.
+    folder: the folder with the autoencoder's files.
     """
 
     vae: Any
@@ -36,8 +37,10 @@ class LatentDecoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """The images, about in [-1, 1], float32. They are decoded one by one, so that memory does not grow with the
-        batch."""
+        """The images, float32, approximately in [-1, 1].
+
+        They are decoded one by one, so that memory does not grow with the batch.
+        """
         return torch.cat([self.vae.decode(latent[None].float() / self.scale + self.shift).sample for latent in latents])
 
     def sha256(self) -> str:
@@ -48,35 +51,40 @@ class LatentDecoder:
 
 
 def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> LatentDecoder | None:
-    """The decoder in vae/ of a model's folder; None if there is no vae/.
+    """The decoder in vae/ of a model's folder; None if the folder has no vae/.
 
     shape: (channels, height, width) of the latents.
 
     Raises:
-        ValueError: the files are missing, damaged or of another architecture, or ask for too much memory or time.
+        ValueError: the files are missing, damaged or of another architecture, or decoding would take too much memory or
+            time.
     """
-    inner = folder / FOLDER
-    if not inner.is_dir():
+    vae_folder = folder / FOLDER
+    if not vae_folder.is_dir():
         return None
-    name = str(inner / CONFIG)
-    config = read_json(inner / CONFIG)
+    name = str(vae_folder / CONFIG)
+    config = read_json(vae_folder / CONFIG)
     _check_supported(config, name, shape[0])
 
-    def make(where: str) -> Any:
+    def make(device_name: str) -> Any:
         limits.check_layers(config, name)
-        vae_on_device = make_from_config("AutoencoderKL", config, name, where)
-        if where == "meta":
+        vae_on_device = make_from_config("AutoencoderKL", config, name, device_name)
+        if device_name == "meta":
             limits.check_weights(vae_on_device, name)
             limits.check_decoder(vae_on_device, shape[1:], name)
         return vae_on_device
 
-    vae = load_module(make, inner).to(device)
+    vae = load_module(make, vae_folder).to(device)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    of_image = (vae.config.out_channels, shape[1] * factor, shape[2] * factor)
-    return LatentDecoder(vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0, of_image, inner)
+    image_shape = (vae.config.out_channels, shape[1] * factor, shape[2] * factor)
+    return LatentDecoder(vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0, image_shape, vae_folder)
 
 
 def _check_supported(config: dict[str, Any], name: str, channels: int) -> None:
+    """Raises ValueError, naming `name`, unless `config` describes an AutoencoderKL that this file can decode with.
+
+    channels: the channels of the denoiser's latents.
+    """
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise ValueError(f"model: {name} describes a {kind}, expected an AutoencoderKL")

@@ -1,6 +1,7 @@
-"""The operators: one kernel launch each, and a twin of each in torch's operators (`reference`). They know no schedule.
+"""The operators, each of one kernel launch. `reference` has a twin of each, made of torch's operators.
 
-Eager calls go through pybind11; calls under torch.compile go through torch.ops.ddpm_ext. `fused` has both.
+They take tables of numbers, and do not depend on schedules. Eager calls go through pybind11; calls under torch.compile
+go through torch.ops.ddpm_ext. `fused` has both.
 """
 
 from ddpm_ext.ops.fused import (

@@ -1,4 +1,4 @@
-"""GPUs: which ones the compiled module has code for, and which streams and graphs still read a table's memory."""
+"""GPUs: whether the compiled module has code for a GPU, and the lifetime of tensors that streams and graphs read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ddpm_ext.ops.extension import BUILT, mend
 from ddpm_ext.ops.torch_library import is_traced
 
 GRAPH_DEVICES = ("cuda",)  # device types whose work a CUDA graph can capture
-_captured: dict[int, Tensor] = {}  # tensors that CUDA graphs read, by id: never freed
-# {owner: {(device, stream): the number of the owner's tensors when record_stream was last called}}
+# {id: tensor} of tensors that CUDA graphs read. They are never freed, since a graph may be replayed at any time.
+_captured: dict[int, Tensor] = {}
+# {owner: {(device, stream): the number of the owner's tensors at the last record_stream}}. See in_use.
 _stream_counts: WeakKeyDictionary[object, dict[tuple[torch.device, int], int]] = WeakKeyDictionary()
 
 
@@ -68,14 +69,19 @@ def stream_captures() -> bool:
 
 
 def _stream_number(device: torch.device) -> int:
+    """The handle of the device's current stream, as an int; 0 if CUDA is not in use."""
     return torch._C._cuda_getCurrentRawStream(device.index) if torch.cuda.is_initialized() else 0
 
 
 def in_use(owner: object, tensors: Mapping[Any, Tensor], device: torch.device) -> None:
-    """Protects an owner's tensors, which the device's current stream reads: a cache may evict them before it has.
+    """Keeps the memory of an owner's tensors valid until the device's current stream has read them.
 
-    If a CUDA graph is being captured, each replay will read the tensors, so they are kept alive for good. Otherwise the
-    allocator is told the stream (record_stream), and does not reuse the tensors' memory before the stream has read it.
+    Without this, a cache could drop a tensor while a kernel that reads it is queued, and torch's allocator could give
+    the memory to another tensor. During a capture of a CUDA graph, the tensors are stored forever, since each replay
+    reads them. Otherwise record_stream makes the allocator wait for the stream before it reuses the memory.
+
+    Args:
+        owner: the object that has the tensors. For a second call with as many tensors, record_stream is not repeated.
     """
     if is_traced() or device.type not in GRAPH_DEVICES:
         return

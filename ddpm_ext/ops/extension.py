@@ -1,4 +1,4 @@
-"""The compiled module, as `C`. If it can't be loaded, an ImportError gives the reason and the command that helps.
+"""Loads the compiled module ddpm_ext._C, as `C`. If this fails, an ImportError gives the reason and a command to run.
 
 `BUILT` is the JSON that setup.py writes next to the module: the versions of torch and CUDA for which it was built, or
 why it has no CUDA.
@@ -21,12 +21,12 @@ FOLDER = Path(__file__).resolve().parents[1]  # the package's folder, where setu
 
 
 def in_sources() -> bool:
-    """Whether this package lies in its source folder. Python imports it from there when it runs in that folder."""
+    """Whether this package was imported from a source folder, as by Python when it runs in that folder."""
     return (FOLDER.parent / "setup.py").is_file() and (FOLDER.parent / "csrc").is_dir()
 
 
 def mend(variables: str = "") -> str:
-    """The command that builds the module again. In the source folder this must be an editable install.
+    """The command that builds the module again. In the source folder it is an editable install, which builds in place.
 
     Args:
         variables: environment variables before the command, such as "NAME=VALUE ".
@@ -36,7 +36,7 @@ def mend(variables: str = "") -> str:
 
 
 def installed() -> Path | None:
-    """The folder of a second, compiled ddpm_ext on sys.path, such as `pip install .` installs; or None."""
+    """The folder of another ddpm_ext on sys.path that has a compiled module, as after `pip install .`; or None."""
     for folder in map(Path, sys.path):
         package = folder / FOLDER.name
         if package.resolve() != FOLDER and PathFinder.find_spec(NAME, [str(package)]) is not None:
@@ -58,6 +58,7 @@ def missing() -> str:
 
 
 def describe(version: str, cuda: str | None) -> str:
+    """A build of torch in words, from its version and its version of CUDA."""
     return f"torch {version} {f'with CUDA {cuda}' if cuda else 'without CUDA'}"
 
 
@@ -71,7 +72,9 @@ def is_compatible_with(built: dict[str, Any]) -> bool:
 
 
 def load() -> tuple[ModuleType, dict[str, Any]]:
-    # Searches only this package's folder: an editable install's finder would return its module for any other copy.
+    """The compiled module and `BUILT`. Raises ImportError if it is missing, damaged, or built for another torch."""
+    # PathFinder searches this package's folder only. A plain import could load the module of another copy of ddpm_ext
+    # that has an editable install, since the import hook of such an install ignores the folder.
     spec = PathFinder.find_spec(NAME, sys.modules["ddpm_ext"].__path__)
     if spec is None or spec.origin is None:
         raise ImportError(missing(), name=NAME)

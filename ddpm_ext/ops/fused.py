@@ -57,7 +57,7 @@ def reverse_step(
         out: a tensor like x_t for the result, or x_t itself. With `out`, no input may require a gradient.
 
     Returns:
-        x_{t-1}, like x_t. Differentiable in x_t, model_output and noise.
+        x_{t-1}, like x_t. It is differentiable in x_t, model_output and noise.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
@@ -84,6 +84,7 @@ def reverse_step(
 
 
 def _step(*arguments: Any, out: Tensor | None, on_host: Tensor | None = None) -> Tensor:
+    """Calls the compiled reverse_step, which writes to `out` or to a new tensor."""
     if out is None:
         return C.reverse_step(*arguments, on_host)
     C.reverse_step_out(*arguments, out, on_host)
@@ -91,15 +92,15 @@ def _step(*arguments: Any, out: Tensor | None, on_host: Tensor | None = None) ->
 
 
 class TableStep(CalledTableStep):
-    """Takes the steps of a table, by reverse_step, or by step_with_options for calls with its inputs.
+    """Takes the steps of one table: by reverse_step, or by step_with_options if a call has one of its inputs.
 
-    The table, the clip and the noise are prepared once. Without noise and rng, each call draws a seed from torch's
-    default generator.
+    The constructor checks and converts the table, the clip and the noise once for all calls. Without noise and rng,
+    each call draws a seed from torch's default CPU generator.
 
     Args:
         table, clip, noise, rng, add_noise: see reverse_step.
-        on_host: the same table on the CPU, which must not be changed. If it is there and t is an int, the row is an
-            argument of the launch, and the kernel does not load it from memory.
+        on_host: a copy of the table on the CPU, which must not be changed. With it, an int t passes the row's numbers
+            to a GPU's kernel as arguments of the launch, so the kernel does not load them from memory.
 
     Attributes:
         check: (x_t, row, index, out=None) raises the errors that `take` would raise for these arguments, so that the
@@ -107,8 +108,9 @@ class TableStep(CalledTableStep):
             `row` and `index` are the results of split_t.
         take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, like reverse_step. The inputs are
             the tensors and flags of step_with_options, where None counts as missing, and `noise`. `quantile` and
-            `maximum` replace x_start_scale, and `guidance` and `rescale` replace output_scale: another launch before
-            the step computes these factors. With any input but noise, gradients are not recorded.
+            `maximum` may be passed in place of x_start_scale, and `guidance` and `rescale` in place of output_scale:
+            then another launch before the step computes that factor. With any input but noise, no gradients are
+            recorded.
     """
 
     operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
@@ -124,10 +126,10 @@ class TableStep(CalledTableStep):
         add_noise: bool = True,
     ) -> None:
         super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
-        self._on_host = None if on_host is table else on_host  # kernels on a CPU read the table itself
+        self._on_host = None if on_host is table else on_host  # for a table on the CPU, a copy has no use
         self._ends = checks.clip_range(clip) or NO_CLIP
-        self._fresh = add_noise and noise is None and rng is None
-        source = Philox(0) if self._fresh else rng  # with `_fresh`, each call replaces this seed
+        self._draws_seed = add_noise and noise is None and rng is None
+        source = Philox(0) if self._draws_seed else rng  # if calls draw a seed, they replace this Philox
         self._source = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
@@ -153,8 +155,8 @@ class TableStep(CalledTableStep):
         checks.tensors(model_output=model_output, t=row, out=out)
         source = self._source
         if noise is not None:
-            source = noise, source[1] and not self._fresh, *source[2:]
-        elif self._fresh:
+            source = noise, source[1] and not self._draws_seed, *source[2:]
+        elif self._draws_seed:
             source = None, True, *fresh_arguments(STREAM_REVERSE, x_t.device, maybe_traced=False)
         arguments = x_t, model_output, self._table, row, index, *self._ends, *source
         if model_output is not None and not inputs:
@@ -175,7 +177,8 @@ def forward_process(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """k0 x_start + k1 z, where row t of the table is (k0, k1): x_t, or another linear function of x_start and noise.
+    """k0 x_start + k1 z, with the row (k0, k1) of the table for each sample: x_t, if the row is timestep t's signal and
+    noise.
 
     Args:
         x_start: (batch, ...), float32, float16 or bfloat16.
@@ -214,7 +217,7 @@ def forward_process(
 
 
 def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_t + k1 noise, by row t of a table (rows, 2): the clean sample of which x_t with this noise was made.
+    """k0 x_t + k1 noise, with row t of a table (rows, 2): the clean sample that became x_t by adding this noise.
 
     Arguments and errors are those of reverse_step, with `noise` as model_output. Differentiable in x_t and noise.
 
@@ -225,7 +228,7 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_start + k1 x_t, by row t of a table (rows, 2): the mean of q(x_{t-1} | x_t, x_0).
+    """k0 x_start + k1 x_t, with row t of a table (rows, 2): the mean of q(x_{t-1} | x_t, x_0).
 
     Arguments and errors are those of reverse_step. Differentiable in x_start and x_t.
 
@@ -236,6 +239,7 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
 
 
 def _affine(op: str, tensors: dict[str, Tensor], table: Tensor, t: int | Tensor) -> Tensor:
+    """Checks the arguments of predict_start or posterior_mean, the operator named `op`, and calls it."""
     for name, tensor in (tensors | {"table": table}).items():
         checks.tensor(name, tensor)
     call = getattr(torch.ops.ddpm_ext if _registration.is_traced() else C, op)

@@ -17,11 +17,12 @@ from ddpm_ext.base import checks
 
 __all__ = ["discretized_gaussian_log_likelihood", "normal_kl"]
 
-HALF_BIN = 1 / 255  # half the distance between the levels of an 8-bit image in [-1, 1]
-_EDGE = 0.999  # only the first and the last level are larger in size
+HALF_BIN = 1 / 255  # half the distance between neighbouring values of an 8-bit image in [-1, 1]
+_EDGE = 0.999  # of the 256 values, only -1 and 1 are beyond -_EDGE and _EDGE
 # The coefficients of the series in e^d - 1 - d = d^2 / 2 (1 + d / 3 + d^2 / 12 + ...), for float64 and |d| < 1/2.
 _EXPM1_REST = [2 / math.factorial(k + 2) for k in range(15)]
-_NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leggauss(8))  # the positive half
+# The four positive nodes of Gauss-Legendre quadrature with eight nodes, which are symmetric, and their weights.
+_NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leggauss(8))
 
 
 def _tensors(arguments: Mapping[str, Tensor | float]) -> list[Tensor]:
@@ -130,11 +131,12 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     around = ~narrow & (low <= 0)  # the bin contains the mean
     one_sided = ~narrow & ~around
 
-    # Outside of its own range, each formula gets a harmless number: its slope might be infinite there, and the gradient
-    # of torch.where would be NaN.
+    # For elements where torch.where does not select a formula, the formula gets a harmless number. Otherwise its slope
+    # might be infinite for them, and the gradient of torch.where would be NaN.
     in_narrow = _log_of_narrow(torch.where(narrow, middle, 0.0), torch.where(narrow, half, 0.1), log_scale)
     outside = _tail(torch.where(around, high, 1.0)) + _tail(torch.where(around, -low, 1.0))
-    # The logarithm of tail(high) / tail(low), with high^2 - low^2 = 4 middle half.
+    # The logarithm of tail(high) / tail(low). In it, (low^2 - high^2) / 2 is written as -2 middle half, which does not
+    # cancel.
     far_end, near_end = torch.where(one_sided, high, 2.0), torch.where(one_sided, low, 1.0)
     beyond = _log_erfcx(far_end) - _log_erfcx(near_end) - 2 * torch.where(one_sided, middle * half, 1.0)
     open_end = scaled(torch.where(x > 0, center, -center) - HALF_BIN)

@@ -1,5 +1,7 @@
-"""The training loss as an operator. The kernel computes the target in registers, and can draw its noise a second time,
-so that the noise need not be stored."""
+"""The training loss as an operator.
+
+Its kernel computes the target in registers. It can draw the noise of x_t again, so the noise need not be stored.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +44,17 @@ def diffusion_loss(
         table: float32 (rows, 4), with k0, k1, the weight and a zero. With `variational` it is (rows, 8), see
             csrc/core/loss.h.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        loss: the function of a difference d. "mse" is d^2, "l1" is |d|, and "huber", as torch's, is d^2 / 2 where |d|
-            <= delta, else delta (|d| - delta / 2).
-        noise: z, like x_start. With None, `rng` draws it (stream 2, draw t), and must be the rng of the model's input.
+        loss: the function of an element's difference d. "mse" is d^2, "l1" is |d|, and "huber" is d^2 / 2 where
+            |d| <= delta, else delta (|d| - delta / 2), as in torch.
+        noise: z, like x_start. With None, `rng` draws it (stream 2, draw t), so it must be the rng that drew the noise
+            in the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
         variational: whether to add a term of the variational bound, which needs x_start. The model's output may then
-            have twice the channels, with the variance in the second half.
-        detach_mean: whether that term has no gradient in the first half.
+            have twice the channels: the prediction in the first half, the variance in the second.
+        detach_mean: whether that term has no gradient with respect to the prediction.
 
     Returns:
-        A scalar, or (batch,); float32. Differentiable once, in model_output.
+        A scalar, or with reduction="none" (batch,); float32. It is differentiable once, in model_output.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; x_start or
@@ -75,9 +78,9 @@ def diffusion_loss(
 
 
 class LossStep:
-    """The two launches of a training step: x_t of q(x_t | x_0), and diffusion_loss of the model's output.
+    """The two launches of a training step: a draw of x_t from q(x_t | x_0), and diffusion_loss of the model's output.
 
-    All arguments that are known before the model's call are prepared here.
+    The constructor checks and converts all arguments, so that errors are raised before the model is called.
 
     Args:
         device: the samples' device.
@@ -86,7 +89,7 @@ class LossStep:
         The other arguments are those of diffusion_loss.
 
     Attributes:
-        noise: the noise that the caller passed or `noised` has stored. With None, both launches draw it.
+        noise: the noise that the caller passed, or that `noised` stored. With None, both launches draw it from rng.
 
     Raises:
         TypeError, ValueError: t, noise or rng has a wrong type or is out of range; x_start or noise requires a
@@ -128,12 +131,12 @@ class LossStep:
         self._overwrite_noise = False
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
-        """x_t by forward_process, with the step's t and noise.
+        """x_t, by forward_process with the step's t and noise.
 
         Args:
-            keep_noise: whether to store the noise on a CPU, where reading it takes less time than drawing it again.
-                It is stored only for a float32 x_t that is neither traced nor differentiated. The loss's launch
-                overwrites it with the gradient, so the peak of memory does not rise.
+            keep_noise: whether to store the noise for `loss`, on a CPU, where reading it takes less time than drawing
+                it again. It is stored only for a float32 x_t that is neither traced nor differentiated. The launch of
+                `loss` overwrites the noise with the gradient, so no more memory is needed at the peak.
         """
         if self._traced:
             return torch.ops.ddpm_ext.forward_process(
@@ -160,13 +163,13 @@ class LossStep:
 
 
 class _DiffusionLoss(torch.autograd.Function):
-    """The loss in eager calls. The dispatcher would take longer than a small loss."""
+    """Autograd's function for the loss in eager calls. Torch's dispatcher would take longer than a small loss."""
 
     @staticmethod
     def forward(ctx: Any, flags: tuple[int, bool, bool, bool, bool], *arguments: Any) -> Tensor:
         loss, slope = C.diffusion_loss(*arguments, *flags)
         ctx.save_for_backward(slope)
-        # Hooks of saved tensors may keep the tensor that is saved here, so that backward must not write to it.
+        # With hooks of saved tensors, other code may use the saved slope later, so backward must not write to it.
         ctx.hooked = C.has_saved_tensors_hooks()
         ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
@@ -179,12 +182,16 @@ class _DiffusionLoss(torch.autograd.Function):
 
 
 def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
-    """slope times grad as `dtype`, by one operation.
+    """slope times grad as `dtype`, in one operation.
 
-    The result has the slope's memory, unless this memory is `shared` or the graph is retained.
+    The result overwrites the slope if the dtypes are equal, except when `shared` or a retained graph may use it again.
+
+    Args:
+        slope: the derivative of the loss with respect to the model's output, float32, of the output's shape.
+        grad: the gradient that arrives at the loss in the backward pass, a scalar or (batch,).
+        shared: whether other code may use the slope's memory.
     """
     is_plain = checks.is_plain(grad)
-    # A retained graph may need the slope again.
     retained = shared or not is_plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if is_plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
         return slope.to(dtype, copy=retained) if retained or slope.dtype != dtype else slope

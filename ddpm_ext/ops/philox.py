@@ -1,4 +1,4 @@
-"""The noise contract's numbers in plain torch: Philox4x32-10 and the Box-Muller transform, in float64."""
+"""The noise contract's random numbers in plain torch: Philox4x32-10, and the Box-Muller transform in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # the mask of a 32-bit word
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normals(shape: torch.Size, seed: int | Tensor, ids: Tensor, stream: int, draw: Tensor) -> Tensor:
-    """Standard normals z, float64 of `shape` (batch, ...).
+    """Standard normals, float64 of `shape` (batch, ...), of this seed, stream, and each sample's id and draw.
 
     Args:
         seed: in [0, 2^64), or an int64 tensor ().

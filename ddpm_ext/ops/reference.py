@@ -1,8 +1,8 @@
-"""The operators in plain torch: slow, simple, for any float dtype. Tests compare with them, and `backend="reference"`
-runs them.
+"""The operators in plain torch: slow and simple, for any float dtype.
 
+Tests compare the compiled operators with these functions, and `backend="reference"` runs them.
 Each function has the name and the arguments of its twin in `ops`. Arithmetic and tables are float64 for float64 samples
-and float32 for all others.
+and float32 for samples of all other dtypes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def diffusion_loss(
 
 
 class LossStep:
-    """Twin of ops.loss.LossStep. Both calls draw the noise."""
+    """Twin of ops.loss.LossStep. It does not store the noise: both methods draw it."""
 
     def __init__(
         self,
@@ -151,10 +151,16 @@ class LossStep:
 
 
 def _bound(x_start: Tensor, d: Tensor, v: Tensor | float, row: Sequence[Tensor]) -> Tensor:
-    """The row's weight times each element's term of the variational bound: Ho et al. 2020, eq. (5), or eq. (13) in the
-    decoder's row."""
+    """The weight times each element's term of the variational bound: Ho et al. 2020, eq. (5); eq. (13) at timestep 0.
+
+    Args:
+        d: the model's output minus its target.
+        v: the model's output for its variance, or 0.
+        row: weight, l0, l1, scale and decoder, each (batch, 1, ...): see csrc/core/loss.h. decoder is 1 at timestep 0.
+    """
     weight, l0, l1, scale, decoder = row
-    log_variance = l0 + l1 * v  # minus the posterior's log-variance, except in the decoder's row
+    # The model's log-variance at timestep 0; its difference from the posterior's log-variance at other timesteps.
+    log_variance = l0 + l1 * v
     g = -log_variance.clamp(-88, 87)
     divergence = (g.expm1() - g + g.exp() * scale * d**2) / 2
     likelihood = discretized_gaussian_log_likelihood(x_start, mean=x_start + scale * d, log_scale=log_variance / 2)

@@ -1,4 +1,4 @@
-"""Helpers of the operators in `reference`: checks of arguments, rows of samples, and noise."""
+"""Helpers of the operators in `reference`: checks of arguments, each sample's row of a table, and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm_ext.ops.philox import normals
 
 
 def ids_of_samples(rng: Philox, batch: int, device: torch.device) -> Tensor:
-    """The sample ids, int64 (batch,), on `device`."""
+    """The sample ids of rng for a batch, int64 (batch,), on `device`."""
     check_rng(rng)
     if rng.sample_ids is not None:
         checks.per_sample("sample_ids", rng.sample_ids, batch, device, 2**56 - 1)
@@ -50,7 +50,12 @@ def randn(
 def check_samples(
     x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None], lower: str = ""
 ) -> None:
-    """Makes the checks of the compiled operators. `lower` names the tensor that may have a lower precision than x."""
+    """Checks the arguments as the compiled operators do.
+
+    Args:
+        others: {name: tensor} of the tensors that must be like x.
+        lower: the name of the tensor in `others` that may have a lower precision than x.
+    """
     checks.samples(x_name, x)
     checks.tensor("table", table)
     row, index = split_t(t)
@@ -72,7 +77,7 @@ def check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, add_noise: 
 
 
 def check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
-    """Checks a tensor of one number for each sample, float32 or as x."""
+    """Checks a tensor of one number for each sample: float32, or float64 for a float64 x."""
     if scale is None:
         return
     checks.tensor(name, scale)
@@ -85,17 +90,18 @@ def check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
 
 
 def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
-    """The columns of each sample's row, of shape (batch, 1, ...)."""
+    """The columns of a table at each sample's row t, each of shape (batch, 1, ...)."""
     rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
 
 
 def affine(k0: Tensor, x: Tensor, k1: Tensor, y: Tensor) -> Tensor:
-    """k0 x + k1 y. For k1 = -k0 it is k0 (x - y), as in csrc/core/forward.h."""
+    """k0 x + k1 y. If k1 is -k0, it is computed as k0 (x - y), as in csrc/core/forward.h."""
     return torch.where(k1 == -k0, k0 * (x - y), k0 * x + k1 * y)
 
 
 def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: int | Tensor) -> Tensor:
+    """`noise`, or without it the noise that rng draws with its own stream and draw, or with `stream` and `draw`."""
     dtype = checks.compute_dtype(x.dtype)
     if noise is not None:
         return noise.to(dtype)
@@ -105,5 +111,6 @@ def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: i
 
 
 def finish(result: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    """The result in x's dtype, written to `out` if it is not None."""
     result = result.to(x.dtype)
     return result if out is None else out.copy_(result)

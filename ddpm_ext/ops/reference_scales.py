@@ -50,7 +50,7 @@ def x_start_scale(
         raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected no empty samples")
     if len(x_t) == 0:
         return x0.new_empty(0)
-    # The value of torch.quantile, which would sort all elements and takes at most 2^24.
+    # This is the value of torch.quantile, which would sort all elements and accepts at most 2^24 elements.
     sizes = x0.reshape(len(x_t), -1).abs()
     position = quantile * (sizes.shape[1] - 1)
     low = math.floor(position)

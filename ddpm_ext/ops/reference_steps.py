@@ -1,4 +1,4 @@
-"""The steps in plain torch. reference.py imports them."""
+"""reverse_step and step_with_options in plain torch. reference.py imports them."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def reverse_step(
     x_start = affine(row.a, x, row.b, m)
     if clip is not None:
         x_start = x_start.clamp(*clip)
-    # If c2 is 0, m is not multiplied: an infinite m would give NaN, although the clip has made x_start finite. The
-    # terms have the order of step_with_options, so that both have the same bits.
+    # If c2 is 0, m is not multiplied, since 0 times an infinite m would be NaN although the clip made x_start finite.
+    # The terms are added in the order of step_with_options, so that the results of both have the same bits.
     prev = row.c0 * x_start + (row.c1 * x + torch.where(row.c2 == 0, 0.0, row.c2 * m))
     if add_noise or noise is not None or rng is not None:
         prev = prev + row.s * resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
@@ -87,7 +87,7 @@ def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str,
 
 
 def _factor(value: Tensor | None, x_t: Tensor) -> Tensor | float:
-    """A factor of each sample as (batch, 1, ...), or 1.0 for None."""
+    """A factor of each sample, (batch,), in the shape (batch, 1, ...); 1.0 for None."""
     if value is None:
         return 1.0
     return value.to(checks.compute_dtype(x_t.dtype)).reshape(-1, *[1] * (x_t.dim() - 1))
@@ -96,7 +96,7 @@ def _factor(value: Tensor | None, x_t: Tensor) -> Tensor | float:
 def guided_output(
     x_t: Tensor, model_output: Tensor | None, uncond_output: Tensor | None, output_scale: Tensor | None, w: Tensor
 ) -> Tensor:
-    """output_scale (u + w (m - u))."""
+    """output_scale (u + w (m - u)), with m = model_output and u = uncond_output. A missing m counts as 0."""
     dtype = checks.compute_dtype(x_t.dtype)
     m = torch.zeros((), dtype=dtype, device=x_t.device) if model_output is None else model_output.to(dtype)
     if uncond_output is not None:
@@ -133,7 +133,7 @@ def step_with_options(
     history_out: Tensor | None = None,
 ) -> Tensor:
     """Twin of ops.step_with_options, whose docstring has the equations."""
-    inputs = {name: given for name, given in locals().items() if name in STEP_INPUTS and name != "log_variance"}
+    inputs = {name: value for name, value in locals().items() if name in STEP_INPUTS and name != "log_variance"}
     checks.clip_range(clip)
     checks.flag("log_variance", log_variance)
     check_plain_step(x_t, table, t, noise, rng, out, add_noise)
@@ -155,17 +155,17 @@ def step_with_options(
         v = model_variance.to(dtype)
         log = row.l0 + row.l1 * v
         deviation = log.clamp(-87, 88).exp() if log_variance else v.clamp(2.0**-100, 2.0**100).sqrt()
-    rest = row.c1 * x + term(row.c2, m) + term(row.cu, uncond_output)
-    rest = rest + term(row.h1, history1) + term(row.h2, history2) + term(row.h3, history3)
+    other_terms = row.c1 * x + term(row.c2, m) + term(row.cu, uncond_output)
+    other_terms = other_terms + term(row.h1, history1) + term(row.h2, history2) + term(row.h3, history3)
     if gradient is not None:
         g = gradient.to(dtype)
         x0 = x0 + row.g0 * g
-        rest = rest + deviation**2 * row.g1 * g
-    prev = row.c0 * x0 + rest
+        other_terms = other_terms + deviation**2 * row.g1 * g
+    prev = row.c0 * x0 + other_terms
     z = zero
     if add_noise or noise is not None or rng is not None:
         z = resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
-        # As in the plain step, noise that the caller gives is multiplied in every row, even if s is 0.
+        # As in the plain step, noise of the caller is multiplied by s even if s is 0, so infinite noise gives NaN.
         prev = prev + z * (row.s * deviation if noise is not None else term(row.s, deviation))
     if mask is not None and known is not None:
         share = mask.to(dtype)

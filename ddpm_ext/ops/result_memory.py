@@ -1,9 +1,9 @@
 """A pool of memory for large results on a CPU. Operators reuse the memory of freed results for later results.
 
-The C library returns large blocks to the system when they are freed. A loop such as x = p_sample(model, x, t) would
-get new pages for each result, which takes several times as long as the step. So results of 256 KiB and more come from
-a pool. It keeps up to eight freed blocks. If no kept block has a new result's size, the pool returns all of them to the
-system. The tensors are ordinary tensors.
+The C library returns large blocks to the system when they are freed. So a loop such as x = p_sample(model, x, t) would
+get new pages for each result, which takes several times as long as the step. Therefore results of 256 KiB and more come
+from a pool, which stores up to eight freed blocks. If no stored block has a new result's size, the pool returns all
+blocks to the system. The tensors are ordinary tensors.
 
 The environment variable DDPM_EXT_RESULT_MEMORY limits the pool's free memory, in MiB. Default: 1024; 0: no pool.
 """
@@ -22,7 +22,7 @@ VARIABLE = "DDPM_EXT_RESULT_MEMORY"
 
 
 def _limit() -> int:
-    """The limit in bytes.
+    """The limit of the pool's free memory in bytes, from the environment variable.
 
     Raises:
         ValueError: the variable is not a whole number of MiB.
@@ -34,7 +34,7 @@ def _limit() -> int:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Like torch.empty_like, but a large result on a CPU gets memory of the pool."""
+    """Like torch.empty_like, but with memory from the pool for a large tensor on a CPU."""
     if is_compiling():
         return torch.empty_like(x)
     result: Tensor = C.empty_result_like(x)

@@ -1,6 +1,7 @@
-"""The numbers of a step's row, in the order in which the kernels read them: Python's only list of this order.
+"""The numbers of a step's row, in the order in which the kernels read them.
 
-csrc/core/step_row.def is the list of the C++ side, and a test compares the two. All other code uses the numbers' names.
+This is the only list of the order in Python. csrc/core/step_row.def is the list for C++, and a test compares the two.
+All other code uses the numbers' names.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -
     """The numbers of each sample's row of a packed table, (rows, WIDTH), float32 or float64.
 
     Args:
-        t: int64 (batch,), or one int for all. Values of a tensor that are out of range count as the nearest row, as in
-            the kernels.
+        t: the row of each sample, int64 (batch,), or one int for all. Values of a tensor that are out of range count as
+            the nearest row, as in the kernels.
         x: the samples, (batch, ...).
 
     Returns:
@@ -62,6 +63,6 @@ def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -
         raise ValueError(f"table has shape {tuple(table.shape)}, expected (rows, {WIDTH})")
     rows = table[t.clamp(0, len(table) - 1)] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
     integers = torch.int64 if table.dtype == torch.float64 else torch.int32
-    each = [number.reshape(-1, *[1] * (x.dim() - 1)) for number in rows.to(dtype).unbind(1)]
-    each[ROW.index("draw")] = rows.view(integers)[:, ROW.index("draw")].long() & WORD
-    return RowNumbers(*each[: len(ROW)])
+    numbers = [number.reshape(-1, *[1] * (x.dim() - 1)) for number in rows.to(dtype).unbind(1)]
+    numbers[ROW.index("draw")] = rows.view(integers)[:, ROW.index("draw")].long() & WORD
+    return RowNumbers(*numbers[: len(ROW)])

@@ -1,4 +1,4 @@
-"""Factors of a step that depend on the statistics of each sample: one launch each."""
+"""Factors of a step that are statistics of each sample: each operator computes one factor in one launch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def x_start_scale(
     """1 / bound of each sample: a step's x_start_scale for dynamic thresholding (Saharia et al. 2022, section 2.3).
 
     The bound is the quantile of |x0|, interpolated as in torch.quantile, but at least 1 and at most `maximum`. x0 is
-    the predicted clean sample of a step with these arguments, in float32, before it is scaled and clipped. It is not
-    stored. For a sample with a NaN the result is NaN. The bits are the same in every batch and on every device.
+    the predicted clean sample of a step with these arguments, in float32, before the step scales and clips it. The
+    operator does not store x0. For a sample with a NaN, the result is NaN. A sample's result has the same bits in every
+    batch and on every device.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16, at least one element a sample.
-        model_output: like x_t, or of a lower precision. With None, the magnitudes are those of x_t itself.
+        model_output: like x_t, or of a lower precision. With None, x_t itself is x0.
         table: StepTable.packed, float32 (rows, 24), or None without model_output.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         quantile: in (0, 1].

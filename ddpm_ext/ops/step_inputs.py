@@ -1,7 +1,7 @@
-"""Python's list of the optional inputs and results of step_with_options, which reverse_step does not have.
+"""The list of the optional inputs and results of step_with_options that reverse_step does not have, for Python.
 
-A test compares the list with the signatures of ops.step_with_options and of its twin in `reference`, and with the
-compiled operator's schema. csrc/core/step_inputs.def is the list of the C++ side.
+csrc/core/step_inputs.def is the same list for C++. A test compares this list with the signatures of
+ops.step_with_options and of its twin in `reference`, and with the compiled operator's schema.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class InputKind(Enum):
-    """What an optional input or result must be: its shape and dtype. "written" marks results."""
+    """The shape and dtype of an optional input or result. "written" marks tensors that the operator writes to."""
 
     LIKE_X = "x_t's shape and dtype"
     OF_MODEL = "x_t's shape, the model output's dtype"

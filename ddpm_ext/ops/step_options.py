@@ -17,11 +17,13 @@ from ddpm_ext.ops.torch_library import NO_CLIP, is_traced
 
 
 def refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
-    """Raises ValueError if a tensor requires a gradient, in calls under torch.compile or jit.trace.
+    """Raises ValueError if a tensor requires a gradient, in calls under torch.compile or torch.jit.trace.
 
-    C++ checks eager calls.
+    In eager calls, the compiled operators make this check.
 
-    recorder: what records no gradients, for the message.
+    Args:
+        op: the operator's name.
+        recorder: the subject of "records no gradients" in the error's text.
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
@@ -58,17 +60,17 @@ def step_with_options(
     """reverse_step with all options of a loop and the history of multistep samplers, in one launch.
 
     The row's equation is in ddpm_ext.tables.step_table; its u, v, g and H1 are uncond_output, model_variance, gradient
-    and history1. Three more equations apply before, within and after the row's. In these, w is the row's scale of
-    guidance, p is x_start or, without it, the row's a x + b m, and signal_after and noise_after are the levels of
-    signal and noise at the end of the step:
+    and history1. Three more equations apply before the row's equation, within it and after it. There w is the row's
+    scale of guidance, p is x_start or, without x_start, the row's a x + b m, and signal_after and noise_after are the
+    levels of signal and noise at the end of the step:
 
         m    = output_scale (u + w (m - u))                               before the row
         x0   = clip(x_start_scale p) + g0 g                               in place of the row's x0
         prev = mask (signal_after known + noise_after z) + (1 - mask) prev     after the row
 
-    The term of a missing input is left out. If a number of the row is 0, or w is 1, the tensor that it multiplies has
-    no influence, even if it is infinite. A call with none of these inputs is the plain step. The row decides what its
-    history holds: with k0 it is the predicted clean sample, with k2 the model's output, and so on.
+    The term of a missing input is left out. If a factor in the row is 0, its tensor has no influence, even if it is
+    infinite; nor has u if w is 1. A call with none of these inputs is the plain step. The row decides what
+    the history is: with k0 = 1 it is the predicted clean sample, with k2 = 1 the model's output, and so on.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
@@ -86,8 +88,7 @@ def step_with_options(
             1 / bound (Saharia et al. 2022, section 2.3).
         history1, history2, history3: the history_out of earlier steps, the latest first, like x_t.
         gradient: the gradient of a classifier's log-probability (Dhariwal & Nichol 2021), like x_t.
-        known, mask: a clean sample, and its share of the result, from 0 to 1, both like x_t. The known sample gets the
-            same noise z as the step.
+        known, mask: a clean sample, and its share of the result, from 0 to 1, both like x_t. z is the step's noise.
         out: a tensor like x_t for the result.
         model_input: receives the model's next input, c_in prev. It has x_t's shape or twice its batch, and any of the
             three dtypes. With twice the batch, both halves receive the input.

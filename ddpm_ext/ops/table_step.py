@@ -1,4 +1,4 @@
-"""A TableStep that calls operators by name: the base of the fused and the reference TableStep."""
+"""CalledTableStep, the base class of the TableStep of ops.fused and of its twin in `reference`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind
 
-# `take` computes x_start_scale from the first two of these numbers, and output_scale from the last two.
+# Numbers that `take` accepts: it computes x_start_scale from the first two, and output_scale from the last two.
 NUMBERS = ("quantile", "maximum", "guidance", "rescale")
+# {name of an input of `take`: the function that checks its type}
 CHECKS: dict[str, Callable[[str, Any], object]] = {
     "noise": checks.tensor,
     **{name: checks.flag if kind is InputKind.FLAG else checks.tensor for name, kind in STEP_INPUTS.items()},
@@ -27,10 +28,10 @@ def operators_by_name(*operators: Callable[..., Any]) -> dict[str, Callable[...,
 
 
 class CalledTableStep:
-    """See ops.fused.TableStep.
+    """Takes the steps of one table. ops.fused.TableStep describes the arguments and methods.
 
     Attributes:
-        operators: {name: operator}, the operators that the object calls.
+        operators: {name: operator} of the operators that the methods call, which differ between subclasses.
     """
 
     operators: ClassVar[dict[str, Callable[..., Any]]]
@@ -51,7 +52,7 @@ class CalledTableStep:
         self._arguments: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        """Does nothing: the operators check their arguments. Subclasses check earlier."""
+        """Does nothing here, since the operators check their arguments. Subclasses check before a model is called."""
 
     def take(
         self,
@@ -69,7 +70,7 @@ class CalledTableStep:
     def _with_scales(
         self, x_t: Tensor, model_output: Tensor | None, t: int | Tensor, inputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """The inputs that are not None. x_start_scale and output_scale replace the numbers that determine them."""
+        """The inputs that are not None, with the factors x_start_scale and output_scale in place of NUMBERS."""
         tensors: dict[str, Any] = {}
         numbers: dict[str, float] = {}
         call = self.operators

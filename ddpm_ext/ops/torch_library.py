@@ -1,4 +1,4 @@
-"""Registers the shapes of the operators' results and their gradients with torch."""
+"""Registers with torch the operators' fake implementations, which give the shapes of results, and their gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ddpm_ext.ops.row import row_numbers
 
 NO_CLIP = (-math.inf, math.inf)
 _lib = torch.library
-_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # saves the look-up in each call
+# Bound once, since the look-up of these attributes would take time in each call.
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 
 def is_traced() -> bool:
@@ -62,7 +63,8 @@ def _() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-if TORCH < (2, 15):  # Inductor (seen in 2.11) reorders the draws of seeds, so that the noise differs from eager code's.
+# Without this, Inductor (seen in torch 2.11) reorders the draws of seeds, so the noise differs from that of eager code.
+if TORCH < (2, 15):
     from torch._higher_order_ops import effects
 
     effects._register_effectful_op(torch.ops.ddpm_ext.draw_seed.default, effects._EffectType.ORDERED)
@@ -111,11 +113,11 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_context=_forward_setup)
 
 
-def _clamp_lets_edges_through() -> bool:
+def _clamp_has_gradient_at_edges() -> bool:
     """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch. Otherwise it is 0.
 
-    The clamp's autograd node is called directly. Autograd's engine would start threads when this module is imported:
-    they would query the driver for GPUs, and a forked process could then run no backward pass.
+    The clamp's autograd node is called directly. A backward pass would start autograd's threads while this module is
+    imported. They would query the driver for GPUs, and a process that forks later could run no backward pass.
     """
     with torch.inference_mode(False), torch.enable_grad():
         one = torch.ones((), device="cpu")
@@ -123,7 +125,7 @@ def _clamp_lets_edges_through() -> bool:
         return bool(node(one))
 
 
-_EDGES_INSIDE = _clamp_lets_edges_through()
+_EDGES_HAVE_GRADIENT = _clamp_has_gradient_at_edges()
 
 
 def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -137,10 +139,11 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     row = row_numbers(table, ctx.index if t is None else t, x_t, torch.float32)
     clipped = row.c0 * grad
     if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
-        # predict_start has the bits of the step's x_start, so the gradient is 0 exactly where the step has clipped.
+        # predict_start has the bits of the step's x_start, so the gradient is 0 for exactly the elements that the step
+        # clipped.
         x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
         inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
-        if _EDGES_INSIDE:
+        if _EDGES_HAVE_GRADIENT:
             inside = (x_start >= ctx.clip_min) & (x_start <= ctx.clip_max)
         clipped = torch.where(inside, clipped, 0.0)
     grads: list[Any] = [None] * ctx.inputs
@@ -157,7 +160,7 @@ _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_
 
 
 def refuse_second_derivative() -> None:
-    """Raises RuntimeError in a backward pass with create_graph=True, which would take the gradient for a constant."""
+    """Raises RuntimeError in a backward pass with create_graph=True, where the gradient would count as a constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
 

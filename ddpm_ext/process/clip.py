@@ -1,4 +1,4 @@
-"""The range to which predicted clean samples are clipped: none, a fixed range, or a range of each sample."""
+"""The range that predicted clean samples are clipped to: no range, a fixed one, or one that depends on the sample."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Clips each sample's x_0 to [-bound, bound] and divides it by the bound (Saharia et al. 2022, section 2.3).
+    """Clips each sample's predicted x_0 to [-bound, bound], then divides it by the bound (Saharia et al. 2022, section
+    2.3).
 
-    The bound is a quantile of the sample's |x_0|, but at least 1.
+    The bound is a quantile of the sample's |x_0|, but at least 1 and at most `maximum`.
 
     Args:
         quantile: in (0, 1].
-        maximum: the largest bound, at least 1, which is diffusers' sample_max_value.
+        maximum: the largest bound, at least 1. It is sample_max_value in diffusers.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -48,7 +49,7 @@ class DynamicThreshold:
 
     def x_start_scale(self, x_start: Tensor) -> Tensor:
         """1 / bound of each sample, (batch,), float32 (float64 for float64 samples)."""
-        operators = reference if x_start.dtype == torch.float64 else ops
+        operators = reference if x_start.dtype == torch.float64 else ops  # the compiled operators don't take float64
         return operators.x_start_scale(x_start, quantile=self.quantile, maximum=self.maximum)
 
 
@@ -71,7 +72,7 @@ def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None,
 
 
 def as_fixed_clip(clip_denoised: bool | Clip) -> Clip | None:
-    """The range to clip to, or None, in a single step. Raises TypeError for a DynamicThreshold."""
+    """The fixed range to clip to, or None. Raises TypeError for a DynamicThreshold, which only loops support."""
     clip, threshold = as_clip(clip_denoised)
     if threshold is not None:
         raise TypeError(f"clip_denoised is {threshold}, expected a bool or a range (low, high) outside of a loop")

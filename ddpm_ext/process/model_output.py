@@ -1,4 +1,4 @@
-"""Converts a model's output to tensors for the operators."""
+"""Converts a model's output to the tensors that the operators take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def unwrap(model_output: Any) -> Tensor:
-    """A model's output as a tensor: itself, or its `.sample` (diffusers' models)."""
+    """A model's output as a tensor: the output itself, or its attribute `sample`, as of diffusers' models."""
     if isinstance(model_output, Tensor):
         return model_output
     sample = getattr(model_output, "sample", None)
@@ -30,14 +30,14 @@ def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
             f"model_output has shape {tuple(model_output.shape)}, expected {expected}, twice x_t's channels, where "
             "the variance is learned"
         )
-    prediction, variance = model_output.chunk(2, 1)  # one call of torch, where two slices would be two
+    prediction, variance = model_output.chunk(2, 1)  # one call of torch; two slices would take two
     return prediction, variance
 
 
 def split_batch(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The conditional and the unconditional output, as views, of a model that got the batch twice.
+    """The conditional and the unconditional output of a model that got the batch twice, as views.
 
-    They are the second and the first half of its output.
+    The unconditional output is the first half of its output, the conditional output the second half.
     """
     batch, returned = x_t.shape[0], model_output.shape[0]
     if returned != 2 * batch:

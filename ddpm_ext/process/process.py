@@ -1,4 +1,4 @@
-"""A Gaussian diffusion process: a noise schedule, its tables, and the operators that take them."""
+"""A Gaussian diffusion process: a noise schedule, its tables, and the operators that take the tables."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-CACHED_STEPS = 8  # cached TableSteps, each for a device, a clip and the numbers of a Philox
-BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
+CACHED_STEPS = 8  # the most cached TableSteps, each for a device, a clip and the numbers of a Philox
+BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}  # the modules with the operators
 
-SCHEDULE_ATTRIBUTES = (
+SCHEDULE_ATTRIBUTES = (  # the attributes of a Process that the tutorial's class has, too
     "betas",
     "alphas",
     "alphas_cumprod",
@@ -56,10 +56,11 @@ class Process:
     Attributes:
         timesteps, prediction, variance, backend: the arguments.
         schedule: a ForwardLevels, with the levels, the model's timestep at each level, and the scale of samples.
-        magnitude: float64 (timesteps,), r of x_t = r x, where x is variance-preserving. Ones for a schedule of betas.
-        magnitude_before: float64 (timesteps,), r of x_{t-1}, which is 1 for clean data.
-        tables: the tables that the kernels read, by name and device. They are the rows of the steps ("steps", "x0"),
-            and rows or numbers for each timestep.
+        magnitude: float64 (timesteps,), the factor r of x_t = r x, where x is variance-preserving. It is 1 for a
+            schedule of betas.
+        magnitude_before: float64 (timesteps,), the factor r of x_{t-1}, which is 1 for clean data.
+        tables: the tables that the kernels read, by name and device: the rows of steps ("steps", "x0"), and other
+            tables with a row or a number for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, for the variance-preserving x.
 
     Raises:
@@ -100,7 +101,7 @@ class Process:
             self.magnitude = torch.hypot(schedule.signal, schedule.noise)
         self.magnitude_before = F.pad(self.magnitude[:-1], (1, 0), value=1.0)
 
-        # q(x_{t-1} | x_t, x_0), eq. (6) and (7) there. Its variance at t = 0 is 0, so the logarithm is clipped.
+        # q(x_{t-1} | x_t, x_0), eq. (6) and (7) of Ho et al. Its variance at t = 0 is 0, so the logarithm is clipped.
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
@@ -119,12 +120,12 @@ class Process:
         descending = ddpm(self.grid(), prediction=self.prediction, variance=self.variance)
         fixed = self.variance_entry.schedule(self.betas, self.posterior_variance)
         signal, noise, r, before = self.schedule.signal, self.schedule.noise, self.magnitude, self.magnitude_before
-        of_x, of_eps = PREDICTIONS["eps"].x0(self.levels)
+        x_factor, eps_factor = PREDICTIONS["eps"].x0(self.levels)
         return KernelTables(
             self.for_model(descending)[::-1],  # row t is timestep t
             q_sample=torch.stack([signal, noise], 1),
             noise=torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu").expand(self.timesteps, 2),
-            predict_start_from_noise=torch.stack([of_x / r, of_eps], 1),
+            predict_start_from_noise=torch.stack([x_factor / r, eps_factor], 1),
             posterior_mean=torch.stack([self.posterior_mean_coef1 * before, self.posterior_mean_coef2 * before / r], 1),
             q_variance=(1 - self.alphas_cumprod) * r**2,
             q_log_variance=self.log_one_minus_alphas_cumprod + 2 * r.log(),
@@ -175,9 +176,10 @@ class Process:
         if not t.is_floating_point():
             return replace(rows, timestep=timestep[t])
         if self.schedule.timestep_of is not None:
-            # A row that starts at clean data does not call the model. It has the timestep of the row before it.
-            begins = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
-            levels = rows.signal_now[begins], rows.noise_now[begins]
+            # A row that starts at clean data does not call the model. It gets the timestep of the row before it, since
+            # timestep_of is not defined without noise.
+            start_rows = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
+            levels = rows.signal_now[start_rows], rows.noise_now[start_rows]
             return replace(rows, timestep=timesteps_by(self.schedule.timestep_of, *levels))
         low = t.floor().long()
         high = (low + 1).clamp(max=self.timesteps - 1)
@@ -186,16 +188,17 @@ class Process:
     # ------------------------------------------------------------------------------------------------- tables
 
     def table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """A table by its name, for an operator with samples x, on x's device. Fused operators take float32 tables."""
+        """The table of this name for an operator with samples x: on x's device, in the dtype that the backend needs."""
         if not isinstance(x, Tensor):
             checks.tensor(x_name, x)
         dtype = torch.float32 if self.backend == "fused" else checks.compute_dtype(x.dtype)
         return self.tables.get(name, x.device, dtype)
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's TableStep with the rows of this process.
+        """The backend's TableStep for this process's table "steps", with this clip and noise.
 
-        It is cached for the fused backend, whose tables have one dtype, if it has no tensors of the caller.
+        The fused backend's TableSteps are cached, except with tensors of the caller: the cache would keep those alive.
+        The reference's are not cached, since their tables have two dtypes.
         """
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
@@ -207,7 +210,7 @@ class Process:
         key = (x_t.is_cpu or x_t.device, clip, numbers)
         step = self._reverse_steps.get(key)
         if step is None:
-            # A copy of rng, because the caller may change its attributes.
+            # The cached step gets a copy of rng, because the caller may change rng's attributes.
             step = self._make_reverse_step(x_t, clip, None, copy(rng))
             if self.backend == "fused" and checks.is_plain(self.table("steps", "x_t", x_t)):
                 self._reverse_steps.get_or_make(key, lambda: step)
@@ -224,12 +227,12 @@ class Process:
 
     @staticmethod
     def at(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-        """values[t], of shape (batch, 1, ...). Values of a tensor t that are out of range count as the nearest one."""
+        """values[t], of shape (batch, 1, ...). A timestep in a tensor t that is out of range counts as the nearest."""
         picked = values[t.clamp(0, len(values) - 1)] if isinstance(t, Tensor) else values[t].expand(len(x))
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's output. An int t is passed as a cached tensor, without a launch."""
+        """The model's output at x and t. For an int t, the model gets a cached tensor, which takes no launch."""
         if not isinstance(t, Tensor):
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
@@ -250,10 +253,10 @@ class Process:
     ) -> Tensor:
         """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (Ho et al. 2020, eq. 4).
 
-        A schedule of levels has its levels of signal and noise in place of these two factors.
+        For a schedule of levels, the levels of signal and noise replace these two factors.
 
         Args:
-            x_start: (batch, ...), in [-1, 1] by custom.
+            x_start: (batch, ...), usually in [-1, 1].
             t: int64 (batch,) or int, in [0, timesteps).
             noise: like x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
                 generator.
@@ -282,7 +285,7 @@ class Process:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6, 7).
 
         Returns:
-            mean like x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
+            mean like x_start; variance and log-variance of shape (batch, 1, ...). The latter is at least ln 1e-20.
         """
         mean = self.ops.posterior_mean(x_start, x_t, self.table("posterior_mean", "x_start", x_start), t)
         return (
@@ -294,7 +297,7 @@ class Process:
     def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """The x_0 from which q_sample makes x_t with this noise: the inverse of q_sample.
 
-        If alphas_cumprod is 0, there is no such x_0. The result is then 2^100 (x_t - noise), of which only the sign has
-        a meaning.
+        If alphas_cumprod is 0, x_t does not depend on x_0. The result is then 2^100 (x_t - noise), of which only the
+        sign has a meaning.
         """
         return self.ops.predict_start(x_t, noise, self.table("predict_start_from_noise", "x_t", x_t), t)

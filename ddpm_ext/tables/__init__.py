@@ -1,6 +1,6 @@
-"""A diffusion as numbers: schedules, spacings and the rows of step tables. No model and no samples.
+"""The numbers of a diffusion: schedules, spacings and the rows of step tables. Nothing here has a model or samples.
 
-This module exports the names that options accept; the modules say what each name means.
+This module exports the names that options accept. The modules describe what the names mean.
 """
 
 from ddpm_ext.tables.predictions import PREDICTIONS, SPACED_PREDICTIONS

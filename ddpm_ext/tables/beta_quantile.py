@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-LARGEST = 10.0  # with larger parameters, the terms of the series cancel
-TERMS, HALVINGS = 64, 80  # enough for float64 where x is at most 1/2
+LARGEST = 10.0  # the largest parameter; with larger ones, the terms of the power series cancel
+# The number of terms of the power series, and of steps of the bisection: enough for float64, since x is at most 1/2.
+TERMS, HALVINGS = 64, 80
 
 
 def beta_quantile(p: Tensor, alpha: float, beta: float) -> Tensor:
@@ -33,7 +34,10 @@ def beta_quantile(p: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def _lower(p: Tensor, alpha: float, beta: float) -> Tensor:
-    """The quantiles that are at most 1/2, by bisection of x^alpha: the probability is nearly linear in x^alpha."""
+    """The quantiles of probabilities p whose quantiles are at most 1/2.
+
+    The bisection is over x^alpha and not over x, because the probability is nearly linear in x^alpha.
+    """
     low, high = torch.zeros_like(p), torch.full_like(p, 0.5**alpha)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -43,8 +47,10 @@ def _lower(p: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def _below(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """The probability below x, for x of at most 1/2, by a power series (NIST's Digital Library of Mathematical
-    Functions, 8.17.7 and 15.2.1)."""
+    """The probability that the beta distribution has below x, for x of at most 1/2.
+
+    This is a power series: NIST's Digital Library of Mathematical Functions, 8.17.7 and 15.2.1.
+    """
     n = torch.arange(TERMS, dtype=torch.float64, device="cpu")
     factors = torch.cat([n.new_ones(1), ((n[1:] - beta) / n[1:]).cumprod(0)]) / (alpha + n)
     scale = math.exp(math.lgamma(alpha + beta) - math.lgamma(alpha) - math.lgamma(beta))

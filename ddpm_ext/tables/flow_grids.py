@@ -1,7 +1,7 @@
 """Grids for flows, whose samples are (1 - sigma) x_0 + sigma noise, with sigma from 1 down to 0.
 
-A flow's sigmas are shifted towards noise. Larger images need a larger shift. The sigmas may also be stretched so that
-the last one gets a chosen value. flow_sigmas does both, in the order of diffusers' FlowMatchEulerDiscreteScheduler.
+A shift moves the sigmas of a flow's steps towards noise; larger images need a larger shift. A stretch gives the last
+sigma a chosen value. flow_sigmas does both, in the order of diffusers' FlowMatchEulerDiscreteScheduler.
 `linear_quadratic` of ddpm_ext.tables.sigma_grids also returns sigmas for flow_grid.
 """
 
@@ -116,13 +116,13 @@ def flow_sigmas(
     terminal: float | None = None,
     curve: str | None = None,
 ) -> Tensor:
-    """The sigmas where the steps of a flow start.
+    """The sigmas at which the steps of a flow's loop start.
 
     Args:
         steps: the number of steps, at least 1.
-        least: before the other options change them, the sigmas are evenly spaced from 1 down to `least`, in (0, 1].
-            None means 1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler uses flow_shift(1 /
-            timesteps, shift) unless the caller passes sigmas.
+        least: the smallest sigma before the other options change the sigmas, in (0, 1]. Until then they are evenly
+            spaced from 1 down to `least`. None means 1 / steps, as in Flux's pipeline. diffusers'
+            FlowMatchEulerDiscreteScheduler uses flow_shift(1 / timesteps, shift) unless the caller passes sigmas.
         shift: see flow_shift.
         mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it. With mu, `shift` must be 1. With
             diffusers' time_shift_type "linear", mu is the shift itself, to pass as `shift`.
@@ -158,9 +158,9 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
     """The grid of a flow's sigmas. The model is called with timesteps * sigma, also between the grid's sigmas.
 
     Args:
-        sigma: (steps,), falling, in (0, 1], where each step starts.
+        sigma: (steps,), falling, in (0, 1], the sigma at which each step starts.
         timesteps: the factor of sigma in the model's timestep, at least 1.
-        final: sigma where the last step arrives, at least 0.
+        final: the sigma at which the last step arrives, at least 0.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape or dtype, or is out of range.

@@ -35,13 +35,13 @@ __all__ = ["Grid", "Jumps", "checked_levels", "grid_of_levels", "make_grid"]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The timesteps of a loop, in its order.
+    """The timesteps and levels of a loop's steps, in the loop's order.
 
     Attributes:
-        timestep: int64 (rows,), or float64 where timesteps lie between those of the schedule.
+        timestep: int64 (rows,), or float64 if timesteps lie between those of the schedule.
         alphas_cumprod: float64 (rows + 1,), at each timestep. The last entry is the level where the last step arrives.
-        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]. Between neighbouring timesteps it is the
-            schedule's beta, since the difference would lose digits.
+        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]. For a step from a timestep of the
+            schedule to the next lower one it is the schedule's beta, since the difference would lose digits.
         schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule, or None without a schedule.
         scale: the samples' scale, from which a level's signal and noise follow. None means 1 at all levels.
         timestep_of: the function that returns the model's timestep at a level between those of the grid. With None, the
@@ -119,7 +119,8 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Jumps:
-    """Steps that need not be consecutive. None of them is the last step of a process.
+    """Steps that need not be consecutive: a step may start at another level than the one where the previous step ends.
+    None of them counts as the last step of a process.
 
     A sampler of first order takes Jumps in place of a Grid; the attributes have the same meaning.
 

@@ -1,8 +1,8 @@
-"""Levels: how much signal and how much noise a sample has, as a pair (signal, noise) with x = signal x0 + noise eps.
+"""Levels: a level is a pair (signal, noise) that says how much of both a sample has: x = signal x0 + noise eps.
 
 With r = sqrt(signal^2 + noise^2), x / r is variance preserving, and its alphas_cumprod is signal^2 / r^2. So samplers
-make rows for x / r, and StepTable.scaled turns them into rows for x. r depends only on the ratio of signal and noise:
-a `Scale` is the function that returns it. Without a Scale, r is 1.
+make rows for x / r, and StepTable.scaled converts them to rows for x. r depends only on the ratio of signal and noise.
+A `Scale` is a function that returns r; without a Scale, r is 1.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def sigma_space(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def edm(signal: Tensor, noise: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The scale of the input of EDM's network: c_in = 1 / sqrt(sigma^2 + sigma_data^2) times the scale of sigma_space,
-    Karras et al. 2022, table 1. Clean data has a signal of 1."""
+    """The scale of the input of EDM's network: Karras et al. 2022, table 1.
+
+    It is c_in = 1 / sqrt(sigma^2 + sigma_data^2) times the scale of sigma_space. Clean data has a signal of 1.
+    """
     return torch.where(noise == 0, 1 / signal, 1 / (noise**2 + sigma_data**2 * signal**2).sqrt())
 
 
@@ -66,7 +68,7 @@ def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> 
         return torch.hypot(p, q).expand(len(signal))
     high = torch.searchsorted(torch.atan2(q, p), torch.atan2(noise, signal)).clamp(1, len(p) - 1)
     low = high - 1
-    # The sines of the angles from the level's direction to both nodes, times the nodes' lengths.
+    # Products of a node's length and the sine of the angle between the node and the level, for the node on either side.
     to_low, to_high = (signal * q[i] - noise * p[i] for i in (low, high))
     return (p[low] * q[high] - q[low] * p[high]) / (to_high - to_low)
 
@@ -74,9 +76,9 @@ def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> 
 def pure_noise(signal: float, noise: float) -> float:
     """The standard deviation of the random samples with which a loop begins at a level.
 
-    It is the level's noise: k-diffusion, for example, draws sigma_max times a standard normal. It is 1 for
-    variance-preserving samples, since the signal adds the rest of the variance (Ho et al. 2020, algorithm 2), and 1
-    where the level is unknown.
+    For most samples it is the level's noise: k-diffusion, for example, draws sigma_max times a standard normal. For
+    variance-preserving samples it is 1, since signal and noise together have a variance of 1 (Ho et al. 2020,
+    algorithm 2). It is also 1 if the level is unknown.
     """
     power = signal**2 + noise**2
     return 1.0 if power == 0 or abs(power - 1) < 1e-6 else noise
@@ -84,7 +86,7 @@ def pure_noise(signal: float, noise: float) -> float:
 
 def unit_levels(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), float64 on the CPU."""
-    power = alphas_cumprod.cpu().numpy()  # numpy's sqrt has the same bits on every machine, torch's has not
+    power = alphas_cumprod.cpu().numpy()  # numpy's sqrt has the same bits on every machine, unlike torch's
     return torch.from_numpy(np.sqrt(power)), torch.from_numpy(np.sqrt(1 - power))
 
 
@@ -132,9 +134,13 @@ def checked_timesteps(
 ) -> tuple[Tensor, TimestepOf | None]:
     """The model's timesteps at these levels, float64 or int64 (n,) on the CPU; and `timestep` if it is a function.
 
-    expected: the shape that a tensor `timestep` should have, for the error message.
+    Args:
+        timestep: the timesteps, or a function that returns them for levels.
+        expected: the shape that a tensor `timestep` should have, for the error's text.
 
-    Raises TypeError if `timestep` is neither a tensor nor a function, ValueError for a wrong shape or no elements.
+    Raises:
+        TypeError: `timestep` is neither a tensor nor a function.
+        ValueError: a wrong shape, or no timesteps.
     """
     timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep
     values: Any = timestep if timestep_of is None else timesteps_by(timestep_of, signal, noise)

@@ -1,4 +1,4 @@
-"""Finds samplers and spacings by names as people type them or other libraries write them."""
+"""Finds samplers and spacings by names in other spellings, as people type them or other libraries write them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER_NAMES = {
 # Patterns of the prefixes and suffixes that k-diffusion, diffusers and ComfyUI add to a name: k_euler, sample_heun,
 # LMSDiscreteScheduler.
 AFFIXES = ("^$", "^(k|sample)|(scheduler|gpu)$", "^(k|sample)|(discrete|multistep)?(scheduler)?$")
-MOST_SUGGESTIONS = 3
+MOST_SUGGESTIONS = 3  # the most names that an error suggests
 
 
 def find_name(input_name: str, known: Collection[str]) -> str | None:
@@ -78,4 +78,5 @@ def sampler_and_spacing(
 
 
 def _key(name: str) -> str:
+    """A name reduced to lower-case letters and digits, with "pp" for "++"."""
     return re.sub("[^a-z0-9]", "", name.lower().replace("++", "pp"))

@@ -1,4 +1,4 @@
-"""Tables on the devices where the kernels read them: step tables, packed, and other tables by name."""
+"""DeviceTables and KernelTables: copies of tables on the devices whose kernels read them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHED_VIEWS = 4  # the number of pairs (batch size, device) whose timestep tens
 
 
 class DeviceTables:
-    """Named tables in float32 and float64: created once on the CPU, and copied to another device at first use."""
+    """Tables with names, in float32 and float64. They are on the CPU, and are copied to another device at first use."""
 
     def __init__(self, **tables: Tensor) -> None:
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -82,7 +82,10 @@ class KernelTables(DeviceTables):
         return self.get("timesteps", device, self._timestep_dtype)
 
     def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
-        """A row's timestep for each sample, (batch,), cached. A cached tensor that a caller wrote to is replaced."""
+        """The timestep of a row, repeated for each sample, (batch,), cached.
+
+        A cached tensor to which a model has written is replaced by a new one.
+        """
         if torch.compiler.is_compiling():
             return self._timestep(row, batch, device)
         views = self._views.get((batch, device)) or self._views.get_or_make((batch, device), dict)

@@ -1,4 +1,7 @@
-"""What each row of a step table needs (a model call, noise, history), computed on the host before a loop begins."""
+"""row_needs: for each row of a step table, whether it needs a model call, noise or history.
+
+A loop computes this once on the host, before it begins.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 class RowNeeds(NamedTuple):
-    """What a step needs.
+    """The inputs that the step of a row needs, and whether it keeps a tensor.
 
     Attributes:
         calls_model: whether the step calls the model. A jump back and a row that only adds noise do not.
@@ -33,7 +36,10 @@ class RowNeeds(NamedTuple):
 
 
 def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
-    """What each row needs. scales: (rows,), the scales of classifier-free guidance; None: ones."""
+    """The RowNeeds of each row.
+
+    scales: (rows,), the scales of classifier-free guidance. None means ones.
+    """
     names = ("a", "b", "c2", "cu", "s", "h1", "h2", "h3", "k0", "k1", "k2")
     values = np.array([getattr(table, name).numpy(force=True) for name in names])
     a, b, c2, cu, s, h1, h2, h3, k0, k1, k2 = values != 0

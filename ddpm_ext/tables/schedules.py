@@ -1,7 +1,7 @@
 """Noise schedules, in float64.
 
-A schedule is betas, with q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), or levels of signal and noise, with
-x_t = signal_t x_0 + noise_t eps.
+A schedule is either a list of betas, with q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), or a list of levels
+of signal and noise, with x_t = signal_t x_0 + noise_t eps.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """The levels of a forward process, x_t = signal[t] x_0 + noise[t] eps, in place of betas.
+    """A schedule without betas: the levels of a forward process, x_t = signal[t] x_0 + noise[t] eps.
 
     Args:
         signal, noise: floating, (timesteps,), finite and at least 0. noise / signal is above 0 and rises. Before the
@@ -188,7 +188,7 @@ SCHEDULES: dict[str, Callable[[int], Tensor | NoiseSchedule]] = {
 
 
 class ForwardLevels(NamedTuple):
-    """A schedule in the form that a process reads, float64 on the CPU.
+    """The numbers of any schedule, with or without betas, float64 on the CPU.
 
     Attributes:
         betas, alphas_cumprod: (timesteps,), of the samples x / r, with r^2 = signal^2 + noise^2.

@@ -1,6 +1,7 @@
-"""Spacings: which timesteps a sampler visits, by name.
+"""Spacings: rules, with names, for the timesteps that a sampler visits.
 
-This module takes timesteps of the schedule. The spacings of sigma_grids.py also take levels between them.
+The spacings in this file choose among the timesteps of the schedule. Those in sigma_grids.py also choose levels between
+the timesteps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _beta(timesteps: int, steps: int) -> Tensor:
 
 
 def _distinct(rising: Tensor, timesteps: int) -> Tensor:
-    """Moves equal neighbours among rising timesteps apart, as little as needed, so that all are distinct."""
+    """Makes rising timesteps distinct: moves equal neighbours apart, as little as needed."""
     i = torch.arange(len(rising), device="cpu")
     return (rising - i).cummax(0).values.clamp(max=timesteps - len(rising)) + i
 

@@ -1,4 +1,4 @@
-"""The declaration of a StepTable's columns, and the checks of their numbers."""
+"""Column, the type with which StepTable declares its columns, and the checks of a column's numbers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Array = npt.NDArray[Any]
 
 
 class Column:
-    """The type of StepTable's fields for columns; each has one of the three values below.
+    """The type of StepTable's fields for columns. A field's default is one of the three constants below the class.
 
-    For type checkers a column is a descriptor: it is assigned Values and read as a Tensor. At run time a column is an
-    ordinary attribute, and __get__ only returns the field's default to the dataclass.
+    For type checkers, a column is a descriptor: one assigns Values and reads a Tensor. At run time, a column is an
+    ordinary attribute, and the dataclass calls __get__ only to get the field's default.
     """
 
     def __init__(self, *, needed: bool = False) -> None:
@@ -34,9 +34,9 @@ class Column:
         def __set__(self, table: object, values: Values | None) -> None: ...
 
 
-NEEDED = Column(needed=True)
-OPTIONAL = Column()  # None means zeros, except for draw
-NOT_PLAIN = Column()  # None means zeros. The plain step can't compute a row in which the column is not 0
+NEEDED = Column(needed=True)  # has no default
+OPTIONAL = Column()  # the default None means zeros, except for draw
+NOT_PLAIN = Column()  # the default None means zeros; the plain step can't compute rows with another number
 
 
 def numbers(name: str, values: Values, rows: int | None = None) -> Array:

@@ -1,4 +1,6 @@
-"""Step tables as JSON files: the format's name and version, the columns' names, and a line for each row."""
+"""Reads and writes step tables as JSON files, which have the format's name and version, the columns' names, and a line
+for each row.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,10 @@ def read(
 
 
 def gap_between(signal_now: Tensor, noise_now: Tensor, signal_after: Tensor, noise_after: Tensor) -> str | None:
-    """Describes the first row whose levels break the way from noise to clean samples.
+    """A text about the first row that does not start where the previous row arrives, or about a wrong start or end.
 
-    None if the rows lead from noise to clean samples, or back to noise, or if the table has no levels. The levels are
-    (rows,) each.
+    None if consecutive rows lead from noise to clean samples, or from clean samples to noise; or if the table has no
+    levels. The levels are (rows,) each.
     """
     now, after = torch.stack([signal_now, noise_now], 1), torch.stack([signal_after, noise_after], 1)
     if not (now.any() or after.any()):

@@ -1,13 +1,13 @@
 """Tracing: computes the rows of any library's sampler by running its steps on random numbers.
 
 The result of a linear step is a weighted sum of samples, model outputs and noise, of this step and of earlier steps.
-The scheduler runs twice in float64. In the first run a sample is a single random number, and trace_fit.py
-computes the rows from it. The second run proves the rows on two samples of several channels and pixels, whose sizes and
-signs change from step to step. A step that depends on a whole tensor (its standard deviation, the sign of its mean) or
-that treats pixels differently does not match its row there. In both runs, a step's sample is not the result of the
-previous step, since a caller may edit samples between steps.
+The scheduler runs twice in float64. In the first run, a sample is a single random number, and trace_fit.py computes the
+rows from the results. The second run checks the rows on two samples of several channels and pixels, whose sizes and
+signs change from step to step. There a step differs from its row if it depends on a whole tensor (its standard
+deviation, the sign of its mean) or treats pixels differently. In both runs, the sample of a step is a new random
+number, not the result of the previous step, since a caller may edit samples between steps.
 
-If a function runs the whole loop itself, like k-diffusion's samplers, its steps lie between its calls of the model.
+A function that runs the whole loop itself, like k-diffusion's samplers, takes a step between two calls of the model.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ class TraceResult(NamedTuple):
         clip: the range to which the predicted clean sample is clipped, or None.
         residual: the largest relative difference between a step of the scheduler and its row.
         steps: what each step did on random numbers.
-        noise: for each step, the number of the draw that is its z, or None for a step without noise.
-        history_draws: for each step, the numbers of the draws that it reads as its history, the first one as H1.
+        noise: for each step, the number of the draw that is its z, or None for a step without noise. A step's draws of
+            noise are numbered from 0.
+        history_draws: for each step, the numbers of further draws that it reads. Its row reads them as history, the
+            first one as H1.
         second: whether the second tensor that steps return is a x + b m, clipped. False if they return only one.
         of_last: (rows,), the part of each row's c1 that multiplies the previous step's result and not the row's sample.
             The two tensors differ only if a caller edits samples between steps.
@@ -135,23 +137,23 @@ def follow(
         if len(times) == 1:
             raise
         first_run = _FirstRun(run_of(scheduler, times[:-1], options, dims), second)
-    clip = threshold = of_clean = None
+    clip = threshold = make_clean_run = None
     rows = first_run.rows()
     if first_run.run.clip is not None and not first_run.are_rows(
         rows, first_run.large_numbers()
     ):  # a clip that never acts changes no row
         clip, threshold = clip_of(scheduler)
         if "prediction_type" in getattr(scheduler, "config", {}):
-            for_clean, settings = (
+            by_clean, settings = (
                 copy.deepcopy(scheduler),
                 {name: setting(scheduler, name) for name in scheduler.config},
             )
-            for_clean.register_to_config(**settings | {"prediction_type": "sample"})
-            of_clean = functools.partial(
-                _FirstRun, run_of(for_clean, first_run.run.times, options, dims), (), first_run.level
+            by_clean.register_to_config(**settings | {"prediction_type": "sample"})
+            make_clean_run = functools.partial(
+                _FirstRun, run_of(by_clean, first_run.run.times, options, dims), (), first_run.level
             )
-        rows = first_run.clipped_rows(clip, of_clean)
-    return first_run.proven(rows, clip, threshold)
+        rows = first_run.clipped_rows(clip, make_clean_run)
+    return first_run.prove(rows, clip, threshold)
 
 
 def follow_function(
@@ -166,7 +168,7 @@ def follow_function(
     """
     function = ObservedFunction(sampler, sigmas, options, like)
     first_run = _FirstRun(function.run, CLEAN_FIELDS)
-    traced = first_run.proven(first_run.rows())
+    traced = first_run.prove(first_run.rows())
     sigma = traced.columns["timestep"]
     after, ones = np.append(sigma[1:], float(sigmas[-1])), np.ones_like(sigma)
     levels = {"signal_now": ones, "noise_now": sigma, "signal_after": ones, "noise_after": after}
@@ -180,7 +182,7 @@ def follow_function(
 
 
 class _FirstRun:
-    """The first run: the loop on single random numbers, so small that no clip acts on them.
+    """The first run: the loop on samples of a single random number, which are so small that no clip changes them.
 
     Attributes:
         clean: (steps, 2), a and b of the clean sample that each step returns.
@@ -217,24 +219,29 @@ class _FirstRun:
         return numbers_of(self.run, (FIRST_RUN_BATCH, *[1] * (self.run.dims - 1)), inputs, self.level)
 
     def large_numbers(self) -> Numbers:
-        """The numbers of another run, large enough that some are clipped."""
+        """The numbers of another run, which are so large that a clip changes some of them."""
         return self._numbers(2 * max(1.0, self.run.clip or 0.0), 1.0)[0]
 
     def rows(self) -> Columns:
         """The rows of steps that do not clip."""
         return self._rows(self.small_numbers, factors_of(self.run, self.small_numbers))
 
-    def clipped_rows(self, clip: Pair, of_clean: Callable[[], _FirstRun] | None) -> Columns:
+    def clipped_rows(self, clip: Pair, make_clean_run: Callable[[], _FirstRun] | None) -> Columns:
         """The rows of steps that clip the predicted clean sample to this range.
 
-        of_clean: makes the first run of the same scheduler for a model that predicts the clean sample. The steps of
-            that run show what the scheduler does after the clip. None if the scheduler does not support such models.
+        make_clean_run: makes the first run of the same scheduler for a model that predicts the clean sample. The steps
+            of that run show what the scheduler does after the clip. None if the scheduler does not support such models.
         """
         factors = factors_of(self.run, self.small_numbers)
         has_history = bool(factors.past.any() or factors.of_last.any())
-        if of_clean is not None and (has_history or not self.second):
-            for_clean = of_clean()
-            rows, x, x0, zeros = for_clean.rows(), for_clean.factors.x, for_clean.factors.m, np.zeros(len(factors.x))
+        if make_clean_run is not None and (has_history or not self.second):
+            by_clean = make_clean_run()
+            rows, x, x0, zeros = (
+                by_clean.rows(),
+                by_clean.factors.x,
+                by_clean.factors.m,
+                np.zeros(len(factors.x)),
+            )
             if not x0.all():
                 raise ValueError("a step does not read the clean sample, which is clipped")
             if not self.second:
@@ -279,10 +286,13 @@ class _FirstRun:
         """Whether the rows compute the same results as the steps of this loop, up to rounding."""
         return bool((self._errors(rows, loop, lambda x0: x0) <= loop.bound()).all())
 
-    def proven(self, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
-        """Proves the rows on the second run and returns the result. Raises ValueError where a step differs from its
-        row."""
-        run, scales, worst = self.run, _scales(self.small_numbers), 0.0
+    def prove(self, rows: Columns, clip: Pair | None = None, threshold: Pair | None = None) -> TraceResult:
+        """Compares the rows with the steps of the second run, and returns the result of tracing.
+
+        Raises:
+            ValueError: a step differs from its row.
+        """
+        run, scales, largest_error = self.run, _scales(self.small_numbers), 0.0
         proof = second_run(run, rows["a"], rows["b"], self.level)
         for loop in proof:
             errors = self._errors(rows, loop, lambda x0: _bounded(x0, clip, threshold))
@@ -290,7 +300,7 @@ class _FirstRun:
                 raise ValueError(
                     f"{step_label(run, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively"
                 )
-            worst = max(worst, float(errors.max()))
+            largest_error = max(largest_error, float(errors.max()))
         times = np.array([float(t) for t in run.times])
         if run.unit == "timestep" and (times % 1 == 0).all():
             times = times.astype(np.int64)
@@ -300,7 +310,7 @@ class _FirstRun:
         of_last = columns.pop("of_last").tolist()
         steps = [step._replace(prev=None, second=None, scaled=None) for step in self.steps]
         noise, draws = self.noise, self.history_draws
-        return TraceResult(columns, clip, worst, steps, noise, draws, self.second, of_last, factors)
+        return TraceResult(columns, clip, largest_error, steps, noise, draws, self.second, of_last, factors)
 
 
 def second_run(run: Run, a: Array, b: Array, level: Array) -> list[Numbers]:

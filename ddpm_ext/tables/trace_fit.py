@@ -1,8 +1,8 @@
 """Computes the rows of a sampler's steps by least squares on random numbers.
 
 A step may read its own sample, model output and noise, the samples and outputs of a few earlier steps, and the result
-of the previous step. That result may contain everything that the sampler keeps, such as an earlier sample. Each step's
-sample is random and independent of the previous step's result, so that the factors of the two can be told apart.
+of the previous step. The previous result may contain everything that the sampler stores, such as an earlier sample. The
+sample of each step is random and independent of the previous step's result, so that the fit can separate their factors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Columns = dict[str, Array]
 Bound = Callable[[Array], Array]  # clips clean samples
 
 HISTORY = 3  # the number of history tensors that a row may read
-READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that rows keep"
+READS_MORE = f"reads more of the steps before it than the {HISTORY} tensors that rows keep"  # for error texts
 LAGS = 5  # how many steps back a step may read: more than HISTORY, because some steps keep no tensor (PNDM's second)
 DRAWS = 16  # the most tensors of noise that a step may draw
 LINEAR_ERROR = 1e-9  # the largest relative residual of a linear step
@@ -44,7 +44,7 @@ class Numbers(NamedTuple):
         second: (steps, count), the second tensors that steps return, or None if a step returns none.
         scaled: (steps, count), the results of scale_model_input, or None if it returned a sample itself.
         level: (steps,), the factor that makes samples larger than outputs. Rows are fitted to samples divided by it.
-        wide: whether results are float64.
+        is_float64: whether results are float64.
     """
 
     x: Array
@@ -54,7 +54,7 @@ class Numbers(NamedTuple):
     second: Array | None
     scaled: Array | None
     level: Array
-    wide: bool
+    is_float64: bool
 
     def unit(self) -> Array:
         """The samples divided by their level."""
@@ -62,15 +62,17 @@ class Numbers(NamedTuple):
 
     def bound(self) -> float:
         """The largest relative residual with which a step counts as linear."""
-        return LINEAR_ERROR if self.wide else FLOAT32_ERROR
+        return LINEAR_ERROR if self.is_float64 else FLOAT32_ERROR
 
     def negligible(self) -> float:
-        return NEGLIGIBLE if self.wide else FLOAT32_ERROR / 10
+        """The size below which a factor counts as 0, relative to the numbers that it is computed from."""
+        return NEGLIGIBLE if self.is_float64 else FLOAT32_ERROR / 10
 
     def part(self, part: slice) -> Numbers:
+        """The numbers of some of the elements, those of the slice `part` of `count`."""
         x, m, z, prev = (array[..., part] for array in self[:4])
         second, scaled = (None if array is None else array[:, part] for array in (self.second, self.scaled))
-        return Numbers(x, m, z, prev, second, scaled, self.level, self.wide)
+        return Numbers(x, m, z, prev, second, scaled, self.level, self.is_float64)
 
     def last_results(self) -> Array:
         """The previous step's result for each step; zeros for the first step."""
@@ -104,11 +106,12 @@ def numbers_of(
     for i in np.flatnonzero(~np.isfinite(prev).all(1)):
         raise ValueError(f"{step_label(run, i)}, is not linear: its result is infinite or no number")
     second, scaled = (stacked(tensors, shape) for tensors in ([s.second for s in steps], [s.scaled for s in steps]))
-    wide = all(step.prev.dtype == torch.float64 for step in steps)
-    return Numbers(kinds[0], kinds[1], z, prev, second, scaled, level, wide), steps
+    is_float64 = all(step.prev.dtype == torch.float64 for step in steps)
+    return Numbers(kinds[0], kinds[1], z, prev, second, scaled, level, is_float64), steps
 
 
 def flat(x: Tensor, shape: tuple[int, ...]) -> Array:
+    """The elements of a step's result, (count,). Raises ValueError if it does not have the samples' shape."""
     if x.shape != shape:
         raise ValueError(f"a step returns a tensor of shape {tuple(x.shape)} for samples of shape {shape}")
     return np.asarray(x.double().numpy(force=True).reshape(-1))
@@ -170,7 +173,7 @@ def _without_last(run: Run, loop: Numbers) -> Factors:
     n, k = len(loop.x), loop.z.shape[1]
     columns_of_step, last_results = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last_results()
     past = [column for pair in zip(lagged(loop.unit()), lagged(loop.m), strict=True) for column in pair]
-    tries = [columns_of_step, [*columns_of_step, last_results]] if run.follows else [columns_of_step]
+    tries = [columns_of_step, [*columns_of_step, last_results]] if run.follows_previous else [columns_of_step]
     fitted = _fit(
         run, loop, [np.stack(columns, 1) for columns in (*tries, [*columns_of_step, 0 * last_results, *past])]
     )
@@ -194,7 +197,7 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     known_directions: dict[int, Array] = {}
     inputs, last_try = np.stack([loop.unit(), loop.m], 1), (0, False)
 
-    def fits(i: int, lags: int, with_last: bool, free: bool) -> float:
+    def try_fit(i: int, lags: int, with_last: bool, free: bool) -> float:
         """Fits step i with inputs of `lags` earlier steps, writes its factors, and returns the relative error.
 
         free: fit both the sample and the output of earlier steps in place of the known directions, whose errors would
@@ -225,7 +228,7 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     for i in reversed(range(n)):
         tries = [(lags, with_last) for lags in range(min(LAGS, i) + 1) for with_last in (False, True)]
         for (lags, with_last), free in itertools.product([last_try, *tries] if i > LAGS else tries, (True, False)):
-            if (error := fits(i, lags, with_last, free)) <= loop.bound():
+            if (error := try_fit(i, lags, with_last, free)) <= loop.bound():
                 break
         else:
             raise ValueError(refusal(run, i, error))
@@ -262,19 +265,21 @@ def _fit(run: Run, loop: Numbers, tries: Sequence[Array]) -> Array:
     fitted, unfitted, errors = np.zeros(tries[-1].shape[:2]), np.arange(len(loop.x)), np.zeros(0)
     for columns in tries:
         factors, errors = least_squares(columns[unfitted], loop.prev[unfitted], loop.negligible())
-        fits = errors <= loop.bound()
-        fitted[unfitted[fits], : columns.shape[1]] = factors[fits]
-        unfitted, errors = unfitted[~fits], errors[~fits]
+        try_fit = errors <= loop.bound()
+        fitted[unfitted[try_fit], : columns.shape[1]] = factors[try_fit]
+        unfitted, errors = unfitted[~try_fit], errors[~try_fit]
         if not len(unfitted):
             return fitted
     raise ValueError(refusal(run, unfitted[0], errors[0]))
 
 
 def step_label(run: Run, i: Any) -> str:
+    """The name of step i in error texts."""
     return f"step {i}, at {run.unit} {float(run.times[int(i)]):g}"
 
 
 def refusal(run: Run, i: Any, error: float) -> str:
+    """The error's text for a step that no row fits, with this relative error."""
     return f"{step_label(run, i)}, is not linear: random numbers differ by {error:.1e}, relatively; or it {READS_MORE}"
 
 
@@ -362,8 +367,12 @@ def columns_of(x: Array, m: Array, clean: Array) -> Columns:
 def terms_of(
     rows: Columns, loop: Numbers, noise: Sequence[int | None], history_draws: Sequence[Sequence[int]], bound: Bound
 ) -> tuple[Array, Array, Array]:
-    """What the rows compute: clean samples (steps, count), their two terms (2, steps, count), and the terms of the
-    steps' results (8, steps, count)."""
+    """The numbers that the rows compute on the inputs of a loop.
+
+    Returns:
+        The predicted clean samples, (steps, count), bounded by `bound`; their two terms a x and b m, (2, steps, count);
+        and the terms of the steps' results, (8, steps, count).
+    """
     x, m, column = loop.x, loop.m, {name: values[:, None] for name, values in rows.items()}
     parts = np.array([column["a"] * x, column["b"] * m])
     x0, terms = bound(parts.sum(0)), np.zeros((5 + HISTORY, *x.shape))
@@ -381,8 +390,15 @@ def terms_of(
 
 
 def least_squares(columns: Array, target: Array, negligible: float = NEGLIGIBLE) -> tuple[Array, Array]:
-    """Fits target (steps, count) by columns (steps, columns, count): the factors (steps, columns), and the relative
-    errors (steps,)."""
+    """Fits each step's target by a sum of its columns, by least squares.
+
+    Args:
+        columns: (steps, columns, count).
+        target: (steps, count).
+
+    Returns:
+        The factors, (steps, columns), and the relative errors, (steps,).
+    """
     sizes = np.sqrt((columns**2).sum(-1))
     scaled = columns / np.where(sizes > 0, sizes, 1.0)[..., None]
     length = np.maximum(np.sqrt((target**2).sum(-1)), 1e-300)[:, None]
@@ -396,7 +412,9 @@ def least_squares(columns: Array, target: Array, negligible: float = NEGLIGIBLE)
 
 
 def relative_error(error: Array, parts: Array) -> Array:
-    """The largest error of each row, relative to the largest of `parts`, the sums of its terms' sizes. A NaN counts as
-    infinite."""
-    worst = error.max(-1) / np.maximum(parts.max(-1), 1e-300)
-    return np.where(np.isfinite(worst), worst, np.inf)
+    """The largest error of each row, relative to the largest of `parts`. A NaN counts as infinite.
+
+    parts: like `error`, the sums of the magnitudes of the terms.
+    """
+    largest_error = error.max(-1) / np.maximum(parts.max(-1), 1e-300)
+    return np.where(np.isfinite(largest_error), largest_error, np.inf)

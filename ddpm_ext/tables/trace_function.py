@@ -1,9 +1,10 @@
 """Observes a function that runs its own loop, such as k-diffusion's samplers, for tracing.
 
-The function is called with a probe in place of the model. A step lies between two calls of the probe: the result of the
-step is the sample of the next call, or the function's return value. To choose a step's sample, the probe writes it into
-the tensor that it was called with. If this tensor is a copy, the function does not see the write, and the step goes on
-from the previous step's result. Tracing handles this as well, but may refuse steps that read several earlier samples.
+The function is called with a probe in place of the model. A step begins with a call of the probe and ends with the next
+call: its result is the sample of the next call, or the function's return value. To give a step another sample, the
+probe writes it into the tensor that it was called with. If this tensor is a copy, the write has no effect on the
+function, whose step starts from the previous step's result. Tracing supports this, too, but may then refuse steps that
+read several earlier samples.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ CLEAN = "denoised"  # the name of a step's second tensor: the model's output, wh
 
 
 class ModelLike:
-    """A model that calls `call`, with the attributes of the object `like`."""
+    """A model that calls the function `call`, and has the attributes of the object `like`.
+
+    was_read: whether an attribute of `like` has been read.
+    """
 
     def __init__(self, call: Callable[..., Tensor], like: object) -> None:
         self._call, self._like = call, like
@@ -107,7 +111,7 @@ class ObservedFunction:
             times.insert(0, float(self._sigmas[0]))
             callback_steps = [i + 1 for i in callback_steps]
         self.step_starts = tuple(callback_steps)
-        self.run = Run(times, "sigma", self._observe, follows=True)
+        self.run = Run(times, "sigma", self._observe, follows_previous=True)
 
     def _call(
         self, observed: Observed, model: Callable[..., Tensor], x: Tensor, callback: Callable[[Any], Any] | None = None

@@ -1,7 +1,7 @@
 """Runs a scheduler's loop on chosen inputs and records each step, for tracing.
 
-This module depends on no library, only on the methods of diffusers' schedulers and similar objects: set_timesteps,
-timesteps, scale_model_input, step (or step_pred).
+This module imports no other library. It calls the methods that diffusers' schedulers and similar objects have:
+scale_model_input and step (or step_pred).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ LOW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERCEPTED = {torch.randn, torch.randn_like, Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16}
 SIMPLE_TYPES = {bool, int, float, str, type(None)}
 CONFIG = "_internal_dict"  # the attribute of diffusers' schedulers that has their configuration
-# Warning filters belong to the whole process, so one thread at a time changes and restores them.
+# Warning filters are shared by all threads of the process, so only one thread at a time may change and restore them.
 _filters = threading.RLock()
 
 
 class GIVEN:
-    """Stands for an option's value: a tensor of the samples' shape, new in each step.
+    """Stands for the value of an option that is a tensor of the samples' shape, a different one in each step.
 
-    It is a class and not an instance, since unpickling a class returns the same object.
+    It is a class and not an object, since unpickling returns the same class, but would return another object.
     """
 
 
@@ -90,7 +90,8 @@ class Run(NamedTuple):
         clip: the bound of the range to which the loop clips, or None if it does not clip.
         dims: the samples' number of dimensions.
         option_tensors: the number of tensors that each step gets for GIVEN options.
-        follows: whether callers cannot edit a sample between two steps.
+        follows_previous: whether each sample is the previous step's result, because callers cannot edit samples between
+            steps.
     """
 
     times: Sequence[Any]
@@ -99,35 +100,36 @@ class Run(NamedTuple):
     clip: float | None = None
     dims: int = 4
     option_tensors: int = 0
-    follows: bool = False
+    follows_previous: bool = False
 
 
 class Observed(TorchFunctionMode):
-    """A mode that replaces a sampler's random numbers by `noise`, and ignores casts from float64 to lower precision.
+    """A mode in which torch's random numbers come from `noise`, and casts from float64 to lower precision do nothing.
 
     Args:
         shape: the samples' shape.
         noise: makes the random numbers.
-        wide: whether samples stay float64. If False, the mode only replaces random numbers.
+        keeps_float64: whether samples stay float64. If False, the mode only replaces random numbers.
 
     Attributes:
         step: the number of the current step.
         draws: the dtypes of the tensors that the current step has drawn.
     """
 
-    def __init__(self, shape: torch.Size, noise: Draw, wide: bool = True) -> None:
+    def __init__(self, shape: torch.Size, noise: Draw, keeps_float64: bool = True) -> None:
         super().__init__()
-        self.shape, self.noise, self.wide = shape, noise, wide
+        self.shape, self.noise, self.keeps_float64 = shape, noise, keeps_float64
         self.step = 0
         self.draws: list[torch.dtype] = []
         self._watches = True
 
     def begin(self, step: int) -> None:
+        """Called when step number `step` begins."""
         self.step, self.draws = step, []
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside this context, calls are not the sampler's, and the mode leaves them alone."""
+        """A context for code that is not the sampler's: the mode does not change its calls."""
         before, self._watches = self._watches, False
         try:
             yield
@@ -140,13 +142,13 @@ class Observed(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is torch.randn:
             size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            if not self.wide and torch.Size(size) != self.shape:
+            if not self.keeps_float64 and torch.Size(size) != self.shape:
                 return function(*args, **kwargs)
             return self.draw(size, kwargs.get("dtype"))
-        if function is torch.randn_like and (self.wide or args[0].shape == self.shape):
+        if function is torch.randn_like and (self.keeps_float64 or args[0].shape == self.shape):
             return self.draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         x = args[0] if args else None
-        if not (self.wide and isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == self.shape):
+        if not (self.keeps_float64 and isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == self.shape):
             return function(*args, **kwargs)
         if function is not Tensor.to:
             return x
@@ -162,7 +164,7 @@ class Observed(TorchFunctionMode):
         with self.paused():
             z = self.noise(self.step, len(self.draws))
             self.draws.append(dtype)
-            return z if self.wide else z.to(dtype)
+            return z if self.keeps_float64 else z.to(dtype)
 
 
 def step_name(scheduler: Any) -> str:
@@ -191,7 +193,7 @@ def observe(
     noise: Draw,
     options: Mapping[str, Any],
     *,
-    wide: bool = True,
+    keeps_float64: bool = True,
 ) -> list[Step]:
     """Runs the steps of a copy of `scheduler` and records them.
 
@@ -201,13 +203,13 @@ def observe(
         samples, outputs, noise: see Run.observe.
         options: arguments of every step in addition to the model output, the timestep and the sample. GIVEN stands for
             a tensor of the samples' shape, which `noise` makes. A list has a value for each step.
-        wide: whether casts to a lower precision are ignored, so that numbers stay float64.
+        keeps_float64: whether casts to a lower precision are ignored, so that numbers stay float64.
 
     Raises:
         ValueError: a step draws noise of a shape other than the samples', or returns anything but a next sample and at
             most one more tensor.
     """
-    scheduler, observed = copy.deepcopy(scheduler), Observed(samples[0].shape, noise, wide)
+    scheduler, observed = copy.deepcopy(scheduler), Observed(samples[0].shape, noise, keeps_float64)
     state, step = scheduler.__dict__, getattr(scheduler, step_name(scheduler))
     names, arguments = input_names([*parameters_of_step(scheduler.__class__)]), dict(options)
     scale = getattr(scheduler, "scale_model_input", None)
@@ -248,8 +250,11 @@ def on_cpu() -> AbstractContextManager[Any]:
 
 @contextmanager
 def fresh_numbers() -> Iterator[None]:
-    """Reseeds torch's generator, so that a step which draws from it directly fails the proof of linearity. Afterwards
-    the generator's state is restored."""
+    """A context in which torch's generator has a new random seed; at the end, its state is restored.
+
+    So a step that draws from the generator, without Observed noticing it, has different results in the two runs and
+    fails the comparison with its row.
+    """
     with torch.random.fork_rng([]):
         torch.default_generator.seed()
         yield
@@ -257,8 +262,10 @@ def fresh_numbers() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=64)
 def parameters_of_step(cls: type) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a class's step, without `self`. A step with `*args` or `**kwargs` passes them on to the parent
-    class, so the parent's parameters are returned."""
+    """The parameters of a class's step, without `self`.
+
+    If the step has `*args` or `**kwargs`, it probably passes them to the parent's step, whose parameters are returned.
+    """
     name, parameters = step_name(cls), dict[str, inspect.Parameter]()
     for base in cls.__mro__:
         if name in vars(base):

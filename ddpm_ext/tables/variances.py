@@ -1,4 +1,4 @@
-"""Variances of a reverse step: an entry of VARIANCES defines everything about one variance."""
+"""The variances of a reverse step. An entry of VARIANCES defines a variance completely; all other code reads it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Posterior(NamedTuple):
     Attributes:
         small: the variance of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020.
         large: beta.
-        ends: whether the last row is the last step of a process, which adds no noise.
+        has_last_step: whether the last row is the last step of a process, which adds no noise.
     """
 
     small: Tensor
     large: Tensor
-    ends: bool
+    has_last_step: bool
 
     def small_before_end(self, small: Tensor) -> Tensor:
         """`small` with its last value replaced by the previous row's, or by beta if there is only one row."""
@@ -103,7 +103,8 @@ def _fixed(variance: Tensor, weight: Tensor) -> NoiseColumns:
 
 def _fixed_large(posterior: Posterior) -> NoiseColumns:
     weight = posterior.large
-    if posterior.ends:  # As in guided-diffusion, the last step's weight is the posterior variance of the previous step.
+    # As in guided-diffusion, the last step's weight is the posterior variance of the previous step.
+    if posterior.has_last_step:
         weight = torch.cat(
             [posterior.large[:-1], posterior.small[-2:-1] if len(posterior.large) > 1 else posterior.large]
         )
@@ -117,7 +118,8 @@ def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
 def _learned_range(posterior: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
     small, large = posterior.small.clamp(min=LEAST), posterior.large
-    if posterior.ends and posterior.small[-1] == 0:  # Without this, the last step's range would begin at LEAST.
+    # Without this, the range of the last step's variance would begin at LEAST.
+    if posterior.has_last_step and posterior.small[-1] == 0:
         small = posterior.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
 

@@ -1,4 +1,4 @@
-"""Weightings: how much each timestep counts in a training loss.
+"""Weightings, which say how much each timestep counts in a training loss.
 
 Each weighting is a function of the signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod) that returns the weight
 of the squared error of x_0. `weights` converts it into the weight of the squared error of the model's prediction. For

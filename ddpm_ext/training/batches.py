@@ -17,7 +17,7 @@ from ddpm_ext.training.data import DamagedImage, ImageSource, Labels
 from ddpm_ext.training.options import TrainOptions
 
 _PREFETCHED = 4  # batches that a worker reads ahead
-_BATCH_TIMEOUT = 600  # seconds
+_BATCH_TIMEOUT = 600  # the seconds after which a batch that has not arrived is an error
 _SHARED_MEMORY = "shared memory in /dev/shm"
 
 
@@ -44,9 +44,9 @@ class StepBatches(Dataset):
     Args:
         images: the source.
         options: batch size, seed, flip, skip_corrupt, workers, class_dropout.
-        start, stop: this rank's samples of each batch are those from `start` to `stop` - 1.
-        labels: the classes of the images. The null class has the number of classes as its number. With None, batches
-            have no labels.
+        start, stop: this rank reads the samples from `start` to `stop` - 1 of each batch.
+        labels: the classes of the images. With None, batches have no labels. The number of the null class is the number
+            of classes.
     """
 
     def __init__(
@@ -56,11 +56,13 @@ class StepBatches(Dataset):
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __getitem__(self, step: int) -> Batch | Exception:
-        # Returned, not raised: an exception raised in a worker arrives with the worker's traceback in its message.
+        # An exception is returned, and iterate() raises it. If a worker raised it, the DataLoader would put the
+        # worker's traceback into the message.
         try:
             batch = self._read(step)
             if get_worker_info() is not None:
-                # If shared memory were full in the loader's thread, that would only print an error, and training hang.
+                # Here an error can be returned. Otherwise a thread of the DataLoader would move the tensors to shared
+                # memory. If that is full, the thread only prints an error, and training waits forever.
                 with _explain_full_shared_memory():
                     for tensor in (batch.images, batch.labels):
                         tensor is None or tensor.share_memory_()
@@ -72,8 +74,8 @@ class StepBatches(Dataset):
     def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:
         """Opens iterate() for a `with` block. The end of the block stops the worker processes.
 
-        If a worker dies, torch's signal handler may raise an error at any line of the block, not only while the loop
-        waits for a batch. This error, too, becomes a ChildProcessError.
+        If a worker dies, torch's signal handler may raise a RuntimeError at any line of the block, not only while the
+        loop waits for a batch. This context manager turns it into a ChildProcessError.
         """
         with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as batches:
             yield batches
@@ -83,7 +85,9 @@ class StepBatches(Dataset):
 
         Raises:
             OSError, TypeError, ValueError: an image can't be read, or has a wrong type or shape, or shared memory is
-                full. TimeoutError: the workers returned no batch for ten minutes. ChildProcessError: a worker died.
+                full.
+            TimeoutError: the workers returned no batch for ten minutes.
+            ChildProcessError: a worker died.
         """
         workers = self.options.workers
         steps = DataLoader(
@@ -97,12 +101,10 @@ class StepBatches(Dataset):
             generator=torch.Generator(),  # otherwise the loader would draw its workers' seed from torch's generator
         )
         with _translate_loader_errors():
-            with (
-                torch.device("cpu"),
-                _explain_full_shared_memory(),
-            ):  # the loader draws its workers' seed on this device
+            # The loader draws its workers' seed on torch's default device, which must be that of `generator`.
+            with torch.device("cpu"), _explain_full_shared_memory():
                 if workers:
-                    # Tries whether shared memory has room: a DataLoader that fails here would also print a traceback.
+                    # Raises an error if shared memory is full. A DataLoader that fails would also print a traceback.
                     torch.multiprocessing.Queue()
                 batches = iter(steps)
             for batch in batches:
@@ -111,6 +113,7 @@ class StepBatches(Dataset):
                 yield batch
 
     def _read(self, step: int) -> Batch:
+        """Reads this rank's part of a step's batch."""
         options = self.options
         batch_start = step * options.batch_size
         positions = range(batch_start + self.start, batch_start + self.stop)
@@ -141,7 +144,10 @@ class StepBatches(Dataset):
         return uniform[self.start : self.stop] < share
 
     def _indices(self, positions: range) -> Tensor:
-        """The indices of the images at these positions in the sequence of all epochs, one after another."""
+        """The indices of the images at these positions in the sequence of all epochs.
+
+        The sequence has the shuffled images of epoch 0, then the shuffled images of epoch 1, and so on.
+        """
         count, position, parts = len(self.images), positions.start, []
         while position < positions.stop:
             epoch, offset = divmod(position, count)
@@ -157,9 +163,12 @@ class StepBatches(Dataset):
     def _next_readable(
         self, i: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]
     ) -> tuple[Tensor, Tensor]:
-        """The image indices[i], or else the next readable image, (1, channels, height, width); and its index, (1,).
+        """Reads the image indices[i] or, if that can't be read, the next readable image of the source.
 
         Appends the error messages of unreadable images to `skipped`.
+
+        Returns:
+            The image, (1, channels, height, width), and its index, (1,).
         """
         count = len(self.images)
         for ahead in range(count):

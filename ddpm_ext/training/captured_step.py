@@ -14,9 +14,9 @@ from ddpm_ext.training.state import TrainState
 class CapturedStep:
     """Takes training steps by replaying one CUDA graph.
 
-    A graph reads its inputs from the addresses that it was captured with. So each batch is copied into tensors that
-    this object owns, and a step itself adds 1 to the tensor of the noise's draw. The learning rate is a tensor of the
-    optimizer for the same reason.
+    A graph reads its inputs from the addresses that were used at the capture. So each batch is copied into tensors of
+    this object. For the same reason, the learning rate and the number of the noise's draw are tensors, and the graph
+    itself adds 1 to the draw's number.
 
     Args:
         compute: compute(images, t, weights, draw), with a fifth argument, labels, for images that have classes. It
@@ -54,11 +54,15 @@ class CapturedStep:
         return losses.clone(), norm.clone()
 
     def _run(self) -> None:
+        """Takes a step with the inputs in `_inputs`, and stores its results. The graph contains this function."""
         images, t, weights, *labels = self._inputs
         self._results = self._compute(images, t, weights, self._draw_number, *labels)
         self._draw_number.add_(1)
 
     def _save(self, seed: int) -> Callable[[], object]:
-        """Saves the state. Returns the function by which CudaGraphs undoes its warm-up step before a capture."""
+        """Saves the state, and returns a function that restores it.
+
+        CudaGraphs takes a warm-up step before a capture, and calls the function to undo that step.
+        """
         restore = restorer([*self._state.changed_by_step(), self._draw_number])
         return lambda: (restore(), torch.manual_seed(seed))

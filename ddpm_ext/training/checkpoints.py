@@ -1,4 +1,5 @@
-"""Checkpoints of a training run: a safetensors file each, with tensors and, as JSON in its header, everything else."""
+"""Checkpoints of a training run. A checkpoint is a safetensors file. Its header holds the numbers and options of the
+run as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.networks import FOLDERS
 
-_FORMAT = "ddpm-ext training state 2"
+_FORMAT = "ddpm-ext training state 2"  # stored in each checkpoint. Other files are refused.
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -39,8 +40,8 @@ def newest(folder: Path) -> Path | None:
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
     """Writes a checkpoint atomically, then removes the checkpoints of earlier steps except for the newest `keep` - 1.
 
-    Checkpoints of later steps stay and are not counted. They exist only if they are damaged: otherwise the run would
-    have continued from them.
+    Checkpoints of later steps stay and are not counted. A later checkpoint exists only if it is damaged: otherwise the
+    run would have continued from it.
 
     Args:
         folder: the run's folder.
@@ -54,7 +55,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     """
     to_bytes = require("safetensors.torch", "writing checkpoints").save
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
-    # safetensors refuses tensors that share memory, such as tied weights, so each is copied.
+    # Each tensor is copied, because safetensors refuses tensors that share memory, such as tied weights.
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     metadata = {"format": _FORMAT, "header": json.dumps(about)}
     content = to_bytes(tensors, metadata={**metadata, "crc32": _checksum(tensors, metadata["header"])})
@@ -99,7 +100,7 @@ def _checksum(tensors: dict[str, Tensor], text: str) -> str:
 
 
 def discard(text: str) -> None:
-    """A report function that ignores its text."""
+    """Ignores a line of text. It is the report function of a caller that reports nothing."""
 
 
 def check_header(path: Path, header: dict[str, Any]) -> None:
@@ -131,16 +132,16 @@ def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, d
     return None
 
 
-def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`; the keys are the names without it."""
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`. The keys of the result are the names without the prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that a killed process left in the folder of a run or of an average.
 
-    It also removes them in the sub-folders that belong to the run. It leaves out tuned/ and other sub-folders, where
-    another process may be writing.
+    It also removes temporary files in the sub-folders that only the run writes. It leaves out tuned/ and all other
+    sub-folders, where another process may be writing.
     """
     files.remove_leftovers(folder)
     run_folders = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())

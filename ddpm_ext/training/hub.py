@@ -27,9 +27,9 @@ def push_to_hub(
 ) -> str:
     """Uploads the model of a run to a repository of the Hub, which is created if it doesn't exist.
 
-    A UNet2DModel is uploaded as a DDPMPipeline, by DDPMPipeline.push_to_hub. A UNet2DModel with classes or of latents,
-    and a DiT, are uploaded as their parts with classes.json. So the repository's files again form a folder that
-    ddpm_ext and diffusers read.
+    An unconditional UNet2DModel of images is uploaded by DDPMPipeline.push_to_hub. For a UNet2DModel with classes or of
+    latents, and for a DiT, the model, its scheduler and its classes.json, if there is one, are uploaded. ddpm_ext and
+    diffusers can read the repository's files.
 
     Args:
         run: the folder of a finished run, or its best/.

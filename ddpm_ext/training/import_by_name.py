@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Files whose names begin with these texts are not the user's code.
+# Python files whose paths begin with these texts are not the user's code: this package and Python's import system.
 _NOT_USER_CODE = (str(Path(__file__).resolve().parents[1]), str(importlib.__file__), "<frozen importlib")
 
 
 class UserCodeError(Exception):
-    """The user's function or module raised an exception: the __cause__, whose traceback begins in the user's code."""
+    """The user's function or module raised an exception, which is the __cause__ of this error.
+
+    The traceback of the __cause__ begins in the user's code.
+    """
 
 
 def user_code_error(option: str, name: str, error: Exception) -> UserCodeError:

@@ -1,4 +1,4 @@
-"""The Inception network of published FIDs, from torch-fidelity or pytorch-fid, whichever is installed."""
+"""The Inception network of the Fréchet inception distance (FID), from torch-fidelity or else from pytorch-fid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Inception:
         source: the package and its version.
 
     Raises:
-        MissingExtra: neither package is installed. ValueError: the weights can't be downloaded.
+        MissingExtra: neither package is installed.
+        ValueError: the weights can't be downloaded.
     """
 
     def __init__(self) -> None:
@@ -55,11 +56,13 @@ class Inception:
 
 
 def _torch_fidelity(module: Any) -> tuple[Any, Any]:
+    """Makes torch-fidelity's network. Returns it, and a function of it and of uint8 images that returns features."""
     network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     return network, lambda network, levels: network(levels)[0]
 
 
 def _pytorch_fid(module: Any) -> tuple[Any, Any]:
+    """Makes pytorch-fid's network. Returns it, and a function of it and of uint8 images that returns features."""
     network = module.InceptionV3([module.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
     return network, lambda network, levels: network(levels.float() / 255)[0]
 
@@ -68,5 +71,5 @@ _PACKAGES = (
     ("torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3", _torch_fidelity, "URL_INCEPTION_V3"),
     ("pytorch-fid", "pytorch_fid.inception", _pytorch_fid, "FID_WEIGHTS_URL"),
 )
-"""For each package: its name, its module, the function that makes its network, and the name of the module's constant
-with the address of the weights."""
+"""For each package: its name, its module, the function that makes its network, and the name of a constant in the
+module. The constant is the address of the network's weights."""

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM in training: the first signal is noted, so that the run can save its state. The second ends it."""
+"""Ctrl-C and SIGTERM in training. The first signal is only noted: its number is stored, and the training loop later
+saves its state and stops. The second signal ends the program at once."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ _DEFAULT_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: 
 
 
 class _Interrupted(BaseException):
-    """A signal arrived while this process waited for a batch."""
+    """The signal handler raises this if a signal arrives while the process waits for a batch."""
 
 
 class NotedSignal:
-    """The signal that has arrived. number: the signal's number, or 0 if none has arrived."""
+    """Stores the first signal that arrives. number: the signal's number, or 0 as long as no signal has arrived."""
 
     def __init__(self) -> None:
         self.number, self._waiting = 0, False
@@ -31,8 +32,8 @@ class NotedSignal:
     def next(self, read: Iterator[T]) -> T | None:
         """The next element of `read`, or None if a signal arrives first.
 
-        If a worker died, its ChildProcessError is raised after a short wait. If a signal to all processes of the run
-        killed the worker, the signal arrives in this process during the wait, and None is returned.
+        If a worker process died, ChildProcessError is raised after a short wait. The worker may have died of a signal
+        to all processes of the run. Then the signal arrives in this process during the wait, and None is returned.
         """
         try:
             try:
@@ -47,7 +48,7 @@ class NotedSignal:
             return None
 
     def note(self, number: int) -> None:
-        """The signal handler calls this."""
+        """Stores the signal `number`, and ends a wait of next(). The signal handler calls this."""
         self.number = number
         if self._waiting:
             raise _Interrupted
@@ -55,12 +56,11 @@ class NotedSignal:
 
 @contextmanager
 def noted_signals() -> Iterator[NotedSignal]:
-    """Within the block, the first Ctrl-C or SIGTERM is noted and has no other effect.
+    """Within the block, the first Ctrl-C or SIGTERM only sets the number of the NotedSignal.
 
-    After this signal, both signals have their default effect again, so that a second signal ends the run. From then
-    until the end of the block, the death of a child process is ignored. Outside of the main thread, this context
-    manager does nothing, since Python allows no signal
-    handlers there.
+    After this signal, both signals have their default effect again, so that a second signal ends the run. The deaths
+    of child processes are then ignored until the end of the block. Outside of the main thread, where Python allows no
+    signal handlers, no signal is noted.
     """
     noted, handlers_before = NotedSignal(), dict[signal.Signals, Any]()
 
@@ -70,7 +70,8 @@ def noted_signals() -> Iterator[NotedSignal]:
 
     def note(number: int, frame: FrameType | None) -> None:
         restore()
-        # The signal may also have killed a DataLoader's workers. Torch's SIGCHLD handler would raise an error for that.
+        # The signal may also have killed a DataLoader's workers. For a dead worker, torch's SIGCHLD handler would raise
+        # an error.
         if hasattr(signal, "SIGCHLD"):
             handlers_before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
         noted.note(number)
@@ -86,8 +87,11 @@ def noted_signals() -> Iterator[NotedSignal]:
 
 
 def end(number: int) -> NoReturn:
-    """Ends the program like the signal `number` does: by KeyboardInterrupt, or by SystemExit with the code that shells
-    report for the signal."""
+    """Ends the program as the signal `number` would.
+
+    Raises KeyboardInterrupt for Ctrl-C. For another signal, raises SystemExit with the exit code that a shell reports
+    for a program which the signal has ended.
+    """
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""Loads the model of a training run, a UNet2DModel or any other module, and samples from it."""
+"""Loads the model of a training run, which may be of any class, and samples from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.options import with_defaults_of
 from ddpm_ext.training.run_options import LATENTS, MODEL_PREFIX, SHAPE, settings_from
 
-# {an option of p_sample_loop that Trained.sample sets itself: what callers pass to Trained.sample instead}
+# {an option of p_sample_loop that Trained.sample sets itself: the arguments that callers pass instead}
 _SET_BY_SAMPLE = {"rng": "seed and first", "model_kwargs": "classes", "record": "none: the last samples are returned"}
 
 
@@ -189,11 +189,11 @@ def _model_description(folder: Path) -> dict[str, Any]:
 
 
 class _Parts(NamedTuple):
-    """What load() needs to build a Trained.
+    """The content of a run's folder from which load() builds a Trained.
 
     Attributes:
         path: the file with the weights.
-        config: the model's class ("class") and, if known, its configuration.
+        config: the name of the model's class ("class"). For a class that a folder can hold, also its configuration.
         clip: whether samples are in [-1, 1]. Latents are not.
     """
 
@@ -207,7 +207,7 @@ class _Parts(NamedTuple):
 
 
 def _finished(folder: Path, description: dict[str, Any]) -> _Parts:
-    """The parts of a finished run's model."""
+    """Reads a finished run's folder. description: the content of its model.json."""
     path = folder / "model.safetensors"
     scheduler, names = folder / "scheduler" / SCHEDULER, folder / CLASSES
     classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
@@ -218,22 +218,23 @@ def _finished(folder: Path, description: dict[str, Any]) -> _Parts:
 
 
 def _unfinished(folder: Path) -> _Parts:
-    """The parts of an unfinished run's model: the average in its newest readable checkpoint, and the run's options."""
+    """Reads an unfinished run's folder: the averaged weights in its newest readable checkpoint, and its options."""
     path, header = run_options.find(folder)
     if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
-    # The run's device may not exist or not be usable in this process. This function computes nothing on it.
+    # "cpu" replaces the run's device, which may not exist on this machine. TrainOptions would refuse it.
     options, about = with_defaults_of(header["options"], {"device": "cpu"}), header["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
-    weights = checkpoints.under(checkpoints.load(path)[0], "average.")
+    weights = checkpoints.with_prefix(checkpoints.load(path)[0], "average.")
     config = {name.removeprefix(MODEL_PREFIX): value for name, value in about.items() if name.startswith(MODEL_PREFIX)}
     shape = _checked_shape(about.get(SHAPE), folder)
     return _Parts(weights, path, settings_from(options), shape, classes, config, not about.get(LATENTS))
 
 
 def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:
+    """Returns `shape` as a tuple. Raises ValueError unless it is a list of three positive ints."""
     if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
         raise ValueError(f"run: {folder} has samples of shape {shape!r}, expected [channels, height, width]")
     return shape[0], shape[1], shape[2]

@@ -48,10 +48,9 @@ def quarter_means(rows: list[LogRow]) -> list[float]:
 
 
 class Log:
-    """The file losses.csv of a run in `folder`, and its trackers.
+    """The file losses.csv of a run, and the run's trackers.
 
-    A log that is opened at `step` continues after that step: later lines, which a killed run may have written, are
-    removed.
+    Lines of steps after `step` are removed from the file. A killed run may have written them.
 
     Args:
         folder: the run's folder.
@@ -93,6 +92,7 @@ class Log:
             tracker.numbers(numbers, last.step)
 
     def close(self) -> None:
+        """Closes the trackers."""
         for tracker in self.trackers:
             tracker.close()
 
@@ -129,8 +129,11 @@ def _whole_lines(path: Path) -> list[list[str]]:
 
 
 def progress_line(rows: list[LogRow], step: int, steps: int, lr: float, images_per_second: float) -> str:
-    """A line of text: step of `steps`, mean loss of `rows`, mean losses by quarter of the timesteps, learning rate,
-    images per second."""
+    """The line of text that reports a run's progress.
+
+    It has the step, the mean loss of `rows`, the mean loss in each quarter of the timesteps, the learning rate and the
+    images per second.
+    """
     mean = sum(row.loss for row in rows) / len(rows) if rows else math.nan
     quarters = " ".join(f"{mean:.4f}" for mean in quarter_means(rows))
     return f"step {step:>6}/{steps}  loss {mean:.4f} ({quarters})  lr {lr:.2e}  {images_per_second:.1f} images/s"

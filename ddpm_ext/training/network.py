@@ -23,6 +23,7 @@ from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.options import TrainOptions
 
+# Options that describe a UNet2DModel. A configuration replaces them.
 _WIDTHS = ("widths", "layers", "attention", "head_channels", "groups")
 
 
@@ -111,6 +112,7 @@ def _required(options: TrainOptions, shape: tuple[int, int, int], classes: int |
 def _required_of_dit(
     options: TrainOptions, shape: tuple[int, int, int], classes: int | None, name: str
 ) -> dict[str, Any]:
+    """The entries that images, classes and options require in a DiT's configuration. name: for error messages."""
     channels, height, width = shape
     if classes is None:
         raise ValueError(f"classes: {name} describes a {DIT}, expected classes of the images: it always has them")
@@ -125,7 +127,7 @@ def _required_of_dit(
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Enables gradient checkpointing: the model keeps few activations and recomputes the rest in the backward pass.
+    """Enables gradient checkpointing: the backward pass recomputes most activations, so they need no memory.
 
     Raises:
         ValueError: the model has no enable_gradient_checkpointing(), a method of diffusers' models, or the method
@@ -199,9 +201,11 @@ def save_result(
 ) -> str:
     """Writes a trained model and its diffusion's scheduler to a folder.
 
-    A UNet2DModel of images is written as the folder of a DDPMPipeline. With classes, which that pipeline can't pass to
-    a model, or of latents, only its parts are written; so is a DiT. For any other module, model.safetensors has the
-    state dict; model.json has the class, its module, the settings and the shape.
+    - An unconditional UNet2DModel of images is written as the folder of a DDPMPipeline.
+    - A UNet2DModel with classes or of latents, and a DiT, are written without model_index.json, since no such pipeline
+      can sample from them.
+    - For any other module, model.safetensors has the state dict. model.json has the class, its module, the settings and
+      the shape.
 
     Args:
         settings: the diffusion's settings.

@@ -78,12 +78,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _as_bool(name: str, value: Any) -> bool:
+    """Converts True, False, 0 and 1 to a bool. Raises TypeError, naming the option, for any other value."""
     if not isinstance(value, (int, np.bool_)) or value not in (0, 1):
         raise TypeError(f"{name} is {value!r}, expected a bool")
     return bool(value)
 
 
 def _tuple_of(parse: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
+    """Returns a function that converts the items of an option's value with `parse` and returns them as a tuple."""
+
     def check_items(name: str, values: Any) -> tuple[float, ...]:
         try:
             items = tuple(values)
@@ -225,11 +228,11 @@ class TrainOptions:
 
 
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
-    """Raises ValueError if a resumed run has other options or inputs than at its start. Names the first that differs.
+    """Raises ValueError, naming the first difference, if a resumed run has other options or inputs than at its start.
 
     now: the options and inputs of the resume.
-    then: those at the start of the run, from the file `path`. An option that is missing did not exist then, and older
-        versions did what its default does. So it counts as its default.
+    then: the options and inputs at the start of the run, from the file `path`. If an option is missing, the run was
+        started by an older version, which did what the option's default does. So the option counts as its default.
     change: the names of options that may differ.
     """
     now, then = json.loads(json.dumps(now)), with_new_defaults(then)
@@ -244,11 +247,11 @@ def check_same_on_ranks(rank_inputs: list[dict[str, Any]]) -> None:
 
     rank_inputs: for each rank, its options and the other inputs on which weights depend.
     """
-    for rank, of_rank in enumerate(rank_inputs):
-        for name, value in {**rank_inputs[0], **of_rank}.items():
-            if name != "device" and (of_rank.get(name), rank_inputs[0].get(name)) != (value, value):
+    for rank, inputs in enumerate(rank_inputs):
+        for name, value in {**rank_inputs[0], **inputs}.items():
+            if name != "device" and (inputs.get(name), rank_inputs[0].get(name)) != (value, value):
                 raise ValueError(
-                    f"ranks: {name} is {of_rank.get(name)} on rank {rank} and {rank_inputs[0].get(name)} on rank 0, "
+                    f"ranks: {name} is {inputs.get(name)} on rank {rank} and {rank_inputs[0].get(name)} on rank 0, "
                     "expected the same on all"
                 )
 
@@ -270,5 +273,6 @@ def with_defaults_of(stored: dict[str, Any], changes: dict[str, Any]) -> TrainOp
 
 
 def _require(name: str, value: object, valid: bool, expected: str) -> None:
+    """Raises ValueError, with the option's name and value and the expected values, unless `valid`."""
     if not valid:
         raise ValueError(f"{name}: got {value}, expected {expected}")

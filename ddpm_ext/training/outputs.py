@@ -57,7 +57,7 @@ class Outputs:
     Args:
         folder: the folder's path.
         options: the options of the run.
-        about: the inputs, besides the options, on which the weights depend, as JSON (run_options.inputs_of).
+        weight_inputs: the inputs, besides the options, on which the weights depend. See run_options.inputs_of.
         settings, classes: the diffusion's settings and the classes of the model that is written.
         report: called with lines of text.
         change: the names of options that may differ from those of the run that is resumed.
@@ -78,7 +78,7 @@ class Outputs:
         self.folder, self.options, self.weight_inputs, self.report = folder, options, weight_inputs, report
         self._unlogged_rows: list[log.LogRow] = []  # steps that are not in the log yet
         self._since_progress_line: list[log.LogRow] = []  # steps since the last progress line
-        self._last_attempt = 0  # the step of the last checkpoint that was written or attempted
+        self._last_attempt = 0  # the step of the last checkpoint that was written or whose writing failed
 
     def open(self, exit_stack: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run and opens the log. Closing `exit_stack` undoes both.
@@ -146,6 +146,7 @@ class Outputs:
                 files.check_writable(self.folder / name / "file")
 
     def _report_changes(self, before: dict[str, Any]) -> None:
+        """Reports the options of a resumed run that differ from `before`, its options before the resume."""
         before, now = with_new_defaults(before), as_json(self.options)
         for name in (*CHANGEABLE, "steps"):
             if now[name] != before[name]:
@@ -190,18 +191,23 @@ class Outputs:
             self._draw(step, draw)
 
     def catch_up(self, step: int, draw: Callable[[], Tensor]) -> None:
-        """Draws the samples of a checkpoint's step if the run was killed before it wrote them."""
+        """Draws samples after a resume, if samples are due at the checkpoint's step and their picture is missing.
+
+        It is missing if the run was killed between writing the checkpoint and drawing the samples.
+        """
         every = self.options.sample_every
         if step and every and step % every == 0 and not self._picture(step).exists():
             self._draw(step, draw)
 
     def _draw(self, step: int, draw: Callable[[], Tensor]) -> None:
+        """Draws samples, writes their picture and passes them to the trackers."""
         samples = draw().cpu()
         save_grid(samples, self._picture(step))
         for tracker in self.log.trackers:
             tracker.pictures(samples, step)
 
     def _picture(self, step: int) -> Path:
+        """The path of the picture of a step's samples."""
         return self.folder / "samples" / f"step-{step:08d}.png"
 
     def _write_log(self, images_per_second: float) -> None:
@@ -211,12 +217,13 @@ class Outputs:
         self.log.write(rows, images_per_second)
 
     def _checkpoint(self, state: TrainState) -> Path:
+        """Writes a checkpoint and returns its path."""
         self._last_attempt = state.step
         header = state.numbers() | {"options": asdict(self.options), "about": self.weight_inputs}
         return checkpoints.save(self.folder, state.step, state.tensors(), header, self.options.keep)
 
     def has_tried(self, step: int) -> bool:
-        """Whether a checkpoint of the step was written or attempted."""
+        """Whether a checkpoint of the step was written, or writing it failed."""
         return step == self._last_attempt
 
     def rescue(self, state: TrainState, images_per_second: float) -> None:
@@ -247,6 +254,7 @@ class Outputs:
             self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {best_step}")
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
+        """Writes a model to a folder. Returns a sentence that says which programs can read the folder."""
         dtype = DTYPES[self.options.weights_dtype]
         clip = run_options.LATENTS not in self.weight_inputs
         return save_result(
@@ -254,10 +262,10 @@ class Outputs:
         )
 
     def finish(self, state: TrainState, seconds: float, details: dict[str, Any]) -> Result:
-        """Writes the averaged model, the loss curve, and training.json with `details`. If the options ask for it, then
-        tunes tables to the model and uploads it.
+        """Writes the averaged model, the loss curve, and training.json with `details`.
 
-        If the run was already finished, so that no step was taken, only the options in training.json change.
+        If the options ask for it, this then tunes step tables to the model, and uploads the model. If the run was
+        already finished before this start, only the options in training.json change.
         """
         self.report(self._save_model(state.average, self.folder))
         for decay, average in state.extra.items():
@@ -287,7 +295,10 @@ class Outputs:
         tune_run(self.folder, average, options.tune, **keywords)  # type: ignore[arg-type]
 
     def _update_options(self) -> bool:
-        """If training.json describes a run of as many steps, replaces the options in it. Returns whether it does."""
+        """Replaces the options in training.json, if the file exists and its options have the same number of steps.
+
+        Returns whether the options were replaced.
+        """
         path = self.folder / "training.json"
         try:
             previous = files.read_json(path)

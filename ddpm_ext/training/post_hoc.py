@@ -26,7 +26,10 @@ def write_snapshots(folder: Path, step: int, averages: Mapping[float, nn.Module]
 
 
 def remove_later(folder: Path, step: int) -> None:
-    """Removes the snapshots of steps after `step`, from which the run continues, and a killed run's temporary files."""
+    """Removes the snapshots of steps after `step`, and the temporary files of a killed run.
+
+    step: the step from which the run continues. It will write the later snapshots again.
+    """
     for path in (folder / SNAPSHOTS).glob("*.safetensors"):
         match = _NAME.fullmatch(path.name)
         if path.name.startswith(".step-") or (match and int(match[1]) > step):
@@ -106,6 +109,7 @@ def post_hoc_average(
 
 
 def _checked(value: Tensor | None, total: Tensor, path: Path, name: str) -> Tensor:
+    """Converts a snapshot's weights to float64. Raises ValueError unless they have the shape of `total`."""
     if value is None or value.shape != total.shape:
         raise ValueError(f"run: {path} holds weights of another model: {name} differs")
     return value.double()

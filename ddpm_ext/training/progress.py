@@ -9,14 +9,14 @@ from typing import Any
 
 from ddpm_ext.base.optional import require
 
-_LOSS_DECAY = 0.98  # of the smoothed loss, in each step
+_LOSS_DECAY = 0.98  # the decay of the displayed moving average of the loss, in each step
 
 
 class Bar:
-    """A progress bar over steps with the smoothed loss. shown: the tqdm bar, or None to show nothing.
+    """A progress bar over steps, with a moving average of the loss. shown: the tqdm bar, or None to show nothing.
 
-    On a GPU or with several ranks, the loss is updated only when the log reads losses, since reading a loss waits until
-    its step is computed.
+    On a GPU or with several ranks, the displayed loss changes only when the log reads losses: reading each step's loss
+    would make the host wait for each step.
     """
 
     def __init__(self, shown: Any = None) -> None:
@@ -29,7 +29,7 @@ class Bar:
             self._shown.update()
 
     def show(self, losses: Iterable[float]) -> None:
-        """Updates the displayed moving average. losses: of the steps since the last call."""
+        """Updates the displayed moving average. losses: the losses of the steps since the last call."""
         for loss in losses:
             self._sum = _LOSS_DECAY * self._sum + (1 - _LOSS_DECAY) * loss
             self._weight = _LOSS_DECAY * self._weight + (1 - _LOSS_DECAY)
@@ -38,13 +38,13 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(steps: int, begun: int, *, shown: bool) -> Iterator[Bar]:
-    """A bar over `steps`, of which `begun` are done. If not `shown`, the bar displays nothing."""
+def progress_bar(steps: int, steps_done: int, *, shown: bool) -> Iterator[Bar]:
+    """A bar over `steps` steps, of which `steps_done` are done. If `shown` is false, the bar displays nothing."""
     if not shown:
         yield Bar()
         return
     tqdm = require("tqdm", "the progress bar").tqdm
-    with tqdm(total=steps, initial=begun, desc="training", unit="step", disable=None) as bar:
+    with tqdm(total=steps, initial=steps_done, desc="training", unit="step", disable=None) as bar:
         yield Bar(bar)
 
 
@@ -59,12 +59,13 @@ def above_bar(report: Callable[[str], None]) -> Callable[[str], None]:
 
 
 class Clock:
-    """Measures the steps per second between two calls of steps_per_second()."""
+    """Measures the speed of training. step: the number of steps taken so far."""
 
     def __init__(self, step: int) -> None:
         self.step, self.time_of_step = step, time.monotonic()
 
     def steps_per_second(self, step: int) -> float:
+        """The steps per second since the last call. step: the number of steps taken so far."""
         now = time.monotonic()
         rate = (step - self.step) / max(now - self.time_of_step, 1e-9)
         self.step, self.time_of_step = step, now

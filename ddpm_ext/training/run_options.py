@@ -20,7 +20,7 @@ from ddpm_ext.training.data.source import digest
 from ddpm_ext.training.options import TrainOptions
 
 OPTIONS = "options.json"
-# Keys of inputs_of. MODEL_PREFIX is the prefix of the entries that network.describe returns.
+# Keys in the dict that inputs_of returns. MODEL_PREFIX is the prefix of the entries that describe the model.
 SHAPE = "the shape of images"
 LATENTS = "the images are latents"
 MODEL_PREFIX = "model's "
@@ -87,8 +87,8 @@ def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> t
 
     `report` is called with a line of text for each checkpoint that is damaged.
 
-    The options are those of the run's last start, from options.json: a resume may have changed them after the
-    checkpoint was written.
+    The options in the returned header are always those in options.json, which has the options of the run's last start.
+    A checkpoint may have older options, from before a resume changed them.
 
     Returns:
         The path, and a header with the options ("options"), the other inputs ("about") and the step ("step").

@@ -1,5 +1,6 @@
-"""Scores of samples: Fréchet distance to images (Heusel et al. 2017, eq. 6), precision and recall. Also the scores of a
-run."""
+"""Scores of samples: Fréchet distance to images (Heusel et al. 2017, eq. 6), precision and recall.
+
+Scorer scores the samples of a training run, and Scores stores the scores of its steps."""
 
 from __future__ import annotations
 
@@ -22,18 +23,19 @@ Features = Callable[[Tensor], Any]
 (batch, features)."""
 
 _PIXELS = "pixels"
-# Larger images are averaged down to this side, since the covariance has the squared number of pixels as its size.
+# Larger images are averaged down to this side, since the covariance matrix has a row and a column for each value.
 _LARGEST_SIDE = 16
 _DISTANCES = 2**23  # the most distances that are computed at a time
 _REFERENCE = 5000  # the most training images that samples are compared with
 
 
 Moments = tuple[Tensor, Tensor]
-"""A mean, (features,), and a matrix A, (rows, features), with A^T A = the covariance."""
+"""The mean of features, (features,), and a factor A of their covariance, (rows, features): the covariance is A^T A."""
 
 
 def moments(features: Tensor) -> Moments:
-    """The mean of features, (count, features) float64 with count at least 2, and a factor of their covariance."""
+    """The moments of features, (count, features) float64 with count at least 2. Their factor has at most `features`
+    rows."""
     count, size = features.shape
     mean = features.mean(0)
     factor = (features - mean) / (count - 1) ** 0.5
@@ -43,8 +45,9 @@ def moments(features: Tensor) -> Moments:
 def frechet(first: Moments, second: Moments) -> float:
     """The squared Fréchet distance of two Gaussians: |m - n|^2 + tr(C + D - 2 (C D)^(1/2)).
 
-    With C = A^T A and D = B^T B, the eigenvalues of C D are the squared singular values of A B^T. Singular values are
-    real numbers for any rank, so that fewer samples than features are enough.
+    m and n are the means, C and D the covariances. With C = A^T A and D = B^T B, the eigenvalues of C D are the squared
+    singular values of A B^T. Singular values are real for matrices of any rank, so fewer samples than features are
+    enough.
     """
     (mean, factor), (second_mean, second_factor) = first, second
     traces = factor.square().sum() + second_factor.square().sum()
@@ -53,10 +56,11 @@ def frechet(first: Moments, second: Moments) -> float:
 
 
 def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Precision, the share of samples that lie among the images, and recall, the share of images among the samples.
+    """Computes the precision and the recall of samples (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-    Around each member of a set is a ball that reaches to the member's k-th nearest neighbour in the set. A point lies
-    among the set if it is in one of these balls (Kynkäänniemi et al. 2019, eq. 1 and 2).
+    Precision is the share of the samples that lie among the images. Recall is the share of the images that lie among
+    the samples. A point lies among a set if, for some member of the set, the point is at most as far from the member as
+    the member's k-th nearest neighbour in the set.
 
     Args:
         images, samples: features, (count, features) float64, more than `neighbours` of each.
@@ -110,8 +114,8 @@ def features_of(features: Features, name: str, images: Tensor, device: torch.dev
         name: the name of the function `features`, for error messages.
 
     Raises:
-        ValueError: the features are not (batch, features), or not finite. UserCodeError: the function raises an
-            exception.
+        ValueError: the features are not (batch, features), or not finite.
+        UserCodeError: the function raises an exception.
     """
     clipped = images.to(device, torch.float32).clamp(-1, 1)
     with torch.no_grad():
@@ -130,7 +134,9 @@ def features_of(features: Features, name: str, images: Tensor, device: torch.dev
 
 
 class Scorer:
-    """Scores samples by their Fréchet distance to training images: to all, or to 5,000 at equal distances in the data.
+    """Scores samples by their Fréchet distance to training images.
+
+    If there are more than 5,000 training images, 5,000 of them are used, at equal distances in the data.
 
     Args:
         features: the function of features.
@@ -149,7 +155,9 @@ class Scorer:
         self._features_of(2 * noise - 1)
 
     def score(self, draw: Callable[[range], Tensor], ranks: Ranks) -> float:
-        """The Fréchet distance of `score_count` samples. Each rank draws a part of them; all ranks return the same.
+        """The Fréchet distance of `score_count` samples to the training images, the same on all ranks.
+
+        Each rank draws a part of the samples.
 
         draw: makes the samples with the ids in its argument, (samples, channels, height, width).
 
@@ -170,12 +178,12 @@ class Scorer:
         return frechet(sample_moments, self._reference)
 
     def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
-        """The moments of the features of images 0 to count - 1. make(range) makes the images of a range."""
+        """The moments of the features of images 0 to count - 1. make(range) returns the images of a range."""
         rank_range = part_of(range(count), ranks.rank, ranks.size)
         largest_batch = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
         parts = [rank_range[first : first + largest_batch] for first in range(0, len(rank_range), largest_batch)]
         rank_features = [self._features_of(images) for images in map(make, parts) if len(images)]
-        all_features = [features for of_rank in ranks.gather(rank_features) for features in of_rank]
+        all_features = [features for features_of_rank in ranks.gather(rank_features) for features in features_of_rank]
         if sum(map(len, all_features)) < 2:
             raise ValueError(f"score: got {sum(map(len, all_features))} images, expected at least 2")
         sizes = sorted({features.shape[1] for features in all_features})

@@ -18,6 +18,7 @@ from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.options import TrainOptions
 from ddpm_ext.training.step import loss_options
 
+# Options that must be 0 or False for latents, which are no pictures.
 _ONLY_FOR_PICTURES = ("sample_every", "score_every", "flip")
 
 
@@ -66,7 +67,10 @@ def try_out(
     *,
     labelled: bool,
 ) -> None:
-    """Calls the model and the loss once: if they don't fit the diffusion, the error appears before the first step."""
+    """Calls the model and the loss once, so that an error appears before the first step.
+
+    labelled: whether the model is called with labels.
+    """
     x = torch.zeros(1, *shape, dtype=torch.float32, device=device)
     t = torch.zeros(1, dtype=torch.int64, device="cpu")
     labels = torch.zeros(1, dtype=torch.int64, device=device) if labelled else None

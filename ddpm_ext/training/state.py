@@ -1,4 +1,4 @@
-"""The state of a training run: everything that a step hands on to the next step, as tensors and a few numbers."""
+"""The state of a training run: all tensors and numbers that a step changes and the next step uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm_ext.training.score import Scores
 
 
 class TrainState:
-    """The model, its moving averages, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
+    """The state of a training run, such as the model, its moving averages, the optimizer and the number of steps taken.
 
     Raises:
         ValueError: the model has no parameters to train, or its state dict holds anything but tensors.
@@ -31,7 +31,7 @@ class TrainState:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
-        # A CUDA graph needs a tensor: with a Python number, it would repeat the number's value at the capture.
+        # A CUDA graph reads the learning rate from a tensor. A Python number would keep its value at the capture.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -64,7 +64,7 @@ class TrainState:
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate, rounded to float32.
 
-        With a CUDA graph its dtype is float32. So weights are the same with and without a graph.
+        With a CUDA graph, the learning rate is a float32 tensor. The rounding makes the weights the same without one.
         """
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
@@ -80,8 +80,12 @@ class TrainState:
 
     @torch.no_grad()
     def update_averages(self, decay: float) -> None:
-        """Moves the average towards the weights by 1 - decay of their difference, and each of the other averages by its
-        decay. Copies the buffers."""
+        """Updates all averages of the weights after a step: average = decay * average + (1 - decay) * weights.
+
+        The buffers of each average become copies of the model's buffers.
+
+        decay: the decay of `average`. Each of the other averages has a decay of its own.
+        """
         # In the first steps the decay is smaller, so that the initial weights soon stop mattering.
         early_decay = (1 + self.step) / (10 + self.step)
         decays = [(min(decay, early_decay), average) for decay, average in ((decay, self.average), *self.extra.items())]
@@ -102,7 +106,7 @@ class TrainState:
         return tensors
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of the state, as JSON."""
+        """The part of the state that is not in tensors(), as JSON."""
         return {
             "step": self.step,
             "scaler": self.scaler.state_dict(),
@@ -119,9 +123,9 @@ class TrainState:
         """
         try:
             for prefix, part in self._parts.items():
-                part.load_state_dict(checkpoints.under(tensors, f"{prefix}."))
+                part.load_state_dict(checkpoints.with_prefix(tensors, f"{prefix}."))
             optimizer = self.optimizer.state_dict()
-            optimizer["state"] = self._slots(checkpoints.under(tensors, "optimizer."))
+            optimizer["state"] = self._slots(checkpoints.with_prefix(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
             self.scores.restore(numbers["scores"])
@@ -133,7 +137,10 @@ class TrainState:
                 raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """The optimizer's state by parameter, from tensors named "slot.parameter", such as "exp_avg.conv.weight"."""
+        """The optimizer's state, {index of a parameter: {slot: tensor}}.
+
+        tensors: {"slot.parameter": tensor}, for example with the key "exp_avg.conv.weight".
+        """
         index_of = {name: index for index, name in enumerate(self.parameters)}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():

@@ -241,7 +241,7 @@ class TrainingStep:
     def _fail(self, step: _Pending, loss: float, norm: float, newest: Callable[[], Path | None]) -> None:
         """Raises ValueError on rank 0, with the timesteps of all ranks; the other ranks exit."""
         bad = step.t[~step.losses.isfinite()].tolist() if not math.isfinite(loss) else step.t.tolist()
-        timesteps = sorted({t for of_rank in self.ranks.gather(bad) for t in of_rank})
+        timesteps = sorted({t for timesteps_of_rank in self.ranks.gather(bad) for t in timesteps_of_rank})
 
         def fail() -> None:
             problem = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"

@@ -13,7 +13,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.plots import grid, to_uint8
 
-_RUN = "wandb.json"
+_RUN = "wandb.json"  # the file with the run's id at Weights & Biases
 
 
 class TensorBoard:
@@ -66,7 +66,8 @@ class WandB:
             raise ConnectionError(
                 f"wandb: cannot start a run of {project} ({reason}); wandb login, or WANDB_MODE=offline, may help"
             ) from error
-        # W&B's step may not decrease, but a resumed run goes back to its checkpoint. So the x-axis is a metric, "step".
+        # A resumed run repeats the steps after its checkpoint, but W&B's step may not decrease. So the training step is
+        # logged as a metric, "step", which is the x-axis of all other metrics.
         self._run.define_metric("*", step_metric="step")
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
@@ -80,11 +81,11 @@ class WandB:
 
 
 Tracker = TensorBoard | WandB
-"""An object to which the log passes the numbers that it writes."""
+"""An object to which the log passes the mean losses, scores and pictures of a run."""
 
 
 def _id_of(folder: Path) -> str:
-    """The run's id at Weights & Biases. It is drawn at the run's first start."""
+    """The run's id at Weights & Biases. If `folder` has none yet, a random id is written to it."""
     path = folder / _RUN
     try:
         return str(files.read_json(path)["id"])

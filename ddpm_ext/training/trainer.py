@@ -37,7 +37,8 @@ from ddpm_ext.training.step import TrainingStep, at_hand
 
 _log = logging.getLogger(__name__)
 _INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
-_AT_THE_END = ("snapshot_every", "score_every")  # intervals that, if not 0, also end at the last step
+# The options in _INTERVALS whose output is also written after the last step, unless the option is 0.
+_AT_THE_END = ("snapshot_every", "score_every")
 
 
 class Trainer:
@@ -113,9 +114,9 @@ class Trainer:
         self.diffusion, self.settings, self.options = with_settings(diffusion, options)
         self.folder, self.resume, self.command = Path(out), resume, command
         self.ranks = distributed.ranks()
-        first = self.ranks.rank == 0
-        self.progress = progress and first
-        self.report = checkpoints.discard if not first else above_bar(report) if self.progress else report
+        is_first_rank = self.ranks.rank == 0
+        self.progress = progress and is_first_rank
+        self.report = checkpoints.discard if not is_first_rank else above_bar(report) if self.progress else report
         for name in change:
             if not resume or name not in CHANGEABLE:
                 expected = "resume=True" if not resume else f"some of {', '.join(CHANGEABLE)}"
@@ -156,13 +157,11 @@ class Trainer:
         return self._draw(range(self.options.sample_count))
 
     def _draw(self, samples: range) -> Tensor:
-        """The samples with these ids."""
+        """Samples with DDIM from the averaged model. samples: the ids of the samples, which determine their noise."""
         clip = not isinstance(self.images, Latents)
         average = Trained(self.state.average, self.settings, self.images.shape, self.classes, self.diffusion, clip)
         steps, seed = self.options.sample_steps, self.options.seed
         return average.sample(len(samples), first=samples.start, seed=seed, sampler="ddim", steps=steps)
-
-    # --------------------------------------------------------------------------------------------------- the run
 
     def fit(self) -> Result:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
@@ -171,15 +170,15 @@ class Trainer:
 
         - options.json, which is written before the first step;
         - training.json (options, versions, final loss), losses.csv and losses.png;
-        - checkpoints/: one every `options.checkpoint_every` steps, of which the last `options.keep` remain;
-        - samples/: a grid every `options.sample_every` steps;
+        - checkpoints/: one checkpoint every `options.checkpoint_every` steps, of which the last `options.keep` remain;
+        - samples/: a grid of samples every `options.sample_every` steps;
         - with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
         - with `options.snapshot_every`, snapshots/ for post_hoc_average;
-        - with `options.tune`, tuned/ with step tables of these numbers of calls.
+        - with `options.tune`, tuned/ with a step table for each number of model calls in that option.
 
-        After Ctrl-C or SIGTERM, the run finishes a step that it has begun, writes a checkpoint and stops. A second
-        signal ends the run at once. Before an exception ends the run, a checkpoint of the last step is written if the
-        losses are finite. With several ranks, it is written only if rank 0 has already read the losses.
+        After Ctrl-C or SIGTERM, the run finishes the current step, writes a checkpoint and stops. A second signal ends
+        the run at once. Before an exception ends the run, a checkpoint of the last step is written if the losses are
+        finite. With several ranks, this checkpoint is written only if rank 0 has already read the losses.
 
         Returns:
             Result, with `folder`, `parameters` (how many the model has), `final_loss` and `seconds`.
@@ -212,6 +211,7 @@ class Trainer:
             return ranks.share(lambda: outputs.finish(self.state, seconds, details))
 
     def _restore(self, path: Path | None) -> None:
+        """Restores the state from the checkpoint at `path`. With None, checks that the state is that of step 0."""
         if path is not None:
             tensors, header = checkpoints.load(path)
             self.state.restore(tensors, header, path)
@@ -224,6 +224,7 @@ class Trainer:
             )
 
     def _first_line(self) -> str:
+        """The line that a run reports first: the sizes of the model and the data, and the device."""
         ranks = f", by {self.ranks.size} ranks" if self.ranks.size > 1 else ""
         parameters = sum(value.numel() for value in self.model.parameters())
         classes = "" if self.classes is None else f" and {len(self.classes.names)} classes"
@@ -233,10 +234,12 @@ class Trainer:
         )
 
     def _train(self, step: TrainingStep, bar: Bar) -> None:
+        """Takes all remaining steps, and writes a checkpoint if one of them raises an exception."""
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock = Clock(state.step)
-        # The order matters: at the end the workers stop first, while the signal handler still ignores their deaths.
+        # The order matters: the block's end stops the worker processes before it restores the signal handlers. If a
+        # signal has arrived, the death of a worker is ignored until then.
         with noted_signals() as signals, batches.reading(state.step, options.steps, self.device) as read:
             try:
                 self._take_steps(step, bar, clock, signals, read)
@@ -247,10 +250,19 @@ class Trainer:
     def _take_steps(
         self, step: TrainingStep, bar: Bar, clock: Clock, signals: NotedSignal, read: Iterator[Batch]
     ) -> None:
+        """Takes all remaining steps. Between steps, writes what is due, and ends the run if a signal has arrived.
+
+        Args:
+            step: takes a step.
+            bar, clock: show the progress, and measure the speed.
+            signals: the signal that has arrived, if any.
+            read: yields the batches.
+        """
         options, state, outputs = self.options, self.state, self._outputs
         bar_reads_each = self.progress and at_hand(self.device, self.ranks)  # whether the bar gets each step's loss
         while state.step < options.steps:
-            # With several ranks, no rank stops before a step: the other ranks would wait for it in that step.
+            # signals.next returns None if a signal arrives before the batch. It is used only with one rank: with
+            # several ranks, the other ranks would wait forever in the step that this rank left out.
             batch = signals.next(read) if self.ranks.size == 1 else next(read)
             if batch is not None:
                 step.take(batch.images, batch.labels)
@@ -281,10 +293,10 @@ class Trainer:
                 end(signal)
 
     def _rescue(self, step: TrainingStep, clock: Clock, ended_by: Exception) -> None:
-        """Writes a checkpoint before an exception ends the run, unless this step has one already, and reports it.
+        """Writes and reports a checkpoint before an exception ends the run, unless this step has a checkpoint already.
 
-        A checkpoint is written only if the losses are finite. With several ranks, rank 0 writes it without asking the
-        other ranks, since one of them may be lost. So it is written only if rank 0 has already read the losses.
+        A checkpoint is written only if the losses are finite. With several ranks, rank 0 can't ask the other ranks for
+        their losses, since a rank may be lost. So rank 0 writes a checkpoint only if it has already read all losses.
         """
         state, outputs = self.state, self._outputs
         single_rank = self.ranks.size == 1
@@ -303,7 +315,7 @@ class Trainer:
                 self.report(f"no checkpoint of step {state.step} could be written: {error}")
 
     def _report_skipped(self) -> None:
-        """Reports images that were skipped for the first time. Each rank's state lists those of all ranks."""
+        """Reports the images that any rank has skipped for the first time, and adds them to each rank's state."""
         if self.options.skip_corrupt:
             for image in dict.fromkeys(text for of_rank in self.ranks.gather(self._skipped) for text in of_rank):
                 if image not in self.state.skipped:

@@ -17,7 +17,7 @@ from ddpm_ext.training.load_run import TakesClassLabels, Trained, load
 from ddpm_ext.training.network import known_kind
 from ddpm_ext.tuning import Tuner
 
-_SEEDS, _BATCH = 64, 32  # the number of samples to fit to, and the largest batch
+_SEEDS, _BATCH = 64, 32  # the number of samples to which a table is fitted, and the largest batch
 
 
 def tune_run(
@@ -30,10 +30,10 @@ def tune_run(
     device: torch.device,
     report: Callable[[str], None],
 ) -> None:
-    """Tunes tables without guidance, with all the model's classes in turn, and writes them to the run's folder.
+    """Tunes step tables to the model of a run, and writes them to the run's folder.
 
-    Tables in the folder that were tuned to this model stay. If tables can't be tuned to the model, `report` gets a line
-    that says why.
+    Tuning uses no guidance, and all classes of the model in turn. Tables in the folder that were tuned to this model
+    stay. If tables can't be tuned to the model, `report` gets a line that says why.
 
     Args:
         folder: the folder to which the model was written.
@@ -77,6 +77,7 @@ def tune_run(
 
 
 def _is_tuned(path: Path, sha256: str) -> bool:
+    """Whether the file is a step table that was tuned to the model with this hash."""
     try:
         return StepTable.load(path).notes.get(tuned.MODEL_SHA256) == sha256
     except (OSError, ValueError):

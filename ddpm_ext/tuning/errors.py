@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-NEAREST = 0.9
+NEAREST = 0.9  # the share of the samples, those with the smallest distances, whose mean distance is the error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,10 @@ class Errors:
     A distance is the root of the mean square of a sample's differences, in the samples' units.
 
     Attributes:
-        error: the mean of the nearest 90 % of the samples. With any sampler a few samples end in another image
-            altogether, and chance decides which.
+        error: the mean of the smallest 90 % of the distances. With any sampler, a few samples become another image than
+            the teacher's. Their large distances depend on chance, so they are left out.
         standard_error: the standard error of `error`.
-        mean, median: of all samples.
+        mean, median: the mean and the median of all distances.
     """
 
     error: float
@@ -31,7 +31,7 @@ class Errors:
     @classmethod
     def of(cls, distances: Tensor) -> Errors:
         """The statistics of these distances, (samples,)."""
-        # For the standard error of a trimmed mean, the trimmed distances are set to the largest one that is counted.
+        # The standard error of a trimmed mean: distances that `error` leaves out count as the largest that it includes.
         nearest = _nearest(distances)
         spread = distances.clamp(max=nearest[-1]).std(correction=0).item()
         standard_error = spread * math.sqrt(len(distances)) / len(nearest)
@@ -40,14 +40,15 @@ class Errors:
 
 
 def distance(samples: Tensor, truth: Tensor) -> Tensor:
-    """The distance of each sample to its truth, float64 (batch,) on the CPU."""
+    """The distance of each sample to the teacher's sample in `truth`, float64 (batch,) on the CPU."""
     return (samples.double() - truth.double()).flatten(1).square().mean(1).sqrt().cpu()
 
 
 def typical(distances: Tensor) -> float:
-    """The mean of the nearest 90 %; infinity if any distance is not finite."""
+    """The mean of the smallest 90 % of the distances; infinity if any distance is not finite."""
     return _nearest(distances).mean().item() if bool(distances.isfinite().all()) else math.inf
 
 
 def _nearest(distances: Tensor) -> Tensor:
+    """The smallest 90 % of the distances, ascending."""
     return distances.sort().values[: math.ceil(NEAREST * len(distances))]

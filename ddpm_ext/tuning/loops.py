@@ -1,4 +1,4 @@
-"""The loops that tuning runs: one model with fixed options, always from the same noise."""
+"""The sampling loops that tuning compares: one model, fixed options, and the same noise for every step table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 class CountedModel:
-    """A model that counts its calls and keeps its last output. on_call: called after each call."""
+    """A model that counts its calls and stores its last output.
+
+    Attributes:
+        calls: the number of calls so far.
+        on_call: a function that is called after each call, for a progress bar.
+        output: the output of the last call, or None before the first.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model, self.calls = model, 0
@@ -34,7 +40,13 @@ class CountedModel:
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one batch. `noise` is standard normal, before the first level's deviation multiplies it."""
+    """One batch of samples before its loop.
+
+    Attributes:
+        loops: the loops that can sample it.
+        rng: the seed and the first sample id of its noise.
+        noise: standard normals. A loop begins with them times the standard deviation of the first level's noise.
+    """
 
     loops: Loops
     rng: Philox
@@ -47,11 +59,11 @@ class Loops:
     Args:
         diffusion, model, device: see p_sample_loop.
         shape: the shape of a batch.
-        rng: seed and first sample id. Each batch continues the sample ids of the previous batch.
+        rng: seed and first sample id. The sample ids of a batch continue those of the previous batch.
         options: further options of p_sample_loop, for all loops.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range, or a model that returns its variance.
+        TypeError, ValueError: an argument has a wrong type or is out of range, or the diffusion's variance is learned.
     """
 
     def __init__(
@@ -72,8 +84,8 @@ class Loops:
         self.diffusion, self.model = diffusion, CountedModel(model)
         self.shape = checks.shape(shape, least=1)
         self.options: dict[str, Any] = {**options, "record": "last", "progress": False}
-        first = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-        self.device = checks.device(device or (torch.device("cpu") if first is None else first.device))
+        parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+        self.device = checks.device(device or (torch.device("cpu") if parameter is None else parameter.device))
         seed, ids = rng.seed_and_ids()
         if isinstance(seed, Tensor) or isinstance(ids, Tensor):
             raise ValueError(f"rng is {rng}, expected a seed and a first sample id that are ints")
@@ -86,11 +98,14 @@ class Loops:
         return Batch(self, rng, noise)
 
     def samples(self, table: StepTable, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The final samples of a loop that stores its samples in `dtype`. The dtype of the model's input stays."""
+        """The final samples of a loop that stores its samples in `dtype`.
+
+        The dtype of the model's input does not depend on `dtype`.
+        """
         return self.run(table, rng=batch.rng, device=self.device, dtype=dtype)
 
     def run(self, table: StepTable, dtype: torch.dtype = torch.float32, **start: Any) -> Tensor:
-        """The final samples of a loop. start: options of p_sample_loop that determine where the loop begins."""
+        """The final samples of a loop. start: the options of p_sample_loop that choose its first samples."""
         options: dict[str, Any] = {**self.options, "dtype": dtype, **start}
         input_dtype = options.get("input_dtype") or torch.float32
 
@@ -105,8 +120,10 @@ class Loops:
         return drawn
 
     def fails(self, table: StepTable, batch: Batch) -> bool:
-        """Whether a loop with this table raises an exception. A model with an embedding of integers, for example, fails
-        at timesteps between the integers."""
+        """Whether a loop with this table raises an exception.
+
+        For example, a model that looks its timesteps up in an embedding fails at timesteps that are not integers.
+        """
         try:
             self.samples(table, batch)
         except Exception:  # the model's code may raise anything
@@ -114,7 +131,9 @@ class Loops:
         return False
 
     def unconditional(self) -> Tensor | None:
-        """The model's unconditional output in the last step; None if the step had no guidance with a doubled batch."""
+        """The model's unconditional output in its last call. None if that call did not have the batch twice, as
+        classifier-free guidance does.
+        """
         output = self.model.output
         doubled = output is not None and len(output) == 2 * self.shape[0]
         return output[: self.shape[0]] if doubled and output is not None else None

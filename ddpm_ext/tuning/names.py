@@ -19,20 +19,20 @@ from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning.errors import Errors
 from ddpm_ext.tuning.teacher import Trajectory
 
-FINALISTS = 12  # how many names are tried on all held-out samples, after a first round
+FINALISTS = 12  # how many named samplers are compared on all held-out samples, after a first round with few samples
 FIRST = 16  # the number of samples of the first round, rounded up to whole batches
 
 
-Name = tuple[str, str, int]  # sampler, spacing, steps
+Name = tuple[str, str, int]  # a named sampler: the names of its sampler and of its spacing, and its number of steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Named(Errors):
-    """The errors of a named sampler.
+    """A named sampler, that is, a sampler with a spacing, and the errors of its samples.
 
     Attributes:
-        sampler, spacing, steps, eta: the options of its loop. eta is None for a sampler without it.
-        calls: the number of model calls.
+        sampler, spacing, steps, eta: the options of its loop. eta is None for a sampler that has no eta.
+        calls: the number of model calls in its loop.
 
     Examples:
         >>> from ddpm_ext.tuning import Tuner
@@ -63,17 +63,16 @@ class Named(Errors):
 
 
 def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTable]:
-    """The tables of all deterministic samplers with all spacings that take this number of model calls, without
-    duplicates.
+    """The tables of all deterministic samplers with all spacings, for loops of `calls` model calls, without duplicates.
 
-    Samplers with an eta get an eta of 0. CFG++'s samplers are left out: their scale of guidance differs from the usual
-    one, and without guidance they equal other samplers.
+    Samplers with an eta get an eta of 0. CFG++'s samplers are left out: their scale of guidance has another meaning,
+    and without guidance they equal other samplers.
     """
     tables: dict[Name, StepTable] = {}
-    seen = set()
+    seen_numbers = set()
     for sampler in (name for name in SAMPLERS if name not in CFG_PP):
         for spacing in SPACINGS:
-            # A sampler calls the model once or twice a step; the first or the last step may be an exception.
+            # A sampler calls the model once or twice a step; its first or last step may make one call more or less.
             for steps in dict.fromkeys((calls, (calls + 1) // 2, calls - 1)):
                 try:
                     table, called = table_of(diffusion, sampler, spacing, steps)
@@ -82,15 +81,15 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
                 if called != calls:
                     continue
                 numbers = table.packed("cpu", torch.float64).numpy().tobytes()
-                if numbers not in seen and not (table.s != 0).any():
-                    seen.add(numbers)
+                if numbers not in seen_numbers and not (table.s != 0).any():
+                    seen_numbers.add(numbers)
                     tables[sampler, spacing, steps] = table
                 break
     return tables
 
 
 def table_of(diffusion: GaussianDiffusion, sampler: str, spacing: str, steps: int) -> tuple[StepTable, int]:
-    """The table of this sampler and spacing, without noise, and how often it calls the model.
+    """The table of this sampler and spacing with an eta of 0, if it has one, and the number of its model calls.
 
     Raises TypeError or ValueError for a spacing that the schedule or this number of steps does not have.
     """
@@ -105,8 +104,11 @@ def eta_of(sampler: str) -> float | None:
 
 
 def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTable], calls: int) -> list[Named]:
-    """Ranks the named tables: first the finalists, by their errors on all samples, the nearest first; then the rest, by
-    their errors in the first round."""
+    """The named samplers of `tables` with their errors, the smallest error first.
+
+    First are the FINALISTS best of the first round, by their errors on all samples. The other samplers follow, by their
+    errors in the first round.
+    """
     first = first_round(len(trajectories), len(trajectories[0].samples))
     measured = {name: [batch.errors_of(table) for batch in trajectories[:first]] for name, table in tables.items()}
     ranked = _ranked(measured, calls)
@@ -117,7 +119,7 @@ def rank_names(trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTab
 
 
 def first_round(batches: int, size: int) -> int:
-    """The number of batches, of `size` samples each, on which all names are tried."""
+    """The number of batches, of `size` samples each, on which all named samplers are compared."""
     return min(batches, -(-FIRST // size))
 
 
@@ -127,6 +129,7 @@ def _ranked(errors: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:
 
 
 def named_of(name: Name, calls: int, distances: Tensor) -> Named:
+    """The Named with the errors of these distances of its samples to the teacher's, (samples,)."""
     sampler, spacing, steps = name
     errors = vars(Errors.of(distances))
     return Named(sampler=sampler, spacing=spacing, steps=steps, calls=calls, eta=eta_of(sampler), **errors)

@@ -9,7 +9,7 @@ from typing import Any
 from ddpm_ext.tuning.errors import Errors
 from ddpm_ext.tuning.names import Named
 
-SHOWN = 5
+SHOWN = 5  # how many named samplers the printed report lists
 WHOLE_TIMESTEPS = "names with timesteps between the schedule's are left out: the model fails there"
 
 
@@ -17,24 +17,30 @@ WHOLE_TIMESTEPS = "names with timesteps between the schedule's are left out: the
 class Report(Errors):
     """The errors of a tuned table and of the named samplers, on samples that nothing was fitted to.
 
+    A named sampler is a sampler with a spacing; the text calls it a name.
+
     Attributes:
-        error, standard_error, mean, median: of the table (see Errors).
+        error, standard_error, mean, median: the errors of the table (see Errors).
         calls: the number of model calls in a loop with the table.
-        fitted: whether the table is the fitted one. If False, it is the best name's, since the fit was not nearer.
-        fitted_error: the error of the fitted table, also where `table` is the best name's.
-        names: the named samplers, the nearest first.
-        as_near: a named sampler that is as near in more calls, or None. It was looked for in up to `looked` times as
-            many calls. `looked` is 0 if it was not looked for, as for a pipeline.
+        fitted: whether the table is the fitted one. If False, it is that of the best named sampler, since the fitted
+            table's error was not smaller.
+        fitted_error: the error of the fitted table, also if `fitted` is False.
+        names: the named samplers, the one with the smallest error first.
+        as_near: a named sampler that needs more calls than the table for an error that is at most the table's, or None.
+            Loops with up to `looked` times as many calls were tried. `looked` is 0 if none was tried, as for a
+            pipeline.
         bfloat16_error: the table's error in a loop with samples in bfloat16, or None if it was not measured.
-        timesteps: of the table.
+        timesteps: the timesteps of the table.
         teacher: a description of the teacher.
-        teacher_error: the distance between the samples of the teacher with half its steps and with all, relative to the
-            samples' root mean square.
+        teacher_error: the distance between the teacher's samples with half its steps and with all its steps, relative
+            to the samples' root mean square.
         seeds: the number of samples that the table was fitted to.
         held_out: the number of samples that the errors are measured on.
-        model_calls: the number of all model calls; names_calls: those for the named samplers; batch: the samples of
-            each call.
-        whole_timesteps: whether names with timesteps between the schedule's are left out, since the model fails there.
+        model_calls: the number of model calls that tuning made.
+        names_calls: the number of these calls that the comparison of the named samplers made.
+        batch: the number of samples in each call.
+        whole_timesteps: whether named samplers with timesteps that are not integers are left out, since the model
+            fails at such timesteps.
 
     Examples:
         >>> from ddpm_ext.tuning import tune
@@ -62,12 +68,12 @@ class Report(Errors):
 
     @property
     def best(self) -> Named:
-        """The best name."""
+        """The named sampler with the smallest error."""
         return self.names[0]
 
     @property
     def notes(self) -> dict[str, Any]:
-        """The entries for the table's notes."""
+        """What the notes of the table (StepTable.notes) say about tuning."""
         fitted = f"fitted to {self.seeds} samples of {self.teacher}"
         return {
             "made": fitted if self.fitted else f"{self.best}: no fit is nearer",
@@ -99,7 +105,7 @@ class Report(Errors):
         if not self.fitted:
             lines.append(f"  {'no fit is nearer; the nearest':<52} {self.fitted_error:.4f}")
         lines += [_line(str(named), named) for named in self.names[:SHOWN]]
-        if self.looked:  # otherwise the names are a pipeline's, and p_sample_loop does not take them
+        if self.looked:  # if it is 0, the names are schedulers of a pipeline, which p_sample_loop does not take
             typed = ", ".join(f"{name}={value!r}" for name, value in self.best.options.items())
             lines.append(f"the best name's loop: {typed}")
         if self.fitted and self.as_near is not None:

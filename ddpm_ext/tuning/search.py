@@ -1,4 +1,4 @@
-"""Searches the timesteps of a tuned table, in a family with three parameters."""
+"""Searches the timesteps of a tuned table: the three parameters of `spaced` for which the table's error is smallest."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from collections.abc import Callable
 import torch
 
 Timesteps = tuple[int, ...]
-STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # largest, power, smallest: the ends as shares of the schedule
-STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2  # the first strides, and the factor to which they shrink
-POWERS = (0.3, 10.0)  # the range of the power
-EVALUATIONS = 60  # the most evaluations from each start
-FOUND, APART = 3, 0.04  # how many results, and their least distance as a share of the schedule
+STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # where searches begin: the arguments largest, power, smallest of spaced
+# The first changes of the three arguments, and the factor of these changes at which a search ends.
+STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2
+POWERS = (0.3, 10.0)  # the range of power
+EVALUATIONS = 60  # about the most evaluations of the error from each start
+# The most results, and how far two results must differ in some timestep, as a share of the schedule.
+FOUND, APART = 3, 0.04
 
 
 def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: float) -> Timesteps:
-    """Descending timesteps whose roots of degree `power` are evenly spaced, as the sigmas of Karras et al. 2022, eq. 5.
+    """Descending timesteps whose roots of degree `power` are evenly spaced, like the sigmas of Karras et al. 2022,
+    eq. 5.
 
     Args:
         timesteps: the schedule's number of timesteps.
-        steps: how many, at most `timesteps`.
-        largest, smallest: the ends, as shares of the schedule's last timestep, in [0, 1].
+        steps: the number of timesteps in the result, at most `timesteps`.
+        largest, smallest: the first and the last of them, as shares of the schedule's last timestep, in [0, 1].
         power: above 0. The larger it is, the more timesteps are near the smallest.
     """
     high, low = (share * (timesteps - 1) for share in (largest, smallest))
@@ -33,13 +36,13 @@ def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: f
 
 
 def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> list[Timesteps]:
-    """The timesteps with the smallest error, then the next best that differ enough from better ones.
+    """Up to FOUND lists of timesteps, the smallest error first, without lists that are too similar to a better one.
 
-    From each start, the search changes one of the three parameters by a stride if this reduces the error. If no stride
-    does, the strides are halved.
+    From each start, the search changes one of the three parameters by a stride if this reduces the error. If no such
+    change reduces the error, it halves the strides.
 
     Args:
-        error: returns the error of a table with these timesteps.
+        error: returns the error of a table with the timesteps that it gets.
         timesteps, steps: see spaced.
     """
     error_of: dict[Timesteps, float] = {}
@@ -51,12 +54,12 @@ def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> l
         return error_of[candidate]
 
     for count, start in enumerate(STARTS, start=1):
-        numbers, shrunk = start, 1.0
+        numbers, scale = start, 1.0
         best = try_numbers(numbers)
-        while shrunk > LEAST and len(error_of) < count * EVALUATIONS:
-            moved = _improved(try_numbers, numbers, shrunk, best)
+        while scale > LEAST and len(error_of) < count * EVALUATIONS:
+            moved = _improved(try_numbers, numbers, scale, best)
             if moved is None:
-                shrunk /= 2
+                scale /= 2
             else:
                 numbers, best = moved, try_numbers(moved)
     results: list[Timesteps] = []
@@ -71,14 +74,17 @@ def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> l
 def _improved(
     try_numbers: Callable[[tuple[float, float, float]], float],
     numbers: tuple[float, float, float],
-    shrunk: float,
+    scale: float,
     best: float,
 ) -> tuple[float, float, float] | None:
-    """Neighbouring parameters with a smaller error; None if there are none."""
-    for which, stride in enumerate(STRIDES):
+    """Parameters that differ in one number by its stride, times `scale`, and whose error is smaller than `best`.
+
+    None if no change reduces the error by more than a thousandth.
+    """
+    for parameter, stride in enumerate(STRIDES):
         for sign in (1, -1):
             moved = list(numbers)
-            moved[which] += sign * shrunk * stride
+            moved[parameter] += sign * scale * stride
             largest, power, smallest = moved
             largest, power = min(largest, 1.0), min(max(power, POWERS[0]), POWERS[1])
             smallest = max(smallest, 0.0)

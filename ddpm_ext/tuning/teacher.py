@@ -1,4 +1,4 @@
-"""The teacher: a loop of many steps, whose trajectories (samples at all levels) tables are fitted to."""
+"""The teacher: a loop of many steps. Tables are fitted to its trajectories, which are the samples before each step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ddpm_ext.tuning.errors import distance, typical
 from ddpm_ext.tuning.loops import Batch
 
 SAMPLER, STEPS = "deis", 100
-TOLERANCE = 0.05  # the largest error of the teacher (see converged), relative to the samples' root mean square
-NEAREST = 4  # the number of levels from which a trajectory is interpolated
+TOLERANCE = 0.05  # the largest error of the teacher that is accepted, relative to the samples' root mean square
+NEAREST = 4  # a trajectory is interpolated from this number of levels: the polynomial is cubic
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A batch on its way from noise to samples.
+    """The samples of a batch at every level of the teacher's loop, from noise to the final samples.
 
     Attributes:
-        batch: the samples.
-        angles: float64 (levels,), atan(noise / signal) of each level, falling to 0.
+        batch: the batch.
+        angles: float64 (levels,), atan(noise / signal) of each level, descending to 0.
         nodes: the samples at each level, float32 (levels, batch, ...), on the loop's device.
-        first_terms: a cache of the terms of a table's first row, by its timestep.
+        first_terms: a cache for fit.Rows.begin, {timestep of a first row: the row's terms for this batch}.
     """
 
     batch: Batch
@@ -43,13 +43,16 @@ class Trajectory:
         return self.nodes[-1]
 
     def errors_of(self, table: StepTable, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The distances of a loop with this table, and samples of this dtype, to the teacher, float64 (batch,)."""
+        """The distances between the samples of a loop with this table and the teacher's, float64 (batch,).
+
+        dtype: the dtype of the loop's samples.
+        """
         return distance(self.batch.loops.samples(table, self.batch, dtype), self.samples)
 
     def at(self, angle: float) -> Tensor:
-        """The samples at any level, float64, interpolated by the polynomial through the nearest levels.
+        """The samples at the level of this angle, float64, interpolated by a polynomial through the nearest levels.
 
-        A sample, cos(angle) x0 + sin(angle) eps, is a smooth function of the angle.
+        Interpolation over the angle is accurate, since a sample, cos(angle) x0 + sin(angle) eps, is smooth in it.
         """
         above = int(torch.searchsorted(-self.angles, -angle))
         first = max(0, min(above - NEAREST // 2, len(self.angles) - NEAREST))
@@ -63,22 +66,30 @@ class Trajectory:
 
 
 class Teacher:
-    """A deterministic loop of many steps."""
+    """Runs the teacher's loop, which is deterministic, and checks that it has converged.
 
-    calls, calls_to_check = STEPS, STEPS // 2  # model calls for a batch: in trajectory, and in error_of
+    Attributes:
+        calls, calls_to_check: the number of model calls for a batch in `trajectory`, and in `error_of`.
+        between: whether its timesteps are not integers.
+    """
+
+    calls, calls_to_check = STEPS, STEPS // 2
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
         self._diffusion = diffusion
         self._table = self._rows(STEPS)
-        self.between = self._table.timestep.is_floating_point()  # whether the model is called between timesteps
+        self.between = self._table.timestep.is_floating_point()
 
     def _rows(self, steps: int) -> StepTable:
         spacing = "trailing" if self._diffusion.schedule.scale is flow else "linspace"
         return make_loop_rows(self._diffusion, LoopOptions(sampler=SAMPLER, steps=steps, spacing=spacing)).table
 
     def trajectory(self, batch: Batch) -> Trajectory:
-        """The trajectory of a batch, which takes the memory of a batch for each step. Raises ValueError if the model
-        returns values that are not finite."""
+        """The trajectory of a batch. It takes the memory of a batch for each step.
+
+        Raises:
+            ValueError: the model returns values that are not finite.
+        """
         loops, table = batch.loops, self._table
         nodes = [batch.noise * pure_noise(table.signal_now[0].item(), table.noise_now[0].item())]
         options = {name: value for name, value in loops.options.items() if name not in ("record", "progress")}
@@ -95,10 +106,11 @@ class Teacher:
         return Trajectory(batch, angles, torch.stack(nodes))
 
     def error_of(self, trajectory: Trajectory) -> float:
-        """The teacher's error: the distance between the samples of half its steps and of all steps, relative to the
-        samples' root mean square.
+        """The teacher's error: the distance between its samples with half its steps and with all its steps, relative to
+        the samples' root mean square.
 
-        Raises ValueError if the error is too large for fitting tables to the teacher.
+        Raises:
+            ValueError: the error is too large for fitting tables to the teacher.
         """
         fewer = trajectory.batch.loops.samples(self._rows(STEPS // 2), trajectory.batch)
         remedy = "is the model trained, and are prediction, schedule and clip_denoised those that it was trained with?"
@@ -106,9 +118,16 @@ class Teacher:
 
 
 def converged(fewer: Tensor, samples: Tensor, steps: int, remedy: str) -> float:
-    """The distance between the samples of half the teacher's steps and of all, relative to the root mean square.
+    """The distance between a teacher's samples with half its steps and with all its steps, relative to the samples'
+    root mean square.
 
-    Raises ValueError if it is above TOLERANCE; the message ends with `remedy`.
+    Args:
+        fewer, samples: the samples with half the steps, and with all steps.
+        steps: the number of all steps.
+        remedy: the end of the error's text.
+
+    Raises:
+        ValueError: the distance is above TOLERANCE.
     """
     size = samples.double().square().mean().sqrt().item()
     error = typical(distance(fewer, samples)) / max(size, 1e-12)
@@ -121,5 +140,5 @@ def converged(fewer: Tensor, samples: Tensor, steps: int, remedy: str) -> float:
 
 
 def angles_of(signal: Tensor, noise: Tensor) -> Tensor:
-    """atan(noise / signal) of levels, (levels,) each."""
+    """atan(noise / signal) of each level, (levels,)."""
     return torch.atan2(noise, signal)

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
-BAR = "calls of the model, at most"
-STARTED = 1  # the rounds of each fit on half of the samples, before the best fit continues with all samples
-# To find a name that is as near as the fit: how many names are tried, one for each spacing, and the factors of their
-# steps.
-REACHED, MORE = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+BAR_TITLE = "calls of the model, at most"  # the end of a progress bar's title; its total is an upper bound
+ROUNDS_ON_HALF = 1  # the rounds of `polish` in each fit on half of the samples; the best fit continues with all samples
+# To find a named sampler with an error as small as the fit's, the nearest samplers of up to NAMES_TRIED spacings run
+# with their number of steps times each of STEP_FACTORS.
+NAMES_TRIED, STEP_FACTORS = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tuned:
 
     Attributes:
         table: for `sampler=` of a loop, or StepTable.save.
-        report: the table's errors, and those of the named samplers.
+        report: the errors of the table and of the named samplers.
 
     Examples:
         >>> from ddpm_ext.tuning import tune
@@ -70,7 +70,7 @@ class Tuned:
 
 
 def tuned(table: StepTable, notes: Mapping[str, Any], report: Report) -> Tuned:
-    """The table with these notes and the report's. Logs the report's summary."""
+    """A Tuned whose table has these notes and those of the report. Logs a summary of the report."""
     _log.info("tuned a table of %d calls, error %.4f; %s", report.calls, report.error, report.pays)
     return Tuned(replace(table, notes={**notes, **report.notes}), report)
 
@@ -133,14 +133,14 @@ class Tuner:
         self._half = -(-self._batches // 2)
         self._progress = progress
         self._fitted: list[Trajectory] = []
-        self._checked: list[Trajectory] = []
+        self._check: list[Trajectory] = []
         self._held_out: list[Trajectory] = []
         self._shared_calls, self._names_calls = 0, dict[int, int]()
         self._names: dict[int, list[Named]] = {}  # by the number of calls
         self._tables: dict[int, dict[Name, StepTable]] = {}  # by the number of calls
         self.teacher_error = 0.0
         self.whole_timesteps = False
-        self._tried_fractions = False
+        self._fractions_tried = False
 
     @property
     def calls(self) -> int:
@@ -162,16 +162,17 @@ class Tuner:
             checks.integer("steps", count, timesteps + 1, "timesteps + 1", start=1)
             names = len(self._named_tables(count))
             first = first_round(held_out, self._shape[0])
-            planned += count  # to try whether the model takes timesteps between the schedule's
+            planned += count  # a trial whether the model takes timesteps that are not integers
             planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
-                starts, halves = timesteps_search.FOUND, 2 * self._half  # half to fit to, half to check with
+                # Each of the first fits uses half of the samples to fit to, and as many to compare the fits.
+                starts, halves = timesteps_search.FOUND, 2 * self._half
                 planned += count * self._half * timesteps_search.EVALUATIONS * len(timesteps_search.STARTS)
                 planned += count * starts * 2 * halves + count * 2 * all_fitted + count * 3 * held_out
-                planned += starts * halves * polish_calls(count, STARTED, guided=self._guided)
+                planned += starts * halves * polish_calls(count, ROUNDS_ON_HALF, guided=self._guided)
                 planned += all_fitted * polish_calls(count, ROUNDS, guided=self._guided)
-                # Numbers of steps are rounded up, and some steps call the model twice.
-                planned += math.ceil((count + 1) * sum(MORE) + 2 * len(MORE)) * REACHED * held_out
+                # An upper bound for _as_near: its numbers of steps are rounded up, and some steps call the model twice.
+                planned += math.ceil((count + 1) * sum(STEP_FACTORS) + 2 * len(STEP_FACTORS)) * NAMES_TRIED * held_out
         return planned
 
     def compare(self, calls: int) -> list[Named]:
@@ -180,7 +181,7 @@ class Tuner:
         if calls not in self._names:
             self._try_fractions(calls)
             planned = self.planned_calls([calls], fit=False)
-            with calls_bar(planned, f"named samplers: {BAR}", self._progress) as self._loops.model.on_call:
+            with calls_bar(planned, f"named samplers: {BAR_TITLE}", self._progress) as self._loops.model.on_call:
                 self._prepare(fit=False)
                 before = self.calls
                 tables = {name: table for name, table in self._named_tables(calls).items() if self._takes(table)}
@@ -191,7 +192,7 @@ class Tuner:
     def tune(self, steps: int) -> Tuned:
         """The table with `steps` model calls; see `tune`."""
         names = self.compare(steps)
-        with calls_bar(self.planned_calls([steps]), f"fit: {BAR}", self._progress) as self._loops.model.on_call:
+        with calls_bar(self.planned_calls([steps]), f"fit: {BAR_TITLE}", self._progress) as self._loops.model.on_call:
             self._prepare(fit=True)
             calls_before = self.calls
             best_fit = self._fit(steps)
@@ -213,7 +214,7 @@ class Tuner:
             fitted_error=fitted_error,
             names=names,
             as_near=as_near,
-            looked=MORE[-1],
+            looked=STEP_FACTORS[-1],
             bfloat16_error=typical(torch.cat(bfloat16_errors)),
             timesteps=table.timestep.tolist(),
             teacher=f"{STEPS} steps of {SAMPLER}",
@@ -228,8 +229,9 @@ class Tuner:
         return tuned(table, self._notes, report)
 
     def _fit(self, steps: int) -> Fit:
-        """The best of several fits, which start from the best timesteps of the search, by the error on the check
-        samples."""
+        """The best table of `steps` rows: several fits begin at the best timesteps of the search, and the fit with the
+        smallest error on the check samples is continued with all samples.
+        """
 
         half = self._fitted[: self._half]
 
@@ -239,22 +241,22 @@ class Tuner:
         starts = []
         for timesteps in timesteps_search.search(error, self._diffusion.timesteps, steps):
             rows = Rows(self._diffusion, timesteps)
-            starts.append(polish(rows, fit(rows, half)[0], half, self._checked, STARTED))
+            starts.append(polish(rows, fit(rows, half)[0], half, self._check, ROUNDS_ON_HALF))
         best = min(starts, key=lambda start: start.error)
-        return polish(best.rows, best.weights, self._fitted, self._checked)
+        return polish(best.rows, best.weights, self._fitted, self._check)
 
     def _as_near(self, names: Sequence[Named], errors: Tensor) -> Named | None:
-        """The first name, with rising numbers of steps, that is as near as a table with these errors, or None.
+        """The named sampler with the fewest steps whose error is at most that of a table with these errors, or None.
 
-        The nearest name of each spacing is tried, since for some spacings more steps do not reduce the error. A name
-        that is farther on the first held-out batch is not tried on the others.
+        The best named sampler of each spacing is tried, since for some spacings more steps do not reduce the error. A
+        sampler with a larger error on the first held-out batch is not tried on the other batches.
         """
         nearest = list({named.spacing: named for named in reversed(names)}.values())
-        nearest = sorted(nearest, key=lambda named: named.error)[:REACHED]
+        nearest = sorted(nearest, key=lambda named: named.error)[:NAMES_TRIED]
         first, *others = self._held_out
-        for more in MORE:
+        for factor in STEP_FACTORS:
             for named in nearest:
-                name = named.sampler, named.spacing, math.ceil(more * named.steps)
+                name = named.sampler, named.spacing, math.ceil(factor * named.steps)
                 with contextlib.suppress(ValueError):  # more steps than the spacing has
                     table, calls = table_of(self._diffusion, *name)
                     if not self._takes(table):
@@ -272,10 +274,8 @@ class Tuner:
         return torch.cat([batch.errors_of(table) for batch in self._held_out])
 
     def _prepare(self, *, fit: bool) -> None:
-        """Runs the teacher on all samples, unless this was done before.
-
-        These are the held-out samples and, for a fit, as many samples to fit to, and half as many check samples, which
-        decide between fits.
+        """Runs the teacher on the held-out samples and, for a fit, on as many samples to fit to and half as many check
+        samples, which decide between fits. An earlier call's trajectories are used again.
         """
         calls_before, count, teacher = self.calls, self._batches, Teacher(self._diffusion)
 
@@ -287,18 +287,19 @@ class Tuner:
             self.teacher_error = teacher.error_of(held_out[0])
             self._held_out = held_out
         if fit and not self._fitted:
-            self._fitted, self._checked = trajectories(count, 0), trajectories(self._half, 2 * count)
+            self._fitted, self._check = trajectories(count, 0), trajectories(self._half, 2 * count)
         self._shared_calls += self.calls - calls_before
 
     def _try_fractions(self, calls: int) -> None:
-        """Tests, before the teacher runs, whether the model takes timesteps between the schedule's."""
-        if self._tried_fractions:
+        """Tests, before the teacher runs, whether the model takes timesteps that are not integers."""
+        if self._fractions_tried:
             return
         tables = self._named_tables(calls).values()
         between = next((table for table in tables if table.timestep.is_floating_point()), None)
         if between is not None:
-            self._tried_fractions, calls_before = True, self.calls
-            # The teacher of a flow takes such timesteps itself: then an error is not about them, and is raised later.
+            self._fractions_tried, calls_before = True, self.calls
+            # A flow's teacher calls the model at such timesteps, too. So an error here has another cause, or tuning is
+            # impossible: the teacher will raise it.
             is_usual = Teacher(self._diffusion).between
             self.whole_timesteps = not is_usual and self._loops.fails(between, self._loops.batch(0))
             self._shared_calls += self.calls - calls_before
@@ -332,20 +333,20 @@ def tune(
 
     The result is the fitted table, or the table of the best named sampler with as many calls if the fit is not nearer.
 
-    Timesteps are searched. At each timestep the row's numbers are a least-squares fit to the trajectories of a
-    deterministic sampler in 100 steps, from the same noise; then all numbers and timesteps are fitted together. Only
-    forward calls of the model are needed. The named samplers and the fitted table are compared on other samples, by the
-    mean of the nearest 90 %.
+    A search chooses timesteps. For each list of timesteps that it tries, the numbers of each row are a least-squares
+    fit to the trajectories of a deterministic sampler in 100 steps, from the same noise. Then all numbers and timesteps
+    are fitted together. No gradients of the model are needed. The named samplers and the fitted table are compared on
+    other samples, by the mean of the smallest 90 % of the samples' distances to that sampler's.
 
     Args:
         diffusion, model: see p_sample_loop. The model is called in its current mode, so call eval() on a network.
-        shape: of a batch, (batch, ...).
+        shape: the shape of a batch, (batch, ...).
         steps: the number of model calls in a loop with the table, from 1 to the diffusion's timesteps.
         guidance, clip_denoised, model_kwargs, device, autocast, input_dtype: see p_sample_loop. Use the values of
             the loops that will take the table. The table is fitted to them, and a loop with another guidance or clip
             warns.
-        seeds: the number of samples to fit to, rounded up to whole batches. As many again are held out, and half as
-            many decide which fit is best. Each takes the memory of 100 samples.
+        seeds: the number of samples to fit to, rounded up to whole batches. As many other samples are held out, and
+            half as many decide which fit is best. Each sample takes the memory of 100 samples.
         rng: seed and first sample id of the samples. None means Philox(seed=0). The same seed gives the same table.
         progress: whether to show a progress bar on a terminal (if tqdm is installed).
 

@@ -151,7 +151,7 @@ def test_ranks_that_were_stopped_are_not_stuck(tmp_path, monkeypatch):
     shards.path(1).unlink()
     watch = bulk_run._Watch(shards, [0, 1], bar=False, every=1.0)
     clock.now += 2
-    watch.own_shard_is_done()
+    watch.shard_is_done()
     for _ in range(2):
         clock.now += 5000
         for _ in range(600):

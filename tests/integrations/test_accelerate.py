@@ -254,7 +254,7 @@ def test_rows_of_ddim_sample_follow_its_eta():
 
 def test_the_table():
     rows = support_table()
-    assert all(isinstance(row, Support) and row.cls and row.method and (row.fused or row.own) for row in rows)
+    assert all(isinstance(row, Support) and row.cls and row.method and (row.fused or row.unfused) for row in rows)
     assert len({row[:2] for row in rows}) == len(rows)
     told = " ".join(row.cls for row in rows)
     for known in KNOWN:

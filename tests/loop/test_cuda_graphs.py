@@ -15,7 +15,7 @@ from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.loop import cuda_graphs, loop
 from ddpm_ext.loop.cuda_graphs import CudaGraphs, restorer
 from ddpm_ext.loop.options import LoopOptions
-from ddpm_ext.loop.rows import LoopRowsCache, kept_loop_rows
+from ddpm_ext.loop.rows import LoopRowsCache, cached_loop_rows
 from ddpm_ext.ops import cards
 
 cases = pytest.mark.parametrize("case", CASES)
@@ -228,7 +228,7 @@ def test_tables_outlive_their_cache_where_a_graph_or_another_stream_reads_them(f
         if what == "timesteps":
             return gd.tables.timestep(3, 1 + i, meta)._base
         if what == "rows of a loop":
-            rows = kept_loop_rows(cache, gd, LoopOptions(sampler="ddim", steps=2, eta=i / 100))
+            rows = cached_loop_rows(cache, gd, LoopOptions(sampler="ddim", steps=2, eta=i / 100))
             return rows.device.get("steps", meta, torch.float32)
         stepper = cache.get_or_make(i, lambda: (RowStepper(changed()), None))[0]
         stepper.take(0, *torch.zeros(2, 1, 1, device=meta), (), {})

@@ -15,7 +15,7 @@ from support.plain_loop import noise, plain_loop
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Interpolation, Philox
 from ddpm_ext.loop.options import LoopOptions
-from ddpm_ext.loop.rows import kept_loop_rows
+from ddpm_ext.loop.rows import cached_loop_rows
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim
 from ddpm_ext.tables.variances import VARIANCES
@@ -124,7 +124,7 @@ def test_every_step_is_the_plain_loops(device, backend, choose):
         options |= {"start": given(4, *where), "strength": 1.0 if sampler == "random rows" else 0.6}
     elif begin != "noise":
         more["noise"] = given(4, *where)
-    rows = kept_loop_rows(gd._loop_rows, gd, LoopOptions(**options))
+    rows = cached_loop_rows(gd._loop_rows, gd, LoopOptions(**options))
     if begin == "image":
         x = rows.table.signal_now[0] * x + rows.table.noise_now[0] * noise(SHAPE, IDS, 0, stream=1)
     if yes("by its table"):
@@ -165,7 +165,7 @@ def test_rows_of_each_variance(variance):
     """Ho et al. 2020, eq. (7); Nichol & Dhariwal 2021, eq. (15); Dhariwal & Nichol 2021, algorithm 1. In the last step,
     whose posterior has none, guided-diffusion takes the variance of the step before."""
     gd, timesteps = GaussianDiffusion(100, variance=variance), [99, 80, 61, 40, 22, 9, 3, 0]
-    rows = kept_loop_rows(gd._loop_rows, gd, LoopOptions(timesteps=timesteps))
+    rows = cached_loop_rows(gd._loop_rows, gd, LoopOptions(timesteps=timesteps))
     kept, before = [*gd.alphas_cumprod[timesteps].tolist(), 1.0], None
     x, m, z, g, v = 0.7, -0.4, 0.9, 0.3, 0.2
     own = {"v": v if rows.variance else None, "v_is_variance": rows.variance == "direct"}

@@ -25,7 +25,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert header == {"step": 12, "note": "a \U0001f600", "list": [1, None]}
     assert tensors.keys() == {*STATE, "step"}
     assert_same({name: tensors[name] for name in STATE}, STATE)
-    assert checkpoints.under(tensors, "a.").keys() == {"x", "y"}
+    assert checkpoints.with_prefix(tensors, "a.").keys() == {"x", "y"}
 
 
 def test_tensors_that_share_memory_are_saved_each(tmp_path):

@@ -159,7 +159,7 @@ def test_best_model_is_kept(tmp_path):
     reference, averages = moments(means(trainer.images.batch(torch.arange(11), seeds)).double()), {}
     for step in found:
         model, path = Tiny(), folder / "checkpoints" / f"step-{step:08d}.safetensors"
-        averages[step] = checkpoints.under(checkpoints.load(path)[0], "average.")
+        averages[step] = checkpoints.with_prefix(checkpoints.load(path)[0], "average.")
         model.load_state_dict(averages[step])
         samples = training.Trained(model.eval(), trainer.settings, (1, 8, 8)).sample(12, sampler="ddim", steps=3)
         assert found[step] == pytest.approx(frechet(moments(means(samples).double()), reference), rel=1e-4)

@@ -48,7 +48,7 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
     # A device that this torch does not know, and a flag that nothing checked when the run was started.
     path.write_text(json.dumps(begun | {"options": begun["options"] | {"device": "npu:0", "skip_corrupt": 1}}))
     trained = training.load(tmp_path / "run", Tiny())
-    average = checkpoints.under(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
+    average = checkpoints.with_prefix(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
     assert_same(dict(trained.model.state_dict()), average)
     assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
     for path in (tmp_path / "run" / "checkpoints").iterdir():

@@ -68,8 +68,8 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
         expected.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr})
     average.calls.copy_(model.calls)
     found, tolerance = final(tmp_path / "run"), {"rtol": 1e-4, "atol": 1e-6}
-    assert close(checkpoints.under(found, "model."), model.state_dict(), **tolerance)
-    assert close(checkpoints.under(found, "average."), average.state_dict(), **tolerance)
+    assert close(checkpoints.with_prefix(found, "model."), model.state_dict(), **tolerance)
+    assert close(checkpoints.with_prefix(found, "average."), average.state_dict(), **tolerance)
     assert close(trainer_run.weights(tmp_path / "run"), average.state_dict(), **tolerance)
     for row, wanted in zip(rows(tmp_path / "run"), expected, strict=True):
         assert row.pop("images_per_second") > 0
@@ -177,7 +177,7 @@ def test_grids_are_samples_of_the_averaged_model(tmp_path):
     make(tmp_path / "none", **options | {"sample_every": 0}).fit()
     trainer_run.assert_same(tmp_path / "run", tmp_path / "none")
     average, path = Tiny(), tmp_path / "run" / "checkpoints" / "step-00000016.safetensors"
-    average.load_state_dict(checkpoints.under(checkpoints.load(path)[0], "average."))
+    average.load_state_dict(checkpoints.with_prefix(checkpoints.load(path)[0], "average."))
     drawn = trainer.diffusion.p_sample_loop(
         average.eval(), (6, 1, 8, 8), sampler="ddim", steps=5, rng=Philox(0), record="last", progress=False
     )

@@ -281,7 +281,7 @@ def test_named_tables_call_the_model_as_often_and_add_no_noise(names):
 
 def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch, names, caplog):
     def of_euler(rows, trajectories):
-        weights = [euler_weights(rows.base, row, 2 + min(row, 3)) for row in range(len(rows))]
+        weights = [euler_weights(rows.euler_table, row, 2 + min(row, 3)) for row in range(len(rows))]
         return weights, torch.ones(1)
 
     monkeypatch.setattr("ddpm_ext.tuning.tuner.fit", of_euler)

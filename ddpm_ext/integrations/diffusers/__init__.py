@@ -1,1 +1,1 @@
-"""diffusers' schedulers. The rows are made from their float32 coefficients: see alphas.py."""
+"""The mixins for schedulers and pipelines of diffusers, TableScheduler, and tuning of step tables for pipelines."""

@@ -1,9 +1,9 @@
-"""diffusers' DDPMScheduler and DDIMScheduler, and the parallel version of each.
+"""The mixins for diffusers' DDPMScheduler and DDIMScheduler, and the parallel version of each.
 
-They are not traced, because their steps need no loop: any timestep may follow any other, and settings may change
-between steps. The mixins create the rows of all timesteps at once. Tracing would trace a new loop at each step that is
-out of order, would leave a whole loop to diffusers if one step has no row, and has no rows for DDPM's learned
-variances.
+These schedulers are not traced like all others (traced.py), because their steps need no loop: any timestep may follow
+any other, and settings may change between steps. The mixins create the rows of all timesteps at once. With tracing,
+each step that is out of order would trace a new loop, a whole loop would run diffusers' code if one step has no row,
+and DDPM's learned variances would have no rows.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def _make(
         next_t = t - stride_or_timesteps
     end_level = torch.as_tensor(end, device="cpu").detach().to(levels.dtype)
     now, after = levels[t], torch.where(next_t >= 0, levels[next_t.clamp(min=0)], end_level)
-    is_fused = (now < 1) & ((after > 0) | (eta == 0))  # at a level of 1, eps does not follow from a sample and its x0
+    # If alphas_cumprod is 1, the sample has no noise, so eps does not follow from the sample and x0.
+    is_fused = (now < 1) & ((after > 0) | (eta == 0))
     if prediction_type != "sample" and keep_eps and not eta:
         is_fused |= after < 1
     is_fused &= ~(now.signbit() | after.signbit())  # betas above 1 make negative levels, where diffusers returns NaN
@@ -107,7 +108,7 @@ def _make(
     steps = None
     if is_fused.any():
         prediction, now, after = PREDICTIONS[prediction_type], now[is_fused], after[is_fused]
-        # The quotient is computed in float32, as in diffusers: the beta of it differs by up to 1e-4 from float64's.
+        # The quotient is computed in float32, as in diffusers. A beta from a float64 quotient differs by up to 1e-4.
         grid = Jumps(t[is_fused], now.double(), after.double(), (now / after).double())
         if variance_type is None:
             steps = ddim(grid, prediction=prediction, eta=eta, keep_eps=keep_eps)
@@ -117,7 +118,7 @@ def _make(
 
 
 class Alphas(Forward):
-    """Mixin placed before a scheduler's class in the bases."""
+    """The base of the mixins DDPM and DDIM."""
 
     replaces: ClassVar[tuple[str, ...]] = ("step", "add_noise", "get_velocity")
     alphas_cumprod: Tensor

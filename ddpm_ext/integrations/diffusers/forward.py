@@ -1,8 +1,8 @@
-"""The forward process: add_noise, scale_noise and get_velocity.
+"""The fused add_noise, scale_noise and get_velocity of diffusers' schedulers.
 
-Each returns k0 x + k1 noise, with two numbers for each timestep. diffusers' method is run once for each setting to
-compute these numbers. diffusers looks up the timesteps of a batch one by one, and waits for the GPU at each timestep.
-This module looks them all up at once, on their device.
+Each of these methods returns k0 x + k1 noise, with numbers k0 and k1 for each timestep. To get the numbers, diffusers'
+method runs once for each setting. diffusers looks up the timesteps of a batch one by one, and waits for the GPU at each
+timestep. This module looks up all timesteps of a batch at once, on their device.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Weights(NamedTuple):
     """The factors k0 and k1 of each timestep.
 
     Attributes:
-        tables: "weights", (rows, 2), has k0 and k1. If `of` is LISTED, "timesteps", (rows - 1,), has the timesteps of
-            all rows but the last.
-        of: what row i stands for. STEP is step i of a loop, whatever its timestep. TIMESTEP is timestep i. LISTED is
-            the timestep at index i of "timesteps", and the last row stands for all other timesteps.
-        is_total: whether the last row of LISTED has numbers. If diffusers rejects other timesteps, it has NaN.
+        tables: "weights", (rows, 2), has k0 and k1. If `row_meaning` is LISTED, "timesteps", (rows - 1,), has the
+            timesteps of all rows but the last.
+        row_meaning: STEP: row i is for step i of a loop, whatever its timestep. TIMESTEP: row i is for timestep i.
+            LISTED: row i is for the timestep at index i of "timesteps", and the last row is for all other timesteps.
+        is_total: False if diffusers rejects timesteps that are not listed. Then the last row has NaN.
     """
 
     tables: DeviceTables
-    of: str
+    row_meaning: str
     is_total: bool = True
 
     def rows(self, timesteps: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 
         Raises Fallback for a timestep without a row, but not on a GPU: no timestep is read back.
         """
-        if self.of == TIMESTEP:
+        if self.row_meaning == TIMESTEP:
             if timesteps.dtype not in (torch.int64, torch.int32):
                 raise Fallback  # diffusers accepts a boolean mask, and rejects other dtypes
             return timesteps
@@ -65,7 +65,7 @@ class Weights(NamedTuple):
 
 
 def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
-    """k0 and k1 of each timestep, (timesteps, 2), by a call of diffusers' method.
+    """k0 and k1 of each timestep, (timesteps, 2), from two calls of diffusers' method, for x = 1 and for noise = 1.
 
     Raises Fallback if the method raises an error or changes the scheduler's _step_index.
     """
@@ -86,8 +86,8 @@ def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
 def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype: torch.dtype) -> Weights:
     """The weights of a scheduler of diffusers' class `cls` with this state, for timesteps of `dtype`.
 
-    If `in_loop`, they are for the steps of a loop. Otherwise they are for all training timesteps, if the method accepts
-    these, or for the timesteps of the scheduler's loop.
+    If `in_loop` and the method reads the loop's step in place of the timestep, the rows are for the steps of a loop.
+    Otherwise they are for all training timesteps, or if the method does not accept these, for the loop's timesteps.
     """
     scheduler = new(cls)
     scheduler.__dict__.update(state)
@@ -119,7 +119,10 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
 
 
 class Forward(Scheduler):
-    """Mixin for add_noise, scale_noise and get_velocity: one launch each, with gradients. Callers pass the noise."""
+    """A mixin whose add_noise, scale_noise and get_velocity take one launch each, and record gradients.
+
+    The callers of these methods pass the noise.
+    """
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
         state = vars(self)
@@ -139,7 +142,7 @@ class Forward(Scheduler):
         # The weights depend on nothing else of the state.
         key = (_weights, cls, options), scheduler_timesteps, state.get("sigmas"), state.get("alphas_cumprod")
         weights = self._cached(key, _weights, (cls, state, *options))
-        if weights.of == STEP:
+        if weights.row_meaning == STEP:
             step = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
             rows = torch.full(x.shape[:1], step, device=x.device)
         else:
@@ -152,7 +155,8 @@ class Forward(Scheduler):
             table = weights.tables.get("weights", x.device, torch.float32)
             return ops.forward_process(x, table, rows, noise=noise)
         except ValueError:
-            # All else was checked, so a row is out of range. diffusers reads it from the end, or rejects it.
+            # All else was checked, so a row is out of range. diffusers counts a negative one from the end, and rejects
+            # others.
             raise Fallback from None
 
     def _add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Tensor:

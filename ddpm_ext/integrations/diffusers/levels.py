@@ -1,4 +1,4 @@
-"""The levels of a scheduler's timesteps: the signal and noise of a sample from its add_noise or scale_noise."""
+"""The levels of a scheduler's timesteps: the factors of sample and noise in its add_noise or scale_noise."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ddpm_ext.tables.levels import Scale
 NEAR = 1e-4  # the largest error of an invariant of SCALES
 
 
-def _unit(signal: Tensor, noise: Tensor) -> Tensor:
+def _variance_preserving(signal: Tensor, noise: Tensor) -> Tensor:
+    """The Scale of variance-preserving samples, which is 1 at all levels."""
     return torch.ones_like(signal)
 
 
 # {scale of diffusers' samples: a function of signal and noise that is 1 at all levels of this scale}
 SCALES: dict[Scale, Any] = {
-    _unit: lambda signal, noise: signal**2 + noise**2,
+    _variance_preserving: lambda signal, noise: signal**2 + noise**2,
     levels.sigma_space: lambda signal, noise: signal,
     levels.flow: lambda signal, noise: signal + noise,
 }
@@ -32,7 +33,7 @@ SCALES: dict[Scale, Any] = {
 
 @dataclass(frozen=True)
 class LoopLevels:
-    """The levels of a loop, whose last step arrives at clean samples.
+    """The levels at which the steps of a loop begin. The last step ends at clean samples.
 
     Attributes:
         timesteps: int64 or float64, (steps,).
@@ -58,7 +59,7 @@ class LoopLevels:
 
 
 def levels_of(scheduler: Any, set_timesteps_options: dict[str, Any]) -> LoopLevels:
-    """The levels of the loop that a scheduler has begun. Raises ValueError if they can't be found.
+    """The levels of the loop that a scheduler has begun. Raises ValueError if the scheduler does not reveal them.
 
     Args:
         set_timesteps_options: see LoopLevels.

@@ -1,4 +1,4 @@
-"""Accelerated pipelines of diffusers: all their schedulers are accelerated, also schedulers that are set later."""
+"""Accelerated pipelines of diffusers. All schedulers of a pipeline are accelerated, also those that are set later."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class Pipeline(Accelerated):
 
     library = "diffusers"
     replaces = ()
-    accelerate_scheduler: ClassVar[Accelerate]  # for schedulers that are set later; assigned where accelerate() is
+    # Accelerates a scheduler that is set later. integrations/__init__.py assigns it, since this file can't import it.
+    accelerate_scheduler: ClassVar[Accelerate]
 
     def __init_subclass__(cls) -> None:
-        """Replaces the peer's __call__, if it has one, by a method with the same signature."""
+        """Replaces the library's __call__, if it has one, by a method with the same signature."""
         super().__init_subclass__()
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
         peers_call: Any = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
@@ -68,12 +69,12 @@ class Pipeline(Accelerated):
         Guides change the scheduler by `pipeline.scheduler = X.from_config(pipeline.scheduler.config)`, where X is a
         class of diffusers.
         """
-        reason, replaced = None, vars(self).get(name)
-        self._note_end_of(replaced)
-        # An accelerated scheduler that its class created, not accelerate(), has no settings yet, so it is new, too.
+        reason, previous = None, vars(self).get(name)
+        self._store_settings_of(previous)
+        # A scheduler that was created by calling an accelerated class, not by accelerate(), has no settings yet.
         is_new = "_acceleration" not in vars(value) if isinstance(value, Accelerated) else True
         if is_scheduler(type(value)) and is_new:
-            settings = self._settings_in_place_of(replaced)
+            settings = self._settings_in_place_of(previous)
             try:
                 value = type(self).accelerate_scheduler(value, settings)
             except TypeError as refused:
@@ -83,22 +84,25 @@ class Pipeline(Accelerated):
             self.accelerated.record_fallback(self.library, name, reason)
 
     def __delattr__(self, name: str) -> None:
-        """Keeps the settings of a deleted scheduler for the next one that is set."""
-        self._note_end_of(vars(self).get(name))
+        """Deletes an attribute. The settings of a deleted scheduler are stored for the next scheduler that is set."""
+        self._store_settings_of(vars(self).get(name))
         super().__delattr__(name)
 
-    def _note_end_of(self, replaced: Any) -> None:
-        """Keeps the settings of a replaced scheduler for the next scheduler, even if the attribute is None between."""
-        if is_scheduler(type(replaced)) and isinstance(replaced, Accelerated):
-            vars(self)["_acceleration"] = replaced.accelerated.continued()
+    def _store_settings_of(self, previous: Any) -> None:
+        """Stores the settings of a scheduler that is replaced or deleted.
+
+        The next scheduler gets them, even if the attribute is None in the meantime.
+        """
+        if is_scheduler(type(previous)) and isinstance(previous, Accelerated):
+            vars(self)["_acceleration"] = previous.accelerated.continued()
 
     def __repr__(self) -> str:
-        """One line for each accelerated scheduler, then the peer's own text."""
+        """One line for each accelerated scheduler, then the library's own text."""
         return "\n".join([*map(shown, _accelerated_schedulers(self)), peer_method(self, "__repr__")()])
 
-    def _settings_in_place_of(self, replaced: Any) -> Acceleration:
-        if isinstance(replaced, Accelerated):
-            return replaced.accelerated.continued()
+    def _settings_in_place_of(self, previous: Any) -> Acceleration:
+        if isinstance(previous, Accelerated):
+            return previous.accelerated.continued()
         settings = self.accelerated
         used = {scheduler.accelerated.stream for scheduler in _accelerated_schedulers(self)}
         if not used:
@@ -108,7 +112,7 @@ class Pipeline(Accelerated):
 
 
 def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The note "guidance" of a call of a pipeline: its guidance_scale, or None for 1.
+    """{"guidance": the guidance_scale of a pipeline's call, or None for a scale of 1}, as in a step table's notes.
 
     The dict is empty if the pipeline has no argument guidance_scale, or if the argument is not a number.
 
@@ -153,9 +157,9 @@ def _restore(peer: type) -> Any:
 def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Accelerate) -> Any:
     """A copy of a pipeline, of a subclass of its class, with all schedulers accelerated, also those of inner pipelines.
 
-    Two attributes that are the same object stay the same object in the copy. With noise "philox", the attribute
-    `scheduler` has the stream of a scheduler without a pipeline. The other schedulers, in the order of their names,
-    have one other stream each.
+    Two attributes that are the same object are the same object in the copy, too. With noise "philox", the attribute
+    `scheduler` has the stream of a scheduler without a pipeline. Each other scheduler has a stream of its own, in the
+    order of the schedulers' names.
 
     Args:
         settings: the settings of every scheduler, apart from the stream.

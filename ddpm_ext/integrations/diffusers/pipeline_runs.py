@@ -1,4 +1,4 @@
-"""Runs of a diffusers pipeline with the rows of step tables. A run stops once the needed rows have been taken."""
+"""Runs a pipeline of diffusers with the rows of step tables. A run stops after the last row that it needs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Runs:
         name: the name of the pipeline's class.
         prediction: ddpm_ext's name of the model's prediction.
         guidance: the note about the guidance of the pipeline's calls, see guidance_of_call.
-        calls: the number of steps taken so far.
+        calls: the number of steps that all runs have taken so far.
+        on_call: a function that is called with the number of steps of each run, for a progress bar.
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
@@ -74,12 +75,15 @@ class Runs:
         self.on_call: Callable[..., object] = lambda _: None
 
     def levels(self, scheduler: Any, steps: int) -> LoopLevels:
-        """The levels of the pipeline's loop of `steps` steps with this scheduler. Takes one step of the pipeline."""
+        """The levels of the pipeline's loop of `steps` steps with this scheduler.
+
+        The pipeline runs up to its first step, which calls the model once.
+        """
         probe, options = copy.deepcopy(scheduler), {}
         set_timesteps = probe.set_timesteps
 
         @functools.wraps(set_timesteps)
-        def set_timesteps_and_note(*args: Any, **kwargs: Any) -> Any:
+        def set_timesteps_and_record(*args: Any, **kwargs: Any) -> Any:
             options.update({name: value for name, value in kwargs.items() if name in ("sigmas", "mu")})
             return set_timesteps(*args, **kwargs)
 
@@ -87,13 +91,13 @@ class Runs:
         def stop(*_: Any, **__: Any) -> Any:
             raise StopPipeline
 
-        probe.set_timesteps, probe.step = set_timesteps_and_note, stop
+        probe.set_timesteps, probe.step = set_timesteps_and_record, stop
         self._run(probe, steps, 0)
         self._count(1)
         return levels_of(probe, {name: value for name, value in options.items() if value is not None})
 
     def record(self, table: StepTable, seed: int, last: int | None = None) -> Recorder:
-        """A run with the rows of a table up to `last`. Default: all rows."""
+        """Runs the pipeline with the rows of a table up to row `last`, by default all rows. Returns its Recorder."""
         recorder = with_table(self._scheduler, table, Acceleration(), Recorder)
         recorder.last, recorder.samples, recorder.terms = len(table) - 1 if last is None else last, [], []
         self._run(recorder, len(table), seed)

@@ -1,4 +1,4 @@
-"""The base of all mixins for schedulers: a cache of rows keyed by settings, timesteps on the host, noise, steps."""
+"""Scheduler, the base of all mixins for schedulers of diffusers: the cache of rows, timesteps, noise and steps."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ HALVES = {torch.float16, torch.bfloat16}
 
 @functools.cache
 def imported(module: str, name: str) -> Any:
+    """An attribute of a module, which is imported when it is first needed."""
     return getattr(importlib.import_module(module), name)
 
 
@@ -78,13 +79,13 @@ class NextInput(NamedTuple):
     def is_of(self, sample: object) -> bool:
         """Whether `sample` is the tensor that the step returned and has not been written to since.
 
-        False for inference tensors: they do not count writes.
+        False for inference tensors, because they do not count writes.
         """
         return sample is self.sample and self.version is not None and version_of(self.sample) == self.version
 
 
 def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
-    """The dtype of diffusers' results."""
+    """The dtype of the result of diffusers' step."""
     return torch.promote_types(model_output.dtype, sample.dtype)
 
 
@@ -98,7 +99,7 @@ class Scheduler(Accelerated):
     def __init_subclass__(cls) -> None:
         """In an accelerated class, replaces each method in `replaces`, such as `step`, by the mixin's, such as `_step`.
 
-        The replacement catches a Fallback and runs the peer's method.
+        The replacement catches a Fallback and runs the library's method.
 
         Raises TypeError if diffusers is older than OLDEST: in these versions, DDPM's steps had different results,
         Euler's steps drew noise that they did not use, and steps returned tuples of different lengths.
@@ -133,9 +134,9 @@ class Scheduler(Accelerated):
         versions = tuple([(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in key])
         latest = self.__dict__.setdefault("_latest_rows", {})
         entry = latest.get(make)
-        # Inference tensors do not count writes, so their values must be compared.
-        uncounted = any(isinstance(x, Tensor) and x.is_inference() and x.is_cpu for x in key)
-        if entry is None or entry[0] != versions or uncounted:
+        # Inference tensors do not count writes, so their values are compared in each call.
+        has_uncounted_writes = any(isinstance(x, Tensor) and x.is_inference() and x.is_cpu for x in key)
+        if entry is None or entry[0] != versions or has_uncounted_writes:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
             result = ROWS.get_or_make(contents, lambda: made_outside_autograd(make, *arguments))
             # The entry keeps the tensors of `key` alive: `versions` has their ids, which Python could reuse.
@@ -143,7 +144,7 @@ class Scheduler(Accelerated):
         return result_of(entry[2])
 
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
-        """The timestep on the host, and its row. Raises Fallback if it has no row.
+        """The timestep as an int, and the index of its row. Raises Fallback if it has no row.
 
         A pipeline loops over self.timesteps. The index of an element follows from its address, so the element is not
         read: on a GPU, the host waits only once after each set_timesteps.
@@ -159,7 +160,7 @@ class Scheduler(Accelerated):
         return t, rows.row[t]
 
     def _times(self) -> Any:
-        """A list of the scheduler's timesteps on the host, read once."""
+        """A list of the scheduler's timesteps as Python numbers. A tensor on a GPU is read only once."""
         timesteps = self.timesteps
         if timesteps.is_inference() and timesteps.is_cpu:  # inference tensors do not count writes
             return timesteps.tolist()
@@ -175,18 +176,18 @@ class Scheduler(Accelerated):
 
     # --------------------------------------------------------------------------------------------------------- noise
 
-    def _noise(self, noisy: bool, like: Tensor, generator: Any, sample: Tensor, index: int) -> dict[str, Any]:
+    def _noise(self, has_noise: bool, like: Tensor, generator: Any, sample: Tensor, index: int) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of a step of `sample`.
 
         With noise "philox" the launch draws the noise. Otherwise it is drawn as in diffusers: with the shape, device
         and dtype of the model's output.
 
         Args:
-            noisy: whether the step has noise.
+            has_noise: whether the step has noise.
             like: the model's output.
             index: the position of the step in its loop, a number that rises along the loop.
         """
-        if not noisy:
+        if not has_noise:
             return {}
         rng = self.accelerated.rng_of_step(sample.size(0), index)
         if rng is not None:
@@ -207,7 +208,7 @@ class Scheduler(Accelerated):
     def _check_step(self, sample: Tensor, model_output: Tensor, *others: Tensor | None, timestep: Any = None) -> None:
         """Raises Fallback if the operators can't take a step of these tensors.
 
-        timestep: passed if the peer indexes its tables by the timestep, so that the entries have the timestep's
+        timestep: passed if the library indexes its tables by the timestep, so that the entries have the timestep's
         dimensions.
         """
         check_tensors(sample, model_output, *others)
@@ -236,12 +237,13 @@ class Scheduler(Accelerated):
 
 
 def _replacement(peers_method: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's method with the signature of the peer's method, which pipelines inspect.
+    """The mixin's method with the signature of the library's method, which pipelines inspect.
 
     torch.compile breaks its graph at the method: in a graph, the counters that the method updates would be constants.
     """
     fused = method if name in NOT_COUNTED else with_fallback(name)(method)
-    uncompiled = torch.compiler.disable(fused)  # imports the compiler, which diffusers has imported already
+    # torch.compiler.disable imports the compiler, which is slow, but diffusers has imported it already.
+    uncompiled = torch.compiler.disable(fused)
 
     @functools.wraps(peers_method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -24,19 +24,22 @@ from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.ops.noise import randn
 
 NAME = "randn_tensor"
-OF_VAES = "diffusers.models.autoencoders.vae"  # Image-to-image pipelines start from latents that this module draws.
+# Image-to-image pipelines start from latents that this module draws.
+OF_VAES = "diffusers.models.autoencoders.vae"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _drawn_by: ContextVar[Acceleration | None] = ContextVar("_drawn_by", default=None)
 _lock = threading.Lock()
-_calls: dict[str, int] = {}  # {name of a module: number of running calls that share its replacement}
+# {name of a module: the number of running calls of pipelines that use the replaced randn_tensor of the module}
+_calls: dict[str, int] = {}
 
 
 @contextlib.contextmanager
 def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[None]:
-    """Wraps a call of a pipeline, which begins a loop of each scheduler.
+    """Wraps a call of a pipeline. The call begins a loop of each of the pipeline's schedulers.
 
-    With noise "philox", draws of the pipeline without a generator are start noise of the first such scheduler's loop.
+    Noise that the pipeline draws without a generator comes from the first scheduler with noise "philox", if there is
+    one: it is the start noise of this scheduler's loop.
 
     Args:
         settings: the settings of the pipeline's schedulers.

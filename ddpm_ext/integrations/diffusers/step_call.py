@@ -16,7 +16,7 @@ from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, parameters_of_step
 
-OTHERS = ("generator", "return_dict")  # rows do not depend on these
+OTHERS = ("generator", "return_dict")  # arguments of a step on which its row does not depend
 EMPTY = inspect.Parameter.empty
 # (name, value) of each option, sorted by name. A value is a number, a string, None, a TimestepOffset, or GIVEN for a
 # tensor of the samples' shape.
@@ -24,7 +24,10 @@ Options = tuple[tuple[str, Any], ...]
 
 
 class TimestepOffset(NamedTuple):
-    """An option that is one of the scheduler's timesteps: it comes `steps` indices after the timestep of the step."""
+    """An option whose value is one of the scheduler's timesteps: the one that is `steps` indices after the step's own.
+
+    The value differs from step to step, but the offset is the same in all steps.
+    """
 
     steps: int
 
@@ -50,8 +53,8 @@ class Signature(NamedTuple):
         are_known = all(name in names for name, names in zip(inputs, INPUTS, strict=False))
         # If return_dict is False by default, the object may have results that the tuple lacks. In this case return_dict
         # stays an option, on which rows depend.
-        free = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
-        return cls(inputs, are_known, defaults | dict.fromkeys(free, EMPTY))
+        independent_names = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
+        return cls(inputs, are_known, defaults | dict.fromkeys(independent_names, EMPTY))
 
 
 class Call(NamedTuple):
@@ -85,7 +88,7 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
     m, timestep, x = [values.pop(name) for name in signature.inputs]
     if not are_tensors(x, m) or not isinstance(timestep, Tensor | numbers.Number):
         raise Fallback
-    if "noise_sampler" in vars(scheduler):  # its noise takes a hundred times as long as the rest of a step
+    if "noise_sampler" in vars(scheduler):  # fusing would not pay: the noise takes a hundred times as long as a step
         raise Fallback("its noise is that of a Brownian path")
     if type(scheduler).__name__ in OF_THREE_CHANNELS and m.shape[1:2] > (3,):
         config = scheduler.config
@@ -144,12 +147,12 @@ def options_of_steps(options: Options, timesteps: Tensor, first: int, count: int
     Args:
         timesteps: the scheduler's timesteps.
     """
-    of_steps = dict(options)
+    step_options = dict(options)
     for name, value in options:
         if isinstance(value, TimestepOffset):
             indices = range(first + value.steps, first + value.steps + count)
-            of_steps[name] = [timesteps[i].item() if 0 <= i < len(timesteps) else None for i in indices]
-    return of_steps
+            step_options[name] = [timesteps[i].item() if 0 <= i < len(timesteps) else None for i in indices]
+    return step_options
 
 
 def options_at(options: Options, index: int, count: int) -> Options:

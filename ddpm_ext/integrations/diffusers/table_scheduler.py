@@ -1,4 +1,4 @@
-"""A scheduler of diffusers' kind that takes the rows of any step table, each in one launch."""
+"""TableScheduler, a scheduler for diffusers' pipelines whose steps are the rows of a step table, one launch each."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._begin()
 
     def _begin(self) -> None:
+        """Resets the position in the loop and the tensors of earlier rows, and begins a loop of the noise."""
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._history: tuple[Tensor, ...] = ()
@@ -155,7 +156,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         sigmas: Any = None,
         mu: float | None = None,
     ) -> None:
-        """Begins a loop: forgets the tensors that earlier rows kept.
+        """Begins a loop, which drops the tensors that rows of an earlier loop kept.
 
         Args:
             num_inference_steps: the table's number of rows, or None.
@@ -320,7 +321,7 @@ def _as_config(table: StepTable) -> dict[str, Any]:
     return {**{name: x.tolist() for name, x in columns.items() if name in needed}, "notes": table.notes}
 
 
-def with_table(scheduler: Any, table: Any, settings: Acceleration, needs: type[Kind] = TableScheduler) -> Kind:
+def with_table(scheduler: Any, table: Any, settings: Acceleration, kind: type[Kind] = TableScheduler) -> Kind:
     """A TableScheduler, or an object of its subclass `kind`, to replace a pipeline's scheduler.
 
     Raises:
@@ -336,6 +337,6 @@ def with_table(scheduler: Any, table: Any, settings: Acceleration, needs: type[K
     options = inspect.signature(TableScheduler.__init__).parameters.keys() - {"table"}
     config = {name: value for name, value in scheduler.config.items() if name in options}
     config["clip_sample"] = config.get("clip_sample", False) and reads_clip_sample(scheduler)
-    table_scheduler = needs(table, **config | {"prediction_type": prediction_type_of(prediction)})
+    table_scheduler = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
     table_scheduler.__dict__["_acceleration"] = settings
     return table_scheduler

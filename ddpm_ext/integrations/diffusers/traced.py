@@ -1,7 +1,8 @@
-"""The mixin for all other schedulers of diffusers. Their rows are traced when a loop begins.
+"""TracedScheduler, the mixin for all schedulers of diffusers except those in alphas.py.
 
-Tracing runs diffusers' code on probe numbers; see tables/trace.py. It takes about as long as a few loops of diffusers,
-once for each setting. A loop with a step that can't be expressed as a row runs diffusers' code.
+The rows of a loop are traced when the loop begins: diffusers' code runs on probe numbers, see tables/trace.py. This
+takes about as long as a few loops of diffusers, once for each setting. If a step can't be expressed as a row,
+diffusers' code runs in the whole loop.
 
 A step looks up its row and computes it in one launch. It then writes to the scheduler the numbers that diffusers' code
 would have written, such as _step_index. It does not write the tensors that diffusers' code would store, such as
@@ -62,20 +63,20 @@ class Position(NamedTuple):
 
     Attributes:
         rows: the rows of the loop.
-        at: the index of the next row.
+        row: the index of the next row.
         settings: the settings that must not change until the loop ends, see _settings_of.
         proof: the proof of a step that a user wrote, or None for diffusers' own steps.
-        ring: the tensors that rows kept, the newest first, at most three.
+        history: the tensors that rows kept, the newest first, at most three.
         last: a private copy of the last step's result, if the next row reads it.
         shape: the shape of the samples.
         dtypes: the dtypes of the last step's model output, sample and result.
     """
 
     rows: LoopRows
-    at: int
+    row: int
     settings: Settings
     proof: Proof | None = None
-    ring: tuple[Tensor, ...] = ()
+    history: tuple[Tensor, ...] = ()
     last: Tensor | None = None
     shape: torch.Size | None = None
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] | None = None
@@ -85,7 +86,7 @@ class Position(NamedTuple):
         return self.dtypes is None or (call.m.dtype == self.dtypes[0] and call.x.dtype in self.dtypes[1:])
 
     def is_over(self) -> bool:
-        return self.at == len(self.rows.times)
+        return self.row == len(self.rows.times)
 
     def scales_inputs(self) -> bool:
         """Whether scale_model_input multiplies the sample by a number.
@@ -101,7 +102,7 @@ class Position(NamedTuple):
 
 
 class TracedScheduler(Forward):
-    """Mixin placed before any scheduler in the bases. It replaces `step`, `add_noise` and the like.
+    """The mixin that comes before the scheduler's class in the bases. It replaces `step`, `add_noise` and the like.
 
     set_timesteps runs the scheduler's own code and begins a new loop.
     """
@@ -134,16 +135,16 @@ class TracedScheduler(Forward):
             raise Fallback(self._position or None)
         try:
             call = call_of(self, self._signature, args, kwargs)
-            position = self._located(call)
+            position = self._position_of(call)
             dtypes = position.rows.dtypes_of(call.m.dtype, call.x.dtype)
         except Fallback as fallback:
-            self._leave(fallback)
+            self._leave_to_diffusers(fallback)
             raise
         if not position.is_proven():
             raise Fallback(instead=lambda: self._compared(position, dtypes, call, args, kwargs))
-        (prev, x0), after, scaled = self._launched(position, dtypes, call)
+        (prev, x0), after, scaled = self._take_row(position, dtypes, call)
         # The scheduler gets the numbers that its code would have written, but not the tensors.
-        step, state = position.rows.trace.steps[position.at], self.__dict__
+        step, state = position.rows.trace.steps[position.row], self.__dict__
         state.update(step.state)
         state["_position"] = after
         state["_next_input"] = None if scaled is None else NextInput.of(prev, scaled)
@@ -154,7 +155,7 @@ class TracedScheduler(Forward):
 
     _step_pred = _step
 
-    def _leave(self, fallback: Fallback) -> None:
+    def _leave_to_diffusers(self, fallback: Fallback) -> None:
         """Leaves a step to diffusers' code.
 
         At the beginning of a loop, diffusers' code takes all steps until set_timesteps is called. In the middle of a
@@ -166,20 +167,20 @@ class TracedScheduler(Forward):
             self._position = fallback.reason or ""
         elif position.rows.has_history:
             raise RuntimeError(
-                f"step {position.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
+                f"step {position.row} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
                 "the steps before it left the scheduler without the tensors that its own code reads: call every "
                 "step of a loop with the same options and kinds of tensors, and set_timesteps before another loop"
             ) from None
 
-    def _launched(self, position: Position, dtypes: LoopDtypes, call: Call) -> tuple[Results, Position, Tensor | None]:
+    def _take_row(self, position: Position, dtypes: LoopDtypes, call: Call) -> tuple[Results, Position, Tensor | None]:
         """Takes the loop's next row.
 
         Returns the row's results, the position after the row, and the model's next input if the launch has written it.
         """
-        rows, i, ring, last = position.rows, position.at, position.ring, position.last
+        rows, i, history, last = position.rows, position.row, position.history, position.last
         trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
         tensors = [tensor.to(dtypes.computed) for tensor in call.tensors]
-        inputs = self._drawn(position, dtypes, call, x, tensors)
+        inputs = self._noise_inputs(position, dtypes, call, x, tensors)
         # A row may read the previous row's result. The operator has no argument for it, so two arguments that traced
         # rows do not use otherwise pass it on: the previous launch writes a copy of its result to `model_input`, and
         # this launch reads the copy as `uncond_output`.
@@ -190,17 +191,17 @@ class TracedScheduler(Forward):
         keeps_result = has_next and trace.of_last[i + 1] != 0
         scales = has_next and self._scales_inputs and position.scales_inputs()
         model_input_copy = inputs["model_input"] = empty_like(x) if keeps_result or scales else None
-        history = [tensors[draw] for draw in trace.history_draws[i]] or ring
-        prev, stored = rows.stepper.take(i, x, m, history, inputs)
-        ring = ring if stored is None else (stored, *ring[:2])
+        read_history = [tensors[draw] for draw in trace.history_draws[i]] or history
+        prev, stored = rows.stepper.take(i, x, m, read_history, inputs)
+        history = history if stored is None else (stored, *history[:2])
         last = model_input_copy if keeps_result else None
         step_dtypes = call.m.dtype, call.x.dtype, dtypes.prev
-        after = position._replace(at=i + 1, ring=ring, last=last, shape=x.shape, dtypes=step_dtypes)
+        after = position._replace(row=i + 1, history=history, last=last, shape=x.shape, dtypes=step_dtypes)
         model_input = None if model_input_copy is None or keeps_result else model_input_copy.to(dtypes.prev)
         x0 = None if x0 is None else x0.to(dtypes.second)
         return (prev.to(dtypes.prev), x0), after, model_input
 
-    def _drawn(
+    def _noise_inputs(
         self, position: Position, dtypes: LoopDtypes, call: Call, x: Tensor, tensors: list[Tensor]
     ) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of the row.
@@ -211,7 +212,7 @@ class TracedScheduler(Forward):
         Args:
             tensors: the tensors among the step's options, which may include its noise.
         """
-        rows, i = position.rows, position.at
+        rows, i = position.rows, position.row
         used, index, generator = rows.trace.noise[i], rows.key.first + i, call.other_arguments.get("generator")
         noise: dict[str, Any] = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
         if self.accelerated.noise == "philox" and position.is_proven():
@@ -240,7 +241,7 @@ class TracedScheduler(Forward):
             if written.is_of(x) and not (x.requires_grad and torch.is_grad_enabled()):
                 return written.model_input
             self._scales_inputs = False
-        return x * position.rows.trace.scales[position.at]
+        return x * position.rows.trace.scales[position.row]
 
     # ------------------------------------------------------------------------------------- steps that a user wrote
 
@@ -248,12 +249,12 @@ class TracedScheduler(Forward):
         self, position: Position, dtypes: LoopDtypes, call: Call, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """The result of the scheduler's code. The proof records whether the row has the same result."""
-        proof, rows, row = position.proof, position.rows, position.at
+        proof, rows, row = position.proof, position.rows, position.row
         assert proof is not None
         generators = Generators(call.x.device, call.other_arguments.get("generator"))
-        inputs = [*position.ring, *call.tensors, *([] if position.last is None else [position.last])]
+        inputs = [*position.history, *call.tensors, *([] if position.last is None else [position.last])]
         size = rows.stepper.largest_term(row, call.x, call.m, inputs)
-        results, after, _ = self._launched(position, dtypes, call)
+        results, after, _ = self._take_row(position, dtypes, call)
         generators.rewind()
         before = contents(self._library_state())
         result = peer_method(self, step_name(self._peer))(*args, **kwargs)
@@ -273,20 +274,20 @@ class TracedScheduler(Forward):
 
     # ------------------------------------------------------------------------------------------------------- loops
 
-    def _located(self, call: Call) -> Position:
+    def _position_of(self, call: Call) -> Position:
         """The position in the loop at the row of this step. Raises Fallback if the loop has no row for it."""
         position: Any = self._position
         if not isinstance(self.timesteps, Tensor) or self.timesteps.dim() != 1:
             raise Fallback("its timesteps are no vector")
         if position is None:
-            return self._begun(call)
+            return self._new_loop(call)
         rows, index = position.rows, self._timestep_index(call.timestep)
-        options = options_at(rows.key.options, rows.key.first + position.at, len(self.timesteps))
+        options = options_at(rows.key.options, rows.key.first + position.row, len(self.timesteps))
         if not rows.has_history:
             if options != call.options or call.has_dim != rows.key.has_dim:
-                return self._begun(call)
+                return self._new_loop(call)
             if index is not None and rows.key.first <= index < rows.key.first + len(rows.times):
-                position = position._replace(at=index - rows.key.first)
+                position = position._replace(row=index - rows.key.first)
         elif options != call.options:
             raise Fallback(OUT_OF_TURN)
         elif position.is_over():
@@ -295,13 +296,13 @@ class TracedScheduler(Forward):
             raise Fallback("its samples have another shape than those of the step before")
         elif not position.has_dtypes_of(call):
             raise Fallback("its tensors have other dtypes than those of the step before")
-        if position.is_over() or index != rows.key.first + position.at:
+        if position.is_over() or index != rows.key.first + position.row:
             raise Fallback(OUT_OF_TURN)
         if position.is_proven() and not self._is_unchanged(position):  # before a proof, the step's own code runs
             raise Fallback(OUT_OF_TURN)
         return position
 
-    def _begun(self, call: Call) -> Position:
+    def _new_loop(self, call: Call) -> Position:
         """The position in a new loop that begins with this step."""
         cls, state = peer_class(type(self)), vars(self)
         foreign = foreign_method(cls, state)
@@ -356,7 +357,7 @@ class TracedScheduler(Forward):
         # The timestep occurs several times. Within a loop, the next index of the loop counts. At the beginning of a
         # loop, the scheduler's index counts; without an index, the second of two equal timesteps, as in diffusers.
         if isinstance(position, Position):
-            expected: int | None = position.rows.key.first + position.at
+            expected: int | None = position.rows.key.first + position.row
         else:
             expected = state.get("_begin_index") if state.get("_step_index") is None else state["_step_index"]
         is_pair = "_step_index" in state and expected is None and len(indices) == 2 and indices[0] > 0
@@ -369,7 +370,7 @@ class TracedScheduler(Forward):
         return versioned, config_of(vars(self))
 
     def _attribute(self, name: str) -> Any:
-        """An attribute of the scheduler, or else of the peer's class; None if neither has it."""
+        """An attribute of the scheduler, or else of the library's class; None if neither has it."""
         state = self.__dict__
         return state[name] if name in state else getattr(self._peer, name, None)
 
@@ -379,7 +380,7 @@ class TracedScheduler(Forward):
         Tensors are compared by identity and version. Their values are read only if an attribute has been replaced.
         """
         state, (attributes, config), rows = self.__dict__, position.settings, position.rows
-        if not rows.is_at(position.at, state) or not is_config((vars(state[CONFIG]), state[CONFIG]), config):
+        if not rows.is_at(position.row, state) or not is_config((vars(state[CONFIG]), state[CONFIG]), config):
             return False
         for name, value, version in attributes:
             if self._attribute(name) is not value or (version is not None and version_of(value) != version):

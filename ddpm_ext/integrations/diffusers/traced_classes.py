@@ -1,6 +1,6 @@
-"""The scheduler classes of diffusers 0.42.1 that cannot be traced, for the printed support table.
+"""Lists of scheduler classes of diffusers 0.42.1, mainly those that can't be traced, for the printed support table.
 
-Tracing does not read NOT_TRACED: it tries every class in the same way. A test checks the list.
+Tracing does not read NOT_TRACED: it tries every class. A test checks that the list is right.
 """
 
 from __future__ import annotations

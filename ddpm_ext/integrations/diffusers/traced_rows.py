@@ -33,7 +33,10 @@ Config = tuple[dict[str, Any], dict[str, Any]]  # (attributes of a config, its i
 
 
 class ABSENT:
-    """Stands for the value of a missing attribute. It is a class, since unpickling a class returns the same object."""
+    """Stands for the value of a missing attribute in cache keys.
+
+    It is a class and not an object, since unpickling returns the same class, but would return another object.
+    """
 
 
 class LoopKey(NamedTuple):
@@ -64,9 +67,9 @@ class LoopDtypes(NamedTuple):
     """The dtypes of a loop.
 
     Attributes:
-        computed: of the operator's tensors.
-        prev, second: of a step's results; `second` is None if the step returns the next sample alone.
-        draws: for each step, the dtypes of its draws.
+        computed: the dtype of the operator's tensors.
+        prev, second: the dtypes of a step's results. `second` is None if the step returns only the next sample.
+        draws: for each step, the dtypes of its draws of noise.
     """
 
     computed: torch.dtype
@@ -143,7 +146,7 @@ def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: Bounde
         state: the attributes of an accelerated object of the class.
     """
     cached: list[CachedRows] = cache.get_or_make((cls, torch.get_default_dtype(), key), list)
-    # Cached, so that a tensor on a GPU is read once.
+    # `content` is cached for this call, so that a tensor on a GPU is read at most once.
     config, content = config_of(state), functools.cache(functools.partial(content_of, cls, state))
     for entry in cached:
         if is_config(config, entry.config) and all(content(name) == x for name, x in entry.contents.items()):
@@ -159,10 +162,12 @@ def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: Bounde
 
 
 def config_of(state: Mapping[str, Any]) -> Config:
+    """A copy of the config in a scheduler's attributes."""
     return dict(vars(state[CONFIG])), dict(state[CONFIG])
 
 
 def is_config(config: Config, other_config: Config) -> bool:
+    """Whether two configs are equal, apart from the items that diffusers adds when a config is printed or saved."""
     try:
         return config == other_config or _without_added_items(config) == _without_added_items(other_config)
     except ValueError:  # the truth value of a comparison of arrays is ambiguous
@@ -189,6 +194,7 @@ def content_of(cls: Any, state: Mapping[str, Any], name: str) -> object:
 
 
 def _content_key(value: Any) -> object:
+    """A cache key of a value. Raises Fallback for a type without a key."""
     if isinstance(value, Tensor):
         return tensor_contents(value)
     if isinstance(value, np.ndarray | np.generic):
@@ -266,13 +272,13 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
         trace = trace._replace(scales=None)
     keeps = any(needs.keeps for needs in stepper.needs) or any(step.stores for step in trace.steps)
     has_history = keeps or any(trace.of_last)
-    counted, relevant = {name for step in trace.steps for name in step.state}, _relevant(cls, attributes, read)
-    states = [{name: attributes.get(name) for name in counted & relevant}]
+    changed_names, relevant = {name for step in trace.steps for name in step.state}, _relevant(cls, attributes, read)
+    states = [{name: attributes.get(name) for name in changed_names & relevant}]
     for step in trace.steps[:-1]:
         states.append({name: step.state.get(name, value) for name, value in states[-1].items()})
     tensors = {name for state in states for name, value in state.items() if type(value) not in SIMPLE_TYPES}
     states = [{name: value for name, value in state.items() if name not in tensors} for state in states]
-    contents = {name: content_of(cls, attributes, name) for name in relevant - counted - {"_begin_index"}}
+    contents = {name: content_of(cls, attributes, name) for name in relevant - changed_names - {"_begin_index"}}
     return LoopRows(key, times[:n], trace, stepper, has_history, states, contents, scheduler, {}, {})
 
 
@@ -286,7 +292,9 @@ def _make_dtypes(rows: LoopRows, output: torch.dtype, sample: torch.dtype) -> Lo
     try:
         samples, outputs = ([tensor.clone() for _ in range(count)] for tensor in (x, m))
         options = options_of_steps(key.options, rows.scheduler.timesteps, key.first, n)
-        steps_taken = observe(rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, wide=False)
+        steps_taken = observe(
+            rows.scheduler, rows.times, samples, outputs, lambda *_: x.double(), options, keeps_float64=False
+        )
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
     prev, second = steps_taken[0].prev.dtype, None if steps_taken[0].second is None else steps_taken[0].second.dtype

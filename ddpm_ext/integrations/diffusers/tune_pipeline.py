@@ -1,6 +1,6 @@
-"""A step table for a pipeline of diffusers, fitted in runs of the pipeline itself.
+"""tune_pipeline fits a step table for a pipeline of diffusers, in runs of the pipeline itself.
 
-A run stops within its scheduler's step, once it has recorded the samples that it is for, so no latents are decoded.
+A run stops in the step of its scheduler when it has recorded the samples that the fit needs, so no latents are decoded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ddpm_ext.tuning.tuner import tuned
 __all__ = ["tune_pipeline"]
 
 NAMES = ("unipc", "dpmpp_2m", "deis")  # The fit is compared with these samplers and the pipeline's own scheduler.
-POWERS = (1.0, 1.3, 1.7, 2.2)  # of the spacing of timesteps: with a larger power, more timesteps are near the end
+POWERS = (1.0, 1.3, 1.7, 2.2)  # the powers of the spacing that are tried: larger ones place more timesteps near the end
 
 
 def tune_pipeline(
@@ -85,9 +85,9 @@ def tune_pipeline(
     steps = checks.integer("steps", steps, 2**20, "2^20", start=2)
     teacher_steps = checks.integer("teacher_steps", teacher_steps, 2**20, "2^20", start=4 * steps)
     seeds = checks.integer("seeds", seeds, 2**20, "2^20", start=1)
-    refused = {"num_inference_steps", "timesteps", "sigmas", "generator"} & call.keys()
-    if refused:
-        raise ValueError(f"{', '.join(sorted(refused))} is given, but is chosen here")
+    refused_names = {"num_inference_steps", "timesteps", "sigmas", "generator"} & call.keys()
+    if refused_names:
+        raise ValueError(f"{', '.join(sorted(refused_names))} is given, but is chosen here")
     runs = Runs(pipe, [prompts] if isinstance(prompts, str) else list(prompts), call)
     fitted_to, held_out = (range(first_seed + i * seeds, first_seed + (i + 1) * seeds) for i in range(2))
     planned = 2 * seeds * teacher_steps + teacher_steps // 2 + 3
@@ -117,7 +117,7 @@ def tune_pipeline(
         calls=steps,
         fitted=fitted,
         fitted_error=fitted_error,
-        names=[each for each, _, _ in names],
+        names=[named for named, _, _ in names],
         timesteps=table.timestep.tolist(),
         teacher=f"{len(levels)} steps of {SAMPLER}",
         teacher_error=teacher_error,
@@ -151,8 +151,8 @@ def _named_tables(runs: Runs, levels: LoopLevels, steps: int) -> Iterator[tuple[
     """The tables of `steps` steps that the fit is compared with, each with its (sampler, spacing).
 
     The first table is of the scheduler itself, if it can be traced and has no noise: noise leads to different samples.
-    It is followed by the tables of NAMES, with the scheduler's spacing and with trailing timesteps. If neither spacing
-    has `steps` levels, as with Runge-Kutta steps, NAMES have evenly spaced levels of the teacher.
+    The tables of the samplers NAMES follow, with the scheduler's spacing and with trailing timesteps. If neither
+    spacing has `steps` levels, as with Runge-Kutta steps, NAMES get evenly spaced levels of the teacher.
     """
     scheduler_levels = runs.levels(runs.scheduler, steps)
     spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
@@ -196,19 +196,19 @@ def _fit(
     Each row is fitted for the samples to which the previous rows lead, not for the teacher's samples, and so corrects
     the errors of the previous rows.
     """
-    base = _table(runs, "euler", levels.grid(rows))
+    euler_table = _table(runs, "euler", levels.grid(rows))
     last_steps = [*(step - 1 for step in rows[1:]), len(levels) - 1]  # the teacher's last step within each row
     weights: list[Tensor] = []
     for row, step in enumerate(last_steps):
-        table, equations, parts = with_weights(base, weights), Equations(), []
+        table, equations, parts = with_weights(euler_table, weights), Equations(), []
         for seed in seeds:
             parts.append((runs.record(table, seed, row).terms, nodes[seed][step]))
             equations.add(*parts[-1])
-        weights.append(equations.solve(euler_weights(base, row, 2 + min(row, HISTORY))))
+        weights.append(equations.solve(euler_weights(euler_table, row, 2 + min(row, HISTORY))))
     ends = [
         (sum(w * x.double() for w, x in zip(weights[-1].tolist(), terms, strict=True)), end) for terms, end in parts
     ]
-    return with_weights(base, weights), typical(torch.cat([distance(x, end) for x, end in ends]))
+    return with_weights(euler_table, weights), typical(torch.cat([distance(x, end) for x, end in ends]))
 
 
 def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds: Sequence[int]) -> Tensor:
@@ -217,6 +217,7 @@ def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds:
 
 
 def _notes(runs: Runs, samples: Tensor) -> dict[str, Any]:
+    """The notes of the tuned table about the loops that it is for. samples: the samples of a run, (batch, ...)."""
     config = runs.scheduler.config
     clip, threshold = clip_of(config) if reads_clip_sample(runs.scheduler) else (None, None)
     return {

@@ -1,6 +1,7 @@
-"""guided-diffusion (Dhariwal & Nichol 2021) and improved-diffusion (Nichol & Dhariwal 2021), each step in one launch.
+"""The mixins for guided-diffusion (Dhariwal & Nichol 2021) and improved-diffusion (Nichol & Dhariwal 2021).
 
-Both libraries compute the same steps. The methods of guided-diffusion also have an argument cond_fn.
+Each step takes one launch. Both libraries compute the same steps; guided-diffusion's methods also have an argument
+cond_fn. In these files, "the library" is either of the two, and variables named `peer` are objects of its classes.
 """
 
 from ddpm_ext.integrations.guided_diffusion.classes import Guided, Improved, ImprovedSpaced, Spaced

@@ -43,9 +43,9 @@ PARAMETERS = {
 
 
 class Guided(PeerDiffusion):
-    """Mixin placed before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
+    """The mixin that comes before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
 
-    __init_subclass__ adds the steps and loops to each accelerated class, with the signatures of the peer's methods.
+    __init_subclass__ adds the steps and loops to each accelerated class, with the signatures of the library's methods.
     """
 
     library = "guided-diffusion"
@@ -70,7 +70,7 @@ class Guided(PeerDiffusion):
         if peer is None:
             return
         for name, parameters in cls._peer_parameters.items():
-            # The base class's method: a subclass may override it with (*args, **kwargs), which it passes on.
+            # The method of the base class is checked, since an override in a subclass may take (*args, **kwargs).
             method = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
             actual = "()" if method is None else signature_text(method)
             expected = f"(self, {parameters})"
@@ -106,8 +106,8 @@ class Guided(PeerDiffusion):
             raise Fallback("a gradient is asked for by x_start or noise")
 
         with_bound = tables.learned or not tables.with_error
-        # The peer's code computes the bound's term at t = 0. To find these samples, the host waits for a GPU once. In
-        # the peer's code it waits at each table.
+        # For samples at t = 0, the library's code computes the bound's term. To find these samples, the host waits for
+        # a GPU once; the library's code waits at each of its tables.
         indices_at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
         source = self._training_noise(x_start, noise)
         x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)
@@ -142,7 +142,7 @@ class Guided(PeerDiffusion):
 
 
 def _fused(peers_method: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement of the peer's method, a step or a loop, with the same signature."""
+    """The replacement of the library's method, a step or a loop, with the same signature."""
     method = peers_method.__name__
     name_of_step = next(name for name in STEPS if method.startswith(name))
     take_step, (_, *parameters) = STEPS[name_of_step], inspect.signature(peers_method).parameters.values()
@@ -159,7 +159,7 @@ def _fused(peers_method: Callable[..., Any]) -> Callable[..., Any]:
         except TypeError:
             arguments = None
         if arguments is None:
-            return peer_method(self, method)(*args, **kwargs)  # raises the TypeError
+            return peer_method(self, method)(*args, **kwargs)  # raises a TypeError that names the library's method
         if not is_loop:
             return take_step(self, arguments, arguments.x, arguments.t)
         foreign = self._foreign_method()

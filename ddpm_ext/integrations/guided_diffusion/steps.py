@@ -1,4 +1,4 @@
-"""Steps in one launch, for the peer's p_sample, ddim_sample and ddim_reverse_sample, and loops of these steps."""
+"""The fused p_sample, ddim_sample and ddim_reverse_sample of guided- and improved-diffusion, and their loops."""
 
 from __future__ import annotations
 
@@ -31,13 +31,22 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-FLOAT32 = (torch.float32,)  # For samples of other dtypes, the peer's results are float32: its tables are float32.
-NOT_OF_STEP = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are not options of a step
+# The dtypes of samples with a fused form. The library's tables are float32, so that its step changes other dtypes.
+FLOAT32 = (torch.float32,)
+NOT_OPTIONS = (
+    "model",
+    "x",
+    "t",
+    "shape",
+    "noise",
+    "device",
+    "progress",
+)  # arguments that are not options of a step
 GRADIENT = "a gradient is asked for through a step"
 
 
 class DrawnNoise(TorchFunctionMode):
-    """Makes torch.randn_like return noise that was drawn already, while the peer's code runs."""
+    """A mode in which torch.randn_like returns noise that was drawn before, so that the library's code uses it."""
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__()
@@ -53,7 +62,7 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     """Raises Fallback if the operators can't take samples x, timesteps t and the noise."""
     check_tensors(x, dtypes=FLOAT32)
     if not isinstance(t, Tensor) or t.shape != (len(x),) or (noise is not None and noise.shape != x.shape):
-        raise Fallback  # the peer raises an error
+        raise Fallback  # the library raises an error
     check_batch(x, t, noise, FLOAT32)
     try:
         ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
@@ -71,8 +80,8 @@ def split_output(
     batch, channels, *sizes = x.shape
     shape = torch.Size((batch, 2 * channels, *sizes)) if tables.learned else x.shape
     if isinstance(output, Tensor) and output.shape != shape:
-        raise Fallback(None, instead)  # the peer raises an error
-    # A predicted clean sample must have the samples' dtype, because the peer returns it in the model's dtype.
+        raise Fallback(None, instead)  # the library raises an error
+    # A predicted clean sample must have the samples' dtype, because the library returns it in the model's dtype.
     check_output(x, output, instead, allow_16_bits=tables.prediction != "x0", shape=shape)
     return (output[:, :channels], output[:, channels:]) if tables.learned else (output, None)
 
@@ -88,10 +97,10 @@ def _take_step(
     rng: Philox | None = None,
     with_x0: bool = True,
 ) -> dict[str, Tensor]:
-    """One step by `method`, from its rows. Raises Fallback if it has no fused form.
+    """The results of one step of the library's method `method`, computed by a row. Raises Fallback if there is no row.
 
     Args:
-        args: the arguments of the peer's method or loop, as attributes.
+        args: the arguments of the library's method or loop, as attributes.
         row: in a loop, the timestep as an int.
         model_t: in a loop, the timesteps that the model gets, (batch,).
         rng: in a loop, the generator of its noise.
@@ -148,7 +157,7 @@ def _take_step(
         prediction_or_none = prediction if ddpm and fused.prediction == "x_prev" else None
 
     draws = method != "ddim_reverse_sample" and peer.accelerated.noise == "torch"
-    if draws and ddpm:  # drawn before the call of cond_fn, as in the peer's code, because cond_fn may also draw
+    if draws and ddpm:  # drawn before the call of cond_fn, as in the library's code, because cond_fn may also draw
         noise = torch.randn_like(x)
     if cond_fn is not None:
         gradient = results["cond_fn"] = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)
@@ -165,7 +174,8 @@ def _take_step(
             extras |= noise_arguments(noise, x)
         else:
             extras["rng"] = peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng
-    # The first operand of the peer's formula for the next sample; see layout_arguments. In DDIM with a cond_fn it is x.
+    # The first operand of the library's formula for the next sample, which determines the strides of the result; see
+    # layout_arguments. In DDIM with a cond_fn it is x.
     first_operand = x
     if cond_fn is None or ddpm:
         first_operand = (
@@ -178,14 +188,17 @@ def _take_step(
 
 
 def _take_peers_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
-    options = {name: value for name, value in args._asdict().items() if name not in NOT_OF_STEP}
+    options = {name: value for name, value in args._asdict().items() if name not in NOT_OPTIONS}
     return peer_method(peer, method)(args.model, x, t, **options)
 
 
 def _take_any_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *loop_arguments: Any) -> dict[str, Tensor]:
-    """One step, by the rows or by an overridden method. Raises Fallback if the peer's code must run."""
+    """The results of one step, by a row or by a user's override of the library's method.
+
+    Raises Fallback if the library's code must run.
+    """
     functions = args.denoised_fn, getattr(args, "cond_fn", None)
-    # The code is the cache key: callers may create the same lambda in each call.
+    # The functions' code objects are in the cache key, since callers may create the same lambda anew in each call.
     code = [getattr(function, "__code__", function) for function in functions]
     options = (args.clip_denoised, *code, kinds_of(args.model_kwargs))
     return peer._step(  # noqa: SLF001 (of this package)
@@ -198,7 +211,7 @@ def _take_any_step(method: str, peer: Any, args: Any, x: Tensor, t: Tensor, *loo
     )
 
 
-# {name of the peer's method: a function of (peer, args, x, t, ...) that takes a step of this method, fused or not}.
+# {name of the library's method: a function of (peer, args, x, t, ...) that takes a step of this method, fused or not}.
 STEPS: dict[str, Function] = {
     method: with_fallback(method, _take_peers_step)(functools.partial(_take_any_step, method))
     for method in ("p_sample", "ddim_sample", "ddim_reverse_sample")
@@ -206,10 +219,10 @@ STEPS: dict[str, Function] = {
 
 
 def take_loop(peer: Any, method: str, args: Any, with_x0: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Yields the results of a loop's steps by `method`, as the peer's progressive loops do.
+    """Yields the results of a loop's steps by `method`, as the library's progressive loops do.
 
     Args:
-        args: the arguments of the peer's loop, as attributes.
+        args: the arguments of the library's loop, as attributes.
     """
     device, shape, noise = args.device, args.shape, args.noise
     if device is None:

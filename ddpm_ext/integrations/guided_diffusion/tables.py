@@ -1,4 +1,7 @@
-"""Rows for the operators, made from an object's betas. The object's other arrays must follow from its betas."""
+"""Rows for the operators, made from the betas of an object of guided-diffusion or improved-diffusion.
+
+The object's other arrays must be those that follow from its betas.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,17 @@ LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "KL": (False, lambda timesteps: 1.0),
     "RESCALED_KL": (False, float),
 }
+# Attributes of ddpm_ext's Process that the library's objects lack, or that have other values there.
 NOT_COMPARED = ("alphas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
 SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # arrays named as in ddpm_ext
 ARRAYS = (*SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
 OPTIONS = ("num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
 SPACED_OPTIONS = ("timestep_map", "original_num_steps")
-LEAST = 1e-30  # the least alphas_cumprod: smaller ones are near the end of float32's range
+LEAST_LEVEL = 1e-30  # the smallest alphas_cumprod with fused steps; smaller ones are near the end of float32's range
 
 
 class FusedTables:
-    """The tables of one state of a peer's object.
+    """The tables for the steps and losses of an object, made from its current arrays and options.
 
     Attributes:
         prediction: ddpm_ext's name of the model's prediction.
@@ -51,7 +55,7 @@ class FusedTables:
         with_error: whether the loss includes the squared error.
         bound_factor: the factor of the variational terms in bits, or None for an unknown loss.
 
-    Raises Fallback if the peer's code has to run.
+    Raises Fallback if the library's code has to run.
     """
 
     def __init__(self, peer: Any) -> None:
@@ -66,7 +70,7 @@ class FusedTables:
         self.learned = process.variance_entry.learned
         timesteps, spaced = torch.arange(process.timesteps, device="cpu"), _is_spaced(peer)
         with torch.device("cpu"):
-            # The peer's code maps the timesteps to those that a model gets.
+            # The library's code maps the timesteps to those that a model gets.
             model = peer._wrap_model(lambda x, t: t) if spaced else lambda x, t: t
             self._model_timesteps = model(None, peer._scale_timesteps(timesteps))
         self._draws = torch.tensor(peer.timestep_map, device="cpu") if spaced else timesteps
@@ -74,14 +78,15 @@ class FusedTables:
 
         steps = ddpm(process.grid(), prediction=prediction, variance=variance)[::-1]
         self._a, self._b = steps.a, steps.b
-        if prediction == "x_prev":  # The model's output is the mean itself. A clip of x_0 does not change it.
+        if prediction == "x_prev":  # the model's output is the mean itself, and a clip of x_0 does not change the mean
             zeros = torch.zeros_like(steps.a)
             steps = replace(steps, c0=zeros, c1=zeros, c2=zeros + 1)
         self.with_error = loss is not None and loss[0]
         self.bound_factor = None if loss is None else loss[1](process.timesteps)
         loss_rows = partial(LossRows(process).get, "simple", timesteps.device, torch.float64)
         bound = loss_rows(error=False, bound=(self.bound_factor or 0.0) / math.log(2)).clone()
-        bound[0, 3:] = 0  # the peer's code computes t = 0, with an approximation of the normal CDF
+        # At t = 0 the library's code computes the bound's term, with its own approximation of the normal CDF.
+        bound[0, 3:] = 0
         q_sample = torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)
         self._ddpm = self._on_device(steps, q_sample=q_sample, error=loss_rows(), bound=bound)
 
@@ -104,7 +109,7 @@ class FusedTables:
         return self._ddpm.timesteps(device)
 
     def rows(self, method: str, eta: object, x0_changes: bool) -> KernelTables:
-        """The rows of a peer's method, one for each timestep. Raises Fallback for an eta without a fused form.
+        """The rows of a library's method, one for each timestep. Raises Fallback for an eta without a fused form.
 
         Args:
             x0_changes: whether the predicted x_0 is changed, such as clipped, before the step uses it.
@@ -113,7 +118,8 @@ class FusedTables:
             return self._ddpm
         if isinstance(eta, bool) or not isinstance(eta, int | float):
             raise Fallback("its eta is no Python number")
-        # The eps that the model predicts is more exact than an eps that is computed from x and an x_0 near x.
+        # If x_0 is not changed, the step uses the eps that the model predicts. It is more exact than an eps that is
+        # computed from x and x_0, which cancels where x_0 is near x.
         inverse = method == "ddim_reverse_sample"
         keep_eps = inverse and self.prediction == "eps" and not x0_changes
         make = self._inverse if inverse else self._ddim
@@ -137,13 +143,13 @@ class FusedTables:
 
 
 def _process_of(peer: Any, **kinds: str) -> Process:
-    """The process of the peer's betas. Raises Fallback if the peer's other arrays do not follow from the betas."""
+    """The process with the object's betas. Raises Fallback if its other arrays do not follow from the betas."""
     arrays = {name: np.asarray(getattr(peer, name)) for name in ARRAYS}
     if any(array.shape != (peer.num_timesteps,) for array in arrays.values()):
         raise Fallback("its tables have other lengths than num_timesteps")
     levels = arrays["alphas_cumprod"]
     finite = all(bool(np.isfinite(array).all()) for array in arrays.values())
-    if not (finite and levels[-1] > LEAST and levels[0] < 1 and (np.diff(levels) < 0).all()):
+    if not (finite and levels[-1] > LEAST_LEVEL and levels[0] < 1 and (np.diff(levels) < 0).all()):
         raise Fallback("its alphas_cumprod reach 0, or do not fall from step to step")
     process = Process(len(levels), torch.from_numpy(arrays["betas"].astype(np.float64)), **kinds)
     expected_arrays = {name: getattr(process, name).numpy() for name in SAME_NAME}
@@ -169,7 +175,7 @@ def tables_of(peer: Any) -> FusedTables:
     The cache key consists of the object's arrays, options and methods; see setting_key.
     """
     state = (_SPACED_STATE if _is_spaced(peer) else _STATE)(peer)
-    return peer._of_state(state, lambda: FusedTables(peer))  # noqa: SLF001 (of PeerDiffusion)
+    return peer._cached_by_state(state, lambda: FusedTables(peer))  # noqa: SLF001 (of PeerDiffusion)
 
 
 def timesteps_for(

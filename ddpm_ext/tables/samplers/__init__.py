@@ -1,14 +1,14 @@
-"""Samplers: functions that return the rows of a StepTable, for a loop or a kernel.
+"""Samplers: functions that return a StepTable for the steps of a loop.
 
-All have one signature, sampler(grid, *, prediction="eps", ...) -> StepTable. `ddpm_ext.tables.grid` makes grids, and
+All have the signature sampler(grid, *, prediction="eps", ...) -> StepTable. `ddpm_ext.tables.grid` makes grids, and
 `ddpm_ext.tables.step_table` has the equation of a row. Samplers compute rows for variance-preserving samples, and
-any_scale.py scales the rows to the grid's levels. The docstrings write a_t for alphas_cumprod where a step starts, and
-a_s for alphas_cumprod where it arrives.
+any_scale.py converts the rows to the scale of the grid's samples. In the docstrings, a_t is alphas_cumprod where a step
+starts, and a_s is alphas_cumprod where it arrives.
 
-The rows also determine how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). ddpm's rows
-move the mean by the variance times g (algorithm 1). In the rows of all other samplers, eps becomes eps - sqrt(1 - a_t)
-g (algorithm 2). x0, after the clip, and the tensors that rows keep change accordingly. CFG++ renoises with an eps
-without g.
+The rows also determine the effect of a classifier's gradient g = grad ln p(y | x_t) (Dhariwal & Nichol 2021). ddpm's
+rows move the mean by the variance times g (algorithm 1). In the rows of all other samplers, eps becomes
+eps - sqrt(1 - a_t) g (algorithm 2); x0, after the clip, and the tensors that rows keep change accordingly. CFG++'s
+samplers add noise again along an eps without g.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         dpmpp_2m_cfg_pp,
     )
 }
-WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))
+WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))  # the samplers with a parameter eta
 CFG_PP = tuple(cfg_pp.__all__)  # the samplers that read the unconditional output
 
 __all__ = ["CFG_PP", "SAMPLERS", "WITH_ETA", "check_eta", "ddim_inverse", "eta_argument", "repaint", *SAMPLERS]

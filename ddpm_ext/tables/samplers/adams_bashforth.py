@@ -1,4 +1,4 @@
-"""Samplers by Adams and Bashforth's method: steps along a polynomial through the last eps, in several variables."""
+"""Samplers by Adams and Bashforth's method, whose steps integrate a polynomial through the eps of the last steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["deis", "ipndm", "lms", "plms"]
 
-ORDERS = multistep.SLOTS + 1  # the highest order, plus 1
+ORDERS = multistep.SLOTS + 1  # orders are below this number
 # Adams and Bashforth's weights of the first to fourth order, for steps of equal length.
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -47,7 +47,7 @@ def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     sigma = (1 / grid.alphas_cumprod - 1).sqrt().tolist()
     order_of_step = multistep.orders(grid, order, lower_order_final=False, lower_order_clean=False)
-    return multistep.of_eps(grid, prediction, multistep.extrapolated(sigma, order_of_step))
+    return multistep.rows_by_eps(grid, prediction, multistep.extrapolated(sigma, order_of_step))
 
 
 @at_any_scale
@@ -73,7 +73,7 @@ def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_fin
     order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
     log_sigma = (-coefficients.half_log_snr(grid)).tolist()
     order_of_step = multistep.orders(grid, order, lower_order_final=lower_order_final)
-    return multistep.of_eps(grid, prediction, multistep.extrapolated(log_sigma, order_of_step, np.exp))
+    return multistep.rows_by_eps(grid, prediction, multistep.extrapolated(log_sigma, order_of_step, np.exp))
 
 
 @at_any_scale
@@ -94,7 +94,7 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
         >>> table = ipndm(grid)  # for sampler= of a loop
     """
     order_of_step = multistep.orders(grid, 4, lower_order_final=False, lower_order_clean=False)
-    return multistep.of_eps(grid, prediction, [ADAMS_BASHFORTH[order - 1] for order in order_of_step])
+    return multistep.rows_by_eps(grid, prediction, [ADAMS_BASHFORTH[order - 1] for order in order_of_step])
 
 
 @at_any_scale

@@ -1,4 +1,4 @@
-"""Turns samplers for variance-preserving samples into samplers for samples of any scale."""
+"""at_any_scale, a decorator that makes a sampler for variance-preserving samples accept grids of any scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
-    """Decorator of a sampler for variance-preserving samples: the result accepts grids of any scale."""
+    """Decorator of a sampler for variance-preserving samples. The decorated sampler accepts grids of any scale."""
 
     @wraps(sampler)
     def scaled(grid: Any, **options: Any) -> StepTable:

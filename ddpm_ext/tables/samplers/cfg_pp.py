@@ -1,4 +1,4 @@
-"""CFG++: classifier-free guidance that renoises with the unconditional output."""
+"""CFG++: classifier-free guidance whose steps add noise again along the eps of the unconditional output."""
 
 from __future__ import annotations
 

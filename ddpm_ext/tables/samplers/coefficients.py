@@ -1,4 +1,4 @@
-"""The coefficients from which samplers compute their rows: float64 (rows,), for the steps of a grid.
+"""Coefficients that several samplers compute their rows from: float64 (rows,), for the steps of a grid.
 
 a_t stands for alphas_cumprod where a step starts (grid.now) and a_s for alphas_cumprod where it arrives (grid.after).
 """
@@ -50,8 +50,8 @@ def half_log_snr(grid: Grid) -> Tensor:
 
 
 def _levels(grid: Grid | Jumps) -> Levels:
-    of_x0, of_x, _ = posterior(grid)
-    return Levels(grid.now, of_x0, of_x)
+    x0_factor, x_factor, _ = posterior(grid)
+    return Levels(grid.now, x0_factor, x_factor)
 
 
 def prediction_entry(name: str) -> Prediction:

@@ -1,4 +1,4 @@
-"""Samplers for distilled models: each step predicts the clean sample and adds noise to it again."""
+"""Samplers for consistency models, which are distilled: each step predicts the clean sample and adds noise to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["lcm", "tcd"]
 
-SIGMA_DATA = 0.5
+SIGMA_DATA = 0.5  # the standard deviation of the data in c_skip and c_out
 
 
 @at_any_scale

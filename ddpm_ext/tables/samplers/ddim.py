@@ -1,4 +1,4 @@
-"""DDIM, its inversion, Euler and ancestral Euler: their rows differ only in the noise."""
+"""DDIM, its inversion, Euler and ancestral Euler, which all have rows of one form (`implicit`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ancestral_sigma", "ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
-ROUNDING = 1e-6  # relative rounding error of levels that other libraries store in float32
+ROUNDING = 1e-6  # the relative rounding error of levels from other libraries, which store them in float32
 
 
 def implicit(

@@ -1,4 +1,4 @@
-"""Ancestral sampling."""
+"""ddpm, ancestral sampling: each step draws from the posterior."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
     """
     entry = VARIANCES[checks.one_of("variance", variance, VARIANCES)]
     has_end = isinstance(grid, Grid)
-    of_x0, of_x, _ = coefficients.posterior(grid)
+    x0_factor, x_factor, _ = coefficients.posterior(grid)
     s, l0, l1, weight = entry.columns(Posterior(coefficients.posterior_variance(grid), grid.betas, has_end))
     if has_end:
         s[-1] = 0
-    return coefficients.rows(grid, prediction, c0=of_x0, c1=of_x, s=s, l0=l0, l1=l1, g0=None, g1=weight)
+    return coefficients.rows(grid, prediction, c0=x0_factor, c1=x_factor, s=s, l0=l0, l1=l1, g0=None, g1=weight)

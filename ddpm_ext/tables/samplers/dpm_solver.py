@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++: multistep samplers with the predictions of one or two previous steps."""
+"""DPM-Solver and DPM-Solver++: multistep samplers that read the predictions of one or two previous steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["dpm_solver_2m", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sd
 def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
     """DPM-Solver++(2M) for the probability flow (eta 0), for the SDE (eta 1), or for an eta in between."""
     after, h = grid.after, coefficients.half_log_snr(grid).diff()
-    extra = eta * h if eta else torch.zeros_like(h)  # 0 even where h is infinite
+    extra = eta * h if eta else torch.zeros_like(h)  # for eta 0 not a product, which would be NaN for an infinite h
     towards_x0 = -after.sqrt() * torch.expm1(-h - extra)
     # x0 is extrapolated to the middle of the step: its change over the previous step is added, times this factor.
     extrapolation = torch.zeros_like(h)
@@ -26,9 +26,9 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool
     extrapolation[~extrapolation.isfinite()] = 0
     if lower_order_final and len(grid) < multistep.FEW:
         extrapolation[-1] = 0
-    of_x, s = multistep.of_sde(grid, extra)
+    x_factor, s = multistep.sde_factors(grid, extra)
     weights = torch.stack([towards_x0 * (1 + extrapolation), -towards_x0 * extrapolation], 1)
-    return multistep.of_x0(grid, prediction, of_x, weights.tolist(), s)
+    return multistep.rows_by_x0(grid, prediction, x_factor, weights.tolist(), s)
 
 
 @at_any_scale
@@ -77,7 +77,7 @@ def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
 def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
     """DPM-Solver++(3M) for the probability flow (eta 0), for the SDE (eta 1), or for an eta in between."""
     after, steps = grid.after, coefficients.half_log_snr(grid).diff()
-    extra = eta * steps if eta else torch.zeros_like(steps)  # 0 even where a step is infinite
+    extra = eta * steps if eta else torch.zeros_like(steps)  # for eta 0 not a product, NaN for an infinite step
     h = steps.tolist()
     weights = []
     for i, order in enumerate(multistep.orders(grid, 3, lower_order_final=lower_order_final)):
@@ -87,15 +87,15 @@ def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: boo
             phi_2 = 1 - row[0] / length
             phi_3 = phi_2 / length - 0.5
             latest, before = h[i - 1] / h[i], h[i - 2] / h[i] if order > 2 else math.inf
-            latest_and_before = latest + before
+            last_two = latest + before
             newer, older = phi_2, 0.0  # the weights of x0's slopes over the previous step and the step before that
             if order > 2:
-                older = (phi_3 - phi_2 * latest) / latest_and_before
+                older = (phi_3 - phi_2 * latest) / last_two
                 newer = phi_2 - older
             row = [row[0] + newer / latest, older / before - newer / latest, -older / before]
         weights.append([after[i].sqrt().item() * weight for weight in row])
-    of_x, s = multistep.of_sde(grid, extra)
-    return multistep.of_x0(grid, prediction, of_x, weights, s)
+    x_factor, s = multistep.sde_factors(grid, extra)
+    return multistep.rows_by_x0(grid, prediction, x_factor, weights, s)
 
 
 @at_any_scale
@@ -160,4 +160,4 @@ def dpm_solver_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: boo
     h = coefficients.half_log_snr(grid).diff().tolist()
     order_of_step = multistep.orders(grid, 2, lower_order_final=lower_order_final)
     extrapolation = [h[i] / (2 * h[i - 1]) if order > 1 else 0.0 for i, order in enumerate(order_of_step)]
-    return multistep.of_eps(grid, prediction, [(1 + share, -share) for share in extrapolation])
+    return multistep.rows_by_eps(grid, prediction, [(1 + share, -share) for share in extrapolation])

@@ -1,4 +1,4 @@
-"""eta, the factor of a sampler's noise: its range, and the samplers that take it."""
+"""Checks of eta, the factor of a sampler's noise, and of whether a sampler has it as a parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flows as stochastic differential equations, whose steps have a probability: for reinforcement learning."""
+"""flow_sde: a flow as a stochastic differential equation, for reinforcement learning, which needs random steps."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def flow_sde(
         >>> table = flow_sde(flow_grid(flow_sigmas(10, shift=3.0)), prediction="flow", eta=0.7)
     """
     eta, _ = check_eta(eta), checks.one_of("variant", variant, VARIANTS)
-    signal, of_noise = unit_levels(grid.now)
+    signal, noise = unit_levels(grid.now)
     signal_after, noise_after = unit_levels(grid.after)
-    t, power_after = of_noise / (signal + of_noise), signal_after + noise_after
+    t, power_after = noise / (signal + noise), signal_after + noise_after
     t_after = noise_after / power_after
     d = torch.full_like(t, eta)
     if variant == "flow_grpo":
@@ -62,7 +62,7 @@ def flow_sde(
     if not last_noise:
         d = torch.where(t_after == 0, 0.0, d)
     step_length = t - t_after
-    of_eps = t_after - d**2 * step_length / (2 * t)
+    eps_factor = t_after - d**2 * step_length / (2 * t)
     return implicit(
-        grid, prediction, d * step_length.sqrt() * power_after, keep_eps=True, direction=of_eps * power_after
+        grid, prediction, d * step_length.sqrt() * power_after, keep_eps=True, direction=eps_factor * power_after
     )

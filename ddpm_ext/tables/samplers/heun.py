@@ -1,4 +1,4 @@
-"""Heun's method, of second order: each step calls the model twice."""
+"""Heun's method, which has second order and calls the model twice in a step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def heun_steps(prediction: str, steps: Jumps, ends: Jumps) -> StepTable:
             last step is one Euler row.
     """
     end = torch.cat([ends.now, steps.after[-1:]])
-    s = (1 - steps.after / end).sqrt()  # the variance that a step of the forward process adds
+    # The standard deviation of the noise that a forward step between the levels adds.
+    s = (1 - steps.after / end).sqrt()
     twice = steps.now > 0
     twice[-1] = False
     has_second_row = twice[:-1]

@@ -1,8 +1,8 @@
-"""Rows of linear multistep samplers, whose steps read values that earlier steps kept.
+"""The rows of linear multistep samplers, whose steps read values that earlier steps kept.
 
-A sampler passes each row's weights: the weight of the value at this step, then the weights of earlier values, the
-latest first. There are as many weights as the step's order, up to 4. Values are the predicted clean samples x0, or eps
-= (x - sqrt(a_t) x0) / sqrt(1 - a_t). Both are taken after the clip of x0.
+A value is the predicted clean sample x0 of a step, or its eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t), both after the clip
+of x0. A sampler passes the weights of each row: the weight of the step's own value, then those of earlier values, the
+latest first. There are as many weights as the step's order, up to 4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def first_step(grid: Grid) -> int:
 
 
 def orders(grid: Grid, highest: int, *, lower_order_final: bool, lower_order_clean: bool = True) -> list[int]:
-    """The order of each step: at most `most`, and at most one more than the number of earlier values.
+    """The order of each step: at most `highest`, and at most one more than the number of earlier values.
 
     With `lower_order_clean`, a step that arrives at clean data is of first order. With `lower_order_final`, the last of
     fewer than 15 steps is of first order, and the last but one at most of second order, as in diffusers.
@@ -85,27 +85,31 @@ def extrapolated(
 
 
 def _columns(weights: Weights) -> list[Tensor]:
+    """The weights as SLOTS columns, (rows,) each, with zeros for missing weights."""
     padded = np.zeros((len(weights), SLOTS))
     for i, row in enumerate(weights):
         padded[i, : len(row)] = row
     return [torch.from_numpy(column) for column in padded.T.copy()]
 
 
-def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor | None = None) -> StepTable:
-    """Rows of prev = of_x x + w0 x0 + w1 X1 + w2 X2 + w3 X3 + s z, where X1 is the previous step's x0."""
+def rows_by_x0(grid: Grid, prediction: str, x_factor: Tensor, weights: Weights, s: Tensor | None = None) -> StepTable:
+    """The rows of prev = x_factor x + w0 x0 + w1 X1 + w2 X2 + w3 X3 + s z.
+
+    X1, X2 and X3 are the x0 of the last three steps, X1 the latest. w0 to w3 are a row's weights.
+    """
     h0, h1, h2, h3 = _columns(weights)
-    k0 = torch.ones_like(of_x)
-    return coefficients.rows(grid, prediction, c0=h0, c1=of_x, s=s, h1=h1, h2=h2, h3=h3, k0=k0)
+    k0 = torch.ones_like(x_factor)
+    return coefficients.rows(grid, prediction, c0=h0, c1=x_factor, s=s, h1=h1, h2=h2, h3=h3, k0=k0)
 
 
-def of_sde(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
+def sde_factors(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
     """Each step's factor of x and standard deviation of the noise, for an SDE in terms of predicted clean samples.
 
     Args:
-        extra: (rows,), the step's length in lambda times the squared amount of noise. It is 0 for the probability flow.
+        extra: (rows,), each step's length in lambda times the squared amount of noise; 0 for the probability flow.
     """
-    of_x = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
-    return of_x, (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
+    x_factor = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
+    return x_factor, (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
 
 
 def eps_slope(grid: Grid) -> Tensor:
@@ -115,10 +119,10 @@ def eps_slope(grid: Grid) -> Tensor:
     return torch.where(now > 0, slope, 0.0)
 
 
-def of_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
-    """Rows of Euler's step in sigma along w0 eps + w1 E1 + w2 E2 + w3 E3, where E1 is the previous step's eps.
+def rows_by_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
+    """The rows of Euler's step in sigma along w0 eps + w1 E1 + w2 E2 + w3 E3.
 
-    The weights of a row sum to 1.
+    E1, E2 and E3 are the eps of the last three steps, E1 the latest. w0 to w3 are a row's weights, which sum to 1.
     """
     start, slope = euler(grid, prediction=prediction), eps_slope(grid)
     k0, k1 = -(grid.now / (1 - grid.now)).sqrt(), (1 - grid.now).rsqrt()

@@ -1,4 +1,4 @@
-"""RePaint: a table with jumps back to more noise."""
+"""repaint adds rows to a table that jump back to more noise, for inpainting."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
 
 def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:
-    """The loop's order: (row, 0) for a step, (row, length) for a jump from the level where this row starts."""
+    """The loop's order: (row, 0) for a row, and (row, length) for a jump from the level where this row starts."""
     # {number of rows after the row where jumps start: jumps that are left}
     jumps_left = dict.fromkeys(range(0, rows - length, length), passes - 1)
     order: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Restart sampling: Heun's method that goes back to more noise and takes an interval again."""
+"""Restart sampling: Heun's method, which returns to more noise and repeats an interval of sigmas."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def restart(
             if sigma[nearest] < high <= sigma[0]:
                 repetitions.setdefault(nearest, []).extend([karras_sigmas(high, sigma[nearest].item(), n)[:-1]] * k)
 
-    starts, ends = [], []  # the (level, timestep) where each step starts, and where each step but the last ends
+    # The (levels, timesteps) at which the steps start, and at which all steps except the last end.
+    starts, ends = [], []
     for i in range(len(grid)):
         start_of_step = grid.now[i : i + 1], grid.timestep[i : i + 1]
         for sigmas in repetitions.get(i, ()):

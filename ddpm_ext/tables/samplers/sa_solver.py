@@ -1,4 +1,4 @@
-"""SA-Solver: a stochastic Adams predictor, and a corrector that costs no call of the model."""
+"""SA-Solver: a stochastic Adams predictor, and a corrector that needs no additional call of the model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def sa_solver(
     rate = (1 + tau**2).tolist()
     lam, steps, first = coefficients.half_log_snr(grid), len(grid), multistep.first_step(grid)
     extra = torch.where(tau > 0, tau**2 * lam.diff(), 0.0)  # 0 even where a step is infinite
-    of_x, s = multistep.of_sde(grid, extra)
+    x_factor, s = multistep.sde_factors(grid, extra)
     levels, signal = lam.tolist(), grid.alphas_cumprod.sqrt().tolist()
     predictors = multistep.orders(grid, predictor_order, lower_order_final=False)
     correctors = multistep.orders(grid, corrector_order, lower_order_final=False, lower_order_clean=False)
@@ -76,12 +76,13 @@ def sa_solver(
     weights = []
     for i in range(steps):
         step = signal[i + 1] * _weights(levels, i, i, predictors[i], rate[i])
-        if i > first:  # x is the predictor's result: add the difference to the corrected sample
+        # x is the result of the previous step's predictor. The difference to the corrector's result is added to x.
+        if i > first:
             corrected = _weights(levels, i - 1, i, correctors[i], rate[i - 1])
             predicted = np.roll(_weights(levels, i - 1, i - 1, predictors[i - 1], rate[i - 1]), 1)
-            step += of_x[i].item() * signal[i] * (corrected - predicted)
+            step += x_factor[i].item() * signal[i] * (corrected - predicted)
         weights.append(step.tolist())
-    return multistep.of_x0(grid, prediction, of_x, weights, s)
+    return multistep.rows_by_x0(grid, prediction, x_factor, weights, s)
 
 
 def _weights(levels: list[float], step: int, newest: int, order: int, rate: float) -> np.ndarray:

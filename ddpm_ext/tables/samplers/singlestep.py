@@ -36,7 +36,7 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
     Examples:
         >>> table = dpmpp_2s(grid, eta=1.0)  # for sampler= of a loop
     """
-    return _midpoint(grid, prediction, eta, of_eps=False)
+    return _midpoint(grid, prediction, eta, by_eps=False)
 
 
 @at_any_scale
@@ -51,7 +51,7 @@ def dpm_2(grid: Grid, *, prediction: str = "eps") -> StepTable:
         >>> dpm_2(grid).timestep.round().tolist()  # a step's second call lies between the levels of the grid
         [999.0, 787.0, 499.0, 53.0, 0.0]
     """
-    return _midpoint(grid, prediction, 0.0, of_eps=True)
+    return _midpoint(grid, prediction, 0.0, by_eps=True)
 
 
 @at_any_scale
@@ -63,19 +63,19 @@ def dpm_2_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) ->
     Examples:
         >>> table = dpm_2_ancestral(grid, eta=0.5)  # for sampler= of a loop
     """
-    return _midpoint(grid, prediction, eta, of_eps=True)
+    return _midpoint(grid, prediction, eta, by_eps=True)
 
 
-def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTable:
+def _midpoint(grid: Grid, prediction: str, eta: float, by_eps: bool) -> StepTable:
     """The rows of steps through a midpoint.
 
     With y = x / sqrt(alphas_cumprod), a step leads from sigma by way of r sigma to r^2 sigma:
 
         y_m = r y + (1 - r) x0
         y_s = r^2 y + (1 - r^2) x0_m             with the x0 of the middle, or
-        y_s = y + (r^2 - 1) sigma eps_m          with the eps of the middle, (y_m - x0_m) / (r sigma), if of_eps
+        y_s = y + (r^2 - 1) sigma eps_m          with the eps of the middle, (y_m - x0_m) / (r sigma), if by_eps
 
-    The second row computes y from y_m and x0.
+    x0 is the first row's, and x0_m that of the model's call in the middle. The second row computes y from y_m and x0.
     """
     coefficients.check_between(prediction)
     s = ancestral_sigma(grid, eta)  # at most sqrt(1 - a_s), so that the clamp below removes only rounding errors
@@ -84,6 +84,6 @@ def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTabl
     r, after = (sigma_down / sigma)[twice].sqrt(), grid.after[twice]
     between = sigma[twice] * r
     calls = jumps(timesteps_of(grid, between), alphas_cumprod_of(between), after)
-    of_x0, of_first = ((1 - r**2) / r, (1 - r) / r) if of_eps else (1 - r**2, (1 - r) * r)
-    correction = Correction(calls, of_x0, r, -of_first)
+    x0_factor, first_factor = ((1 - r**2) / r, (1 - r) / r) if by_eps else (1 - r**2, (1 - r) * r)
+    correction = Correction(calls, x0_factor, r, -first_factor)
     return two_calls(prediction, Jumps(grid.timestep, grid.now, grid.after, grid.alphas), s, twice, correction)

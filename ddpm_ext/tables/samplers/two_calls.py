@@ -1,8 +1,8 @@
-"""Rows of samplers whose steps call the model twice, and which add noise between steps.
+"""The rows of samplers whose steps call the model twice, and which may add noise between steps.
 
-The first row of a step is an Euler step to a level in the middle. The second row computes the end of the step from the
-sample in the middle and the x0 that the first row keeps; the sample at the step's start follows from these two. If a
-step ends at less noise than the next step starts with, its last row also adds the fresh noise.
+The first row of a step is an Euler step to a level between its ends. The second row computes the end of the step from
+the sample at that level and the x0 that the first row keeps. It does not need the sample at the step's start, which
+follows from these two. If a step ends at less noise than the next step starts with, its last row also adds noise.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Correction(NamedTuple):
 
     Attributes:
         calls: the levels where the model is called.
-        of_x0, of_x, of_first: the weights of x0, x and the first row's x0 in the next sample, where x and the next
-            sample are divided by sqrt(alphas_cumprod).
+        x0_factor, x_factor, first_factor: the weights of x0, x and the first row's x0 in the next sample, where x and
+            the next sample are divided by sqrt(alphas_cumprod).
     """
 
     calls: Jumps
-    of_x0: Tensor
-    of_x: Tensor
-    of_first: Tensor
+    x0_factor: Tensor
+    x_factor: Tensor
+    first_factor: Tensor
 
 
 def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correction: Correction) -> StepTable:
@@ -76,9 +76,9 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
         second = coefficients.rows(
             calls,
             prediction,
-            c0=signal * correction.of_x0,
-            c1=signal / calls.now.sqrt() * correction.of_x,
-            h1=signal * correction.of_first,
+            c0=signal * correction.x0_factor,
+            c1=signal / calls.now.sqrt() * correction.x_factor,
+            h1=signal * correction.first_factor,
             s=s[twice],
             **level_columns(calls.now, steps.after[twice]),
         )

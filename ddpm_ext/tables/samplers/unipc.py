@@ -1,4 +1,4 @@
-"""UniPC: a multistep predictor, and a corrector that costs no call of the model."""
+"""UniPC: a multistep predictor, and a corrector that needs no additional call of the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 __all__ = ["unipc"]
 
 SOLVERS = ("bh2", "bh1")
-ORDERS = 4  # the highest order, plus 1
+ORDERS = 4  # orders are below this number
 
 
 @at_any_scale
@@ -52,22 +52,24 @@ def unipc(
     if lower_order_final:
         order_of_step = [min(highest, steps - i) for i, highest in enumerate(order_of_step)]
 
-    of_x = ((1 - grid.after) / (1 - grid.now)).sqrt()
+    x_factor = ((1 - grid.after) / (1 - grid.now)).sqrt()
     weights = []
     for i in range(steps):
         step = np.zeros(ORDERS)
         step[: order_of_step[i]] = _predictor(levels, i, order_of_step[i], solver)
         step *= signal[i + 1]
-        if i > first:  # x is the predictor's result: add the difference to UniC's sample
+        # x is the result of the previous step's predictor. The difference to UniC's result is added to x.
+        if i > first:
             predicted = np.zeros(ORDERS)
             predicted[1 : order_of_step[i - 1] + 1] = _predictor(levels, i - 1, order_of_step[i - 1], solver)
             corrected = _corrector(levels, i - 1, order_of_step[i - 1], solver)
             step += noise[i + 1] / noise[i] * signal[i] * (corrected - predicted)
         weights.append(step.tolist())
-    return multistep.of_x0(grid, prediction, of_x, weights)
+    return multistep.rows_by_x0(grid, prediction, x_factor, weights)
 
 
 def _base(h: float, solver: str) -> float:
+    """B(-h) of the paper: -h for "bh1", e^-h - 1 for "bh2"."""
     return -h if solver == "bh1" else math.expm1(-h)
 
 

@@ -96,7 +96,7 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None, r
 
 
 def digits(part: str = "all") -> tuple[Tensor, Tensor]:
-    """Loads scikit-learn's handwritten digits (`load_digits`): 1,797 grey images of 8 by 8 pixels, in the same order.
+    """Loads scikit-learn's handwritten digits: 1,797 grey images of 8 by 8 pixels, in the order of its `load_digits`.
 
     Args:
         part: "train" (1,541 images), "heldout" (256, every seventh) or "all".
@@ -105,7 +105,8 @@ def digits(part: str = "all") -> tuple[Tensor, Tensor]:
         Images (count, 1, 8, 8) float32 in [-1, 1], and labels (count,) int64 from 0 to 9.
 
     Raises:
-        ValueError: an unknown part. MissingExtra: scikit-learn is not installed.
+        ValueError: `part` is none of these names.
+        MissingExtra: scikit-learn is not installed.
 
     Examples:
         >>> from ddpm_ext.training.data import digits

@@ -62,8 +62,9 @@ class TensorImages:
 class DatasetImages:
     """An ImageSource over a map-style torch Dataset.
 
-    The dataset's transforms may be random: before an item is read, the generators of torch (on the CPU), numpy and
-    Python get the item's seed, so that earlier reads have no influence. Afterwards the generators' states are restored.
+    The dataset's transforms may be random. Before an item is read, the generators of torch (on the CPU), numpy and
+    Python get the item's seed, so that the item doesn't depend on earlier reads. Afterwards the generators' states are
+    restored.
 
     Args:
         dataset: an item is an image, or a tuple whose first entry is an image. An image is a floating-point tensor
@@ -166,6 +167,7 @@ def _labels(dataset: Any) -> tuple[Tensor, Any]:
 
 @contextmanager
 def _generators_seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators of torch (on the CPU), numpy and Python. The end of the block restores their states."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)

@@ -19,7 +19,7 @@ from ddpm_ext.training.data.source import DamagedImage, Labels, digest
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # The accepted formats; a file's ending need not match. Pillow reads many more, and starts other programs for some.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
-_CACHE_BYTES = 1 << 29
+_CACHE_BYTES = 1 << 29  # the most bytes of decoded images that a FolderImages stores: 512 MiB
 # The exceptions that Pillow's decoders raise for damaged files.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
@@ -88,14 +88,14 @@ class FolderImages:
         return Labels(torch.tensor([number_of[parts[0]] for parts in relative_paths], device="cpu"), tuple(names))
 
     def fingerprint(self) -> str:
-        """A hash of the shape and of the names and sizes of the files; the folder's own path is not part of it."""
+        """A hash of the images' shape, and of the files' sizes and paths relative to the folder."""
         names = (f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n" for path in self.paths)
         return digest([repr(self.shape).encode(), *(name.encode("utf-8", "surrogateescape") for name in names)])
 
     def _pixels(self, index: int) -> Tensor:
         """The pixels of an image, uint8: (channels, size, size), or, for random crops, the whole image.
 
-        The whole image may be reduced, but each random crop of it still has at least `size` pixels a side.
+        The whole image may be reduced, but its smallest random crops still have at least `size` pixels a side.
         """
         pixels = self._cache.get(index)
         if pixels is None:

@@ -1,4 +1,4 @@
-"""Coloured shapes, drawn when they are read: an image depends only on the seed and its number."""
+"""Images of coloured shapes. Each image is drawn when it is read, and depends only on the seed and its index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from ddpm_ext.training.data.source import Labels
 Array = npt.NDArray[np.float64]
 
 _WORD = 2**32  # the number of values of a 32-bit word
-# Points along each side of a pixel; the share of them inside the shape is the share of the pixel that it covers.
+# Each pixel is divided into 4 by 4 points. The share of the points that are inside the shape is the shape's opacity in
+# the pixel, so that edges are smooth.
 _POINTS = 4
 
 
@@ -62,8 +63,10 @@ class Shapes:
         return f"shapes {self.shape} {self.seed} {self.count}"
 
     def _uniform_numbers(self, indices: Tensor) -> Array:
-        """Uniform random numbers in [0, 1), (batch, 12), from Philox: they don't depend on the machine or on versions
-        of libraries."""
+        """Uniform random numbers in [0, 1), (batch, 12).
+
+        They come from Philox, so they don't depend on the machine or on the versions of libraries.
+        """
         blocks = torch.arange(3, device="cpu")
         counter = torch.zeros(len(indices), len(blocks), 4, dtype=torch.int64, device="cpu")
         counter[..., 0], counter[..., 1] = blocks, indices[:, None]
@@ -113,12 +116,15 @@ def _mix(first: Array, second: Array, share: Array) -> Array:
     return first + (second - first) * share.clip(0, 1)[..., None]
 
 
-# Below: functions from the coordinates x and y of points, (...) each, to whether the points are inside a shape. Each
-# shape lies in a circle of radius 1.
+# A shape is a function of the coordinates x and y of points, (...) each, that returns whether each point is inside the
+# shape, (...) bool. Each shape lies in a circle of radius 1 around (0, 0).
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDArray[np.bool_]]:
-    """The inside of a polygon: a ray from an inner point crosses an odd number of sides."""
+    """Returns a function that says whether points are inside a polygon.
+
+    A point is inside if a ray from the point crosses an odd number of the polygon's sides.
+    """
 
     def inside(x: Array, y: Array) -> npt.NDArray[np.bool_]:
         odd = np.zeros(x.shape, bool)
@@ -131,8 +137,10 @@ def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDAr
 
 
 def _star(count: int, *radii: float) -> list[tuple[float, float]]:
-    """The corners of a star or regular polygon: `count` equal angles, from the top, at distances that cycle through
-    `radii`."""
+    """The `count` corners of a star or regular polygon, at equal angles, the first at the top.
+
+    The distances of the corners from the centre cycle through `radii`.
+    """
     angles = [2 * math.pi * i / count for i in range(count)]
     return [
         (radii[i % len(radii)] * math.sin(angle), radii[i % len(radii)] * math.cos(angle))
@@ -140,7 +148,7 @@ def _star(count: int, *radii: float) -> list[tuple[float, float]]:
     ]
 
 
-# The drop is a circle and a triangle: this is where a line from its tip, (0, 1), touches the circle.
+# The shape "drop" is a circle and a triangle with the tip (0, 1). A line from the tip touches the circle at this point.
 _TANGENT = 0.55 * math.sqrt(1 - (0.55 / 1.4) ** 2), 0.55**2 / 1.4 - 0.4
 _drop_tip = _polygon((0, 1), _TANGENT, (-_TANGENT[0], _TANGENT[1]))
 

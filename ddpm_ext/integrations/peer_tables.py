@@ -1,6 +1,6 @@
-"""Rows for other libraries' objects, made from the schedule's tables that these objects have as tensors.
+"""Rows for other libraries' objects, made from the tables of their schedules, which are tensors of the objects.
 
-The tables' numbers are not computed again from each other: near t = 0, 1 - alphas_cumprod loses digits in float32.
+No table is computed from another one, since numbers such as 1 - alphas_cumprod near t = 0 would lose digits in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
-TABLES = (
+TABLES = (  # the names of the tables that determine the rows
     "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod",
     "sqrt_recip_alphas_cumprod",
@@ -36,7 +36,7 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, tables_name: str = "t
     Raises Fallback for numbers that are not finite.
 
     Args:
-        tables_name: the library's word for the tables, for the error.
+        tables_name: the library's word for the tables, for the error's text.
     """
     in_float64 = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
     signal, noise = in_float64["sqrt_alphas_cumprod"], in_float64["sqrt_one_minus_alphas_cumprod"]

@@ -1,8 +1,8 @@
-"""A sampler function that a user wrote, with k-diffusion's signature.
+"""UserSampler runs a sampler function that a user wrote, with k-diffusion's signature, or the rows that replace it.
 
-In the first loop with some settings the function itself runs, and the caller gets its result. Its traced rows are also
-computed: at each call of the model, the result of a row is compared with the function's sample. If all rows agree, they
-replace the function in later loops.
+In the first loop with some settings, the function itself runs, and the caller gets its result. The rows that were
+traced from the function are also computed. At each call of the model, the result of a row is compared with the sample
+that the function passes to the model. If all rows agree, they replace the function in later loops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.proof import Proof, kinds_of, setting_key
-from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows_untold
+from ddpm_ext.integrations.sigma_rows import SigmaRows, first_rows_or_all
 from ddpm_ext.ops.noise import Philox, randn, rng_of_many
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import TraceResult, follow_function
@@ -37,18 +37,18 @@ def rows_of_function(
     """The rows of a function's steps, and the result of tracing it. Raises ValueError if its steps can't be traced."""
     traced = follow_function(function, levels, options, model)
     table = StepTable(**traced.columns)
-    return SigmaRows.of(table, list(traced.step_starts) or first_rows_untold(table, levels[:-1])), traced
+    return SigmaRows.of(table, list(traced.step_starts) or first_rows_or_all(table, levels[:-1])), traced
 
 
 def _state(function: Callable[..., Any]) -> list[Any]:
-    """The values that a function reads besides arguments and globals: in its closure and its object's attributes."""
+    """The values that a function may read besides arguments and globals: of its closure, and of a method's object."""
     cells = getattr(function, "__closure__", None) or ()
     return [*[cell.cell_contents for cell in cells], *vars(getattr(function, "__self__", SimpleNamespace())).values()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerCall:
-    """The arguments of a call of a sampler; see k_diffusion.sampler. `options` are arguments that only it has."""
+    """The arguments of a call of a sampler; see k_diffusion.sampler. `options` has those that only this sampler has."""
 
     options: dict[str, Any]
     model: Callable[..., Tensor]
@@ -81,12 +81,13 @@ class TracedLoop(NamedTuple):
 
 
 class UserSampler:
-    """A user's sampler function, with a cache of its traced loops."""
+    """A user's sampler function, with a cache of the rows of its loops."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self._parameters = inspect.signature(function).parameters
-        # Each entry also keeps the objects alive whose ids are in its key: Python could give an id to a new object.
+        # An entry also references the objects whose ids are in its key: otherwise Python could free an object and give
+        # its id to a new one.
         self._loops: BoundedCache[tuple[TracedLoop, Any]] = BoundedCache(CACHED)
         self._warned: set[str] = set()
 
@@ -141,7 +142,7 @@ class UserSampler:
 
 
 class _SideBySideRun:
-    """A run of the function, in which its rows are computed with the same noise and compared.
+    """A run of the function in which each row is also computed, with the same noise, and compared with its result.
 
     Attributes:
         observed: the mode that replaces the function's draws by the noise of the comparison.
@@ -149,7 +150,7 @@ class _SideBySideRun:
 
     def __init__(self, loop: TracedLoop, proof: Proof | None, call: SamplerCall) -> None:
         self._loop, self._proof, self._call, self._drawn = loop, proof, call, 0
-        self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), wide=False)
+        self.observed = Observed(call.x.shape, lambda _, count: self._noise(count, None), keeps_float64=False)
         self._row = -1  # the current row; -1 before the first
         self._inputs: tuple[Tensor, Tensor] | None = None  # the sample and model output of the current row
         self._z: Tensor | None = None  # the noise of the current row
