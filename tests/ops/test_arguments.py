@@ -11,7 +11,6 @@ from support.step_inputs import make_table
 from torch.testing._internal.two_tensor import TwoTensor
 
 from ddpm_ext import Philox, ops, reference
-from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops.row import WIDTH
 
 X, TABLE, AFFINE, T = torch.zeros(4, 6), make_table(5), torch.zeros(5, 2), torch.tensor([0, 1, 2, 4])
@@ -192,36 +191,6 @@ def test_a_seed_may_be_of_a_subclass(name, device):
     result = call(ops, name, {"rng": Philox(TwoTensor(torch.tensor(5), torch.tensor(6)))}, device)
     for part, seed in ((result.a, 5), (result.b, 6)):
         assert torch.equal(part, call(ops, name, {"rng": Philox(seed)}, device))
-
-
-def check_step(x, table, t, out=None, **source):
-    ops.TableStep(table, **source).check(x, *split_t(t), out)
-
-
-def check_step_is_refused(listed, device):
-    for names, arguments, error, message in listed:
-        if "reverse_step" not in names or "clip" in arguments:
-            continue
-        given = moved({"x": X, "t": T, "table": TABLE} | arguments, device)
-        if "y" in given and "x" not in arguments:
-            continue
-        given.pop("y", None)
-        if given["x"].dtype == torch.half:
-            continue  # only together with the model's output
-        with pytest.raises(error, match=message.format(x="x_t", y="")):
-            check_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
-
-
-def test_the_check_of_a_step_says_what_the_step_would(device):
-    check_step_is_refused(COMMON + FUSED, device)
-    x, table, t = moved((X, TABLE, T), device)
-    check_step(x, table, t, noise=x, out=x.clone())
-    with pytest.raises(TypeError, match="out has dtype ComplexFloat"):
-        check_step(x, table, t, noise=x, out=x.to(torch.complex64).conj())
-
-
-def test_the_check_of_a_step_sees_values_on_the_cpu():
-    check_step_is_refused(VALUES, CPU)
 
 
 def test_a_table_that_kernels_could_not_read(device):

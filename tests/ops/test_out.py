@@ -137,15 +137,6 @@ def test_autograd_learns_that_out_changed(step, normal, name):
         loss.backward()
 
 
-@NAMES
-def test_inference_mode(step, normal, name):
-    expected = step(name, normal(2, 8))
-    with torch.inference_mode():
-        x = normal(2, 8)
-        assert torch.equal(step(name, x), expected)
-        assert torch.equal(step(name, x, out=x), expected)
-
-
 WRITTEN = [("reverse_step", "out"), ("forward_process", "out"), *(("step_with_options", name) for name in RESULTS)]
 
 
