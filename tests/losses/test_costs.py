@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
@@ -222,36 +221,3 @@ def test_a_fake_gpu_refuses_to_be_read():
     for read in (lambda x: x[0, 0, 0, 0].item(), lambda x: bool((x > 0).all()), torch.Tensor.cpu, torch.nonzero):
         with pytest.raises(RuntimeError):
             on_fake_gpu(lambda x, t, output, read=read: read(x))
-
-
-FRAMES = {
-    "default": {},
-    "rng": {"rng": Philox(1)},
-    "noise": {"noise": X},
-    "weighting": {"weighting": "min_snr"},
-    "weights": {"weighting": WEIGHTS},
-    "loss": {"loss": "huber", "delta": 0.5, "reduction": "none"},
-    "bound": {"loss": "vlb"},
-    "one t": {"t": 500},
-}
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("how", FRAMES.values(), ids=FRAMES)
-def test_python_frames(prediction, how):
-    """Python's share of a step is most of what a small one takes."""
-    gd, output = diffusion(prediction=prediction), make_output()
-    frames = []
-
-    def step():
-        gd.train_losses(lambda x_t, t: output, X, **{"t": T} | how)
-
-    step()
-    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code) if event == "call" else None)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-    # But for the model, this step itself, and torch's own of a gradient, which are more in versions before 2.15.
-    ours = [code for code in frames if {"_functorch", "autograd"}.isdisjoint(code.co_filename.split("/"))]
-    assert len(ours) - 2 <= 24, ours

@@ -50,7 +50,7 @@ def a_step(choose: Choose, device):
 
 def a_method(choose: Choose, device):
     """A diffusion's method, with a model that has a weight."""
-    options = {"prediction": choose.one_of(["eps", "x0", "v"], "prediction")}
+    options = {"prediction": choose.one_of(["eps", "x0", "v", "x_prev"], "prediction")}
     options["variance"] = choose.one_of(["fixed_small", "fixed_large", "learned_range", "learned"], "variance")
     options["backend"] = choose.one_of(["fused", "fused", "reference"], "backend")
     gd = GaussianDiffusion(20, choose.one_of(["linear", "sigmoid"], "schedule"), **options)
@@ -60,7 +60,7 @@ def a_method(choose: Choose, device):
     weight = torch.tensor(0.5, device=device, dtype=inputs.y_dtype, requires_grad=True)
     clip = choose.one_of([True, False, (-0.5, 0.25)], "clip")
     of_loss = {
-        "loss": choose.one_of(["mse", "l1", "huber"], "loss"),
+        "loss": choose.one_of(["mse", "l1", "huber", "vlb"], "loss"),
         "weighting": choose.one_of(["simple", "min_snr", torch.linspace(0.5, 1, 20)], "weighting"),
         "offset_noise": choose.one_of([0.0, 0.1], "offset"),
         "input_perturbation": choose.one_of([0.0, 0.1], "perturbation"),
@@ -75,11 +75,14 @@ def a_method(choose: Choose, device):
     chosen = method[choose.one_of([*method], "method")]
 
     def call(x, t, weight):
+        seen = []
+
         def model(x, t):
+            seen.append(x)
             m = x.to(weight.dtype) * weight
             return torch.cat([m, m], 1) if gd.variance.startswith("learned") else m
 
-        return chosen(model, x, t)
+        return [*chosen(model, x, t), *seen]  # what a model gets, too: a loss hardly shows the last bits of it
 
     dense = x.is_contiguous() and noise.get("noise", x).is_contiguous()
     return call, (x, inputs.t(), weight), gd.backend == "fused" and dense
