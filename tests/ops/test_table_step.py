@@ -65,30 +65,6 @@ def test_keywords_are_the_operators_inputs(device, tensors, backend, choose: Cho
     assert "out" not in chosen or got.data_ptr() != wanted.data_ptr()
 
 
-@BACKENDS
-def test_scales_are_computed_on_the_way(device, tensors, backend):
-    """quantile and maximum stand for an x_start_scale, guidance and rescale for an output_scale."""
-    given, table = tensors(), TABLE.to(device)
-    x, m, u, x_start = (given[name] for name in ("x_t", "model_output", "uncond_output", "x_start"))
-    step = backend.TableStep(table, clip=(-1.0, 1.0), rng=Philox(2))
-
-    def take(**inputs):
-        return backend.step_with_options(3 * x, m, table, 2, rng=Philox(2), **inputs)
-
-    scale = backend.output_scale(m, u, guidance=2.5, rescale=0.7)
-    got = step.take(3 * x, m, None, 2, uncond_output=u, guidance=2.5, rescale=0.7)
-    assert torch.equal(got, take(uncond_output=u, output_scale=scale))
-    for maximum in ({}, {"maximum": 1.25}):
-        bound = {"quantile": 0.8, **maximum}
-        got = step.take(3 * x, m, None, 2, **bound)
-        assert torch.equal(got, take(x_start_scale=backend.x_start_scale(3 * x, m, table, 2, **bound)))
-        got = step.take(3 * x, m, None, 2, x_start=3 * x_start, **bound)
-        assert torch.equal(got, take(x_start=3 * x_start, x_start_scale=backend.x_start_scale(3 * x_start, **bound)))
-    both = backend.x_start_scale(3 * x, m, table, 2, quantile=0.8, uncond_output=u, output_scale=scale)
-    got = step.take(3 * x, m, None, 2, uncond_output=u, guidance=2.5, rescale=0.7, quantile=0.8)
-    assert torch.equal(got, take(uncond_output=u, output_scale=scale, x_start_scale=both))
-
-
 def test_a_copy_on_the_host_may_begin_at_any_number(device, tensors):
     given, table = tensors(), TABLE.to(device)
     x, m = given["x_t"], given["model_output"]
@@ -96,18 +72,6 @@ def test_a_copy_on_the_host_may_begin_at_any_number(device, tensors):
     for first in range(1, 4):
         on_host = torch.cat([torch.zeros(first), TABLE.flatten()])[first:].view_as(TABLE)
         assert torch.equal(ops.TableStep(table, on_host=on_host, add_noise=False).take(x, m, None, 2), expected)
-
-
-def test_gradients_are_recorded_by_the_plain_step_alone(device, tensors):
-    given, table = tensors(), TABLE.to(device)
-    x, m, z = given["x_t"].requires_grad_(), given["model_output"], given["noise"]
-    for backend in (ops, reference):
-        step = backend.TableStep(table, add_noise=False)
-        (slope,) = torch.autograd.grad(step.take(x, m, None, 1, noise=z).sum(), x)
-        (expected,) = torch.autograd.grad(backend.reverse_step(x, m, table, 1, noise=z).sum(), x)
-        assert torch.equal(slope, expected)
-    with pytest.raises(ValueError, match=r"step_with_options: x_t requires a gradient, but it records no gradients"):
-        ops.TableStep(table).take(x, m, None, 1, history1=z)
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
