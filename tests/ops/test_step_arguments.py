@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.choices import for_many
 from support.devices import moved
 from support.refusals import raises
 from support.step_inputs import LIKE_X, OF_MODEL, PER_SAMPLE, READ, RESULTS, make_table, options
@@ -37,30 +38,24 @@ def arguments(device: torch.device, dtype: torch.dtype = F32, **changes: Any) ->
 # --------------------------------------------------------------------------------------------------- where results go
 
 
-@pytest.mark.parametrize(
-    ("dtype", "form"), [(F32, torch.contiguous_format), (F16, torch.channels_last), (BF16, torch.contiguous_format)]
-)
-@WRITTEN
-def test_each_result_in_the_place_of_each_argument(device, dtype, form, result):
-    expected = arguments(device, dtype)
-    ops.step_with_options(**expected)
-    for name in READ:
-        given = arguments(device, dtype)
-        given = {n: v.to(memory_format=form) if n in (*READ, *RESULTS) else v for n, v in given.items()}
-        given[result] = given[name]
-        ops.step_with_options(**given)
-        for other in RESULTS:
-            assert torch.equal(given[other], expected[other]), (name, other)
-
-
-@BACKENDS
-def test_all_in_place(device, backend):
-    """As in a loop: the next sample over the sample, what the step keeps over what it needs no more."""
-    expected, given = arguments(device), arguments(device)
+@for_many(200)
+def test_results_in_any_place(device, choose):
+    """Memory of any strides, or an argument's: in a loop, the next sample is written over the sample, say."""
+    dtype = choose.one_of([F32, F16, BF16], "dtype")
+    expected, given = arguments(device, dtype), arguments(device, dtype)
+    backend = choose.one_of([ops, ops, reference], "backend")
     backend.step_with_options(**expected)
-    given |= {"out": given["x_t"], "history_out": given["history3"], "model_input": given["noise"]}
-    given["x0_out"] = given["model_output"]
-    backend.step_with_options(**given)
+    if choose.one_of([False, True], "channels last"):
+        like_x = (*READ, *RESULTS)
+        given = {n: v.to(memory_format=torch.channels_last) if n in like_x else v for n, v in given.items()}
+    free = [*READ]
+    for result in RESULTS:
+        kind = choose.one_of(["an argument", "an argument", "new", "apart"], result)
+        if kind == "an argument":
+            given[result] = given[free.pop(choose.integer(0, len(free) - 1, "argument"))]
+        if kind == "apart":
+            given[result] = torch.zeros(*SHAPE, 2, dtype=dtype, device=device)[..., 1]
+    assert backend.step_with_options(**given) is given["out"]
     assert all(torch.equal(given[name], expected[name]) for name in RESULTS)
 
 
