@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
@@ -122,21 +121,6 @@ def test_two_batches_and_two_launches(options):
     assert large_operators(fused(**options)) == large_operators(fused(t=500, **options)) == OURS
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_peak_without_gradients_is_x_t(keeps):
-    """Also for an output that has a gradient, of a model that keeps nothing."""
-    step = fused(rng=Philox(1))
-    if not keeps:
-        step = lambda output: diffusion().train_losses(lambda *_: output, X, T, rng=Philox(1))  # noqa: E731
-    with torch.no_grad():
-        peak, kept = held(step, make_output)
-        output = make_output()
-        with Large(NUMEL) as large:
-            step(output)
-    assert BATCH <= peak <= BATCH + SMALL and kept == 4
-    assert large.names == OURS
-
-
 @bounds
 def test_costs_with_the_bound(variance, halves, loss):
     """x_t and the gradient of both halves. Plain torch needs at least twice as much."""
@@ -147,32 +131,6 @@ def test_costs_with_the_bound(variance, halves, loss):
     assert large_operators(ours, make) == OURS
     check_peak(ours, 1 + halves, halves, make)
     assert held(functools.partial(train, plain), make)[0] >= 2 * (1 + halves) * BATCH
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_peak_of_a_lower_precision(dtype):
-    """As under autocast: a derivative of 32 bits, x_t, and in the end the gradient of 16 bits."""
-    step = fused(rng=Philox(1))
-
-    def make_narrow_output():
-        return make_output().detach().to(dtype).requires_grad_()
-
-    check_peak(step, 2.5, 0.5, make_narrow_output)
-    # A gradient is multiplied and cast at once.
-    for scaled, expected in ((step, ["aten._to_copy"]), (lambda x: step(x) * 1024, ["aten.empty_like", "aten.mul"])):
-        assert large_operators(scaled, make_narrow_output) == [*OURS, *expected]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_scaled_loss_scales_its_slope(reduction):
-    """A GradScaler's factor or a gradient for each sample costs one more launch, in place."""
-    step = fused(rng=Philox(1), reduction=reduction)
-
-    def scaled(output):
-        return (step(output) * 1024).sum()
-
-    assert large_operators(scaled) == [*OURS, "aten.mul_"]
-    check_peak(scaled, 2, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- waits
@@ -222,36 +180,3 @@ def test_a_fake_gpu_refuses_to_be_read():
     for read in (lambda x: x[0, 0, 0, 0].item(), lambda x: bool((x > 0).all()), torch.Tensor.cpu, torch.nonzero):
         with pytest.raises(RuntimeError):
             on_fake_gpu(lambda x, t, output, read=read: read(x))
-
-
-FRAMES = {
-    "default": {},
-    "rng": {"rng": Philox(1)},
-    "noise": {"noise": X},
-    "weighting": {"weighting": "min_snr"},
-    "weights": {"weighting": WEIGHTS},
-    "loss": {"loss": "huber", "delta": 0.5, "reduction": "none"},
-    "bound": {"loss": "vlb"},
-    "one t": {"t": 500},
-}
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("how", FRAMES.values(), ids=FRAMES)
-def test_python_frames(prediction, how):
-    """Python's share of a step is most of what a small one takes."""
-    gd, output = diffusion(prediction=prediction), make_output()
-    frames = []
-
-    def step():
-        gd.train_losses(lambda x_t, t: output, X, **{"t": T} | how)
-
-    step()
-    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code) if event == "call" else None)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-    # But for the model, this step itself, and torch's own of a gradient, which are more in versions before 2.15.
-    ours = [code for code in frames if {"_functorch", "autograd"}.isdisjoint(code.co_filename.split("/"))]
-    assert len(ours) - 2 <= 24, ours

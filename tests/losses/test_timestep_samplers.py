@@ -15,7 +15,6 @@ from support.refusals import spread
 from ddpm_ext import reference
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.losses.timestep_samplers import (
-    TIMESTEP_SAMPLERS,
     Importance,
     LogitNormal,
     LossSecondMoment,
@@ -275,14 +274,6 @@ def test_ranks_learn_the_same(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ arguments
-
-
-def test_names():
-    for name, kind in TIMESTEP_SAMPLERS.items():
-        sampler = make_timestep_sampler(name, 12)
-        assert type(sampler) is kind and sampler.timesteps == 12 and repr(sampler) == f"{kind.__name__}(12)"
-    assert list(TIMESTEP_SAMPLERS) == ["uniform", "low_discrepancy", "loss_second_moment", "logit_normal", "mode"]
-    assert make_timestep_sampler("logit_normal", 12, logit_std=0.5).logit_std == 0.5
 
 
 BAD_SAMPLES = {

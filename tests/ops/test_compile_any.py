@@ -48,9 +48,9 @@ def a_step(choose: Choose, device):
     return call, (x, inputs.t(), given), x.is_contiguous()
 
 
-def a_method(choose: Choose, device):
+def a_method(choose: Choose, device, names=("q_sample", "p_sample", "p_mean_variance")):
     """A diffusion's method, with a model that has a weight."""
-    options = {"prediction": choose.one_of(["eps", "x0", "v"], "prediction")}
+    options = {"prediction": choose.one_of(["eps", "x0", "v", "x_prev"], "prediction")}
     options["variance"] = choose.one_of(["fixed_small", "fixed_large", "learned_range", "learned"], "variance")
     options["backend"] = choose.one_of(["fused", "fused", "reference"], "backend")
     gd = GaussianDiffusion(20, choose.one_of(["linear", "sigmoid"], "schedule"), **options)
@@ -59,9 +59,11 @@ def a_method(choose: Choose, device):
     x, noise = inputs.tensor(inputs.x_dtype), noise_of(inputs)
     weight = torch.tensor(0.5, device=device, dtype=inputs.y_dtype, requires_grad=True)
     clip = choose.one_of([True, False, (-0.5, 0.25)], "clip")
+    loss = choose.one_of(["mse", "l1", "huber", "vlb"], "loss")
+    weightings = ["simple"] if loss == "vlb" else ["simple", "min_snr", torch.linspace(0.5, 1, 20)]
     of_loss = {
-        "loss": choose.one_of(["mse", "l1", "huber"], "loss"),
-        "weighting": choose.one_of(["simple", "min_snr", torch.linspace(0.5, 1, 20)], "weighting"),
+        "loss": loss,
+        "weighting": choose.one_of(weightings, "weighting"),
         "offset_noise": choose.one_of([0.0, 0.1], "offset"),
         "input_perturbation": choose.one_of([0.0, 0.1], "perturbation"),
         "reduction": choose.one_of(["mean", "sum", "none"], "reduction"),
@@ -72,17 +74,24 @@ def a_method(choose: Choose, device):
         "p_mean_variance": lambda model, x, t: gd.p_mean_variance(model, x, t, clip),
         "train_losses": lambda model, x, t: [gd.train_losses(model, x, t, **noise, **of_loss)],
     }
-    chosen = method[choose.one_of([*method], "method")]
+    chosen = method[choose.one_of(names, "method")]
 
     def call(x, t, weight):
+        seen = []
+
         def model(x, t):
+            seen.append(x)
             m = x.to(weight.dtype) * weight
             return torch.cat([m, m], 1) if gd.variance.startswith("learned") else m
 
-        return chosen(model, x, t)
+        return [*chosen(model, x, t), *seen]  # what a model gets, too: a loss hardly shows the last bits of it
 
     dense = x.is_contiguous() and noise.get("noise", x).is_contiguous()
     return call, (x, inputs.t(), weight), gd.backend == "fused" and dense
+
+
+def a_loss(choose: Choose, device):
+    return a_method(choose, device, ("train_losses",))
 
 
 def a_loop(choose: Choose, device):
@@ -96,7 +105,7 @@ def a_loop(choose: Choose, device):
     return lambda x: [gd.p_sample_loop(model, shape, noise=x, **options)], (torch.randn(shape).to(device),), False
 
 
-@pytest.mark.parametrize("make", [a_step, a_method, a_loop])
+@pytest.mark.parametrize("make", [a_step, a_method, a_loss, a_loop])
 @for_many(4)
 def test_any_call(device, make, choose):
     call, arguments, whole = make(choose, device)

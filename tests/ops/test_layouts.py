@@ -17,17 +17,28 @@ from ddpm_ext import Philox, ops
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16])
 AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5]])
+LOSSES = torch.tensor([[0.5, -1.5, 0.3, 0.0], [1.0, 0.25, 1.0, 0.0], [0.0, 1.0, -2.0, 0.0], [0.75, 0.5, 0.0, 0.0]])
 FIRST = 2**32 - 2  # the ids cross 2^32
 
 
 @pytest.fixture(scope="session")
 def run(make_step_table):
-    """The results of the operators that draw noise, and of one that does not, on x's device."""
+    """The results of the operators, on x's device, with further inputs that are made of x and m."""
     table = make_step_table(4, seed=1)
 
     def call(x, m, t, rng):
-        rows, affine = table.to(x.device), AFFINE.to(x.device)
-        return {
+        rows, affine, losses = table.to(x.device), AFFINE.to(x.device), LOSSES.to(x.device)
+        options = {"uncond_output": 0.5 * m, "model_variance": 0.25 * m, "history2": x + 1, "gradient": 0.5 * x}
+        options |= {"known": -x, "mask": x.clamp(0, 1)}
+        results = {name: torch.empty_like(x) for name in RESULTS}
+        ops.step_with_options(x, m, rows, t, rng=rng, **options, **results)
+        leaf = m.detach().requires_grad_()
+        results["loss"] = ops.diffusion_loss(leaf, x, losses, t, rng=rng, reduction="none")
+        (results["slope"],) = torch.autograd.grad(results["loss"].sum(), leaf)
+        if x.dim() > 1:
+            results["x_start_scale"] = ops.x_start_scale(x, m, rows, t, quantile=0.9)
+            results["output_scale"] = ops.output_scale(m, m.abs(), guidance=3.0, rescale=0.7)
+        return results | {
             "reverse_step": ops.reverse_step(x, m, rows, t, rng=rng),
             "forward_process": ops.forward_process(x, affine, t % 2, rng=rng),
             "posterior_mean": ops.posterior_mean(x, m, rows[:, :2].contiguous(), t),
@@ -49,8 +60,7 @@ def in_order(x, order):
 @pytest.fixture(scope="session")
 def all_operators(device, make_step_table):
     """Everything that a call of each operator writes: by its name, functions of five tensors."""
-    table, affine, rng = make_step_table(4, seed=2), AFFINE.to(device), Philox(1, FIRST)
-    losses = torch.tensor([[0.5, -1.5, 0.3, 0.0]], device=device)
+    table, affine, losses, rng = make_step_table(4, seed=2), AFFINE.to(device), LOSSES.to(device), Philox(1, FIRST)
     noises = {"none": lambda z: {"add_noise": False}, "given": lambda z: {"noise": z}, "drawn": lambda z: {"rng": rng}}
 
     def options(x, m, u, z, h, noise):

@@ -1,6 +1,6 @@
 """The training loss as an operator, and its twin in `reference`.
 
-Values and derivatives are compared with float64 formulas. The bits do not depend on layouts, threads or batches."""
+Values and derivatives are compared with float64 formulas. test_layouts.py has layouts and batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from support.operators import CPU, DTYPES, F16, F32, HALF_ULP, NOISE_ERROR, host
 from ddpm_ext import Philox, ops, reference
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS
 
-FIRST = 2**32 - 2  # the ids cross 2^32
 losses = pytest.mark.parametrize("loss", LOSSES)
-dtypes = pytest.mark.parametrize(("x_dtype", "m_dtype"), DTYPES)
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +65,11 @@ def test_values_and_slopes(table, device, choose):
     each = torch.from_numpy(rows).to(device)
     given_t = {"int": t, "tensor": each, "expanded": each[:1].expand(batch), "strided": each.repeat_interleave(2)[::2]}
     if drawn := choose.one_of([False, True], "drawn"):
-        rng = Philox(choose.integer(0, 2**64 - 1, "seed"), torch.arange(batch, device=device) * 2**40 + 5)
-        z = host(reference.randn(shape, moved(rng, CPU), draw=torch.from_numpy(rows), stream=2, dtype=torch.float64))
+        ids = torch.arange(batch, device=device) * 2**40 + 5
+        own = choose.one_of([{}, {}, {"draw": 9}, {"stream": 40}], "own")
+        rng = Philox(choose.integer(0, 2**64 - 1, "seed"), ids, **own)
+        address = {"draw": torch.from_numpy(rows), "stream": 2} | own
+        z = host(reference.randn(shape, moved(rng, CPU), dtype=torch.float64, **address))
         noise = {"rng": rng}
     else:
         # without x_start the noise determines the dtype of the samples
@@ -158,7 +159,7 @@ def test_many_samples_on_any_number_of_threads(table, normal, device, threads):
     assert abs(total.double() / each.double().sum() - 1) < 2e-7
 
 
-# ----------------------------------------------------------------------------------------------- the same bits
+# ------------------------------------------------------------------------------------------- bits and special numbers
 
 
 def losses_and_slopes(m, x, table, t, **options):
@@ -166,52 +167,6 @@ def losses_and_slopes(m, x, table, t, **options):
     got = ops.diffusion_loss(leaf, x, table, t, reduction="none", **options)
     got.backward(torch.ones_like(got))
     return got.detach(), leaf.grad
-
-
-def assert_same(got, expected):
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
-
-
-@dtypes
-@pytest.mark.parametrize(
-    ("loss", "inner"), [("l1", (1, 1, 1)), ("huber", (3, 5, 7)), ("mse", (2, 16, 16)), ("mse", (3, 17, 33))]
-)
-def test_same_bits(loss, x_dtype, m_dtype, inner, table, normal, device, threads):
-    """For any split and place in the batch, for one thread and two, for noise that is given or drawn."""
-    shape = (5, *inner)
-    m, (x, z) = normal(*shape, dtype=m_dtype), (normal(*shape, seed=seed, dtype=x_dtype) for seed in (1, 2))
-    t = torch.tensor([2, 0, 6, 3, 2], device=device)
-    for noise in ("drawn", "given"):
-
-        def ask(m, x, z, t, first=0, noise=noise):
-            given = {"rng": Philox(5, FIRST + first)} if noise == "drawn" else {"noise": z}
-            return losses_and_slopes(m, x, table, t, loss=loss, delta=0.6, **given)
-
-        threads(1)
-        expected = ask(m, x, z, t)
-        assert expected[1].isfinite().all() and expected[1].abs().sum() > 0
-        threads(2)
-        assert_same(ask(m, x, z, t), expected)
-        for i in range(5):
-            one = slice(i, i + 1)
-            assert_same(ask(m[one], x[one], z[one], t[one], i), [e[one] for e in expected])
-            assert_same(ask(m[one], x[one], z[one], int(t[i]), i), [e[one] for e in expected])
-        assert_same(ask(m[1:4], x[1:4], z[1:4], t[1:4], 1), [e[1:4] for e in expected])
-
-
-@losses
-def test_drawn_noise_is_the_forward_process(loss, table, normal, device):
-    """The loss draws the z that forward_process adds. The same z as `noise` gives the same bits."""
-    m, x = normal(4, 3, 50), normal(4, 3, 50, seed=1)
-    t = torch.tensor([4, 0, 2, 4], device=device)
-    whole = torch.tensor([[0.0, 1.0]] * 7, device=device)
-    ids = torch.tensor([5, 1, 9, 2], device=device)
-    for rng in (Philox(3, FIRST), Philox(3, draw=9), Philox(3, stream=40), Philox(7, ids)):
-        z = ops.forward_process(torch.zeros_like(x), whole, t, rng=rng)
-        assert z.std() > 0.5
-        drawn = losses_and_slopes(m, x, table, t, loss=loss, rng=rng)
-        assert_same(drawn, losses_and_slopes(m, x, table, t, loss=loss, noise=z))
 
 
 def test_the_gradient_changes_no_bits(table, normal):
@@ -226,8 +181,6 @@ def test_the_gradient_changes_no_bits(table, normal):
             silent = ops.diffusion_loss(m.clone().requires_grad_(), x, table, 0, **options)
         assert not silent.requires_grad and torch.equal(silent, plain)
 
-
-# ------------------------------------------------------------------------------------------- special numbers
 
 TORCHS = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 INF, NAN, LEAST = math.inf, math.nan, 2.0**-149
@@ -358,17 +311,3 @@ def test_a_second_derivative_is_refused(table, normal):
         with pytest.raises(RuntimeError, match="a second derivative is asked for, expected the first"):
             torch.autograd.grad(loss.sum(), leaf, create_graph=True)
         loss.sum().backward()
-
-
-def test_the_bare_operator_refuses_what_it_has_no_slope_for(table, normal):
-    """torch.ops.ddpm_ext.diffusion_loss has an argument that says whether the derivative is computed."""
-    op, leaf = torch.ops.ddpm_ext.diffusion_loss, normal(3, 40, grad=True)
-    arguments = (leaf, None, table, None, 0, 0, 1.0, normal(3, 40, seed=1))
-    loss, slope = op(*arguments, want_slope=True)
-    assert slope.shape == leaf.shape
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(loss, leaf, create_graph=True)
-    loss, slope = op(*arguments)
-    assert slope.shape == (0,)
-    with pytest.raises(RuntimeError, match="want_slope is False"):
-        loss.backward()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.choices import for_many
 from support.step_inputs import RESULTS
 
 from ddpm_ext import Philox, ops, reference
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5]])
 SHAPE = (3, 4, 5, 13)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def step(make_step_table, normal):
     """Calls the operator of that name on x: reverse_step(x, m) or forward_process(x)."""
     table = make_step_table(4)
@@ -32,46 +33,32 @@ def step(make_step_table, normal):
 NAMES = pytest.mark.parametrize("name", ["reverse_step", "forward_process"])
 
 
-@NAMES
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_out_and_in_place(step, normal, name, dtype):
-    x = normal(*SHAPE, dtype=dtype)
-    for backend in (ops, reference):
-        expected, out = step(name, x, backend=backend), torch.full_like(x, float("nan"))
-        assert step(name, x, out=out, backend=backend) is out
-        assert torch.equal(out, expected) and torch.equal(x, normal(*SHAPE, dtype=dtype))
-    expected = step(name, x)
-    for same in (x.to(memory_format=torch.channels_last), torch.stack([x, x], -1)[..., 1], x):
-        step(name, same, out=same)
-        assert torch.equal(same, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_out_may_be_the_model_output_or_the_noise(step, normal, dtype):
-    x, m, z = (normal(*SHAPE, seed=i, dtype=dtype) for i in range(3))
-    expected = step("reverse_step", x, m, noise=z)
-    for given in ({"m": m.clone(), "noise": z}, {"m": m, "noise": z.clone()}):
-        out = given["m"] if given["m"] is not m else given["noise"]
-        step("reverse_step", x, out=out, **given)
-        assert torch.equal(out, expected)
-    out = x.clone()
-    expected = step("forward_process", out, noise=out)
-    step("forward_process", out, noise=out, out=out)
-    assert torch.equal(out, expected)
+def of_other_strides(x, choose):
+    """Memory for a result like x, of NaN."""
+    out = {
+        "like x": torch.empty_like(x),
+        "channels last": torch.empty_like(x, memory_format=torch.channels_last),
+        "turned": x.new_empty(x.shape[::-1]).permute(3, 2, 1, 0),
+        "apart": x.new_empty(*x.shape, 2)[..., 0],
+        "not aligned": x.new_empty(x.numel() + 1)[1:].view(x.shape),
+    }[choose.one_of(["like x", "channels last", "turned", "apart", "not aligned"], "strides")]
+    return out.fill_(float("nan"))
 
 
 @NAMES
-def test_out_of_other_strides_than_x(step, normal, device, name):
-    x = normal(*SHAPE)
-    expected = step(name, x)
-    for out in (
-        torch.empty(SHAPE, device=device).to(memory_format=torch.channels_last),
-        torch.empty(SHAPE[::-1], device=device).permute(3, 2, 1, 0),
-        torch.empty(*SHAPE, 2, device=device)[..., 0],
-        torch.empty(x.numel() + 1, device=device)[1:].view(SHAPE),
-    ):
-        step(name, x, out=out)
-        assert torch.equal(out, expected)
+@for_many(100)
+def test_out_in_any_place(step, normal, name, choose):
+    """New memory of any strides, or an argument's."""
+    dtype = choose.one_of([F32, F16, BF16], "dtype")
+    x, m, z = (of_other_strides(normal(*SHAPE, dtype=dtype), choose).copy_(normal(*SHAPE, seed=i)) for i in range(3))
+    given = {"x": x, "m": m} | choose.one_of([{}, {"noise": z}], "noise")
+    backend = choose.one_of([ops, ops, reference], "backend")
+    place = choose.one_of(["new", *given], "place")
+    before = {each: value.clone() for each, value in given.items()}
+    expected = step(name, **given, backend=backend)
+    out = of_other_strides(x, choose) if place == "new" else given[place]
+    assert step(name, **given, out=out, backend=backend) is out and torch.equal(out, expected)
+    assert all(torch.equal(given[each], value) for each, value in before.items() if each != place)
 
 
 def test_out_writes_nothing_else(step, normal, device):
@@ -135,15 +122,6 @@ def test_autograd_learns_that_out_changed(step, normal, name):
     step(name, normal(2, 8), out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-@NAMES
-def test_inference_mode(step, normal, name):
-    expected = step(name, normal(2, 8))
-    with torch.inference_mode():
-        x = normal(2, 8)
-        assert torch.equal(step(name, x), expected)
-        assert torch.equal(step(name, x, out=x), expected)
 
 
 WRITTEN = [("reverse_step", "out"), ("forward_process", "out"), *(("step_with_options", name) for name in RESULTS)]

@@ -127,27 +127,6 @@ def test_output_scale_of_outliers(device):
     assert ops.output_scale(same, same, guidance=2.0, rescale=1.0).isnan().all()  # 0 / 0
 
 
-CALLS = {
-    "predicted": lambda x, m, u: ops.x_start_scale(
-        x, m, TABLE.to(x.device), 2, quantile=0.995, uncond_output=u, output_scale=m.flatten(1)[:, 0].float()
-    ),
-    "middle": lambda x, m, u: ops.x_start_scale(4 * x, quantile=0.6),
-    "spread": lambda x, m, u: ops.output_scale(m, u, guidance=3.0, rescale=0.7),
-}
-calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-@calls
-@pytest.mark.parametrize(("shape", "dtype"), [((5, 3, 7, 19), F16), ((3, 2, 130, 130), F32)])
-def test_bits_do_not_depend_on_the_batch_or_the_threads(device, threads, call, shape, dtype):
-    tensors = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)).to(device, dtype).unbind()
-    whole = call(*tensors)
-    assert torch.equal(torch.cat([call(*(x[i : i + 1] for x in tensors)) for i in range(len(whole))]), whole)
-    for count in (1, 2, 5):  # fewer than there are samples, and more
-        threads(count)
-        assert torch.equal(call(*tensors), whole)
-
-
 def test_opcheck(device):
     x, m, u = torch.randn(3, 4, 3, 9, generator=torch.Generator().manual_seed(1)).to(device).unbind()
     table, t = TABLE.to(device), torch.tensor([2, 0, 1, 2], device=device)

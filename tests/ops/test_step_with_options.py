@@ -11,7 +11,7 @@ from support.choices import Choose, for_many
 from support.devices import moved
 from support.operators import CLIPS, DTYPES, NOISE_ERROR, Inputs, as_float64, each, host, row_numbers
 from support.rounding import Number, roundings, same_bits
-from support.step_inputs import LIKE_X, PER_SAMPLE, RESULTS, make_row, make_table, options
+from support.step_inputs import LIKE_X, PER_SAMPLE, RESULTS, make_row, make_table
 
 from ddpm_ext import Philox, ops, randn, reference
 from ddpm_ext.ops.row import ROW
@@ -299,34 +299,3 @@ def test_square_root(device):
     for backend in (ops, reference):
         assert torch.equal(deviations(beyond, device, backend, log_variance=False), ends)
         assert deviations(torch.tensor([NAN]), device, backend, log_variance=False).isnan().all()
-
-
-@noises
-@PAIRS
-def test_layouts_batches_and_threads_have_the_same_bits(normal, device, threads, noise, dtype, model_dtype):
-    shape = (8, 3, 4, 7) if noise == "drawn" else SHAPE  # a channel has whole blocks of noise
-    given = {"x_t": normal(*shape, dtype=dtype), "model_output": normal(*shape, seed=1, dtype=model_dtype)}
-    given |= moved(options(shape, dtype, model_dtype), device)
-    if noise == "given":
-        given["noise"] = normal(*shape, seed=2, dtype=dtype)
-    table, ids = make_table(8).to(device), torch.arange(8, device=device) + 2**32 - 2
-
-    def run(tensors, samples):
-        how = {"rng": Philox(3, ids[samples])} if noise == "drawn" else {"add_noise": False} if noise == "none" else {}
-        results = {name: torch.empty_like(tensors["x_t"]) for name in RESULTS}
-        ops.step_with_options(**tensors, table=table, t=torch.arange(8, device=device)[samples], **how, **results)
-        return results
-
-    every = slice(0, 8)
-    expected = run(given, every)
-    last = {n: v.to(memory_format=torch.channels_last) if v.dim() == 4 else v for n, v in given.items()}
-    apart = {n: torch.stack([v, v], -1)[..., 0] for n, v in given.items()}
-    for tensors in (last, apart, given | {"x_t": last["x_t"], "history2": apart["history2"]}):
-        assert all(same_bits(result, expected[name]) for name, result in run(tensors, every).items())
-    for count in (1, 2, 5):
-        threads(count)
-        big = {n: v.repeat(1, 40, *[1] * (v.dim() - 2)) if v.dim() > 1 else v for n, v in given.items()}
-        assert all(same_bits(result[:, :3], expected[name]) for name, result in run(big, every).items())
-    for samples in (slice(0, 3), slice(3, 8)):
-        part = run({n: v[samples] for n, v in given.items()}, samples)
-        assert all(same_bits(result, expected[name][samples]) for name, result in part.items())

@@ -37,17 +37,13 @@ def with_each(*pairs):
 BAD_T_VALUES = {
     "tensor too large": (lambda: steps(0, 50, 3), ValueError, ["50"]),
     "tensor negative": (lambda: steps(0, 3, -1), ValueError, ["-1"]),
-    "tensor huge": (lambda: steps(0, 2**62, 3), ValueError, [str(2**62)]),
 }
 BAD_T = {
     "int too large": (lambda: 50, ValueError, ["50"]),
     "too short": (lambda: steps(0, 1), ValueError, ["2", "3"]),
-    "int negative": (lambda: -1, ValueError, ["-1"]),
     "int32": (lambda: steps(*GOOD_T, dtype=torch.int32), TypeError, ["int32|Int", "int64"]),
     "int huge": (lambda: 2**70, ValueError, [str(2**70)]),
     "float tensor": (lambda: steps(*GOOD_T, dtype=torch.float32), TypeError, ["float|Float", "int64"]),
-    "bool tensor": (lambda: steps(True, False, True), TypeError, ["bool|Bool", "int64"]),
-    "too long": (lambda: steps(0, 1, 2, 3), ValueError, ["4", "3"]),
     "broadcastable": (lambda: steps(7), ValueError, ["1", "3"]),
     "numpy": (lambda: np.array([1, 2, 3]), TypeError, ["ndarray"]),
     "device": (lambda: steps(*GOOD_T, device=META), ValueError, ["meta", "DEVICE"]),
@@ -99,7 +95,6 @@ LIKE_SAMPLES = {
     "int64": (lambda: ones(dtype=torch.int64), TypeError, ["int64|Long"]),
     "batch": (lambda: ones(2, 2, 4), ValueError, ["2, 2, 4", "3, 2, 4"]),
     "device": (lambda: ones(device=META), ValueError, ["meta", "DEVICE"]),
-    "leading 1": (lambda: ones(1, 3, 2, 4), ValueError, ["1, 3, 2, 4"]),
     "0-dimensional": (lambda: torch.tensor(1.0), ValueError, ["3, 2, 4"]),
 }
 OTHERS = {
@@ -158,7 +153,6 @@ BAD_RNG = {
     "ids too few": (lambda: Philox(0, steps(1, 2)), ValueError, ["sample_ids", "2", "3"]),
     "id past the end": (lambda: Philox(0, 2**56 - 2), ValueError, ["sample_ids", str(2**56 - 2), r"2\^56"]),
     "ids elsewhere": (lambda: Philox(0, steps(1, 2, 3, device=META)), ValueError, ["sample_ids", "meta", "DEVICE"]),
-    "ids broadcastable": (lambda: Philox(0, steps(1)), ValueError, ["sample_ids", "1", "3"]),
 }
 BAD_IDS = {
     "id negative": (lambda: Philox(0, steps(1, -2, 3)), ValueError, ["sample_ids", "-2"]),

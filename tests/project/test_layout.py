@@ -1,4 +1,4 @@
-"""The layout of ddpm_ext, read from its source: which packages import which, and who reads whose private names.
+"""The layout of ddpm_ext, read from its source: which packages import which.
 
 Every import counts: those at the top of a module, those inside functions, and those for type checking alone. A failed
 test prints its violations one a line.
@@ -132,25 +132,6 @@ def test_modules_have_no_cycle():
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as found:
         report([" -> ".join(found.args[1])])
-
-
-def imported_or_asked(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and name of what is imported from another module, or asked of another object by getattr and the like."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
-            name = node.args[1]
-            if isinstance(name, ast.Constant) and ast.unparse(node.args[0]) not in ("self", "cls"):
-                yield node.lineno, name.value
-
-
-def test_nobody_reads_the_private_names_of_another_module():
-    """Those that are read as attributes are found by ruff (SLF001); pyproject.toml lists a few of other libraries."""
-    named = [(name, *found) for name, module in modules().items() for found in imported_or_asked(module.tree)]
-    report(
-        [f"{name}:{line} reads {text}" for name, line, text in named if text[0] == "_" and text[1:2] not in ("", "_")]
-    )
 
 
 def written_in_place(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -1,7 +1,6 @@
 """benchmarks/static on hand-written machine code: how it is read, the path that is found, the times that follow."""
 
 from collections import Counter
-from importlib import metadata
 
 import pytest
 from support.refused import refused
@@ -234,26 +233,6 @@ def test_variants():
         assert (v.title, v.access, v.bytes_read, v.bytes_written) == (title, "vector", read, written)
         assert v.adds_up == (inner != of_step) and v.has_options and v.dtypes.startswith("float32 / float16")
     assert kernels.share_that_adds_up() == 2 / 4
-
-
-def test_resources():
-    usage = " Function one:\n  REG:40 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:1104 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
-    remarks = "ptxas info    : Function properties for one\n"
-    remarks += "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
-    found = compiler.resources(usage, remarks)
-    assert found == {"one": compiler.Resources(40, stack=8, local=0, shared=16, spill_stores=4, spill_loads=12)}
-
-
-def test_a_missing_disassembler_says_how_to_get_it(monkeypatch, tmp_path):
-    def none(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(compiler.metadata, "files", none)
-    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
-    refused(compiler.Missing, "pip install nvidia-cuda-nvdisasm", compiler.disassembler, "nvdisasm", tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvdisasm").touch()
-    assert compiler.disassembler("nvdisasm", tmp_path) == tmp_path / "bin" / "nvdisasm"
 
 
 @pytest.mark.subprocess
