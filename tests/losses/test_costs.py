@@ -121,6 +121,21 @@ def test_two_batches_and_two_launches(options):
     assert large_operators(fused(**options)) == large_operators(fused(t=500, **options)) == OURS
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_peak_without_gradients_is_x_t(keeps):
+    """Also for an output that has a gradient, of a model that keeps nothing."""
+    step = fused(rng=Philox(1))
+    if not keeps:
+        step = lambda output: diffusion().train_losses(lambda *_: output, X, T, rng=Philox(1))  # noqa: E731
+    with torch.no_grad():
+        peak, kept = held(step, make_output)
+        output = make_output()
+        with Large(NUMEL) as large:
+            step(output)
+    assert BATCH <= peak <= BATCH + SMALL and kept == 4
+    assert large.names == OURS
+
+
 @bounds
 def test_costs_with_the_bound(variance, halves, loss):
     """x_t and the gradient of both halves. Plain torch needs at least twice as much."""
@@ -131,6 +146,32 @@ def test_costs_with_the_bound(variance, halves, loss):
     assert large_operators(ours, make) == OURS
     check_peak(ours, 1 + halves, halves, make)
     assert held(functools.partial(train, plain), make)[0] >= 2 * (1 + halves) * BATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_peak_of_a_lower_precision(dtype):
+    """As under autocast: a derivative of 32 bits, x_t, and in the end the gradient of 16 bits."""
+    step = fused(rng=Philox(1))
+
+    def make_narrow_output():
+        return make_output().detach().to(dtype).requires_grad_()
+
+    check_peak(step, 2.5, 0.5, make_narrow_output)
+    # A gradient is multiplied and cast at once.
+    for scaled, expected in ((step, ["aten._to_copy"]), (lambda x: step(x) * 1024, ["aten.empty_like", "aten.mul"])):
+        assert large_operators(scaled, make_narrow_output) == [*OURS, *expected]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_scaled_loss_scales_its_slope(reduction):
+    """A GradScaler's factor or a gradient for each sample costs one more launch, in place."""
+    step = fused(rng=Philox(1), reduction=reduction)
+
+    def scaled(output):
+        return (step(output) * 1024).sum()
+
+    assert large_operators(scaled) == [*OURS, "aten.mul_"]
+    check_peak(scaled, 2, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- waits

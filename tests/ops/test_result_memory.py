@@ -70,6 +70,22 @@ def test_large_results_come_from_the_pool(name):
     assert memory_info()["kept"] == 0
 
 
+def test_small_results_and_given_memory_do_not():
+    gd, x = GaussianDiffusion(), torch.zeros(1, 3, 32, 32)
+    out = torch.empty(ONE_MIB)
+    used, _ = used_by(lambda: (gd.q_sample(x, 5), gd.q_sample(torch.zeros(ONE_MIB), 5, out=out)))
+    assert used == 0
+
+
+def test_a_chained_loop_takes_two_blocks():
+    gd = GaussianDiffusion()
+    x, places = randn(ONE_MIB, Philox(0)), set()
+    for t in reversed(range(100)):
+        x = gd.p_sample(zeros_model, x, t)
+        places.add(x.data_ptr())
+    assert len(places) == 2
+
+
 def of_size(mib, seed=0):
     return randn((1, mib * MIB // 4), Philox(seed))
 

@@ -1,6 +1,7 @@
 """benchmarks/gpu where there is no GPU: how it runs its parts, reads their logs and writes their results."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,11 +17,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import logs, parts, speed
+from benchmarks.gpu import logs, machine, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
-from benchmarks.gpu.names import COMPILED, DIFFUSERS, NEAR
+from benchmarks.gpu.names import ADD, COMPILED, DIFFUSERS, NEAR
 from benchmarks.gpu.parts import ROOT, Part
-from benchmarks.gpu.report import markdown
+from benchmarks.gpu.report import bounds, markdown
 from benchmarks.gpu.ways import CHANNELS_LAST, MOVED, STEPS, WITH_OPTIONS
 
 
@@ -74,9 +75,9 @@ class Process(subprocess.Popen):
         return super().wait(timeout)
 
 
-def run(monkeypatch, folder, *chosen):
+def run(monkeypatch, folder, *chosen, grace=0.0):
     """The exit status and the results."""
-    monkeypatch.setattr(script, "GRACE", 0.0)
+    monkeypatch.setattr(script, "GRACE", grace)
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Process}))
     with contextlib.redirect_stdout(None):  # a crash on purpose is nobody's concern
         status = script.run_all(chosen, sum(p.seconds for p in chosen), folder)
@@ -125,6 +126,17 @@ def alive(pid):
     with contextlib.suppress(FileNotFoundError):
         return state.read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def test_a_part_is_asked_before_it_is_ended(monkeypatch, tmp_path):
+    """Also by a script in the background, which ignores SIGINT."""
+    polite = f"try: {OVER}\nexcept KeyboardInterrupt: print('how it failed')"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _, found = run(monkeypatch, tmp_path, MACHINE, part("slow", polite), grace=600.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found["slow"]["verdict"] == CUT_OFF and "how it failed" in (tmp_path / "card-1.log").read_text()
 
 
 def test_time_that_is_left_goes_to_the_next_parts(monkeypatch, tmp_path, capsys):
@@ -244,6 +256,51 @@ def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
     assert "CUDA is used" in speed.attempt(next(speed.steps(bench)))["error"]
 
 
+def test_a_measurement_behind_an_idle_time_waits_for_the_clocks(monkeypatch):
+    """An idle card has low ones. Nothing is waited for right behind another measurement."""
+    now = itertools.count(step=timing.IDLE / 100)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    timer, calls = timing.Timer(torch.device("cpu"), timing.Scale(times=3, warm_up=timing.IDLE / 2)), [0]
+    for idle in (0, 0, 101):
+        [next(now) for _ in range(idle)]
+        calls.append(0)
+        timer.each(lambda: calls.append(calls.pop() + 1))
+    assert calls[1] == calls[3] >= 45 + 4 and calls[2] == 4 and timing.Scale().warm_up > 0
+
+
+def test_the_clock_is_measured_right_behind_the_work(monkeypatch):
+    """A faked card of 1500 MHz, which is known by its identity, and at work when it is asked what limits it."""
+    ms, said = [0.0], []
+
+    class Event(SimpleNamespace):
+        def record(self):
+            self.ms = ms[0]
+
+        def elapsed_time(self, later):
+            return later.ms - self.ms
+
+    def work(cycles):
+        ms[0] += cycles / 1.5e6
+
+    def reasons(_, bits):
+        said.append("limits")
+        bits._obj.value = 0x25
+
+    library = SimpleNamespace(nvmlInit_v2=int, nvmlDeviceGetHandleByUUID=lambda card, _: said.append(card))
+    library.nvmlDeviceGetCurrentClocksThrottleReasons = reasons
+    fakes = {"Event": Event, "_sleep": work, "synchronize": lambda _: said.append("idle"), "current_device": int}
+    for name, fake in (fakes | {"get_device_properties": lambda _: SimpleNamespace(uuid="12-34")}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(machine, "_nvml", machine._nvml.__wrapped__)
+    timer = timing.Timer(torch.device("cpu"), timing.Scale(times=2, warm_up=0))
+    timer.on_gpu = True
+    assert timer.each(lambda: work(3e6)) == [0.002, 0.002] and said == [b"GPU-12-34", "limits", "idle"]
+    assert timer.clock == {"mhz": 1500, "limits": "power cap, software thermal"}
+    monkeypatch.setattr(machine, "output", lambda *command: ", ".join(command))
+    assert machine.asked("pstate")[:3] == ["nvidia-smi", "-i", "GPU-12-34"]
+
+
 CALLS = "".join(json.dumps({"operation": name, "dtype": "float32"}) + "\n" for name in ("p_sample", "randn"))
 LINES = [("ID", "Kernel Name", *COUNTERS.values()), ("", "", *["unit"] * len(COUNTERS))]
 LINES += [(str(i), f"void ddpm_ext::f{i}<a, b>(c)", *map(str, range(10 * i, 10 * i + len(COUNTERS)))) for i in (0, 1)]
@@ -273,6 +330,27 @@ def test_counters_belong_to_their_calls():
     assert "| randn | float32 | 10 | 11 | 12 | 13 | 14 | 15 |" in text
     refused = logs.read_counters(CALLS + "==ERROR== ERR_NVGPUCTRPERM\n", 1)
     assert refused.verdict == NOT_MEASURED and "ERR_NVGPUCTRPERM" in refused.found
+
+
+def step_row(way, us, of_copy=0.5, key="cold"):
+    about = {"operation": "p_sample", "way": way, "shape": [1, 3, 32, 32], "dtype": "float32"}
+    return about | {key: {"us": us, "of_copy": of_copy}, "call": {"us": 9.0}}
+
+
+@pytest.mark.parametrize("key", ["cold", "warm"])
+@pytest.mark.parametrize(
+    "us, of_copy, found",
+    [(2.0, 0.5, "a launch"), (2.4, 0.5, "neither"), (2.4, 0.9, "its bytes"), (2.0, 0.9, "its bytes")],
+)
+def test_what_follows_from_the_times_of_others(us, of_copy, found, key):
+    """By the warm ones, where the cache holds what is moved."""
+    empty = {"operation": "empty launch", "way": "", "shape": [], "dtype": "", "warm": {"us": 1.0}, "call": {"us": 4.5}}
+    own = {"cold": step_row("", 100.0)["cold"]} | step_row(STEPS[0].way, us, of_copy, key)
+    rows = [empty, own, step_row(ADD, 2.0, key=key), step_row(NEAR, 12.0, key="none of ours")]
+    ((shape, dtype, of_empty, of_add, copy, eager, compiled, _, fast),) = bounds(rows)
+    assert (shape, dtype, copy, fast) == ("1x3x32x32", "float32", f"{of_copy:.2f}", found)
+    assert of_empty == f"{us if key == 'warm' else 2:.2f}"  # cold: by the call
+    assert (of_add, eager, compiled) == (f"{us / 2:.2f}", "1.00", "nan")  # eager: by the call, which both have
 
 
 OURS, THEIRS = (

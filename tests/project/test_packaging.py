@@ -153,3 +153,22 @@ def test_metadata(root, metadata, version):
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["title"] == "ddpm_ext" and "version" not in citation  # which comes from pyproject.toml
     assert [author["name"] for author in citation["authors"]] == [metadata["Author"]]
+
+
+def test_what_development_needs_is_pinned_within_its_range(root, metadata):
+    requirements = pytest.importorskip("packaging.requirements")
+    demo, dev = ((root / f"requirements-{name}.txt").read_text().splitlines() for name in ("demo", "dev"))
+    assert "-r requirements-demo.txt" in dev
+    pins = {}
+    for line in [*demo, *dev]:
+        if not line.startswith(("#", "-r ")):
+            pin = requirements.Requirement(line)
+            (only,) = pin.specifier
+            assert only.operator == "==", line
+            assert pin.name not in pins, line
+            pins[pin.name] = only.version
+    needs = [requirements.Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    names = {need.name for need in needs} - {"ddpm-ext"}
+    assert {"torch", "build", "twine", "mkdocs"} <= names and sorted(names - set(pins)) == []
+    for need in needs:
+        assert need.name == "ddpm-ext" or need.specifier.contains(pins[need.name]), need
