@@ -435,7 +435,7 @@ def test_rows_ids_and_scales_far_apart(one_host, windows, variant):
         expected = call.on_cpu()
         for name in ("t", "sample_ids", *(name for name in PER_SAMPLE if name in call.tensors)):
             near = {"t": call.t, "sample_ids": call.ids}.get(name, call.tensors.get(name))
-            far = windows.rooms["x_t"].tensor(near.dtype, (3,), (stride,), 0)
+            far = windows.memory["x_t"].tensor(near.dtype, (3,), (stride,), 0)
             far.copy_(near)
             if name in PER_SAMPLE:
                 one_host.check(replace(call, tensors={**call.tensors, name: far}), expected=expected)
