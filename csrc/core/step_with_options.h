@@ -17,7 +17,8 @@
 
 namespace ddpm_ext {
 
-// Whether a step with this row needs drawn noise. masked: whether the call has a mask.
+// If the noise of a call is drawn: whether the step with this row needs it, for the sample or, in a call with a mask
+// (`masked`), for the known part. Otherwise the kernel skips the draw.
 DDPM_HD bool draws_noise(const StepRow& row, bool masked) {
   return row.s != 0.0f || (masked && row.noise_after != 0.0f);
 }

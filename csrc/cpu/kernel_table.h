@@ -87,8 +87,10 @@ struct MagnitudesRun {
   float *sample_magnitudes, *magnitudes;  // where the first magnitude of the sample is stored, and of the run
 };
 
-// For the selection of a quantile, every kTile neighbouring magnitudes are a tile: a matrix of kGroup rows and
-// kTileColumns columns. A group is one column of a tile, and its maximum is computed first.
+// The layout for the selection of a quantile. Every kTile neighbouring magnitudes are a tile: a matrix in row-major
+// order, of kGroup rows and kTileColumns columns. A group is one column of a tile, so vectors compute the maxima of
+// neighbouring groups together. The maxima are computed first, since for a high quantile only the few groups with a
+// large maximum need to be searched.
 constexpr int64_t kGroup = 16, kTileColumns = 64, kTile = kGroup * kTileColumns;
 
 // The bits of the two magnitudes between which a quantile lies.

@@ -1,6 +1,6 @@
-// Divides the elements of a call into runs for the kernels. The samples are divided among threads, and each run gets
-// its sample's row and Philox counter. A run at the end of a sample, or in strided memory, goes through a buffer. So a
-// kernel processes only whole vectors, in the order of the call's sizes.
+// Divides the elements of a call into runs, each for one call of a kernel: neighbours in a sample, in the order of the
+// call's sizes. The samples are divided among threads, and each run gets its sample's row and Philox counter. A run at
+// the end of a sample, or in strided memory, goes through a buffer. So a kernel processes whole, contiguous vectors.
 #pragma once
 
 #include <algorithm>

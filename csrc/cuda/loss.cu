@@ -111,7 +111,7 @@ __device__ __forceinline__ void by_kind(Loss kind, Take take) {
   take(std::integral_constant<Loss, Loss::huber>());
 }
 
-// The largest number of channels of a call that by_pixels has reordered: shared memory holds a chunk for each channel.
+// The most channels of a call that is reordered by by_pixels: shared memory holds a chunk's losses for each channel.
 constexpr int kMostChannels = 8;
 
 // The work of a thread for one sample. In a turn (one loop iteration) a block processes kParts chunks, and a thread

@@ -57,8 +57,9 @@ class PixelWords {
   // Draws the noise of the thread's word in a turn, as two pairs. All threads of the warp must call this.
   __device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, uint32_t quad,
                                                F2* z) const {
-    // In shared memory a quad takes four times an odd number of floats, so that fewer lanes write to the same bank. 192
-    // floats suffice for a warp's quads with any number of channels: two channels need the most.
+    // In shared memory a quad (four pixels with all channels) takes four times an odd number of floats, so that fewer
+    // lanes write to the same bank. 192 floats suffice for a warp's quads with any number of channels: two channels
+    // need the most.
     constexpr int kTile = 192;
     alignas(16) __shared__ float tiles[kMostThreads / kLanes][kTile];
     float* const tile = tiles[(threadIdx.y * blockDim.x + threadIdx.x) / kLanes] + 4 * quad_of_lane_ * (channels_ | 1);

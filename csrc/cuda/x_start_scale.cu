@@ -116,7 +116,8 @@ __device__ __forceinline__ void for_each_magnitude(const uint32_t* magnitudes, u
 }
 
 // Counts the histogram of the kBinBits bits from bit `shift` on, over the magnitudes that begin with the prefix's bits.
-// Also computes shared.larger. Reads the magnitudes that belong to block number `block` of `blocks`.
+// Also computes shared.larger, the smallest of the magnitudes whose first bits are larger: it may be the second of the
+// two between which the quantile is interpolated. Reads the magnitudes that belong to block number `block` of `blocks`.
 __device__ __forceinline__ void count_bits(const XStartScaleCall& call, int64_t b, uint32_t block, uint32_t blocks,
                                            const Prefix& prefix, int shift, Shared& shared) {
   clear(shared);

@@ -55,7 +55,7 @@ void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at
   CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
               " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
   CHECK_VALUE(table.device() == device, "table", " is on ", table.device(), ", expected the samples' device, ", device);
-  // A GPU reads a row 16 bytes at a time, or at once if it has 8 bytes.
+  // A GPU reads a row in loads of 16 bytes, or of 8 if the row has 8. The address of a load is a multiple of its size.
   const uintptr_t multiple = columns * sizeof(float) < 16 ? 8 : 16,
                   address = reinterpret_cast<uintptr_t>(table.const_data_ptr());
   CHECK_VALUE(address % multiple == 0, "table", " begins at an address that is ", address % multiple,

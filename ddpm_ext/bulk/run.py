@@ -113,9 +113,10 @@ def sample_many(
 
 
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
-    """Prepares the folder, on rank 0: writes or compares the manifest, and locks it. Returns the missing shards.
+    """Prepares the folder, on rank 0, and returns the numbers of the missing shards.
 
-    until_the_end: the lock is released when this ExitStack ends.
+    Writes the manifest with `settings` and the further entries `about`, or checks that an existing manifest has the
+    same settings, with at most as many samples. Locks the manifest until the ExitStack `until_the_end` ends.
     """
     settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": shards.shape}
     settings = json.loads(json.dumps(settings))  # lists in place of tuples, like those of the manifest

@@ -83,9 +83,9 @@ def _suits_model(model: LoadedModel, tables: Iterable[StepTable]) -> bool:
 
 
 def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
-    """The tables that the options --table, --sampler, --steps and --guidance select, one for each scale of guidance.
+    """For each scale of guidance the file of --table, or with --sampler tuned the model's tuned table for --steps.
 
-    Warns if a table was tuned to another model.
+    There are none for any other --sampler, whose table the loop makes. Warns if a table was tuned to another model.
 
     Raises:
         ValueError: an option has no effect together with a table, or a file is missing or damaged.

@@ -64,7 +64,7 @@ def begin_parser(
 
 
 def answer(arguments: Sequence[str]) -> str | None:
-    """The output of `ddpm-ext` for these arguments; None if the package is needed for it."""
+    """The output of `ddpm-ext` for these arguments; None if it needs an import of ddpm_ext, and so of torch: slow."""
     if list(arguments) == ["--version"]:
         return f"ddpm-ext {metadata.version('ddpm-ext')}\n"
     if list(arguments) not in ([], ["-h"], ["--help"], ["help"]):

@@ -84,7 +84,10 @@ def _library() -> Any:
 
 
 class Denoising(LoopOptionsTaker):
-    """The mixin that comes before the library's GaussianDiffusion in the bases of the accelerated class."""
+    """The fused methods for the library's GaussianDiffusion, as a mixin.
+
+    An accelerated class derives from this mixin and, after it, from GaussianDiffusion, so these methods come first.
+    """
 
     library = "denoising-diffusion-pytorch"
     replaces = ("p_sample", "p_sample_loop", "ddim_sample", "interpolate", "q_sample", "p_losses")
@@ -308,7 +311,7 @@ class Denoising(LoopOptionsTaker):
 
     @with_fallback("p_losses")
     def _predict_start(self, steps: KernelTables, x: Tensor, t: Tensor) -> Tensor:
-        """The predicted clean sample for self-conditioning. It is not clipped."""
+        """The predicted clean sample for self-conditioning, which the library clips in sampling but not in training."""
         output = self.model(x, t, None)
         if self.objective == "pred_x0":
             return output.detach()

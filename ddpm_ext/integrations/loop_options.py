@@ -57,10 +57,11 @@ class LoopOptionsTaker(PeerDiffusion):
         return self._cached_by_state((GaussianDiffusion, prediction, *tables.values()), make)
 
     def _default_options(self, method: str, loop_options: Mapping[str, Any]) -> dict[str, Any]:
-        """Defaults of p_sample_loop's options for a call of the library's `method`, from the object's settings.
+        """Options that follow from the object's settings, if ddpm_ext's p_sample_loop runs in place of `method`.
 
         Args:
-            loop_options: the options of p_sample_loop in the call.
+            method: the name of the library's method that was called.
+            loop_options: the options of ddpm_ext's p_sample_loop in the call, which replace the returned ones.
         """
         return {}
 

@@ -56,7 +56,11 @@ class PeerDiffusion(Accelerated):
         return None
 
     def _check_methods(self) -> None:
-        """Raises Fallback if a method is not the library's code, except while a proof runs the rows."""
+        """Raises Fallback if one of `_methods` is not the library's code, for example because a user overrode it.
+
+        It raises nothing inside `_proving`, which runs the rows of an overridden step: to compare them with its code,
+        or because they have already agreed with it.
+        """
         foreign = self._foreign_method()
         if foreign is not None and "_is_proving" not in self.__dict__:
             raise Fallback(self._refusal(foreign))

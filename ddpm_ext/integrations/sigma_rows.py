@@ -56,9 +56,9 @@ def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
 
 
 def first_rows_or_all(table: StepTable, sigmas: Tensor) -> list[int]:
-    """first_rows; or the indices of all rows, up to the number of sigmas, if the table has no row for some sigma.
+    """The indices of the rows with which steps begin, for a function that calls no callback. Calls would show them.
 
-    It is for functions that don't call their callback, which would show where steps begin.
+    They are first_rows; or if the table has no row for some sigma, all rows, up to the number of sigmas.
     """
     step_starts = first_rows(table, sigmas)
     return step_starts if len(step_starts) == len(sigmas) else list(range(min(len(sigmas), len(table))))

@@ -121,7 +121,7 @@ class Tried(NamedTuple):
 
 
 class _StartNoise(TorchFunctionMode):
-    """A mode in which the first torch.randn of a loop, before its first step, returns noise of the noise contract."""
+    """For noise="philox": a mode in which `rng` draws a loop's start noise, its first torch.randn before its steps."""
 
     def __init__(self, rng: Philox) -> None:
         super().__init__()

@@ -102,7 +102,9 @@ def try_training(
                 table = rows.get("loss", device, torch.float32)
                 m = trial.model(noisy, t)
                 loss = ops.diffusion_loss(m, None, table, t, noise=z)
-            # The loss is the square of m - z, which for a single small sample can be far smaller than its terms.
+            # _compare allows rounding errors in proportion to `size`. For a batch (i < 2), the loss serves as size. For
+            # a single small sample, m and z may nearly cancel: the loss, the mean of (m - z)^2, is then far smaller
+            # than the terms from which its rounding errors come.
             size = loss if i < 2 else ((m - z).abs() * (m.abs() + z.abs())).mean()
             _compare(method, trial.call(method, trial.model, x, t), loss, size, t)
     trial.check_state(method)
@@ -126,7 +128,7 @@ class _Probe(nn.Module):
 
 
 class _Trial:
-    """Calls of an object's methods, each from the same state of torch's generators."""
+    """Calls an object's methods, each from the same state of torch's generators, so that all draw the same noise."""
 
     def __init__(self, trial_object: Any, device: torch.device) -> None:
         self.model = _Probe(device)

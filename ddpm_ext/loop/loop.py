@@ -1,4 +1,4 @@
-"""Loop, which takes the rows of a table one after the other, with or without CUDA graphs."""
+"""Loop, which draws samples: for each row of a step table it calls the model and takes a step, also in CUDA graphs."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from ddpm_ext.tables.step_table import StepTable
 _GUIDANCE_ERRORS = (
     " (with half or twice its scale the error was up to 1.3 times that of a table for it, with 3.5 times 1.6)"
 )
-# Two levels count as equal if their angles atan2(noise, signal), in radians, and the logarithms of their sizes differ
-# by no more than this.
+# check_schedule warns if the levels of a row and of the schedule differ by more than this: in the angle
+# atan2(noise, signal), in radians, or in the logarithm of the size sqrt(signal^2 + noise^2).
 NEAR = 0.01
 
 

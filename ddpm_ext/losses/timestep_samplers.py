@@ -102,7 +102,10 @@ class TimestepSampler:
         return t.to(device), weights.to(device)
 
     def _positions(self, indices: Tensor, total: int, seed: int, iteration: int) -> Tensor:
-        """A random number for each index, float64 in [0, 1), from which `_pick` selects a timestep."""
+        """For each sample, by its index in the batch, a random float64 in [0, 1), of which `_pick` makes a timestep.
+
+        The base class draws them independently. `total`, the size of the batch, is for subclasses that spread them.
+        """
         return _uniforms(seed, iteration, indices)
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,9 +160,9 @@ def load_model(
 
 
 def model_sha256(model: LoadedModel) -> str:
-    """The SHA-256 of the architecture, the weights and the diffusion's settings.
+    """The SHA-256 of the architecture, the weights and the diffusion's settings, which identifies a denoiser.
 
-    It depends neither on the folder's path nor on vae/.
+    So a copy of the folder has the same hash. vae/ is not part of it, since the denoiser's loops do not depend on it.
     """
     digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     update_hash(digest, folder_of_denoiser(model.folder))

@@ -15,7 +15,7 @@ from ddpm_ext.models.stored import CONFIG, load_module, make_from_config, read_j
 
 FOLDER = "vae"
 _LARGEST = 1_000_000  # the limit of scaling_factor and shift_factor in size
-# {entry of the configuration: the only kind of block that it may have}; limits.check_decoder counts these blocks' work.
+# {entry of the configuration: the only kind of block that it may have}. limits.check_decoder counts no other's work.
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 

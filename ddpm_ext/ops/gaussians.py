@@ -169,10 +169,11 @@ def _log_tail(z: Tensor) -> Tensor:
 
 
 def _log_of_narrow(middle: Tensor, half: Tensor, log_scale: Tensor) -> Tensor:
-    """The logarithm of the probability of [middle - half, middle + half].
+    """The logarithm of a standard normal's probability of [middle - half, middle + half].
 
     It is the density at the middle, times the width, times the mean of exp(-middle u - u^2 / 2) over |u| < half. The
-    mean is computed by Gauss-Legendre quadrature, which is accurate for half < 1/2 and middle half < 1.
+    mean is computed by Gauss-Legendre quadrature, which is accurate for half < 1/2 and middle half < 1. The width is
+    2 HALF_BIN / exp(log_scale), so its logarithm is computed from log_scale.
     """
     mean = torch.zeros_like(middle)
     for node, weight in zip(_NODES, _WEIGHTS, strict=True):

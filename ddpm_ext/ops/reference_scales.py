@@ -62,7 +62,7 @@ def x_start_scale(
 
 
 def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float, rescale: float) -> Tensor:
-    """Twin of ops.output_scale; for float64 outputs float64 (batch,)."""
+    """Twin of ops.output_scale, in plain torch. The result is float64 if the model's outputs are."""
     checks.samples("model_output", model_output)
     checks.like("uncond_output", uncond_output, "model_output", model_output)
     if not math.isfinite(guidance):

@@ -63,7 +63,8 @@ def _() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-# Without this, Inductor (seen in torch 2.11) reorders the draws of seeds, so the noise differs from that of eager code.
+# Inductor before torch 2.15 (seen in 2.11) may reorder the draws of seeds, which no data connects, so that the noise
+# differs from that of eager code. An ordered effect keeps the order of the code.
 if TORCH < (2, 15):
     from torch._higher_order_ops import effects
 

@@ -57,7 +57,7 @@ def to_uint8(images: Images) -> Pixels:
 
 
 def _enlarged(images: Pixels, scale: int | None) -> Pixels:
-    """The images in RGB, with each pixel enlarged to a square of `scale` pixels; None chooses a scale by the size."""
+    """The images in RGB, with each pixel as a square of `scale` by `scale`; None chooses a scale by their size."""
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
             f"images: got {images.dtype} of shape {images.shape}, "

@@ -97,7 +97,7 @@ class Grid:
 
     @property
     def levels(self) -> dict[str, Tensor]:
-        """The levels of rows that take these steps, as columns of a StepTable."""
+        """Signal and noise where each step starts and where it arrives, as columns of a StepTable, (rows,) each."""
         signal, noise = self.pairs
         return dict(zip(LEVELS, (signal[:-1], noise[:-1], signal[1:], noise[1:]), strict=True))
 
@@ -141,7 +141,7 @@ class Jumps:
 
     @property
     def levels(self) -> dict[str, Tensor]:
-        """The levels of rows that take these steps, as columns of a StepTable."""
+        """Signal and noise where each step starts and where it arrives, as columns of a StepTable, (rows,) each."""
         return level_columns(self.now, self.after)
 
     @property

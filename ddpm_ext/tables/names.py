@@ -57,7 +57,8 @@ def sampler_and_spacing(
 
     Args:
         input_name: the sampler's name. It may end with the name of a spacing, as in "DPM++ 2M Karras".
-        spacing: the caller's spacing or None. An unknown spacing is returned unchanged.
+        spacing: the caller's spacing or None. A spacing that is no known name, such as "ddim25", is returned unchanged:
+            the caller decides whether it is valid.
 
     Raises:
         ValueError: an unknown sampler, or a sampler's name that ends with a spacing other than `spacing`.

@@ -223,7 +223,7 @@ class _FirstRun:
         return self._numbers(2 * max(1.0, self.run.clip or 0.0), 1.0)[0]
 
     def rows(self) -> Columns:
-        """The rows of steps that do not clip."""
+        """The rows of all steps, fitted to numbers that no clip changes. They are right if no step clips."""
         return self._rows(self.small_numbers, factors_of(self.run, self.small_numbers))
 
     def clipped_rows(self, clip: Pair, make_clean_run: Callable[[], _FirstRun] | None) -> Columns:
@@ -344,9 +344,9 @@ def signed(numbers: Array, sign: int) -> Array:
 
 
 def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
-    """The factor of each step's sample in the model's input, (steps,).
+    """The factor by which scale_model_input multiplies each step's sample, (steps,). If `factors` is given, tests it.
 
-    None where the input is no multiple of the sample, or not the multiple by `factors`.
+    None if in any step the input is the sample itself, is no multiple of it, or not the multiple by `factors`.
     """
     if loop.scaled is None:
         return None

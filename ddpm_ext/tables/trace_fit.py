@@ -251,13 +251,16 @@ def lagged(values: Array) -> list[Array]:
 
 
 def _fit(run: Run, loop: Numbers, tries: Sequence[Array]) -> Array:
-    """Fits each step with the first entry of `tries` that suffices.
+    """Expresses each step's result as a weighted sum of columns, whose factors are fitted by least squares.
+
+    A step uses the first entry of `tries` with a relative error of at most loop.bound().
 
     Args:
-        tries: arrays of columns (steps, columns, count). Each begins with the columns of the previous try.
+        tries: arrays (steps, columns, count). A column has the numbers that a step may read, such as its sample. Each
+            array begins with the columns of the previous try.
 
     Returns:
-        The factors, (steps, columns of the last try), zeros for columns that were not needed.
+        The factors, (steps, columns of the last try); zeros for columns that a step did not need.
 
     Raises:
         ValueError: no try fits a step.

@@ -118,7 +118,8 @@ def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
 def _learned_range(posterior: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
     small, large = posterior.small.clamp(min=LEAST), posterior.large
-    # Without this, the range of the last step's variance would begin at LEAST.
+    # The last step's posterior variance is 0, so its range would begin at LEAST, which means nothing. As in
+    # guided-diffusion, it begins at the variance of the step before.
     if posterior.has_last_step and posterior.small[-1] == 0:
         small = posterior.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)

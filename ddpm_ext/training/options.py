@@ -267,7 +267,10 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
 
 
 def with_defaults_of(stored: dict[str, Any], changes: dict[str, Any]) -> TrainOptions:
-    """The options in a checkpoint, `stored`, of which `changes` replaces some."""
+    """The options `changes`, and for all others those in a checkpoint, `stored`.
+
+    Names in `stored` that are no options, as in a checkpoint of another version, are ignored.
+    """
     current = {name: value for name, value in stored.items() if name in TrainOptions.__dataclass_fields__}
     return TrainOptions(**current | changes)
 

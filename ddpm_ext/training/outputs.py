@@ -297,6 +297,8 @@ class Outputs:
     def _update_options(self) -> bool:
         """Replaces the options in training.json, if the file exists and its options have the same number of steps.
 
+        A file with another number of steps describes an earlier end of the run, so all of it must be written anew.
+
         Returns whether the options were replaced.
         """
         path = self.folder / "training.json"

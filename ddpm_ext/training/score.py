@@ -78,7 +78,11 @@ def precision_recall(images: Tensor, samples: Tensor, neighbours: int = 3) -> tu
 
 
 def _share_among(population: Tensor, points: Tensor, neighbours: int) -> float:
-    """The share of `points` that lie among the set `population`."""
+    """The share of `points` that lie among the set `population`.
+
+    A point does if it is at most as far from some member of the set as that member's k-th nearest neighbour in the set,
+    with k = `neighbours`.
+    """
     rows = max(1, _DISTANCES // len(population))
     # Each point's nearest point is itself, so the k-th neighbour is the (k + 1)-th smallest distance.
     reach = torch.cat(

@@ -147,7 +147,7 @@ class TrainingStep:
     def _backward(
         self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Adds the gradients of the samples in `part`; returns their losses, (len(part),), without `weights`."""
+        """Adds the gradient of `part`'s weighted losses to .grad; returns the losses unweighted, (len(part),)."""
         state, options = self.state, self.options
         in_batch = slice(part.start - self.samples.start, part.stop - self.samples.start)
         if self._captured is None:  # setting a seed is not allowed during the capture of a graph

@@ -253,7 +253,7 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
     if called:
 
         def pair(plain, m, x, noise):
-            """The results of diffusers' step in float32 and in float64."""
+            """The results of diffusers' step in the dtypes of its inputs, and those in float64, the truth."""
             other, truth = copy.deepcopy(plain), exact(plain)
             result, _ = step(other, m, x, noise)
             with in_float64(name, drawn):

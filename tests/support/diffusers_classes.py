@@ -53,7 +53,8 @@ def classes() -> dict[str, type]:
     return dict(sorted(by_name.items()))
 
 
-# The names of the classes that run diffusers' code, and of those whose steps are traced.
+# The names of diffusers' classes whose accelerated classes always run diffusers' own code, since their steps can't be
+# traced, and of those whose steps are traced.
 ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(NOT_TRACED.values(), ())]
 TRACED = [n for n, cls in classes().items() if n not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)]
 

@@ -164,7 +164,10 @@ def build(folder: Path) -> None:
 
 @contextmanager
 def planted(folder: Path, fault: Fault) -> Iterator[dict[str, str]]:
-    """Plants the fault in the copy, and yields environment variables for its tests."""
+    """A context in which the copy has the fault. Yields the environment variables that its tests need.
+
+    A fault in C++ is already compiled into the copy, and a variable selects it.
+    """
     if fault.compiled:
         yield {"DDPM_FAULT": str(fault.number)}
         return

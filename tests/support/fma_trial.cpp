@@ -1,5 +1,5 @@
-// A library with the fma for CPUs without an fma instruction, over vectors and over single numbers, and with the C
-// library's fma.
+// Three functions for tests/ops/test_fma_by_double.py, which calls them by ctypes. Two compute our fma for CPUs without
+// an fma instruction: on vectors, and on single floats. The third calls the C library's fmaf, the expected result.
 #define DDPM_WITHOUT_FMA
 #include "cpu/simd/sse2.h"
 

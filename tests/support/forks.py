@@ -59,7 +59,7 @@ def in_forks(script: str, folder: Path, runs: Runs) -> dict[str, list[int]]:
 
 
 def said(folder: Path, rank: int, where: str = "err") -> str:
-    """The output of a rank. folder: `folder`/name of in_forks. where: "out" or "err"."""
+    """What a rank wrote to a stream, "out" or "err". folder: the folder `folder`/name in which in_forks put the run."""
     return (folder / f"{rank}.{where}").read_text()
 
 

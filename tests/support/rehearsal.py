@@ -95,9 +95,9 @@ def wrong(parts: dict[str, Any]) -> list[str]:
 
 
 def rehearse(out: Path, tests: str) -> tuple[dict[str, Any], list[str]]:
-    """Runs the rehearsal, with its report in the folder `out`.
+    """Runs `make gpu` in a copy of the sources with a pretended GPU. Its report is written to the folder `out`.
 
-    tests: which tests run, as pretended.SIGN describes.
+    tests: which tests run: "all", "first" or "few", see pretended.SIGN.
 
     Returns:
         The results of each part by the part's name, and descriptions of the failures.

@@ -34,7 +34,8 @@ from ddpm_ext.tables.step_table import StepTable
 Made = TypeVar("Made")
 OLDEST = (0, 32)  # the oldest version of diffusers whose schedulers can be accelerated
 UNFUSED = -1  # stands for the row of a timestep that has no fused form
-# The rows of all schedulers. The key is the class and LoopKey of a traced scheduler, or the settings of `Alphas`.
+# The table rows of all schedulers, and the weights of their add_noise: schedulers with equal settings share them. A
+# traced scheduler's key has its class and LoopKey; any other has the function that makes the value, and what it reads.
 ROWS: BoundedCache[Any] = BoundedCache(64)
 STEPS = ("step", "step_pred")
 # Methods that count neither as fused calls nor as fallbacks: they launch no kernel of a step.

@@ -24,7 +24,7 @@ from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.ops.noise import randn
 
 NAME = "randn_tensor"
-# Image-to-image pipelines start from latents that this module draws.
+# Image-to-image pipelines start from latents that diffusers' module of autoencoders draws, by the same function.
 OF_VAES = "diffusers.models.autoencoders.vae"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

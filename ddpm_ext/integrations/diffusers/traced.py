@@ -97,7 +97,11 @@ class Position(NamedTuple):
         return self.rows.trace.scales is not None and self.proof is None
 
     def is_proven(self) -> bool:
-        """Whether the rows may replace the code of the steps. The library's code needs no proof."""
+        """Whether the rows may replace the code of the steps.
+
+        Always true for diffusers' own steps, which have no proof. For a step that a user wrote, true once its code and
+        its rows have given the same results in every step of the loop.
+        """
         return self.proof is None or len(self.proof.holds) == len(self.rows.times)
 
 
@@ -124,7 +128,8 @@ class TracedScheduler(Forward):
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._set_timesteps(*args, **kwargs)
-        # Assigned, not deleted: pipelines that denoise several views restore each view's state by `__dict__.update`.
+        # Assigned, not deleted: pipelines that denoise several views restore each view's state by `__dict__.update`,
+        # which would leave the position of the view before.
         self._position = None
         return result
 
@@ -275,7 +280,11 @@ class TracedScheduler(Forward):
     # ------------------------------------------------------------------------------------------------------- loops
 
     def _position_of(self, call: Call) -> Position:
-        """The position in the loop at the row of this step. Raises Fallback if the loop has no row for it."""
+        """The position whose next row is that of this step. The first step after set_timesteps begins a new loop.
+
+        Raises Fallback if the step is out of turn, or its options, tensors or settings are not those of the steps
+        before. In a loop without history, a step may take any row, and other options begin a new loop.
+        """
         position: Any = self._position
         if not isinstance(self.timesteps, Tensor) or self.timesteps.dim() != 1:
             raise Fallback("its timesteps are no vector")
@@ -328,9 +337,10 @@ class TracedScheduler(Forward):
         return Position(rows, 0, self._settings_of(rows.contents), proof)
 
     def _check_changes(self) -> None:
-        """Raises Fallback for good if two loops in a row have changed attributes that the rows depend on.
+        """Called when a loop of a step that a user wrote begins. Raises Fallback, now and in all later loops, if in two
+        loops in a row the step itself has changed attributes on which the rows depend.
 
-        Every loop of such an object would have to be traced anew.
+        The rows hold for the attributes' values at the beginning of a loop, so every loop would be traced anew.
         """
         state = self.__dict__
         contents, proof = state.get("_user_loop", ({}, Proof()))

@@ -11,7 +11,8 @@ from ddpm_ext.integrations.shared import Support
 OF_THREE_CHANNELS = (
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
 )  # fmt: skip
-# The attributes that steps of diffusers' classes write. A user's step that writes other attributes is not replaced.
+# The attributes that steps of diffusers' classes write. A user's step that writes other attributes is not replaced by
+# rows: rows write none of the tensors that a step stores, and the user's program may read them.
 STORED = {
     "_init_size", "_step_index", "counter", "cur_sample", "derivatives", "dt", "ets", "last_noise", "last_sample",
     "lower_order_nums", "model_outputs", "prev_derivative", "sample", "sigma_data", "this_corrector_order",

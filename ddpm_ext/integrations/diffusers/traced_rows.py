@@ -111,7 +111,7 @@ class LoopRows(NamedTuple):
         return self
 
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-        """The loop's dtypes, observed in a run of the loop on small tensors of these dtypes."""
+        """The dtypes of the loop's results and noise for these inputs, observed where its code runs on small ones."""
         dtypes = self.dtypes.get((output, sample))
         if dtypes is None:
             dtypes = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
@@ -162,7 +162,7 @@ def rows_of_loop(cls: Any, state: Mapping[str, Any], key: LoopKey, cache: Bounde
 
 
 def config_of(state: Mapping[str, Any]) -> Config:
-    """A copy of the config in a scheduler's attributes."""
+    """A copy of the config among a scheduler's attributes, with which is_config compares a later one."""
     return dict(vars(state[CONFIG])), dict(state[CONFIG])
 
 

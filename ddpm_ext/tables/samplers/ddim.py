@@ -22,6 +22,9 @@ def implicit(
 ) -> StepTable:
     """The rows prev = sqrt(a_s) x0 + direction eps + sigma z.
 
+    With keep_eps, eps is the noise that the model's output implies. Without, it is the noise that leads from the
+    clipped x0 to x_t.
+
     A direction of None stands for sqrt(1 - a_s - sigma^2), which gives prev the variance of its level: Song et al.
     2021, eq. (12). For a direction of None, sigma^2 must be at most 1 - a_s, up to rounding.
     """

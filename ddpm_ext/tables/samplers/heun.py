@@ -44,7 +44,7 @@ def heun_steps(prediction: str, steps: Jumps, ends: Jumps) -> StepTable:
             last step is one Euler row.
     """
     end = torch.cat([ends.now, steps.after[-1:]])
-    # The standard deviation of the noise that a forward step between the levels adds.
+    # The standard deviation of the noise that leads from the end of Heun's step up to the level after the noise.
     s = (1 - steps.after / end).sqrt()
     twice = steps.now > 0
     twice[-1] = False

@@ -55,7 +55,7 @@ class TensorImages:
         return self._labels
 
     def fingerprint(self) -> str:
-        """A hash of the shape and of all values."""
+        """A hash of the images' shape and values. The labels have a hash of their own in a run."""
         return digest([repr(tuple(self.images.shape)).encode(), self.images.contiguous().numpy().data])
 
 

@@ -24,7 +24,10 @@ SHAPES = ((5, 1), (5, 67), (5, 3, 17, 19), (5, 1024))
 
 
 class Call(NamedTuple):
-    """A call of an operator of main.cpp: its arguments and its expected results, by their names in main.cpp."""
+    """A call of an operator of main.cpp: its arguments and its expected results, by their names in main.cpp.
+
+    what: the call in words, for messages of tests.
+    """
 
     what: str
     operator: str
