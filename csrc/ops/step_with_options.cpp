@@ -34,7 +34,8 @@ void check_pair(const StepInputs& arguments, Role role, Role partner) {
               " is given without ", kRoleNames[static_cast<int>(partner)], ", expected both");
 }
 
-// Checks model_input. It has the shape of x_t or twice the batch, and may have any dtype that the kernels have.
+// Checks model_input, to which the step writes the model's next input, and sets its dtype in the call. It has the shape
+// of x_t or twice its batch (both halves get the input, for guidance), and may have any dtype that the kernels have.
 void check_model_input(StepCall& call, const Tensor* tensor, const Tensor& x_t) {
   if (tensor == nullptr) return;
   const char* name = "model_input";

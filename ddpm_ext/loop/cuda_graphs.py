@@ -66,7 +66,7 @@ class CudaGraphs:
             )
 
     def run(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
-        """Runs `step` by a replay of its CUDA graph, which is captured at the first use of the key.
+        """Runs `step` by a replay of its CUDA graph, captured at the key's first use. Without graphs, calls `step`.
 
         Args:
             key: the key of the graph.

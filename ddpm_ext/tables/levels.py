@@ -19,7 +19,8 @@ from ddpm_ext.base import checks
 # The columns of a StepTable that hold levels: where a row starts, and where it arrives.
 LEVELS = ("signal_now", "noise_now", "signal_after", "noise_after")
 
-# Returns r, (n,), from the signal and noise of x / r, (n,) each, with signal^2 + noise^2 = 1.
+# Returns r, (n,), by which variance-preserving samples y are multiplied: x = r y. It takes the signal and noise of y,
+# (n,) each, with signal^2 + noise^2 = 1.
 Scale = Callable[[Tensor, Tensor], Tensor]
 
 # Returns the model's timesteps, floating (n,), from the signal and noise of x, float64 (n,) each.
@@ -27,7 +28,7 @@ TimestepOf = Callable[[Tensor, Tensor], Tensor]
 
 
 def flow(signal: Tensor, noise: Tensor) -> Tensor:
-    """The scale of signal + noise = 1: rectified flow, Liu et al. 2023, Lipman et al. 2023."""
+    """The scale r of samples x with signal + noise = 1: rectified flow, Liu et al. 2023, Lipman et al. 2023."""
     return 1 / (signal + noise)
 
 

@@ -88,7 +88,7 @@ def difference(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> Table
 
 
 def _compare(rows: list[int], here: list[float], there: list[float]) -> ColumnDiff:
-    """`here` and `there` are the values of the rows that differ; `rows` has the numbers of these rows."""
+    """The difference in one column. rows: the numbers of the rows that differ; here, there: their values, by table."""
     absolute, relative = 0.0, 0.0
     for x, y in zip(here, there, strict=True):
         distance, largest = abs(x - y), max(abs(x), abs(y))

@@ -242,3 +242,15 @@ def test_refusals(backend, rows, device):
         assert model.calls == (output is not None)
     with pytest.raises(ValueError, match="x_start is missing, expected a tensor with variational"):
         gd.ops.diffusion_loss(outputs("learned", device), None, rows, t, rng=Philox(0), variational=True)
+
+
+def test_losses_of_one_object_in_any_order():
+    """With the error, without it, and with other factors of the bound: each loss has rows of its own."""
+    z, m, x = torch.zeros(SHAPE), outputs("learned_range", "cpu"), images("cpu")
+
+    def loss_of(gd, options):
+        return gd.train_losses(lambda *_: m, x, TIMESTEPS, noise=z + 0.5, **options)
+
+    gd = GaussianDiffusion(1000, variance="learned_range")
+    for options in ({}, {"loss": "vlb"}, {"vlb_weight": 0.5}, {"loss": "rescaled_vlb"}, {"loss": "vlb"}, {}):
+        assert torch.equal(loss_of(gd, options), loss_of(GaussianDiffusion(1000, variance="learned_range"), options))

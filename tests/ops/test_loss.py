@@ -255,18 +255,19 @@ def test_backward_leaves_what_saved_tensors_hooks_hold(table, normal, upstream):
     assert torch.equal(held[0], before[0])
 
 
-def test_backward_twice_and_accumulated(table, normal):
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_backward_twice_and_accumulated(table, normal, scale):
     for dtype in (F32, F16):
         x = normal(3, 40, seed=1)
         leaf = normal(3, 40, dtype=dtype).requires_grad_()
-        loss = ops.diffusion_loss(leaf, x, table, 0, rng=Philox(0))
+        loss = scale * ops.diffusion_loss(leaf, x, table, 0, rng=Philox(0))
         loss.backward(retain_graph=True)
         once = leaf.grad.clone()
         loss.backward()
         assert torch.equal(leaf.grad, 2 * once)
         leaf.grad = None
         for _ in range(3):
-            ops.diffusion_loss(leaf, x, table, 0, rng=Philox(0)).backward()
+            (scale * ops.diffusion_loss(leaf, x, table, 0, rng=Philox(0))).backward()
         assert torch.equal(leaf.grad, once + once + once)
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()

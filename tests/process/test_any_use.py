@@ -8,6 +8,7 @@ from support.any_use import Subject, same_calls
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.predictions import PREDICTIONS
 from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS
 from ddpm_ext.tables.schedules import SCHEDULES
@@ -48,6 +49,12 @@ class Diffusion(Subject):
         kind = choose.one_of(["the same", "its first", "ids", "torch"], "rng")
         ids = Philox(4, torch.arange(2 * count)[::2])
         return {"the same": self.rng, "its first": Philox(3), "ids": ids, "torch": None}[kind]
+
+    def random_of_call(self, choose, count):
+        """Those of `random`, and a Philox with another stream or draw, which loops refuse."""
+        if choose.one_of([False, True], "address"):
+            return Philox(3, stream=choose.one_of([None, 0, 2, 16], "stream"), draw=choose.one_of([None, 0, 7], "draw"))
+        return self.random(choose, count)
 
     def loop(self, choose):
         shape, shift = choose.one_of(SHAPES, "shape"), choose.one_of([0.0, 0.3], "shift")
@@ -105,16 +112,19 @@ class Diffusion(Subject):
     def do_step(self, choose):
         x, t = self.pair(choose)
         clip = choose.one_of(CLIPS, "clip_denoised")
-        return self.diffusion.p_sample(model, x, t, clip, rng=self.random(choose, len(x)))
+        return self.diffusion.p_sample(model, x, t, clip, rng=self.random_of_call(choose, len(x)))
 
     def do_q_sample(self, choose):
         x, t = self.pair(choose)
-        return self.diffusion.q_sample(x, t, rng=self.random(choose, len(x)))
+        return self.diffusion.q_sample(x, t, rng=self.random_of_call(choose, len(x)))
 
     def do_losses(self, choose):
         x, t = self.pair(choose)
         shift = torch.zeros((), requires_grad=True)
-        loss = self.diffusion.train_losses(lambda x, t: model(x, t, shift), x, t, rng=self.random(choose, len(x)))
+        options = {"loss": choose.one_of([*LOSSES, *BOUNDS], "loss"), "rng": self.random_of_call(choose, len(x))}
+        if options["loss"] in LOSSES:
+            options["weighting"] = choose.one_of(["simple", "min_snr", torch.linspace(1, 2, 50)], "weighting")
+        loss = self.diffusion.train_losses(lambda x, t: model(x, t, shift), x, t, **options)
         loss.sum().backward()
         return [loss.detach(), shift.grad]
 

@@ -112,7 +112,8 @@ def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout = layout or torch.preserve_format
     if device is None or (device.type in ("cpu", "cuda") and index_of(device) == card_of(self)):
         return PLAIN["to"](self, dtype or self.dtype, copy=copy, memory_format=layout)
-    # "cpu:0", not "cpu": plain "cpu" is what C++ autograd passes for the device of a card's tensor.
+    # A copy to the host asks for "cpu:0". Plain "cpu" is what C++ autograd passes for the device of a card's tensor, so
+    # Operators takes it for the card.
     device = torch.device(device.type, index_of(device) or 0) if device.type in ("cpu", "cuda") else device
     copy_options = {"dtype": dtype, "non_blocking": non_blocking, "memory_format": layout}
     return torch.ops.aten._to_copy(self, device=device, **copy_options)

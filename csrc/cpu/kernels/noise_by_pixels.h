@@ -65,7 +65,8 @@ __attribute__((noinline)) void number_blocks(PixelsMemory& memory, int64_t group
   for (int64_t i = group + n; --i >= n;) memory.products[i] -= memory.products[i - n];
 }
 
-// Copies a group's noise into memory order. The group has `group` blocks. A stretch, which is all channels of one
+// Copies the noise of a group of `group` Philox blocks into memory order, (pixels, channels). In memory.drawn, array k,
+// which starts at k * kMostDrawn, has all channels of pixel k of each four. A stretch, which is all channels of one
 // pixel, is copied with kFloats elements at a time: one copy, or several with kLonger. A copy may extend beyond its
 // stretch, and the next copy overwrites the excess.
 template <int64_t kFloats, bool kLonger = false>

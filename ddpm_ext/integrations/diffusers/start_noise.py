@@ -68,7 +68,10 @@ def _modules_of(pipeline: Any) -> list[ModuleType]:
 
 @contextlib.contextmanager
 def _replaced(module: ModuleType) -> Iterator[None]:
-    """Replaces `randn_tensor` in a module. Calls that overlap, also from several threads, share one replacement."""
+    """Replaces a module's `randn_tensor` by that of _checking_caller, which draws by seed and sample id.
+
+    Calls of pipelines that overlap, also from several threads, share one replacement. The last to end removes it.
+    """
     name = module.__name__
     with _lock:
         if not _calls.get(name):

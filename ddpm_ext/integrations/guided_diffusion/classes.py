@@ -70,7 +70,7 @@ class Guided(PeerDiffusion):
         if peer is None:
             return
         for name, parameters in cls._peer_parameters.items():
-            # The method of the base class is checked, since an override in a subclass may take (*args, **kwargs).
+            # The base-most definition is checked, since an override, as in SpacedDiffusion, may take (*args, **kwargs).
             method = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
             actual = "()" if method is None else signature_text(method)
             expected = f"(self, {parameters})"

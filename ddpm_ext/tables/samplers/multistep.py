@@ -71,10 +71,13 @@ def lagrange_weights(
 def extrapolated(
     nodes: Sequence[float], order_of_step: Sequence[int], density: Callable[[np.ndarray], np.ndarray] = np.ones_like
 ) -> list[list[float]]:
-    """Each row's weights: they give the mean, over the step, of a polynomial through as many values as its order.
+    """Each row's weights of the values at its step and at earlier steps, the latest first: as many as the step's order.
+
+    They give the mean, over the step, of the polynomial through these values.
 
     Args:
-        nodes: (rows + 1,), where each step starts. The last entry is where the last step arrives.
+        nodes: (rows + 1,), the polynomial's variable, such as sigma, where each step starts. The last entry is where
+            the last step arrives.
         order_of_step: (rows,), the order of each step.
         density: see lagrange_weights.
     """

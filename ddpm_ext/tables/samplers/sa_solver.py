@@ -86,12 +86,15 @@ def sa_solver(
 
 
 def _weights(levels: list[float], step: int, newest: int, order: int, rate: float) -> np.ndarray:
-    """The weights of x0 in the integral of e^(rate lambda) x0 over a step, divided by the signal at its end. (SLOTS,)
+    """The weights of the last `order` x0, the latest first, in rate * integral of e^(rate (lambda - end)) x0: (SLOTS,).
+
+    The integral is over the step, which arrives at lambda = end; x0 is the polynomial in lambda through these values.
+    At second order the integral is approximate: see sa_solver.
 
     Args:
         levels: lambda, half of the log signal-to-noise ratio, where each step starts, and at the last step's end.
-        newest: the number of the step of the latest x0. Its level is the polynomial's first node; the other nodes are
-            the levels of earlier steps.
+        newest: the number of the step that predicts the latest x0: `step`, or step + 1 for the corrector. The other x0
+            are of the steps before it.
         rate: 1 + tau^2.
     """
     start, end = levels[step], levels[step + 1]

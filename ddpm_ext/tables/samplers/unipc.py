@@ -26,8 +26,8 @@ def unipc(
 
     A row first corrects x by the model's output at x (UniC), then takes the step from the corrected sample (UniP). The
     corrected sample differs from x by a weighted sum of predicted clean samples, of this step and of earlier steps, so
-    rows keep only x0. As in diffusers, the model's output at the corrected sample is not computed. The first step is of
-    first order, and so is a last step that arrives at clean data.
+    later rows need only a row's x0. As in diffusers, the model's output at the corrected sample is not computed. The
+    first step is of first order, and so is a last step that arrives at clean data.
 
     Args:
         grid: descending.
