@@ -37,7 +37,7 @@ def _tensors(arguments: Mapping[str, Tensor | float]) -> list[Tensor]:
         if isinstance(value, Tensor) and not value.is_floating_point():
             raise TypeError(f"{name} has dtype {value.dtype}, expected a floating one")
         if isinstance(value, Tensor) and value.device != tensors[0].device:
-            raise ValueError(f"{name} is on {value.device}, expected {tensors[0].device}, as the others")
+            raise ValueError(f"{name} is on {value.device}, expected {tensors[0].device}, like the other tensors")
     try:
         torch.broadcast_shapes(*(value.shape for value in tensors))
     except RuntimeError:

@@ -143,7 +143,7 @@ def common_side(paths: list[Path]) -> int:
         if not width == height == side:
             raise ValueError(
                 f"image size: got none, and {path} is {width} by {height} pixels, expected a size, or images that all "
-                f"are {side} by {side}, as the first one is wide"
+                f"are {side} by {side}, since the first is {side} wide"
             )
     if side is None:
         raise ValueError(f"image size: got none, and no image can be read, not even {paths[0]}; expected a size")
