@@ -159,7 +159,8 @@ def test_shared_memory_that_is_full(tmp_path, monkeypatch, owner, name, error):
 @pytest.mark.subprocess
 def test_worker_that_dies(tmp_path):
     data = Items(IMAGE, (IMAGE, 1), torch.zeros(1, 8, 9))
-    with pytest.raises(ValueError, match=r"^data: item 2 has shape \(1, 8, 9\), expected \(1, 8, 8\), the shape of item 0$"):
+    message = r"^data: item 2 has shape \(1, 8, 9\), expected \(1, 8, 8\), the shape of item 0$"
+    with pytest.raises(ValueError, match=message):
         make(tmp_path / "run", data=data, workers=1).fit()
     data = Worker(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ChildProcessError, match=r"^data: a worker died \(DataLoader worker .*expected .* workers=0$"):

@@ -100,7 +100,8 @@ class DatasetImages:
         for index, image in zip(numbers, images, strict=True):
             if image.shape != self.shape:
                 raise ValueError(
-                    f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, the shape of item {self._first}"
+                    f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, "
+                    f"the shape of item {self._first}"
                 )
         return torch.stack(images)
 
