@@ -51,7 +51,7 @@ demo: $(DEMO_BUILD) ## draw shapes with the model that comes along, half a minut
 # As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
-test: build ## all tests but the longest, nine minutes on two cores
+test: build ## all tests but the longest, ten minutes on two cores
 	$(PYTEST) -m "not long"
 
 test-all: build ## also the longest: CUDA kernels under AddressSanitizer, and make gpu against a pretended card
