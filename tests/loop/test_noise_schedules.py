@@ -23,7 +23,7 @@ RISING = torch.linspace(0.05, 1, T, dtype=F64)
 SCHEDULES = {
     "flow": "flow",
     "sigma space": sigma_space(SIGMAS),
-    "edm": edm(SIGMAS),
+    "edm": edm(SIGMAS, 0.4),
     "curved": NoiseSchedule(1.2 - RISING**2, RISING.sqrt()),
 }
 SHAPE = (2, 3, 4)

@@ -1,5 +1,6 @@
 """ddpm_ext.models: diffusers' folders, the scheduler's settings, the digits model; damaged and unsupported files."""
 
+import inspect
 import json
 import shutil
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from support.refused import refused
 
 from ddpm_ext import GaussianDiffusion, models
 from ddpm_ext.models.folder import CONFIG, SCHEDULER, WEIGHTS
-from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.models.scheduler import DiffusionSettings, clips, read_settings
 from ddpm_ext.tables.schedules import sigma_space
 from ddpm_ext.tables.variances import VARIANCES
 
@@ -186,6 +187,13 @@ def test_variances_there_and_back(variance):
     if variance == "learned":
         with pytest.raises(RuntimeError):
             scheduler.step(output, 5, x)
+
+
+def test_clip_sample_counts_where_diffusers_reads_it():
+    for name in ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"):
+        assert clips({"_class_name": name, "clip_sample": False}, "s") == (name == "PNDMScheduler")
+        reads = "clip_sample" in inspect.signature(getattr(diffusers, name)).parameters
+        assert reads == (name != "PNDMScheduler")
 
 
 def test_bad_scheduler_configs():

@@ -25,7 +25,7 @@ VARIANTS = {
     "plain": {"checkpoint_every": 3},
     "pictures": {"checkpoint_every": 2, "sample_every": 2, "extra_emas": (0.5,), **DRAWN},
     # Both also end with the last step, so that the number of steps stays the same.
-    "scores": {"checkpoint_every": 4, "score_every": 3, "score_count": 2, "snapshot_every": 2, **DRAWN},
+    "scores": {"checkpoint_every": 3, "score_every": 3, "score_count": 2, "snapshot_every": 2, **DRAWN},
 }
 STEPS = 9
 
@@ -117,7 +117,9 @@ def do_lose_the_newest_checkpoint(folder, choose, straight):
         if len(found) > 1 and choose.one_of([True, False], "cut"):
             found[-1].write_bytes(found[-1].read_bytes()[:-1])
         else:
-            found[-1].unlink()
+            # Without a readable one, a checkpoint that was cut before would stop the run.
+            for path in found[-1:] if len(found) > 1 else folder.checkpoints():
+                path.unlink()
         folder.newest = int(found[-2].stem[5:]) if len(found) > 1 else 0
 
 
@@ -166,7 +168,7 @@ def test_any_runs(variant, tmp_path_factory):
             make(made[steps], steps=steps, **ALWAYS, **VARIANTS[variant]).fit()
         return made[steps]
 
-    @for_many(12)
+    @for_many(25)
     def any_runs(choose):
         folder = Folder(parent / f"run-{len(list(parent.iterdir()))}", variant)
         calls = [do_run, do_run, do_run, do_lose_the_newest_checkpoint, do_start_that_is_refused]

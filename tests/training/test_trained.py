@@ -66,6 +66,7 @@ def test_classes_of_a_module(tmp_path):
         trained = training.load(tmp_path / "run", Conditional(4))
         assert (trained.classes.names, trained.classes.null) == (("0", "1", "2"), 3)
         assert torch.allclose(trained.sample(16, **LOOP), trainer.sample(), atol=1e-5)
+        assert torch.allclose(trained.sample(3, first=4, **LOOP), trainer.sample()[4:7], atol=1e-5)
         one = trained.sample(3, classes=[1], **LOOP)
         assert torch.allclose(one[1], trainer.sample()[1], atol=1e-5)  # the sample of id 1 has class 1 there, too
         assert not torch.allclose(one[0], trainer.sample()[0], atol=1e-3)

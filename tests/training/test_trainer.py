@@ -77,6 +77,28 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
         assert row == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_timestep_sampler_learns_from_losses_without_weights(tmp_path):
+    """The weights make up for unequal probabilities, on which a timestep's loss does not depend."""
+    seen = []
+
+    class Learning(Importance):
+        learns, weighted = True, True
+
+        def sample(self, *arguments, **options):
+            t, weights = super().sample(*arguments, **options)
+            return t, weights if self.weighted else torch.ones_like(weights)
+
+        def update(self, t, losses, *, local=True):
+            seen.append(losses)
+
+    for weighted in (True, False):
+        trainer = make(tmp_path / str(weighted), steps=1)
+        trainer.state.timestep_sampler = Learning(torch.linspace(1, 3, 20))
+        trainer.state.timestep_sampler.weighted = weighted
+        trainer.fit()
+    assert torch.equal(*seen) and seen[0].min() > 0
+
+
 def test_float16_skips_a_step_that_overflows(tmp_path):
     model = Tiny(dropout=0.0)
     with torch.no_grad():
