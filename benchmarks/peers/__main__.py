@@ -65,8 +65,8 @@ def main() -> None:
         "synchronisation where they are on a GPU; plain / torch / philox, of a step; timesteps on a GPU are read once "
         "a loop more",
         "- what a library's own step takes depends on whether the allocator keeps its temporaries' memory: at "
-        "64x3x32x32 up to twice as long in other runs, and at 64x4x64x64 ten times; ours repeat within a tenth, but "
-        "for samplers with history at 64x4x64x64, within a factor of three",
+        "64x3x32x32 up to twice as long in other runs, and at 64x4x64x64 ten times; ours repeat within a tenth on "
+        "a quiet machine, but for samplers with history at 64x4x64x64, within a factor of three",
         "- `make bench-peers`, with what isn't installed on PYTHONPATH",
     ]
     for line in lines:

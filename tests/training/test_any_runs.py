@@ -140,7 +140,7 @@ def check_log(folder, straight):
 
 
 def check_ended(folder, straight):
-    """All files but those of time and place are those of a run that nobody stopped."""
+    """All files are those of a run that nobody stopped, but for the times and folders that they name."""
     found, expected = (
         {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.parent.name != "checkpoints"}
         for run in (folder.path, straight)
