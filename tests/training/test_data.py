@@ -171,7 +171,8 @@ def test_first_readable_item_decides_the_shape():
     images = as_images(Items([None, torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)]))
     assert images.shape == (1, 2, 3)
     refused(DamagedImage, "data: cannot read item 0: gone", images.batch, torch.tensor([0]))
-    refused(ValueError, r"item 2 has shape \(1, 2, 4\), expected \(1, 2, 3\), the shape of item 1", images.batch, torch.tensor([2]))
+    message = r"item 2 has shape \(1, 2, 4\), expected \(1, 2, 3\), the shape of item 1"
+    refused(ValueError, message, images.batch, torch.tensor([2]))
     refused(DamagedImage, "data: cannot read item 1: gone", as_images, Items([None, None]))
 
 
