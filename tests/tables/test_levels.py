@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from ddpm_ext.tables import levels
 from ddpm_ext.tables.grid import grid_of_levels
-from ddpm_ext.tables.levels import edm, flow, sigma_space, straight, unit_levels
+from ddpm_ext.tables.levels import flow, straight, unit_levels
+from ddpm_ext.tables.schedules import edm, sigma_space
 
 F64 = torch.float64
 FLOW = torch.tensor([1.0, 0.9, 0.55, 0.3, 0.02, 0.0], dtype=F64)
@@ -27,9 +31,9 @@ def test_grid_of_levels(signal, noise):
     torch.testing.assert_close(found.alphas_cumprod, signal**2 / (signal**2 + noise**2), rtol=1e-15, atol=0)
     torch.testing.assert_close(found.betas, 1 - found.now / found.after, rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(found[1:3].pairs[1], noise[1:4], rtol=1e-10, atol=0)
-    levels = found.levels
-    assert torch.equal(levels["signal_after"][:-1], levels["signal_now"][1:])
-    assert torch.equal(levels["noise_after"][:-1], levels["noise_now"][1:])
+    columns = found.levels
+    assert torch.equal(columns["signal_after"][:-1], columns["signal_now"][1:])
+    assert torch.equal(columns["noise_after"][:-1], columns["noise_now"][1:])
     assert found.unscaled().pairs[0].tolist() == found.alphas_cumprod.sqrt().tolist()
 
 
@@ -41,7 +45,7 @@ def test_timesteps_by_a_function():
     torch.testing.assert_close(part.unscaled().timestep_of(*unit_levels(part.now)), part.timestep, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("make", [flow, sigma_space])
+@pytest.mark.parametrize("make", [flow, levels.sigma_space])
 def test_levels_between_lie_on_the_line(make):
     """Flow and sigma space are lines, so known levels of them give all others, also beyond the outermost."""
     between = unit_levels(torch.tensor([0.9999, 0.97, 0.5, 0.2, 1e-3], dtype=F64))
@@ -52,13 +56,11 @@ def test_levels_between_lie_on_the_line(make):
     torch.testing.assert_close(one, make(*known)[:1].expand(5), rtol=1e-15, atol=0)
 
 
-def test_edm_is_the_scale_of_its_networks_input():
-    """c_in = 1 / sqrt(sigma^2 + sigma_data^2) times x0 + sigma eps: Karras et al. 2022, table 1."""
-    sigma = torch.tensor([80.0, 1.0, 0.002, 0.0], dtype=F64)
-    signal, noise = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
-    for sigma_data in (0.5, 1.7):
-        c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-        r = edm(signal, noise, sigma_data)
-        torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
-        torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
-        assert (signal * r)[-1] == 1  # clean data is as the data set has it
+@pytest.mark.parametrize("make", [edm, partial(edm, sigma_data=1.7), sigma_space])
+def test_levels_between_are_those_of_a_schedule_with_more(make):
+    """By the scale of a schedule with few levels. Clean data is as the data set has it."""
+    few, more = make(SIGMAS[:-1].flip(0)[::2]), make(SIGMAS[:-1].flip(0))
+    unit = unit_levels(levels.power_share(more.signal, more.noise))
+    for level, expected in zip(unit, (more.signal, more.noise), strict=True):
+        torch.testing.assert_close(level * few.scale(*unit), expected, rtol=1e-10, atol=0)
+    assert few.scale(torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)) == 1
