@@ -104,15 +104,15 @@ def captures(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "graph"),
-    [(("--num", 3, "--guidance", 2), "step"), (("--num", 3, "--guidance", 2), "loop"), (START, "loop"), (FILL, "step")],
+    [(("--guidance", 2), "step"), (("--guidance", 2), "loop"), (START, "loop"), (FILL, "step")],
 )
 def test_one_capture_for_each_shape(pets, files, tmp_path, monkeypatch, captures, options, graph):
-    """Two samples and one: two captures, and the samples of a run without graphs, whose classes, noise and images
-    differ from batch to batch."""
+    """Two batches of two samples and one of one: two captures, and the samples of a run without graphs, whose classes,
+    noise and images differ from batch to batch."""
     monkeypatch.chdir(files)
-    fixed = ("--model", pets, "--batch-size", 2, *options)
+    fixed = ("--model", pets, "--batch-size", 2, *options, "--num", 5)
     found = [sampled(tmp_path / "a.npz", *fixed, *more) for more in ((), ("--graph", graph))]
-    assert np.array_equal(*found) and len(captures) == 2 and len(np.unique(found[0].reshape(3, -1), axis=0)) == 3
+    assert np.array_equal(*found) and len(captures) == 2 and len(np.unique(found[0].reshape(5, -1), axis=0)) == 5
 
 
 def test_inversion_clips_nothing_by_default():

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 from support.command_line import TINY, call, check_refused
+from support.every_option import entries
+from support.sampling_values import SAMPLING, Drawn
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, models
 from ddpm_ext.cli.chosen_tables import choose_default, chosen_tables
@@ -72,7 +74,6 @@ def test_the_default_is_the_best_table(model, tmp_path):
         ("", "tuned", 2),
         ("--steps 3", "dpmpp_2m", 3),
         ("--guidance 1,2", "dpmpp_2m", 20),  # of several scales each needs its table
-        ("--no-clip", "dpmpp_2m", 20),
         ("--spacing 9,3", "dpmpp_2m", None),
         ("--sampler ddpm", "ddpm", None),
         ("--inpaint a.png --mask b.png --jump-n-sample 2", "ddpm", None),
@@ -83,6 +84,22 @@ def test_the_default_is_the_best_table(model, tmp_path):
         said = choose_default(parsed, models.load_model(parsed.model), 100)
         assert (parsed.sampler, parsed.steps) == (sampler, steps)
         assert said is None if "--sampler" in options else sampler.replace("tuned", "the tuned table") in said
+
+
+# Options of `sample` that change no step of the loop: tables are the default with these, too.
+TUNED_FOR = {"num", "seed", "classes", "guidance", "null_class", "dtype", "autocast"}
+OTHERS = [each for each in SAMPLING if each not in ("model", "sampler", "table", "steps")]
+
+
+@pytest.mark.parametrize(("name", "entry"), entries({n: SAMPLING[n] for n in OTHERS}, OTHERS, Drawn))
+def test_a_table_is_no_default_for_loops_of_other_options(model, tmp_path, name, entry):
+    """A table is tuned for loops from noise, with the default clip and plain guidance."""
+    both = shutil.copytree(model, tmp_path / "both")
+    shutil.copy(both / "tuned" / "2.json", both / "tuned" / table_name(2, 2.0))
+    typed = [text for text in map(str, (*entry.beside, *entry.given)) if text not in ("--sampler", "ddpm")]
+    parsed = build_parser().parse_args(["sample", "--model", str(both), *typed])
+    choose_default(parsed, models.load_model(both), 100)
+    assert (parsed.sampler == "tuned") == (name in TUNED_FOR)
 
 
 def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):
