@@ -86,8 +86,9 @@ void launch_on(const Shape& shape, cudaStream_t stream, const Arguments&... argu
   check(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 
-// Calls launch(x, m) with a value of the C++ type of each dtype. The dtype m is that of the model's output: the dtype
-// x, or a 16-bit type if x is float32.
+// Calls launch(a, b), where a has the C++ type of the dtype x, and b that of the dtype m. Only the types of a and b
+// matter. m is the dtype of the second tensor, such as the model's output. If x is a 16-bit dtype, m is not read, and b
+// has the type of a.
 template <class Launch>
 void by_dtypes(DType x, DType m, Launch launch) {
   switch (x) {

@@ -57,11 +57,14 @@ class LoopOptionsTaker(PeerDiffusion):
         return self._cached_by_state((GaussianDiffusion, prediction, *tables.values()), make)
 
     def _default_options(self, method: str, loop_options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options that follow from the object's settings, if ddpm_ext's p_sample_loop runs in place of `method`.
+        """The options for ddpm_ext's p_sample_loop that follow from the object's settings.
+
+        They apply when p_sample_loop runs in place of the library's `method`.
 
         Args:
             method: the name of the library's method that was called.
-            loop_options: the options of ddpm_ext's p_sample_loop in the call, which replace the returned ones.
+            loop_options: the options of p_sample_loop in the call. They override the returned ones. Defaults that would
+                conflict with them are left out.
         """
         return {}
 

@@ -85,7 +85,10 @@ def cached_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOption
 
 
 def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
-    """Raises ValueError if the table lacks what the options need."""
+    """Raises ValueError if the table lacks what inpaint or cond_fn needs, or if self_condition meets a doubled batch.
+
+    In a step that gets the batch twice, the model's inputs x and last x0 would differ in batch size.
+    """
     table = rows.table
     if options.inpaint is not None and not bool((table.signal_after + table.noise_after).any()):
         raise ValueError(

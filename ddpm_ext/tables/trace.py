@@ -223,7 +223,7 @@ class _FirstRun:
         return self._numbers(2 * max(1.0, self.run.clip or 0.0), 1.0)[0]
 
     def rows(self) -> Columns:
-        """The rows of all steps, fitted to numbers that no clip changes. They are right if no step clips."""
+        """The rows of all steps as if none clipped: they are fitted to numbers so small that no clip changes them."""
         return self._rows(self.small_numbers, factors_of(self.run, self.small_numbers))
 
     def clipped_rows(self, clip: Pair, make_clean_run: Callable[[], _FirstRun] | None) -> Columns:
