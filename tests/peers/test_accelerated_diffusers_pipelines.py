@@ -34,6 +34,23 @@ def test_ddpm_pipeline_by_seed_and_id():
     torch.testing.assert_close(alone.images, whole.images[1:], rtol=0, atol=1e-4)
 
 
+class Halved(DDIMScheduler):
+    """A step that a user wrote."""
+
+    def step(self, model_output, *args, **kwargs):
+        return super().step(model_output / 2, *args, **kwargs)
+
+
+def test_a_traced_step_of_a_pipeline():
+    """A user's step is proven in the pipeline's first loop, and rows take the second."""
+    plain = quiet(diffusers.DDPMPipeline(unet=diffusers.UNet2DModel.from_pretrained(DIGITS), scheduler=Halved()))
+    ours, how = accelerate(plain, trace=True), {"num_inference_steps": 3, "output_type": "np"}
+    for fused in (0, 3):
+        found, theirs = (pipe(generator=seeded(0), **how).images for pipe in (ours, plain))
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
+        assert ours.accelerated.fused_calls == fused
+
+
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
     pytest.importorskip("transformers")
