@@ -38,7 +38,7 @@ def samples(*arguments):
         return dict(found)
 
 
-def test_samples_are_those_of_diffusers(folder, monkeypatch):
+def test_samples_are_those_of_diffusers(folder, monkeypatch, capsys):
     """Of its DiTPipeline, from the same noise with guidance; and a folder of many."""
     noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     np.save("noise.npy", noise.numpy())
@@ -50,9 +50,12 @@ def test_samples_are_those_of_diffusers(folder, monkeypatch):
     found = samples(*chosen)
     assert found["arr_0"].shape == (2, 8, 8, 3) and found["arr_1"].tolist() == [5, 7] and found["clip"] == "none"
     assert abs(found["arr_0"] - theirs * 255).max() < 1.5
-    assert call("sample", *chosen, *LOOP[2:-1], "many", "--num-images", 2) == 0
+    many = ("sample", *chosen, *LOOP[2:-1], "many", "--num-images", 2)
+    assert call(*many) == 0
     assert abs(np.load("many/shards/000000000-000000001.npy").astype(int) - found["arr_0"]).max() <= 1
     edit(folder / "vae" / "config.json", {"shift_factor": 0.1})
+    capsys.readouterr()
+    check_refused(capsys, "vae_sha256 is ", *many)
     loaded = models.load_model(folder)
     assert (loaded.shape, loaded.image_shape, loaded.clip, loaded.classes.null) == ((4, 4, 4), (3, 8, 8), False, 1000)
     expected = pipeline.vae.decode(noise / 0.18215 + 0.1).sample

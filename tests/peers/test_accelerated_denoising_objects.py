@@ -106,7 +106,7 @@ def test_options_without_a_loop_of_ours(name, value, why):
 
 @pytest.mark.parametrize(("objective", "strength"), [("pred_noise", 0.0), ("pred_v", 0.3)])
 def test_philox_training_noise_is_another_one_each_time(objective, strength, device):
-    """It is that of GaussianDiffusion's train_losses; torch draws no noise."""
+    """It is that of GaussianDiffusion's train_losses, whatever loops ran between; torch draws no noise."""
     plain = make(objective, device=device, offset_noise_strength=strength)
     gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50), prediction=PREDICTIONS[objective])
     x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 20, 49], device=device)
@@ -115,6 +115,7 @@ def test_philox_training_noise_is_another_one_each_time(objective, strength, dev
         rng = Philox(9, 3, draw=draw)
         expected = gd.train_losses(plain.model, x, t, rng=rng, weighting=plain.loss_weight, offset_noise=strength)
         torch.testing.assert_close(fast.p_losses(x, t), expected, rtol=1e-4, atol=0)
+        fast.sample(1, steps=2)
     noised, noise = fast.q_sample(x, t), randn(SHAPE, Philox(9, 3, draw=3, stream=2), device=device)
     torch.testing.assert_close(noised, plain.q_sample(x, t, noise))
     assert same_states(states(device), before)

@@ -29,9 +29,12 @@ LEVELS = {"stable_diffusion": 1.0, "stable_diffusion_xl": 14.61, "stable_diffusi
 
 def test_a_pipeline_of_pixels():
     pipe = of_pixels(make("DDPM"))
-    scheduler = pipe.scheduler
+    scheduler, calls = pipe.scheduler, []
+    hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     tuned = tune_pipeline(pipe, batch_size=4, **FEW)
+    hook.remove()
     report = tuned.report
+    assert report.model_calls == len(calls)
     assert pipe.scheduler is scheduler and scheduler.num_inference_steps is None
     assert report.fitted and report.error < 0.8 * report.best.error and report.seeds == report.held_out == 8
     assert {each.sampler for each in report.names} == {"unipc", "dpmpp_2m", "deis"}  # its own adds noise
