@@ -33,9 +33,9 @@ struct Call {
   int64_t batch = 0;
   int64_t numel = 0;  // the number of elements of one sample
   int dims = 0;
-  // The sizes of a sample. After the first `dims` of them they are 1, since a GPU may divide by them.
+  // The sizes of a sample's `dims` dimensions. The other sizes are 1.
   int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};
-  bool contiguous = false;  // whether samples are contiguous in every tensor, in this order
+  bool contiguous = false;  // whether the samples of every tensor are contiguous, in the order of `sizes`
 
   // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
   const void* table = nullptr;
@@ -45,8 +45,8 @@ struct Call {
   int64_t t_index = 0;
   float clip_min = 0, clip_max = 0;
 
-  // The noise (core/philox.h). If seed_data is not null, it replaces seed. If sample_ids is not null, it replaces
-  // first_id and the numbers that follow.
+  // The noise (core/philox.h). If seed_data is not null, the number there replaces seed. Sample i has the id
+  // first_id + i, or sample_ids[i * ids_stride] if sample_ids is not null.
   Noise noise_kind = Noise::none;
   const int64_t* seed_data = nullptr;
   uint64_t seed = 0;
@@ -55,7 +55,7 @@ struct Call {
   int64_t first_id = 0;
   uint32_t stream = 0;
   int64_t draw = 0;                    // if negative, each sample has the draw of its row
-  const int64_t* draw_data = nullptr;  // if not null, its low 32 bits replace `draw`
+  const int64_t* draw_data = nullptr;  // if not null, the low 32 bits of the number there replace `draw`
   // Noise is defined by logical indices. If the sizes are (channels, pixels) but the memory is channels_last, by_pixels
   // (cpu/runs.h, cuda/access.cuh) changes the sizes to (pixels, channels). Then channels_last is the number of
   // channels, and the number of pixels is a multiple of four. Otherwise channels_last is 0.
@@ -101,11 +101,12 @@ struct StepCall : Call, HostRow {
 // A call of a training loss. Rows are LossRow, or VariationalRow for a loss with the variational bound.
 struct LossCall : Call {
   TensorArg model_output, variance, x_start, noise;
-  TensorArg slope, variance_slope;  // float32 results, if they have data
+  // float32 results, if they have data: the loss's derivatives by the model's output and by `variance`
+  TensorArg slope, variance_slope;
   Loss kind = Loss::mse;
   float delta = 1;
   bool variational = false, detached = false;
-  float slope_share = 0;     // an element's share in the returned loss: 1 / numel, or 1 / (batch numel)
+  float slope_share = 0;     // an element's share in the returned loss: 1 / numel, or 1 / (batch numel) for a mean
   double per_element = 0;    // 1 / numel
   double* chunks = nullptr;  // (batch, loss_chunks(numel)): scratch memory for the sums of the chunks
   float* loss = nullptr;     // the result, (batch,)

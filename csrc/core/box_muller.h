@@ -23,9 +23,9 @@ DDPM_HD auto radius(U w) {
   return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
 
-// Computes the cosine and the sine of the angle 2 pi w / 2^32 minus the nearest multiple of pi. The low 31 bits of w,
-// read as a signed number, are this difference. If the multiple is odd, the cosine and the sine of the whole angle have
-// the opposite signs: the caller flips them (half_turns).
+// Computes the cosine and the sine of the difference between the angle 2 pi w / 2^32 and the nearest multiple of pi.
+// The low 31 bits of w, read as a signed number, are this difference, in units of 2 pi / 2^32. If the multiple is odd,
+// the cosine and the sine of the whole angle have the opposite signs: the caller flips them (half_turns).
 template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
   const F x = signed_to_fraction(w << 1);  // the difference in quarter turns, in [-1, 1]

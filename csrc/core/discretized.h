@@ -74,7 +74,8 @@ DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_var
                                float& h_by_h) {
   const float u = distance * inverse, h = kHalfBin * inverse;
   if (h < 0.1f && u * h < 0.2f) {
-    // The density hardly changes within the bin, whose probability is 2 h density(u) (1 + s).
+    // The density hardly changes within the bin, whose probability is 2 h density(u) (1 + s). s is a power series in h,
+    // cut off after h^4: `second` and `fourth` are its terms.
     const float y = u * h, k = h * h, y2 = y * y;
     const float second = (y2 - k) * (1.0f / 6), fourth = fma(y2, fma(-6.0f, k, y2), 3.0f * k * k) * (1.0f / 120);
     const float s = second + fourth, inverse_sum = fma(-s, fma(-s, 1.0f - s, 1.0f), 1.0f);  // 1 / (1 + s)

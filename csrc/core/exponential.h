@@ -19,8 +19,8 @@ DDPM_HD void exponential_parts(F y, F& scale, F& r, F& p) {
   scale = bits_to_float((float_to_bits(shifted) << 23) + U(0x3f800000u));
 }
 
-// Computes e^y with a relative error of at most 1.3 x 2^-24. y is clamped to [-87, 88], the range of float32; NaN stays
-// NaN.
+// Computes e^y with a relative error of at most 1.3 x 2^-24. y is clamped to [-87, 88], where e^y is a normal float32.
+// NaN stays NaN.
 template <class F>
 DDPM_HD F exponential(F y) {
   F scale, r, p;

@@ -48,14 +48,14 @@ DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
 
 // ------------------------------------------------------------------------------------- with the variational bound
 
-// A row of the table for a loss with the variational bound: float32 (rows, 8). The loss is `weight` times the loss
-// above plus `vlb_weight` times a term of the variational bound. The model's log-variance is l0 + l1 v, where v is the
-// model's output for the variance.
+// A row of the table for a loss with the variational bound: float32 (rows, 8). The loss is `weight` times
+// loss_value(d) plus `vlb_weight` times a term of the variational bound. d is loss_difference, the model's output minus
+// its target. The model's log-variance is l0 + l1 v, where v is the model's output for the variance.
 //
 // In a row with decoder = 0 the term is the KL divergence of the posterior from the model. There l0 is relative to the
 // posterior's log-variance:
 //   KL(posterior | model) = (e^g (1 + scale d^2) - 1 - g) / 2        g = -(l0 + l1 v)
-// In a row with another `decoder` the term is -ln of the probability of x_start's 8-bit level (core/discretized.h),
+// In a row with decoder != 0 the term is -ln of the probability of x_start's 8-bit level (core/discretized.h),
 // under a Gaussian whose mean is x_start + scale d.
 struct alignas(16) VariationalRow {
   float k0, k1, weight, vlb_weight, l0, l1, scale, decoder;
@@ -67,8 +67,8 @@ struct LossAndSlopes {
   F value, slope, variance_slope;
 };
 
-// Returns the weighted sum of the loss of d and of `bound`, a term of the variational bound, with its derivatives. If
-// the mean is detached, the bound adds nothing to the derivative by the model's output.
+// Returns the weighted sum of the loss of the difference d and of `bound`, a term of the variational bound, with its
+// derivatives. If the mean is detached, the bound adds nothing to the derivative by the model's output.
 template <class F>
 DDPM_HD LossAndSlopes<F> with_bound(const VariationalRow& row, Loss kind, float delta, bool detached, F d,
                                     const LossAndSlopes<F>& bound) {
@@ -87,7 +87,7 @@ DDPM_HD LossAndSlopes<F> divergence(const VariationalRow& row, F d, F v) {
   return {F(0.5f) * (excess + moved), slope, F(-0.5f * row.l1) * (excess + g + moved)};
 }
 
-// The bound's term in a row with another `decoder`: -ln of the probability of x_start's 8-bit level.
+// The bound's term in a row with decoder != 0: -ln of the probability of x_start's 8-bit level.
 DDPM_HD LossAndSlopes<float> decoder_bound(const VariationalRow& row, float d, float v, float x_start) {
   const Unlikeliness bin = unlikeliness(x_start, -row.scale * d, fma(row.l1, v, row.l0));
   return {bin.value, row.scale * bin.by_mean, row.l1 * bin.by_log_variance};
@@ -107,10 +107,11 @@ DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
 // Every device adds up a sample's losses in the same order:
 // - A sample is cut into chunks of kLossChunk neighbouring elements. In a chunk, lane l is the float32 sum of the
 //   elements j with j mod kLossLanes = l.
-// - A chunk's lanes are added by halves, in float64: lane l gets lane l + n/2 of n lanes, then n is halved, until one
-//   lane remains.
-// - Strand s is the float64 sum of the chunks i with i mod kLossStrands = s. The strands are added by halves, too.
-// The sum of a batch's losses is taken in strands as well.
+// - A chunk's lanes are added by halves, in float64: of n lanes, lane l + n/2 is added to lane l, then n is halved,
+// until
+//   one lane remains.
+// - Strand s is the float64 sum of the sums of the chunks i with i mod kLossStrands = s. The strands are added by
+// halves, too. The sum of a batch's losses is taken in strands as well.
 constexpr int kLossChunk = 512, kLossLanes = 64, kLossStrands = 128;
 
 }  // namespace ddpm_ext

@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the counter of the noise
-// contract. The counter's four words are the block, the draw, the low half of the sample id, and the high half of the
-// sample id with the stream in its upper 8 bits.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the counter of this
+// project's noise. The counter's four words are the block, the draw, the low half of the sample id, and the high half
+// of the sample id with the stream in its upper 8 bits.
 #pragma once
 
 #include "core/scalar.h"
@@ -37,8 +37,8 @@ DDPM_HD SampleCounter sample_counter(uint64_t id, uint32_t stream, uint32_t draw
 }
 
 // The results of rounds 0 and 1 that do not depend on the block, computed once for each sample: one of the two
-// multiplications of each round. c0 to c3 are the counter's words after a round. A word with `_key` already has the
-// next key, and c0_high is the high half of a product of c0, with the next key.
+// multiplications of each round. c0 to c3 are the four words before or after a round. A word with `_key` is already
+// xored with the key of its next round. So is c0_high, the high half of a product of c0.
 struct PhiloxSample {
   uint32_t c3_key, c0_high, c1_key, c3;
 };

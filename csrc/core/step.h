@@ -1,5 +1,5 @@
 // A row of a step table, and one element of the reverse step: first x0, then the next sample. The docstring of
-// ddpm_ext's StepTable has the equation; names here are its letters.
+// ddpm_ext/tables/step_table.py has the equation; names here are its letters.
 #pragma once
 
 #include "core/forward.h"
@@ -12,7 +12,7 @@ namespace ddpm_ext {
 #define DDPM_ROW_BITS(name) uint32_t name;
 #define DDPM_QUOTED(name) #name,
 
-// A row in memory: float32 (rows, kRowWidth). The plain step reads its first seven numbers.
+// A row in memory: float32 (rows, kRowWidth). The reverse step reads only the first seven numbers.
 struct alignas(16) StepRow {
   DDPM_STEP_ROW(DDPM_ROW_NUMBER, DDPM_ROW_BITS)
   float unused[2];
@@ -36,9 +36,9 @@ DDPM_HD F predict_x_start(const StepRow& row, F x, F m, float clip_min, float cl
   return clamp(unclipped_x_start(row.a, row.b, x, m), F(clip_min), F(clip_max));
 }
 
-// The next sample without its noise: c0 x0 + c1 x + c2 m. c2 is not 0 only for samplers that use both x0 and the
-// model's output m. If c2 is 0, the product c2 m is skipped: for an infinite m, the clip makes x0 finite, but 0 times m
-// is NaN.
+// The next sample without its noise: c0 x0 + c1 x + c2 m. Only samplers that use both x0 and the model's
+// output m have a c2 other than 0. If c2 is 0, the product c2 m is skipped: for an infinite m, the clip makes x0
+// finite, but 0 times m is NaN.
 template <class F>
 DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max) {
   F other_terms = F(row.c1) * x;
@@ -46,7 +46,8 @@ DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max
   return fma(F(row.c0), predict_x_start(row, x, m, clip_min, clip_max), other_terms);
 }
 
-// Classifier-free guidance with the scale w (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+// Classifier-free guidance with the scale w (Ho & Salimans 2022, eq. 6, whose scale is w - 1). m is the model's output,
+// and u its output without the condition.
 template <class F>
 DDPM_HD F guide(float w, F m, F u) {
   return fma(F(w), fma(F(-1.0f), u, m), u);

@@ -19,7 +19,7 @@
 
 namespace ddpm_ext {
 
-constexpr bool kTrue = true, kFalse = false;  // the defaults of flags, as a schema writes them
+constexpr bool kTrue = true, kFalse = false;  // for DDPM_BOOL: the list has a schema's True and False
 
 // The tensors that a step reads: first those with the dtype of x_t, then those with the dtype of model_output.
 enum class Role : int { x_t, noise, DDPM_LIKE_X(DDPM_NAME) model_output, DDPM_OF_MODEL(DDPM_NAME) count };

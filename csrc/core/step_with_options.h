@@ -1,8 +1,9 @@
 // One element of the step with options: the reverse step (core/step.h) with guidance, a learned variance, a
 // classifier's gradient, up to three history tensors, and inpainting.
 //
-// The docstring of ddpm_ext's StepTable has the equation. The letters here are the same: u is `uncond_output`, g is
-// `gradient`, v is `model_variance` and H1 is `history1`. The step also takes these arguments (core/step_inputs.def):
+// The docstring of ddpm_ext/tables/step_table.py has the equation. The letters here are the same: prev is the next
+// sample, u is `uncond_output`, g is `gradient`, v is `model_variance` and H1 is `history1`. The step also takes these
+// arguments (core/step_inputs.def):
 // - `output_scale` multiplies the guided output m.
 // - `x_start` replaces a x + b m. `x_start_scale` multiplies `x_start`, or a x + b m, before the clip.
 // - `known` and `mask`: prev becomes mask (signal_after known + noise_after z) + (1 - mask) prev.
@@ -96,7 +97,7 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
   if (io.has(Role::noise)) {
     DDPM_EACH z[i] = io.template load<Role::noise>(i);
   }
-  // As in the plain step, noise from the caller is added in every row, even where s is 0.
+  // As in the reverse step without options, noise from the caller is added in every row, even where s is 0.
   if (io.has(Role::noise) || (drawn && row.s != 0.0f)) {
     DDPM_EACH prev[i] = fma(deviation[i] * F(row.s), z[i], prev[i]);
   }

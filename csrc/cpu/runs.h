@@ -1,6 +1,7 @@
-// Divides the elements of a call into runs, each for one call of a kernel: neighbours in a sample, in the order of the
-// call's sizes. The samples are divided among threads, and each run gets its sample's row and Philox counter. A run at
-// the end of a sample, or in strided memory, goes through a buffer. So a kernel processes whole, contiguous vectors.
+// Divides the elements of a call into runs. A run is neighbouring elements of one sample, in the order of the call's
+// sizes, and one call of a kernel processes it. The samples are divided among threads, and each run gets its sample's
+// row and Philox counter. A run at the end of a sample, or in strided memory, goes through a buffer. So a kernel
+// processes whole, contiguous vectors.
 #pragma once
 
 #include <algorithm>
@@ -91,7 +92,8 @@ struct Tile {
   int64_t rows, columns;
 };
 
-// Chooses the tile of a call:
+// Chooses the tile of a call. The channels of a sample of two dimensions are the dimension with at most kBuffer / kUnit
+// elements, the last dimension if both have:
 // - If the sample is (channels, pixels) and some tensors are channels_last, the rows are the channels. The tile has all
 //   channels of its pixels, so its elements are neighbours in channels_last tensors, too.
 // - If the sample is (pixels, channels), the tile is one row with all channels of its pixels.
@@ -152,8 +154,9 @@ inline bool in_order(const Call& call, const TensorArg& tensor) {
   return true;
 }
 
-// Runs a kernel over elements `first` to `last` - 1 of each row of sample b. The kernel accesses a contiguous tensor
-// directly. A tensor in another order is copied through a buffer, and so are elements that do not fill a whole run.
+// Runs a kernel over elements `first` to `last` - 1 of each of the tile.rows rows of sample b. The kernel accesses a
+// contiguous tensor directly. A tensor in another order is copied through a buffer, and so are elements that do not
+// fill a whole run.
 template <class AnyCall, class Run>
 void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_t b, int64_t first, int64_t last,
                 Tile tile = {1, kRow}) {
@@ -221,14 +224,14 @@ inline int64_t timestep(const Call& call, int64_t b) {
   return std::clamp<int64_t>(t, 0, call.rows - 1);
 }
 
-// Calls range(b, first, last) for elements `first` to `last` - 1 of each row of sample b. The calls cover all elements
-// of all samples. The tiles of all samples are one sequence that is divided among the threads. So a single large sample
-// uses all threads, and so do many small samples.
+// Calls range(b, first, last) for elements `first` to `last` - 1 of each of the tile.rows rows of sample b. The calls
+// cover all elements of all samples. The tiles of all samples are one sequence that is divided among the threads. So a
+// single large sample uses all threads, and so do many small samples.
 template <class Range>
 void for_each_range(const Call& call, Tile tile, Range range) {
   const int64_t columns = call.numel / tile.rows, per_sample = (columns + tile.columns - 1) / tile.columns;
-  // The least number of elements for which a further thread is worthwhile: some microseconds of work. On a busy machine
-  // a thread may start late.
+  // The least number of elements for which a further thread is worthwhile: some microseconds of work. Less is not,
+  // since a thread may start late on a busy machine.
   const int64_t least = call.noise_kind == Noise::drawn ? 16384 : 32768;
   const int64_t grain = std::max<int64_t>(1, least / (std::min(tile.columns, columns) * tile.rows));
   parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {

@@ -90,9 +90,9 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
           }
     return;
   }
-  // If the matrix has fewer than n rows or columns (channels), a square extends into the next pixels. The elements that
-  // it reads there are not used, and the next square overwrites the elements that it writes there. The loops at the end
-  // copy what squares cannot copy without extending beyond the memory of the matrix.
+  // If the matrix has fewer than n rows or columns, such as channels, a square extends into the next pixels. The
+  // elements that it reads there are not used, and the next square overwrites the elements that it writes there. The
+  // loops at the end copy what squares cannot copy without extending beyond the memory of the matrix.
   int64_t done_rows = 0, done_columns = 0;
   if (rows < n)
     for (; (done_columns + n - 1) * in + n <= (columns - 1) * in + rows; done_columns += n)
@@ -104,8 +104,8 @@ void transpose_by(const T* from, int64_t in, T* to, int64_t out, int64_t rows, i
     for (int64_t c = done_columns; c < columns; ++c) to[r * out + c] = from[c * in + r];
 }
 
-// Transposes a matrix by squares whose rows have 16 bytes, the vectors that every instruction set has. A smaller matrix
-// is transposed by squares of four rows.
+// Transposes a matrix by squares whose rows have 16 bytes, since every instruction set has vectors of this size. A
+// smaller matrix is transposed by squares of four rows.
 template <class T>
 void transpose(const T* from, int64_t in, T* to, int64_t out, int64_t rows, int64_t columns) {
   constexpr int64_t kSide = 16 / sizeof(T);

@@ -72,9 +72,10 @@ inline Access choose_access(const StepCall& call) {
 constexpr int kLanes = 32;  // the lanes (threads) of a warp
 
 // Returns the call with its dimensions in the order (pixels, channels), if Access::strided can process it by words of
-// four elements in that order (cuda/pixels.cuh). This requires that the call draws noise, that its samples are
-// channels_last in all tensors, and that contiguous samples of these sizes could use Access::vector. Otherwise returns
-// the call unchanged. The strides are not swapped, since kernels do not read the strides of a contiguous call.
+// four elements in that order (cuda/pixels.cuh). This requires that the call draws noise, that its samples have at most
+// kLanes channels and a multiple of four pixels and are channels_last in all tensors, and that contiguous samples of
+// these sizes could use Access::vector. Otherwise returns the call unchanged. The strides are not swapped, since
+// kernels do not read the strides of a contiguous call.
 template <class AnyCall>
 AnyCall by_pixels(const AnyCall& call) {
   AnyCall swapped = call;
@@ -95,7 +96,8 @@ constexpr int64_t kMaxChannelsInTurn = 16;  // the largest result of channels_in
 // strided call of two dimensions, (channels, pixels), some tensors are channels_last and others are not. A warp that
 // loads one channel of a channels_last tensor fetches the other channels, too. If the same warp then processes the
 // other channels, they are still in the L1 cache. Returns 1 for a small sample, which needs as many threads as possible
-// and is processed as if it had one channel.
+// and is processed as if it had one channel. Also returns 1 for more than kMaxChannelsInTurn channels, and if the
+// number of pixels is not a multiple of four.
 DDPM_HD int64_t channels_in_turn(const Call& call) {
   constexpr int64_t kManyPixels = 1 << 14;
   const bool worthwhile = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] >= kManyPixels;

@@ -37,7 +37,7 @@ class Elementwise {
   static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
   static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
   static constexpr int kItems = kParts * kRun;
-  // Whether by_pixels may have reordered the call. randn does without, since its result is contiguous.
+  // Whether by_pixels may have reordered the call. Calls of randn are not reordered: their result is contiguous.
   static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && Op::kX;
   // The least number of blocks that a multiprocessor can hold. 4 limits a thread to 64 registers, and 3 to 80. Strided
   // offsets need more registers, and so do Philox keys that the thread computes from a seed in device memory.

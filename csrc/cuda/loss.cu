@@ -54,8 +54,8 @@ class Four {
   // Whether element j + i is an element of the sample.
   __device__ __forceinline__ bool has(int i) const { return i < count_; }
 
-  // Loads the elements of a tensor into `to`. All of them are zero if `given` is false. `member` names the tensor's
-  // offset in ElementOffsets.
+  // Loads the elements of a tensor into `to`. If `given` is false, loads nothing, and the caller must not use `to`.
+  // `member` names the tensor's offset in ElementOffsets.
   template <class T>
   __device__ __forceinline__ void load(bool given, const TensorArg& tensor, int64_t ElementOffsets::* member,
                                        Vector<T, 4>& to) const {

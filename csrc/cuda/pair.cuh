@@ -41,7 +41,8 @@ __device__ __forceinline__ F2 newton_root(F2 x, F2 y) {
 }
 
 // Computes sqrt(x), rounded to nearest, if x is neither 0 nor subnormal. These are the instructions of sqrt.rn without
-// the call that sqrt.rn has for 0 and subnormal numbers.
+// the call that sqrt.rn has for 0 and subnormal numbers. NVIDIA guarantees only 2^-22.9 for rsqrt_approx, but correct
+// rounding for sqrt.rn.
 __device__ __forceinline__ F2 sqrt(F2 x) { return newton_root(x, {rsqrt_approx(x.v.x), rsqrt_approx(x.v.y)}); }
 
 __device__ __forceinline__ F2 clamp(F2 x, F2 lo, F2 hi) {

@@ -6,7 +6,7 @@
 namespace ddpm_ext::cuda {
 
 // Approximates 1/sqrt(x) with a relative error of at most 2^-22.9, for an x that is not subnormal. For such an x, .ftz
-// (flush to zero) does not change the result, but the instruction sequence has no check for subnormal numbers.
+// (flush to zero) does not change the result. It only spares the instructions that check for subnormal numbers.
 __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

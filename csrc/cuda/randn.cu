@@ -1,4 +1,4 @@
-// Draws the noise contract's normals.
+// Draws standard normals: the noise of core/philox.h and core/box_muller.h as a tensor.
 #include "cuda/elementwise.cuh"
 #include "cuda/operators.h"
 

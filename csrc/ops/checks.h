@@ -39,8 +39,8 @@ void check_not_negated(const char* op, const char* name, const Tensor& result);
 // Checks that `out` either shares no memory with `input`, or has the same elements at the same addresses. Otherwise a
 // kernel might overwrite an element of `input` before reading it.
 void check_overlap(const char* op, const char* name, const Tensor& out, const Tensor& input);
-// Checks an `out` from the caller: that it is like x, and that it shares no memory with itself or wrongly with an
-// input. `inputs` may contain null pointers.
+// Checks an `out` from the caller: that it is like x, that no two of its elements share memory, and check_overlap with
+// each of the inputs. `inputs` may contain null pointers.
 void check_out(const char* op, const Tensor& out, const char* x_name, const Tensor& x,
                std::initializer_list<const Tensor*> inputs);
 

@@ -24,7 +24,8 @@ struct NamedTensor {
 // directly if autograd does not record the call.
 bool plain(at::ArrayRef<NamedTensor> tensors);
 
-// Checks that every tensor is strided, and that it is on the first tensor's device or is a 0-dimensional CPU tensor.
+// Checks that every tensor is strided and neither nested nor quantized, and that it is on the first tensor's device or
+// is a 0-dimensional CPU tensor.
 void check_agreement(const char* op, at::ArrayRef<NamedTensor> tensors);
 
 // Whether the call must go through the dispatcher. Raises NotImplementedError for a forward-mode derivative. If the

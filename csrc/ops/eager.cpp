@@ -62,8 +62,8 @@ struct Operator<Result(Args...)> {
   }
 };
 
-// Returns the rows with on_host set. `on_host` must be the same table on the CPU. Its device, dtype and
-// shape are checked, but not its values.
+// Returns the rows with on_host set. `on_host` must be the same table on the CPU, contiguous. All of this is checked
+// except its values.
 Rows with_host(Rows rows, const OptionalTensor& on_host) {
   const Tensor& table = rows.table;
   if (on_host.has_value())

@@ -116,8 +116,8 @@ void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, cons
 
 void set_clip(const char* op, Call& call, double clip_min, double clip_max) {
   CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
-  // A clip at zero must not change the sign of a zero of x, even on a device where -0 counts as less than 0. So a lower
-  // bound of zero is -0, and an upper bound of zero is 0.
+  // A clip at zero must not change the sign of a zero that it clips, even on a device where -0 counts as less than 0.
+  // So a lower bound of zero is -0, and an upper bound of zero is 0.
   call.clip_min = static_cast<float>(clip_min) == 0 ? -0.0f : static_cast<float>(clip_min);
   call.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
 }

@@ -14,8 +14,8 @@ namespace ddpm_ext {
 at::Tensor empty_result_like(const at::Tensor& like, at::ScalarType dtype);
 at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options);
 
-// The limit, the memory of freed results that waits for reuse (kept), the number of its blocks (kept_blocks), and the
-// memory of results that are alive (used). In bytes, except kept_blocks.
+// The memory of freed results that waits for reuse (kept), its largest allowed size (limit), the number of its blocks
+// (kept_blocks), and the memory of results that are alive (used). In bytes, except kept_blocks.
 struct ResultMemory {
   size_t limit, kept, kept_blocks, used;
 };

@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* op = "step_with_options";
 
-// Checks the tensors that the model returns, and sets their dtypes in the call. All tensors that the caller has passed
-// must have the dtype of the first one.
+// Checks the tensors that the model returns, and sets their dtypes in the call. Those of them that the caller has
+// passed must all have the dtype of the first.
 void set_model_dtypes(StepCall& call, const StepInputs& arguments) {
   const Tensor& x_t = *arguments[Role::x_t];
   DType dtype = call[Role::x_t].dtype;

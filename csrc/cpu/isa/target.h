@@ -1,7 +1,8 @@
 // All functions between DDPM_BEGIN_TARGET("names") and DDPM_END_TARGET are compiled for the named instruction sets.
 // Standard headers must be included before. Otherwise their inline functions, too, would be compiled for these
 // instruction sets. The linker could then use such a function in all other files, and they would fail on CPUs without
-// the instructions. This cannot happen to functions of this project, since they are always inlined.
+// the instructions. This cannot happen to functions of this project: they are always inlined, or belong to the
+// namespace of one instruction set.
 #pragma once
 
 #include <math.h>

@@ -105,7 +105,8 @@ DDPM_HD F32 join_pixels(const F32 (&w)[4], std::index_sequence<i...>) {
 }
 
 // Does the same as copy_stretches for three channels, by permutations of lanes. With 16 lanes, copy_stretches takes
-// twice as many instructions. With 8 lanes it takes as many instructions, but a step takes up to a twentieth longer.
+// twice as many instructions. With 8 lanes it takes as many instructions, but makes a step take up to a twentieth
+// longer.
 template <size_t... i>
 DDPM_HD void join_stretches(PixelsMemory& memory, int64_t group, std::index_sequence<i...> lanes) {
   constexpr int64_t n = F32::kLanes;
