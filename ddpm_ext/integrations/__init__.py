@@ -111,9 +111,10 @@ def accelerate(
         p_sample_loop runs, with its noise.
 
     Raises:
-        TypeError: obj can't be accelerated, or has an attribute in place of a method that is replaced; obj is a
-            pipeline without a scheduler; `table` is given for an obj that is neither a pipeline nor a scheduler of
-            diffusers.
+        TypeError: an argument has a wrong type; obj can't be accelerated, or has an attribute in place of a method that
+            is replaced; obj is a pipeline without a scheduler; `table` is given for an obj that is neither a pipeline
+            nor a scheduler of diffusers.
+        FileNotFoundError: `table` is the path of no file.
         ValueError: an argument is out of range; seed or sample_ids is given with noise "torch"; TableScheduler rejects
             the table, or the prediction in its notes is not the scheduler's.
 

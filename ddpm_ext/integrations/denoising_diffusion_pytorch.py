@@ -142,7 +142,10 @@ class Denoising(LoopOptionsTaker):
         return tables
 
     def _returning(self, output: Any, **attributes: Any) -> Any:
-        """An object of the library's class with the same state and a model that returns `output`."""
+        """An object for the library's code to run on after a Fallback, without a second call of the model.
+
+        It has the same state, apart from a model that returns `output`, and these attributes.
+        """
         plain = new(self._peer)
         plain.__dict__.update(self.__dict__, model=returning(output), **attributes)
         return plain

@@ -44,7 +44,13 @@ class DenoisingTables:
         self.steps = rows_of(self._buffers, prediction, "buffers")
 
     def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """The rows of ddim_sample, the last step first. Raises Fallback if its steps have no fused form."""
+        """The rows of ddim_sample, the last step first. Raises Fallback if its steps have no fused form.
+
+        Args:
+            timesteps: the object's num_timesteps.
+            count: the number of steps.
+            eta: the object's ddim_sampling_eta.
+        """
         return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:

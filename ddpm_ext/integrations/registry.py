@@ -40,8 +40,8 @@ KNOWN = (
     KnownClass("improved_diffusion.respace", "SpacedDiffusion", "guided_diffusion", "ImprovedSpaced"),
     KnownClass(f"{_LUCIDRAINS}.{_LUCIDRAINS}", "GaussianDiffusion", _LUCIDRAINS, "Denoising"),
 )
-# (module, mixin, the module's function that recognises a class by its contents) for classes that are not in KNOWN. The
-# functions are tried in this order.
+# (module, mixin, the module's function that says whether the mixin is for a class), for classes that get no mixin of
+# KNOWN. The functions are tried in this order.
 RECOGNISED = (("diffusers.traced", "TracedScheduler", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
 
 
@@ -68,7 +68,7 @@ def accelerated_class(peer: type) -> type:
         if known is not None:
             mixin = getattr(_integration(known.mixin_module), known.mixin)
             is_scheduler = known.module.startswith("diffusers.")
-            # TracedScheduler is the mixin for subclasses that override methods, of a user or of diffusers.
+            # A subclass that overrides methods, whether a user or diffusers wrote it, gets TracedScheduler, below.
             if not is_scheduler or (library_class(peer) is ancestor and foreign_method(peer, {}) is None):
                 return make_class(mixin, peer, ancestor, _restore)
     for name, mixin, test in RECOGNISED:

@@ -28,7 +28,7 @@ def _without_cond_fn(parameters: str) -> str:
     return parameters.replace(" cond_fn=None,", "")
 
 
-# {method of guided-diffusion: its parameters without self}. In forks of the library, methods may differ from these.
+# {method of guided-diffusion: its parameters without self}. A fork of the library with other parameters is rejected.
 PARAMETERS = {
     "q_sample": "x_start, t, noise=None",
     "p_sample": STEP,
@@ -124,7 +124,7 @@ class Guided(PeerDiffusion):
             vb = ops.diffusion_loss(output, x_start, tables.get("bound", device), t, **options, **source)
             if len(indices_at_zero) > 0:
                 output_at_zero = output[indices_at_zero]
-                if tables.with_error:  # the prediction gets no gradient from the bound
+                if tables.with_error:  # the bound trains the variance alone
                     channels = x_start.shape[1]
                     output_at_zero = torch.cat([output_at_zero[:, :channels].detach(), output_at_zero[:, channels:]], 1)
                 inputs = (x_start[indices_at_zero], x_t[indices_at_zero], t[indices_at_zero])

@@ -31,7 +31,8 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-# The dtypes of samples with a fused form. The library's tables are float32, so that its step changes other dtypes.
+# The dtypes of samples with a fused form. The library's tables are float32, so its step
+# returns float32 for samples of 16 bits.
 FLOAT32 = (torch.float32,)
 NOT_OPTIONS = (
     "model",
@@ -62,7 +63,7 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     """Raises Fallback if the operators can't take samples x, timesteps t and the noise."""
     check_tensors(x, dtypes=FLOAT32)
     if not isinstance(t, Tensor) or t.shape != (len(x),) or (noise is not None and noise.shape != x.shape):
-        raise Fallback  # the library raises an error
+        raise Fallback  # no warning, since the library raises an error
     check_batch(x, t, noise, FLOAT32)
     try:
         ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
