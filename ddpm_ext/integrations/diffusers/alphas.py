@@ -155,6 +155,7 @@ class Alphas(Forward):
 
         Args:
             located: the return value of `_located`.
+            noisy: whether the step has noise.
             z: the noise of the step, or None to draw it.
         """
         rows, t, row = located

@@ -35,7 +35,8 @@ class Pipeline(Accelerated):
 
     library = "diffusers"
     replaces = ()
-    # Accelerates a scheduler that is set later. integrations/__init__.py assigns it, since this file can't import it.
+    # Accelerates a scheduler that is set later. integrations/__init__.py assigns the function and imports this file, so
+    # this file can't import the function.
     accelerate_scheduler: ClassVar[Accelerate]
 
     def __init_subclass__(cls) -> None:
@@ -60,7 +61,10 @@ class Pipeline(Accelerated):
 
     @property
     def accelerated(self) -> Acceleration:
-        """The settings of the pipeline's first scheduler: its attribute `scheduler`, if it has one."""
+        """The settings of the pipeline's first scheduler: its attribute `scheduler`, if it has one.
+
+        Without an accelerated scheduler, these are the settings for the next scheduler that is set.
+        """
         return next((scheduler.accelerated for scheduler in _accelerated_schedulers(self)), super().accelerated)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -112,9 +116,9 @@ class Pipeline(Accelerated):
 
 
 def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """{"guidance": the guidance_scale of a pipeline's call, or None for a scale of 1}, as in a step table's notes.
+    """{"guidance": the guidance_scale of a pipeline's call}, as in a step table's notes: None for a scale of 1 or None.
 
-    The dict is empty if the pipeline has no argument guidance_scale, or if the argument is not a number.
+    The dict is empty if the pipeline has no argument guidance_scale, or if the argument is neither a number nor None.
 
     Args:
         call: the pipeline class's __call__, bound or not.

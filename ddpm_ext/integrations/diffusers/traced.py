@@ -163,9 +163,9 @@ class TracedScheduler(Forward):
     def _leave_to_diffusers(self, fallback: Fallback) -> None:
         """Leaves a step to diffusers' code.
 
-        At the beginning of a loop, diffusers' code takes all steps until set_timesteps is called. In the middle of a
-        loop it takes only this step. Raises RuntimeError in the middle of a loop with history: diffusers' code would
-        read tensors that the fused steps have not stored in the scheduler.
+        At the beginning of a loop, and in a loop that still proves its rows, diffusers' code takes all steps until
+        set_timesteps is called. In the middle of any other loop it takes only this step. There, raises RuntimeError if
+        the loop has history: diffusers' code would read tensors that the fused steps have not stored in the scheduler.
         """
         position: Any = self._position
         if position is None or not position.is_proven():
@@ -394,8 +394,8 @@ class TracedScheduler(Forward):
             return False
         for name, value, version in attributes:
             if self._attribute(name) is not value or (version is not None and version_of(value) != version):
-                # A copy with the same values is accepted, except for a list: elements that the scheduler's code appends
-                # and rows do not may have been removed from it.
+                # A copy with the same values is accepted, but not of a list. The scheduler's code would have appended
+                # elements, which rows do not, and the caller may have made the copy to remove such elements.
                 cls, is_list = peer_class(type(self)), type(value) is list
                 return not is_list and all(content_of(cls, state, name) == x for name, x in rows.contents.items())
         return True
