@@ -59,8 +59,8 @@ class Acceleration:
     With noise "philox", two loops never share noise, unless they have the same seed and sample ids:
 
     - Without a seed, each loop draws a seed from torch's default CPU generator, when it first needs noise.
-    - With a seed, each loop takes the sample ids that follow the previous loop's: for batches of 64
-      samples, 0 to 63, then 64 to 127.
+    - With a seed, each loop takes the sample ids that follow the previous loop's: for batches of 64, these are 0 to
+      63, then 64 to 127.
     - Sample ids in a tensor are used in every loop. With a seed, all loops have the same noise in this case.
 
     A loop begins as follows:
@@ -82,9 +82,9 @@ class Acceleration:
         noise: "torch" for the library's draws, or "philox" for noise of the noise contract.
         seed: the seed of all loops. With None, each loop draws a seed. After it is set, the next loop has the first
             sample ids.
-        rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to a Philox that
-            has no draw, and either no stream or `stream`. The next loop has its seed and sample ids, and later loops
-            have the ids that follow. Setting anything else raises TypeError or ValueError.
+        rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to a Philox that has no
+            draw, and either no stream or `stream`. The next loop has its seed and sample ids, and later loops have the
+            ids that follow. Setting anything else raises TypeError or ValueError.
         stream: the stream of the steps' noise, by default the stream of reverse steps. The second and later schedulers
             of a pipeline have other streams, so that they share no noise although they have the same seed and ids.
         trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows (see
@@ -93,8 +93,8 @@ class Acceleration:
             the first sample ids, no matter how many loops have run.
         fallbacks: {method: the latest reason why the library's code ran in place of the fused form}.
         fused_calls: how many calls of methods took their fused form, which is mostly one launch.
-        fallback_calls: how many calls ran the library's code. Neither number counts calls of diffusers'
-            set_timesteps and scale_model_input, or calls in code that torch.compile has compiled.
+        fallback_calls: how many calls ran the library's code. Neither number counts calls of diffusers' set_timesteps
+            and scale_model_input, or calls in code that torch.compile has compiled.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
@@ -309,7 +309,7 @@ class Acceleration:
         return self._rng_of_unread_step(len(t))
 
     def _rng_of_unread_step(self, batch: int) -> Philox | None:
-        if self._seed is None and torch.compiler.is_compiling():  # an int would become a constant of the graph
+        if self._seed is None and torch.compiler.is_compiling():  # a seed as an int would be a constant of the graph
             return self._philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
         if batch > self._count:
             self._count = batch

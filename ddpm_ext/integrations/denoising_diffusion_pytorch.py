@@ -1,7 +1,8 @@
 """The mixin for denoising-diffusion-pytorch's GaussianDiffusion: a step in one launch, the training loss in two.
 
-Samples are in [-1, 1], but the library's callers pass and get images in [0, 1]. Loops convert their result by the
-library's `unnormalize`. The library's method `forward`, which is not replaced, converts the training images.
+Samples are in [-1, 1], but the library's callers pass training images and get samples in [0, 1]. p_sample_loop and
+ddim_sample convert their result by the library's `unnormalize`; interpolate does not, as in the library. The library's
+method `forward`, which is not replaced, converts the training images.
 """
 
 from __future__ import annotations

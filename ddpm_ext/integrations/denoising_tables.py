@@ -64,7 +64,7 @@ class DenoisingTables:
             raise Fallback(str(error)) from None
         if not 0 < timesteps <= len(self.steps) or count < 1:
             raise Fallback(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
-        # The timesteps, rounded from float32 as in the library. The first number, -1, stands for clean samples, where
+        # The timesteps, truncated from float32 as in the library. The first number, -1, stands for clean samples, where
         # the last step ends.
         t = torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().long()[1:]
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)

@@ -40,7 +40,7 @@ class LoopOptionsTaker(PeerDiffusion):
         raise NotImplementedError
 
     def _diffusion(self) -> GaussianDiffusion:
-        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if these have no betas."""
+        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if no valid betas give them."""
         prediction, tables = self._prediction(), {name: getattr(self, name) for name in TABLES}
 
         def make() -> GaussianDiffusion:

@@ -151,7 +151,7 @@ class _StartNoise(TorchFunctionMode):
 
 
 class Tutorial(LoopOptionsTaker):
-    """The mixin that comes in the bases before a class that resembles the tutorial's."""
+    """The mixin for a class that resembles the tutorial's. An accelerated class derives from both, the mixin first."""
 
     library = "the tutorial's class"
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")

@@ -122,7 +122,7 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
 class Forward(Scheduler):
     """A mixin whose add_noise, scale_noise and get_velocity take one launch each, and record gradients.
 
-    The callers of these methods pass the noise.
+    Their callers pass the noise, so it is the same with noise "torch" and "philox".
     """
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:

@@ -31,7 +31,7 @@ def is_pipeline(obj: Any) -> bool:
 
 
 class Pipeline(Accelerated):
-    """Mixin placed before a pipeline's class in the bases."""
+    """The mixin for a pipeline's class. An accelerated class derives from both, the mixin first."""
 
     library = "diffusers"
     replaces = ()

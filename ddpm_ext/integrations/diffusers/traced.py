@@ -106,9 +106,10 @@ class Position(NamedTuple):
 
 
 class TracedScheduler(Forward):
-    """The mixin that comes before the scheduler's class in the bases. It replaces `step`, `add_noise` and the like.
+    """The mixin for a scheduler whose loops are traced. It replaces `step`, `add_noise` and the like.
 
-    set_timesteps runs the scheduler's own code and begins a new loop.
+    An accelerated class derives from this mixin and, after it, from the scheduler's class. set_timesteps runs the
+    scheduler's own code and begins a new loop.
     """
 
     replaces = (*STEPS, "set_timesteps", "scale_model_input", *FORWARD)

@@ -43,9 +43,10 @@ PARAMETERS = {
 
 
 class Guided(PeerDiffusion):
-    """The mixin that comes before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
+    """The mixin for guided_diffusion.gaussian_diffusion.GaussianDiffusion.
 
-    __init_subclass__ adds the steps and loops to each accelerated class, with the signatures of the library's methods.
+    An accelerated class derives from this mixin and, after it, from the library's class. __init_subclass__ adds the
+    steps and loops to the accelerated class, with the signatures of the library's methods.
     """
 
     library = "guided-diffusion"
@@ -178,7 +179,7 @@ def _fused(peers_method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Improved(Guided):
-    """Mixin placed before improved_diffusion.gaussian_diffusion.GaussianDiffusion in the bases."""
+    """The mixin for improved_diffusion.gaussian_diffusion.GaussianDiffusion, whose methods have no cond_fn."""
 
     library = "improved-diffusion"
     _peer_parameters: ClassVar[dict[str, str]] = {
@@ -187,7 +188,7 @@ class Improved(Guided):
 
 
 class Spaced(Guided):
-    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases.
+    """The mixin for guided_diffusion.respace.SpacedDiffusion.
 
     A SpacedDiffusion takes some of the timesteps of an original diffusion. Its models get the original timesteps.
     """
@@ -196,4 +197,4 @@ class Spaced(Guided):
 
 
 class ImprovedSpaced(Spaced, Improved):
-    """Mixin placed before improved_diffusion.respace.SpacedDiffusion in the bases."""
+    """The mixin for improved_diffusion.respace.SpacedDiffusion."""

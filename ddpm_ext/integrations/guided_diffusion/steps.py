@@ -114,7 +114,7 @@ def _take_step(
     tables = fused.rows(method, eta, clip is not None or denoised_fn is not None)
     if row is None:
         check_inputs(fused, x, t)
-    else:  # t was made by take_loop
+    else:  # take_loop has made t, so its values are not checked
         check_tensors(x, dtypes=FLOAT32)
         if x.shape[0] != t.shape[0] or x.device != t.device:
             raise Fallback
