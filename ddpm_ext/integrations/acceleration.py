@@ -131,7 +131,7 @@ class Acceleration:
         checks.one_of("noise", noise, NOISES)
         checks.flag("trace", trace)
         if noise == "philox":
-            Philox(0 if seed is None else seed, sample_ids)  # checks them
+            Philox(0 if seed is None else seed, sample_ids)  # raises an error if one is wrong
             return cls(noise, seed, sample_ids, trace=trace)
         if seed is not None:
             raise ValueError(f"seed is {seed!r} with noise 'torch', expected None: torch draws the noise")
@@ -182,7 +182,7 @@ class Acceleration:
         if self.noise == "torch":
             raise ValueError(f"seed is {seed!r} with noise 'torch', expected noise 'philox': torch draws the noise")
         if seed is not None:
-            Philox(seed)  # checks it
+            Philox(seed)  # raises an error if it is wrong
         self._set(seed, self._sample_ids)
 
     @property
@@ -360,7 +360,7 @@ class Acceleration:
 
 def _level_outside() -> int:
     """The stacklevel of a warning for the first calling frame whose code is neither of this package nor of torch."""
-    if torch.compiler.is_compiling():  # the compiler does not trace frames
+    if torch.compiler.is_compiling():  # torch.compile can't trace the code below, which reads frames
         return 1
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ddpm_ext.", "torch.")):

@@ -347,7 +347,7 @@ def _step(
         numbers = dict(zip(ROW, steps.get("steps", torch.device("cpu"), torch.float64)[row].tolist(), strict=False))
         return numbers["c0"] * x_start + numbers["c1"] * x + numbers["s"] * torch.randn_like(x), x_start
 
-    # With the objective pred_x0, x_start has the output's dtype.
+    # With the objective pred_x0, the library's x_start has the output's dtype, which must be that of the samples here.
     check_output(x, output, peers_step, allow_16_bits=gd.objective != "pred_x0")
     noise: dict[str, Any] = {}
     if row > 0:

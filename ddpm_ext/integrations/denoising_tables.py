@@ -77,7 +77,7 @@ class DenoisingTables:
             if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():
                 raise Fallback(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
             table = samplers.ddim(grid, eta=eta, keep_eps=False)
-            direction = table.c1 * (1 - now).sqrt()  # the factor of pred_noise
+            direction = table.c1 * (1 - now).sqrt()  # the factor of the library's pred_noise
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
             s[1:] = table.s
         return KernelTables(StepTable(t, a, b, c0, c1, s=s))

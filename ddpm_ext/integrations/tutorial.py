@@ -33,7 +33,7 @@ from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 from ddpm_ext.tables.on_device import KernelTables
 
 Model = Callable[..., Tensor]
-METHODS = {  # {method: its first parameters}
+METHODS = {  # {method: its first parameters after self}
     "q_sample": "x_start, t, noise=None",
     "p_mean_variance": "model, x_t, t, clip_denoised=True",
     "p_sample": "model, x_t, t, clip_denoised=True",
@@ -82,7 +82,7 @@ SUPPORT = tuple(
 
 def resembles(cls: type) -> bool:
     """Whether a class has the tutorial's methods, with the same names, order and defaults of their first parameters."""
-    if issubclass(cls, GaussianDiffusion):  # ddpm_ext's own class
+    if issubclass(cls, GaussianDiffusion):  # ddpm_ext's own class, which is fused already
         return False
     for name, expected in METHODS.items():
         method = getattr(cls, name, None)

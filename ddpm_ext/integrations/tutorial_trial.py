@@ -159,7 +159,7 @@ class _Trial:
 
     @torch.no_grad()
     def drawn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's output and the noise that a step draws after it."""
+        """The model's output, and the noise that a step draws after its call of the model."""
         self.rewind()
         return self.model(x, t), torch.randn_like(x)
 

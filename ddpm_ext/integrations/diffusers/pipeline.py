@@ -40,7 +40,11 @@ class Pipeline(Accelerated):
     accelerate_scheduler: ClassVar[Accelerate]
 
     def __init_subclass__(cls) -> None:
-        """Replaces the library's __call__, if it has one, by a method with the same signature."""
+        """Replaces the library's __call__, if it has one, by a method with the same signature.
+
+        The method also begins the loops of the schedulers' noise. If `scheduler` has a step table, it compares the
+        guidance with the table's notes, and passes the number of rows as the number of steps.
+        """
         super().__init_subclass__()
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
         peers_call: Any = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)

@@ -313,7 +313,7 @@ class TracedScheduler(Forward):
         return position
 
     def _new_loop(self, call: Call) -> Position:
-        """The position in a new loop that begins with this step."""
+        """The position in a new loop that begins with this step. Raises Fallback if the loop has no rows."""
         cls, state = peer_class(type(self)), vars(self)
         foreign = foreign_method(cls, state)
         if foreign is not None and not self.accelerated.trace:
@@ -375,13 +375,13 @@ class TracedScheduler(Forward):
         return expected if expected in indices else indices[1] if is_pair else indices[0]
 
     def _settings_of(self, names: Iterable[str]) -> Settings:
-        """The settings that must not change until the loop ends: the named attributes with versions, and the config."""
+        """The settings that must not change until the loop ends: attributes with their versions, and the config."""
         attributes = [(name, self._attribute(name)) for name in names]
         versioned = [(name, x, version_of(x) if isinstance(x, Tensor) else None) for name, x in attributes]
         return versioned, config_of(vars(self))
 
     def _attribute(self, name: str) -> Any:
-        """An attribute of the scheduler, or else of the library's class; None if neither has it."""
+        """An attribute of the scheduler, or else of its original class; None if neither has it."""
         state = self.__dict__
         return state[name] if name in state else getattr(self._peer, name, None)
 

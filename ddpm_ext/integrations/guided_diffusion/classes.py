@@ -107,8 +107,8 @@ class Guided(PeerDiffusion):
             raise Fallback("a gradient is asked for by x_start or noise")
 
         with_bound = tables.learned or not tables.with_error
-        # For samples at t = 0, the library's code computes the bound's term. To find these samples, the host waits for
-        # a GPU once; the library's code waits at each of its tables.
+        # For samples at t = 0, the library's code computes the bound's term, with its own approximation of the normal
+        # CDF. To find these samples, the host waits for a GPU once; the library's code waits at each of its tables.
         indices_at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
         source = self._training_noise(x_start, noise)
         x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)

@@ -31,8 +31,8 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-# The dtypes of samples with a fused form. The library's tables are float32, so its step
-# returns float32 for samples of 16 bits.
+# The dtypes of samples with a fused form. The library's tables are float32, so its step returns float32 for samples of
+# 16 bits.
 FLOAT32 = (torch.float32,)
 NOT_OPTIONS = (
     "model",
@@ -42,7 +42,7 @@ NOT_OPTIONS = (
     "noise",
     "device",
     "progress",
-)  # arguments that are not options of a step
+)  # arguments of steps and loops that _take_peers_step does not pass to a step as options
 GRADIENT = "a gradient is asked for through a step"
 
 
