@@ -117,9 +117,10 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
 
 
 def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, timestep: Any) -> Any:
-    """The value of an argument in Options.
+    """What stands in Options for the value of an argument. Raises Fallback for a value that no row can take.
 
-    One of the scheduler's timesteps becomes a TimestepOffset, so that the option has the same value in each step.
+    A tensor that is one of the scheduler's timesteps becomes a TimestepOffset, so that the option has the same value in
+    each step.
     """
     if isinstance(value, Tensor) and value.dim():
         if value.shape != x.shape:

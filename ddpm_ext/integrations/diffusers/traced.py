@@ -68,8 +68,8 @@ class Position(NamedTuple):
         proof: the proof of a step that a user wrote, or None for diffusers' own steps.
         history: the tensors that rows kept, the newest first, at most three.
         last: a private copy of the last step's result, if the next row reads it.
-        shape: the shape of the samples.
-        dtypes: the dtypes of the last step's model output, sample and result.
+        shape: the shape of the samples. None before the first step.
+        dtypes: the dtypes of the last step's model output, sample and result. None before the first step.
     """
 
     rows: LoopRows
