@@ -59,7 +59,7 @@ def accelerated_class(peer: type) -> type:
     """The accelerated subclass of a library's class. For diffusers' schedulers it can be instantiated directly.
 
     Raises:
-        TypeError: the class is of no kind that can be accelerated, or of a version or fork of its library that can't be.
+        TypeError: the class is of no kind that can be accelerated, or its library is a version or fork that can't be.
     """
     peer = peer_class(peer)
     names = {(known.module, known.name): known for known in KNOWN}

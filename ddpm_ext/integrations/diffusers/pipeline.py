@@ -74,8 +74,8 @@ class Pipeline(Accelerated):
     def __setattr__(self, name: str, value: Any) -> None:
         """Accelerates a scheduler that is set, with the settings of the scheduler that it replaces.
 
-        The usual way to change the scheduler is `pipeline.scheduler = X.from_config(pipeline.scheduler.config)`, where X
-        is a class of diffusers, not an accelerated one.
+        The usual way to change the scheduler is `pipeline.scheduler = X.from_config(pipeline.scheduler.config)`, where
+        X is a class of diffusers, not an accelerated one.
         """
         reason, previous = None, vars(self).get(name)
         self._store_settings_of(previous)
