@@ -83,9 +83,9 @@ def accelerate(
 
     Args:
         obj: any scheduler or pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
-            denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline and of its inner pipelines are
-            accelerated, and also schedulers that replace them later. A modular pipeline must have its components, so
-            call load_components first.
+            denoising-diffusion-pytorch, or that of a well-known tutorial (tutorial.py). All schedulers of a pipeline
+            and of its inner pipelines are accelerated, and also schedulers that replace them later. A modular pipeline
+            must have its components, so call load_components first.
         table: a StepTable, or the path of a saved one. The pipeline's `scheduler` is replaced by a TableScheduler with
             this table. If obj is a scheduler, the result is the TableScheduler.
         noise: "torch" takes the library's draws, from the same generators in the same order, so that the images are the
@@ -111,9 +111,10 @@ def accelerate(
         p_sample_loop runs, with its noise.
 
     Raises:
-        TypeError: obj can't be accelerated, or has an attribute in place of a method that is replaced; obj is a
-            pipeline without a scheduler; `table` is given for an obj that is neither a pipeline nor a scheduler of
-            diffusers.
+        TypeError: an argument has a wrong type; obj can't be accelerated, or has an attribute in place of a method that
+            is replaced; obj is a pipeline without a scheduler; `table` is given for an obj that is neither a pipeline
+            nor a scheduler of diffusers.
+        FileNotFoundError: `table` is the path of no file.
         ValueError: an argument is out of range; seed or sample_ids is given with noise "torch"; TableScheduler rejects
             the table, or the prediction in its notes is not the scheduler's.
 

@@ -44,7 +44,7 @@ else:
 
     @runtime_checkable
     class AcceleratedObject(Protocol):
-        """What `accelerate` returns: an object of a subclass of obj's class, with its settings.
+        """What `accelerate(obj)` returns. Its class is a subclass of obj's class, or TableScheduler.
 
         Attributes:
             accelerated: the settings, an Acceleration.
@@ -59,7 +59,8 @@ class Acceleration:
     With noise "philox", two loops never share noise, unless they have the same seed and sample ids:
 
     - Without a seed, each loop draws a seed from torch's default CPU generator, when it first needs noise.
-    - With a seed, each loop takes the sample ids that follow the previous loop's: 0 to 63, then 64 to 127.
+    - With a seed, each loop takes the sample ids that follow the previous loop's: for batches of 64, these are 0 to
+      63, then 64 to 127.
     - Sample ids in a tensor are used in every loop. With a seed, all loops have the same noise in this case.
 
     A loop begins as follows:
@@ -81,9 +82,9 @@ class Acceleration:
         noise: "torch" for the library's draws, or "philox" for noise of the noise contract.
         seed: the seed of all loops. With None, each loop draws a seed. After it is set, the next loop has the first
             sample ids.
-        rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to another Philox
-            without a draw or another stream, whose seed and sample ids the next loops continue. Setting anything else
-            raises TypeError or ValueError.
+        rng: the ddpm_ext.Philox of the current loop, or None with noise "torch". It may be set to a Philox that has no
+            draw, and either no stream or `stream`. The next loop has its seed and sample ids, and later loops have the
+            ids that follow. Setting anything else raises TypeError or ValueError.
         stream: the stream of the steps' noise, by default the stream of reverse steps. The second and later schedulers
             of a pipeline have other streams, so that they share no noise although they have the same seed and ids.
         trace: whether steps that a user wrote are replaced by rows, once a first loop has proven the rows (see
@@ -92,8 +93,8 @@ class Acceleration:
             the first sample ids, no matter how many loops have run.
         fallbacks: {method: the latest reason why the library's code ran in place of the fused form}.
         fused_calls: how many calls of methods took their fused form, which is mostly one launch.
-        fallback_calls: how many calls ran the library's code. Neither number counts diffusers' set_timesteps and
-            scale_model_input, and code compiled by torch.compile.
+        fallback_calls: how many calls ran the library's code. Neither number counts calls of diffusers' set_timesteps
+            and scale_model_input, or calls in code that torch.compile has compiled.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
@@ -130,7 +131,7 @@ class Acceleration:
         checks.one_of("noise", noise, NOISES)
         checks.flag("trace", trace)
         if noise == "philox":
-            Philox(0 if seed is None else seed, sample_ids)  # checks them
+            Philox(0 if seed is None else seed, sample_ids)  # raises an error if one is wrong
             return cls(noise, seed, sample_ids, trace=trace)
         if seed is not None:
             raise ValueError(f"seed is {seed!r} with noise 'torch', expected None: torch draws the noise")
@@ -148,7 +149,7 @@ class Acceleration:
         return copy_of_self
 
     def continued(self) -> Acceleration:
-        """A copy for another object. It continues the sample ids of the loops, but its counts begin at 0."""
+        """A copy for another object. It continues the loops' sample ids, but has no fused calls or fallbacks yet."""
         copy_of_self = copy.copy(self)
         vars(copy_of_self).update(fallbacks={}, fused_calls=0, fallback_calls=0, _running_calls=0, _warned=set())
         return copy_of_self
@@ -181,7 +182,7 @@ class Acceleration:
         if self.noise == "torch":
             raise ValueError(f"seed is {seed!r} with noise 'torch', expected noise 'philox': torch draws the noise")
         if seed is not None:
-            Philox(seed)  # checks it
+            Philox(seed)  # raises an error if it is wrong
         self._set(seed, self._sample_ids)
 
     @property
@@ -215,7 +216,10 @@ class Acceleration:
             self._rng = self._philox(self._seed, self._ids)
 
     def begin_loop(self) -> None:
-        """Begins a loop. The single steps that follow belong to it."""
+        """Begins a loop. The single steps that follow belong to it.
+
+        It does nothing if the running call of a pipeline has begun a loop that has taken no step yet.
+        """
         pipeline_began_it = self._running_calls and self._position == BEFORE_LOOP
         if self.noise == "torch" or pipeline_began_it:
             return
@@ -241,11 +245,11 @@ class Acceleration:
     def rng_of_start(self, batch: int) -> Philox:
         """The generator of the start noise of a loop of `batch` samples.
 
-        Each call in a loop has a different draw, and so has each scheduler of a pipeline. The first draw of the first
-        scheduler is that of p_sample_loop's start noise.
+        Each call of this method in a loop has another draw, and so has each scheduler of a pipeline. The first call of
+        the first scheduler has the draw of p_sample_loop's start noise, which is 0.
         """
         assert self.rng is not None
-        draw = 16 * self._starts + self.stream
+        draw = 16 * self._starts + self.stream  # the streams of reverse steps are below 16
         self._starts += 1
         self._count = max(self._count, batch)
         return self.rng.of(STREAM_START, draw)
@@ -305,7 +309,7 @@ class Acceleration:
         return self._rng_of_unread_step(len(t))
 
     def _rng_of_unread_step(self, batch: int) -> Philox | None:
-        if self._seed is None and torch.compiler.is_compiling():  # an int would become a constant of the graph
+        if self._seed is None and torch.compiler.is_compiling():  # a seed as an int would be a constant of the graph
             return self._philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
         if batch > self._count:
             self._count = batch
@@ -356,7 +360,7 @@ class Acceleration:
 
 def _level_outside() -> int:
     """The stacklevel of a warning for the first calling frame whose code is neither of this package nor of torch."""
-    if torch.compiler.is_compiling():  # the compiler does not trace frames
+    if torch.compiler.is_compiling():  # torch.compile can't trace the code below, which reads frames
         return 1
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ddpm_ext.", "torch.")):

@@ -1,7 +1,8 @@
 """The mixin for denoising-diffusion-pytorch's GaussianDiffusion: a step in one launch, the training loss in two.
 
-Samples are in [-1, 1], but the library's callers pass and get images in [0, 1]. Loops convert their result by the
-library's `unnormalize`. The library's method `forward`, which is not replaced, converts the training images.
+Samples are in [-1, 1], but the library's callers pass training images and get samples in [0, 1]. p_sample_loop and
+ddim_sample convert their result by the library's `unnormalize`; interpolate does not, as in the library. The library's
+method `forward`, which is not replaced, converts the training images.
 """
 
 from __future__ import annotations
@@ -142,7 +143,10 @@ class Denoising(LoopOptionsTaker):
         return tables
 
     def _returning(self, output: Any, **attributes: Any) -> Any:
-        """An object of the library's class with the same state and a model that returns `output`."""
+        """An object for the library's code to run on after a Fallback, without a second call of the model.
+
+        It has the same state, apart from a model that returns `output`, and these attributes.
+        """
         plain = new(self._peer)
         plain.__dict__.update(self.__dict__, model=returning(output), **attributes)
         return plain
@@ -343,7 +347,7 @@ def _step(
         numbers = dict(zip(ROW, steps.get("steps", torch.device("cpu"), torch.float64)[row].tolist(), strict=False))
         return numbers["c0"] * x_start + numbers["c1"] * x + numbers["s"] * torch.randn_like(x), x_start
 
-    # With the objective pred_x0, x_start has the output's dtype.
+    # With the objective pred_x0, the library's x_start has the output's dtype, which must be that of the samples here.
     check_output(x, output, peers_step, allow_16_bits=gd.objective != "pred_x0")
     noise: dict[str, Any] = {}
     if row > 0:

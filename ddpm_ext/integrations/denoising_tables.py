@@ -44,7 +44,13 @@ class DenoisingTables:
         self.steps = rows_of(self._buffers, prediction, "buffers")
 
     def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
-        """The rows of ddim_sample, the last step first. Raises Fallback if its steps have no fused form."""
+        """The rows of ddim_sample, the last step first. Raises Fallback if its steps have no fused form.
+
+        Args:
+            timesteps: the object's num_timesteps.
+            count: the number of steps.
+            eta: the object's ddim_sampling_eta.
+        """
         return cached_with(self, (timesteps, count, repr(eta)), lambda: self._make_ddim(timesteps, count, eta))
 
     def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
@@ -58,7 +64,7 @@ class DenoisingTables:
             raise Fallback(str(error)) from None
         if not 0 < timesteps <= len(self.steps) or count < 1:
             raise Fallback(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
-        # The timesteps, rounded from float32 as in the library. The first number, -1, stands for clean samples, where
+        # The timesteps, truncated from float32 as in the library. The first number, -1, stands for clean samples, where
         # the last step ends.
         t = torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().long()[1:]
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)
@@ -71,7 +77,7 @@ class DenoisingTables:
             if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():
                 raise Fallback(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
             table = samplers.ddim(grid, eta=eta, keep_eps=False)
-            direction = table.c1 * (1 - now).sqrt()  # the factor of pred_noise
+            direction = table.c1 * (1 - now).sqrt()  # the factor of the library's pred_noise
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
             s[1:] = table.s
         return KernelTables(StepTable(t, a, b, c0, c1, s=s))

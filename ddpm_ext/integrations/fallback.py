@@ -1,4 +1,5 @@
-"""Fallback: the exception that makes an accelerated object's method run the library's code, and caches with Fallbacks.
+"""Fallback, the exception that makes an accelerated object's method run the library's code; and a cache of results,
+which also stores the Fallbacks of functions that raised one.
 
 A call of a method has no fused form if the operators don't take its options, dtypes or shapes. "The library" is the
 library of the accelerated object's class; names of variables call it the peer.
@@ -19,7 +20,7 @@ from ddpm_ext.integrations.shared import peer_method
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
-CACHED = 16  # the most entries in the cache of an object, which has rows for its latest states, trials and proofs
+CACHED = 16  # the largest number of entries in an object's cache, which has the object's latest rows, trials and proofs
 
 
 class Fallback(Exception):
@@ -134,7 +135,7 @@ def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any
     return result_of((_make_cached(obj, key, make, values) if entry is None else entry)[0])
 
 
-@torch.compiler.disable  # torch 2.7 has an internal error where a graph breaks in it
+@torch.compiler.disable  # a graph break within this function leads to an internal error of torch 2.7
 def _make_cached(obj: Any, key: Hashable, make: Callable[[], Any], values: Any) -> tuple[Any, Any]:
     if not is_plain(torch.empty(0, device="cpu")):
         raise Fallback("its tables are first asked for within a function transform")

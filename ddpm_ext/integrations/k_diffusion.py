@@ -97,11 +97,11 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
 
             - A name of NAMES or GUIDED, also in other spellings, such as "DPM++ 2M" or "euler_a".
             - Another name of k-diffusion's, such as "dpmpp_sde" for sample_dpmpp_sde, if k-diffusion is installed.
-            - A function with this signature. It is traced, as by StepTable.trace, and may read attributes of the
-              caller's model.
+            - A function with this signature. It is traced, as by StepTable.trace. If the function is not k-diffusion's
+              own, it runs as it is, with a warning, if its steps are not linear or it reads attributes of the model.
             - A StepTable, or the path of a saved one (a string that ends in .json, or a Path).
 
-    A table determines the sigmas: the argument `sigmas` of the loop must be `table_sigmas(table)`, or None. The table
+    A table determines the sigmas: the argument `sigmas` of a call must be `table_sigmas(table)[0]`, or None. The table
     may be for any samples. Rows for a flow stay rows for samples (1 - sigma) x0 + sigma eps; all others are converted
     to rows for samples x0 + sigma eps. Predicted clean samples are clipped if the table's notes have a clip.
 
@@ -120,13 +120,15 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; on other devices, and in float64, the
     reference in PyTorch computes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised,
     once in each step. Tensors that the model or the callback gets are not written to later. The function raises
-    ValueError for sigmas or options out of range, for noise_sampler together with rng, and for a traced function whose
-    steps are not linear; and TypeError for an argument that the sampler does not have.
+    ValueError for sigmas or options out of range, for noise_sampler together with rng, and for a function of
+    k-diffusion whose steps are not linear; and TypeError for an argument that the sampler does not have.
 
     Raises:
-        TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
-            their steps themselves.
-        ValueError: an unknown name; a table whose levels are not known, or that reads more than the denoiser's output.
+        TypeError: `which` is none of these; a function without an argument sigmas, such as sample_dpm_fast and
+            sample_dpm_adaptive, which choose their steps themselves.
+        ValueError: an unknown name; a table whose levels are not known, that reads more than the denoiser's output, or
+            whose notes have dynamic thresholding; the file of a path is no table.
+        OSError: the file of a path can't be read.
 
     Examples:
         >>> sigmas = torch.tensor([9.0, 3.0, 1.0, 0.0])
@@ -268,6 +270,10 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
     """The rows of a sampler with churn, which raises the noise from sigma to sigma_hat before each step.
 
     The last row of the previous step adds this noise. For the first step an extra row does.
+
+    Args:
+        sigmas: (steps + 1,).
+        hat: sigma_hat of each step, (steps,).
     """
     now = sigmas[:-1]
     noise = (hat**2 - now**2).sqrt()

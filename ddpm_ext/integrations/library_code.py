@@ -35,8 +35,8 @@ def is_sampler_of_k_diffusion(function: Callable[..., Any]) -> bool:
 def foreign_method(cls: type, state: Mapping[str, Any]) -> str | None:
     """The name of a method through which a scheduler's step may run code from outside diffusers, or None.
 
-    A subclass may define methods with new names, `__init__` and `set_timesteps`. Its properties count as foreign,
-    because a property may replace any attribute.
+    A subclass may override `__init__` and `set_timesteps`, and may define methods with new names. Its properties count
+    as foreign, because a property may replace any attribute.
 
     Args:
         cls: the object's class.
@@ -67,7 +67,7 @@ def _methods(cls: type) -> frozenset[str]:
 
 @functools.lru_cache(256)
 def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str | None:
-    """foreign_method for a class. The arguments methods and hooks are part of the cache key."""
+    """foreign_method of a class alone, cached. `methods` and `hooks` are in the key: a user may replace them later."""
     for name, hook in zip(HOOKS, hooks, strict=True):
         is_default = hook is None or isinstance(hook, types.WrapperDescriptorType)
         if not is_default and not is_code_of(hook, DIFFUSERS, "huggingface_hub"):
@@ -77,7 +77,7 @@ def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str
         for name, value in vars(base).items():
             if not (name.startswith("__") or name in OVERRIDABLE or _is_new(name, value, diffusers_class)):
                 return name
-    step_methods = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks steps without a parent in diffusers
+    step_methods = [getattr(cls, name, None) for name in STEPS]  # `methods` lacks a step that only the subclass defines
     for method in (*methods, *[step for step in step_methods if step is not None]):
         if not is_code_of(getattr(method, "__func__", method), DIFFUSERS, "huggingface_hub"):
             return str(getattr(method, "__name__", method))
@@ -85,7 +85,10 @@ def _foreign(cls: type, methods: tuple[Any, ...], hooks: tuple[Any, ...]) -> str
 
 
 def _is_new(name: str, value: Any, diffusers_class: type) -> bool:
-    """Whether an attribute of a subclass overrides nothing of diffusers' class."""
+    """Whether an attribute of a subclass replaces no code of diffusers' class, and is no property.
+
+    It may have a new name, or be a plain value that replaces another.
+    """
     if isinstance(getattr(diffusers_class, name, None), property) or isinstance(value, property):
         return False
     is_plain = not hasattr(value, "__get__")  # a number, a list

@@ -33,14 +33,14 @@ class LoopOptionsTaker(PeerDiffusion):
     """
 
     sample_calls: tuple[str, ...] = ("p_sample_loop",)
-    model: Callable[..., Tensor]  # for peers whose loops have no argument `model`
+    model: Callable[..., Tensor]  # of objects whose loops have no argument `model`
 
     def _prediction(self) -> str:
         """ddpm_ext's name of the model's prediction. Raises Fallback if there is none."""
         raise NotImplementedError
 
     def _diffusion(self) -> GaussianDiffusion:
-        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if no betas have its tables."""
+        """A GaussianDiffusion with the object's levels and variance. Raises Fallback if no valid betas give them."""
         prediction, tables = self._prediction(), {name: getattr(self, name) for name in TABLES}
 
         def make() -> GaussianDiffusion:
@@ -147,7 +147,7 @@ def takes_loop_options(method: Method) -> Method:
 def _split(peers_method: Callable[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits options into the options of the library's method and the options of p_sample_loop.
 
-    If the library's method has **kwargs, it gets all of them.
+    If the library's method has **kwargs, it gets all options.
     """
     parameters = inspect.signature(peers_method).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -21,7 +21,9 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 Make = Callable[[], Any]
 NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that this package adds
-ROUNDED_TERMS = 4.0  # in a step without noise, the largest ratio of a term to the step's result
+# For the rounding error of a step, no term counts as larger than this factor times sqrt_recip_alphas_cumprod times the
+# largest number in the step's sample and results, or times 1 if they are all smaller.
+ROUNDED_TERMS = 4.0
 
 
 class PeerDiffusion(Accelerated):
@@ -39,7 +41,7 @@ class PeerDiffusion(Accelerated):
             cls._methods = (*cls.replaces, *cls.relies_on)
 
     def _current_methods(self) -> list[Any]:
-        """The functions named in `_methods`: the object's attributes, or else the methods of the library's class."""
+        """The functions named in `_methods`: attributes of the object, or else methods of its class `_peer`."""
         attributes, peer = self.__dict__, self._peer
         return [attributes[name] if name in attributes else getattr(peer, name, None) for name in self._methods]
 
@@ -47,7 +49,8 @@ class PeerDiffusion(Accelerated):
         """The name of a method that is not the library's code; None if all are.
 
         Args:
-            caller: the method that calls it. Only overrides in subclasses read this.
+            caller: the library's method that is called. It is not read here, where all of `_methods` are checked.
+                Tutorial's override checks only the methods that the caller may call.
         """
         cls, library = self._known, self._known.__module__.partition(".")[0]
         for name, method in zip(self._methods, self._current_methods(), strict=True):
@@ -112,7 +115,7 @@ class PeerDiffusion(Accelerated):
         if stores:
             proof.failed = f"its {method} stores {', '.join(stores)}"
             stored = self.__dict__.setdefault("_stored", set())
-            if repeated := stored.intersection(stores):  # every later step would have another state
+            if repeated := stored.intersection(stores):  # every step stores them, so every step would need a new proof
                 proof.failed = self.__dict__["_left_alone"] = why_left_alone(method, repeated)
             stored.update(stores)
         recip = self.sqrt_recip_alphas_cumprod[max(steps)]  # type: ignore[attr-defined]
@@ -150,7 +153,8 @@ class PeerDiffusion(Accelerated):
     def _cached_by_state(self, settings: Iterable[Any], make: Make, state: Sequence[Any] | None = None) -> Any:
         """The result of make(), cached by these settings and this state; see setting_key for the keys.
 
-        Raises the Fallback that make() raises.
+        Raises the Fallback that make() raises, and a Fallback if a value is a tensor and a transform of torch.func is
+        active.
 
         Args:
             state: the values that count as the object's state. Default: its methods.
@@ -179,7 +183,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def start_noise(shape: Iterable[int], rng: Philox | None, device: torch.device) -> Tensor:
-    """The noise from which a loop starts, drawn by `rng`, or by torch if `rng` is None."""
+    """The noise from which a loop starts, drawn by `rng`; by torch if `rng` is None or the default dtype is float64."""
     dtype, sizes = torch.get_default_dtype(), tuple(map(int, shape))
     if rng is None or dtype not in DTYPES:
         return torch.randn(sizes, device=device)

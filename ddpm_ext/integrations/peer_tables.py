@@ -30,12 +30,13 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, tables_name: str = "t
 
     - "steps": row t draws from q(x_{t-1} | x_t, x_0).
     - "q_sample": the weights of x_0 and of the noise in x_t.
-    - "start": a and b of x_0 = a x_t + b m.
+    - "start": a and b of x_0 = a x_t + b m, with m the model's output.
     - "loss": the weights of x_0 and of the noise in the model's target, and the weight of the loss.
 
     Raises Fallback for numbers that are not finite.
 
     Args:
+        prediction: ddpm_ext's name of the model's prediction: "eps", "x0" or "v".
         tables_name: the library's word for the tables, for the error's text.
     """
     in_float64 = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
@@ -47,7 +48,7 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, tables_name: str = "t
         "v": ((signal, -noise), (-noise, signal)),
     }[prediction]
     deviation = (in_float64["posterior_log_variance_clipped"] / 2).exp()
-    deviation[0] = 0  # the last step adds no noise
+    deviation[0] = 0  # the step from t = 0 is the last one, which adds no noise
     t = torch.arange(len(a), device="cpu")
     try:
         steps = StepTable(t, a, b, in_float64["posterior_mean_coef1"], in_float64["posterior_mean_coef2"], s=deviation)

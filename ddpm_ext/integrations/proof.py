@@ -25,7 +25,8 @@ class Proof:
     """The comparison of the rows with a step's code, for loops of one shape, dtype, device and setting.
 
     Attributes:
-        holds: the indices of the steps in which the rows agreed with the code.
+        holds: the indices of the steps that were compared. The rows agreed with the code in all of them if `failed` is
+            None.
         failed: why the rows must not be used, or None if no step has differed.
         stores: the names of the attributes that the code has written.
     """
@@ -41,6 +42,8 @@ class Proof:
         """Records whether the results of the rows agree with those of the step's code.
 
         Args:
+            step: the index of the step.
+            row_results, code_results: what the step returns, in the same order. A row's result of None is not compared.
             size: the size of the largest term in the sums that both compute.
         """
         row_results, code_results = list(row_results), list(code_results)
@@ -88,8 +91,9 @@ class Generators:
 def setting_key(x: Any) -> Hashable:
     """A cache key of a setting.
 
-    Numbers and strings count by value, tensors by identity and version, containers by their elements, and other objects
-    by identity. A cache with such a key must keep x alive, because Python may reuse the id of a dead object.
+    Numbers, strings, dtypes, devices and small NumPy arrays count by value, tensors by identity and version, lists,
+    tuples, dicts and namespaces by their elements, and other objects by identity. A cache with such a key must keep x
+    alive, because Python may reuse the id of a dead object.
     """
     if isinstance(x, Tensor):
         return id(x), version_of(x)

@@ -40,8 +40,8 @@ KNOWN = (
     KnownClass("improved_diffusion.respace", "SpacedDiffusion", "guided_diffusion", "ImprovedSpaced"),
     KnownClass(f"{_LUCIDRAINS}.{_LUCIDRAINS}", "GaussianDiffusion", _LUCIDRAINS, "Denoising"),
 )
-# (module, mixin, the module's function that recognises a class by its contents) for classes that are not in KNOWN. The
-# functions are tried in this order.
+# (module, mixin, the module's function that says whether the mixin is for a class), for classes that get no mixin of
+# KNOWN. The functions are tried in this order.
 RECOGNISED = (("diffusers.traced", "TracedScheduler", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
 
 
@@ -59,7 +59,7 @@ def accelerated_class(peer: type) -> type:
     """The accelerated subclass of a library's class. For diffusers' schedulers it can be instantiated directly.
 
     Raises:
-        TypeError: the class is of no kind that can be accelerated.
+        TypeError: the class is of no kind that can be accelerated, or its library is a version or fork that can't be.
     """
     peer = peer_class(peer)
     names = {(known.module, known.name): known for known in KNOWN}
@@ -68,7 +68,7 @@ def accelerated_class(peer: type) -> type:
         if known is not None:
             mixin = getattr(_integration(known.mixin_module), known.mixin)
             is_scheduler = known.module.startswith("diffusers.")
-            # TracedScheduler is the mixin for subclasses that override methods, of a user or of diffusers.
+            # A subclass that overrides methods, whether a user or diffusers wrote it, gets TracedScheduler, below.
             if not is_scheduler or (library_class(peer) is ancestor and foreign_method(peer, {}) is None):
                 return make_class(mixin, peer, ancestor, _restore)
     for name, mixin, test in RECOGNISED:

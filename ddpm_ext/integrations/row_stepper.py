@@ -25,7 +25,8 @@ from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
-# The factors of the previous result, which is in uncond_output, and of HISTORY.
+# The factors of the other tensors that a row reads: of the previous row's result, which traced loops pass as
+# uncond_output, and of HISTORY.
 OTHER_FACTORS = ("cu", "h1", "h2", "h3")
 LARGEST_NORMAL = 8.0  # no normal number is expected to be larger
 CPU = torch.device("cpu")
@@ -181,7 +182,8 @@ class RowStepper:
 def clip_in_notes(table: StepTable, clip: Clip | None, threshold: DynamicThreshold | None = None) -> Clip | None:
     """The clip in the table's notes; `clip` if they have none.
 
-    Raises ValueError if the notes have a threshold other than `threshold`.
+    A note that is a text stands for dynamic thresholding. Then the result is `clip`, and a ValueError is raised if the
+    text is not that of `threshold`.
     """
     clip_note = table.notes.get("clip", clip)
     if isinstance(clip_note, str) and clip_note != str(threshold):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
-# Attributes that copies and pickles leave out, because they are caches.
+# Attributes that copies and pickles leave out: caches, and what proofs have found in the object's loops.
 CACHED = (
     "_changing_loops", "_fused_cache", "_host_timesteps", "_latest_rows", "_left_alone", "_next_input", "_user_loop",
     "_user_rows", "_stored",
@@ -68,10 +68,10 @@ class Accelerated:
         return f"{shown(self)}\n{super().__repr__()}"
 
     def _check(self) -> None:
-        """Raises TypeError for an object that its mixin can't accelerate. It is called for each new object."""
+        """Raises TypeError for an object that the mixin can't accelerate. accelerated_copy calls it."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles `_peer`, which can be imported, unlike the accelerated class, and the attributes without caches.
+        """Pickles the attributes without caches, and `_peer`, because the accelerated class can't be imported.
 
         The settings are copied, so that loops of a copy and of the original are counted separately.
         """

@@ -56,7 +56,7 @@ def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
 
 
 def first_rows_or_all(table: StepTable, sigmas: Tensor) -> list[int]:
-    """The indices of the rows with which steps begin, for a function that calls no callback. Calls would show them.
+    """The indices of the rows with which steps begin, for a function that calls no callback, which would show them.
 
     They are first_rows; or if the table has no row for some sigma, all rows, up to the number of sigmas.
     """

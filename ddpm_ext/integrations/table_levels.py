@@ -1,4 +1,4 @@
-"""Determines from the levels of a step table which samples it is for, and converts its rows for other samples."""
+"""Determines from the levels of a step table which samples the table is for, and converts its rows for others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 __all__ = ["FLOW", "OTHER", "SIGMA_SPACE", "of_denoiser", "scale_of", "table_sigmas"]
 
 SIGMA_SPACE, FLOW, OTHER = "x0 + sigma eps", "(1 - sigma) x0 + sigma eps", "others"  # the kinds of samples
-NEAR = 1e-5  # the largest difference between levels that count as equal
+NEAR = 1e-5  # the largest relative difference between levels that count as equal
 
 
 def scale_of(table: StepTable) -> str:
@@ -31,10 +31,11 @@ def scale_of(table: StepTable) -> str:
 
 
 def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
-    """The sigmas between the rows, float64 (rows + 1,), and the table for samples x0 + sigma eps.
+    """The sigma at which each row starts, then the sigma at which the last row ends; and the table with these sigmas.
 
-    If the table is for a flow, these are the flow's sigmas, and the table is returned unchanged. For other samples a
-    sigma is the noise divided by the signal.
+    The sigmas are float64 (rows + 1,). If the table is for a flow, they are the flow's sigmas, and the table is
+    returned unchanged. For other samples a sigma is the noise divided by the signal, and the rows are converted to rows
+    for samples x0 + sigma eps.
 
     Raises:
         ValueError: the table has no levels; a level has no signal; a row does not start at the level where the previous
@@ -61,7 +62,8 @@ def of_denoiser(table: StepTable) -> StepTable:
     """The table's rows for a denoiser: a model that returns the predicted clean sample x0 = a x + b m in place of m.
 
     Raises:
-        ValueError: a row reads more of the model's output than x0.
+        ValueError: a row reads more of the model than x0, such as its unconditional output; or the table's notes have a
+            clip, and a row reads m itself, which does not follow from a clipped x0.
     """
     m_of_x0 = torch.where(table.b != 0, 1 / table.b, 0)
     reads_m = (table.c2 != 0) | (table.k2 != 0)

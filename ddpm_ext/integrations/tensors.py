@@ -81,6 +81,7 @@ def check_output(
     """Raises Fallback, with `instead`, if the operators can't take a model's output for samples x.
 
     Args:
+        instead: see Fallback.
         allow_16_bits: whether the output may have 16 bits if the samples have 32.
         shape: the shape that the output must have. Default: the shape of x.
     """
@@ -134,7 +135,7 @@ def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
 def version_of(x: Tensor) -> tuple[int, ...] | None:
     """A value that changes when the tensor is written to or gets other memory. None for inference tensors.
 
-    Inference tensors do not count writes.
+    Torch does not count the writes to inference tensors.
     """
     return None if x.is_inference() else (x._version, x.data_ptr())
 

@@ -33,7 +33,7 @@ from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 from ddpm_ext.tables.on_device import KernelTables
 
 Model = Callable[..., Tensor]
-METHODS = {  # {method: its first parameters}
+METHODS = {  # {method: its first parameters after self}
     "q_sample": "x_start, t, noise=None",
     "p_mean_variance": "model, x_t, t, clip_denoised=True",
     "p_sample": "model, x_t, t, clip_denoised=True",
@@ -50,7 +50,7 @@ NOT_CALLED = {  # {method: methods that it never calls}
     "train_losses": LOOPS | {"p_sample", "p_mean_variance"},
 }
 NOT_COPIED = {*CACHED, "_acceleration"}  # attributes that the copy of an object for a trial leaves out
-PROBE_SHAPE = (2, 3, 8, 8)  # the shape of the trial samples before ddpm_ext's loop runs
+PROBE_SHAPE = (2, 3, 8, 8)  # the samples' shape in the trial that comes before a loop by ddpm_ext's p_sample_loop
 
 SUPPORT = tuple(
     Support("the tutorial's class", *row)
@@ -82,7 +82,7 @@ SUPPORT = tuple(
 
 def resembles(cls: type) -> bool:
     """Whether a class has the tutorial's methods, with the same names, order and defaults of their first parameters."""
-    if issubclass(cls, GaussianDiffusion):  # ddpm_ext's own class
+    if issubclass(cls, GaussianDiffusion):  # ddpm_ext's own class, which is fused already
         return False
     for name, expected in METHODS.items():
         method = getattr(cls, name, None)
@@ -121,7 +121,7 @@ class Tried(NamedTuple):
 
 
 class _StartNoise(TorchFunctionMode):
-    """For noise="philox": a mode in which `rng` draws a loop's start noise, its first torch.randn before its steps."""
+    """A mode, for noise="philox", in which `rng` draws a loop's start noise: the first torch.randn before the steps."""
 
     def __init__(self, rng: Philox) -> None:
         super().__init__()
@@ -130,8 +130,8 @@ class _StartNoise(TorchFunctionMode):
     def end(self) -> None:
         """Called before the first step. Exits this mode, unless another mode was entered later.
 
-        Torch can only exit the mode that was entered last. If this is another mode, `self` stays until the loop ends,
-        and does nothing.
+        Torch can only exit the mode that was entered last. If that is not this mode, this one stays active until the
+        loop ends, and does nothing.
         """
         self.used = True
         if torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is self:
@@ -151,7 +151,7 @@ class _StartNoise(TorchFunctionMode):
 
 
 class Tutorial(LoopOptionsTaker):
-    """The mixin that comes in the bases before a class that resembles the tutorial's."""
+    """The mixin for a class that resembles the tutorial's. An accelerated class derives from both, the mixin first."""
 
     library = "the tutorial's class"
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
@@ -183,6 +183,9 @@ class Tutorial(LoopOptionsTaker):
         """Runs the trial of a method on samples of this shape, once for each state of the object.
 
         Raises Fallback if the method's results differ from those of the tutorial's method.
+
+        Args:
+            clip: for p_sample, its clip_denoised. Nothing for a training method.
         """
 
         def run() -> Tried:

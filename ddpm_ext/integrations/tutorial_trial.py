@@ -1,8 +1,8 @@
 """Tests whether the methods of a class that resembles the tutorial's have the same results as the rows of its tables.
 
-A method runs on samples of the caller's shape and device, at the first, middle and last timesteps, and at every
-timestep on one sample. All these are needed because notebooks have many variations of the class: a variation may scale
-a single channel, depend on the size of its samples, or change its guidance for a few timesteps.
+A method runs on batches of the caller's shape and device at some timesteps, and on a single sample at every timestep.
+Both are needed because notebooks have many variations of the class: a variation may scale a single channel, depend on
+the size of its samples, or change its guidance for a few timesteps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ddpm_ext.tables.on_device import KernelTables
 
 # The largest difference, relative to the size of the terms. float32 sums of the terms in any order differ by less.
 TOLERANCE = 1e-5
-# The factors of the samples in alternate trials. With -1/256, no predicted clean sample is clipped.
+# The factors of the samples: trials of p_sample take the two pairs in turn, trials of training methods the second pair.
+# With -1/256, no predicted clean sample is clipped.
 SCALES = ((1.0, -1 / 256), (-1.0, 4.0))
 GradMode = Callable[[], AbstractContextManager[Any]]
 
@@ -85,7 +86,10 @@ def try_step(trial_object: Any, rows: KernelTables, shape: Sequence[int], device
 def try_training(
     trial_object: Any, rows: KernelTables, method: str, shape: Sequence[int], device: torch.device
 ) -> GradMode:
-    """Tries q_sample or train_losses. Raises Fallback if it differs from the rows or writes attributes."""
+    """Tries q_sample or train_losses. Raises Fallback if it differs from the rows or writes attributes.
+
+    Returns nullcontext: in training, the caller's grad mode counts.
+    """
     trial, ascending = _Trial(trial_object, device), torch.arange(shape[0], device=device) % len(rows)
     batches = [ascending, len(rows) - 1 - ascending]
     batches += torch.arange(len(rows), device=device)[:, None]  # all timesteps, each with a single sample
@@ -155,7 +159,7 @@ class _Trial:
 
     @torch.no_grad()
     def drawn(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's output and the noise that a step draws after it."""
+        """The model's output, and the noise that a step draws after its call of the model."""
         self.rewind()
         return self.model(x, t), torch.randn_like(x)
 

@@ -63,12 +63,13 @@ class SamplerCall:
 
 
 class TracedLoop(NamedTuple):
-    """The loop of a function with these sigmas and options.
+    """The loop of a sampler function with given sigmas and options, and what is known about its rows.
 
     Attributes:
         rows: the traced rows, or None if there are none.
         proofs: {(shape, dtype, device) of the samples: the proof of the rows}.
-        draws: for each row, the index of the draw that is its noise, or None for no noise.
+        draws: for each row, which of the function's draws in that step is the row's noise, counted from 0; None for no
+            noise.
         row_before_model: whether the first row comes before the first call of the model.
         no_rows_reason: why there are no rows.
     """
@@ -92,7 +93,7 @@ class UserSampler:
         self._warned: set[str] = set()
 
     def _loop(self, call: SamplerCall) -> TracedLoop:
-        """The loop of a call's settings."""
+        """The TracedLoop for the sigmas and options of a call, cached."""
         levels, values = checked_sigmas(call.sigmas), [*call.options.values(), *_state(self.function)]
         passed_arguments = kinds_of(call.extra_args), call.callback is None, call.disable
         key = (tuple(levels.tolist()), *call.options, *map(setting_key, values), *passed_arguments)
@@ -142,7 +143,9 @@ class UserSampler:
 
 
 class _SideBySideRun:
-    """A run of the function in which each row is also computed, with the same noise, and compared with its result.
+    """A run of the function in which each row is also computed, with the same noise, and compared with the function.
+
+    Without a proof, nothing is compared: the run only passes the call's noise to the function.
 
     Attributes:
         observed: the mode that replaces the function's draws by the noise of the comparison.
@@ -180,7 +183,7 @@ class _SideBySideRun:
         try:
             wrapper: Any = object.__new__(type(cls.__name__, (cls,), {"__call__": staticmethod(call)}))
             wrapper.__dict__ = model.__dict__
-        except (TypeError, AttributeError):  # a class without subclasses or __dict__, such as functools.partial
+        except (TypeError, AttributeError):  # for a class such as functools.partial, or without subclasses or __dict__
             return ModelLike(call, model)
         return wrapper
 

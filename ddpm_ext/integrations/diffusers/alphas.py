@@ -69,7 +69,7 @@ def _make(
     keep_eps: bool = False,
     variance_type: str | None = None,
 ) -> FusedRows:
-    """The rows of all steps.
+    """The rows of all steps. Raises Fallback for settings without a fused form.
 
     Args:
         stride_or_timesteps: a stride, for steps from each timestep t to t - stride. Or the timesteps of a loop, for
@@ -78,7 +78,7 @@ def _make(
         eta, keep_eps: options of DDIM's steps. For DDPM's steps eta must be 1.
         variance_type: diffusers' name of the variance of DDPM's steps, or None for DDIM's steps.
     """
-    if variance_type == "fixed_large_log":  # diffusers takes the square root of a logarithm
+    if variance_type == "fixed_large_log":  # diffusers takes the root of a negative logarithm
         raise Fallback("variance_type is 'fixed_large_log'")
     if prediction_type not in PREDICTIONS or variance_type not in (None, *VARIANCES):
         raise Fallback
@@ -118,7 +118,7 @@ def _make(
 
 
 class Alphas(Forward):
-    """The base of the mixins DDPM and DDIM."""
+    """The base of the mixins DDPM and DDIM, whose rows are made from the scheduler's alphas_cumprod."""
 
     replaces: ClassVar[tuple[str, ...]] = ("step", "add_noise", "get_velocity")
     alphas_cumprod: Tensor
@@ -155,6 +155,7 @@ class Alphas(Forward):
 
         Args:
             located: the return value of `_located`.
+            noisy: whether the step has noise.
             z: the noise of the step, or None to draw it.
         """
         rows, t, row = located
@@ -172,7 +173,7 @@ class Alphas(Forward):
 
 
 class DDPM(Alphas):
-    """The mixin of DDPMScheduler."""
+    """The mixin for DDPMScheduler and DDPMParallelScheduler."""
 
     variance_type: str
     custom_timesteps: bool
@@ -197,7 +198,7 @@ class DDPM(Alphas):
 
 
 class DDIM(Alphas):
-    """The mixin of DDIMScheduler."""
+    """The mixin for DDIMScheduler and DDIMParallelScheduler."""
 
     final_alpha_cumprod: Tensor
 

@@ -87,7 +87,8 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
     """The weights of a scheduler of diffusers' class `cls` with this state, for timesteps of `dtype`.
 
     If `in_loop` and the method reads the loop's step in place of the timestep, the rows are for the steps of a loop.
-    Otherwise they are for all training timesteps, or if the method does not accept these, for the loop's timesteps.
+    Otherwise they are for all training timesteps, if `dtype` is no float type, the scheduler has alphas_cumprod and the
+    method accepts these timesteps. If not, they are for the loop's timesteps.
     """
     scheduler = new(cls)
     scheduler.__dict__.update(state)
@@ -121,7 +122,7 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
 class Forward(Scheduler):
     """A mixin whose add_noise, scale_noise and get_velocity take one launch each, and record gradients.
 
-    The callers of these methods pass the noise.
+    Their callers pass the noise, so it is the same with noise "torch" and "philox".
     """
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
@@ -139,7 +140,7 @@ class Forward(Scheduler):
         if foreign is not None:
             raise Fallback(f"its {foreign} is not diffusers' own code")
         options = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
-        # The weights depend on nothing else of the state.
+        # Of the scheduler's state, the weights depend on nothing but these three tensors and the options.
         key = (_weights, cls, options), scheduler_timesteps, state.get("sigmas"), state.get("alphas_cumprod")
         weights = self._cached(key, _weights, (cls, state, *options))
         if weights.row_meaning == STEP:

@@ -59,7 +59,7 @@ class LoopLevels:
 
 
 def levels_of(scheduler: Any, set_timesteps_options: dict[str, Any]) -> LoopLevels:
-    """The levels of the loop that a scheduler has begun. Raises ValueError if the scheduler does not reveal them.
+    """The levels of the loop that a scheduler has begun. Raises ValueError if these are unknown or fit none of SCALES.
 
     Args:
         set_timesteps_options: see LoopLevels.

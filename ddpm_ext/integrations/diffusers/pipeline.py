@@ -31,15 +31,20 @@ def is_pipeline(obj: Any) -> bool:
 
 
 class Pipeline(Accelerated):
-    """Mixin placed before a pipeline's class in the bases."""
+    """The mixin for a pipeline's class. An accelerated class derives from both, the mixin first."""
 
     library = "diffusers"
     replaces = ()
-    # Accelerates a scheduler that is set later. integrations/__init__.py assigns it, since this file can't import it.
+    # Accelerates a scheduler that is set later. integrations/__init__.py assigns the function and imports this file, so
+    # this file can't import the function.
     accelerate_scheduler: ClassVar[Accelerate]
 
     def __init_subclass__(cls) -> None:
-        """Replaces the library's __call__, if it has one, by a method with the same signature."""
+        """Replaces the library's __call__, if it has one, by a method with the same signature.
+
+        The method also begins the loops of the schedulers' noise. If `scheduler` has a step table, it compares the
+        guidance with the table's notes, and passes the number of rows as the number of steps.
+        """
         super().__init_subclass__()
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
         peers_call: Any = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
@@ -60,14 +65,17 @@ class Pipeline(Accelerated):
 
     @property
     def accelerated(self) -> Acceleration:
-        """The settings of the pipeline's first scheduler: its attribute `scheduler`, if it has one."""
+        """The settings of the pipeline's first scheduler: its attribute `scheduler`, if it has one.
+
+        Without an accelerated scheduler, these are the settings for the next scheduler that is set.
+        """
         return next((scheduler.accelerated for scheduler in _accelerated_schedulers(self)), super().accelerated)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Accelerates a scheduler that is set, with the settings of the scheduler that it replaces.
 
-        Guides change the scheduler by `pipeline.scheduler = X.from_config(pipeline.scheduler.config)`, where X is a
-        class of diffusers.
+        The usual way to change the scheduler is `pipeline.scheduler = X.from_config(pipeline.scheduler.config)`, where
+        X is a class of diffusers, not an accelerated one.
         """
         reason, previous = None, vars(self).get(name)
         self._store_settings_of(previous)
@@ -112,9 +120,9 @@ class Pipeline(Accelerated):
 
 
 def guidance_of_call(call: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """{"guidance": the guidance_scale of a pipeline's call, or None for a scale of 1}, as in a step table's notes.
+    """{"guidance": the guidance_scale of a pipeline's call}, as in a step table's notes: None for a scale of 1 or None.
 
-    The dict is empty if the pipeline has no argument guidance_scale, or if the argument is not a number.
+    The dict is empty if the pipeline has no argument guidance_scale, or if the argument is neither a number nor None.
 
     Args:
         call: the pipeline class's __call__, bound or not.

@@ -48,7 +48,12 @@ class Recorder(TableScheduler):
 
 
 class Runs:
-    """Runs of a pipeline that differ only in their scheduler, prompt and seed.
+    """Runs of a pipeline that differ only in their scheduler, prompt, seed and number of steps.
+
+    Args:
+        pipe: the pipeline, which is not changed.
+        prompts: the run with seed i takes prompt i modulo the number of prompts. Empty to pass no prompt.
+        call: the other arguments of the pipeline's calls.
 
     Attributes:
         scheduler: a new scheduler of diffusers' class with the config of the pipeline's scheduler.
@@ -57,6 +62,10 @@ class Runs:
         guidance: the note about the guidance of the pipeline's calls, see guidance_of_call.
         calls: the number of steps that all runs have taken so far.
         on_call: a function that is called with the number of steps of each run, for a progress bar.
+
+    Raises:
+        TypeError: pipe is no pipeline of diffusers with a scheduler of diffusers.
+        ValueError: the scheduler's config does not have the model's prediction.
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:

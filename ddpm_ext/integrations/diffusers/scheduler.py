@@ -1,4 +1,7 @@
-"""Scheduler, the base of all mixins for schedulers of diffusers: the cache of rows, timesteps, noise and steps."""
+"""Scheduler, the base of all mixins for schedulers of diffusers.
+
+It caches rows, finds a timestep's row, draws a step's noise and takes the step.
+"""
 
 from __future__ import annotations
 
@@ -209,8 +212,8 @@ class Scheduler(Accelerated):
     def _check_step(self, sample: Tensor, model_output: Tensor, *others: Tensor | None, timestep: Any = None) -> None:
         """Raises Fallback if the operators can't take a step of these tensors.
 
-        timestep: passed if the library indexes its tables by the timestep, so that the entries have the timestep's
-        dimensions.
+        timestep: passed if the library indexes its tables by the timestep. If the timestep is a tensor with dimensions,
+        so are the float32 entries, and they turn results of 16 bits into float32.
         """
         check_tensors(sample, model_output, *others)
         if wants_gradient(sample, model_output, *others):

@@ -56,7 +56,7 @@ def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[Non
 
 
 def _modules_of(pipeline: Any) -> list[ModuleType]:
-    """The modules in which the pipeline may draw: of its class, its base classes and a modular pipeline's blocks."""
+    """The modules in which the pipeline may draw: OF_VAES, and those of its classes and a modular pipeline's blocks."""
     classes, blocks = list(type(pipeline).__mro__), [vars(pipeline).get("_blocks")]
     while blocks:
         block = blocks.pop()

@@ -51,8 +51,8 @@ class Signature(NamedTuple):
         defaults = {name: parameter.default for name, parameter in parameters_of_step(scheduler).items()}
         inputs = input_names([*defaults])
         are_known = all(name in names for name, names in zip(inputs, INPUTS, strict=False))
-        # If return_dict is False by default, the object may have results that the tuple lacks. In this case return_dict
-        # stays an option, on which rows depend.
+        # If return_dict is False by default, a step's output object may have results that its tuple lacks. In this case
+        # return_dict stays an option, on which rows depend.
         independent_names = [name for name in (*inputs, *OTHERS) if defaults.get(name, False) is not False]
         return cls(inputs, are_known, defaults | dict.fromkeys(independent_names, EMPTY))
 
@@ -117,9 +117,10 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
 
 
 def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, timestep: Any) -> Any:
-    """The value of an argument in Options.
+    """What stands in Options for the value of an argument. Raises Fallback for a value that no row can take.
 
-    One of the scheduler's timesteps becomes a TimestepOffset, so that the option has the same value in each step.
+    A tensor that is one of the scheduler's timesteps becomes a TimestepOffset, so that the option has the same value in
+    each step.
     """
     if isinstance(value, Tensor) and value.dim():
         if value.shape != x.shape:

@@ -55,9 +55,10 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     Raises:
         TypeError: table has a wrong type.
+        FileNotFoundError: table is the path of no file.
         ValueError: a row reads the model's unconditional output or variance, which pipelines do not pass to schedulers;
-            the clip in the notes is a threshold, and the options do not set that threshold; StepTable rejects the
-            table.
+            the clip in the notes is a threshold, and the options do not set that threshold; the options' threshold is
+            out of range; StepTable rejects the table.
 
     Examples:
         >>> scheduler = TableScheduler(StepTable(timestep=[9, 0], a=[2, 1], b=[-1, 0], c0=[1, 1], c1=[0.1, 0]))
@@ -99,7 +100,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._begin()
 
     def _begin(self) -> None:
-        """Resets the position in the loop and the tensors of earlier rows, and begins a loop of the noise."""
+        """Resets the position in the loop, drops the tensors that rows kept, and begins a loop of `accelerated`."""
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._history: tuple[Tensor, ...] = ()
@@ -256,7 +257,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         """Noisy samples, at the levels of the rows with these timesteps, (batch,) or (1,).
 
         Raises:
-            ValueError: no row has a timestep, or the table does not have the levels of its rows.
+            ValueError: a timestep is that of no row, or the table does not have the levels of its rows.
         """
         if not bool((self.table.signal_now + self.table.noise_now > 0).all()):
             raise ValueError("the table does not have its rows' levels, so that no noise can be added")
@@ -325,7 +326,9 @@ def with_table(scheduler: Any, table: Any, settings: Acceleration, kind: type[Ki
     """A TableScheduler, or an object of its subclass `kind`, to replace a pipeline's scheduler.
 
     Raises:
-        ValueError: the table was made for a prediction that is not the prediction of the scheduler's model.
+        ValueError: the table was made for a prediction that is not the prediction of the scheduler's model; as_table,
+            prediction_of or TableScheduler rejects its arguments.
+        TypeError, FileNotFoundError: see TableScheduler.
     """
     table, prediction = as_table(table), prediction_of(scheduler)
     made_for = table.notes.get("prediction", prediction)

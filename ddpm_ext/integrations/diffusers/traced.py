@@ -68,8 +68,8 @@ class Position(NamedTuple):
         proof: the proof of a step that a user wrote, or None for diffusers' own steps.
         history: the tensors that rows kept, the newest first, at most three.
         last: a private copy of the last step's result, if the next row reads it.
-        shape: the shape of the samples.
-        dtypes: the dtypes of the last step's model output, sample and result.
+        shape: the shape of the samples. None before the first step.
+        dtypes: the dtypes of the last step's model output, sample and result. None before the first step.
     """
 
     rows: LoopRows
@@ -106,9 +106,10 @@ class Position(NamedTuple):
 
 
 class TracedScheduler(Forward):
-    """The mixin that comes before the scheduler's class in the bases. It replaces `step`, `add_noise` and the like.
+    """The mixin for a scheduler whose loops are traced. It replaces `step`, `add_noise` and the like.
 
-    set_timesteps runs the scheduler's own code and begins a new loop.
+    An accelerated class derives from this mixin and, after it, from the scheduler's class. set_timesteps runs the
+    scheduler's own code and begins a new loop.
     """
 
     replaces = (*STEPS, "set_timesteps", "scale_model_input", *FORWARD)
@@ -163,9 +164,9 @@ class TracedScheduler(Forward):
     def _leave_to_diffusers(self, fallback: Fallback) -> None:
         """Leaves a step to diffusers' code.
 
-        At the beginning of a loop, diffusers' code takes all steps until set_timesteps is called. In the middle of a
-        loop it takes only this step. Raises RuntimeError in the middle of a loop with history: diffusers' code would
-        read tensors that the fused steps have not stored in the scheduler.
+        At the beginning of a loop, and in a loop that still proves its rows, diffusers' code takes all steps until
+        set_timesteps is called. In the middle of any other loop it takes only this step. There, raises RuntimeError if
+        the loop has history: diffusers' code would read tensors that the fused steps have not stored in the scheduler.
         """
         position: Any = self._position
         if position is None or not position.is_proven():
@@ -312,7 +313,7 @@ class TracedScheduler(Forward):
         return position
 
     def _new_loop(self, call: Call) -> Position:
-        """The position in a new loop that begins with this step."""
+        """The position in a new loop that begins with this step. Raises Fallback if the loop has no rows."""
         cls, state = peer_class(type(self)), vars(self)
         foreign = foreign_method(cls, state)
         if foreign is not None and not self.accelerated.trace:
@@ -374,13 +375,13 @@ class TracedScheduler(Forward):
         return expected if expected in indices else indices[1] if is_pair else indices[0]
 
     def _settings_of(self, names: Iterable[str]) -> Settings:
-        """The settings that must not change until the loop ends: the named attributes with versions, and the config."""
+        """The settings that must not change until the loop ends: attributes with their versions, and the config."""
         attributes = [(name, self._attribute(name)) for name in names]
         versioned = [(name, x, version_of(x) if isinstance(x, Tensor) else None) for name, x in attributes]
         return versioned, config_of(vars(self))
 
     def _attribute(self, name: str) -> Any:
-        """An attribute of the scheduler, or else of the library's class; None if neither has it."""
+        """An attribute of the scheduler, or else of its original class; None if neither has it."""
         state = self.__dict__
         return state[name] if name in state else getattr(self._peer, name, None)
 
@@ -394,8 +395,8 @@ class TracedScheduler(Forward):
             return False
         for name, value, version in attributes:
             if self._attribute(name) is not value or (version is not None and version_of(value) != version):
-                # A copy with the same values is accepted, except for a list: elements that the scheduler's code appends
-                # and rows do not may have been removed from it.
+                # A copy with the same values is accepted, but not of a list. The scheduler's code would have appended
+                # elements, which rows do not, and the caller may have made the copy to remove such elements.
                 cls, is_list = peer_class(type(self)), type(value) is list
                 return not is_list and all(content_of(cls, state, name) == x for name, x in rows.contents.items())
         return True

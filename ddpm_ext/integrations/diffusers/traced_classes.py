@@ -1,6 +1,6 @@
-"""Lists of scheduler classes of diffusers 0.42.1, mainly those that can't be traced, for the printed support table.
+"""Lists for the schedulers of diffusers 0.42.1: exceptional classes, what steps write, and what is fused of them.
 
-Tracing does not read NOT_TRACED: it tries every class. A test checks that the list is right.
+NOT_TRACED is only for the printed support table, and a test checks it. Tracing does not read it, but tries every class.
 """
 
 from __future__ import annotations

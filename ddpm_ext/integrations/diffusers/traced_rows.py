@@ -87,7 +87,7 @@ class LoopRows(NamedTuple):
         trace: the result of tracing the loop.
         stepper: takes the rows.
         has_history: whether a step reads tensors of earlier steps. If so, diffusers' code cannot take a single step of
-            the loop.
+            the loop: rows do not store these tensors in the scheduler.
         states: for each row, the scheduler's attributes that steps both read and change, such as _step_index, with
             their values before the row. Only numbers, strings and None.
         contents: {name: cache key} of the other attributes that the steps read, of the scheduler or of its class.
@@ -111,7 +111,10 @@ class LoopRows(NamedTuple):
         return self
 
     def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-        """The dtypes of the loop's results and noise for these inputs, observed where its code runs on small ones."""
+        """The dtypes of the loop's results and noise for model outputs and samples of these dtypes.
+
+        They are observed in a run of the scheduler's code on small tensors. Raises Fallback if no row can take them.
+        """
         dtypes = self.dtypes.get((output, sample))
         if dtypes is None:
             dtypes = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
@@ -182,7 +185,8 @@ def _without_added_items(config: Config) -> list[dict[str, Any]]:
 def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
     """The names in `read` that count as the state of a scheduler: attributes, methods and missing attributes.
 
-    Properties do not count: the attributes that they read are in `read`, too.
+    Properties do not count: the attributes that they read are in `read`, too. Nor does the config, which is_config
+    compares.
     """
     names = {*read, "timesteps"} - {CONFIG} - {name for name in read if name.startswith("__")}
     return {name for name in names if name in state or not hasattr(getattr(cls, name, ABSENT), "__set__")}

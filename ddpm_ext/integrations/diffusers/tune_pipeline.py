@@ -73,8 +73,9 @@ def tune_pipeline(
 
     Raises:
         TypeError: pipe is not a pipeline with a scheduler of diffusers.
-        ValueError: an argument is out of range; the levels or the prediction of the scheduler can't be found; the
-            teacher has not converged.
+        ValueError: an argument is out of range; `call` has num_inference_steps, timesteps, sigmas or generator; the
+            levels or the prediction of the scheduler can't be found; the pipeline takes another number of steps than
+            num_inference_steps; the teacher has not converged.
 
     Examples:
         >>> from diffusers import DDPMPipeline

@@ -28,7 +28,7 @@ def _without_cond_fn(parameters: str) -> str:
     return parameters.replace(" cond_fn=None,", "")
 
 
-# {method of guided-diffusion: its parameters without self}. In forks of the library, methods may differ from these.
+# {method of guided-diffusion: its parameters without self}. A fork of the library with other parameters is rejected.
 PARAMETERS = {
     "q_sample": "x_start, t, noise=None",
     "p_sample": STEP,
@@ -43,9 +43,10 @@ PARAMETERS = {
 
 
 class Guided(PeerDiffusion):
-    """The mixin that comes before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
+    """The mixin for guided_diffusion.gaussian_diffusion.GaussianDiffusion.
 
-    __init_subclass__ adds the steps and loops to each accelerated class, with the signatures of the library's methods.
+    An accelerated class derives from this mixin and, after it, from the library's class. __init_subclass__ adds the
+    steps and loops to the accelerated class, with the signatures of the library's methods.
     """
 
     library = "guided-diffusion"
@@ -106,8 +107,8 @@ class Guided(PeerDiffusion):
             raise Fallback("a gradient is asked for by x_start or noise")
 
         with_bound = tables.learned or not tables.with_error
-        # For samples at t = 0, the library's code computes the bound's term. To find these samples, the host waits for
-        # a GPU once; the library's code waits at each of its tables.
+        # For samples at t = 0, the library's code computes the bound's term, with its own approximation of the normal
+        # CDF. To find these samples, the host waits for a GPU once; the library's code waits at each of its tables.
         indices_at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
         source = self._training_noise(x_start, noise)
         x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)
@@ -124,7 +125,7 @@ class Guided(PeerDiffusion):
             vb = ops.diffusion_loss(output, x_start, tables.get("bound", device), t, **options, **source)
             if len(indices_at_zero) > 0:
                 output_at_zero = output[indices_at_zero]
-                if tables.with_error:  # the prediction gets no gradient from the bound
+                if tables.with_error:  # the bound trains the variance alone
                     channels = x_start.shape[1]
                     output_at_zero = torch.cat([output_at_zero[:, :channels].detach(), output_at_zero[:, channels:]], 1)
                 inputs = (x_start[indices_at_zero], x_t[indices_at_zero], t[indices_at_zero])
@@ -178,7 +179,7 @@ def _fused(peers_method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Improved(Guided):
-    """Mixin placed before improved_diffusion.gaussian_diffusion.GaussianDiffusion in the bases."""
+    """The mixin for improved_diffusion.gaussian_diffusion.GaussianDiffusion, whose methods have no cond_fn."""
 
     library = "improved-diffusion"
     _peer_parameters: ClassVar[dict[str, str]] = {
@@ -187,7 +188,7 @@ class Improved(Guided):
 
 
 class Spaced(Guided):
-    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases.
+    """The mixin for guided_diffusion.respace.SpacedDiffusion.
 
     A SpacedDiffusion takes some of the timesteps of an original diffusion. Its models get the original timesteps.
     """
@@ -196,4 +197,4 @@ class Spaced(Guided):
 
 
 class ImprovedSpaced(Spaced, Improved):
-    """Mixin placed before improved_diffusion.respace.SpacedDiffusion in the bases."""
+    """The mixin for improved_diffusion.respace.SpacedDiffusion."""

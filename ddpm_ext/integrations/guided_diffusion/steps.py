@@ -31,7 +31,8 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-# The dtypes of samples with a fused form. The library's tables are float32, so that its step changes other dtypes.
+# The dtypes of samples with a fused form. The library's tables are float32, so its step returns float32 for samples of
+# 16 bits.
 FLOAT32 = (torch.float32,)
 NOT_OPTIONS = (
     "model",
@@ -41,7 +42,7 @@ NOT_OPTIONS = (
     "noise",
     "device",
     "progress",
-)  # arguments that are not options of a step
+)  # arguments of steps and loops that _take_peers_step does not pass to a step as options
 GRADIENT = "a gradient is asked for through a step"
 
 
@@ -62,7 +63,7 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     """Raises Fallback if the operators can't take samples x, timesteps t and the noise."""
     check_tensors(x, dtypes=FLOAT32)
     if not isinstance(t, Tensor) or t.shape != (len(x),) or (noise is not None and noise.shape != x.shape):
-        raise Fallback  # the library raises an error
+        raise Fallback  # no warning, since the library raises an error
     check_batch(x, t, noise, FLOAT32)
     try:
         ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
@@ -113,7 +114,7 @@ def _take_step(
     tables = fused.rows(method, eta, clip is not None or denoised_fn is not None)
     if row is None:
         check_inputs(fused, x, t)
-    else:  # t was made by take_loop
+    else:  # take_loop has made t, so its values are not checked
         check_tensors(x, dtypes=FLOAT32)
         if x.shape[0] != t.shape[0] or x.device != t.device:
             raise Fallback

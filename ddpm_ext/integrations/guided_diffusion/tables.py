@@ -85,7 +85,8 @@ class FusedTables:
         self.bound_factor = None if loss is None else loss[1](process.timesteps)
         loss_rows = partial(LossRows(process).get, "simple", timesteps.device, torch.float64)
         bound = loss_rows(error=False, bound=(self.bound_factor or 0.0) / math.log(2)).clone()
-        # At t = 0 the library's code computes the bound's term, with its own approximation of the normal CDF.
+        # Columns 3 and up are for the bound. At t = 0 they are zeros: there the library's code computes the bound's
+        # term, with its own approximation of the normal CDF.
         bound[0, 3:] = 0
         q_sample = torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)
         self._ddpm = self._on_device(steps, q_sample=q_sample, error=loss_rows(), bound=bound)
@@ -118,8 +119,8 @@ class FusedTables:
             return self._ddpm
         if isinstance(eta, bool) or not isinstance(eta, int | float):
             raise Fallback("its eta is no Python number")
-        # If x_0 is not changed, the step uses the eps that the model predicts. It is more exact than an eps that is
-        # computed from x and x_0, which cancels where x_0 is near x.
+        # If x_0 is not changed, ddim_reverse_sample uses the eps that the model predicts. It is more exact than an eps
+        # that is computed from x and x_0, whose difference loses digits where x_0 is near x.
         inverse = method == "ddim_reverse_sample"
         keep_eps = inverse and self.prediction == "eps" and not x0_changes
         make = self._inverse if inverse else self._ddim
@@ -181,7 +182,9 @@ def tables_of(peer: Any) -> FusedTables:
 def timesteps_for(
     peer: Any, tables: FusedTables, function: Callable[..., Any], t: Tensor, model_t: Tensor | None = None
 ) -> Tensor:
-    """The timesteps that `function`, a model or a cond_fn, gets for t: t itself if the function maps timesteps.
+    """The timesteps that `function`, a model or a cond_fn, gets for t.
+
+    They are t itself if the function maps timesteps to those of the original diffusion, or if there is nothing to map.
 
     Args:
         model_t: the mapped timesteps, if the caller has computed them.
