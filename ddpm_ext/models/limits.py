@@ -35,6 +35,7 @@ def check_weights(module: Any, name: str) -> None:
 def check_unet(unet: Any, size: tuple[int, int], name: str) -> None:
     """Raises ValueError if the down blocks can't halve the sides of samples, or if a sample takes more memory than
     _BYTES or more time than _PRODUCTS.
+
     Args:
         unet: a UNet2DModel, which may be on the meta device.
         size: (height, width) of a sample.

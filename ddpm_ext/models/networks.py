@@ -22,6 +22,7 @@ def folder_of_denoiser(folder: Path) -> Path:
 
 def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
     """The name of diffusers' class that a configuration describes; UNet2DModel if the configuration names no class.
+
     Raises:
         ValueError: the class is not in FOLDERS; the message names `name`.
     """

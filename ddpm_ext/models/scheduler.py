@@ -161,6 +161,7 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
 
 def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
     """Whether samples are in [-1, 1], by clip_sample in a scheduler's configuration. Without clip_sample, `default`.
+
     Raises ValueError, naming `name`, if the entry is damaged.
     """
     clip = config.get("clip_sample", default)

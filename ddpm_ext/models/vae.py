@@ -16,7 +16,7 @@ from ddpm_ext.models.stored import CONFIG, load_module, make_from_config, read_j
 FOLDER = "vae"
 _LARGEST = 1_000_000  # scaling_factor and shift_factor must have a smaller absolute value
 # {entry of the configuration: the only kind of block that it may list}. limits.check_decoder estimates the work of a
-# decoder of these blocks, and would underestimate others.
+# decoder of these blocks, and does not count that of other kinds.
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
