@@ -21,8 +21,8 @@ class Classes:
     """The classes of a model, by number.
 
     names: the names of the classes 0, 1, and so on.
-    null: the number of the null class, for samples without a class, which classifier-free guidance needs. None if the
-        model has no such class.
+    null: the number of the null class, which a sample without a class gets. Classifier-free guidance needs it. None if
+        the model has no null class.
 
     Examples:
         >>> from ddpm_ext.models import Classes
@@ -40,10 +40,10 @@ class Classes:
 
     @classmethod
     def of_labels(cls, names: Sequence[str], dropout: float) -> Classes:
-        """The classes of a model trained on images with these labels.
+        """The classes of a model that is trained on images of the classes `names`.
 
-        dropout: the share of labels that training drops. If it is not 0, the null class is the number after the last
-            class.
+        dropout: the share of labels that training replaces by the null class. The null class has the number after the
+            last class. With a dropout of 0, there is no null class.
         """
         return cls(tuple(names), len(names) if dropout else None)
 
@@ -80,11 +80,11 @@ class Classes:
         Args:
             samples, chosen: see labels_of.
             guided: whether the loop has classifier-free guidance. Then the model gets the batch twice, first with the
-                null class and then with the samples' classes, so that the labels are (2 samples,).
+                null class and then with the samples' classes, so that the labels are (2 * samples,).
             device: the device of the samples.
 
         Raises:
-            ValueError: guidance of a model without a null class.
+            ValueError: `guided` is true, and the model has no null class.
         """
         labels = self.labels_of(samples, chosen)
         if guided:

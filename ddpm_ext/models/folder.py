@@ -2,8 +2,9 @@
 
 A folder has config.json, diffusion_pytorch_model.safetensors and scheduler_config.json, and for a class-conditional
 model classes.json. In the folder of a pipeline, scheduler_config.json is in scheduler/, and the other files are in
-unet/, or in transformer/ for a DiTTransformer2DModel. If the path of a pipeline's unet/ or transformer/ is loaded, the
-settings come from the pipeline's scheduler/. For a model of latents, vae/ has an AutoencoderKL.
+unet/, or in transformer/ for a DiTTransformer2DModel. If the path of a pipeline's unet/ or transformer/ is loaded, and
+this sub-folder has no scheduler_config.json, that of the pipeline is read. For a model of latents, vae/ has an
+AutoencoderKL.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class LoadedModel:
     folder: the folder that it was loaded from.
     classes: the classes of a class-conditional model, which is called with class_labels. None for another model.
     shape: (channels, height, width) of one sample, in the space of the denoiser.
-    clip: whether samples are in [-1, 1], to be passed as a loop's clip_denoised. It is False for latents.
+    clip: whether samples are in [-1, 1], to be passed as a loop's clip_denoised. It is the scheduler's clip_sample, or
+        without this entry, False if the folder has vae/ and True if not.
     decoder: for a model of latents, decoder(latents) returns their images. None if the folder has no vae/.
 
     Examples:
@@ -72,7 +74,7 @@ class LoadedModel:
 
     @property
     def latent(self) -> bool:
-        """Whether samples are latents, and not images."""
+        """Whether samples are latents: with a decoder, or if they are not clipped and can't be grey or RGB images."""
         return self.decoder is not None or (not self.clip and self.shape[0] not in (1, 3))
 
     @property
@@ -111,9 +113,9 @@ def load_model(
 ) -> LoadedModel:
     """Loads a model from a local folder in diffusers' layout. Nothing is downloaded.
 
-    A DiT whose output has twice the sample's channels was trained to predict its variance, so its variance is
-    `learned_range`. (diffusers' DiTPipeline drops this half of the output.) To sample latents, pass
-    `clip_denoised=model.clip` to the loop.
+    A DiT whose output has twice the sample's channels also predicts the variance. Unless the scheduler's configuration
+    has a learned variance, the settings then have the variance `learned_range`. (diffusers' DiTPipeline drops the
+    second half of the output.) To sample latents, pass `clip_denoised=model.clip` to the loop.
 
     Args:
         source: the folder, or "digits" or "shapes", the models in this package.
@@ -199,8 +201,11 @@ def save_model(
 def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
     """The classes of the model in `folder`, or None for an unconditional model.
 
-    If the folder has no classes.json, since another program has written it, the names of the classes are their numbers,
-    and only a DiT has a null class.
+    A folder that another program has written has no classes.json. Then the names of the classes are their numbers, and
+    only a DiT has a null class.
+
+    Raises:
+        ValueError: classes.json is damaged, or has more classes than the model.
     """
     kind = kind_of(config)
     count, path = embeddings_of(config, kind), folder / CLASSES
@@ -216,7 +221,10 @@ def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
 
 
 def _find_settings(folder: Path) -> tuple[DiffusionSettings, bool]:
-    """The diffusion's settings, and whether samples are clipped, from the scheduler's configuration."""
+    """The diffusion's settings, and whether samples are in [-1, 1], from the scheduler's configuration.
+
+    Without a configuration, the settings are the defaults, and samples are in [-1, 1] unless the folder has vae/.
+    """
     has_decoder = (folder / VAE).is_dir()
     candidates = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
     if folder.resolve().name in FOLDERS.values():  # a pipeline's unet/ or transformer/

@@ -11,7 +11,7 @@ from ddpm_ext.models.stored import make_from_config
 
 UNET, DIT = "UNet2DModel", "DiTTransformer2DModel"
 FOLDERS = {UNET: "unet", DIT: "transformer"}
-"""{diffusers' class of the denoiser: the sub-folder of a pipeline that has it}."""
+"""{name of diffusers' class of a denoiser: the sub-folder of a pipeline's folder that holds such a denoiser}"""
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
 
@@ -21,7 +21,7 @@ def folder_of_denoiser(folder: Path) -> Path:
 
 
 def kind_of(config: Mapping[str, Any], name: str | Path = "config") -> str:
-    """The name of diffusers' class that a configuration describes.
+    """The name of diffusers' class that a configuration describes; UNet2DModel if the configuration names no class.
 
     Raises:
         ValueError: the class is not in FOLDERS; the message names `name`.
@@ -56,6 +56,7 @@ def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu"
     Raises:
         ValueError: diffusers can't build a model from `config`, or the model is beyond the limits in limits.py, which
             is found out on the meta device, without using memory. The message names `name`.
+        MissingExtra: diffusers is not installed.
     """
     on_meta = _make(config, name, "meta")
     limits.check_weights(on_meta, name)

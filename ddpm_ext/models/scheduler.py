@@ -19,8 +19,8 @@ _VARIANCES = peer_variances("diffusers")
 # Schedulers with the same forward process: a model that was trained with one of them can be sampled with any of them.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-# The scheduler of rectified flow, for which beta_schedule and prediction are "flow". The entries of its configuration
-# in _FLOW_DEFAULTS change the levels, so they must have the values there.
+# The scheduler of rectified flow, for which beta_schedule and prediction are "flow". Entries of its configuration with
+# values other than those in _FLOW_DEFAULTS would change the noise levels or the sampling, so they are refused.
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _FLOW_DEFAULTS = {
     "shift": 1.0,
@@ -32,8 +32,8 @@ _FLOW_DEFAULTS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
-# Entries that affect only the loop, not the diffusion: the entry, the value that it must have, and, for an error about
-# another value, the argument clip_denoised of a loop with the same effect.
+# Entries that affect only the loop, not the diffusion: (entry, the value that it must have, what to pass to a loop as
+# clip_denoised for the effect of another value). An error about another value names the last.
 _LOOP_ENTRIES: tuple[tuple[str, object, str], ...] = (
     ("thresholding", False, "DynamicThreshold(...)"),
     ("clip_sample_range", 1.0, "(low, high)"),
@@ -85,7 +85,7 @@ class DiffusionSettings:
         )
 
     def to_scheduler_config(self, *, clip: bool = True) -> dict[str, Any]:
-        """The configuration of a diffusers DDPMScheduler, or FlowMatchEulerDiscreteScheduler, with these settings.
+        """The configuration of diffusers' DDPMScheduler, or for "flow" FlowMatchEulerDiscreteScheduler, as a dict.
 
         clip: whether samples are in [-1, 1].
 
@@ -160,7 +160,7 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
 
 
 def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
-    """Whether a scheduler's configuration asks for samples in [-1, 1]; `default` if it has no such entry.
+    """Whether samples are in [-1, 1], by clip_sample in a scheduler's configuration. Without clip_sample, `default`.
 
     Raises ValueError, naming `name`, if the entry is damaged.
     """
@@ -197,7 +197,7 @@ def _translated(config: dict[str, Any], name: str, entry: str, default: str, kno
 
 
 def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:
-    """The betas of a configuration, (timesteps,) float64. diffusers computes them in float32."""
+    """The betas of a configuration, (timesteps,) float64. diffusers' are equal up to rounding to float32."""
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu").flatten()

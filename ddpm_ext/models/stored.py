@@ -36,8 +36,8 @@ def make_from_config(kind: str, config: Mapping[str, Any], name: str, device: st
 def load_module(make: Callable[[str], Any], folder: Path) -> Any:
     """Makes a module with the weights in `folder`, on the CPU, in evaluation mode and without gradients.
 
-    make: make(device) returns the module with any weights. Its first call is for the device "meta", where names and
-        shapes are compared with the file's, since the configuration's module may not fit in memory.
+    make: make(device) returns the module with any weights. It is called for the device "meta" first, to compare the
+        weights' names and shapes with the file's: the module of an untrusted configuration may not fit in memory.
 
     Raises:
         ValueError: the weights are missing, damaged, not finite, or those of another module.
@@ -107,7 +107,7 @@ def check_finite(module: torch.nn.Module, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises ValueError if the file is missing, damaged or holds something else."""
+    """Reads a JSON object; raises ValueError if the file is missing, is damaged, or holds something else."""
     try:
         content = files.read_json(path)
     except FileNotFoundError:

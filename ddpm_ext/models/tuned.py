@@ -15,7 +15,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 FOLDER = "tuned"
 MODEL_SHA256 = "model_sha256"
-"""The name of a table's note with the SHA-256 of the model that it was tuned to."""
+"""The name of a note in a step table. The note is the SHA-256 of the model that the table was tuned to."""
 
 
 def table_name(calls: int, guidance: float | None = None) -> str:
@@ -38,7 +38,7 @@ def calls_in(folder: str | os.PathLike[str], guidance: float | None = None) -> s
 
 
 def save_tuned(table: StepTable, path: str | os.PathLike[str], *, model_sha256: str, seed: int) -> None:
-    """Writes a tuned table, with the model's hash and the seed of the samples in its notes.
+    """Writes a tuned table. Its notes get the model's hash, and the seed of the samples to which it was fitted.
 
     Raises:
         ValueError: `path` is a folder or a device. OSError: it can't be written.

@@ -14,8 +14,9 @@ from ddpm_ext.models import limits
 from ddpm_ext.models.stored import CONFIG, load_module, make_from_config, read_json, update_hash
 
 FOLDER = "vae"
-_LARGEST = 1_000_000  # the limit of scaling_factor and shift_factor in size
-# {entry of the configuration: the only kind of block that it may have}. limits.check_decoder counts no other's work.
+_LARGEST = 1_000_000  # scaling_factor and shift_factor must have a smaller absolute value
+# {entry of the configuration: the only kind of block that it may list}. limits.check_decoder estimates the work of a
+# decoder of these blocks, and does not count that of other kinds.
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
@@ -23,7 +24,7 @@ _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecode
 class LatentDecoder:
     """Decodes latents to images. A call takes and returns a batch, (batch, channels, height, width).
 
-    vae: diffusers' AutoencoderKL, in float32, since activations of the usual ones overflow in 16 bits.
+    vae: diffusers' AutoencoderKL, in float32, since activations of common autoencoders overflow in float16.
     scale, shift: the denoiser's latents are (the autoencoder's latents - shift) * scale.
     shape: (channels, height, width) of an image.
     folder: the folder with the autoencoder's files.
@@ -58,6 +59,7 @@ def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device
     Raises:
         ValueError: the files are missing, damaged or of another architecture, or decoding would take too much memory or
             time.
+        MissingExtra: diffusers or safetensors is not installed.
     """
     vae_folder = folder / FOLDER
     if not vae_folder.is_dir():

@@ -61,8 +61,9 @@ class StepBatches(Dataset):
         try:
             batch = self._read(step)
             if get_worker_info() is not None:
-                # Here an error can be returned. Otherwise a thread of the DataLoader would move the tensors to shared
-                # memory. If that is full, the thread only prints an error, and training waits forever.
+                # The tensors are moved to shared memory here, where an error can be returned. Otherwise a thread of the
+                # DataLoader would move them. If shared memory is full, this thread only prints an error, and training
+                # waits forever.
                 with _explain_full_shared_memory():
                     for tensor in (batch.images, batch.labels):
                         tensor is None or tensor.share_memory_()
@@ -104,7 +105,8 @@ class StepBatches(Dataset):
             # The loader draws its workers' seed on torch's default device, which must be that of `generator`.
             with torch.device("cpu"), _explain_full_shared_memory():
                 if workers:
-                    # Raises an error if shared memory is full. A DataLoader that fails would also print a traceback.
+                    # If shared memory is full, this queue raises the error before the DataLoader makes its own queues.
+                    # A DataLoader that fails there would also print a traceback.
                     torch.multiprocessing.Queue()
                 batches = iter(steps)
             for batch in batches:
@@ -169,6 +171,9 @@ class StepBatches(Dataset):
 
         Returns:
             The image, (1, channels, height, width), and its index, (1,).
+
+        Raises:
+            ValueError: no image of the source can be read.
         """
         count = len(self.images)
         for ahead in range(count):

@@ -15,13 +15,13 @@ class CapturedStep:
     """Takes training steps by replaying one CUDA graph.
 
     A graph reads its inputs from the addresses that were used at the capture. So each batch is copied into tensors of
-    this object. For the same reason, the learning rate and the number of the noise's draw are tensors, and the graph
-    itself adds 1 to the draw's number.
+    this object. For the same reason, the learning rate and the step's number, which selects the noise, are tensors. The
+    graph itself adds 1 to the step's number.
 
     Args:
         compute: compute(images, t, weights, draw), with a fifth argument, labels, for images that have classes. It
-            updates the model and returns the losses, (samples,), and the gradient's norm, (). draw, int64 (), is the
-            number of the noise's draw.
+            updates the model and returns the losses, (samples,), and the gradient's norm, (). t has the timesteps,
+            weights the weights of the losses, (samples,) each. draw, int64 (), is the step's number.
         state: the state that `compute` changes.
     """
 
@@ -62,7 +62,7 @@ class CapturedStep:
     def _save(self, seed: int) -> Callable[[], object]:
         """Saves the state, and returns a function that restores it.
 
-        CudaGraphs takes a warm-up step before a capture, and calls the function to undo that step.
+        CudaGraphs takes a warm-up step before a capture, and then calls this function to undo the step.
         """
         restore = restorer([*self._state.changed_by_step(), self._draw_number])
         return lambda: (restore(), torch.manual_seed(seed))

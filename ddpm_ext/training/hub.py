@@ -36,14 +36,15 @@ def push_to_hub(
         repo: "name" or "organisation/name".
         model: needed if the run's model is neither a UNet2DModel nor a DiT: a model with the run's weights, as
             training.load returns it. Its method push_to_hub is called.
-        private: whether a new repository is private. None means the organisation's default.
+        private: whether a new repository is private. None means the default of its owner on the Hub.
         token: the Hub's token. None means the token that `hf auth login` has stored, or HF_TOKEN.
 
     Returns:
         The address of the upload, as diffusers returns it.
 
     Raises:
-        ValueError: the folder holds no UNet2DModel, or `model` has no push_to_hub.
+        ValueError: without `model`, the folder holds neither a UNet2DModel nor a DiT, or its configuration is damaged;
+            or `model` has no push_to_hub.
         ConnectionError: the upload fails. The message names the repository, and the call that tries again.
         MissingExtra: diffusers is not installed.
 

@@ -56,13 +56,13 @@ class Inception:
 
 
 def _torch_fidelity(module: Any) -> tuple[Any, Any]:
-    """Makes torch-fidelity's network. Returns it, and a function of it and of uint8 images that returns features."""
+    """Makes torch-fidelity's network. Returns the network, and call(network, images) -> features, for uint8 images."""
     network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     return network, lambda network, levels: network(levels)[0]
 
 
 def _pytorch_fid(module: Any) -> tuple[Any, Any]:
-    """Makes pytorch-fid's network. Returns it, and a function of it and of uint8 images that returns features."""
+    """Makes pytorch-fid's network. Returns the network, and call(network, images) -> features, for uint8 images."""
     network = module.InceptionV3([module.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
     return network, lambda network, levels: network(levels.float() / 255)[0]
 

@@ -63,14 +63,15 @@ class Trained:
             count: the number of samples.
             seed, first: the noise has this seed, and the samples have the ids `first`, `first` + 1 and so on.
             classes: the numbers of the samples' classes, assigned in turn by the samples' ids. Empty means all classes.
-            loop: options of GaussianDiffusion.p_sample_loop, such as sampler, steps, spacing and eta. `guidance`
-                without an unconditional model calls the model with the null class.
+            loop: options of GaussianDiffusion.p_sample_loop, such as sampler, steps, spacing and eta. If `guidance` has
+                no unconditional model of its own, this model is called with the null class instead.
 
         Returns:
             Images, (count, channels, height, width), about in [-1, 1], or latents; on the model's device.
 
         Raises:
-            TypeError, ValueError: see p_sample_loop; or `loop` has rng, model_kwargs or record.
+            TypeError, ValueError: see p_sample_loop; or `loop` has rng, model_kwargs or record; or guidance needs a
+                null class, and the model has none.
         """
         for name, expected in _SET_BY_SAMPLE.items():
             if name in loop:
@@ -107,7 +108,7 @@ class Trained:
 
 
 class TakesClassLabels(nn.Module):
-    """Takes labels as the keyword argument of a UNet2DModel, and passes them to a module as its third argument."""
+    """Takes labels as class_labels=, like a UNet2DModel, and passes them to `module` as its third argument."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -123,15 +124,16 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
     Args:
         run: the folder of the run. If the run is not finished, the weights are those of its newest checkpoint.
         model: a module of the trained module's architecture, into which the weights are copied. With None, the run's
-            model must be of a class that a folder can hold, such as UNet2DModel. It is built from the configuration in
-            the folder or the checkpoint.
+            model must be a UNet2DModel or a DiTTransformer2DModel. It is built from the configuration in the folder or
+            the checkpoint.
         device: the model's device.
 
     Returns:
         The model, its diffusion's settings, its samples' shape and its classes.
 
     Raises:
-        ValueError: the folder holds no model or a model of another architecture, or a file in it is damaged.
+        ValueError: the folder holds no model or a model of another architecture, or a file in it is damaged; or
+            `model` is not None, and the folder holds a finished UNet2DModel or DiTTransformer2DModel.
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
@@ -171,7 +173,7 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
 def network_of(folder: Path) -> str | None:
     """The class of a run's model: "module:name" if a program can import it, and otherwise the class's name.
 
-    None means one of diffusers' classes that a folder can hold.
+    None means UNet2DModel or DiTTransformer2DModel, which need no name.
 
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
@@ -193,7 +195,8 @@ class _Parts(NamedTuple):
 
     Attributes:
         path: the file with the weights.
-        config: the name of the model's class ("class"). For a class that a folder can hold, also its configuration.
+        config: the name of the model's class ("class"). For a UNet2DModel or DiTTransformer2DModel in a checkpoint,
+            also its configuration.
         clip: whether samples are in [-1, 1]. Latents are not.
     """
 
@@ -222,7 +225,7 @@ def _unfinished(folder: Path) -> _Parts:
     path, header = run_options.find(folder)
     if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
-    # "cpu" replaces the run's device, which may not exist on this machine. TrainOptions would refuse it.
+    # The device becomes "cpu", since TrainOptions refuses a device that this machine doesn't have, such as the run's.
     options, about = with_defaults_of(header["options"], {"device": "cpu"}), header["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")

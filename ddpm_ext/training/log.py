@@ -1,4 +1,4 @@
-"""The log of a training run: losses.csv with a line for each step, and trackers that get the same numbers."""
+"""The log of a training run: losses.csv with a line for each step, and trackers that get means of several lines."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ class Log:
             files.write_text(self.path, _HEADER + "".join(earlier))
 
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
-        """Appends a line for each row to the file, and waits until the lines are on the disk."""
+        """Appends a line for each row to the file, waits until the lines are on the disk, and informs the trackers.
+
+        The trackers get the mean losses of the rows, and the gradient's norm and the learning rate of the last row.
+        """
         with files.errors_name("losses", self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
                 quarters = ",".join(f"{mean:.6g}" for mean in quarter_means([row]))

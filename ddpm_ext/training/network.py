@@ -69,7 +69,10 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
 
     Args:
         shape: (channels, height, width) of the images.
-        classes: the number of class embeddings, or None.
+        classes: the number of class embeddings, or None for an unconditional model.
+
+    Raises:
+        ValueError: the sides of the images can't be halved at each level, or a level with attention is too narrow.
     """
     _, height, width = shape
     divisor = 2 ** (len(options.widths) - 1)
@@ -112,7 +115,13 @@ def _required(options: TrainOptions, shape: tuple[int, int, int], classes: int |
 def _required_of_dit(
     options: TrainOptions, shape: tuple[int, int, int], classes: int | None, name: str
 ) -> dict[str, Any]:
-    """The entries that images, classes and options require in a DiT's configuration. name: for error messages."""
+    """The entries that images, classes and options require in a DiT's configuration.
+
+    name: the configuration's name, for error messages.
+
+    Raises:
+        ValueError: the images have no classes, or are no squares.
+    """
     channels, height, width = shape
     if classes is None:
         raise ValueError(f"classes: {name} describes a {DIT}, expected classes of the images: it always has them")
@@ -127,7 +136,7 @@ def _required_of_dit(
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Enables gradient checkpointing: the backward pass recomputes most activations, so they need no memory.
+    """Enables gradient checkpointing: the backward pass recomputes most activations, so they are not kept in memory.
 
     Raises:
         ValueError: the model has no enable_gradient_checkpointing(), a method of diffusers' models, or the method
@@ -174,7 +183,7 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tenso
 def known_kind(model: nn.Module) -> str | None:
     """The name of the model's class if it is one of diffusers' denoisers that a folder can hold, or None.
 
-    This does not import diffusers.
+    This does not import diffusers: unless it was imported before, the model can't be of its classes.
     """
     diffusers = sys.modules.get("diffusers")
     kinds = FOLDERS if diffusers is not None else ()
@@ -202,8 +211,8 @@ def save_result(
     """Writes a trained model and its diffusion's scheduler to a folder.
 
     - An unconditional UNet2DModel of images is written as the folder of a DDPMPipeline.
-    - A UNet2DModel with classes or of latents, and a DiT, are written without model_index.json, since no such pipeline
-      can sample from them.
+    - A UNet2DModel with classes or of latents, and a DiT, are written without model_index.json, since a DDPMPipeline
+      can't sample from them.
     - For any other module, model.safetensors has the state dict. model.json has the class, its module, the settings and
       the shape.
 
@@ -211,7 +220,7 @@ def save_result(
         settings: the diffusion's settings.
         dtype: the dtype to which weights are rounded.
         shape: (channels, height, width) of the samples.
-        clip: whether samples are clipped. Latents are not.
+        clip: whether samples are in [-1, 1]. Latents are not.
 
     Returns:
         A sentence that says which programs can read the folder.

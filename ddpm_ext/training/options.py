@@ -31,10 +31,11 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 """{name: a function of the share of steps done, which returns the learning rate as a share of its maximum}"""
 SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
-"""The options that belong to only one timestep sampler."""
+"""{name of a timestep sampler: the options that only it has}"""
 
 # The options that may change when a run is resumed. Except for the number of steps, they don't affect the weights
-# beyond the rounding of sums. The data and the model are compared by their content, not by the names of their files.
+# beyond the rounding of sums. Options that name the data and the model are here, since a resume compares the data and
+# the model themselves.
 _MAY_CHANGE = frozenset[str]().union(
     ("steps", "data", "image_size", "channels", "skip_corrupt", "workers", "model_config"),
     ("accumulate", "device", "graph", "gradient_checkpointing", "checkpoint_every", "keep", "log_every"),
@@ -97,7 +98,7 @@ def _tuple_of(parse: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[
     return check_items
 
 
-# {option type: a function that checks a value and converts numpy's types, which JSON and range() reject, to Python's}
+# {option type: a function that checks a value and converts numpy's types, which JSON rejects, to Python's}
 _TO_PYTHON: dict[Any, Callable[[str, Any], Any]] = {
     "bool": _as_bool,
     "int": checks.as_int,

@@ -89,7 +89,7 @@ class Outputs:
         Raises:
             ValueError: a file or folder that the run will write later can't be written; another run is writing to the
                 folder; `resume` is false, and the folder holds a run; or `resume` is true, and the folder holds no run,
-                or a run with other options, data or another model.
+                a run with other options, data or another model, or a run that has taken more than options.steps steps.
         """
         folder = self.folder
         has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULT_FILES)
@@ -265,7 +265,7 @@ class Outputs:
         """Writes the averaged model, the loss curve, and training.json with `details`.
 
         If the options ask for it, this then tunes step tables to the model, and uploads the model. If the run was
-        already finished before this start, only the options in training.json change.
+        already finished before this start, training.json keeps its content, except for the options.
         """
         self.report(self._save_model(state.average, self.folder))
         for decay, average in state.extra.items():

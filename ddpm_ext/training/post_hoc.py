@@ -1,4 +1,4 @@
-"""Snapshots of a run's power averages. After training, averages of other lengths are computed from them."""
+"""Snapshots of a run's power averages (power_average.py), from which averages of other lengths are computed later."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class PostHocAverage:
     trained: the model, as training.load returns it.
     step: the training step at which the average ends.
     snapshots: the number of snapshots that it was computed from.
-    distance: the norm of the difference between its profile over the steps and the exact profile, divided by the exact
-        profile's norm.
+    distance: how far the average is from the exact average of its length. A profile is the factors with which an
+        average sums the weights of all steps. The distance is the norm of the difference between this average's profile
+        and the exact one, divided by the exact profile's norm.
 
     Examples:
         >>> from ddpm_ext.training import post_hoc_average

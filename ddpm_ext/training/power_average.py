@@ -23,7 +23,9 @@ Numbers = npt.NDArray[Any]
 
 
 def exponent(length: float) -> float:
-    """gamma, by the cubic equation length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    """The gamma of averages of this length: the largest solution of
+    length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
     inverse = length**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -53,6 +55,9 @@ def combination(steps: Sequence[int], lengths: Sequence[float], step: int, lengt
 
 
 def _products(t_a: Numbers, gamma_a: Numbers, t_b: Numbers, gamma_b: Numbers) -> Numbers:
-    """The integrals of the products of two densities (gamma + 1) tau^gamma / t^(gamma + 1) on (0, t)."""
+    """The integral of the product of the densities a and b, for each pair of them (the arguments are broadcast).
+
+    A density is (gamma + 1) tau^gamma / t^(gamma + 1) for tau in (0, t), and 0 elsewhere.
+    """
     earlier, later, later_gamma = np.minimum(t_a, t_b), np.maximum(t_a, t_b), np.where(t_a < t_b, gamma_b, gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (earlier / later) ** later_gamma / later

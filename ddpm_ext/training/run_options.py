@@ -37,6 +37,9 @@ def with_settings(
     """Returns a run's diffusion, its settings, and the options with these settings.
 
     If `diffusion` is None, the options determine the diffusion. Otherwise, its settings replace the options'.
+
+    Raises:
+        TypeError, ValueError: `diffusion` is no GaussianDiffusion, or one that can't be trained or written.
     """
     if diffusion is not None and not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
@@ -85,10 +88,10 @@ def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
 def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> tuple[Path, dict[str, Any]]:
     """The file from which a run is resumed: its newest readable checkpoint, or options.json if it has no checkpoint.
 
-    `report` is called with a line of text for each checkpoint that is damaged.
+    `report` is called with a line of text for each checkpoint that is newer but damaged.
 
-    The options in the returned header are always those in options.json, which has the options of the run's last start.
-    A checkpoint may have older options, from before a resume changed them.
+    If the folder has options.json, the options in the returned header are those in this file, with which the run was
+    started last. A checkpoint may have older options, from before a resume changed them.
 
     Returns:
         The path, and a header with the options ("options"), the other inputs ("about") and the step ("step").

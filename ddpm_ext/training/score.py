@@ -143,7 +143,7 @@ class Scorer:
     If there are more than 5,000 training images, 5,000 of them are used, at equal distances in the data.
 
     Args:
-        features: the function of features.
+        features: computes the features of images (see Features).
         images: the training images.
         options: score_count, batch_size, seed, skip_corrupt.
         device: the device of the images that `features` gets.
@@ -166,7 +166,8 @@ class Scorer:
         draw: makes the samples with the ids in its argument, (samples, channels, height, width).
 
         Raises:
-            ValueError: the features are not (batch, features), or not finite, or fewer than two images can be read.
+            ValueError: the features are not (batch, features), not finite, or not equally many for all images; or a
+                training image can't be read (with skip_corrupt: fewer than two of them can be read).
             UserCodeError: the function of features raises an exception.
         """
         if self._reference is None:
@@ -182,7 +183,7 @@ class Scorer:
         return frechet(sample_moments, self._reference)
 
     def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
-        """The moments of the features of images 0 to count - 1. make(range) returns the images of a range."""
+        """The moments of the features of images 0 to count - 1. Each rank makes a part of the images by make(range)."""
         rank_range = part_of(range(count), ranks.rank, ranks.size)
         largest_batch = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
         parts = [rank_range[first : first + largest_batch] for first in range(0, len(rank_range), largest_batch)]

@@ -64,7 +64,8 @@ class TrainState:
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate, rounded to float32.
 
-        With a CUDA graph, the learning rate is a float32 tensor. The rounding makes the weights the same without one.
+        With a CUDA graph, the learning rate is a float32 tensor. The rounding makes the weights the same without a
+        graph.
         """
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
@@ -74,7 +75,7 @@ class TrainState:
                 group["lr"] = rounded
 
     def changed_by_step(self) -> list[Tensor]:
-        """The tensors that a step changes before it updates the averages: weights, buffers, the optimizer's state."""
+        """The weights, buffers and optimizer's tensors: what a step changes before update_averages()."""
         slots = [value for slots_of_parameter in self.optimizer.state.values() for value in slots_of_parameter.values()]
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
@@ -137,7 +138,7 @@ class TrainState:
                 raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """The optimizer's state, {index of a parameter: {slot: tensor}}.
+        """The optimizer's state, {index of a parameter: {slot: tensor}}. A slot is a name such as "exp_avg".
 
         tensors: {"slot.parameter": tensor}, for example with the key "exp_avg.conv.weight".
         """

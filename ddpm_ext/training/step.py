@@ -22,12 +22,16 @@ from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
 _TIMESTEPS_NAMED = 8  # the most timesteps that an error about an infinite or NaN loss names
-# The smallest scale of a float16 loss: gradients that overflow at a smaller scale would also overflow without scaling.
+# Below this scale of the float16 loss, gradients that overflow are an error: they would also overflow without scaling.
 _SMALLEST_LOSS_SCALE = 1.0
 
 
 class _Pending(NamedTuple):
-    """A step that is not logged yet. Its tensors are on the device."""
+    """A step that is not logged yet. Its tensors are on the device.
+
+    t, losses: the timesteps and the weighted losses of this rank's samples, (samples,) each.
+    norm: the norm of the gradient before it was clipped, ().
+    """
 
     step: int
     t: Tensor
@@ -38,11 +42,12 @@ class _Pending(NamedTuple):
 class TrainingStep:
     """Takes training steps, which change a TrainState.
 
-    The noise of sample i in the batch of step s has sample id i and draw s (stream 2), and its timestep depends on the
-    seed, s and i. So noise and timesteps are the same for any number of ranks and of accumulated parts.
+    The noise of sample i in the batch of step s has, in the noise contract (ops/noise.py), sample id i, draw s and
+    stream 2. The sample's timestep depends on the seed, s and i. So noise and timesteps are the same for any number of
+    ranks and of accumulated parts.
 
     Attributes:
-        samples: this rank's samples of each batch.
+        samples: the indices of this rank's samples in each batch, a range.
         parts: `samples`, divided into the parts whose gradients are accumulated.
     """
 
@@ -135,7 +140,7 @@ class TrainingStep:
         """Updates the model; returns the losses before the multiplication by `weights`, and the gradient's norm.
 
         weights: the weights of the losses, (samples,).
-        draw: the number of the noise's draw.
+        draw: the step's number, which selects the noise.
         """
         self.state.optimizer.zero_grad(set_to_none=True)
         losses = torch.cat([self._backward(part, x_start, t, weights, draw, labels) for part in self.parts])
@@ -239,7 +244,11 @@ class TrainingStep:
         ]
 
     def _fail(self, step: _Pending, loss: float, norm: float, newest: Callable[[], Path | None]) -> None:
-        """Raises ValueError on rank 0, with the timesteps of all ranks; the other ranks exit."""
+        """Raises ValueError on rank 0; the other ranks exit.
+
+        The message names some timesteps, from all ranks: those of the losses that are not finite, or, if only the
+        gradient is not finite, those of the whole batch.
+        """
         bad = step.t[~step.losses.isfinite()].tolist() if not math.isfinite(loss) else step.t.tolist()
         timesteps = sorted({t for timesteps_of_rank in self.ranks.gather(bad) for t in timesteps_of_rank})
 
@@ -262,7 +271,9 @@ def at_hand(device: torch.device, ranks: Ranks) -> bool:
 
 
 def quarters_of(steps: list[_Pending], timesteps: int) -> Tensor:
-    """For each step and quarter of the timesteps, the sum of the losses; then their counts. (steps, 8) float64.
+    """For each step, the sum of the losses in each quarter of the timesteps, then the number of losses in each.
+
+    The result is (steps, 8) float64, on the device.
 
     This doesn't wait for the device.
     """
@@ -279,6 +290,9 @@ def loss_options(options: TrainOptions) -> dict[str, Any]:
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:
-    """The learning rate of a step: the highest rate, times a linear rise over `warmup` steps, times the schedule."""
+    """The learning rate of a step: the highest rate, times a linear rise over `warmup` steps, times the schedule.
+
+    step: the step's number, from 0.
+    """
     rise = min(1.0, (step + 1) / max(1, options.warmup))
     return options.lr * rise * LR_SCHEDULES[options.lr_schedule](step / options.steps)

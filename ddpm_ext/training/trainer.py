@@ -37,7 +37,8 @@ from ddpm_ext.training.step import TrainingStep, at_hand
 
 _log = logging.getLogger(__name__)
 _INTERVALS = ("log_every", "checkpoint_every", "snapshot_every", "sample_every", "score_every")
-# The options in _INTERVALS whose output is also written after the last step, unless the option is 0.
+# The options in _INTERVALS whose output is also written after the last step, unless the option is 0. The log and a
+# checkpoint are always written then, samples only if the number of steps is a multiple of sample_every.
 _AT_THE_END = ("snapshot_every", "score_every")
 
 
@@ -61,7 +62,8 @@ class Trainer:
         options: the options. None means the defaults.
         resume: whether to continue from the newest checkpoint of the run in `out`. There must be a run.
         change: at a resume, the names of options that may differ from the run's, some of CHANGEABLE in
-            ddpm_ext.training.options. `steps` may always differ. The new options determine the learning rate.
+            ddpm_ext.training.options. `steps` may always differ. The learning rate of the remaining steps follows from
+            the new options alone.
         command: the command line, for training.json.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar on a terminal. It needs tqdm.
@@ -142,7 +144,7 @@ class Trainer:
             if self.options.score_every:
                 self._scorer.try_out()
             self.state = TrainState(self.model, self.options, self.device)
-        self._skipped: list[str] = []  # images that this rank has skipped since it last told the other ranks
+        self._skipped: list[str] = []  # errors of images that this rank has skipped since it last told the other ranks
         weight_inputs = inputs_of(self.model, self.images, self.labels, self.diffusion)
         self._outputs = Outputs(
             self.folder, self.options, weight_inputs, self.settings, self.classes, self.report, change
@@ -166,13 +168,14 @@ class Trainer:
     def fit(self) -> Result:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
-        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds
+        An unconditional UNet2DModel of images is written as a DDPMPipeline of diffusers. The folder also holds
 
         - options.json, which is written before the first step;
         - training.json (options, versions, final loss), losses.csv and losses.png;
         - checkpoints/: one checkpoint every `options.checkpoint_every` steps, of which the last `options.keep` remain;
         - samples/: a grid of samples every `options.sample_every` steps;
         - with `options.score_every`, scores.csv, and best/ with the averaged model of the step with the lowest score;
+        - with `options.extra_emas`, ema-DECAY/ with the averaged model of each further decay;
         - with `options.snapshot_every`, snapshots/ for post_hoc_average;
         - with `options.tune`, tuned/ with a step table for each number of model calls in that option.
 
@@ -188,7 +191,8 @@ class Trainer:
             ValueError: `resume` is false, and the folder holds a run; `resume` is true, and the folder holds no run, or
                 a run with other options, data or another model; a loss or a gradient is not finite; an image can't be
                 read; or the ranks differ in options, data or model.
-            OSError: a file can't be written.
+            OSError: a file can't be written; or a worker process died, or returned no batch for ten minutes.
+            UserCodeError: `features` raises an exception, which is this error's __cause__.
             ConnectionError: another rank was lost; or the model has been written but can't be uploaded.
         """
         started = time.monotonic()

@@ -39,6 +39,10 @@ def tune_run(
         folder: the folder to which the model was written.
         average: the module with the model's weights. It stays unchanged.
         calls: the number of model calls of each table.
+        seed: the seed of the samples to which the tables are fitted.
+        batch_size: the run's. Tuning has batches of this size, but of at most 32 samples.
+        device: the device of the tuning.
+        report: called with lines of text.
     """
     if known_kind(average) is not None:
         loaded = load_model(folder, device=device)

@@ -29,13 +29,16 @@ def load_images(
     Args:
         source: "digits" (the training part of scikit-learn's digits), "shapes" (coloured shapes), the path of a folder
             of images, or the path of an .npz of latents (see read_latents).
-        size: height and width in pixels. With None, shapes have 16, and a folder's images must all have the same size.
-            Digits are 8 by 8.
-        channels: 1 (grey) or 3 (colour). None means 1 for digits, else 3.
+        size: height and width in pixels. With None, shapes have 16, and a folder's images must all be squares of the
+            same size. Digits are 8 by 8. For latents it must be None.
+        channels: 1 (grey) or 3 (colour). None means 1 for digits, 3 for shapes and a folder. For latents it must be
+            None.
         random_crop: only for a folder; see FolderImages.
 
     Raises:
-        ValueError: `size`, `channels` or `random_crop` doesn't fit, or the folder is missing or has no images.
+        ValueError: `size`, `channels` or `random_crop` doesn't fit, the folder is missing or has no images, or the
+            latents can't be read.
+        MissingExtra: scikit-learn, for digits, or pillow, for a folder, is not installed.
 
     Examples:
         >>> load_images("shapes", size=32).shape

@@ -147,7 +147,10 @@ class DatasetImages:
 
 
 def _labels(dataset: Any) -> tuple[Tensor, Any]:
-    """A dataset's labels, (count,) int64, and the names of its classes, or None."""
+    """A dataset's labels, (count,) int64, and the names of its classes, or None if it has no names.
+
+    Raises ValueError if the dataset has no labels, or they are not whole numbers.
+    """
     if isinstance(dataset, Subset):
         numbers, names = _labels(dataset.dataset)
         return numbers[torch.as_tensor(dataset.indices, device="cpu")], names

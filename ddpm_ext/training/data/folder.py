@@ -74,7 +74,9 @@ class FolderImages:
         return torch.stack(images).float().div_(127.5).sub_(1)
 
     def labels(self) -> Labels:
-        """An image's class is the sub-folder that it lies in, at any depth; classes are in the order of their names.
+        """An image's class is the sub-folder, directly below the root folder, that holds it at any depth.
+
+        Classes are in the order of their names.
 
         Raises:
             ValueError: an image lies in no sub-folder.

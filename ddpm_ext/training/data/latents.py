@@ -17,7 +17,8 @@ from ddpm_ext.training.data.source import Labels
 class Latents(TensorImages):
     """An ImageSource of latents in memory, whose values may be any finite numbers.
 
-    Training does not scale them: they must already be multiplied by the autoencoder's `scaling_factor`.
+    Training does not scale them. They must already be (the autoencoder's latents - `shift_factor`) * `scaling_factor`,
+    where an autoencoder without `shift_factor` has 0.
 
     Args:
         images: (count, channels, height, width) float32, count at least 1.
@@ -33,7 +34,9 @@ class Latents(TensorImages):
 
 
 def read_latents(path: str | os.PathLike[str]) -> Latents:
-    """Reads an .npz with arr_0, floats (count, channels, height, width), and optionally arr_1, the classes' numbers.
+    """Reads an .npz of latents: arr_0, floats (count, channels, height, width), and optionally arr_1, their labels.
+
+    Labels are the numbers of classes, whole numbers (count,). The number is also the class's name.
 
     Raises:
         ValueError: the file can't be read, or its arrays have wrong names, dtypes, shapes or values.

@@ -74,7 +74,11 @@ class Shapes:
         return (reference.philox4x32(counter, key).flatten(1).double() / _WORD).numpy()
 
     def _draw(self, shapes: npt.NDArray[np.int64], uniform_numbers: Array) -> Array:
-        """Draws images, (batch, size, size, 3) in [-1, 1]. shapes: (batch,). uniform_numbers: (batch, 12, 1, 1)."""
+        """Draws images, (batch, size, size, 3) in [-1, 1].
+
+        shapes: the position of each image's shape in SHAPES, (batch,).
+        uniform_numbers: random numbers in [0, 1) that determine the image, (batch, 12, 1, 1).
+        """
         size, uniform = self.shape[1], uniform_numbers.swapaxes(0, 1)
         radius, angle = 0.6 + 0.25 * uniform[0], 0.7 * (uniform[1] - 0.5)
         right, up = (1 - radius) * (2 * uniform[2:4] - 1)
@@ -106,7 +110,7 @@ def _coordinates(count: int) -> tuple[Array, Array]:
 
 def _colour(hue: Array, saturation: Array, value: Array) -> Array:
     """Converts HSV, (...) each with hue in turns, to red, green and blue in [0, 1], (..., 3)."""
-    # The distance of the hue from the complements of red, green and blue.
+    # The distance of the hue from the complements of red, green and blue, in sixths of a turn.
     distance = np.abs((hue[..., None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3)
     return value[..., None] * (1 - saturation[..., None] * (1 - (distance - 1).clip(0, 1)))
 
