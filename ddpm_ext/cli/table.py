@@ -191,7 +191,10 @@ def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
 
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for a number so large that it could exhaust memory or time, and for wrong trained_betas."""
+    """Raises ValueError for a wrong num_train_timesteps or trained_betas, and for a whole number beyond MOST_STEPS.
+
+    Such numbers in an untrusted config could exhaust memory or time.
+    """
     most = arguments.MOST_STEPS
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
