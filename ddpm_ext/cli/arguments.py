@@ -79,9 +79,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def shortened(message: str) -> str:
-    """The message, cut to fit on a screen: long words lose their middle, and then the whole text, if it is long.
+    """The message, cut to fit on a screen, in one line.
 
-    Line breaks become spaces.
+    The middle of each long word is left out, and then the middle of the whole text if it is still long.
     """
     words = [
         word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD // 2]}...{word[-_LONGEST_WORD // 4 :]}"

@@ -125,7 +125,7 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
 
 
 def table_of(source: str, options: argparse.Namespace) -> StepTable:
-    """The step table of a source: a sampler's name from source_name, a scheduler's folder or config, or a file.
+    """The step table of a source: a sampler's name from source_name, a scheduler's folder or config, or a table's file.
 
     Raises:
         TypeError, ValueError: an option is out of range, or `source` is none of these.

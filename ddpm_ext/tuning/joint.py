@@ -21,7 +21,7 @@ STEP = 1e-3  # a derivative with respect to a weight is a difference over this c
 TIMESTEP = 0.01  # a derivative with respect to a timestep is a difference over about this share of the timestep
 # The dampings of Levenberg and Marquardt: the second pair is tried if no change by the first pair reduces the error.
 DAMPINGS = ((1e-2, 1e-3), (1.0, 1e-1))
-ROUNDS, GAIN = 6, 0.005  # the most rounds; a round that reduces the error by less than this share of it is the last
+ROUNDS, GAIN = 6, 0.005  # the most rounds; a round that reduces the error by less than the share GAIN is the last
 
 
 class Fit(NamedTuple):
@@ -47,7 +47,7 @@ def polish(
 
     Each round solves the normal equations, damped as by Levenberg and Marquardt, with differences for derivatives.
     It rounds the new timesteps to integers, and then solves for the weights with these timesteps. It also tries to
-    change only the weights, and keeps the best result of all dampings.
+    change only the weights, and keeps the best of its results.
 
     Returns:
         The fit after the round with the smallest error on `check`, or the fit before the first round if no round has a

@@ -42,7 +42,7 @@ def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> l
     change reduces the error, it halves the strides.
 
     Args:
-        error: returns the error of a table with the timesteps that it gets.
+        error: error(timesteps) is the error of a table with these timesteps.
         timesteps, steps: see spaced.
     """
     error_of: dict[Timesteps, float] = {}
