@@ -51,8 +51,8 @@ def is_run(model: str) -> bool:
 def load_run_model(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
     """Loads the averaged weights of a run for which is_run is true.
 
-    network: "module:name" of a class or function that makes the trained module. None if the run's model is of a class of
-        diffusers: it is built from the configuration in the run's folder.
+    network: "module:name" of a class or function that makes the trained module. None for a model of one of
+        diffusers' classes, which is built from the configuration in the run's folder.
 
     Raises:
         ValueError: `network` is missing or wrong; or an error of training.load.
