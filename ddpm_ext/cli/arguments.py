@@ -79,7 +79,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def shortened(message: str) -> str:
-    """The message, with long words cut in the middle, and also the whole text if it is long, to fit on a screen."""
+    """The message, cut to fit on a screen, in one line.
+
+    The middle of each long word is left out, and then the middle of the whole text if it is still long.
+    """
     words = [
         word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD // 2]}...{word[-_LONGEST_WORD // 4 :]}"
         for word in message.split()
@@ -129,7 +132,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def number(low: float, expected: str, *, below: float = math.inf) -> Callable[[str], float]:
-    """A parser of finite numbers that are at least `low`, and less than `below`."""
+    """A parser of finite numbers that are at least `low`, and less than `below`. expected: see _parser."""
     return _parser(float, lambda value: low <= value < below, expected)
 
 
@@ -190,7 +193,7 @@ class SamplerName(argparse.Action):
     From a name such as "DPM++ 2M Karras", which ends in the name of a spacing, it also stores the spacing.
 
     Args:
-        known: this package's names of samplers.
+        known: the names that can be stored: this package's names of samplers, and for some commands "tuned".
     """
 
     def __init__(self, *args: Any, known: Collection[str], **kwargs: Any) -> None:
@@ -207,7 +210,7 @@ class SamplerName(argparse.Action):
 
 
 class SpacingName(argparse.Action):
-    """The action of --spacing: stores this package's name of the spacing, or another text, such as "ddim25"."""
+    """The action of --spacing: stores this package's name of the spacing; a text such as "ddim25" stays unchanged."""
 
     def __call__(self, parser: Any, options: argparse.Namespace, text: Any, _: str | None = None) -> None:
         spacing = find_name(text, SPACINGS) or text
@@ -233,7 +236,7 @@ def eta_of(sampler: str, eta: float | None) -> float | None:
 
 
 def check_device(name: str) -> torch.device:
-    """The device with this name. Raises ValueError, with the reason, if no tensor can be made on it."""
+    """The device with this name. Raises ValueError, with the reason, if a command can't run on it."""
     if name.partition(":")[0].lower() == "gpu":
         raise ValueError(f"device: got {name}, expected cuda{name[3:]} for a GPU, or cpu")
     try:

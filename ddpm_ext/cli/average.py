@@ -38,7 +38,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Writes the averaged model to a folder, with the same files as those of a finished run."""
+    """Writes the averaged model to a folder, as a finished run writes its model, and average.json about it."""
     folder = Path(options.run) / f"average-{options.length:g}" if options.out is None else Path(options.out)
     files.remove_leftovers(folder, of=folder / _ABOUT)
     if folder.exists() and not (folder / _ABOUT).is_file() and (not folder.is_dir() or any(folder.iterdir())):

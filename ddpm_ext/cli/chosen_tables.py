@@ -24,8 +24,9 @@ DEFAULT = (
     f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options "
     f"that tables are not tuned for, {DEFAULT_SAMPLER} in {DEFAULT_STEPS} steps, or with RePaint's jumps ddpm"
 )
-# With any of these options, a tuned table is not the default: tables are tuned for loops from pure noise, with the
-# default clip and plain guidance.
+# With any of these options, a tuned table is not the default. A loop with a table takes no spacing and no eta. With the
+# other options the loop is not the usual one, for which most tables are tuned: from pure noise, with the default clip
+# and plain guidance.
 _NOT_TUNED_FOR = (
     "spacing",
     "eta",
@@ -39,7 +40,7 @@ _NOT_TUNED_FOR = (
 )
 
 Tables = Mapping[float | None, StepTable]
-"""{scale of guidance: its step table}. It is empty if the options name a sampler, so that the loop makes the table."""
+"""{scale of guidance: its step table}. It is empty if the loop makes its table itself, from the name of a sampler."""
 
 
 def scales_of(options: argparse.Namespace) -> tuple[float | None, ...]:
@@ -78,17 +79,18 @@ def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: i
 
 
 def _suits_model(model: LoadedModel, tables: Iterable[StepTable]) -> bool:
-    """Whether none of the tables was tuned to another model. A table without a model's hash was not."""
+    """Whether none of the tables has the hash of another model in its notes. Tables without a hash suit any model."""
     return {table.notes.get(tuned.MODEL_SHA256) for table in tables} <= {None, model_hash(model)}
 
 
 def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
-    """For each scale of guidance the file of --table, or with --sampler tuned the model's tuned table for --steps.
+    """For each scale of guidance the table of --table, or with --sampler tuned the model's tuned table for --steps.
 
     There are none for any other --sampler, whose table the loop makes. Warns if a table was tuned to another model.
 
     Raises:
-        ValueError: an option has no effect together with a table, or a file is missing or damaged.
+        ValueError: an option has no effect together with a table, --sampler tuned has no --steps, or a file is missing
+            or damaged.
     """
     if options.table is None and options.sampler != TUNED:
         return {}

@@ -1,4 +1,4 @@
-"""`ddpm-ext compare`: compares loops of few model calls, with all samplers and spacings, to a loop of many steps."""
+"""`ddpm-ext compare`: compares loops of few model calls, by all deterministic samplers, to a loop of many steps."""
 
 from __future__ import annotations
 

@@ -27,12 +27,13 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
 
     Args:
         path: a picture, an .npz or .npy as for read_pixels, or a folder of pictures. Pictures are cropped around their
-            middle and resized to `shape`. Samples must already have this shape.
+            middle and resized to `shape`. Samples must already have this shape. Floats are not scaled.
         shape: (channels, height, width) of a sample.
         name: the option's name, with which error messages begin.
 
     Raises:
-        ValueError: there is no such file, it is damaged or of another kind, or its samples have another shape.
+        ValueError: there is no such file, it is damaged, empty or of another kind, or its samples have another shape or
+            are not finite.
     """
     source = Path(path)
     if source.suffix.lower() in ARRAYS and not source.is_dir():
@@ -59,7 +60,8 @@ class Samples:
         about: for a folder of `ddpm-ext sample`, the settings with which the samples were drawn; otherwise empty.
 
     Raises:
-        ValueError: there is no such file or folder, or it is damaged, empty or not finished.
+        ValueError: there is no such file or folder; it is damaged or empty; or it is the folder of a training run, or
+            of a `ddpm-ext sample` that has not finished.
     """
 
     shape: tuple[int, int, int]
@@ -105,7 +107,10 @@ class Samples:
 
 
 def _finished_run(folder: Path, name: str) -> tuple[Shards, dict[str, Any]]:
-    """The samples of a run of `ddpm-ext sample --num-images`, and their settings."""
+    """The samples of a run of `ddpm-ext sample --num-images`, and their settings.
+
+    Raises ValueError if the run's manifest is damaged or samples are missing.
+    """
     try:
         settings = files.read_json(folder / MANIFEST)["settings"]
         shards = Shards(folder, settings["num_images"], settings["shard_size"], tuple(settings["shape"]))
@@ -140,7 +145,7 @@ def read_labels(path: str, count: int, name: str) -> Labels | None:
         count: the number of images.
 
     Raises:
-        ValueError: arr_1 is not one whole number of at least 0 for each image.
+        ValueError: arr_1 is not one whole number from 0 to 2^31 - 1 for each image.
     """
     source = Path(path)
     if source.is_dir():
@@ -171,8 +176,11 @@ def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
 def read_noise(path: str, shape: tuple[int, int, int]) -> Tensor:
     """Reads noisy samples that `ddpm-ext invert` wrote, (count, channels, height, width) float32.
 
+    shape: the (channels, height, width) that they must have.
+
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: there is no such file, or it holds something else, samples of another shape, or numbers that are not
+            finite.
     """
     array = _read_array(path, "noise")
     if array.dtype.kind != "f" or array.ndim != 4:
@@ -246,7 +254,7 @@ def _as_pixels(array: np.ndarray[Any, Any], path: str, name: str) -> Pixels:
 
 
 def _in_unit_range(pixels: Tensor) -> Tensor:
-    """Converts pixels from 0 to 255 to float32 in [-1, 1]."""
+    """Converts pixels, whose values are 0 to 255, to float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1)
 
 

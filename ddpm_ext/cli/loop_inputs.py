@@ -110,7 +110,7 @@ class LoopInputs:
     """The input images of a loop, on the model's device and in the samples' dtype.
 
     count: the number of samples that the command draws.
-    start, to, noise, inpaint: the images that the options of these names read, (images, channels, height, width).
+    start, to, noise, inpaint: the images of the options with these names, (images, channels, height, width).
     mask: (1, 1, height, width), 1 where samples equal the image `inpaint`, 0 where they are drawn.
     """
 
@@ -127,11 +127,12 @@ class LoopInputs:
     ) -> LoopInputs:
         """Reads the images that the options name.
 
-        `count` is --num or --num-images. Without these options it is the number of input images, or without images the
-        command's default.
+        `count` is --num or --num-images. Without these options it is the number of images of the option that has the
+        most, or without images the command's default.
 
         Raises:
-            ValueError: an image can't be read, or an option is set without the option that it belongs to.
+            ValueError: an image can't be read, an option is set without another that it needs, or both --noise and
+                --start are set.
         """
         for name, other in _BELONGS_TO.items():
             if getattr(options, name) is not None and getattr(options, other) is None:
@@ -151,23 +152,27 @@ class LoopInputs:
         if options.mask is not None:
             images_of["mask"] = read_mask(options.mask, shape)
         count = getattr(options, "num_images", None) or options.num or images
-        # The images are contiguous, so that a captured loop of an Inpaint reads them without a copy.
+        # Inpaint copies images that are not contiguous. A captured loop would go on reading the copies, and would not
+        # see the images of later batches.
         return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in images_of.items()})
 
     def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
-        """The sample ids of the noise: the first id of `samples`, or zeros for a path between two images.
+        """The sample ids of the noise: the first id of `samples`, or zeros for a path (--to without --weight).
 
-        On a path, all samples have the same noise, so that they change smoothly.
+        On a path from the images of --start to those of --to, all samples have the same noise, to change smoothly.
         """
         if self.to is not None and options.weight is None:
             return torch.zeros(len(samples), dtype=torch.int64, device=self.to.device)
         return samples.start
 
     def of_samples(self, options: argparse.Namespace, samples: range) -> dict[str, Any]:
-        """The arguments of p_sample_loop for the samples with these ids.
+        """The arguments of p_sample_loop that the options of this file determine, except guidance.
+
+        samples: the ids of the batch's samples.
 
         Raises:
-            TypeError, ValueError: see DynamicThreshold, Inpaint and Interpolation.
+            TypeError, ValueError: see DynamicThreshold, Inpaint and Interpolation; or --threshold-max is set without
+                --threshold.
         """
         ids = torch.arange(samples.start, samples.stop, device="cpu")
 
@@ -194,9 +199,9 @@ class LoopInputs:
         }
 
     def settings(self, options: argparse.Namespace) -> dict[str, Any]:
-        """The settings of the loop that determine a sample, as JSON.
+        """The options of this file that are set and change samples, and the SHA-256 of each tensor of images, as JSON.
 
-        They are the options that are set and change samples, and the SHA-256 of each tensor of images.
+        --guidance itself is not among them.
         """
         image_options = ("weight", "mix", "jump_length", "jump_n_sample")
         names = (

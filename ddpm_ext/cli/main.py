@@ -18,7 +18,7 @@ from ddpm_ext.cli.overview import COMMANDS, begin_parser
 from ddpm_ext.training.import_by_name import UserCodeError
 from ddpm_ext.version import __version__, default_device
 
-_INTERRUPTED = 130  # the exit code after Ctrl-C, as of a shell
+_INTERRUPTED = 130  # the exit code after Ctrl-C, which shells also give: 128 + SIGINT
 _MODULES = {name: import_module(f"ddpm_ext.cli.{name.replace('-', '_')}") for name in COMMANDS}
 """{name of a command: its module}."""
 
@@ -34,8 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `ddpm-ext` and returns its exit code.
 
-    The exit code is 0; or 2 for wrong input, or if output can't be written; or 130 for Ctrl-C. It is 1 if the work was
-    done, but the program that reads its standard output ended early, as in `ddpm-ext ... | head -1`.
+    The exit code is 0 if the command succeeded; 2 if it reported an error, such as wrong input or output that can't be
+    written; 130 for Ctrl-C; and 143 if training was ended by SIGTERM. It is 1 if the command succeeded, but could not
+    write all messages: the program that reads its standard output ended early, as in `ddpm-ext ... | head -1`, or the
+    standard error can't be written.
 
     arguments: the command line without the program's name. The command's function `run` gets it as options.arguments.
     """
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(arguments=sys.argv[1:] if arguments is None else list(arguments), command=None)
 
     def one_line(message: Warning | str, category: type[Warning], *location: Any) -> str:
-        """A warning's text without the line of code that raised it, which does not help the user of a command."""
+        """A warning's text. That of a UserWarning lacks the line of code, which does not help the user of a command."""
         return (
             f"{_program_name(options)}: {message}\n"
             if category is UserWarning
@@ -118,7 +120,7 @@ class _WatchedStream:
 
 
 def _code_of(options: argparse.Namespace, stdout: _WatchedStream | None) -> int:
-    """Runs the command and returns its exit code. Reports its errors, except those of writing to stdout."""
+    """Runs the command and returns its exit code. Reports its errors, but leaves errors of stdout to _main."""
     try:
         _run(options)
         if stdout is not None:

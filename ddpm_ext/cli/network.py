@@ -51,10 +51,11 @@ def is_run(model: str) -> bool:
 def load_run_model(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
     """Loads the averaged weights of a run for which is_run is true.
 
-    network: "module:name" of a class or function that makes the module. None if the run made its module itself.
+    network: "module:name" of a class or function that makes the trained module. None for a model of one of
+        diffusers' classes, which is built from the configuration in the run's folder.
 
     Raises:
-        ValueError: `network` is missing or wrong, or see training.load.
+        ValueError: `network` is missing or wrong; or an error of training.load.
     """
     folder = Path(model)
     trained = load(folder, network_for(folder, network))
@@ -74,7 +75,7 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
 
 
 def network_for(folder: Path, network: str | None) -> nn.Module | None:
-    """The module that --network makes for a run, or None if the run needs none.
+    """The module that --network makes for a run, or None if the option is not set and the run needs no module.
 
     The source file of the class or function may be in the working directory.
 

@@ -29,7 +29,10 @@ COMMANDS = {  # {name of a command: its line in the list of commands}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default after each help text, unless it is None or False. Does not wrap the lines of examples."""
+    """Shows the default after the help text of each option that is not required, unless it is None or False.
+
+    Does not wrap the lines of examples.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
@@ -64,7 +67,7 @@ def begin_parser(
 
 
 def answer(arguments: Sequence[str]) -> str | None:
-    """The output of `ddpm-ext` for these arguments; None if it needs an import of ddpm_ext, and so of torch: slow."""
+    """The output of `ddpm-ext` for these arguments; None for arguments that need the package and torch."""
     if list(arguments) == ["--version"]:
         return f"ddpm-ext {metadata.version('ddpm-ext')}\n"
     if list(arguments) not in ([], ["-h"], ["--help"], ["help"]):

@@ -26,7 +26,7 @@ from ddpm_ext.training.run_options import OPTIONS
 DrawKind = Callable[[argparse.Namespace], str]
 """A function that draws a picture for the options, and returns a description of the picture."""
 _PICTURES = (".png",)  # the ending of pictures that consist of samples
-_HISTOGRAMS = 100  # a loop has about this many histograms
+_HISTOGRAMS = 100  # a loop of more steps is drawn at about this many of them
 
 _EXAMPLES = {
     "schedules": """examples:
@@ -166,7 +166,7 @@ def _draw_guidance(options: argparse.Namespace) -> str:
     rows = []
     for options_of_scale.guidance in options.guidance:
         rows.append(draw(prepared, options_of_scale, 0, options.num).float().cpu())
-    names = prepared.class_names(range(options.num))  # prepare refuses guidance of other models
+    names = prepared.class_names(range(options.num))  # not empty: prepare refuses guidance for a model without classes
     scales = ", ".join(f"{scale:g}" for scale in options.guidance)
     title = f"guidance {scales}, from top to bottom" if len(options.guidance) > 1 else f"guidance {scales}"
     plots.save_strips(list(torch.stack(rows, 1)), names, title, options.out)
@@ -189,7 +189,7 @@ def _draw_losses(options: argparse.Namespace) -> str:
         raise ValueError(f"run: {path} has no losses, expected the folder of a run of ddpm-ext train")
     try:
         title = {"title": curve_title(files.read_json(path.with_name(OPTIONS))["options"])}
-    except (OSError, ValueError, TypeError, KeyError):  # a losses.csv alone
+    except (OSError, ValueError, TypeError, KeyError):  # a losses.csv without the options of its run
         title = {}
     plots.save_loss_curve(losses, options.out, quarters=read_quarters(path), **title)
     return f"losses of {plural(len(losses), 'step')}"

@@ -1,4 +1,4 @@
-"""`ddpm-ext sample`: draws samples, with --num into one file, or with --num-images into a folder, by several ranks."""
+"""`ddpm-ext sample`: draws samples, with --num into one file, or with --num-images into a folder, which ranks share."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run_many(options: argparse.Namespace) -> None:
-    """Draws `options.num_images` samples into the folder `options.out`, by all ranks. Samples in the folder stay."""
+    """Draws samples by all ranks until the folder `options.out` has `options.num_images`. Writes --npz and --png."""
     folder = Path(options.out or "samples")
     if folder.suffix.lower() in (".npz", ".png"):
         raise ValueError(f"out: got {folder}, expected a folder for --num-images; --npz and --png write files too")

@@ -48,7 +48,7 @@ class Loaded:
         """The final samples of p_sample_loop with these options. unet: the model, or a wrapper of it.
 
         With a CUDA graph, all calls with the same shape share one captured loop. So their options may differ only in
-        rng, start, noise, the known images and the tensors in model_kwargs.
+        rng, start, noise, the known images of inpaint, and the tensors in model_kwargs.
         """
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
@@ -171,7 +171,7 @@ def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
 
 
 def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
-    """Raises ValueError if the model of latents has no decoder, or if an option names input images."""
+    """Raises ValueError if the model of latents has no decoder, or if --start, --to or --inpaint is set."""
     if model.decoder is None:
         raise ValueError(
             f"model: {options.model} samples latents, expected their AutoencoderKL in {model.folder / 'vae'}"
@@ -186,7 +186,10 @@ def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
 def _loop_options(
     inputs: LoopInputs, options: argparse.Namespace, samples: range, table: StepTable | None
 ) -> dict[str, Any]:
-    """The options of p_sample_loop that depend neither on the model nor on the scale of guidance."""
+    """The options of p_sample_loop except guidance, model_kwargs and rng.
+
+    table: the step table of the loop. None means the sampler that the options name.
+    """
     by_name = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
     return (by_name if table is None else {"sampler": table}) | inputs.of_samples(options, samples)
 
@@ -227,7 +230,8 @@ def draw(
         progress: whether to show a progress bar, unless the options say --quiet.
 
     Returns:
-        (count, channels, height, width), in the dtype of --dtype, on the model's device. Latents are decoded to images.
+        (count, channels, height, width), on the model's device. Samples have the dtype of --dtype; images that were
+        decoded from latents are float32.
     """
     model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
     chosen = {

@@ -60,11 +60,12 @@ def add_running(
     """Adds the group of options "how to run": the device, the dtype, how the model is called, and the batch size.
 
     Args:
-        batches: a description of a batch, for the help. With None, the command draws all samples at once and records
-            the model's outputs, so that the model can be neither compiled nor captured.
+        batches: a description of a batch, for the help. None for a command that draws all samples at once. It gets no
+            --batch-size, and neither --compile nor --graph, since such commands record x_t when the loop calls the
+            model (trajectory, plot histogram), or change the guidance from loop to loop (plot guidance).
         by_ranks: whether several ranks can run the command.
         loop: whether the command runs a sampling loop.
-        capture: whether the loop's model can be compiled, and its steps captured.
+        capture: whether the model can be compiled, and the loop's steps captured as a CUDA graph.
         dtype: whether dtypes other than float32 can be chosen.
     """
     parser.set_defaults(dtype="float32")

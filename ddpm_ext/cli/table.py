@@ -125,7 +125,7 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
 
 
 def table_of(source: str, options: argparse.Namespace) -> StepTable:
-    """The step table of a source: a sampler's name from source_name, a scheduler's folder or config, or a file.
+    """The step table of a source: a sampler's name from source_name, a scheduler's folder or config, or a table's file.
 
     Raises:
         TypeError, ValueError: an option is out of range, or `source` is none of these.
@@ -191,7 +191,10 @@ def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
 
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for a number so large that it could exhaust memory or time, and for wrong trained_betas."""
+    """Raises ValueError for a wrong num_train_timesteps or trained_betas, and for a whole number beyond MOST_STEPS.
+
+    Such numbers in an untrusted config could exhaust memory or time.
+    """
     most = arguments.MOST_STEPS
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]

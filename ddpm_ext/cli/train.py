@@ -32,7 +32,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains a model, or with --resume continues a run, whose options are the defaults of the command line's."""
+    """Trains a model. With --resume, continues a run with its own options, except those that the command line sets."""
     arguments.check_device(options.device)
     names = set(training.TrainOptions.__dataclass_fields__)
     change: list[str] = []

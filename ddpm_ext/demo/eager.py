@@ -44,7 +44,10 @@ class EagerDiffusion:
         )
 
     def p_sample(self, predicted_noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_{t-1} from x_t and the model's output, both (batch, ...): eqs. (6), (7) and (11)."""
+        """x_{t-1} from x_t and the model's output, both (batch, ...): eqs. (6), (7) and (11).
+
+        The predicted x_0 is clipped to [-1, 1].
+        """
         start = (
             self.extract(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
             - self.extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * predicted_noise

@@ -63,7 +63,7 @@ def save_loss_curve(
 
 
 def _moving_mean(values: Any, window: int) -> Any:
-    """The moving mean over the finite ones of `window` values; NaN if none is finite."""
+    """For each `window` consecutive values, the mean of those that are finite; NaN if none is."""
     finite = np.isfinite(values)
     ones = np.ones(window)
     sums, counts = (np.convolve(terms, ones, mode="valid") for terms in (np.where(finite, values, 0.0), finite))

@@ -1,6 +1,7 @@
 """Pictures of samples without axes: grids, labelled strips of a trajectory, GIFs.
 
-Images are numpy arrays or tensors (batch, channels, height, width) in [-1, 1], with 1 channel (grey) or 3 (colour).
+The type Images is a numpy array or tensor (batch, channels, height, width) in [-1, 1], with 1 channel (grey) or 3
+(colour). The type Pixels is a uint8 array with the channels last.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def _learned(table: StepTable) -> bool:
 _DEVIATION_LABEL = "standard deviation\n(units of the sample)"
 
 
-# {column: the symbol that the column is a factor of}, in the next sample and in the tensor kept for later rows.
+# {column: the symbol that the column is a factor of}, in the next sample and in the tensor kept for later rows. x0 is
+# the predicted clean sample, x the sample, m the model's output and z the noise; _MEANINGS explains the others.
 _SAMPLE_TERMS = {"c0": "x0", "c1": "x", "c2": "m", "s": "z", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u"}
 _HISTORY_TERMS = {"k0": "x0", "k1": "x", "k2": "m"}
 _MEANINGS = {

@@ -48,8 +48,8 @@ _WITHOUT_DATE = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"C
 
 @contextmanager
 def new_figure(width: float, height: float, path: PathLike | None, purpose: str) -> Iterator[Figure]:
-    """A figure of width by height inches to draw on. If the block ends without an error, it is written to `path`,
-    unless `path` is None.
+    """Yields a figure of width by height inches to draw on. If the `with` block ends without an error, the figure is
+    written to `path`, unless `path` is None.
 
     Raises:
         MissingExtra: matplotlib is not installed; the message names `purpose`.
@@ -65,7 +65,7 @@ def new_figure(width: float, height: float, path: PathLike | None, purpose: str)
 
 
 def legend_below(figure: Figure, columns: int) -> None:
-    """Adds a legend below the axes, with at most `columns` columns, or fewer if it would be wider than the figure."""
+    """Adds a legend below the axes, with `columns` columns, or fewer if it would be wider than the figure."""
     for count in range(columns, 0, -1):
         legend = figure.legend(loc="outside lower center", ncols=count)
         if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
@@ -98,5 +98,5 @@ def to_array(values: Values) -> Array:
 
 
 def plural(count: int, noun: str) -> str:
-    """ "1 step", "2 steps" """
+    """The count and the noun, with an "s" unless the count is 1: "1 step", "2 steps"."""
     return f"{count} {noun}{'s' * (count != 1)}"

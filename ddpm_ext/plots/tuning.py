@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_CURVES = 5  # the most names that are drawn as curves, with a line in the legend
-_TOP_OF_AXIS = 3.0  # the upper end of the vertical axis, as a multiple of the largest error on these curves
+_MOST_CURVES = 5  # the most names that are drawn as coloured curves, with a line each in the legend
+_TOP_OF_AXIS = 3.0  # the upper end of the vertical axis, as a multiple of the largest error on coloured curves
 
 
 def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, float]]:
@@ -43,7 +43,7 @@ def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, 
 
 
 def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = None) -> Figure:
-    """Draws the errors of named samplers against the calls of the model: the best as curves, all others in grey.
+    """Draws the errors of named samplers against the calls of the model: the best in colour, all others in grey.
 
     Args:
         names: {number of calls: the results of Tuner.compare}.

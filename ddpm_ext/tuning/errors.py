@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-NEAREST = 0.9  # the share of the samples, those with the smallest distances, whose mean distance is the error
+NEAREST = 0.9  # the error is the mean distance of this share of the samples, those with the smallest distances
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Fits the numbers of a table's rows at fixed timesteps by least squares, row by row.
 
-At fixed timesteps, a row is a weighted sum of terms: the predicted clean sample, the sample, up to three clean samples
-that earlier rows predicted, and with guidance the clean sample of the unconditional output. The least-squares fit
-brings the row's result as near as possible to the teacher's trajectory at the next timestep.
+At fixed timesteps, a row's result is a weighted sum of terms: the predicted clean sample, the sample, up to three clean
+samples that earlier rows predicted, and with guidance the clean sample of the unconditional output. The least-squares
+fit brings the row's result as near as possible to the teacher's trajectory at the next timestep.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Rows:
 
     Attributes:
         euler_table: the table of Euler's method at these timesteps.
-        angle_after: for each row, the level that it leads to, as an angle (see Trajectory.angles).
+        angle_after: for each row, the level that it leads to, as the angle atan(noise / signal).
     """
 
     def __init__(self, diffusion: GaussianDiffusion, timesteps: Sequence[int]) -> None:

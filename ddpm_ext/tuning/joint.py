@@ -21,7 +21,7 @@ STEP = 1e-3  # a derivative with respect to a weight is a difference over this c
 TIMESTEP = 0.01  # a derivative with respect to a timestep is a difference over about this share of the timestep
 # The dampings of Levenberg and Marquardt: the second pair is tried if no change by the first pair reduces the error.
 DAMPINGS = ((1e-2, 1e-3), (1.0, 1e-1))
-ROUNDS, GAIN = 6, 0.005  # at most ROUNDS rounds; the last is the first that reduces the error by less than GAIN of it
+ROUNDS, GAIN = 6, 0.005  # the most rounds; a round that reduces the error by less than the share GAIN is the last
 
 
 class Fit(NamedTuple):
@@ -46,7 +46,8 @@ def polish(
     """Reduces the error on `trajectories` by changing weights and timesteps, in up to `rounds` rounds.
 
     Each round solves the normal equations, damped as by Levenberg and Marquardt, with differences for derivatives.
-    It rounds the new timesteps to integers, and then solves for the weights with these timesteps.
+    It rounds the new timesteps to integers, and then solves for the weights with these timesteps. It also tries to
+    change only the weights, and keeps the best of its results.
 
     Returns:
         The fit after the round with the smallest error on `check`, or the fit before the first round if no round has a
@@ -153,7 +154,8 @@ def _slopes(now: Fit, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tenso
 def _shifted_timesteps(rows: Rows) -> Iterator[tuple[Rows, int]]:
     """For each timestep, the rows with only this timestep changed, and the change.
 
-    If no integer is free between the timesteps before and after it, the rows stay unchanged, so the derivative is 0.
+    The timestep is raised by about the share TIMESTEP. If that reaches the timestep before it or the schedule's end, it
+    is lowered by 1. If that reaches the timestep after it, the rows stay unchanged, so the derivative is 0.
     """
     after = (*rows.timesteps[1:], -1)
     for row, t in enumerate(rows.timesteps):

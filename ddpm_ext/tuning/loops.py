@@ -45,7 +45,8 @@ class Batch:
     Attributes:
         loops: the loops that can sample it.
         rng: the seed and the first sample id of its noise.
-        noise: standard normals. A loop begins with them times the standard deviation of the first level's noise.
+        noise: standard normals. A loop begins with them times the standard deviation of its first samples: 1 for
+            variance-preserving samples, and otherwise that of the first level's noise.
     """
 
     loops: Loops
@@ -105,7 +106,7 @@ class Loops:
         return self.run(table, rng=batch.rng, device=self.device, dtype=dtype)
 
     def run(self, table: StepTable, dtype: torch.dtype = torch.float32, **start: Any) -> Tensor:
-        """The final samples of a loop. start: the options of p_sample_loop that choose its first samples."""
+        """The final samples of a loop. start: options about its first samples: noise, or rng and device."""
         options: dict[str, Any] = {**self.options, "dtype": dtype, **start}
         input_dtype = options.get("input_dtype") or torch.float32
 

@@ -89,7 +89,7 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
 
 
 def table_of(diffusion: GaussianDiffusion, sampler: str, spacing: str, steps: int) -> tuple[StepTable, int]:
-    """The table of this sampler and spacing with an eta of 0, if it has one, and the number of its model calls.
+    """The table of this sampler and spacing, and the number of its model calls. A sampler with an eta gets an eta of 0.
 
     Raises TypeError or ValueError for a spacing that the schedule or this number of steps does not have.
     """
@@ -129,7 +129,7 @@ def _ranked(errors: Mapping[Name, Sequence[Tensor]], calls: int) -> list[Named]:
 
 
 def named_of(name: Name, calls: int, distances: Tensor) -> Named:
-    """The Named with the errors of these distances of its samples to the teacher's, (samples,)."""
+    """The Named for `name`. distances: those of its loop's samples to the teacher's samples, (samples,)."""
     sampler, spacing, steps = name
     errors = vars(Errors.of(distances))
     return Named(sampler=sampler, spacing=spacing, steps=steps, calls=calls, eta=eta_of(sampler), **errors)

@@ -17,7 +17,7 @@ WHOLE_TIMESTEPS = "names with timesteps between the schedule's are left out: the
 class Report(Errors):
     """The errors of a tuned table and of the named samplers, on samples that nothing was fitted to.
 
-    A named sampler is a sampler with a spacing; the text calls it a name.
+    A named sampler is a sampler with a spacing. str(report), `notes` and `pays` call it a name.
 
     Attributes:
         error, standard_error, mean, median: the errors of the table (see Errors).
@@ -28,10 +28,10 @@ class Report(Errors):
         names: the named samplers, the one with the smallest error first.
         as_near: a named sampler that needs more calls than the table for an error that is at most the table's, or None.
             Loops with up to `looked` times as many calls were tried. `looked` is 0 if none was tried, as for a
-            pipeline.
+            pipeline of diffusers.
         bfloat16_error: the table's error in a loop with samples in bfloat16, or None if it was not measured.
         timesteps: the timesteps of the table.
-        teacher: a description of the teacher.
+        teacher: a description of the teacher, the loop of many steps from whose samples distances are measured.
         teacher_error: the distance between the teacher's samples with half its steps and with all its steps, relative
             to the samples' root mean square.
         seeds: the number of samples that the table was fitted to.

@@ -10,7 +10,7 @@ Timesteps = tuple[int, ...]
 STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # where searches begin: the arguments largest, power, smallest of spaced
 # The first changes of the three arguments, and the factor of these changes at which a search ends.
 STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2
-POWERS = (0.3, 10.0)  # the range of power
+POWERS = (0.3, 10.0)  # the least and the largest value of power
 EVALUATIONS = 60  # about the most evaluations of the error from each start
 # The most results, and how far two results must differ in some timestep, as a share of the schedule.
 FOUND, APART = 3, 0.04
@@ -42,7 +42,7 @@ def search(error: Callable[[Timesteps], float], timesteps: int, steps: int) -> l
     change reduces the error, it halves the strides.
 
     Args:
-        error: returns the error of a table with the timesteps that it gets.
+        error: error(timesteps) is the error of a table with these timesteps.
         timesteps, steps: see spaced.
     """
     error_of: dict[Timesteps, float] = {}
@@ -77,9 +77,9 @@ def _improved(
     scale: float,
     best: float,
 ) -> tuple[float, float, float] | None:
-    """Parameters that differ in one number by its stride, times `scale`, and whose error is smaller than `best`.
+    """`numbers` with one of them changed by its stride times `scale`, if this reduces the error to less than `best`.
 
-    None if no change reduces the error by more than a thousandth.
+    None if no such change reduces the error by more than a thousandth.
     """
     for parameter, stride in enumerate(STRIDES):
         for sign in (1, -1):

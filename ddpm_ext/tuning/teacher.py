@@ -1,4 +1,4 @@
-"""The teacher: a loop of many steps. Tables are fitted to its trajectories, which are the samples before each step."""
+"""The teacher: a loop of many steps. Tables are fitted to its trajectories: the samples at each of its levels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Teacher:
 
     Attributes:
         calls, calls_to_check: the number of model calls for a batch in `trajectory`, and in `error_of`.
-        between: whether its timesteps are not integers.
+        between: whether the loop has timesteps that are not integers.
     """
 
     calls, calls_to_check = STEPS, STEPS // 2

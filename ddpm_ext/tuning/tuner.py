@@ -61,7 +61,9 @@ class Tuned:
     report: Report
 
     def plot(self, path: str | None = None) -> Figure:
-        """Draws the errors of the table and of the names as a matplotlib figure, which is also written to `path`.
+        """Draws the errors of the table and of the named samplers as a matplotlib figure.
+
+        If `path` is not None, the figure is also written to this file.
 
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
@@ -78,7 +80,7 @@ def tuned(table: StepTable, notes: Mapping[str, Any], report: Report) -> Tuned:
 class Tuner:
     """Tunes tables for loops that differ only in their number of model calls and share one teacher.
 
-    The arguments are those of `tune`.
+    The arguments are those of the function `tune`, without `steps`.
 
     Attributes:
         teacher_error, whole_timesteps: see Report.
@@ -165,7 +167,7 @@ class Tuner:
             planned += count  # a trial whether the model takes timesteps that are not integers
             planned += count * (names * first + min(names, FINALISTS) * (held_out - first))
             if fit:
-                # Each of the first fits uses half of the samples to fit to, and as many to compare the fits.
+                # Each of the first fits uses half of the samples to fit to. As many check samples compare these fits.
                 starts, halves = timesteps_search.FOUND, 2 * self._half
                 planned += count * self._half * timesteps_search.EVALUATIONS * len(timesteps_search.STARTS)
                 planned += count * starts * 2 * halves + count * 2 * all_fitted + count * 3 * held_out
@@ -190,7 +192,7 @@ class Tuner:
         return self._names[calls]
 
     def tune(self, steps: int) -> Tuned:
-        """The table with `steps` model calls; see `tune`."""
+        """The table with `steps` model calls, and its report; see the function `tune`."""
         names = self.compare(steps)
         with calls_bar(self.planned_calls([steps]), f"fit: {BAR_TITLE}", self._progress) as self._loops.model.on_call:
             self._prepare(fit=True)
@@ -246,10 +248,15 @@ class Tuner:
         return polish(best.rows, best.weights, self._fitted, self._check)
 
     def _as_near(self, names: Sequence[Named], errors: Tensor) -> Named | None:
-        """The named sampler with the fewest steps whose error is at most that of a table with these errors, or None.
+        """A named sampler with more steps, whose error is at most that of a table with these errors, or None.
 
-        The best named sampler of each spacing is tried, since for some spacings more steps do not reduce the error. A
-        sampler with a larger error on the first held-out batch is not tried on the other batches.
+        The best named samplers of up to NAMES_TRIED spacings are tried, since for some spacings more steps do not
+        reduce the error. They run with their steps times the first of STEP_FACTORS, then the second and so on, until
+        one has so small an error. A sampler with a larger error on the first held-out batch skips the other batches.
+
+        Args:
+            names: the named samplers with as many calls as the table, the nearest to the teacher first.
+            errors: the table's, for each held-out sample.
         """
         nearest = list({named.spacing: named for named in reversed(names)}.values())
         nearest = sorted(nearest, key=lambda named: named.error)[:NAMES_TRIED]
@@ -336,7 +343,7 @@ def tune(
     A search chooses timesteps. For each list of timesteps that it tries, the numbers of each row are a least-squares
     fit to the trajectories of a deterministic sampler in 100 steps, from the same noise. Then all numbers and timesteps
     are fitted together. No gradients of the model are needed. The named samplers and the fitted table are compared on
-    other samples, by the mean of the smallest 90 % of the samples' distances to that sampler's.
+    other samples, by the mean of the smallest 90 % of the samples' distances to those of the 100 steps.
 
     Args:
         diffusion, model: see p_sample_loop. The model is called in its current mode, so call eval() on a network.
@@ -354,8 +361,9 @@ def tune(
         Tuned. The notes of its table say what the table was made for.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type or is out of range; the variance is learned; or the teacher
-            has not converged, for example because the model is untrained.
+        TypeError, ValueError: an argument has a wrong type or is out of range; the diffusion has fewer than 100
+            timesteps or a learned variance; the model returns values that are not finite; or the loop of 100 steps has
+            not converged, for example because the model is untrained.
 
     Examples:
         >>> gd = GaussianDiffusion(1000)
