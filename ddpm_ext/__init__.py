@@ -1,4 +1,4 @@
-"""Each step of a Gaussian diffusion in one kernel launch, with the same noise for the same seed everywhere."""
+"""Gaussian diffusion with one kernel launch a step. A seed gives the same noise on every device, in every batch."""
 
 from __future__ import annotations
 

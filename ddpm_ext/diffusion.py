@@ -1,6 +1,6 @@
 """GaussianDiffusion: the class for training and sampling, which takes each step in one kernel launch.
 
-Its methods have the names and arguments of the class in tutorials on DDPM.
+Its methods have the names and arguments of the class of a well-known tutorial, https://zhuanlan.zhihu.com/p/563661713.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             sqrt(1 - alphas_cumprod) x0, and "flow" is eps - x0. "edm" is the output of EDM's network. "x_prev" is the
             mean of q(x_{t-1} | x_t, x_0), only for schedules of betas.
         variance: the variance of a reverse step, "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model
-            returns the variance in further channels, as many as the samples have. "learned" is its logarithm.
-            "learned_range" is a number from -1 to 1, the position of its logarithm between those of "fixed_small" and
-            "fixed_large" (Nichol & Dhariwal 2021, eq. 15). "learned_variance" is the variance itself, diffusers'
-            "learned".
+            returns it in further channels, as many as the samples have. With "learned" they are its logarithm. With
+            "learned_range" they are numbers from -1 to 1, the position of its logarithm between those of "fixed_small"
+            and "fixed_large" (Nichol & Dhariwal 2021, eq. 15). With "learned_variance" they are the variance itself, as
+            with diffusers' "learned".
         backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
 
     In all methods, samples have shape (batch, ...). `t` is int64 of shape (batch,) on the samples' device, or an int
-    for all samples. A tensor on a GPU is not read back; its values out of range count as the nearest timestep.
+    for all samples. Values of a `t` on a GPU are not checked: one out of range counts as the nearest timestep.
     `model(x_t, t)` returns a tensor of x_t's shape, or an object with such a tensor as `.sample`. It must not write to
     its arguments, which are views and buffers that later steps use.
 
@@ -63,8 +63,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     schedule's betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
     log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
     posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2. For a schedule without betas they
-    belong to x_t / sqrt(signal^2 + noise^2). The methods take x_t itself, and pass the schedule's timesteps to the
-    model.
+    are those of the variance-preserving x_t / sqrt(signal^2 + noise^2). The methods take x_t itself, and pass the
+    schedule's timesteps to the model.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, an unknown name, or is out of range.
@@ -118,7 +118,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         progress: bool = True,
         **options: Unpack[ProgressiveKeywords],
     ) -> list[np.ndarray] | Tensor:
-        """Samples from pure noise, by algorithm 2 or another sampler.
+        """Samples from pure noise, by algorithm 2 of Ho et al. 2020 or another sampler.
 
         Args:
             model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels for a learned variance. Its
@@ -147,10 +147,10 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
                 (Chen et al. 2023, "Analog Bits").
             model_kwargs: further arguments of model and cond_fn.
             start: samples of `shape` to begin from instead of pure noise. Noise is added to them up to the level of the
-                first step that is taken (stream 1, as for pure noise), and the last `strength` of the steps remove it
-                (Meng et al. 2022, "SDEdit"). Or an Interpolation between two such samples.
-            strength: the share of the steps that is taken, above 0 to 1, at least one step. It must be 1 without a
-                start.
+                first step that is taken (stream 1, as for pure noise), and the steps from there on remove it (Meng et
+                al. 2022, "SDEdit"). Or an Interpolation between two such samples.
+            strength: the share of the steps that is taken, above 0 and at most 1: the last ones, at least one step. It
+                must be 1 without a start.
             noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for a schedule
                 without betas it has the standard deviation of the first level.
             rng: the seed and sample ids. With None, torch's default CPU generator draws a seed. A Philox with its own
@@ -167,7 +167,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             autocast: float16 or bfloat16, for the model's arithmetic by torch.autocast. The steps compute in float32.
             input_dtype: float16 or bfloat16, the dtype of the model's input, for models whose parameters have it. The
                 samples of the steps stay float32, as do the inputs of cond_fn and self-conditioning. One launch writes
-                both.
+                the samples in both dtypes.
             graph: with True or "step", one step, with the model, is captured in a CUDA graph and replayed. With "loop",
                 all steps are one graph. If a capture is impossible, a warning gives the reason, and the loop runs
                 without a graph.
@@ -227,8 +227,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
 
         Args:
             options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and
-                each call can replace them. Other conditioning can read tensors that the caller changes between calls,
-                except that an Inpaint can't.
+                each call can replace them. Functions such as cond_fn can read tensors that the caller changes between
+                calls. The tensors of an Inpaint must not change, because the loop may have copied them.
 
         Raises:
             TypeError, ValueError: see p_sample_loop.
@@ -253,11 +253,11 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         clip_denoised: bool | Clip = True,
         reduction: str = "mean",
     ) -> StepLogProb:
-        """The log-probability of the steps of a loop, for the options of p_sample_loop that determine its rows.
+        """A StepLogProb, which computes the log-probability of the steps of a loop with these options of p_sample_loop.
 
         Args:
             sampler, steps, spacing, timesteps, eta, clip_denoised: the options of the loop.
-            reduction: as StepLogProb's.
+            reduction: see StepLogProb.
 
         Raises:
             TypeError, ValueError: see p_sample_loop and StepLogProb.

@@ -127,7 +127,7 @@ def refuse(name: str, values: Any, is_wrong: Any, expected: str) -> None:
 
 
 def floats(name: str, values: Tensor, shape: str) -> Tensor:
-    """Returns numbers as float64 (n,) on the CPU.
+    """Returns `values` as float64 (n,) on the CPU.
 
     Args:
         shape: the expected shape, for the error's text.
@@ -151,14 +151,14 @@ def plain_layout(name: str, x: Tensor) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one: not of a subclass, and not wrapped by torch.func or by batched gradients."""
+    """Whether a tensor is an ordinary one: not of a subclass, nor wrapped by torch.func or by is_grads_batched."""
     functorch = torch._C._functorch
     wrapped = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
     return type(tensor) is Tensor and not wrapped
 
 
 def shape(value: object, least: int = 0) -> tuple[int, ...]:
-    """Returns sizes (batch, ...) as a tuple. Raises TypeError unless all are ints, ValueError if one is too small."""
+    """Returns sizes (batch, ...) as a tuple. Raises TypeError unless all are ints, ValueError for () or any < least."""
     if not isinstance(value, Iterable):
         raise TypeError(f"shape is {value}, expected ints (batch, ...)")
     sizes = tuple([int(n) if isinstance(n, np.integer) else n for n in value])
@@ -173,7 +173,7 @@ def shape(value: object, least: int = 0) -> tuple[int, ...]:
 
 
 def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
-    """The operators' two arguments for t: (t, 0) for a tensor, and (None, t) for an int."""
+    """The operators' arguments `row` and `index` for a timestep or row t: (t, 0) for a tensor, (None, t) for an int."""
     if isinstance(t, Tensor):
         return t, 0
     if type(t) is not int:
@@ -225,7 +225,7 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 
 
 def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int) -> None:
-    """Raises TypeError or ValueError unless v is int64 (batch,) with values in [0, last].
+    """Raises TypeError or ValueError unless v is int64 (batch,), on `device`, with values in [0, last].
 
     Values on a GPU are not checked, because reading them would wait for the GPU. Values in a transform of torch.func
     are not checked, because they cannot be read.

@@ -25,7 +25,7 @@ _ABANDONED = 3600.0  # after this many seconds without a write, a temporary file
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    """The path of the file to write. Raises ValueError if it is a folder or a device."""
+    """The path of the file to write. Raises ValueError if it is a folder, a pipe or a device."""
     # For a symbolic link, the file that it points to is replaced, and the link stays.
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -88,7 +88,7 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
 
     Args:
         of: the file that was to be written. None means any file in the folder.
-        untouched: only temporary files that were not written for this many seconds are removed.
+        untouched: only temporary files that were not written for this many seconds are removed. Default: all.
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
@@ -99,9 +99,10 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
 
 @contextmanager
 def errors_that_name(path: str | os.PathLike[str], temporary_target: Path) -> Iterator[None]:
-    """Makes OSErrors in the block name `path`, if they name no file or the temporary file or folder `temporary_target`.
+    """Makes OSErrors in the block name `path`, unless they name another file.
 
-    For example, an error of write() on a full disk names no file.
+    They may name no file, as an error of write() on a full disk does, or the temporary file or folder
+    `temporary_target`, or a file in it.
     """
     try:
         yield

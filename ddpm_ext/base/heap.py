@@ -6,8 +6,8 @@ import ctypes
 import os
 import sys
 
-# {environment variable: (parameter of glibc's mallopt(3) that it sets, the largest value of the parameter)}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt(3), with their numbers in malloc.h
+# {environment variable: (the parameter that it sets, the largest value of the parameter)}
 VARIABLES = {
     "MALLOC_MMAP_THRESHOLD_": (M_MMAP_THRESHOLD, 2**25),
     "MALLOC_TRIM_THRESHOLD_": (M_TRIM_THRESHOLD, 2**31 - 1),

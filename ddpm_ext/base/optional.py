@@ -21,7 +21,7 @@ def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
     """Imports and returns a module.
 
     Args:
-        purpose: what needs the module, with which the error's text begins.
+        purpose: what needs the module: the first words of the error's text.
         in_demo: whether the extra "demo" installs the module's package. The error then says so.
 
     Raises:
@@ -55,12 +55,12 @@ def counter(count: int, what: str | None, disable: bool | None = None) -> Iterab
 
 @contextlib.contextmanager
 def calls_bar(most: int, what: str, shown: bool) -> Iterator[Callable[..., object]]:
-    """Yields a function that advances a progress bar, by 1 or by a number of calls.
+    """Yields a function that advances a progress bar over the calls of a model, by 1 or by the number that it gets.
 
-    Without `shown` or tqdm, the function does nothing.
+    If `shown` is False or tqdm is not installed, the function does nothing.
 
     Args:
-        most: the largest number of calls.
+        most: the number of calls at which the bar is full.
         what: the label of the bar.
     """
     if not (shown and has_bars()):

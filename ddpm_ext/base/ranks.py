@@ -154,10 +154,10 @@ def _lost_ranks() -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """The Ranks of this process, from the environment variables that torchrun sets. Without these it is one process.
+    """The Ranks of this process, from the environment variables that torchrun sets. Without these it is alone.
 
     Raises:
-        ValueError: WORLD_SIZE, RANK and LOCAL_RANK do not fit together.
+        ValueError: WORLD_SIZE, RANK or LOCAL_RANK is no whole number, is missing, or does not fit the others.
     """
     size = _number("WORLD_SIZE", 1, 1, 2**31)
     rank = _number("RANK", 0 if size == 1 else None, 0, size)
@@ -188,7 +188,7 @@ def join() -> Iterator[Ranks]:
     If the caller has initialized torch.distributed, its process group is not destroyed at the end.
 
     Raises:
-        ValueError: WORLD_SIZE, RANK and LOCAL_RANK do not fit together.
+        ValueError: WORLD_SIZE, RANK or LOCAL_RANK is no whole number, is missing, or does not fit the others.
         ConnectionError: the other ranks don't start.
     """
     process_ranks = ranks()

@@ -8,7 +8,7 @@ import torch
 
 
 def seed_for(seed: int, purpose: str, index: int = 0) -> int:
-    """A number in [0, 2^63) that differs for every (seed, purpose, index)."""
+    """A number in [0, 2^63): a hash of (seed, purpose, index), which makes equal seeds of two steps very unlikely."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

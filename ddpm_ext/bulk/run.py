@@ -1,7 +1,7 @@
 """Draws the samples that are missing in a folder, by one process or several.
 
 A run that was killed continues where it stopped, and a run with more samples than the folder has adds the missing ones.
-With R ranks, rank r draws the missing shards r, r + R, r + 2 R and so on, in the order of the list of missing shards.
+With R ranks, rank r draws every R-th shard of the list of missing shards, from number r of the list on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _INTERVAL = 1.0  # seconds between two times that rank 0 lists the folder; other
 # that it drew itself.
 _PATIENCE = 600.0
 # If a waiting rank did not run for this many seconds, it was stopped, as by Ctrl-Z, and probably the other ranks, too.
+# So its patience begins anew.
 _STOPPED = 60.0
 _VISIBLE_WITHIN = 60.0  # the limit in seconds until a new file is visible on another machine's mount
 
@@ -160,7 +161,7 @@ def _count_not_finite(shards: Shards) -> int:
 
 
 def _check_same(manifest: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of the manifest. Raises ValueError if the folder has other settings, or more samples."""
+    """The content of the manifest. Raises ValueError if it is no manifest, has other settings, or more samples."""
     try:
         content = files.read_json(manifest)
         form, old_settings = content["format"], content["settings"]
@@ -207,6 +208,7 @@ class _Watch:
     """Counts the missing shards of the folder while a rank draws or waits, and notices if the other ranks are stuck.
 
     Args:
+        missing: the numbers of the shards that are missing at the start.
         bar: whether to show a progress bar.
         every: seconds between two times that the folder is listed.
     """

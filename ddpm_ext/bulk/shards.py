@@ -68,7 +68,7 @@ class Shards:
         return self.inside / f"{ids[0]:09d}-{ids[-1]:09d}.npy"
 
     def missing(self) -> list[int]:
-        """The shards that have not been written yet."""
+        """The numbers of the shards that have not been written yet."""
         return [index for index in range(len(self)) if not self.path(index).exists()]
 
     def write(self, index: int, images: Pixels, not_finite: Sequence[int] = ()) -> None:

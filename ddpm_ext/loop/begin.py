@@ -35,7 +35,7 @@ def check_model(model: object) -> None:
 
 
 def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
-    """The model, compiled with torch.compile unless `mode`, which is p_sample_loop's option `compile`, is False."""
+    """The model, compiled by torch.compile unless `mode` is False. mode: p_sample_loop's option `compile`."""
     if isinstance(mode, str) or mode is True:
         _check_compiler(mode, device)
     if isinstance(mode, str):
@@ -79,7 +79,7 @@ class InitialSamples:
     """Makes the samples before a loop's first step.
 
     Args:
-        ops: the operators of the process.
+        ops: the module of the process's operators, ops.fused or ops.reference.
         model, shape, options: see p_sample_loop.
         rows: the rows of the loop.
     """
@@ -92,10 +92,11 @@ class InitialSamples:
         self.device = _device(options, model)
 
     def samples(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
-        """The samples before the first step: drawn noise, or `noise`, or `start` plus noise of the first step's level.
+        """The samples before the first step: drawn noise, or `noise`, or `start` with noise at the first step's level.
 
         Raises:
-            TypeError, ValueError: start or noise has a wrong type, shape, dtype or device, or both are given.
+            TypeError, ValueError: start or noise has a wrong type, shape, dtype or device; both are given; or start is
+                given with a table whose first level is unknown.
         """
         if start is not None and noise is not None:
             raise ValueError("noise and start are both given, expected one of them")
@@ -131,7 +132,7 @@ class InitialSamples:
 
 
 def _device(options: LoopOptions, model: Any) -> torch.device:
-    """The device of the options; without one the device of start or noise, of the model's parameters, or the CPU."""
+    """The option `device`. Without it, the device of start or noise, else of the model's parameters, else the CPU."""
     if options.device is not None:
         return checks.device(options.device)
     image = options.noise if options.start is None else options.start

@@ -16,7 +16,7 @@ from torch import nn
 from ddpm_ext.base.torch_version import TORCH
 
 _log = logging.getLogger(__name__)
-# Up to torch 2.11, an allocator keeps the address of a graph whose capture failed. So these graphs are never freed.
+# Up to torch 2.11, torch's allocator keeps a pointer to a graph whose capture failed. So these graphs are never freed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
 _MANY_NODES = 20_000  # the number of nodes of a graph from which on a warning is given
@@ -66,7 +66,9 @@ class CudaGraphs:
             )
 
     def run(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
-        """Runs `step` by a replay of its CUDA graph, captured at the key's first use. Without graphs, calls `step`.
+        """Runs `step` by a replay of its CUDA graph, captured at the key's first use.
+
+        If it can't be captured, calls `step` itself.
 
         Args:
             key: the key of the graph.

@@ -12,7 +12,7 @@ from ddpm_ext.base import checks
 
 @dataclass(frozen=True)
 class Inpaint:
-    """Inpainting. After each step, the known part of the samples is replaced by `known` plus noise of the new level.
+    """Inpainting. After each step, the known part of the samples is replaced by `known`, as noisy as the samples.
 
     Args:
         known: (batch, ...), clean samples, of the loop's shape.

@@ -16,15 +16,16 @@ def inversion_table(process: Process, steps: int | None = None, spacing: str | N
     """The rows that lead an image to noise, from which "ddim" with the same steps and spacing returns to the image.
 
     The rows go through the levels of the "ddim" loop in reverse order and end at the level where it begins. The image
-    counts as a sample at timestep 0, or at the level of the loop's last step if that has less noise. p_sample_loop
-    takes the table as `sampler`, and the image as `noise`.
+    counts as a sample at timestep 0, or at the level where the "ddim" loop's last step starts, if that has less noise.
+    p_sample_loop takes the table as `sampler`, and the image as `noise`.
 
     Args:
         process: the process of the model, whose prediction must not be "x_prev".
         steps, spacing: see p_sample_loop.
 
     Raises:
-        TypeError, ValueError: `steps` or `spacing` is unknown or out of range, or the only level is the image's.
+        TypeError, ValueError: `steps` or `spacing` is unknown or out of range, or the "ddim" loop has no level
+            with more noise than the image's.
 
     Examples:
         >>> table = inversion_table(gd, steps=10)

@@ -28,7 +28,7 @@ class Loop:
     """A sampling loop. The constructor allocates all memory of the loop, except what the model allocates.
 
     Args:
-        ops: the operators of the process.
+        ops: the module of the process's operators, ops.fused or ops.reference.
         model, shape, options: see p_sample_loop.
         rows: the rows of the loop.
 
@@ -84,7 +84,7 @@ class Loop:
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepares another run of a captured loop: writes new samples, seed and conditioning to the memory it reads."""
+        """Prepares another run of a captured loop: writes new samples, seed and conditioning to the graphs' memory."""
         skipped = self.rows.skipped
         if start is None and skipped > 0:
             raise ValueError(f"start is None, expected one: the loop leaves out the first {skipped} steps")
@@ -123,7 +123,7 @@ class Loop:
             # Gradients are disabled around each step, not around the loop: between two steps the caller's code runs.
             grad_enabled = torch.is_grad_enabled()
             try:
-                torch._C._set_grad_enabled(False)  # process/reverse.py explains in p_sample why not torch.no_grad()
+                torch._C._set_grad_enabled(False)  # an interrupt within torch.no_grad() could leave gradients off
                 if self._graphs is None:
                     step.take(call, None, row, self._timesteps_at[row])
                 else:
@@ -151,8 +151,8 @@ class Loop:
         return self.x
 
     def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
-        # The step runs once before its capture. Both tensors that it changes are restored after this run: the row's
-        # index, and the oldest tensor of history, which a row may read before it overwrites it.
+        # The step runs once before its capture. The tensors that it both reads and changes are restored after this run:
+        # the row's index, and the oldest tensor of history, if the step overwrites that with a new one.
         history_out = [call.inputs["history_out"]] if "history_out" in call.inputs else []
         graphs.run(call, lambda: self._take_next(call), lambda: restorer([self._row, *history_out]))
 
@@ -168,7 +168,7 @@ class Loop:
 def _explain_fractional_timestep(error: Exception, timestep: int | float) -> None:
     """Adds an explanation to the error of a step, if the model was called at a timestep that is not an integer.
 
-    The model may only take integers. Errors take notes from Python 3.11 on.
+    The cause may be that the model takes integers only. Errors can have notes from Python 3.11 on.
     """
     if isinstance(timestep, float) and hasattr(error, "add_note"):
         error.add_note(

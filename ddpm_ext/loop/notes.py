@@ -1,4 +1,4 @@
-"""The notes of a step table, which say for which prediction, guidance and clip it was made, and checks of a loop.
+"""The notes of a step table, which say for which prediction, guidance and clip it was made, and their checks.
 
 A loop warns if its own prediction, guidance or clip differs from the notes, or its schedule from the table's levels.
 """
@@ -35,7 +35,7 @@ def notes_of_loop(process: Process, options: LoopOptions) -> dict[str, Any]:
 
 
 def _guidance_note(guidance: Guidance | None) -> float | str | None:
-    """The note about guidance: its scale, or a string if it has other options; None for no guidance."""
+    """The note about guidance: its scale, or a string with `rescale` and `interval` if they are set; None for none."""
     if guidance is None or guidance == Guidance(guidance.scale, guidance.unconditional):
         return None if guidance is None or guidance.scale == 1 else float(guidance.scale)
     return f"{guidance.scale:g}, rescale {guidance.rescale:g}, interval {guidance.interval}"
@@ -53,7 +53,8 @@ def check_note(table: StepTable, name: str, loop_value: Any, has: str) -> None:
     """Warns if the table's note `name` differs from the loop's value.
 
     Args:
-        loop_value: the loop's value.
+        name: the name of a note, such as "prediction".
+        loop_value: the value of the same name in the loop.
         has: the subject and verb of the warning, such as "the loop has".
     """
     made_for = table.notes.get(name, loop_value)
@@ -68,13 +69,14 @@ def check_note(table: StepTable, name: str, loop_value: Any, has: str) -> None:
 def check_schedule(process: Process, table: StepTable) -> None:
     """Warns if the level of a row differs from the schedule's level at the row's timestep. Names the first such row.
 
-    Raises ValueError if the schedule does not have the timestep of a row.
+    For fractional timesteps, and for a schedule that has other timesteps for the model, only the size is compared.
+    Raises ValueError if a row's timestep is outside the schedule.
     """
     signal, noise, t = table.signal_now, table.noise_now, table.timestep
     power = torch.hypot(signal, noise)
     has_noise = noise > 0  # a row that starts at clean data is not compared: it has the previous row's timestep
-    # The size sqrt(signal^2 + noise^2) is also compared. It differs between flows, sigma space and variance-preserving
-    # processes.
+    # The size sqrt(signal^2 + noise^2) is compared in all cases. It differs between flows, sigma space and
+    # variance-preserving processes.
     scale = process.schedule.scale
     expected = torch.ones_like(power) if scale is None else scale(signal / power, noise / power)
     differs = has_noise & ~((power / expected).log().abs() < NEAR)

@@ -168,7 +168,7 @@ class Record(NamedTuple):
 
 
 Recorded: TypeAlias = Literal["all", "x0"] | int | Sequence[int]
-"""A `record` whose result is a list."""
+"""The values of the argument `record`, except "last", for which p_sample_loop returns a list."""
 
 
 class CaptureKeywords(TypedDict, total=False):
@@ -205,7 +205,7 @@ class ProgressiveKeywords(CaptureKeywords, total=False):
 
 
 class SampleKeywords(ProgressiveKeywords, total=False):
-    """The keywords of `sample`, without `record`, on which the result's type depends."""
+    """The keywords of `sample` and `p_sample_loop`, except `record`, which determines the type of their result."""
 
     callback: Callable[[Record], object] | None
     progress: bool

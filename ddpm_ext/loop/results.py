@@ -1,4 +1,4 @@
-"""Runs a loop for its last samples or the samples after chosen steps, and CapturedLoop, a loop that can run again."""
+"""collect, which runs a loop and returns samples of its last or of chosen steps, and CapturedLoop, for many runs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def collect(
             break
     if copies is not None:
         return copies.arrays()
-    # With doubled batches, x_t is a half of a tensor. A copy lets the whole tensor be freed while the caller uses x_t.
+    # With doubled batches, x_t is a half of a tensor. A copy lets the whole tensor be freed while the caller uses it.
     return empty_like(state.x_t).copy_(state.x_t) if loop.doubled else state.x_t
 
 

@@ -32,7 +32,7 @@ class LoopRows:
     Attributes:
         table: the rows as a StepTable.
         skipped: how many of the sampler's first steps the loop leaves out because of the option `strength`.
-        device: the rows for the kernels.
+        device: the KernelTables with the rows, which hold a copy for each device.
         needs, timesteps: the needs and the timestep of each row, on the host.
         variance: how the rows read the model's output for its variance: "log" if it determines the logarithm, "direct"
             if it is the variance itself, or None if they don't read it.
@@ -69,7 +69,10 @@ LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
 
 def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
-    """cached_loop_rows(cache, process, options), after a check that the rows have the columns that the options need."""
+    """cached_loop_rows(cache, process, options), with a warning for options that differ from the table's notes.
+
+    Raises ValueError if inpaint or cond_fn needs columns that the table lacks, or if self_condition is impossible.
+    """
     rows = cached_loop_rows(cache, process, options)
     check_notes(process, options)
     _check_rows(rows, options)
@@ -87,7 +90,7 @@ def cached_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOption
 def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
     """Raises ValueError if the table lacks what inpaint or cond_fn needs, or if self_condition meets a doubled batch.
 
-    In a step that gets the batch twice, the model's inputs x and last x0 would differ in batch size.
+    Where the model gets the batch twice, its input x would have twice the batch size of its input x0.
     """
     table = rows.table
     if options.inpaint is not None and not bool((table.signal_after + table.noise_after).any()):
@@ -192,8 +195,8 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     if skipped and len(table) == len(grid) and not table.history:
         table = table[skipped:]
     elif skipped:
-        # The rows are made for the remaining steps only: the first of them must not read history, so a sampler of
-        # higher order begins with order 1, like k-diffusion's with sigmas[k:].
+        # If a step has several rows or reads history, the rows are made for the remaining steps only. The first of them
+        # must not read history, so a sampler of higher order begins with order 1, like k-diffusion's with sigmas[k:].
         table = make(grid[skipped:], **arguments)
     return process.for_model(table if any_step else _for_schedule_steps(process, table)), skipped
 
@@ -201,7 +204,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
     """Converts rows for a model that predicts x0 to rows for the process's prediction, which is "x_prev".
 
-    Such a model predicts the mean after one step of the schedule, even if the loop takes larger steps.
+    A model for "x_prev" predicts the mean after one step of the schedule, even if the loop takes larger steps.
     """
     t = table.timestep
     if t.is_floating_point():
@@ -236,7 +239,7 @@ def _variance_kind(process: Process, table: StepTable, learned: bool) -> str | N
     """LoopRows.variance: how the rows read the model's output for its variance, "log", "direct" or None.
 
     Args:
-        learned: whether the caller knows that they read it.
+        learned: True if the rows are known to read it, as those of "ddpm" with a learned variance.
     """
     variance = process.variance_entry
     log = bool((table.l1 != 0).any())
@@ -266,7 +269,7 @@ def _start_levels(process: Process, table: StepTable) -> Tensor | None:
 
 
 def _grid(process: Process, options: LoopOptions) -> Grid:
-    """The levels that a loop with these options visits."""
+    """The timesteps and levels that a loop with these options visits, noisiest first."""
     steps, spacing = options.steps, options.spacing
     if options.timesteps is not None:
         if steps is not None or spacing is not None:

@@ -34,7 +34,7 @@ class StepCall:
             doubled batches, the same as `once`.
         out: the next samples.
         last_x0, x0: the predicted clean samples before and after the step, or None if the loop does not need them.
-        inputs: further arguments of the TableStep.
+        inputs: further arguments of the TableStep's method `take`.
     """
 
     needs: RowNeeds
@@ -52,8 +52,8 @@ class _Buffers(NamedTuple):
     """One of the two sets of buffers for samples and the model's input: `x`, `once` and `twice` of a StepCall.
 
     If the model's input has the dtype of the samples, `x`, `once` and the first half of `twice` are the same memory. A
-    step before a guided one then writes its result twice: to `x`, and to `second_half`, the second half of `twice`.
-    Otherwise second_half is None.
+    step before a guided one then writes its result twice: to `x`, and to `second_half`, the second half of `twice`. If
+    the dtypes differ, or the loop has no guided steps with a doubled batch, second_half is None.
     """
 
     x: Tensor
@@ -88,9 +88,12 @@ class _Buffers(NamedTuple):
             self.x.copy_(x)
 
     def model_input(self, next_needs: RowNeeds | None) -> Tensor | None:
-        """The tensor besides `x` to which a step writes these samples, as the model's input in the row of `next_needs`.
+        """The tensor to which a step writes its result besides `x`, as the model's input in the next row.
 
-        None if no row follows, if it does not call the model, or if it reads the samples from `x` alone.
+        None if no row follows, or if the next row does not call the model or reads its input from `x` alone.
+
+        Args:
+            next_needs: the needs of the next row, None if there is none.
         """
         if next_needs is None or not next_needs.calls_model:
             return None
@@ -100,7 +103,7 @@ class _Buffers(NamedTuple):
 
 
 def _has_rows(value: object, rows: int) -> bool:
-    """Whether a value is a tensor whose first dimension has this size."""
+    """Whether a value is a tensor of size `rows` in its first dimension."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
 
 
@@ -207,7 +210,7 @@ class LoopStep:
         """Takes one step.
 
         Args:
-            row, index: the row's index, in the form that checks.split_t returns.
+            row, index: the index of the row, as a tensor `row` (batch,), or if that is None as the int `index`.
             t: the timesteps for the model, (batch,), or (2 * batch,) in a loop with doubled batches.
         """
         x, options, inputs = call.x, self.options, call.inputs
@@ -242,7 +245,7 @@ class LoopStep:
         return t[: self._batch] if self.doubled else t
 
     def _outputs(self, call: StepCall, t: Tensor) -> tuple[Any, Any]:
-        """The model's conditional and unconditional output. The latter is None if the row does not need it."""
+        """The model's conditional and unconditional output. The unconditional is None if the row does not need it."""
         guidance = self.options.guide
         if not call.needs.guided or guidance is None:
             return self._output(call, call.once, self._single_batch(t), self.model, self._kwargs), None

@@ -25,8 +25,8 @@ def runs_on(capability: tuple[int, int], archs: str) -> bool:
     """Whether code for these architectures, such as "8.0 9.0+PTX", runs on a GPU of this compute capability.
 
     Machine code runs on GPUs of the same major version with the same or a later minor version. PTX runs on all later
-    GPUs. Code for an architecture with an "a", such as 9.0a, runs on no other. The result is True for names such as
-    "Hopper", which only torch's builder can resolve.
+    GPUs. Code with an "f", as in 10.0f, runs on its major version only, even as PTX; code with an "a", as in 9.0a, runs
+    on no other GPU. The result is True for names such as "Hopper", which only torch's builder can resolve.
     """
     for arch in archs.split():
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)

@@ -63,7 +63,10 @@ def describe(version: str, cuda: str | None) -> str:
 
 
 def is_compatible_with(built: dict[str, Any]) -> bool:
-    """Whether the module can run with this torch. Torch's C++ interface changes with each minor version."""
+    """Whether the module, built for the versions in `built`, can run with this torch.
+
+    Torch's C++ interface changes with each minor version, and CUDA's libraries with each major version.
+    """
     if built["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
         return False
     if built["cuda"] is None:

@@ -41,7 +41,7 @@ def reverse_step(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One step of the reverse process, by row t of a step table. The equation is in StepTable.
+    """One step of the reverse process, by row t of a step table. ddpm_ext.tables.step_table has the equation.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
@@ -53,7 +53,7 @@ def reverse_step(
         noise: replaces drawn noise, like x_t.
         rng: the source of drawn noise (stream 0, the row's draw). With None, torch's default CPU generator draws a
             seed.
-        add_noise: False gives the mean.
+        add_noise: without noise and rng, False gives the mean.
         out: a tensor like x_t for the result, or x_t itself. With `out`, no input may require a gradient.
 
     Returns:
@@ -186,7 +186,7 @@ def forward_process(
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         noise: replaces drawn noise, like x_start.
         rng: the source of drawn noise (stream 2, draw t). With None, torch's default CPU generator draws a seed.
-        add_noise: False gives k0 x_start.
+        add_noise: without noise and rng, False gives k0 x_start.
         out: a tensor like x_start for the result, or x_start itself. With `out`, no input may require a gradient.
 
     Returns:

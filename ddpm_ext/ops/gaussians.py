@@ -26,7 +26,10 @@ _NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leg
 
 
 def _tensors(arguments: Mapping[str, Tensor | float]) -> list[Tensor]:
-    """The values as tensors of one device and dtype. Raises TypeError and ValueError."""
+    """The values of {name: argument} as tensors of one device and dtype.
+
+    Raises TypeError or ValueError if no argument is a tensor, one is wrong, or their shapes don't broadcast.
+    """
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     names = f"{', '.join(list(arguments)[:-1])} and {list(arguments)[-1]}"
     if not tensors:
@@ -116,7 +119,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
     checks.tensor("x", x)
     x, mean, log_scale = _tensors({"x": x, "mean": mean, "log_scale": log_scale})
     inverse = (-log_scale).exp()
-    # Exact in float64. If the bin is much wider than the scale, these differences are multiplied by a large number.
+    # The differences from the mean are exact in float64. If the scale is much smaller than the bin (the interval around
+    # x), they are multiplied by a large number, and so would be their rounding errors.
     center = x.double() - mean.double()
     distance = center.abs()
 

@@ -58,7 +58,7 @@ def diffusion_loss(
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; x_start or
-            noise requires a gradient.
+            noise requires a gradient; x_start is missing with `variational`; noise and rng are both or neither given.
         RuntimeError: in a second derivative (backend="reference" has it).
 
     Examples:
@@ -184,7 +184,7 @@ class _DiffusionLoss(torch.autograd.Function):
 def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
     """slope times grad as `dtype`, in one operation.
 
-    The result overwrites the slope if the dtypes are equal, except when `shared` or a retained graph may use it again.
+    The result overwrites the slope if the dtypes are equal, unless other code or a retained graph may use it again.
 
     Args:
         slope: the derivative of the loss with respect to the model's output, float32, of the output's shape.

@@ -1,4 +1,4 @@
-"""The noise contract's random numbers: a pure function of (seed, stream, draw, sample id, element)."""
+"""The noise contract: each random number is a pure function of (seed, stream, draw, sample id, element)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 STREAMS_REVERSE_MORE = range(6, 16)  # for reverse steps of the second and later schedulers of a pipeline
 
 
-# The operators' arguments seed, seed_value, sample_ids, first_id, stream, draw and draw_data.
+# The operators' arguments seed, seed_value, sample_ids, first_id, stream, draw and draw_data. A draw of -1 means that
+# each sample has its row's draw.
 RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int, Tensor | None]
 
 
@@ -31,8 +32,9 @@ class Philox:
         seed: 0 <= seed < 2^64, or an int64 tensor of shape () with those 64 bits.
         sample_ids: the id of the first sample; the other samples count up from it. Or an int64 tensor of shape (batch,)
             on the samples' device. 0 <= id < 2^56.
-        draw: replaces the timestep, 0 <= draw < 2^32. Or an int64 tensor of shape () on the samples' device or on the
-            CPU, which each launch reads; a captured training step adds one to it. Sampling loops reject it.
+        draw: the number of the draw, 0 <= draw < 2^32, in place of the timestep. Or an int64 tensor of shape () on the
+            samples' device or on the CPU, which each launch reads; a captured training step adds one to it. Sampling
+            loops reject it.
         stream: replaces the operation's stream, 0 <= stream < 256. The reverse step has stream 0, the starting noise 1,
             the forward process 2; callers may use 16 and up. Sampling loops reject it. It does not replace the streams
             of training timesteps (3), offset noise (4) and input perturbation (5).
@@ -127,7 +129,7 @@ def check_rng(rng: object) -> None:
 
 
 def rng_of_many(rng: Philox | None, device: torch.device) -> Philox:
-    """The rng of a loop, checked by check_rng_of_many. For None, a Philox with a fresh seed."""
+    """The rng for all steps of a loop, checked by check_rng_of_many. For None, a Philox with a fresh seed."""
     return fresh_rng(device) if rng is None else check_rng_of_many(rng)
 
 
@@ -168,8 +170,9 @@ def _seed_of_torch() -> Tensor:
 def seed_in_memory(device: torch.device, maybe_traced: bool = True) -> Tensor | None:
     """A fresh seed, int64 (), if an int would become a constant of a traced or captured graph. Otherwise None.
 
-    Code of torch.compile draws the seed by an operator. During the capture of a CUDA graph, the device's default
-    generator draws it on the device, so that each replay draws a different seed.
+    Code of torch.compile draws the seed by an operator, code of torch.jit.trace and vmap by torch.randint. During the
+    capture of a CUDA graph, the device's default generator draws it on the device, so that each replay draws a
+    different seed.
 
     Args:
         maybe_traced: False if the caller has checked that neither torch.compile nor torch.jit.trace traces the call.
@@ -242,7 +245,7 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The noise contract's standard normals.
+    """Standard normals of the noise contract: each depends only on seed, stream, draw, sample id and element.
 
     Args:
         shape: (batch, ...).

@@ -96,12 +96,15 @@ def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
 
 
 def affine(k0: Tensor, x: Tensor, k1: Tensor, y: Tensor) -> Tensor:
-    """k0 x + k1 y. If k1 is -k0, it is computed as k0 (x - y), as in csrc/core/forward.h."""
+    """k0 x + k1 y. If k1 is -k0, it is k0 (x - y), as in the kernels: both products may be far larger than the sum."""
     return torch.where(k1 == -k0, k0 * (x - y), k0 * x + k1 * y)
 
 
 def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: int | Tensor) -> Tensor:
-    """`noise`, or without it the noise that rng draws with its own stream and draw, or with `stream` and `draw`."""
+    """`noise`, or if it is None, the noise that rng draws.
+
+    `stream` and `draw` are used where rng has no stream or draw of its own. With None, rng gets a fresh seed.
+    """
     dtype = checks.compute_dtype(x.dtype)
     if noise is not None:
         return noise.to(dtype)

@@ -3,7 +3,7 @@
 The C library returns large blocks to the system when they are freed. So a loop such as x = p_sample(model, x, t) would
 get new pages for each result, which takes several times as long as the step. Therefore results of 256 KiB and more come
 from a pool, which stores up to eight freed blocks. If no stored block has a new result's size, the pool returns all
-blocks to the system. The tensors are ordinary tensors.
+blocks to the system, so that they don't add to the memory of other sizes. The tensors are ordinary tensors.
 
 The environment variable DDPM_EXT_RESULT_MEMORY limits the pool's free memory, in MiB. Default: 1024; 0: no pool.
 """

@@ -38,7 +38,7 @@ class RowNumbers(NamedTuple):
     g1: Tensor
     signal_after: Tensor
     noise_after: Tensor
-    c_in: Tensor  # the factor of the model's next input
+    c_in: Tensor  # the model's next input is c_in times the next sample
 
 
 ROW = RowNumbers._fields

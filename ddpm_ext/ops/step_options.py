@@ -68,9 +68,10 @@ def step_with_options(
         x0   = clip(x_start_scale p) + g0 g                               in place of the row's x0
         prev = mask (signal_after known + noise_after z) + (1 - mask) prev     after the row
 
-    The term of a missing input is left out. If a factor in the row is 0, its tensor has no influence, even if it is
-    infinite; nor has u if w is 1. A call with none of these inputs is the plain step. The row decides what
-    the history is: with k0 = 1 it is the predicted clean sample, with k2 = 1 the model's output, and so on.
+    The term of a missing input is left out. So is a term whose factor c2, cu, h1 to h3 or k0 to k2 is 0 in the row,
+    even if its tensor is infinite. If w is 1, m does not depend on u. A call with none of these inputs is the plain
+    step. The row decides what the history is: with k0 = 1 it is the predicted clean sample, with k2 = 1 the model's
+    output, and so on.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.

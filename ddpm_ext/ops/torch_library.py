@@ -1,4 +1,4 @@
-"""Registers with torch the operators' fake implementations, which give the shapes of results, and their gradients."""
+"""Registers the operators' gradients, and fake implementations, from which torch knows the shapes of the results."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def refuse_second_derivative() -> None:
 
 
 def by_sample(grad: Tensor, slope: Tensor) -> Tensor:
-    """The gradient of a loss, a scalar or (batch,), in a shape that broadcasts against the slope."""
+    """The gradient that arrives at a loss, a scalar or (batch,), in a shape that broadcasts against its slope."""
     return grad.reshape(-1, *[1] * (slope.dim() - 1))
 
 

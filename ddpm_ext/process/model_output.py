@@ -37,7 +37,7 @@ def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
 def split_batch(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
     """The conditional and the unconditional output of a model that got the batch twice, as views.
 
-    The unconditional output is the first half of its output, the conditional output the second half.
+    model_output is (2 * batch, ...): the first half is the unconditional output, the second half the conditional.
     """
     batch, returned = x_t.shape[0], model_output.shape[0]
     if returned != 2 * batch:

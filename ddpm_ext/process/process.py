@@ -31,7 +31,7 @@ from ddpm_ext.tables.variances import VARIANCES, Variance
 CACHED_STEPS = 8  # the most cached TableSteps, each for a device, a clip and the numbers of a Philox
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}  # the modules with the operators
 
-SCHEDULE_ATTRIBUTES = (  # the attributes of a Process that the tutorial's class has, too
+SCHEDULE_ATTRIBUTES = (  # attributes that the class of the Zhihu tutorial on DDPM has, too
     "betas",
     "alphas",
     "alphas_cumprod",
@@ -168,7 +168,7 @@ class Process:
         return replace(grid, scale=self.schedule.scale)
 
     def for_model(self, rows: StepTable) -> StepTable:
-        """Replaces the rows' timesteps, which may be fractional, by the timesteps that the model is called with."""
+        """Replaces the rows' timesteps in the schedule, maybe fractional, by those that the model is called with."""
         timestep = self.schedule.timestep
         if timestep is None:
             return rows
@@ -188,7 +188,10 @@ class Process:
     # ------------------------------------------------------------------------------------------------- tables
 
     def table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """The table of this name for an operator with samples x: on x's device, in the dtype that the backend needs."""
+        """The table of this name for an operator with samples x: on x's device, in the dtype that the backend needs.
+
+        Raises TypeError unless x is a tensor; the error calls it `x_name`.
+        """
         if not isinstance(x, Tensor):
             checks.tensor(x_name, x)
         dtype = torch.float32 if self.backend == "fused" else checks.compute_dtype(x.dtype)
@@ -197,8 +200,8 @@ class Process:
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         """The backend's TableStep for this process's table "steps", with this clip and noise.
 
-        The fused backend's TableSteps are cached, except with tensors of the caller: the cache would keep those alive.
-        The reference's are not cached, since their tables have two dtypes.
+        The fused backend's TableSteps are cached, except if noise or rng has tensors, which the cache would keep alive.
+        The reference's are not cached: the dtype of their table depends on x_t's, and is not in the cache key.
         """
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
@@ -232,7 +235,7 @@ class Process:
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's output at x and t. For an int t, the model gets a cached tensor, which takes no launch."""
+        """The model's output for x at t. For an int t, the model gets a cached tensor, which takes no launch."""
         if not isinstance(t, Tensor):
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
