@@ -41,7 +41,7 @@ class Net(nn.Module):
         super().__init__()
         self.self_condition = self_condition
         self.channels = self.out_dim = SHAPE[1]
-        self.random_or_learned_sinusoidal_cond = False  # older versions read it
+        self.random_or_learned_sinusoidal_cond = False  # older versions of the library read it
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.first = nn.Conv2d(SHAPE[1], 5, 3, padding=1)

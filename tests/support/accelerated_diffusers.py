@@ -1,8 +1,8 @@
 """Compares a step of an accelerated scheduler with the same step of diffusers.
 
 Both are computed in float32, and their errors are the differences from diffusers' code run in float64. Our error may be
-at most FACTOR times diffusers' error in this step or in many similar steps, or ULPS ulps. With 16-bit samples, it may
-be at most diffusers' error, or one ulp.
+at most FACTOR times diffusers' error in this step or in many similar steps, or ULPS ulps of the largest value. With
+16-bit samples, it may be at most diffusers' error, or one ulp.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):
     """Takes a step with a copy of the scheduler `plain` and with an accelerated copy, and compares the results.
 
-    Returns the accelerated scheduler, and whether it launched a fused operator. If it did not, its results must have
-    the bits of diffusers' results.
+    Returns the accelerated scheduler, and whether it launched a fused operator. If it did not, its results must be
+    equal to diffusers' results.
     """
     accelerated = accelerate(copy.deepcopy(plain))
     theirs = copy.deepcopy(plain)

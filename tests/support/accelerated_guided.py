@@ -61,12 +61,12 @@ def make(
 
 
 def learned(variance):
-    """Whether the model returns the variance."""
+    """Whether a model for this variance returns an output for the variance, too."""
     return not variance.startswith("FIXED")
 
 
 def model_of(variance, seen=None):
-    """A cheap model, with twice the channels if it returns a variance. It appends the t of each call to `seen`."""
+    """A cheap model, with twice the channels of x if it returns a variance. It appends the t of each call to `seen`."""
 
     def model(x, t, shift=0.0):
         if seen is not None:
@@ -112,9 +112,10 @@ def in_float64(library=LIBRARIES[0]):
 def check(ours, theirs, truth, unclipped=None, what=""):
     """Checks ddpm_ext's results against the library's, by their distances from the float64 results `truth`.
 
-    A sample of `ours` may have four times the error of the same sample of `theirs`, or the error of their worst sample,
-    or four ulps of its size. It may also have one ulp of its size before the clip (`unclipped`): the clip may have made
-    the library's result exact by chance.
+    A sample's error is its largest distance, and its size is its largest absolute value. A sample of `ours` may have
+    four times the error of the same sample of `theirs`, or the error of their worst sample, or four ulps of its size.
+    It may also have one ulp of the size of `unclipped`, the same result of a step without the clip: the clip may have
+    made the library's result exact by chance.
     """
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and truth.dtype == torch.float64, what
     assert truth.isfinite().all(), what
@@ -126,7 +127,7 @@ def check(ours, theirs, truth, unclipped=None, what=""):
 
 
 def no_fallback(diffusion):
-    """Checks that no method ran the library's code."""
+    """Checks that no method of an accelerated object ran the library's code."""
     assert diffusion.accelerated.fallbacks == {}
 
 

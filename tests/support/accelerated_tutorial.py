@@ -1,4 +1,4 @@
-"""Helpers of the tests that compare accelerated objects of the tutorial's class with plain ones."""
+"""Helpers of the tests that compare accelerated objects of the tutorial's class (eager_tutorial.py) with plain ones."""
 
 import pytest
 import torch
@@ -66,7 +66,8 @@ def both(call, plain, fused=True):
 def check(ours, theirs, truth, name="", largest=0.0):
     """Checks our float32 result: its error may be FACTOR times the error of theirs, or ULPS times the largest value.
 
-    largest: the largest term of the sums, if it can be far above the largest value. Their errors may cancel by chance.
+    largest: the largest term of the sums, if it can be far above the largest value of the result. Then the rounding
+        errors of the terms are far above ULPS times that value, and those of `theirs` may cancel by chance.
     """
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == truth.shape
     exact = truth.double().cpu()
@@ -76,6 +77,9 @@ def check(ours, theirs, truth, name="", largest=0.0):
 
 
 def with_method(function, name=None):
-    """A copy of the tutorial's class, as if pasted into another file, in which `function` replaces a method."""
+    """A copy of the tutorial's class, as if pasted into another file, in which `function` replaces a method.
+
+    name: the name of that method. With None, the function's name.
+    """
     pasted = {key: each for key, each in vars(GaussianDiffusion).items() if key not in ("__dict__", "__weakref__")}
     return type("Other", (), pasted | {name or function.__name__: function})

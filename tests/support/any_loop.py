@@ -1,6 +1,7 @@
 """Random loops: their schedules, predictions, samplers and timesteps are drawn from all that ddpm_ext has.
 
-A loop's levels and its model's exact output are computed from the papers' definitions, not by ddpm_ext.
+The levels of a schedule and a model's exact output are computed here by the papers' definitions, and ddpm_ext's are
+compared with them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ OWN = {
     "sigma space": sigma_space(SIGMAS, lambda signal, noise: noise),
     "levels": NoiseSchedule(1.2 - RISING**2, RISING.sqrt()),
 }
-# The schedules whose signal and noise are a function of the timestep t that the model gets: that function.
+# For schedules that define the signal and the noise by formulas in t, the timestep that the model gets: the formulas.
 BY_TIMESTEP = {
     "flow": lambda t: (1 - t / 1000, t / 1000),
     "edm": lambda t: (1 / np.hypot(np.exp(4 * t), 0.5), np.exp(4 * t) / np.hypot(np.exp(4 * t), 0.5)),
@@ -96,7 +97,10 @@ def bayes(alpha, before):
 
 
 def of_edm(signal, noise):
-    """The weights of x0 and eps in the output F of EDM: x0 = c_skip x + c_out F (Karras et al. 2022, table 1)."""
+    """The weights of x0 and eps in the output F of EDM, with sigma_data = 0.5.
+
+    x0 = c_skip x + c_out F, for x = x0 + sigma eps (Karras et al. 2022, table 1).
+    """
     sigma, power = noise / signal, (noise / signal) ** 2 + 0.25
     skip, out = 0.25 / power, 0.5 * sigma / power**0.5
     return (1 - skip) / out, -skip * sigma / out
@@ -156,7 +160,10 @@ class AnyLoop(NamedTuple):
         return make_loop_rows(process(self.schedule, self.prediction), options).table
 
     def begins_blind(self, table):
-        """Whether the first output does not depend on x0: the loop starts from noise alone."""
+        """Whether the first output does not depend on x0.
+
+        This is so if the loop starts from noise alone and the model predicts the noise.
+        """
         return table.signal_now[0] == 0 and not PREDICTIONS[self.prediction].without_signal
 
     def model(self, knows):

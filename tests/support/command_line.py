@@ -21,7 +21,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 
 
 def _on_cpu(arguments):
-    """The arguments as text, with --device cpu if they have no device: the default is the GPU if there is one."""
+    """The arguments as text. If the command takes a device and they name none, adds --device cpu.
+
+    Without --device, the command would use the GPU if there is one.
+    """
     commands = ("sample", "trajectory", "train", "invert", "bits-per-dim", "tune", "compare")
     takes_device = arguments[:1] in {(name,) for name in commands} or arguments[:2] == ("plot", "histogram")
     more = ("--device", "cpu") if takes_device and "--device" not in arguments else ()
@@ -37,7 +40,7 @@ def call(*arguments):
 
 
 def check_refused(capsys, message, *arguments):
-    """Checks that the command ends with exit code 2 and writes only one line, which contains the message."""
+    """Checks that the command ends with exit code 2 and writes only one line, to stderr, which contains the message."""
     assert call(*arguments) == 2
     written = capsys.readouterr()
     assert message in written.err and (written.err.count("\n"), written.out) == (1, "")
@@ -55,7 +58,7 @@ def save_pets(folder):
     torch.manual_seed(1)
     unet = models.build_unet(TINY | {"num_class_embeds": 4})
     with torch.no_grad():
-        unet.class_embedding.weight.mul_(5)  # so that the class changes the output
+        unet.class_embedding.weight.mul_(5)  # so that the class changes the output more
     models.save_model(unet, DiffusionSettings(timesteps=20), folder, classes=Classes(("cat", "dog", "hen"), 3))
     return folder
 
@@ -94,9 +97,11 @@ def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False):
 
 
 def in_forks(folder, runs):
-    """Runs commands in forked processes. Returns the exit codes of the ranks, by the command's name.
+    """Runs commands in forked processes. A run is one command, with one process for each of its ranks.
 
-    runs: the options of as_process for each rank, by the command's name.
+    Returns the exit codes of the ranks, by the run's name.
+
+    runs: the options of as_process for each rank, by the run's name.
     """
     from support import forks
 

@@ -94,7 +94,10 @@ def log_variance_of(gd, v, t):
 
 
 def start_magnitude(truth, x, m, t):
-    """The magnitude, for `check`, of the predicted x_0: the sum of the absolute values of its terms."""
+    """The magnitude, for `check`, of the predicted x_0: the sum of the absolute values of its terms.
+
+    For v it is |x| + |m|, which is not smaller, since the coefficients of x and m are at most 1.
+    """
     if truth.prediction == "x0":
         return float64(m).abs()
     if truth.prediction == "v":

@@ -53,8 +53,8 @@ def classes() -> dict[str, type]:
     return dict(sorted(by_name.items()))
 
 
-# The names of diffusers' classes whose accelerated classes always run diffusers' own code, since their steps can't be
-# traced, and of those whose steps are traced.
+# ALONE: the names of diffusers' classes whose steps can't be traced, so that the accelerated classes always run
+# diffusers' own code. TRACED: the names of the classes whose steps are traced.
 ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(NOT_TRACED.values(), ())]
 TRACED = [n for n, cls in classes().items() if n not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)]
 

@@ -24,7 +24,7 @@ except ImportError:
 
 
 def linear_beta_schedule(timesteps: int) -> Tensor:
-    """Betas in equal steps, from 1e-4 to 0.02 for 1000 timesteps. Other numbers of timesteps scale both inversely."""
+    """Betas in equal steps, from 1e-4 to 0.02 for 1000 timesteps. In general, both ends are times 1000 / timesteps."""
     scale = 1000 / timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
 

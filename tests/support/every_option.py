@@ -15,7 +15,10 @@ from ddpm_ext.cli.main import build_parser
 
 
 class Another(NamedTuple):
-    """A value of an option that changes the result. beside: other options that both runs have, since it needs them."""
+    """A value of an option that changes the result.
+
+    beside: other options, which the option needs. The runs with and without the value both have them.
+    """
 
     given: Any
     beside: Any = None
@@ -56,7 +59,8 @@ def fields_of(*classes):
 def entries(table, names, kind=object):
     """Pairs (name, entry) for pytest.mark.parametrize: the entries of a dictionary for these names of options.
 
-    A name without an entry has the entry None. Entries of the class Elsewhere are left out.
+    An option with a list in the dictionary has several entries. A name without an entry has the entry None. Entries of
+    the class Elsewhere are left out.
 
     kind: the class of the entries to return.
     """

@@ -1,4 +1,4 @@
-"""Runs of ddpm_ext.bulk with a model whose samples have the same bits in every batch.
+"""Runs of ddpm_ext.bulk with a model for which a sample's bits do not depend on its batch.
 
 The script `exact_run.py FOLDER '{"batch_size": 3, ...}'` is one rank of a run. forks.in_forks also starts it, as the
 parent process of the ranks. The options are those of `run` and of `as_rank`. die_at = (own, all): the process kills
@@ -81,7 +81,10 @@ def kill_at(own: int, all_shards: int) -> None:
 def as_rank(
     folder, *, patience=None, visible_within=None, elsewhere=None, die_at=None, die_after=0.0, **options
 ) -> None:
-    """Runs one rank, and prints "done" at its end. `patience` and `visible_within` replace constants of bulk.run."""
+    """Runs one rank, and prints "done" at its end.
+
+    patience, visible_within: numbers that replace constants of bulk.run. elsewhere: a folder that replaces `folder`.
+    """
     signal.setitimer(signal.ITIMER_REAL, die_after)
     bulk_run._PATIENCE = patience or bulk_run._PATIENCE
     bulk_run._VISIBLE_WITHIN = visible_within or bulk_run._VISIBLE_WITHIN

@@ -11,11 +11,13 @@ compiled into one module: each old text becomes an expression or a statement tha
 variable DDPM_FAULT has the fault's number. Without the variable, the module does what it does without faults.
 
 `run` selects a C++ fault by DDPM_FAULT. It plants a fault in Python, or in a CUDA source, which tests compile, by
-editing the copy. For each fault it runs the narrow tests, then the fast tests among the wide tests, until a test fails.
-After each fault it writes RECORD (JSON), so that an interrupted run can continue. At the end it runs the tests that
-failed without any fault: a test has detected a fault only if it passes then. The working tree is never changed.
+editing the copy. For each fault, faults.txt names narrow tests, which should detect it, and wide tests. `run` runs the
+narrow tests, then the fast tests among the wide tests, until a test fails. After each fault it writes RECORD (JSON), so
+that an interrupted run can continue. At the end it runs the tests that failed without any fault: a test has detected a
+fault only if it passes then. The working tree is never changed.
 
-After a change of code, edit faults.txt until `check` passes, and compare the two records fault by fault.
+After a change of code, edit faults.txt until `check` passes, run `build` and `run` again, and compare the new record
+with the old one fault by fault.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def best_prediction(alphas_cumprod, x, prediction, sigma=SIGMA):
 
 
 def exact_model(gd):
-    """A model that returns the best prediction. For t between timesteps, log sigma is linear in t."""
+    """A model that returns the best prediction. For t between timesteps, log(noise / signal) of x_t is linear in t."""
     log_sigma = np.log(1 / gd.alphas_cumprod.numpy() - 1) / 2
 
     def model(x, t):
@@ -62,9 +62,9 @@ def known_point(row, x, mean):
 def take(row, x, m, z=0.0, *, u=None, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
     """x0 and the next sample by a StepRow: the equation of StepTable, for floats or float64 arrays.
 
-    m: the guided output. u: the unconditional output; with None, there is no guidance. g: a classifier's gradient.
-    v: the model's output for the variance. history: the existing tensors of H1, H2 and H3. clip: a range, or a function
-    that clips x0.
+    m: the guided output. z: the noise. u: the unconditional output; with None, there is no guidance. g: a classifier's
+    gradient. v: the model's output for the variance; v_is_variance says whether v is the variance itself. history: H1,
+    H2 and H3, or only the first of them in early rows. clip: a range, or a function that clips x0.
     """
     x0 = row.a * x + row.b * m
     if clip is not None:
@@ -84,7 +84,7 @@ def push(row, history, x0, x, m):
 
 
 def calls_model(row):
-    """Whether the row reads the model's output."""
+    """Whether the row reads the model's output. Beside x0, the output's weight without guidance is c2 + cu."""
     return row.b != 0 or row.c2 + row.cu != 0
 
 
@@ -108,12 +108,13 @@ def loop(table, x, model, noise=None, **options):
 def weights(table, signal, noise, model, mean=1.0, sigma=SIGMA):
     """Yields x after each row of a loop, which starts at the level (signal, noise).
 
-    x is linear in the data's mean, in the start's deviation from its mean, and in the noise of each row. It is returned
-    as the vector of the weights of these numbers. The deviation and the noises are independent standard normals, so the
-    sum of their squared weights is the variance of x.
+    x is linear in the data's mean, in the random part of the first x, and in the noise of each row. It is represented
+    as the vector of the weights of these numbers. The random part and the noises are independent standard normals, so
+    the sum of their squared weights is the variance of x.
 
     model(row, x, mean): returns the output for data of this mean, or a pair as for `loop`. x, mean and the output are
-        vectors of weights. mean: a factor of the data's mean at the start of the loop.
+        vectors of weights. mean: the mean of the first x is signal * mean times the data's mean. sigma: the data's
+        deviation.
     """
     one, deviation, *normals = np.eye(2 + len(table))
     x = signal * mean * one + np.hypot(signal * sigma, noise) * deviation

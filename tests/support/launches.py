@@ -33,6 +33,9 @@ class _Launches(Operators):
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """A context that yields the list of ddpm_ext's operators that are called in it, except randn and draw_seed."""
+    """A context that yields the list of ddpm_ext's operators that are called in it.
+
+    The list leaves out randn and draw_seed, which only draw noise and its seed.
+    """
     with _Launches() as called:
         yield called.names

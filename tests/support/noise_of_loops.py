@@ -54,11 +54,12 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
 def parts(make: Callable[..., Any], loop: Callable[..., Tensor], batch: int = 10) -> None:
     """Checks that a batch may be divided among several loops, which give the samples of one loop over the whole batch.
 
-    Divides it into two loops of one object. Also checks a loop whose sample ids start at 4, and a loop whose ids are a
-    tensor, in any order.
+    Divides it into two loops of one object. Also checks loops whose sample ids start at 4, by the option `sample_ids`
+    and by the object's rng, and a loop whose ids are a tensor, in any order. Checks that all samples of the batch are
+    different, and that no loop changes the state of torch's generator.
 
-    make: creates an object with a seed, and with these `sample_ids`. loop: runs a loop of an object for a number of
-        samples.
+    make: creates an object with a seed, and with the option `sample_ids` if it is passed. loop: runs a loop of an
+        object for a number of samples.
     """
     obj, state = make(), torch.get_rng_state()
     whole = loop(make(), batch)

@@ -13,8 +13,8 @@ from ddpm_ext.ops.row import ROW
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # The dtypes of the samples and of the model's output or, for predict_start and posterior_mean, of the second tensor.
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
-# The largest error of rounding to a dtype: relative, and at least the absolute error of half the smallest subnormal
-# number.
+# The largest error of rounding to a dtype: the relative error of normal numbers, and the absolute error of subnormal
+# numbers, which is half the smallest of them.
 HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
 # The arithmetic is in float32. Its error may be ROUNDINGS times 2^-24, relative to the sum of the terms' absolute
 # values. The largest measured errors of 9,000 examples are 1.13 (fused) and 1.18 (reference) times 2^-24.
@@ -88,7 +88,7 @@ class Inputs:
         self.choose, self.rows, self.device = choose, rows, device
         self.x_dtype, self.y_dtype = choose.one_of(DTYPES, "dtypes")
         inner = choose.several(lambda: choose.integer(0, 5), 0, 3, "inner")
-        # Sizes at which the kernels' vectors, runs and buffers are just full or not.
+        # Sizes at which, or next to which, the kernels' vectors, runs and buffers are just full.
         last = choose.several(lambda: choose.one_of([0, 1, 3, 4, 5, 63, 64, 65, 513]), 0, 1, "last")
         self.batch = choose.integer(0, 4, "batch")
         self.shape = (self.batch, *inner, *last)

@@ -1,8 +1,8 @@
 """Compares a training step of ddpm_ext with a training step of another library (the peer).
 
 Both are computed in float32, and their errors are the differences from the peer's step in float64. Our error may be at
-most FACTOR times the peer's error plus ULPS. The peer's error is that of the same sample or, if that is larger, that of
-the median sample: in a single sample, its rounding errors may cancel by chance.
+most FACTOR times the peer's error plus ULPS. The peer's error is that of the same sample, or the median over the
+samples if that is larger: in a single sample, rounding errors may cancel by chance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Losses = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 class Net(nn.Module):
     """A small model that is nonlinear in x_t and in t. Its last output is stored, so that its gradient can be compared.
 
-    outputs: the number of output channels divided by that of x_t. skip: whether the first of these outputs is near x_t.
+    outputs: the number of output channels divided by that of x_t. skip: whether the first of these outputs is near x_t,
+        as a prediction of x_0 or x_{t-1} is.
     """
 
     self_condition = False
@@ -54,7 +55,7 @@ class Net(nn.Module):
 
 
 def make_inputs(device: torch.device, t: Sequence[int] = T) -> tuple[Tensor, Tensor]:
-    """x_start with values of 8-bit images, some of them in the first and in the last bin, and t."""
+    """x_start, with values of 8-bit images, and t. Many values are -1 or 1, the decoder's first and last bin."""
     levels = torch.randint(-40, 296, SHAPE, generator=torch.Generator().manual_seed(0)).clamp(0, 255)
     return (levels / 127.5 - 1).to(device), torch.tensor(t, device=device)
 

@@ -1,7 +1,7 @@
 """A sampling loop with every option, in float64 on the CPU: the equation of a step table's rows, and the options.
 
 Tests of the loop compare ddpm_ext's samples with those of this loop. Tests in tests/tables compare the rows themselves
-with the papers. This file uses only the reference noise of ddpm_ext.
+with the papers. Of ddpm_ext, this file uses only the reference noise.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def plain_loop(
 ):
     """Yields x and x0 after each row.
 
-    variance: how a step reads the model's output for the variance: "log" for v of exp(l0 + l1 v), "direct" for the
-        variance itself. None: the model returns no variance.
+    variance: what v, the second half of the model's output, is. "log": the factor of a row's noise is exp(l0 + l1 v).
+        "direct": v is the variance, and the factor is sqrt(v). None: the model returns no v.
     """
     x0, history = torch.zeros_like(x), []
 

@@ -49,7 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def environment(root: Path, folder: Path, parameters: str, site: str = "") -> dict[str, str]:
     """The environment variables of processes with the card, which run in `root` with the tests there.
 
-    Writes sitecustomize.py to `folder`. It runs the code `site` before it installs the card.
+    Writes sitecustomize.py to `folder`. That file runs the code `site` before it installs the card.
+
+    parameters: which tests run, the value of the variable SIGN.
     """
     (folder / "sitecustomize.py").write_text(site + SITE)
     added = {"PYTHONPATH": f"{folder}{os.pathsep}{root / 'tests'}", "PYTEST_PLUGINS": "support.pretended"}

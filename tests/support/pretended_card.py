@@ -33,9 +33,9 @@ from torch.utils._pytree import tree_leaves
 
 NAME, CARDS, CAPABILITY = "pretended card", 2, (9, 0)
 MEMORY = 2**30  # bytes of each card; a card does not refuse larger allocations
-# The operators that make the host wait for the card.
+# The operators that make the host wait for the card. Copies and indices of the host are treated in Operators.check.
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
-# torch's own attributes and methods of Tensor.
+# torch's own attributes and methods of Tensor, which `install` replaces.
 PLAIN = {name: getattr(Tensor, name) for name in ("device", "is_cpu", "is_cuda", "to", "tolist", "numpy")}
 
 GROUPED = torch._C._group_tensors_by_device_and_dtype
@@ -45,7 +45,7 @@ class Host:
     """The state of the cards in this process."""
 
     index = 0  # the current card's number
-    passing: int | None = None  # the card of a running backward pass: C++ creates its tensors on the CPU
+    passing: int | None = None  # the card of a running backward pass, whose new tensors C++ creates on the CPU
     sync_debug = "default"
     used = ran_backward = forked_after_use = forked_after_backward = False
     blocks = size = in_use = 0  # the number of allocations, their bytes, and the bytes that are not freed yet
@@ -162,7 +162,7 @@ def through_the_host(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Operators(TorchDispatchMode):
-    """A dispatch mode for the whole process. It runs the operators of cards on the CPU, and marks their results."""
+    """A dispatch mode for the whole process. It runs a card's operators by CPU kernels, and marks their results."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), function._schema.name.partition("::")[2]
@@ -272,8 +272,8 @@ CUDA: dict[str, Any] = fake_cuda.FAKES | {
 def grouped(lists: Any, *options: Any) -> dict[Any, Any]:
     """torch._C._group_tensors_by_device_and_dtype, with the devices that Python sees.
 
-    It groups the tensors of an optimizer. C++ sees only CPU tensors, but has grouped them by dtype. The first list has
-    no None.
+    Optimizers call it to group their tensors. C++ takes all of them for CPU tensors, so each of its groups has one
+    dtype, and its device is replaced by that of the group's first tensor. This is in the first list, which has no None.
     """
     groups = GROUPED(lists, *options)
     return {(group[0][0][0].device, dtype): group for (_, dtype), group in groups.items()}

@@ -68,7 +68,8 @@ def spread(cases, names):
 def raises(error, words, call, device=CPU):
     """Checks that call() raises `error`, and that its message matches "expected" and each pattern of `words`.
 
-    In a pattern, DEVICE stands for the device.
+    Also checks that the error is exactly a TypeError or ValueError, no subclass, and that its message is one line. In a
+    pattern, DEVICE stands for the device.
     """
     with pytest.raises(error) as info:
         call()

@@ -86,7 +86,7 @@ def clone(folder: Path) -> None:
 
 
 def wrong(parts: dict[str, Any]) -> list[str]:
-    """Descriptions of the failures in the results of the parts of `make gpu`, which are given by name."""
+    """Descriptions of the failures of `make gpu`. parts: the results of its parts, by the part's name."""
     failures = [
         f"{name}: {part['verdict']}, {part['found']}" for name, part in parts.items() if part["verdict"] != "pass"
     ]

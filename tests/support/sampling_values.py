@@ -1,7 +1,7 @@
 """For each option of the commands that draw samples: a value, and the options of p_sample_loop that it should set.
 
-Tests check that the value changes the samples as these options do. The model is that of save_pets. Paths are in the
-folder of write_inputs.
+Tests check that the value changes the samples as these options do. The model is that of save_pets, with 100 timesteps.
+Paths are relative to the folder of write_inputs.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ class Drawn(NamedTuple):
     """A value of an option that changes the samples.
 
     given: the option and its value as arguments of the command. loop: a function from Inputs to the options of
-        p_sample_loop that give the same samples. beside: arguments that the option needs. steps: more arguments.
+        p_sample_loop that give the same samples. beside: other arguments, which the option needs. steps: the arguments
+        for the sampler and its steps.
     """
 
     given: Any
@@ -161,5 +162,5 @@ SAMPLING = {
 
 
 def features(images):
-    """Features of images for `ddpm-ext score`."""
+    """Features of images for `ddpm-ext score`: the first eight numbers of each image."""
     return images.flatten(1)[:, :8]

@@ -16,8 +16,9 @@ READ = ("x_t", "model_output", "noise", *LIKE_X, *OF_MODEL)  # all tensors with 
 def make_table(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32, **numbers: float) -> Tensor:
     """A step table of random numbers, (rows, 24). `numbers` are columns with the same value in every row.
 
-    c2 is 0 in every third row, s in every fourth row, and w is 1 (no guidance) in every second row. cu, h1 to h3 and k0
-    to k2 are 0 in every fifth row, each in other rows. Draws are 0 <= draw < 2^32.
+    c2 is 0 in every third row, s in every fourth row, and w is 1 (no guidance) in every second row. cu, h1, h2, h3 and
+    k0 are 0 in every fifth row, each in other rows. k1 is 0 where cu is, and k2 where h1 is. Draws are integers in
+    [0, 2^32).
     """
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64).to(dtype)

@@ -66,7 +66,7 @@ class Tutorial(eager_tutorial.GaussianDiffusion):
         if clip_denoised:
             x_recon = torch.clamp(x_recon, min=-1.0, max=1.0)
         mean, variance, log_variance = self.q_posterior_mean_variance(x_recon, x_t, t)
-        if self.variance == "fixed_large":  # beta_t; at t = 0, which adds no noise, the small one of t = 1
+        if self.variance == "fixed_large":  # beta_t; at t = 0, which adds no noise, the small variance of t = 1
             large = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
             variance = self._extract(large, t, x_t.shape)
             log_variance = variance.log()

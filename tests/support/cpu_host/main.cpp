@@ -19,7 +19,7 @@ const Kernels ddpm_ext::portable::kernels = {"portable"};
 namespace {
 
 struct Array {
-  int64_t dtype, bytes;  // the dtype's number in calls.py, which begins with those of DType; the number of bytes
+  int64_t dtype, bytes;  // the dtype's index in DTYPES of calls.py, which begins like DType; the number of bytes
   std::unique_ptr<char[]> data;
 };
 

@@ -163,8 +163,8 @@ def make_call(
 ) -> Call:
     """A call of a variant, on samples of `shape`.
 
-    step_with_options gets these options, except `without`, and writes all of its results. `changes` replaces fields of
-    the Call.
+    step_with_options gets the tensors `options`, too, and writes all of its results. The call does not have the tensors
+    with names in `without`. `changes` replaces fields of the Call.
     """
     op, noise, pair = variant
     names = ["x_t", *["model_output"] * (op not in ("forward_process", "randn")), *["noise"] * (noise == "given")]

@@ -38,7 +38,7 @@ struct Control {
   // are recorded but no block runs.
   std::optional<std::vector<uint64_t>> blocks;
   bool refuse = false;  // whether every launch fails
-  int full = 0;         // the number of the next calls of cudaMalloc that fail, as if memory were full
+  int full = 0;         // how many of the next calls of cudaMalloc fail, as if memory were full
   int seconds = 30;     // the limit of a launch, in seconds of processor time
   int device = 0;       // the device of a call's tensors, which may differ from the current device
   bool counts_sectors = false;

@@ -27,7 +27,8 @@ void restore() {
 
 void on_fault(int signal, siginfo_t* info, void*) {
   const bool in_launching_thread = pthread_equal(launching_thread, pthread_self());
-  if (signal == SIGVTALRM && (!in_launching_thread || !in_kernel)) {  // ignored, since the timer fires again soon
+  // Outside a kernel, the timer's signal is ignored, since it comes again soon. Another thread passes it on.
+  if (signal == SIGVTALRM && (!in_launching_thread || !in_kernel)) {
     if (!in_launching_thread) pthread_kill(launching_thread, signal);
     return;
   }

@@ -101,10 +101,10 @@ class Placed:
         call(self.pages.address + self.end, self.pages.size - self.end)
 
     def done(self, written: bool) -> Tensor:
-        """Returns the tensor's values, and returns the pages for reuse.
+        """Returns the tensor's values, and releases the pages for reuse.
 
-        Asserts that the memory around the tensor is unchanged. If the kernel should not have `written` to the tensor,
-        asserts that the tensor is unchanged, too.
+        Asserts that the memory around the tensor is unchanged. `written` says whether the kernel should have written to
+        the tensor. If not, asserts that the tensor is unchanged, too.
         """
         self.poison(False)
         result = self.tensor.clone()

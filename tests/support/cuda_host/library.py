@@ -67,7 +67,8 @@ def compile_all(sources: Iterable[Path], folder: Path, sanitizers: list[str]) ->
     # Flags for the CUDA sources. The kernels load floats as words of other types, which breaks C++'s strict aliasing.
     # nvcc allows that.
     cuda = ["-x", "c++", "-include", "cuda_runtime.h", "-D__CUDACC__", "-fno-strict-aliasing"]
-    # From 1000 on, an instruction processes two elements. So the two builds test both versions of that code.
+    # From compute capability 10.0 (1000) on, an instruction processes two elements. So the two builds test both
+    # versions of that code.
     cuda.append(f"-D__CUDA_ARCH__={1000 if sanitizers else 900}")
 
     def compile_one(source: Path) -> Path:

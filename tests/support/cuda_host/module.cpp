@@ -34,7 +34,7 @@ struct Instead {
   OptionalTensor t, sample_ids, seed, out, draw;
 } instead;
 
-bool took_vectors;  // whether the last call allowed Access::vector
+bool took_vectors;  // whether the last call allowed Access::vector (cuda/access.cuh)
 
 // Runs the CUDA kernels of a call, after the replacements of its arguments.
 template <class AnyCall>

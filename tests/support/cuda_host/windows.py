@@ -15,7 +15,10 @@ ITEMS = (4, 8)  # the numbers of neighbouring elements that a thread may process
 
 
 def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:
-    """The indices of elements of sample b, one tensor for each dimension. `elements` has their positions in C order."""
+    """The indices of elements of sample b, one tensor for each dimension.
+
+    elements: the elements' positions within the sample, in C order.
+    """
     where = []
     for size in reversed(shape[1:]):
         where.append(elements % size)
@@ -24,7 +27,10 @@ def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:
 
 
 def around(samples: Iterable[int], numbers: Iterable[int], numel: int) -> list[tuple[int, int, int]]:
-    """Ranges (sample, begin, end) of elements around the positions `numbers`, 600 on each side, that do not overlap."""
+    """Ranges (sample, begin, end) of elements around the positions `numbers`, 600 on each side, that do not overlap.
+
+    numel: the number of elements of a sample, beyond which no range goes.
+    """
     places = []
     for b in sorted(set(samples)):
         last = 0
@@ -53,7 +59,8 @@ class Windows:
     ) -> None:
         """Checks the elements from `begin` to end - 1 of sample b, for each (b, begin, end) of `places`.
 
-        Runs only the blocks that may process these elements.
+        Runs only the blocks that may process these elements. Compares the elements with the results of the CPU kernels
+        for small tensors of the same values.
 
         strides: the strides of a tensor by its name; tensors without an entry have those of "out".
         offsets: the element of the memory at which a tensor begins, by its name, 0 by default.
@@ -90,9 +97,10 @@ class Windows:
 
     @staticmethod
     def small(host: Host, call: Call, b: int, begin: int) -> Call:
-        """A call on a small tensor with the elements from `begin` on of sample b.
+        """A call with new values for small tensors, which stand for the elements from `begin` on of sample b.
 
-        If the large call draws noise, the small call gets that noise as a tensor. It is float32, like drawn noise.
+        If the large call draws noise, the small call gets that noise as a tensor. The tensor is float32, like drawn
+        noise, and therefore x_t is, too.
         """
         n = call.x.shape[1]
         call = call.with_tensors(lambda name, x: values(1, n, seed=begin % 97 + len(name), dtype=x.dtype))

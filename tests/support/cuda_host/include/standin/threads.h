@@ -71,7 +71,7 @@ inline int atomicAdd(int* p, int value) { return std::exchange(*p, *p + value); 
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return std::exchange(*p, *p + value); }
 inline unsigned atomicMin(unsigned* p, unsigned value) { return std::exchange(*p, std::min(*p, value)); }
 
-// Increments *p, from `last` to 0. Returns the number before.
+// Increments *p, where 0 follows `last`. Returns the previous *p.
 inline unsigned atomicInc(unsigned* p, unsigned last) {
   const unsigned before = *p;
   *p = before >= last ? 0 : before + 1;
