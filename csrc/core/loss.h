@@ -107,11 +107,9 @@ DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
 // Every device adds up a sample's losses in the same order:
 // - A sample is cut into chunks of kLossChunk neighbouring elements. In a chunk, lane l is the float32 sum of the
 //   elements j with j mod kLossLanes = l.
-// - A chunk's lanes are added by halves, in float64: of n lanes, lane l + n/2 is added to lane l, then n is halved,
-// until
-//   one lane remains.
-// - Strand s is the float64 sum of the sums of the chunks i with i mod kLossStrands = s. The strands are added by
-// halves, too. The sum of a batch's losses is taken in strands as well.
+// - A chunk's lanes are added by halves, in float64: lane l + n/2 of n lanes is added to lane l, then n is halved.
+// - Strand s is the float64 sum of the chunks i with i mod kLossStrands = s. The strands are added by halves, too.
+// The sum of a batch's losses is taken in strands as well.
 constexpr int kLossChunk = 512, kLossLanes = 64, kLossStrands = 128;
 
 }  // namespace ddpm_ext

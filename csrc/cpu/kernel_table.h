@@ -88,9 +88,9 @@ struct MagnitudesRun {
 };
 
 // The layout for the selection of a quantile. Every kTile neighbouring magnitudes are a tile: a matrix in row-major
-// order, of kGroup rows and kTileColumns columns. A group (another one than kMostInGroup's) is one column of a tile, so
-// vectors compute the maxima of neighbouring groups together. The maxima are computed first, since for a high quantile
-// only the few groups with a large maximum need to be searched.
+// order, of kGroup rows and kTileColumns columns. Here a group is one column of a tile, so vectors compute the maxima
+// of neighbouring groups together. The maxima are computed first, since for a high quantile only the few groups with a
+// large maximum need to be searched.
 constexpr int64_t kGroup = 16, kTileColumns = 64, kTile = kGroup * kTileColumns;
 
 // The bits of the two magnitudes between which a quantile lies.
