@@ -1,4 +1,4 @@
-"""Gaussian diffusion with one kernel launch a step. A seed gives the same noise on every device, in every batch."""
+"""Gaussian diffusion with one kernel launch a step. A sample's noise depends on seed and id, not on device or batch."""
 
 from __future__ import annotations
 

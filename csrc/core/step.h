@@ -12,7 +12,8 @@ namespace ddpm_ext {
 #define DDPM_ROW_BITS(name) uint32_t name;
 #define DDPM_QUOTED(name) #name,
 
-// A row in memory: float32 (rows, kRowWidth). The reverse step reads only the first seven numbers.
+// A row of a step table in memory. The table is float32 (rows, kRowWidth); `draw` is an integer, stored
+// as its bits. The reverse step uses only the first seven numbers, a to draw.
 struct alignas(16) StepRow {
   DDPM_STEP_ROW(DDPM_ROW_NUMBER, DDPM_ROW_BITS)
   float unused[2];

@@ -97,7 +97,8 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
   if (io.has(Role::noise)) {
     DDPM_EACH z[i] = io.template load<Role::noise>(i);
   }
-  // As in the reverse step without options, noise from the caller is added in every row, even where s is 0.
+  // Noise from the caller is multiplied by s even if s is 0, so infinite noise gives NaN, as in the reverse step
+  // without options. Only drawn noise, which is finite, is skipped.
   if (io.has(Role::noise) || (drawn && row.s != 0.0f)) {
     DDPM_EACH prev[i] = fma(deviation[i] * F(row.s), z[i], prev[i]);
   }

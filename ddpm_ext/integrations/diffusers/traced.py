@@ -313,7 +313,10 @@ class TracedScheduler(Forward):
         return position
 
     def _new_loop(self, call: Call) -> Position:
-        """The position in a new loop that begins with this step. Raises Fallback if the loop has no rows."""
+        """The position in a new loop that begins with this step.
+
+        Raises Fallback if the loop has no rows, or if the proof of its rows has failed.
+        """
         cls, state = peer_class(type(self)), vars(self)
         foreign = foreign_method(cls, state)
         if foreign is not None and not self.accelerated.trace:

@@ -46,7 +46,7 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
     """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024, as in diffusers.
 
     Let s be the timestep at which a step arrives. The step goes down to timestep (1 - eta) s, rounded down, and fresh
-    noise leads from there up to s. These are DDIM's rows with more noise. The last step adds no noise.
+    noise leads from there up to s. Each row is that of DDIM with another sigma. The last step adds no noise.
 
     Args:
         grid: descending, with a schedule.
