@@ -263,8 +263,8 @@ class LossSecondMoment(_Weighted):
                     self._counts[timestep] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of "losses", each timestep's last losses, float64 (timesteps, history), and "counts", the number of each
-        timestep's losses so far, int64 (timesteps,)."""
+        """Copies of "losses", the last losses of each timestep, float64 (timesteps, history), and "counts", how many
+        losses each timestep has had, int64 (timesteps,)."""
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

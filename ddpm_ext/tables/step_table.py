@@ -113,7 +113,8 @@ class StepTable:
     """
 
     # The declaration of the columns. The tuples of names below the class, StepRow, checks, files and repr derive from
-    # it. The kernels read the columns that ops.row.ROW lists.
+    # it. The kernels read the columns that ops.row.ROW lists. The type of notes is not dict[str, Any], because mypy
+    # would refuse StepTable(**tensors).
     timestep: Column = NEEDED
     a: Column = NEEDED
     b: Column = NEEDED
@@ -138,7 +139,7 @@ class StepTable:
     k0: Column = NOT_PLAIN
     k1: Column = NOT_PLAIN
     k2: Column = NOT_PLAIN
-    notes: Any = field(default_factory=dict)  # not dict[str, Any]: mypy would refuse StepTable(**tensors)
+    notes: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = numbers("timestep", self.timestep)
@@ -320,8 +321,8 @@ class StepTable:
 
         The file may leave out columns that StepTable declares after `draw`: they are then 0.
 
-        It warns if a row does not start at the level where the previous row arrives, if the rows lead to less noise but
-        the last row does not arrive at clean samples, or if they lead from clean samples to clean samples.
+        It warns if a row does not start at the level where the previous row arrives, if the rows lead to less noise
+        but not to clean samples, or if they lead from clean samples to clean samples.
 
         Raises:
             ValueError, naming `path`: not JSON, a wrong format or version, columns missing or unknown, or numbers that
@@ -423,7 +424,7 @@ FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 PLACES = {name: place for place, name in enumerate(ROW)}  # {column: its index in a packed row}
 # A packed row before its columns are filled in. A table has no columns for w, the scale of guidance, and c_in, the
-# factor of the model's input: they are 1.
+# factor from the next sample to the model's next input: they are 1.
 BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
 SURELY_FLOAT32 = 2.0**127  # numbers of smaller magnitude fit float32, however they are rounded
