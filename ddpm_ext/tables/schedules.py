@@ -215,8 +215,9 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
         timesteps: the number of timesteps, at least 1.
 
     Raises:
-        TypeError: `beta_schedule` is none of these, or `timesteps` is not an int.
-        ValueError: an unknown name, or betas or levels of a wrong length, not finite or out of range.
+        TypeError: `beta_schedule` is none of these, betas are not floating, or `timesteps` is not an int.
+        ValueError: an unknown name; too few `timesteps` for the named schedule, or below 1; betas or levels of a wrong
+            length, not finite or out of range; or betas whose alphas_cumprod is 0 before the last timestep.
     """
     timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
     schedule: object = beta_schedule

@@ -232,8 +232,8 @@ class StepTable:
     def to(self, device: torch.device | str) -> StepTable:
         """The table with its columns on `device`. Columns that are on it already are not copied.
 
-        This is for arithmetic on the columns; the kernels take the result of `packed`. Rows, repr, save and everything else that
-        reads single numbers work as on the CPU, but wait for the device.
+        This is for arithmetic on the columns; the kernels take the result of `packed`. Rows, repr, save and
+        everything else that reads single numbers work as on the CPU, but wait for the device.
 
         Raises:
             ValueError: not a device.
@@ -362,8 +362,8 @@ class StepTable:
         The columns a and b describe the clean sample: the `pred_original_sample` or `denoised` that the steps return,
         or the output of a function's model. The model's output enters the next sample by c0, or by c2 if there is no
         clean sample. k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler
-        clips its clean sample, the rows are for a loop with the same clip. The table leaves out how the scheduler scales the
-        model's input.
+        clips its clean sample, the rows are for a loop with the same clip. The table leaves out how the scheduler
+        scales the model's input.
 
         For a function, a row lies between two calls of the model, so that a step with two calls is two rows. The row's
         timestep is the sigma of the call. The draw of its noise, from a noise_sampler or torch.randn_like, is the row's

@@ -2,9 +2,9 @@
 
 The function is called with a probe in place of the model. A step begins with a call of the probe and ends with the next
 call: its result is the sample of the next call, or the function's return value. To give a step another sample, the
-probe writes this sample into the tensor with which it was called. If this tensor is a copy, the write has no effect on the
-function, whose step starts from the previous step's result. Tracing supports this, too, but may then refuse steps that
-read several earlier samples.
+probe writes this sample into the tensor with which it was called. If this tensor is a copy, the write has no effect on
+the function, whose step starts from the previous step's result. Tracing supports this, too, but may then refuse steps
+that read several earlier samples.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a scheduler's loop on chosen inputs and records each step, for tracing.
 
-This module imports none of the libraries whose schedulers it runs. It calls the methods that diffusers' schedulers and similar objects have:
-scale_model_input and step (or step_pred).
+This module imports none of the libraries whose schedulers it runs. It calls the methods that
+diffusers' schedulers and similar objects have: scale_model_input and step (or step_pred).
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting as diffusers' code reads it: the config's attribute, or its item if it has no such attribute."""
+    """A setting as diffusers' code reads it: the config's attribute, which may have been edited, or else its item."""
     config = getattr(scheduler, "config", {})
     return getattr(config, name, config.get(name, default))
 

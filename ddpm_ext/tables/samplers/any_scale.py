@@ -11,7 +11,10 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
-    """Decorator of a sampler for variance-preserving samples. The decorated sampler accepts grids of any scale."""
+    """Decorates a sampler for variance-preserving samples, so that it accepts grids of any scale.
+
+    It makes the rows for variance-preserving samples and scales them. It raises TypeError if `grid` is no Grid or Jumps.
+    """
 
     @wraps(sampler)
     def scaled(grid: Any, **options: Any) -> StepTable:
