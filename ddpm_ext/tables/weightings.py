@@ -117,8 +117,9 @@ WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncat
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
     """The names of the weightings that a prediction can have.
 
-    This is only "simple" for "x_prev", whose error is no function of the ratio times the error of x_0. So it is if the
-    schedule ends at an alphas_cumprod of 0 and the prediction does not determine x_0 there, as eps does not.
+    For "x_prev" this is only "simple", since its squared error is not that of x_0 times a function of the ratio. The
+    same holds if the schedule ends at an alphas_cumprod of 0 and the prediction does not determine x_0 there, as eps
+    does not.
     """
     entry = PREDICTIONS[prediction]
     has_ratio = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))

@@ -13,7 +13,8 @@ from ddpm_ext.tables.step_table import StepTable
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
     """Decorates a sampler for variance-preserving samples, so that it accepts grids of any scale.
 
-    It makes the rows for variance-preserving samples and scales them. It raises TypeError if `grid` is no Grid or Jumps.
+    The rows are made for variance-preserving samples, then scaled. The decorated sampler raises TypeError if its grid
+    is neither a Grid nor Jumps.
     """
 
     @wraps(sampler)
