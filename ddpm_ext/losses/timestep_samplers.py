@@ -3,9 +3,8 @@
 A sample's timestep is drawn by the seed, the iteration and the sample's index in the batch over all ranks, like noise
 (ddpm_ext.ops.noise) with stream 3, the iteration as draw and the index as sample id. LowDiscrepancy draws one number
 for the whole batch, with sample id 0. So a sample's timestep does not depend on the number of ranks, nor on a division
-into smaller batches. The expectation of the weighted loss is the mean of the loss
-over all timesteps. LogitNormal and Mode are exceptions: their density is meant to weight the loss, so all weights are
-1.
+into smaller batches. The expectation of the weighted loss is the mean of the loss over all timesteps. LogitNormal and
+Mode are exceptions: their density is meant to weight the loss, so all weights are 1.
 """
 
 from __future__ import annotations

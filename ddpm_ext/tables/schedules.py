@@ -73,9 +73,9 @@ class NoiseSchedule:
         signal, noise: floating, (timesteps,), finite and at least 0. noise / signal is above 0 and rises. Before the
             first level, the data is clean and has a signal of 1.
         timestep: (timesteps,), the timesteps that the model is called with: as int64 if they are integers, else as
-            float32. Or a function of signal and noise, float64 (n,) each, that returns the timesteps of any levels, floating (n,).
-            None means 0, 1, ... Without a function, timesteps between the levels are interpolated in log(noise /
-            signal).
+            float32. Or a function of signal and noise, float64 (n,) each, that returns the timesteps of any levels,
+            floating (n,). None means 0, 1, ... Without a function, timesteps between the levels are interpolated in
+            log(noise / signal).
         scale: the samples' scale at levels between these (ddpm_ext.tables.levels). With None, levels lie on the
             straight line through the two nearest levels.
 

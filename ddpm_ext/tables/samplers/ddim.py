@@ -67,7 +67,7 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
 
 
 def _check_noise(grid: Grid | Jumps, sigma: Tensor, eta: float) -> None:
-    """Raises ValueError if sigma^2 > 1 - a_s, the noise of the level where the step arrives."""
+    """Raises ValueError if sigma^2 > 1 - a_s: the step would add more noise than its level has at the end."""
     largest_factor = torch.where(sigma > 0, (1 - grid.after) / sigma**2, torch.inf)
     i = int(largest_factor.argmin())
     if largest_factor[i] < 1 - ROUNDING:
