@@ -1,4 +1,4 @@
-"""train_losses, the training loss of a model, in two kernel launches besides those of the model."""
+"""train_losses, the training loss of a model, usually in two kernel launches besides those of the model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs a scheduler's loop on chosen inputs and records each step, for tracing.
 
-This module imports none of the libraries whose schedulers it runs. It calls the methods that
-diffusers' schedulers and similar objects have: scale_model_input and step (or step_pred).
+This module imports none of the libraries whose schedulers it runs. It calls the methods that diffusers' schedulers and
+similar objects have: scale_model_input and step (or step_pred).
 """
 
 from __future__ import annotations
