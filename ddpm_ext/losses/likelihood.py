@@ -1,7 +1,7 @@
 """The variational bound of a sample's negative log-likelihood, in bits per dimension: Ho et al. 2020, eq. (5).
 
 The bound has one term for each timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the negative
-log-likelihood of the image's 8-bit values (eq. 13) for t = 0. The prior's term, KL(q(x_T | x_0) || N(0, 1)), does not
+log-likelihood of the image's 8-bit values (eq. 13) for t = 0. The prior's term, KL(q(x_T | x_0) || p(x_T)), does not
 depend on the model. A term of a sample is the mean over its elements, divided by ln 2. It is float32 (float64 for
 float64 samples).
 """
@@ -92,7 +92,8 @@ class LikelihoodMethods(ReverseMethods):
     ) -> VlbTerms:
         """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
-        With the variance "fixed_small", t = 0 has the variance of t = 1, so that the log-likelihood is finite.
+        With a variance that is not learned, t = 0 has the posterior's variance of t = 1, so that the log-likelihood is
+        finite.
 
         Args:
             model: see GaussianDiffusion.

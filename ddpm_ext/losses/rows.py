@@ -29,8 +29,9 @@ def _log_variance(process: Process) -> Tensor:
 def _bound(process: Process) -> Tensor:
     """The columns of a row for the variational bound, (timesteps, 4). csrc/core/loss.h has the equation.
 
-    The columns are l0, l1, the scale of the error, and a flag that is 1 for the decoder's term, at timestep 0, else 0.
-    The means of the posterior and of the model differ by the model's error times mean_slope.
+    At timestep 0, the decoder's term, the columns are l0, l1, mean_slope and 1. At the others they are l0 minus the
+    posterior's log-variance, l1, mean_slope^2 over the posterior's variance, and 0. The means of the posterior and of
+    the model differ by the model's error times mean_slope.
     """
     mean_slope = process.prediction_entry.mean_slope(process.levels) * process.magnitude_before
     l0, l1 = _log_variance(process).unbind(1)
@@ -84,7 +85,9 @@ class LossRows:
         error: bool = True,
         bound: float | None = None,
     ) -> Tensor:
-        """The rows of a weighting, (timesteps, 4): k0, k1, the weight and a zero; with a bound (timesteps, 8).
+        """The rows of a weighting, (timesteps, 4): k0, k1, the weight and a zero.
+
+        With a bound they are (timesteps, 8): k0, k1, the weight, the factor `bound` and the columns of _bound.
 
         Args:
             error: whether the loss includes the weighted error of the prediction. If not, the weight is 0.

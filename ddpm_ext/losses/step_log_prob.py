@@ -104,8 +104,8 @@ class StepLogProb:
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; a row has
-                no noise, or its step does not depend on m; x or prev requires a gradient. Rows on a GPU are not
-                checked: there, a row without noise gives NaN or infinity.
+                no noise, or its step does not depend on m; x or prev requires a gradient with backend="fused". Rows
+                on a GPU are not checked: there, a row without noise gives NaN or infinity.
         """
         checks.samples("x", x)
         checks.like("prev", prev, "x", x)

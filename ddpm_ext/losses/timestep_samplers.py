@@ -1,9 +1,10 @@
 """Timestep samplers: the timesteps of a training iteration, and the weights of its losses.
 
-A sample's timestep depends on the seed, the iteration and the sample's index in the batch over all ranks. The noise
-contract draws it with stream 3, the iteration as draw and the index as sample id. So it does not depend on the number
-of ranks, nor on a division into smaller batches. The expectation of a loss times its timestep's weight is the mean over
-all timesteps. LogitNormal and Mode are exceptions: their density is meant to weight the loss, so all weights are 1.
+A sample's timestep is drawn by the seed, the iteration and the sample's index in the batch over all ranks, like noise
+(ddpm_ext.ops.noise) with stream 3, the iteration as draw and the index as sample id. LowDiscrepancy draws one number
+for the whole batch, with sample id 0. So a sample's timestep does not depend on the number of ranks, nor on a division
+into smaller batches. The expectation of the weighted loss is the mean of the loss over all timesteps. LogitNormal and
+Mode are exceptions: their density is meant to weight the loss, so all weights are 1.
 """
 
 from __future__ import annotations
@@ -262,7 +263,8 @@ class LossSecondMoment(_Weighted):
                     self._counts[timestep] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """losses, float64 (timesteps, history), and counts, int64 (timesteps,): copies."""
+        """Copies of "losses", the last losses of each timestep, float64 (timesteps, history), and "counts", how many
+        losses each timestep has had, int64 (timesteps,)."""
         return {"losses": self._losses.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -306,7 +308,7 @@ class LogitNormal(_Density):
         timesteps: the number of timesteps of the diffusion, at least 1.
         logit_mean: the mean of the logit, finite. Above 0, noisier timesteps are more frequent. In diffusers' training
             scripts it has the opposite sign, because they index descending timesteps.
-        logit_std: finite, above 0.
+        logit_std: the standard deviation of the logit, finite, above 0.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -327,8 +329,8 @@ class LogitNormal(_Density):
 
     def probabilities(self) -> Tensor:
         ends = (torch.logit(self._edges()) - self.logit_mean) / self.logit_std
-        # Above the mean, both probabilities are near 1, and their difference would lose digits. There the probabilities
-        # of the complements are subtracted.
+        # A timestep's probability is the difference of the distribution function at its two ends. Above the mean, both
+        # values are near 1, and their difference would lose digits. There the complements are subtracted.
         sign = torch.where(ends[:-1] > 0, -1.0, 1.0)
         low, high = (torch.special.ndtr(sign * end) for end in (ends[:-1], ends[1:]))
         return (high - low).abs()
@@ -341,7 +343,7 @@ class Mode(_Density):
 
     Args:
         timesteps: the number of timesteps of the diffusion, at least 1.
-        mode_scale: in [-1, 2 / (pi - 2)].
+        mode_scale: s of the paper, in [-1, 2 / (pi - 2)], the range in which the quantile function does not fall.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.

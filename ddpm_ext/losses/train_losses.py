@@ -1,4 +1,4 @@
-"""train_losses, the training loss of a model: two launches besides those of the model."""
+"""train_losses, the training loss of a model, usually in two kernel launches besides those of the model."""
 
 from __future__ import annotations
 
@@ -121,7 +121,11 @@ class LossMethods(Process):
         return step.loss(model_output)
 
     def _bound_factor(self, variance: Variance, loss: str, weighting: str | Tensor, vlb_weight: float) -> float:
-        """The factor of the variational bound's term, in nats, for a loss that includes it."""
+        """The factor by which a loss with the variational bound multiplies the bound's term in nats.
+
+        Raises ValueError if the variance or the schedule has no finite bound, or for a weighting of a loss that is only
+        the bound.
+        """
         if not variance.bound:
             raise ValueError(f"variance is {self.variance!r}, expected 'learned' or 'learned_range', which have a loss")
         if not self._loss_rows.bounded:
@@ -139,7 +143,10 @@ class LossMethods(Process):
 def _offset_noise(
     process: Process, x: Tensor, t: int | Tensor, noise: Tensor | None, rng: Philox | None, scale: float
 ) -> Tensor:
-    """The noise of the forward process, plus `scale` times one normal for each channel of each sample."""
+    """The noise of the forward process, plus `scale` times one normal number for each channel of each sample.
+
+    Raises ValueError for a caller's `noise`, whose offset the caller should add, and for samples without channels.
+    """
     if noise is not None or rng is None:
         raise ValueError("offset_noise is given with noise, expected noise that has its offset already")
     check_rng(rng)

@@ -108,7 +108,7 @@ class Grid:
 
     @property
     def alphas(self) -> Tensor:
-        """1 - betas"""
+        """alphas_cumprod where each step starts divided by alphas_cumprod where it arrives, (rows,): 1 - betas."""
         return 1 - self.betas
 
     @property
@@ -122,7 +122,7 @@ class Jumps:
     """Steps that need not be consecutive: a step may start at another level than the one where the previous step ends.
     None of them counts as the last step of a process.
 
-    A sampler of first order takes Jumps in place of a Grid; the attributes have the same meaning.
+    A sampler of first order takes Jumps in place of a Grid; attributes of both have the same meaning.
 
     Attributes:
         timestep: int64 (rows,).
@@ -146,7 +146,7 @@ class Jumps:
 
     @property
     def betas(self) -> Tensor:
-        """1 - alphas"""
+        """The beta of each step, (rows,): 1 - alphas."""
         return 1 - self.alphas
 
 
@@ -172,8 +172,8 @@ def make_grid(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a timestep out of range, the same timestep twice in a row, a number outside of [0, 1], or betas of
-            a wrong length.
+        ValueError: a timestep out of range, the same timestep twice in a row, a number outside of [0, 1], or a wrong
+            shape.
 
     Examples:
         >>> from ddpm_ext.tables.grid import make_grid

@@ -33,14 +33,15 @@ def flow(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def sigma_space(signal: Tensor, noise: Tensor) -> Tensor:
-    """The scale of a signal of 1 with noise of standard deviation sigma: Karras et al. 2022; k-diffusion."""
+    """The scale r of samples x0 + sigma eps, whose signal is 1: Karras et al. 2022; k-diffusion."""
     return 1 / signal
 
 
 def edm(signal: Tensor, noise: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """The scale of the input of EDM's network: Karras et al. 2022, table 1.
+    """The scale r of the input of EDM's network: Karras et al. 2022, table 1.
 
-    It is c_in = 1 / sqrt(sigma^2 + sigma_data^2) times the scale of sigma_space. Clean data has a signal of 1.
+    It is c_in = 1 / sqrt(sigma^2 + sigma_data^2) times the scale of sigma_space. At noise 0 the signal is 1 and not
+    c_in, so that a loop ends with the clean data itself.
     """
     return torch.where(noise == 0, 1 / signal, 1 / (noise**2 + sigma_data**2 * signal**2).sqrt())
 
@@ -69,7 +70,7 @@ def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> 
         return torch.hypot(p, q).expand(len(signal))
     high = torch.searchsorted(torch.atan2(q, p), torch.atan2(noise, signal)).clamp(1, len(p) - 1)
     low = high - 1
-    # Products of a node's length and the sine of the angle between the node and the level, for the node on either side.
+    # For the node on either side: its length times the sine of the angle between it and the level, seen from (0, 0).
     to_low, to_high = (signal * q[i] - noise * p[i] for i in (low, high))
     return (p[low] * q[high] - q[low] * p[high]) / (to_high - to_low)
 

@@ -19,7 +19,7 @@ OTHER_NAMES = {
     "ays": "align_your_steps",
 }
 # Patterns of the prefixes and suffixes that k-diffusion, diffusers and ComfyUI add to a name: k_euler, sample_heun,
-# LMSDiscreteScheduler.
+# LMSDiscreteScheduler. They are tried in this order; the first one removes nothing.
 AFFIXES = ("^$", "^(k|sample)|(scheduler|gpu)$", "^(k|sample)|(discrete|multistep)?(scheduler)?$")
 MOST_SUGGESTIONS = 3  # the most names that an error suggests
 
@@ -69,7 +69,7 @@ def sampler_and_spacing(
     if sampler is not None:
         return sampler, spacing
     key = _key(input_name)
-    for name in sorted(spacings, key=len, reverse=True):  # "beta_sigmas" before "sigmas"
+    for name in sorted(spacings, key=len, reverse=True):  # "linear_quadratic" before "quadratic"
         sampler = find_name(key.removesuffix(_key(name)), samplers) if key.endswith(_key(name)) else None
         if sampler is not None:
             if spacing not in (None, name):

@@ -25,7 +25,8 @@ class Levels(NamedTuple):
 
     Attributes:
         alphas_cumprod: (rows,).
-        of_x0, of_x: (rows,), the weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020.
+        of_x0, of_x: (rows,), the weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020,
+            with x_s the sample where the step arrives.
     """
 
     alphas_cumprod: Tensor
@@ -58,7 +59,7 @@ class Prediction:
             weighting.
         without_signal: whether m determines x0 where alphas_cumprod is 0.
         any_step: whether the prediction also works in loops of fewer steps, where rows follow from their levels alone.
-            The mean of q(x_{t-1} | x_t, x_0) does not, because it belongs to the steps of the schedule.
+            "x_prev", the mean of q(x_{t-1} | x_t, x_0), does not, because it belongs to the steps of the schedule.
         peers: {another library: its name of the prediction}.
     """
 

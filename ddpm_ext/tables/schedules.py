@@ -72,10 +72,10 @@ class NoiseSchedule:
     Args:
         signal, noise: floating, (timesteps,), finite and at least 0. noise / signal is above 0 and rises. Before the
             first level, the data is clean and has a signal of 1.
-        timestep: (timesteps,), the timesteps that the model is called with, float32, or int64 for integers. Or a
-            function of signal and noise, float64 (n,) each, that returns the timesteps of any levels, floating (n,).
-            None means 0, 1, ... Without a function, timesteps between the levels are interpolated in log(noise /
-            signal).
+        timestep: (timesteps,), the timesteps that the model is called with: as int64 if they are integers, else as
+            float32. Or a function of signal and noise, float64 (n,) each, that returns the timesteps of any levels,
+            floating (n,). None means 0, 1, ... Without a function, timesteps between the levels are interpolated in
+            log(noise / signal).
         scale: the samples' scale at levels between these (ddpm_ext.tables.levels). With None, levels lie on the
             straight line through the two nearest levels.
 
@@ -215,8 +215,9 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
         timesteps: the number of timesteps, at least 1.
 
     Raises:
-        TypeError: `beta_schedule` is none of these, or `timesteps` is not an int.
-        ValueError: an unknown name, or betas or levels of a wrong length, not finite or out of range.
+        TypeError: `beta_schedule` is none of these, betas are not floating, or `timesteps` is not an int.
+        ValueError: an unknown name; too few `timesteps` for the named schedule, or below 1; betas or levels of a wrong
+            length, not finite or out of range; or betas whose alphas_cumprod is 0 before the last timestep.
     """
     timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
     schedule: object = beta_schedule

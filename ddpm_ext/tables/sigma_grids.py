@@ -164,7 +164,10 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
 
 
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
-    """The grid of these descending sigmas. Its timesteps are interpolated in log sigma."""
+    """The grid of these descending sigmas. Its timesteps are interpolated in log sigma.
+
+    final: alphas_cumprod where the last step arrives.
+    """
     levels = checked_levels(alphas_cumprod)
     loop_levels = torch.cat([alphas_cumprod_of(sigma), levels.new_tensor([final])])
     return Grid(timestep_at(levels, sigma), loop_levels, 1 - loop_levels[:-1] / loop_levels[1:], levels)

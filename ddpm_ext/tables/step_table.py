@@ -18,7 +18,7 @@ kept, H1 the latest. If a tensor is not passed, its term is left out:
     S = s sqrt(v)      V = v                    the variance is learned, and v is the variance itself
 
 A row in which k0, k1 or k2 is not 0 keeps `kept`: the following rows read it as H1, and the tensor that was H1 becomes
-H2. Each sampler chooses what its rows keep: x0, eps, a slope.
+H2. Each sampler chooses what its rows keep, for example x0 or eps.
 
 Only this docstring has the whole equation. The parts of a step that are not in its row (guidance, dynamic thresholding,
 inpainting) are in the docstring of ops.step_with_options.
@@ -77,16 +77,16 @@ class StepTable:
             timesteps between the integers.
         a, b, c0, c1: real numbers, finite.
         c2, s: real numbers, finite. None means zeros.
-        draw: the number of the noise that each row draws, integers, 0 <= draw < 2^32. None means the timestep, plus
-            visit * (largest timestep + 1) at the second and later visits of a timestep. If any timestep is fractional
-            or negative, None means the row's number.
+        draw: the number of the noise that each row draws, integers, 0 <= draw < 2^32. None means timestep +
+            visit * (largest timestep + 1), where visit counts the earlier rows with the same timestep. If any timestep
+            is fractional or negative, None means the row's number.
         l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite. None means zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps. Both are at least 0.
         signal_after, noise_after: the level where the row arrives, at least 0. For all four, None means zeros. If
             signal and noise are both 0, the level is unknown.
         notes: information for a reader of the table, {name: text, number or list}, as in JSON. Files, slices and
             `dataclasses.replace` keep the notes. A loop warns if its guidance, clip or prediction differs from the
-            notes. They change nothing else, and tables with different notes may be equal.
+            notes. Notes have no other effect, and tables with different notes may be equal.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were passed.
@@ -113,7 +113,8 @@ class StepTable:
     """
 
     # The declaration of the columns. The tuples of names below the class, StepRow, checks, files and repr derive from
-    # it. The kernels read the columns that ops.row.ROW lists.
+    # it. The kernels read the columns that ops.row.ROW lists. The type of notes is not dict[str, Any], because mypy
+    # would refuse StepTable(**tensors).
     timestep: Column = NEEDED
     a: Column = NEEDED
     b: Column = NEEDED
@@ -138,7 +139,7 @@ class StepTable:
     k0: Column = NOT_PLAIN
     k1: Column = NOT_PLAIN
     k2: Column = NOT_PLAIN
-    notes: Any = field(default_factory=dict)  # dict[str, Any]; a narrower type would refuse **columns of tensors
+    notes: Any = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = numbers("timestep", self.timestep)
@@ -231,8 +232,8 @@ class StepTable:
     def to(self, device: torch.device | str) -> StepTable:
         """The table with its columns on `device`. Columns that are on it already are not copied.
 
-        This is for arithmetic on the columns; the kernels take `packed`. Rows, repr, save and everything else that
-        reads single numbers work as on the CPU, but wait for the device.
+        This is for arithmetic on the columns; the kernels take the result of `packed`. Rows, repr, save and
+        everything else that reads single numbers work as on the CPU, but wait for the device.
 
         Raises:
             ValueError: not a device.
@@ -316,10 +317,12 @@ class StepTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
-        """Reads the table that `save` wrote to `path`, equal in every bit. Columns after draw that are missing are 0.
+        """Reads the table that `save` wrote to `path`, equal in every bit.
 
-        It warns if a row does not start at the level where the previous row arrives, or if the last row arrives at
-        noise.
+        The file may leave out columns that StepTable declares after `draw`: they are then 0.
+
+        It warns if a row does not start at the level where the previous row arrives, if the rows lead to less noise
+        but not to clean samples, or if they lead from clean samples to clean samples.
 
         Raises:
             ValueError, naming `path`: not JSON, a wrong format or version, columns missing or unknown, or numbers that
@@ -346,7 +349,7 @@ class StepTable:
     def trace(cls, scheduler: Any, steps: Any, **arguments: Any) -> StepTable:
         """Computes the rows of another library's scheduler by running its steps on random numbers in float64.
 
-        A second run, on random samples of several channels and pixels, proves the rows.
+        A first run computes the rows. A second run, on random samples of several channels and pixels, checks them.
 
         Args:
             scheduler: any object with `set_timesteps(steps, **arguments)`, `timesteps`, and diffusers'
@@ -359,18 +362,18 @@ class StepTable:
         The columns a and b describe the clean sample: the `pred_original_sample` or `denoised` that the steps return,
         or the output of a function's model. The model's output enters the next sample by c0, or by c2 if there is no
         clean sample. k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler
-        clips its clean sample, the rows are for the same clip. The table leaves out how the scheduler scales the
-        model's input.
+        clips its clean sample, the rows are for a loop with the same clip. The table leaves out how the scheduler
+        scales the model's input.
 
         For a function, a row lies between two calls of the model, so that a step with two calls is two rows. The row's
         timestep is the sigma of the call. The draw of its noise, from a noise_sampler or torch.randn_like, is the row's
         number.
 
         Raises:
-            TypeError: `scheduler` is neither such an object nor a function.
+            TypeError: `scheduler` is neither such an object nor such a function.
             ValueError: a step is not linear (for example, an element of its result depends on several elements of its
-                sample), or reads more than three tensors of earlier steps; the message names the step and the error. Or
-                sigmas that are not at least 2 finite numbers >= 0.
+                sample), or does not fit into a row (for example, it reads more than three tensors of earlier steps);
+                `steps` for which the scheduler has no timesteps; or sigmas that are not at least 2 finite numbers >= 0.
 
         Examples:
             >>> table = StepTable.trace(diffusers.EulerDiscreteScheduler(), 20)
@@ -420,16 +423,19 @@ ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 PLACES = {name: place for place, name in enumerate(ROW)}  # {column: its index in a packed row}
-# A packed row before its columns are filled in: w and c_in are 1, since a table has no columns for them.
+# A packed row before its columns are filled in. A table has no columns for w, the scale of guidance, and c_in, the
+# factor from the next sample to the model's next input: they are 1.
 BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
 SURELY_FLOAT32 = 2.0**127  # numbers of smaller magnitude fit float32, however they are rounded
 
 
 def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
-    """Makes a table from columns that need no check. The columns are not copied, so the caller must not keep them.
+    """Makes a table from columns that need no check. The columns are not copied, so the caller must not write to
+    them later.
 
-    columns: float64 (rows,), finite. timestep and draw have the dtypes of StepTable's. Missing columns are zeros.
+    columns: float64 (rows,), finite, but timestep and draw have the dtypes of StepTable's attributes. Missing columns
+        are zeros.
     """
     table = object.__new__(StepTable)
     with torch.inference_mode(False):

@@ -17,7 +17,7 @@ class ColumnDiff(NamedTuple):
     Attributes:
         rows: the number of rows that differ.
         first: the first row that differs.
-        here, there: the first row's values in the two tables.
+        here, there: the values of row `first` in the two tables.
         absolute: the largest |here - there| of all rows.
         relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
 

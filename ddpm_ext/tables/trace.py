@@ -41,13 +41,14 @@ from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, 
 
 Pair = tuple[float, float]  # (low, high) of a clip, or (quantile, largest divisor) of a threshold
 
-FIRST_RUN_BATCH = 32  # the number of random samples in the first run, and of model outputs and draws of noise
+FIRST_RUN_BATCH = 32  # how many samples, model outputs and draws of noise each step of the first run has
 FIRST_RUN_SIZE = 2.0**-20  # the size of these numbers, so small that no clip acts on them
 SECOND_RUN_SHAPE = 2, 3, 4, 5, *[2] * 8  # the first `dims` entries are the shape of the second run's samples
 SECOND_RUN_SIZES = 16.0, 1.0, 4.0  # the sizes of the second run's numbers, cycling over the steps
 # Every OUTLIER_EVERY-th number gets OUTLIER_SIZE added to its magnitude, to reveal a step that clamps outliers.
 OUTLIER_EVERY, OUTLIER_SIZE = 11, 10.0
-# At a higher level of noise, rounding of the output's term would hide an error in the sample's factor.
+# If a step's noise is more than this many times its signal, the first run is repeated with larger samples: otherwise
+# rounding of the output's term would hide an error in the sample's factor.
 LARGE_LEVEL = 100.0
 SCALE_TOLERANCE = 1e-12  # the largest relative difference between the model's input and a factor times the sample
 
@@ -164,7 +165,7 @@ def follow_function(
     like: the model whose attributes the function may read.
 
     A row begins with each call of the model. If the function adds noise before its first call, a row without a call
-    precedes them. The samples' levels are (1, sigma).
+    precedes the others. The samples' levels are (1, sigma).
     """
     function = ObservedFunction(sampler, sigmas, options, like)
     first_run = _FirstRun(function.run, CLEAN_FIELDS)
@@ -344,9 +345,11 @@ def signed(numbers: Array, sign: int) -> Array:
 
 
 def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
-    """The factor by which scale_model_input multiplies each step's sample, (steps,). If `factors` is given, tests it.
+    """The factor by which scale_model_input multiplies each step's sample, (steps,).
 
-    None if in any step the input is the sample itself, is no multiple of it, or not the multiple by `factors`.
+    None if scale_model_input returns any sample itself or no multiple of it.
+
+    factors: the expected factors, which are returned if all inputs have them; otherwise the result is None.
     """
     if loop.scaled is None:
         return None

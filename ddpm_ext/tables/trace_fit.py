@@ -39,7 +39,7 @@ class Numbers(NamedTuple):
     """The inputs and results of a loop on random numbers.
 
     Attributes:
-        x, m, prev: (steps, count), the samples, model outputs and next samples.
+        x, m, prev: (steps, count), the samples, model outputs and next samples, with `count` elements each.
         z: (steps, draws, count), the noise.
         second: (steps, count), the second tensors that steps return, or None if a step returns none.
         scaled: (steps, count), the results of scale_model_input, or None if it returned a sample itself.
@@ -82,10 +82,13 @@ class Numbers(NamedTuple):
 def numbers_of(
     run: Run, shape: tuple[int, ...], inputs: Callable[[int], Array], level: Array
 ) -> tuple[Numbers, list[Step]]:
-    """Runs a loop.
+    """Runs a loop on random inputs, and returns its numbers and what each step did.
 
-    inputs: inputs(kind) makes random numbers (steps, count). Kind 0 is samples, kind 1 model outputs, and kind 2 + k
-        each step's k-th draw of noise.
+    Args:
+        shape: the samples' shape.
+        inputs: inputs(kind) makes random numbers (steps, count). Kind 0 is samples before their factor `level`, kind 1
+            model outputs, and kind 2 + k each step's k-th draw of noise.
+        level: see Numbers.
     """
     kinds = {0: inputs(0) * level[:, None], 1: inputs(1)}
 
@@ -124,13 +127,13 @@ def stacked(tensors: Sequence[Tensor | None], shape: tuple[int, ...]) -> Array |
 
 
 class Factors(NamedTuple):
-    """The factors of the terms whose sum is a step's result.
+    """The factors of the terms whose sum is a step's result. Samples are those of Numbers.unit.
 
     Attributes:
         x0: (steps,), of the clean sample, or 0 if it is not clipped.
         x, m: (steps,), of the step's sample and model output.
         z: (steps, draws), of its draws of noise.
-        past: (steps, LAGS, 2), of the samples and outputs of earlier steps.
+        past: (steps, LAGS, 2), of the samples and outputs of earlier steps, the latest step first.
         of_last: (steps,), of the previous step's result.
     """
 
@@ -167,8 +170,8 @@ def factors_of_clipped(run: Run, loop: Numbers, x0: Array) -> Factors:
 def _without_last(run: Run, loop: Numbers) -> Factors:
     """The factors of steps that read a few earlier steps and not the previous step's result.
 
-    In a function, a step's sample is the previous step's result. Its steps may therefore read this result, if they read
-    nothing else of earlier steps.
+    A function's steps (run.follows_previous) are an exception: they may start from the previous step's result in place
+    of their own sample. Here they may read this result if they read nothing else of earlier steps.
     """
     n, k = len(loop.x), loop.z.shape[1]
     columns_of_step, last_results = [loop.unit(), loop.m, *loop.z.swapaxes(0, 1)], loop.last_results()
@@ -187,8 +190,8 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
 
     All later steps read the same combination of a step's sample and output, up to a factor. Once one later step has
     been fitted, the direction (factor of the sample, factor of the output) is known for the rest. Each step is fitted
-    with as few inputs as suffice: the result of an early step is a sum of the other inputs, so that the factors would
-    not be unique.
+    with as few inputs as suffice: an early step's result is itself a sum of inputs of earlier steps, so that with all
+    of these as inputs the factors would not be unique.
     """
     n, k, last_results = len(loop.x), loop.z.shape[1], loop.last_results()
     zeros = np.zeros(n)
@@ -316,6 +319,7 @@ def directions_of(run: Run, past: Array, negligible: float) -> tuple[Array, npt.
 def rows_of(run: Run, loop: Numbers, factors: Factors, clean: Array, noise: Sequence[int | None]) -> Columns:
     """The columns NAMES. Raises the errors of directions_of.
 
+    clean: (steps, 2), a and b of each step's clean sample.
     noise: for each step, the number of the draw that is its z, or None.
     """
     direction, history_steps = directions_of(run, factors.past, loop.negligible())
@@ -371,6 +375,9 @@ def terms_of(
     rows: Columns, loop: Numbers, noise: Sequence[int | None], history_draws: Sequence[Sequence[int]], bound: Bound
 ) -> tuple[Array, Array, Array]:
     """The numbers that the rows compute on the inputs of a loop.
+
+    noise: see rows_of.
+    history_draws: for each step, the numbers of the draws that its row reads as history, the first one as H1.
 
     Returns:
         The predicted clean samples, (steps, count), bounded by `bound`; their two terms a x and b m, (2, steps, count);

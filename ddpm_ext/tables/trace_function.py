@@ -2,9 +2,9 @@
 
 The function is called with a probe in place of the model. A step begins with a call of the probe and ends with the next
 call: its result is the sample of the next call, or the function's return value. To give a step another sample, the
-probe writes it into the tensor that it was called with. If this tensor is a copy, the write has no effect on the
-function, whose step starts from the previous step's result. Tracing supports this, too, but may then refuse steps that
-read several earlier samples.
+probe writes this sample into the tensor with which it was called. If this tensor is a copy, the write has no effect on
+the function, whose step starts from the previous step's result. Tracing supports this, too, but may then refuse steps
+that read several earlier samples.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class ObservedFunction:
         reads_model: whether the function reads attributes of the model.
 
     Raises:
-        TypeError: the function has no parameter sigmas. ValueError: sigmas out of range, random numbers that are not
-        normal, or arguments for the model that are not in extra_args.
+        TypeError: the function has no parameter sigmas.
+        ValueError: sigmas of a wrong shape or out of range; noise of a shape other than the samples'; a function that
+            never calls the model, passes it arguments that are not in extra_args, or can't compute in float64.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Runs a scheduler's loop on chosen inputs and records each step, for tracing.
 
-This module imports no other library. It calls the methods that diffusers' schedulers and similar objects have:
-scale_model_input and step (or step_pred).
+This module imports none of the libraries whose schedulers it runs. It calls the methods that diffusers' schedulers and
+similar objects have: scale_model_input and step (or step_pred).
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Step(NamedTuple):
     """The observed effects of one step.
 
     Attributes:
-        result: what it returned.
-        prev, second: the next sample, and the other tensor that it returned.
+        result: the class of what the step returned, and the name of `second`.
+        prev, second: the next sample, and the other tensor that the step returned, or None.
         draws: the dtypes of the tensors that were passed to the step for GIVEN options, then of the normal numbers that
             it drew, in order.
         state: {attribute of the scheduler: its new value}, of the simple attributes (is_simple) that the step changed.
         stores: whether the step stores anything else in the scheduler, such as a tensor.
         scaled: the result of scale_model_input for the step's sample, or None if it returned the sample itself.
-        scale_counts: whether scale_model_input changed an attribute.
+        scale_counts: whether scale_model_input changed an attribute of the scheduler.
     """
 
     result: Result
@@ -87,7 +87,7 @@ class Run(NamedTuple):
         unit: "timestep" or "sigma", for messages.
         observe: runs the loop and returns its steps. Its arguments are the samples of all steps (a step's sample is not
             the previous step's result), the model's outputs, and a Draw. The loop may write to samples and outputs.
-        clip: the bound of the range to which the loop clips, or None if it does not clip.
+        clip: the upper end of the range to which the loop clips, or None if it does not clip. The lower end is -clip.
         dims: the samples' number of dimensions.
         option_tensors: the number of tensors that each step gets for GIVEN options.
         follows_previous: whether each sample is the previous step's result, because callers cannot edit samples between
@@ -108,7 +108,7 @@ class Observed(TorchFunctionMode):
 
     Args:
         shape: the samples' shape.
-        noise: makes the random numbers.
+        noise: makes the random numbers of a step's draws.
         keeps_float64: whether samples stay float64. If False, the mode only replaces random numbers.
 
     Attributes:
@@ -300,7 +300,7 @@ def parts_of(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:
-    """A setting as diffusers' code reads it: the config's attribute, which may have been edited, before the item."""
+    """A setting as diffusers' code reads it: the config's attribute, which may have been edited, or else its item."""
     config = getattr(scheduler, "config", {})
     return getattr(config, name, config.get(name, default))
 

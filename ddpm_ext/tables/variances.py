@@ -16,8 +16,8 @@ class Posterior(NamedTuple):
     """The bounds of a reverse step's variance, for descending rows: (rows,), float64.
 
     Attributes:
-        small: the variance of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020.
-        large: beta.
+        small: the variance of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020, with x_s the step's result.
+        large: beta, the variance of q(x_t | x_s).
         has_last_step: whether the last row is the last step of a process, which adds no noise.
     """
 
@@ -43,9 +43,10 @@ class FixedVariance(NamedTuple):
     """The variances of a schedule's reverse steps where the model doesn't return them: (timesteps,), float64.
 
     Attributes:
-        variance: the variance itself. The posterior's variance is 0 at t = 0.
-        log_variance: its logarithm, of a posterior variance that is clamped to LEAST at t = 0.
-        finite: `variance`, but at t = 0 the posterior's variance of t = 1. This makes the log-likelihood finite.
+        variance: the variance itself. At t = 0, the posterior's is 0, and "fixed_large" has the posterior's of t = 1.
+        log_variance: its logarithm. The posterior's variance is clamped to LEAST first.
+        finite: `variance`, but at t = 0 the posterior's variance of t = 1, or beta if there is only one timestep. This
+            makes the log-likelihood finite.
     """
 
     variance: Tensor
@@ -148,7 +149,8 @@ VARIANCES: dict[str, Variance] = {
         ),
         learned=True,
         logarithm=True,
-        # diffusers has no variance_type of this name: it refuses the model's channels and can't misread them.
+        # diffusers' steps do not know "learned_log", so they refuse the doubled channels of the model's output. With
+        # "learned", they would take the logarithm for the variance.
         peers=_same_name("learned", "learned_log"),
     ),
     "learned_range": Variance(

@@ -62,7 +62,7 @@ def truncated_snr(ratio: Tensor) -> Tensor:
 
 
 def p2(ratio: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """The ratio, reduced where little noise is left: Choi et al. 2022, eq. (8).
+    """ratio / (k + ratio)^gamma, which is reduced where little noise is left: Choi et al. 2022, eq. (8).
 
     Examples:
         >>> p2(torch.tensor([0.25, 4.0, 16.0]), k=1.0, gamma=1.0)
@@ -89,7 +89,7 @@ def flow_sigma(ratio: Tensor) -> Tensor:
 def sigma_sqrt(ratio: Tensor) -> Tensor:
     """sigma^-2 for the error of a flow's velocity, as in diffusers' training scripts for Stable Diffusion 3.
 
-    The error of the velocity is the error of x_0 divided by sigma.
+    The error of the velocity is the error of x_0 divided by sigma, so the squared error of x_0 has weight sigma^-4.
 
     Examples:
         >>> sigma_sqrt(torch.tensor([0.25, 4.0, 16.0], dtype=torch.float64))
@@ -117,8 +117,9 @@ WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncat
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
     """The names of the weightings that a prediction can have.
 
-    If the schedule ends at an alphas_cumprod of 0 and the prediction does not determine x_0 there, as eps does not,
-    this is only "simple".
+    For "x_prev" this is only "simple", since its squared error is not that of x_0 times a function of the ratio. The
+    same holds if the schedule ends at an alphas_cumprod of 0 and the prediction does not determine x_0 there, as eps
+    does not.
     """
     entry = PREDICTIONS[prediction]
     has_ratio = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))

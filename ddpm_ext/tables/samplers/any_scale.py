@@ -11,7 +11,11 @@ from ddpm_ext.tables.step_table import StepTable
 
 
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
-    """Decorator of a sampler for variance-preserving samples. The decorated sampler accepts grids of any scale."""
+    """Decorates a sampler for variance-preserving samples, so that it accepts grids of any scale.
+
+    The rows are made for variance-preserving samples, then scaled. The decorated sampler raises TypeError if its grid
+    is neither a Grid nor Jumps.
+    """
 
     @wraps(sampler)
     def scaled(grid: Any, **options: Any) -> StepTable:

@@ -57,14 +57,15 @@ def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: 
 def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """CFG++ on DPM-Solver++(2M), with the same samples as the authors' code and ComfyUI.
 
-    With y = x / sqrt(alphas_cumprod), h the step's length in lambda, r the previous step's length divided by h, u0 the
-    x0 of the unconditional output, and u0' the previous step's u0:
+    With y = x / sqrt(alphas_cumprod) at the step's start and y_s at its end, h the step's length in lambda, r the
+    previous step's length divided by h, u0 the x0 of the unconditional output, and u0' the previous step's u0:
 
         y_s = x0 + e^-h (y - u0) + (1 - e^-h) / (2 r) (x0 - u0')
 
     A step is two rows, since a row's `kept` cannot contain the unconditional output. The first row arrives at u0, a
     clean sample, and keeps the rest of the sum. The second row does not call the model, and keeps u0 for the next step.
-    The first step has no u0'. A last step to clean data is one row, and so is a step from pure noise.
+    The first step has no u0', so it leaves out the last term. A last step to clean data is one row, and so is a step
+    from pure noise.
 
     For the arguments and errors see dpmpp_2m, which also has lower_order_final.
 

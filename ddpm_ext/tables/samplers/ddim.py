@@ -20,10 +20,10 @@ ROUNDING = 1e-6  # the relative rounding error of levels from other libraries, w
 def implicit(
     grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool, direction: Tensor | None = None
 ) -> StepTable:
-    """The rows prev = sqrt(a_s) x0 + direction eps + sigma z.
+    """The rows prev = sqrt(a_s) x0 + direction eps + sigma z, with direction the factor of eps.
 
-    With keep_eps, eps is the noise that the model's output implies. Without, it is the noise that leads from the
-    clipped x0 to x_t.
+    a_s is alphas_cumprod where the step arrives. With keep_eps, eps is the noise that the model's output implies.
+    Without keep_eps, it is the noise that leads from the clipped x0 to x_t.
 
     A direction of None stands for sqrt(1 - a_s - sigma^2), which gives prev the variance of its level: Song et al.
     2021, eq. (12). For a direction of None, sigma^2 must be at most 1 - a_s, up to rounding.
@@ -67,7 +67,7 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
 
 
 def _check_noise(grid: Grid | Jumps, sigma: Tensor, eta: float) -> None:
-    """Raises ValueError if sigma^2 > 1 - a_s: no factor of eps could give that step's result its level's variance."""
+    """Raises ValueError if sigma^2 > 1 - a_s: the step would add more noise than its level has at the end."""
     largest_factor = torch.where(sigma > 0, (1 - grid.after) / sigma**2, torch.inf)
     i = int(largest_factor.argmin())
     if largest_factor[i] < 1 - ROUNDING:

@@ -30,9 +30,10 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
             With "learned_variance", the model returns the variance itself, as with diffusers' "learned".
 
     A classifier's gradient moves the mean by the variance times the gradient, also in the last step. As in
-    guided-diffusion, this variance is not clipped for "fixed_small": it is 0 in a step that arrives at clean data. For
-    "fixed_large", the gradient's weight in the last step is the posterior variance of the previous step, if there is a
-    previous step. With "learned_range", a last step that arrives at clean data takes this variance as the lower end.
+    guided-diffusion, this variance has no lower limit for "fixed_small": it is 0 in a step that arrives at clean data.
+    For "fixed_large", the gradient's weight in the last step is the posterior variance of the previous step, if there
+    is a previous step. With "learned_range", a last step that arrives at clean data takes the posterior variance of the
+    previous step as its lower end.
 
     Raises:
         ValueError: an unknown `prediction` or `variance`, or a grid that goes up to more noise.

@@ -83,7 +83,7 @@ def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: boo
     for i, order in enumerate(multistep.orders(grid, 3, lower_order_final=lower_order_final)):
         length = (1 + eta) * h[i]
         row = [-math.expm1(-length), 0.0, 0.0]
-        if order > 1:  # phi_2 and phi_3 weigh the first and the second derivative of x0 by lambda, in lengths of h
+        if order > 1:  # phi_2 and phi_3 weigh x0's first and second derivative by lambda, in units of h
             phi_2 = 1 - row[0] / length
             phi_3 = phi_2 / length - 0.5
             latest, before = h[i - 1] / h[i], h[i - 2] / h[i] if order > 2 else math.inf

@@ -47,8 +47,8 @@ def edm(
 
     Raises:
         TypeError: an argument that is not a number.
-        ValueError: an argument out of range, an unknown `prediction`, or churn on a grid that has neither a schedule
-            nor a timestep_of.
+        ValueError: an argument out of range, an unknown `prediction` or "x_prev", or churn on a grid that has neither a
+            schedule nor a timestep_of.
 
     Examples:
         >>> from ddpm_ext.tables.sigma_grids import karras_grid

@@ -45,7 +45,9 @@ def flow_sde(
             ends at the predicted x_0 and has no probability.
 
     Raises:
-        TypeError, ValueError: the errors of ddim; an unknown `variant`.
+        TypeError: `eta` is not a number.
+        ValueError: `eta` is negative or not finite, an unknown `prediction` or `variant`, or a grid that goes up to
+            more noise.
 
     Examples:
         >>> from ddpm_ext.tables.flow_grids import flow_grid, flow_sigmas

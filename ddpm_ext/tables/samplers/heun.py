@@ -40,8 +40,8 @@ def heun_steps(prediction: str, steps: Jumps, ends: Jumps) -> StepTable:
     Args:
         prediction: see ddpm.
         steps: each step from its start to the level that it reaches after its noise is added.
-        ends: for each step but the last, from the end of Heun's step, where the model is called, to the same level. The
-            last step is one Euler row.
+        ends: for each step but the last, from the end of Heun's step, where the model is called, to the level that
+            `steps` reaches. The last step is one Euler row.
     """
     end = torch.cat([ends.now, steps.after[-1:]])
     # The standard deviation of the noise that leads from the end of Heun's step up to the level after the noise.

@@ -1,8 +1,9 @@
 """The rows of linear multistep samplers, whose steps read values that earlier steps kept.
 
-A value is the predicted clean sample x0 of a step, or its eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t), both after the clip
-of x0. A sampler passes the weights of each row: the weight of the step's own value, then those of earlier values, the
-latest first. There are as many weights as the step's order, up to 4.
+a_t is alphas_cumprod where a step starts, and a_s where it arrives. A value is the predicted clean sample x0 of a step,
+or its eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t), both after the clip of x0. A sampler passes the weights of each row:
+the weight of the step's own value, then those of earlier values, the latest first. There are as many weights as the
+step's order, up to 4.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler
 from ddpm_ext.tables.step_table import StepTable
 
-FEW = 15  # with fewer steps, the last step is of first order
+FEW = 15  # with fewer steps, lower_order_final lowers the order of the last two steps
 SLOTS = 4  # the number of values that a step can read: the value at this step and at three earlier steps
 
 Weights = Sequence[Sequence[float]]
@@ -109,14 +110,16 @@ def sde_factors(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
     """Each step's factor of x and standard deviation of the noise, for an SDE in terms of predicted clean samples.
 
     Args:
-        extra: (rows,), each step's length in lambda times the squared amount of noise; 0 for the probability flow.
+        extra: (rows,), each step's length in lambda times the sampler's amount of noise, which is eta, or tau^2 of
+            SA-Solver; 0 for the probability flow.
     """
     x_factor = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
     return x_factor, (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
 
 
 def eps_slope(grid: Grid) -> Tensor:
-    """The factor of eps in Euler's step: sqrt(1 - a_s) - sqrt(a_s (1 - a_t) / a_t); 0 for a step from pure noise."""
+    """The factor of eps in Euler's step, sqrt(1 - a_s) - sqrt(a_s (1 - a_t) / a_t); 0 for a step from pure noise, where
+    it would be infinite."""
     now, after = grid.now, grid.after
     slope = (1 - after).sqrt() - (after * (1 - now) / now).sqrt()
     return torch.where(now > 0, slope, 0.0)

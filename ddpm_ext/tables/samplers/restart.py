@@ -43,7 +43,8 @@ def restart(
 
     Raises:
         TypeError: n or k is not an int, or another argument is not a number.
-        ValueError: an interval out of range, an unknown `prediction`, or a grid without a schedule and timestep_of.
+        ValueError: an interval or `s_noise` out of range, an unknown `prediction` or "x_prev", or a repetition in a
+            grid that has neither a schedule nor a timestep_of.
 
     Examples:
         >>> from ddpm_ext.tables.sigma_grids import karras_grid

@@ -49,8 +49,9 @@ def sa_solver(
         lower_order_final: whether the orders fall over the last steps.
 
     Raises:
-        TypeError: `eta` is not a number, or an order not an int.
-        ValueError: `eta` is negative or not finite, an unknown `prediction`, or an order out of range.
+        TypeError: `eta` or an end of `interval` is not a number, or an order not an int.
+        ValueError: `eta` or an end of `interval` is negative or not finite, an unknown `prediction`, or an order out of
+            range.
 
     Examples:
         >>> table = sa_solver(grid, eta=0.5)  # for sampler= of a loop

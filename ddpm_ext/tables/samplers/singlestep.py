@@ -19,9 +19,9 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 
     A step is two rows. The first row is an Euler step to the middle in log sigma. There the model is called a second
     time, at a timestep that may lie between those of the schedule. The second row takes the whole step with the x0 of
-    the middle. A step is one Euler row if it starts from pure noise, or if all noise at its end is fresh, or if there
-    is none. For eta above 0, a step goes down to less noise than the level where it arrives and adds fresh noise, like
-    euler_ancestral.
+    the middle. A step is one Euler row if it starts from pure noise, or if it arrives at a level whose noise is all
+    fresh, or at clean data. For eta above 0, a step goes down to less noise than the level where it arrives and adds
+    fresh noise, like euler_ancestral.
 
     Args:
         grid: descending, with a schedule or a timestep_of.
@@ -30,8 +30,8 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid without a schedule and
-            timestep_of.
+        ValueError: `eta` is negative or not finite, an unknown `prediction` or "x_prev", or a grid that has
+            neither a schedule nor a timestep_of.
 
     Examples:
         >>> table = dpmpp_2s(grid, eta=1.0)  # for sampler= of a loop

@@ -84,7 +84,10 @@ def _right_side(h: float, order: int, solver: str) -> np.ndarray:
 
 
 def _ratios(levels: list[float], i: int, order: int) -> np.ndarray:
-    """The levels of earlier steps minus that of step i, divided by the length of step i: (order - 1,), negative."""
+    """lambda of earlier steps minus lambda of step i, divided by the length of step i: (order - 1,), negative.
+
+    levels: lambda, half of the log signal-to-noise ratio, where each step starts, and at the last step's end.
+    """
     return np.array([(levels[i - k] - levels[i]) / (levels[i + 1] - levels[i]) for k in range(1, order)])
 
 
