@@ -1,6 +1,6 @@
 """GaussianDiffusion: the class for training and sampling, which takes each step in one kernel launch.
 
-Its methods have the names and arguments of the class of a well-known tutorial, https://zhuanlan.zhihu.com/p/563661713.
+Its methods have the names and arguments of the class of Zhihu's tutorial on DDPM (zhuanlan.zhihu.com/p/563661713).
 """
 
 from __future__ import annotations

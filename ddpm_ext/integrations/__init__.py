@@ -83,7 +83,7 @@ def accelerate(
 
     Args:
         obj: any scheduler or pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
-            denoising-diffusion-pytorch, or that of a well-known tutorial (tutorial.py). All schedulers of a pipeline
+            denoising-diffusion-pytorch, or that of Zhihu's tutorial on DDPM. All schedulers of a pipeline
             and of its inner pipelines are accelerated, and also schedulers that replace them later. A modular pipeline
             must have its components, so call load_components first.
         table: a StepTable, or the path of a saved one. The pipeline's `scheduler` is replaced by a TableScheduler with

@@ -31,7 +31,7 @@ from ddpm_ext.tables.variances import VARIANCES, Variance
 CACHED_STEPS = 8  # the most cached TableSteps, each for a device, a clip and the numbers of a Philox
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}  # the modules with the operators
 
-SCHEDULE_ATTRIBUTES = (  # attributes that the class of the Zhihu tutorial on DDPM has, too
+SCHEDULE_ATTRIBUTES = (  # attributes that the class of Zhihu's tutorial on DDPM has, too
     "betas",
     "alphas",
     "alphas_cumprod",

@@ -149,8 +149,8 @@ VARIANCES: dict[str, Variance] = {
         ),
         learned=True,
         logarithm=True,
-        # diffusers' steps do not know "learned_log", so they refuse the doubled channels of the model's output. With
-        # "learned", they would take the logarithm for the variance.
+        # diffusers' steps do not know "learned_log", so they do not split the model's output, which raises an error
+        # unless samples have one channel. With "learned", they would take the logarithm for the variance.
         peers=_same_name("learned", "learned_log"),
     ),
     "learned_range": Variance(

@@ -86,20 +86,23 @@ def test_the_default_is_the_best_table(model, tmp_path):
         assert said is None if "--sampler" in options else sampler.replace("tuned", "the tuned table") in said
 
 
-# Options of `sample` that change no step of the loop: tables are the default with these, too.
+# The options of `sample` with which a tuned table is the default, if there is one for the scale of guidance.
 TUNED_FOR = {"num", "seed", "classes", "guidance", "null_class", "dtype", "autocast"}
-OTHERS = [each for each in SAMPLING if each not in ("model", "sampler", "table", "steps")]
+CHOOSE_ROWS = ("model", "sampler", "table", "steps")
 
 
-@pytest.mark.parametrize(("name", "entry"), entries({n: SAMPLING[n] for n in OTHERS}, OTHERS, Drawn))
-def test_a_table_is_no_default_for_loops_of_other_options(model, tmp_path, name, entry):
+def test_a_table_is_no_default_for_loops_of_other_options(model, tmp_path):
     """A table is tuned for loops from noise, with the default clip and plain guidance."""
     both = shutil.copytree(model, tmp_path / "both")
     shutil.copy(both / "tuned" / "2.json", both / "tuned" / table_name(2, 2.0))
-    typed = [text for text in map(str, (*entry.beside, *entry.given)) if text not in ("--sampler", "ddpm")]
-    parsed = build_parser().parse_args(["sample", "--model", str(both), *typed])
-    choose_default(parsed, models.load_model(both), 100)
-    assert (parsed.sampler == "tuned") == (name in TUNED_FOR)
+    loaded, tuned = models.load_model(both), set()
+    options = [(name, entry) for name, entry in entries(SAMPLING, SAMPLING, Drawn) if name not in CHOOSE_ROWS]
+    for name, entry in options:
+        typed = [text for text in map(str, (*entry.beside, *entry.given)) if text not in ("--sampler", "ddpm")]
+        parsed = build_parser().parse_args(["sample", "--model", str(both), *typed])
+        choose_default(parsed, loaded, 100)
+        tuned |= {name} if parsed.sampler == "tuned" else set()
+    assert tuned == TUNED_FOR and len(options) > len(TUNED_FOR)
 
 
 def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):
