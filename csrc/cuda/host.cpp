@@ -21,7 +21,8 @@ size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint
 // Allocates `count` counters on the current device. If there is not enough memory, torch's allocator frees its unused
 // cached memory, and the allocation is tried a second time.
 void* allocate(int64_t count) {
-  // In the relaxed mode cudaMalloc is allowed while another thread captures a graph. In other modes it would fail.
+  // In the global mode, the default, cudaMalloc fails while another thread captures a graph in that mode. The relaxed
+  // mode allows it.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   void* data = nullptr;
   if (cudaMalloc(&data, bytes_of(count)) == cudaSuccess) return data;

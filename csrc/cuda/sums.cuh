@@ -33,10 +33,10 @@ __device__ __forceinline__ T read_of_other_block(const T* p) {
   return *static_cast<const volatile T*>(p);
 }
 
-// Returns the sum of value(0) to value(count - 1), in strands (core/loss.h). All threads of a block call this together.
-// `strands` is shared memory. All threads read the sum after a barrier, although only the first thread needs it. If the
-// first thread alone read it, the compiler might let the other threads read strands[0], too, at a later point where
-// another thread may already write there.
+// Returns the sum of value(0) to value(count - 1), in strands (core/loss.h). All threads of a block call this together,
+// and all get the sum. `strands` is shared memory. The last barrier is needed even if only the first thread uses the
+// sum: the compiler may let the other threads read strands[0], too. Without the barrier, they could read it before the
+// first thread has written it.
 template <class Value>
 __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, double* strands) {
   double strand = 0;

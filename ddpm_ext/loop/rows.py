@@ -33,7 +33,8 @@ class LoopRows:
         table: the rows as a StepTable.
         skipped: how many of the sampler's first steps the loop leaves out because of the option `strength`.
         device: the KernelTables with the rows, which hold a copy for each device.
-        needs, timesteps: the needs and the timestep of each row, on the host.
+        needs: what each row's step needs, such as a model call or noise, on the host.
+        timesteps: the timestep of each row, on the host.
         variance: how the rows read the model's output for its variance: "log" if it determines the logarithm, "direct"
             if it is the variance itself, or None if they don't read it.
         learned: whether the model returns a variance besides its prediction.

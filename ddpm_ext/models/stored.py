@@ -1,4 +1,4 @@
-"""Reads and writes the files of a model's folder: its configuration and weights, which may be damaged or untrusted."""
+"""Reads configuration and weights in a model's folder, which may be damaged or untrusted, and writes the weights."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def seed_in_memory(device: torch.device, maybe_traced: bool = True) -> Tensor | 
     """
     if maybe_traced and torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
-    # The first test, whether there is any transform, saves a call in most cases.
+    # Most calls are in no transform. Then get_interpreter_stack() is None, and in_transform need not be called.
     if (maybe_traced and torch._C._is_tracing()) or (
         get_interpreter_stack() is not None and in_transform(TransformType.Vmap)
     ):

@@ -35,7 +35,8 @@ OWN = {
     "sigma space": sigma_space(SIGMAS, lambda signal, noise: noise),
     "levels": NoiseSchedule(1.2 - RISING**2, RISING.sqrt()),
 }
-# For schedules that define the signal and the noise by formulas in t, the timestep that the model gets: the formulas.
+# By schedule, the signal and the noise as functions of t, the timestep that the model gets. Only these schedules define
+# them by formulas in t.
 BY_TIMESTEP = {
     "flow": lambda t: (1 - t / 1000, t / 1000),
     "edm": lambda t: (1 / np.hypot(np.exp(4 * t), 0.5), np.exp(4 * t) / np.hypot(np.exp(4 * t), 0.5)),

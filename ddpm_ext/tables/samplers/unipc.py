@@ -74,7 +74,10 @@ def _base(h: float, solver: str) -> float:
 
 
 def _right_side(h: float, order: int, solver: str) -> np.ndarray:
-    """The right side of the equations for the weights of differences, order by order, divided by B(h): (order,)."""
+    """The right side of the linear equations that _predictor and _corrector solve for rho: (order,).
+
+    Entry n - 1 is n! z phi_{n+1}(z) / B(z) for z = -h, with phi_0(z) = e^z and phi_{k+1}(z) = (phi_k(z) - 1 / k!) / z.
+    """
     phi, factorial, values = math.expm1(-h) / -h - 1, 1, []
     for k in range(2, order + 2):
         values.append(phi * factorial / _base(h, solver))

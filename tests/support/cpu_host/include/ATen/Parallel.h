@@ -1,4 +1,5 @@
-// Replaces torch's header of this name. Its parallel_for is a loop on one thread.
+// Replaces torch's header of this name in a build of the CPU operators without torch. Its parallel_for calls f once,
+// with the whole range, on the calling thread.
 #pragma once
 
 #include <stdint.h>
