@@ -46,10 +46,10 @@ def check_refused(capsys, message, *arguments):
     assert message in written.err and (written.err.count("\n"), written.out) == (1, "")
 
 
-def save_tiny(folder):
+def save_tiny(folder, **config):
     """Saves a tiny model of colour images of 8 by 12 pixels, with 20 timesteps, to a folder. Returns the folder."""
     torch.manual_seed(0)
-    models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
+    models.save_model(models.build_unet(TINY | config), DiffusionSettings(timesteps=20), folder)
     return folder
 
 
