@@ -165,7 +165,10 @@ def ranks() -> Ranks:
 
 
 def _number(name: str, default: int | None, low: int, high: int) -> int:
-    """The number in [low, high) in an environment variable; `default` if the variable is not set."""
+    """The whole number in an environment variable; `default` if the variable is not set.
+
+    Raises ValueError if the number is not in [low, high), or if the variable is not set and `default` is None.
+    """
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
@@ -176,7 +179,7 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
 
 
 def part_of(samples: range, part: int, parts: int) -> range:
-    """Part number `part` of `samples`, which is divided into `parts` parts whose sizes differ by at most 1."""
+    """Part number `part`, from 0, of `samples`, which is divided into `parts` parts whose sizes differ by at most 1."""
     count = len(samples)
     return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)
 
