@@ -200,8 +200,8 @@ def lock(path: str | os.PathLike[str]) -> Iterator[None]:
         OSError: the file can't be opened.
     """
     with open(path, "rb") as opened:
-        # A forked worker inherits the open file and with it the lock. It closes the file at once. Otherwise, after a run
-        # is killed, the lock would last until the run's workers end, seconds later.
+        # A forked worker inherits the open file and with it the lock. It closes the file at once. Otherwise the lock of a
+        # killed run would last until the run's workers end, seconds later.
         register_after_fork(opened, type(opened).close)
         try:
             import fcntl

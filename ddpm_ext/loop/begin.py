@@ -51,7 +51,7 @@ def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
 def _check_compiler(mode: bool | str, device: torch.device) -> None:
     """Raises ValueError if torch.compile needs a C++ compiler, as on a CPU, and finds none.
 
-    Otherwise it would fail in the first step, with pages of errors.
+    Without this check, torch.compile would fail in the first step, with pages of errors.
     """
     if device.type != "cpu":
         return

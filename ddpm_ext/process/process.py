@@ -200,7 +200,7 @@ class Process:
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         """The backend's TableStep for this process's table "steps", with this clip and noise.
 
-        The fused backend's TableSteps are cached, except with a `noise` or with an rng that has tensors, which the cache
+        The fused backend's TableSteps are cached, except with `noise` or with an rng that has tensors, which the cache
         would keep alive. The reference's are not cached: the dtype of their table depends on x_t's, and is not in the
         cache key.
         """
