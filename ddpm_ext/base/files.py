@@ -36,7 +36,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _temporary_name(target: Path) -> Path:
-    """A new hidden path in the folder of `target`, with the same ending. Its name has a legal length."""
+    """A new hidden path in the folder of `target`, with the same ending. A long name is cut, since systems limit it."""
     return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
 
 
@@ -200,8 +200,8 @@ def lock(path: str | os.PathLike[str]) -> Iterator[None]:
         OSError: the file can't be opened.
     """
     with open(path, "rb") as opened:
-        # A forked worker inherits the open file and with it the lock. It closes the file at once. Otherwise the lock of a
-        # killed run would last until the run's workers end, seconds later.
+        # A forked worker inherits the open file and with it the lock. It closes the file at once. Otherwise a killed
+        # run's lock would last until its workers end, seconds later.
         register_after_fork(opened, type(opened).close)
         try:
             import fcntl

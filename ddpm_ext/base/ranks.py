@@ -101,8 +101,8 @@ class Ranks:
     def parallel(self, model: Module, device: torch.device) -> Module:
         """Wraps a model so that the gradients of all ranks are averaged in each backward pass.
 
-        Among several ranks this is a DistributedDataParallel, over NCCL on GPUs, and all ranks get the weights of rank
-        0. A single process gets `model` itself.
+        With several ranks the result is a DistributedDataParallel, over NCCL on GPUs, and the model of each rank gets
+        the weights of rank 0. A single process gets `model` itself.
         """
         if self.size == 1:
             return model

@@ -67,7 +67,7 @@ def _check_compiler(mode: bool | str, device: torch.device) -> None:
 
 
 def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
-    """A Philox with the same noise, whose seed and sample ids are tensors, since a CUDA graph reads them in replays."""
+    """A Philox with the same noise. Its seed and sample ids are new tensors, which the replays of a CUDA graph read."""
     seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
     ids = rng.sample_ids
     if ids is None:

@@ -112,9 +112,10 @@ class LossRows:
     def _cached(
         self, key: Hashable, make: Callable[..., Tensor], keep_alive: object, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The result of make(device, dtype), cached by `key`, or not cached if `key` is None.
+        """The rows that `make` returns, computed in float64 and rounded to `dtype`: cached by `key`, unless it is None.
 
         Args:
+            make: (device, dtype) -> the rows.
             keep_alive: the object whose id is in the key. The cache references it: otherwise Python could free it and
                 give its id to a new object.
         """

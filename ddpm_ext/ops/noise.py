@@ -19,7 +19,7 @@ STREAMS_REVERSE_MORE = range(6, 16)  # for reverse steps of the second and later
 
 
 # The operators' arguments seed, seed_value, sample_ids, first_id, stream, draw and draw_data. A draw of -1 means that
-# each sample has its row's draw.
+# each sample has its own draw: the one in its row for a reverse step, else its t.
 RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int, Tensor | None]
 
 
@@ -168,7 +168,7 @@ def _seed_of_torch() -> Tensor:
 
 
 def seed_in_memory(device: torch.device, maybe_traced: bool = True) -> Tensor | None:
-    """A fresh seed, int64 (), if an int would become a constant of a traced or captured graph. Otherwise None.
+    """A fresh seed, int64 (), if an int would become a constant of a traced or captured graph, or in vmap. Else None.
 
     Code of torch.compile draws the seed by an operator, code of torch.jit.trace and vmap by torch.randint. During the
     capture of a CUDA graph, the device's default generator draws it on the device, so that each replay draws a
