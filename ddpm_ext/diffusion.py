@@ -151,8 +151,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
                 al. 2022, "SDEdit"). Or an Interpolation between two such samples.
             strength: the share of the steps that is taken, above 0 and at most 1: the last ones. At least one step must
                 remain. Without a start, strength must be 1.
-            noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for a schedule
-                without betas it has the standard deviation of the first level.
+            noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for samples that
+                are not variance-preserving, it has the standard deviation of the first level's noise.
             rng: the seed and sample ids. With None, torch's default CPU generator draws a seed. A Philox with its own
                 draw or stream is rejected, because it would give each step the same noise.
             record: the results to return. "all" returns each step's samples, an int k those of every k-th step and of
@@ -224,7 +224,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     def capture(
         self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Unpack[CaptureKeywords]
     ) -> CapturedLoop:
-        """A loop that can run many times, by a CUDA graph that is captured once: `captured(rng)` returns samples.
+        """A loop that can run many times, by CUDA graphs that are captured once: `captured(rng)` returns samples.
 
         Args:
             options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and

@@ -36,7 +36,10 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _temporary_name(target: Path) -> Path:
-    """A new hidden path in the folder of `target`, with the same ending. A long name is cut, since systems limit it."""
+    """A new hidden path in the folder of `target`, with the same ending.
+
+    A long name is cut, since file systems limit a name's length.
+    """
     return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
 
 

@@ -78,7 +78,9 @@ def check_schedule(process: Process, table: StepTable) -> None:
     """
     signal, noise, t = table.signal_now, table.noise_now, table.timestep
     power = torch.hypot(signal, noise)
-    has_noise = noise > 0  # a row that starts at clean data is not compared: it has the previous row's timestep
+    # A row without noise is not compared. At clean data it has the previous row's timestep; with signal 0, its level is
+    # unknown.
+    has_noise = noise > 0
     # The size is compared in all cases. It differs between flows, sigma space and variance-preserving processes.
     scale = process.schedule.scale
     expected = torch.ones_like(power) if scale is None else scale(signal / power, noise / power)

@@ -97,10 +97,10 @@ def normal_kl(
 def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_scale: Tensor | float) -> Tensor:
     """log P(x) of an 8-bit image in [-1, 1] under N(mean, exp(2 log_scale)), in nats: Ho et al. 2020, eq. (13).
 
-    Each level has the probability of the interval of width 2/255 around it. The interval of the first level begins at
-    minus infinity, and that of the last ends at infinity. The logarithm is accurate and its slope finite for any
-    distance of x from the mean and for any narrow Gaussian, as long as the dtype can represent the numbers (for means
-    in [-1, 1] down to a log_scale of -43, in float64 -350). Nothing is clamped.
+    Each of the image's 256 levels has the probability of the interval of width 2/255 around it. The interval of the
+    first level begins at minus infinity, and that of the last ends at infinity. The logarithm is accurate and its slope
+    finite for any distance of x from the mean and for any narrow Gaussian, as long as the dtype can represent the
+    numbers (for means in [-1, 1] down to a log_scale of -43, in float64 -350). Nothing is clamped.
 
     Args:
         x: in [-1, 1], of any float dtype (16 bits can't represent the levels). Below -0.999 it counts as the first

@@ -29,15 +29,15 @@ class Philox:
     A (seed, sample id) has the same noise in any batch, on any device, in any dtype and memory layout.
 
     Args:
-        seed: 0 <= seed < 2^64, or an int64 tensor of shape () with those 64 bits.
+        seed: 0 <= seed < 2^64, or an int64 tensor of shape () with the bits of such a number.
         sample_ids: the id of the first sample; the other samples count up from it. Or an int64 tensor of shape (batch,)
             on the samples' device. 0 <= id < 2^56.
         draw: the number of the draw, 0 <= draw < 2^32, in place of the timestep. Or an int64 tensor of shape () on the
-            samples' device or on the CPU, which each launch reads; a captured training step adds one to it. Sampling
-            loops reject it.
+            samples' device or on the CPU, which each launch reads: a training step in a CUDA graph adds one to it, so
+            that each replay has new noise. Sampling loops reject a draw.
         stream: replaces the operation's stream, 0 <= stream < 256. The reverse step has stream 0, the starting noise 1,
-            the forward process 2; callers may use 16 and up. Sampling loops reject it. It does not replace the streams
-            of training timesteps (3), offset noise (4) and input perturbation (5).
+            the forward process 2; callers may use 16 and up. Sampling loops reject a stream. It does not replace the
+            streams of training timesteps (3), offset noise (4) and input perturbation (5).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range. The values of a tensor are checked at

@@ -236,7 +236,7 @@ class Process:
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's output for x at t. For an int t, the model gets a cached tensor, which takes no launch.
+        """The model's output for x at t. For an int t, the model gets a cached tensor, so no launch makes one.
 
         The model is called with the timestep that the schedule has for the model, which may be another number than t.
         """
