@@ -78,8 +78,8 @@ def check_schedule(process: Process, table: StepTable) -> None:
     """
     signal, noise, t = table.signal_now, table.noise_now, table.timestep
     power = torch.hypot(signal, noise)
-    # A row without noise is not compared. At clean data it has the previous row's timestep; with signal 0, its level is
-    # unknown.
+    # A row without noise is not compared. If it starts at clean data, as those of dpmpp_2m_cfg_pp, it has the previous
+    # row's timestep. If its signal is 0 as well, its level is unknown.
     has_noise = noise > 0
     # The size is compared in all cases. It differs between flows, sigma space and variance-preserving processes.
     scale = process.schedule.scale
