@@ -176,8 +176,8 @@ class Process:
         if not t.is_floating_point():
             return replace(rows, timestep=timestep[t])
         if self.schedule.timestep_of is not None:
-            # A row that starts at clean data, as in dpmpp_2m_cfg_pp, does not call the model. It gets the timestep of the
-            # row before it, since timestep_of is not defined without noise.
+            # A row that starts at clean data, as in dpmpp_2m_cfg_pp, calls no model. It gets the timestep of the row
+            # before it, since timestep_of is not defined without noise.
             start_rows = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
             levels = rows.signal_now[start_rows], rows.noise_now[start_rows]
             return replace(rows, timestep=timesteps_by(self.schedule.timestep_of, *levels))
