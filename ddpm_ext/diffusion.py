@@ -56,8 +56,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
 
     In all methods, samples have shape (batch, ...). `t` is int64 of shape (batch,) on the samples' device, or an int
     for all samples. Values of a `t` on a GPU are not checked: one out of range counts as the nearest timestep.
-    `model(x_t, t)` returns a tensor of x_t's shape, or an object with such a tensor as `.sample`. It must not write to
-    its arguments, which are views and buffers that later steps use.
+    `model(x_t, t)` returns a tensor of x_t's shape, or an object with such a tensor as `.sample`. The model must not
+    write to its arguments, which are views and buffers that later steps use.
 
     All arguments except beta_schedule are attributes. Further attributes, float64 (timesteps,) on the CPU, are the
     schedule's betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
@@ -149,10 +149,10 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             start: samples of `shape` to begin from instead of pure noise. Noise is added to them up to the level of the
                 first step that is taken (stream 1, as for pure noise), and the steps from there on remove it (Meng et
                 al. 2022, "SDEdit"). Or an Interpolation between two such samples.
-            strength: the share of the steps that is taken, above 0 and at most 1: the last ones, at least one step. It
-                must be 1 without a start.
-            noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for a schedule
-                without betas it has the standard deviation of the first level.
+            strength: the share of the steps that is taken, above 0 and at most 1: the last ones. At least one step must
+                remain. Without a start, strength must be 1.
+            noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for samples that
+                are not variance-preserving, it has the standard deviation of the first level's noise.
             rng: the seed and sample ids. With None, torch's default CPU generator draws a seed. A Philox with its own
                 draw or stream is rejected, because it would give each step the same noise.
             record: the results to return. "all" returns each step's samples, an int k those of every k-th step and of
@@ -164,13 +164,14 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             device: the samples' device. Default: that of start, of noise, or of the model's parameters, else the CPU.
             dtype: the samples' dtype, torch.float32 by default.
             compile: whether torch.compile compiles the model, or the mode of torch.compile.
-            autocast: float16 or bfloat16, for the model's arithmetic by torch.autocast. The steps compute in float32.
+            autocast: float16 or bfloat16, for the model's arithmetic by torch.autocast. It has no effect on the
+                arithmetic of the steps, which is float32 (float64 for float64 samples).
             input_dtype: float16 or bfloat16, the dtype of the model's input, for models whose parameters have it. The
                 samples of the steps stay float32, as do the inputs of cond_fn and self-conditioning. One launch writes
                 the samples in both dtypes.
-            graph: with True or "step", one step, with the model, is captured in a CUDA graph and replayed. With "loop",
-                all steps are one graph. If a capture is impossible, a warning gives the reason, and the loop runs
-                without a graph.
+            graph: with True or "step", each step, with the model, is the replay of a CUDA graph. Steps of the same kind
+                share a graph, which is captured once. With "loop", all steps are one graph. If a capture is impossible,
+                a warning gives the reason, and the loop runs without a graph.
 
         Returns:
             A list of numpy arrays of `shape` (float32 for bfloat16), or with record="last" a tensor.
@@ -207,7 +208,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             options: p_sample_loop's, except record, callback and graph="loop".
 
         Raises:
-            TypeError, ValueError: see p_sample_loop. They are raised before the first step.
+            TypeError, ValueError: see p_sample_loop. Wrong options raise them before the first Record is requested.
 
         Examples:
             >>> loop = GaussianDiffusion(1000).sample_progressive(model, (4, 3, 8, 8), sampler="ddim", steps=4)
@@ -223,7 +224,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     def capture(
         self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Unpack[CaptureKeywords]
     ) -> CapturedLoop:
-        """A loop that can run many times, by a CUDA graph that is captured once: `captured(rng)` returns samples.
+        """A loop that can run many times, by CUDA graphs that are captured once: `captured(rng)` returns samples.
 
         Args:
             options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and
@@ -231,7 +232,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
                 calls. The tensors of an Inpaint must not change, because the loop may have copied them.
 
         Raises:
-            TypeError, ValueError: see p_sample_loop.
+            TypeError, ValueError: see p_sample_loop. graph=False raises ValueError.
 
         Examples:
             >>> captured = GaussianDiffusion(1000).capture(model, (4, 3, 8, 8), sampler="ddim", steps=4, device="cuda")

@@ -66,7 +66,7 @@ def why_no_gpu() -> str:
 def default_device() -> str:
     """The default device of commands and training: "cuda" if ddpm_ext and torch can use a GPU, or "cpu".
 
-    Warns if there is a GPU, but ddpm_ext was built without code for it.
+    Warns if there is a GPU and ddpm_ext was built with CUDA, but without code for this GPU.
     """
     if C.build_info()["cuda"] is None or not torch.cuda.is_available():
         return "cpu"

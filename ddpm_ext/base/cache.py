@@ -34,10 +34,10 @@ class BoundedCache(Generic[Value]):
         return type(self), (self.size,)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key. If the key is missing, the result of make() is stored and returned; it must not be None.
+        """The value of a key. For a missing key, calls make() and stores its result, which must not be None.
 
-        make() runs without the lock, so it may use the cache. If several threads call it for the same key at the same
-        time, all get the value that was stored first. If make() raises an error, nothing is stored.
+        make() runs without the lock, so it may use the cache. If several threads call make() for the same key at the
+        same time, all get the value that was stored first. If make() raises an error, nothing is stored.
         """
         value = self._values.get(key)
         if value is not None:

@@ -23,14 +23,17 @@ _REALS: Any = (float, int, numbers.Real)  # float and int come first, since a te
 
 
 def as_int(name: str, value: object) -> int:
-    """Returns `value` as an int. Raises TypeError unless it is one."""
+    """Returns an integer of any type, such as numpy's, as an int. Raises TypeError for a bool and for anything else."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
     return int(value)
 
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
-    """Returns `value` as an int. Raises TypeError unless it is one, ValueError unless it is in [start, stop)."""
+    """Returns `value` as an int. Raises TypeError unless it is an integer, ValueError unless it is in [start, stop).
+
+    stop_name: the text for `stop` in the error, such as "2^32".
+    """
     value = as_int(name, value)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
@@ -44,7 +47,8 @@ def flag(name: str, value: object) -> None:
 
 
 def real(name: str, value: Any) -> float:
-    """Returns `value` as a float; infinity if it is too large for a float. Raises TypeError unless it is a number."""
+    """Returns `value` as a float; plus or minus infinity if it is too large for one. Raises TypeError unless it is a
+    number."""
     if isinstance(value, bool) or not isinstance(value, _REALS):
         raise TypeError(f"{name} is {value!r}, expected a number")
     try:
@@ -134,7 +138,7 @@ def floats(name: str, values: Tensor, shape: str) -> Tensor:
 
     Raises:
         TypeError: `values` is not a floating tensor.
-        ValueError: it has more or less than one dimension, or no number.
+        ValueError: it has more or less than one dimension, or is empty.
     """
     floating(name, values)
     if values.dim() != 1 or len(values) == 0:
@@ -151,14 +155,18 @@ def plain_layout(name: str, x: Tensor) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one: not of a subclass, nor wrapped by torch.func or by is_grads_batched."""
+    """Whether a tensor is an ordinary one: not of a subclass, nor wrapped by torch.func or by the is_grads_batched of
+    torch.autograd.grad."""
     functorch = torch._C._functorch
     wrapped = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
     return type(tensor) is Tensor and not wrapped
 
 
 def shape(value: object, least: int = 0) -> tuple[int, ...]:
-    """Returns sizes (batch, ...) as a tuple. Raises TypeError unless all are ints, ValueError for () or any < least."""
+    """Returns the sizes of a shape (batch, ...) as a tuple.
+
+    Raises TypeError unless all are ints, and ValueError for the shape () or a size below `least`.
+    """
     if not isinstance(value, Iterable):
         raise TypeError(f"shape is {value}, expected ints (batch, ...)")
     sizes = tuple([int(n) if isinstance(n, np.integer) else n for n in value])
@@ -173,7 +181,10 @@ def shape(value: object, least: int = 0) -> tuple[int, ...]:
 
 
 def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
-    """The operators' arguments `row` and `index` for a timestep or row t: (t, 0) for a tensor, (None, t) for an int."""
+    """The operators' arguments `row` and `index` for a timestep or row t: (t, 0) for a tensor, (None, t) for an int.
+
+    Raises TypeError for another type, and ValueError for an int that an int64 can't hold. The operators check the rest.
+    """
     if isinstance(t, Tensor):
         return t, 0
     if type(t) is not int:
@@ -187,7 +198,11 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
 
 
 def device(value: object) -> torch.device:
-    """Returns `value` as a device. A CUDA device gets its index, so that it equals the `device` of its tensors."""
+    """Returns `value` as a device. Raises ValueError unless it is one.
+
+    "cuda" without an index becomes the current GPU with its index, since it would not equal the `device` of a tensor,
+    which has an index.
+    """
     try:
         result = torch.device(value)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
@@ -236,7 +251,7 @@ def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int
         raise ValueError(f"{name} has shape {tuple(v.shape)}, expected ({batch},), one a sample")
     if v.device != device:
         raise ValueError(f"{name} is on {v.device}, expected the samples' device, {device}")
-    # torch.compile can't trace is_functorch_wrapped_tensor, and would break its graph.
+    # Code of torch.compile does not call is_functorch_wrapped_tensor, which torch.compile can't trace.
     readable = v.is_cpu and (torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(v))
     if readable and v.numel() and not (v.min() >= 0 and v.max() <= last):
         refuse(name, v, (v < 0) | (v > last), f"0 <= {name} <= {last}")

@@ -36,7 +36,10 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 
 def _temporary_name(target: Path) -> Path:
-    """A new hidden path in the folder of `target`, with the same ending. Its name has a legal length."""
+    """A new hidden path in the folder of `target`, with the same ending.
+
+    A long name is cut, since file systems limit a name's length.
+    """
     return target.with_name(f".{_short_stem(target)}.{secrets.token_hex(4)}{target.suffix}")
 
 
@@ -63,8 +66,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     removed, and a file that was at `path` before is not changed. Missing parent folders are created.
 
     Raises:
-        ValueError: `path` is a folder or a device.
-        OSError: it can't be written; the error names `path`.
+        ValueError: `path` is a folder, a pipe or a device.
+        OSError: the file can't be written. The error names `path`, or the parent folder that can't be created.
     """
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +85,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -math.inf) -> None:
-    """Removes the temporary files that killed processes left in `folder` while they wrote the file `of`.
+    """Removes the temporary files and folders that killed processes left in `folder` while they wrote the file `of`.
 
-    The caller ensures that no other process is writing this file.
+    The caller ensures that no other process is writing this file, or sets `untouched`.
 
     Args:
-        of: the file that was to be written. None means any file in the folder.
-        untouched: only temporary files that were not written for this many seconds are removed. Default: all.
+        of: the file or folder that was to be written. None means any in the folder.
+        untouched: only what was not written for this many seconds is removed. Default: all.
     """
     stem, suffix = ("*", "*") if of is None else (escape(_short_stem(of)), escape(of.suffix))
     for leftover in folder.glob(f".{stem}.{'[0-9a-f]' * 8}{suffix}"):
@@ -99,10 +102,10 @@ def remove_leftovers(folder: Path, of: Path | None = None, untouched: float = -m
 
 @contextmanager
 def errors_that_name(path: str | os.PathLike[str], temporary_target: Path) -> Iterator[None]:
-    """Makes OSErrors in the block name `path`, unless they name another file.
+    """Makes OSErrors in the block name `path`, the file or folder that the caller wants to write.
 
-    They may name no file, as an error of write() on a full disk does, or the temporary file or folder
-    `temporary_target`, or a file in it.
+    This is for errors that name no file, as an error of write() on a full disk, and for errors that name the temporary
+    file or folder `temporary_target` or a file in it. An error that names another file is not changed.
     """
     try:
         yield
@@ -159,8 +162,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError with the reason if a file could not be written to `path`. Leaves no file behind.
 
     With this check, a command can report a wrong path before hours of work. The file's folder is created if its parent
-    exists. No other folders are created, since they would probably come from a mistyped path. Temporary files of
-    earlier commands that were killed while they wrote this file are removed.
+    exists. No other folders are created, since they would probably come from a mistyped path. Temporary files that
+    commands left when they were killed while they wrote this file are removed after an hour.
     """
     try:
         target = _target(path)
@@ -193,14 +196,15 @@ def errors_name(option: str, path: str | os.PathLike[str], more: str = "") -> It
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """Locks a file while the block runs, so that no second run works in its folder.
 
-    The lock also ends if the process is killed. On file systems without locks, this function does nothing.
+    The lock also ends if the process is killed. On Windows and on file systems without locks, nothing is locked.
 
     Raises:
         ValueError: another run has the lock.
+        OSError: the file can't be opened.
     """
     with open(path, "rb") as opened:
-        # A forked worker inherits the open file and with it the lock. It closes the file at once: otherwise the lock
-        # would last as long as the worker, which ends seconds after a killed run.
+        # A forked worker inherits the open file and with it the lock. It closes the file at once. Otherwise a killed
+        # run's lock would last until its workers end, seconds later.
         register_after_fork(opened, type(opened).close)
         try:
             import fcntl

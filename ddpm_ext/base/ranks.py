@@ -101,8 +101,8 @@ class Ranks:
     def parallel(self, model: Module, device: torch.device) -> Module:
         """Wraps a model so that the gradients of all ranks are averaged in each backward pass.
 
-        Among several ranks this is a DistributedDataParallel, over NCCL on GPUs, and all ranks get the weights of rank
-        0. A single process gets `model` itself.
+        With several ranks the result is a DistributedDataParallel, over NCCL on GPUs, and the model of each rank gets
+        the weights of rank 0. A single process gets `model` itself.
         """
         if self.size == 1:
             return model
@@ -165,7 +165,10 @@ def ranks() -> Ranks:
 
 
 def _number(name: str, default: int | None, low: int, high: int) -> int:
-    """The number in [low, high) in an environment variable; `default` if the variable is not set."""
+    """The whole number in an environment variable; `default` if the variable is not set.
+
+    Raises ValueError if the number is not in [low, high), or if the variable is not set and `default` is None.
+    """
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
@@ -176,7 +179,7 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
 
 
 def part_of(samples: range, part: int, parts: int) -> range:
-    """Part number `part` of `samples`, which is divided into `parts` parts whose sizes differ by at most 1."""
+    """Part number `part`, from 0, of `samples`, which is divided into `parts` parts whose sizes differ by at most 1."""
     count = len(samples)
     return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)
 

@@ -51,7 +51,7 @@ def compiled(model: Model, mode: bool | str, device: torch.device) -> Model:
 def _check_compiler(mode: bool | str, device: torch.device) -> None:
     """Raises ValueError if torch.compile needs a C++ compiler, as on a CPU, and finds none.
 
-    Otherwise it would fail in the first step, with pages of errors.
+    Without this check, torch.compile would fail in the first step, with pages of errors.
     """
     if device.type != "cpu":
         return
@@ -67,7 +67,7 @@ def _check_compiler(mode: bool | str, device: torch.device) -> None:
 
 
 def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
-    """A Philox with the same noise, whose seed and sample ids are tensors, since a CUDA graph reads them in replays."""
+    """A Philox with the same noise. Its seed and sample ids are new tensors, which the replays of a CUDA graph read."""
     seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
     ids = rng.sample_ids
     if ids is None:

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 # Up to torch 2.11, torch's allocator keeps a pointer to a graph whose capture failed. So these graphs are never freed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
-_MANY_NODES = 20_000  # the number of nodes of a graph from which on a warning is given
+_MANY_NODES = 20_000  # a graph with this many nodes or more gets a warning
 # Torch's function that ends the allocation in a graph's pool has a different name in torch 2.7.
 _OLD_NAME = "_cuda_endAllocateCurrentStreamToPool"
 END_ALLOCATE = _OLD_NAME if _OLD_NAME in vars(torch._C) else "_cuda_endAllocateToPool"
@@ -68,7 +68,7 @@ class CudaGraphs:
     def run(self, key: Hashable, step: Callable[[], None], save: Callable[[], Callable[[], object]]) -> None:
         """Runs `step` by a replay of its CUDA graph, captured at the key's first use.
 
-        If it can't be captured, calls `step` itself.
+        If the step can't be captured, or the samples are not on a GPU, calls `step` itself.
 
         Args:
             key: the key of the graph.

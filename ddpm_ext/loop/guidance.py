@@ -21,7 +21,8 @@ class Guidance:
         scale: diffusers' guidance_scale, where 1 is no guidance. The paper's scale is lower by 1.
         unconditional: unconditional(x_t, t) -> u, of x_t's shape. With None, the model gets the batch twice, in a
             tensor (2 * batch, ...), and returns u in the first half and m in the second, as in diffusers. Tensors in
-            model_kwargs must also have 2 * batch rows; in steps without guidance, the model gets their second half.
+            model_kwargs that have a row for each sample must then have 2 * batch rows, too; in steps without guidance,
+            the model gets their second half.
         rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1. Guidance increases the standard deviation of the
             output, and this share of the increase is undone. The paper recommends 0.7.
         interval: (low, high), the range of timesteps with guidance, both included (Kynkäänniemi et al. 2024). At other

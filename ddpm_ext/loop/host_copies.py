@@ -31,7 +31,7 @@ class HostCopies:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, x: Tensor) -> None:
-        """Copies the samples x. On a GPU, this only starts the copy."""
+        """Copies the samples x. On a GPU, this starts the copy, after a wait for an older one if no buffer is free."""
         if self._stream is None:
             self._arrays.append(to_numpy(x))
             return

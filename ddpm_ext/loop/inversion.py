@@ -24,8 +24,8 @@ def inversion_table(process: Process, steps: int | None = None, spacing: str | N
         steps, spacing: see p_sample_loop.
 
     Raises:
-        TypeError, ValueError: `steps` or `spacing` is unknown or out of range, or the "ddim" loop has no level
-            with more noise than the image's.
+        TypeError, ValueError: `steps` or `spacing` is unknown or out of range, the prediction is "x_prev", or the
+            "ddim" loop has no level with more noise than the image's.
 
     Examples:
         >>> table = inversion_table(gd, steps=10)

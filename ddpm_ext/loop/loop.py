@@ -25,7 +25,7 @@ from ddpm_ext.ops.noise import Philox, rng_of_many
 
 
 class Loop:
-    """A sampling loop. The constructor allocates all memory of the loop, except what the model allocates.
+    """A sampling loop. The constructor allocates the buffers to which the steps write their results.
 
     Args:
         ops: the module of the process's operators, ops.fused or ops.reference.
@@ -68,7 +68,7 @@ class Loop:
 
     @property
     def doubled(self) -> bool:
-        """Whether the model gets the batch twice in a guided step. Then `x` is a half of a larger tensor."""
+        """Whether the model gets the batch twice in a guided step. Then `x` may be a half of a larger tensor."""
         return self._step.doubled
 
     @property
@@ -166,7 +166,7 @@ class Loop:
 
 
 def _explain_fractional_timestep(error: Exception, timestep: int | float) -> None:
-    """Adds an explanation to the error of a step, if the model was called at a timestep that is not an integer.
+    """Adds an explanation to the error of a step, if the model was called with timesteps in a float tensor.
 
     The cause may be that the model takes integers only. Errors can have notes from Python 3.11 on.
     """

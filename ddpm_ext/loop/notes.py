@@ -35,7 +35,10 @@ def notes_of_loop(process: Process, options: LoopOptions) -> dict[str, Any]:
 
 
 def _guidance_note(guidance: Guidance | None) -> float | str | None:
-    """The note about guidance: its scale, or a string with `rescale` and `interval` if they are set; None for none."""
+    """The note about guidance: its scale, or a string with `rescale` and `interval` too if one of them is set.
+
+    It is None without guidance, and for a scale of 1 with neither, which is no guidance.
+    """
     if guidance is None or guidance == Guidance(guidance.scale, guidance.unconditional):
         return None if guidance is None or guidance.scale == 1 else float(guidance.scale)
     return f"{guidance.scale:g}, rescale {guidance.rescale:g}, interval {guidance.interval}"
@@ -69,14 +72,16 @@ def check_note(table: StepTable, name: str, loop_value: Any, has: str) -> None:
 def check_schedule(process: Process, table: StepTable) -> None:
     """Warns if the level of a row differs from the schedule's level at the row's timestep. Names the first such row.
 
-    For fractional timesteps, and for a schedule that has other timesteps for the model, only the size is compared.
-    Raises ValueError if a row's timestep is outside the schedule.
+    For fractional timesteps, and for a schedule that has other timesteps for the model, only the level's size
+    sqrt(signal^2 + noise^2) is compared. Raises ValueError if a row's timestep is outside the schedule, unless the
+    schedule has other timesteps for the model.
     """
     signal, noise, t = table.signal_now, table.noise_now, table.timestep
     power = torch.hypot(signal, noise)
-    has_noise = noise > 0  # a row that starts at clean data is not compared: it has the previous row's timestep
-    # The size sqrt(signal^2 + noise^2) is compared in all cases. It differs between flows, sigma space and
-    # variance-preserving processes.
+    # A row without noise is not compared. If it starts at clean data, as those of dpmpp_2m_cfg_pp, it has the previous
+    # row's timestep. If its signal is 0 as well, its level is unknown.
+    has_noise = noise > 0
+    # The size is compared in all cases. It differs between flows, sigma space and variance-preserving processes.
     scale = process.schedule.scale
     expected = torch.ones_like(power) if scale is None else scale(signal / power, noise / power)
     differs = has_noise & ~((power / expected).log().abs() < NEAR)

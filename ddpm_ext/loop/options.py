@@ -168,7 +168,7 @@ class Record(NamedTuple):
 
 
 Recorded: TypeAlias = Literal["all", "x0"] | int | Sequence[int]
-"""The values of the argument `record`, except "last", for which p_sample_loop returns a list."""
+"""The values of the argument `record` for which p_sample_loop returns a list: all except "last"."""
 
 
 class CaptureKeywords(TypedDict, total=False):
@@ -218,7 +218,8 @@ def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Met
 
     Args:
         source: the function that takes the options.
-        without: options that the method does not take. Options that are parameters of the method are not added.
+        without: options that the method does not take. They are not added, nor are options that are already parameters
+            of the method.
     """
 
     def decorate(method: Method) -> Method:

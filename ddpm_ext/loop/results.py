@@ -71,14 +71,14 @@ def collect(
             break
     if copies is not None:
         return copies.arrays()
-    # With doubled batches, x_t is a half of a tensor. A copy lets the whole tensor be freed while the caller uses it.
+    # With doubled batches, x_t may be a half of a larger tensor. The caller gets a copy, so that this tensor is freed.
     return empty_like(state.x_t).copy_(state.x_t) if loop.doubled else state.x_t
 
 
 class CapturedLoop:
     """A loop that can run many times, with other seeds and conditioning, in the same memory.
 
-    It replays a CUDA graph of one step, or of all steps. GaussianDiffusion.capture returns it.
+    It replays CUDA graphs of single steps, or one graph of all steps. GaussianDiffusion.capture returns it.
 
     Examples:
         >>> captured = gd.capture(model, images.shape, steps=10, device="cuda")
@@ -102,7 +102,8 @@ class CapturedLoop:
         Args:
             rng: the seed and sample ids. With None, torch's default CPU generator draws a seed.
             start, noise: see p_sample_loop.
-            model_kwargs: tensors that replace the ones given to `capture`. None changes nothing.
+            model_kwargs: tensors whose values replace those of the tensors given to `capture`, in this and all later
+                calls. None, or a missing name, changes nothing.
             progress: whether to show a progress bar. A graph of all steps has none.
 
         Raises:

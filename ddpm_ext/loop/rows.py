@@ -72,7 +72,8 @@ LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 def checked_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
     """cached_loop_rows(cache, process, options), with a warning for options that differ from the table's notes.
 
-    Raises ValueError if inpaint or cond_fn needs columns that the table lacks, or if self_condition is impossible.
+    Raises ValueError if inpaint or cond_fn needs columns that the table lacks, or if self_condition is given where the
+    model gets the batch twice.
     """
     rows = cached_loop_rows(cache, process, options)
     check_notes(process, options)
@@ -89,9 +90,10 @@ def cached_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOption
 
 
 def _check_rows(rows: LoopRows, options: LoopOptions) -> None:
-    """Raises ValueError if the table lacks what inpaint or cond_fn needs, or if self_condition meets a doubled batch.
+    """Raises ValueError if the table lacks what inpaint or cond_fn needs, or if self_condition is given where the model
+    gets the batch twice.
 
-    Where the model gets the batch twice, its input x would have twice the batch size of its input x0.
+    The model's input x would then have twice the batch size of the predicted x0 of self-conditioning.
     """
     table = rows.table
     if options.inpaint is not None and not bool((table.signal_after + table.noise_after).any()):
@@ -173,7 +175,7 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
 
 
 def _skipped(steps: int, strength: float) -> int:
-    """The number of steps to leave out, so that the share `strength` remains."""
+    """The number of steps to leave out, so that the share `strength` remains. Raises ValueError if no step remains."""
     taken = int(steps * strength + 1e-9)  # 0.29 * 100 is 28.999999999999996, but means 29
     if taken == 0:
         raise ValueError(f"strength is {strength}, of {steps} steps not one, expected at least {1 / steps:.3g}")

@@ -26,9 +26,9 @@ class StepCall:
     """The buffers and arguments of a step. Rows with the same needs and buffers share one StepCall.
 
     Attributes:
-        needs: the needs of the rows.
+        needs: what the steps of these rows need, such as a model call or noise.
         step: the TableStep that computes these rows' steps, with or without noise.
-        x: the samples.
+        x: the samples before the step.
         once: the model's input, in the dtype of the option `input_dtype` (default: the dtype of the samples).
         twice: the model's input for a doubled batch: the samples twice, one batch after the other. In a loop without
             doubled batches, the same as `once`.
@@ -108,7 +108,7 @@ def _has_rows(value: object, rows: int) -> bool:
 
 
 class LoopStep:
-    """Takes the steps of a loop one by one. The constructor allocates all memory, except what the model allocates.
+    """Takes the steps of a loop one by one. The constructor allocates the buffers to which the steps write.
 
     Attributes:
         calls: the StepCall of each row.
@@ -230,7 +230,7 @@ class LoopStep:
         if options.denoised_fn is not None:
             guidance_inputs = {k: inputs[k] for k in ("uncond_output", "guidance", "rescale") if k in inputs}
             x_start = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guidance_inputs))
-            checks.tensor("what denoised_fn returns", x_start)  # the operator would take None for a missing x_start
+            checks.tensor("what denoised_fn returns", x_start)  # None would count as a missing x_start
             inputs["x_start"] = x_start
             if not call.needs.needs_output:
                 m = None
@@ -266,7 +266,7 @@ class LoopStep:
         return output if type(output) is Tensor else unwrap(output)
 
     def restart(self, x: Tensor) -> None:
-        """Writes new samples to the buffers of the first step, so that the loop can run again."""
+        """Writes new samples to the first step's buffers, and zeros to its last_x0, so that the loop can run again."""
         first = self.calls[0]
         _Buffers(first.x, first.once, first.twice, None).fill(x)
         if first.last_x0 is not None:

@@ -93,7 +93,7 @@ class LikelihoodMethods(ReverseMethods):
         """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
         With a variance that is not learned, t = 0 has the posterior's variance of t = 1, so that the log-likelihood is
-        finite.
+        finite. (With a single timestep it has beta.)
 
         Args:
             model: see GaussianDiffusion.

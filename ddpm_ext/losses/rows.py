@@ -14,7 +14,7 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.weightings import check_given, names, weights
 
-CACHED = 8  # the most cached tables, each for a caller's weights, a factor of the bound or a scale of the perturbation
+CACHED = 8  # the largest number of cached tables for callers' weights, for bounds and for input perturbations together
 
 
 def _log_variance(process: Process) -> Tensor:
@@ -29,9 +29,10 @@ def _log_variance(process: Process) -> Tensor:
 def _bound(process: Process) -> Tensor:
     """The columns of a row for the variational bound, (timesteps, 4). csrc/core/loss.h has the equation.
 
-    At timestep 0, the decoder's term, the columns are l0, l1, mean_slope and 1. At the others they are l0 minus the
-    posterior's log-variance, l1, mean_slope^2 over the posterior's variance, and 0. The means of the posterior and of
-    the model differ by the model's error times mean_slope.
+    At timestep 0, whose term is the decoder's (the likelihood of the image's 8-bit values), the columns are l0, l1,
+    mean_slope and 1. At the others they are l0 minus the posterior's log-variance, l1, mean_slope^2 over the
+    posterior's variance, and 0. The means of the posterior and of the model differ by the model's error times
+    mean_slope.
     """
     mean_slope = process.prediction_entry.mean_slope(process.levels) * process.magnitude_before
     l0, l1 = _log_variance(process).unbind(1)
@@ -56,12 +57,13 @@ def _rows(target: Tensor, weight: Tensor) -> Tensor:
 class LossRows:
     """The rows of the losses of a process: tables with the target and the weight of each timestep, on every device.
 
-    The rows of named weightings are made once, and those of the last CACHED weights of callers are cached. A write to a
-    caller's weights, by an operator of torch, makes its rows outdated: `get` then makes new rows.
+    The rows of named weightings are made once. Rows for callers' weights, rows with the bound and those of input
+    perturbations are cached, up to CACHED tables in all. After an operator of torch has written to a caller's weights,
+    `get` makes new rows for them.
 
     Attributes:
-        bounded: whether the variational bound is finite. With the prediction "eps" it is infinite if an alphas_cumprod
-            is 0, where x_0 does not follow from eps.
+        bounded: whether the variational bound is finite. With the prediction "eps" it is infinite if the last
+            alphas_cumprod is 0, where x_0 does not follow from eps.
         needs_x_start, needs_noise: whether the target depends on x_start, and on the noise.
     """
 
@@ -110,9 +112,10 @@ class LossRows:
     def _cached(
         self, key: Hashable, make: Callable[..., Tensor], keep_alive: object, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The result of make(device, dtype), cached by `key`, or not cached if `key` is None.
+        """The rows that `make` returns, computed in float64 and rounded to `dtype`: cached by `key`, unless it is None.
 
         Args:
+            make: (device, dtype) -> the rows.
             keep_alive: the object whose id is in the key. The cache references it: otherwise Python could free it and
                 give its id to a new object.
         """

@@ -20,7 +20,7 @@ from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
-CACHED = 8  # the most cached tables, each for a number of elements of a sample
+CACHED = 8  # the largest number of cached DeviceTables, each for a number of elements of a sample
 REDUCTIONS = ("mean", "sum")
 
 
@@ -32,9 +32,9 @@ class StepLogProb:
 
     Args:
         table: rows of a sampler with noise, such as ddpm, ddim with an eta above 0, or flow_sde.
-        clip_denoised: as in the loop of the samples, whether the predicted x_0 is clipped to [-1, 1], or a range (low,
-            high). For an element whose x_0 is clipped, the mean is that of the clipped x_0, and there is no gradient
-            through x_0.
+        clip_denoised: as in the loop that drew the samples, whether the predicted x_0 is clipped to [-1, 1], or a range
+            (low, high). For an element whose x_0 is clipped, the mean is that of the clipped x_0, and there is no
+            gradient through x_0.
         reduction: "mean" over a sample's elements, as in Flow-GRPO, or their "sum", the sample's log-probability.
         backend: "fused", or "reference", in plain torch.
 
@@ -50,7 +50,8 @@ class StepLogProb:
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, or a name is unknown; a row is no draw from a normal
-            distribution around a mean of x and m, because it has history or a learned variance; no row has noise.
+            distribution around a mean of x and m, because it has history or a learned variance or reads the
+            unconditional output; no row has noise.
 
     Examples:
         >>> from ddpm_ext.losses.step_log_prob import StepLogProb
@@ -145,9 +146,10 @@ class StepLogProb:
                 )
 
     def _make(self, elements: int) -> DeviceTables:
-        """The tables for samples of this many elements, or of one element for the mean over elements.
+        """The tables of the operators that compute the log-probabilities.
 
-        The weights contain the number of elements, because diffusion_loss is a mean over elements.
+        elements: the number of elements of a sample for the reduction "sum", 1 for "mean". The weights contain this
+        number, because diffusion_loss is a mean over elements.
         """
         table, output_factor = self.table, self._output_factor
         x_factor = table.c0 * table.a + table.c1

@@ -134,7 +134,10 @@ class TimestepSampler:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the result of state_dict. Raises ValueError if a sampler of another kind or size returned it."""
+        """Restores the result of state_dict.
+
+        Raises TypeError or ValueError unless the state has the names, dtypes and shapes of this sampler's own state.
+        """
         if state:
             raise ValueError(
                 f"state has {', '.join(state)}, expected nothing, as a {type(self).__name__} learns nothing"
@@ -248,7 +251,10 @@ class LossSecondMoment(_Weighted):
         return (1 - self.uniform_probability) * root / total + self.uniform_probability * uniform
 
     def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
-        """Raises TypeError and ValueError for arguments that have a wrong type, shape or dtype, or are out of range."""
+        """Stores the losses at their timesteps, except those that are not finite: see TimestepSampler.update.
+
+        Raises TypeError or ValueError for arguments that have a wrong type, shape or dtype, or are out of range.
+        """
         checks.tensor("t", t)
         checks.samples("losses", losses)
         if losses.dim() != 1:

@@ -43,8 +43,9 @@ class LossMethods(Process):
     ) -> Tensor:
         """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, Ho et al. 2020, eq. 14).
 
-        One launch makes x_t, another the loss and its gradient. On a GPU, the second launch draws the noise again. On a
-        CPU, the first launch stores the noise, and the second overwrites it with the gradient.
+        One launch makes x_t, another the loss and its gradient. The second launch draws the noise again, if the caller
+        does not pass it. In most training steps on a CPU, the first launch stores the noise instead, and the second
+        overwrites it with the gradient.
 
         With a learned variance, the model returns twice the channels, and a term of the variational bound is added:
         L_simple + vlb_weight L_vlb, where L_vlb has no gradient in the mean (Nichol & Dhariwal 2021, eq. 16).
@@ -61,12 +62,13 @@ class LossMethods(Process):
             weighting: the weight of each timestep's error. "simple" (all the same), "min_snr" (Hang et al. 2023) or
                 another of ddpm_ext.tables.weightings. Or weights (timesteps,), which are read again after a write to
                 them by torch. Writes that bypass torch are not noticed.
-            vlb_weight: the weight of the bound, in bits per dimension, with a learned variance. At least 0.
+            vlb_weight: with a learned variance, the weight of L_vlb, which is `timesteps` times the bound's term at t,
+                in bits per dimension. At least 0.
             offset_noise: standard deviation of the noise that all elements of a channel share, at least 0. Its stream
-                is 4, also if rng has a stream. If it is not 0, the noise is stored in a tensor.
+                is 4, also if rng has a stream. With an offset, the sum of both noises is stored in a tensor.
             input_perturbation: standard deviation of further noise in x_t, relative to that of x_t's noise, at least 0
-                (Ning et al. 2023, "Input perturbation reduces exposure bias"). The target does not have this noise. Its
-                stream is 5, also if rng has a stream. It takes one more launch.
+                (Ning et al. 2023, "Input perturbation reduces exposure bias"). The target does not have this noise,
+                whose stream is 5, also if rng has a stream. It takes one more launch.
             reduction: "mean" or "sum" of the samples' losses, or "none".
 
         Returns:

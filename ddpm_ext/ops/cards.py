@@ -43,7 +43,10 @@ def runs_on(capability: tuple[int, int], archs: str) -> bool:
 
 @functools.cache
 def lacks_code_for(index: int | None) -> str:
-    """Why the kernels cannot run on a GPU, with the command that builds them for it. "" if they can run."""
+    """Why the kernels have no code for a GPU, with the command that builds them for it. "" if they have code.
+
+    Also "" if ddpm_ext was built without CUDA or torch can use no GPU.
+    """
     if not BUILT["archs"] or not torch.cuda.is_available():
         return ""
     capability = torch.cuda.get_device_capability(index)
@@ -81,7 +84,9 @@ def in_use(owner: object, tensors: Mapping[Any, Tensor], device: torch.device) -
     reads them. Otherwise record_stream makes the allocator wait for the stream before it reuses the memory.
 
     Args:
-        owner: the object that has the tensors. For a second call with as many tensors, record_stream is not repeated.
+        owner: the object that has the tensors. For a second call on the same stream with as many tensors, record_stream
+            is not repeated.
+        tensors: the owner's tensors, of which those on `device` count.
     """
     if is_traced() or device.type not in GRAPH_DEVICES:
         return

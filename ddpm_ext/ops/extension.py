@@ -1,7 +1,7 @@
 """Loads the compiled module ddpm_ext._C, as `C`. If this fails, an ImportError gives the reason and a command to run.
 
-`BUILT` is the JSON that setup.py writes next to the module: the versions of torch and CUDA for which it was built, or
-why it has no CUDA.
+`BUILT` is the JSON that setup.py writes next to the module: the versions of torch and CUDA and the GPU architectures
+for which it was built, or why it has no CUDA.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The operators in Python: one launch each, on a CPU or a GPU. `reference` has a twin of each, with the same name.
 
-Eager calls go through pybind11. They use torch's dispatcher only for gradients, tensor subclasses and modes. Calls
-that torch.compile or torch.jit.trace traces go through torch.ops.ddpm_ext.
+Eager calls go through pybind11. They use torch's dispatcher only for gradients, tensor subclasses, modes and function
+transforms. Calls that torch.compile or torch.jit.trace traces, and all calls of randn, go through torch.ops.ddpm_ext.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def reverse_step(
         noise: replaces drawn noise, like x_t.
         rng: the source of drawn noise (stream 0, the row's draw). With None, torch's default CPU generator draws a
             seed.
-        add_noise: without noise and rng, False gives the mean.
+        add_noise: False gives the mean, if neither noise nor rng is passed. With one of them it has no effect.
         out: a tensor like x_t for the result, or x_t itself. With `out`, no input may require a gradient.
 
     Returns:
@@ -92,10 +92,11 @@ def _step(*arguments: Any, out: Tensor | None, on_host: Tensor | None = None) ->
 
 
 class TableStep(CalledTableStep):
-    """Takes the steps of one table: by reverse_step, or by step_with_options if a call has one of its inputs.
+    """Takes the steps of one table: by reverse_step, or by step_with_options if a call has optional inputs of that
+    operator or no model output.
 
-    The constructor checks and converts the table, the clip and the noise once for all calls. Without noise and rng,
-    each call draws a seed from torch's default CPU generator.
+    The constructor converts the clip, noise and rng once for all calls. If noise is to be drawn without an rng, each
+    call draws a seed from torch's default CPU generator.
 
     Args:
         table, clip, noise, rng, add_noise: see reverse_step.
@@ -186,7 +187,7 @@ def forward_process(
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         noise: replaces drawn noise, like x_start.
         rng: the source of drawn noise (stream 2, draw t). With None, torch's default CPU generator draws a seed.
-        add_noise: without noise and rng, False gives k0 x_start.
+        add_noise: False gives k0 x_start, if neither noise nor rng is passed. With one of them it has no effect.
         out: a tensor like x_start for the result, or x_start itself. With `out`, no input may require a gradient.
 
     Returns:

@@ -1,7 +1,7 @@
 """Kullback-Leibler divergences and log-likelihoods of Gaussians: the terms of the variational bound.
 
-All functions are elementwise and differentiable. Arguments broadcast, and may be numbers. Arithmetic and results are
-float64 if a tensor is float64, else float32.
+All functions are elementwise and differentiable. Arguments broadcast, and some may be numbers. Arithmetic and results
+are float64 if a tensor is float64, else float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ __all__ = ["discretized_gaussian_log_likelihood", "normal_kl"]
 
 HALF_BIN = 1 / 255  # half the distance between neighbouring values of an 8-bit image in [-1, 1]
 _EDGE = 0.999  # of the 256 values, only -1 and 1 are beyond -_EDGE and _EDGE
-# The coefficients of the series in e^d - 1 - d = d^2 / 2 (1 + d / 3 + d^2 / 12 + ...), for float64 and |d| < 1/2.
+# The coefficients of the series in e^d - 1 - d = d^2 / 2 (1 + d / 3 + d^2 / 12 + ...): enough of them for float64 and
+# |d| < 1/2.
 _EXPM1_REST = [2 / math.factorial(k + 2) for k in range(15)]
 # The four positive nodes of Gauss-Legendre quadrature with eight nodes, which are symmetric, and their weights.
 _NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leggauss(8))
@@ -28,7 +29,8 @@ _NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leg
 def _tensors(arguments: Mapping[str, Tensor | float]) -> list[Tensor]:
     """The values of {name: argument} as tensors of one device and dtype.
 
-    Raises TypeError or ValueError if no argument is a tensor, one is wrong, or their shapes don't broadcast.
+    Raises TypeError or ValueError if no argument is a tensor, one has a wrong type, dtype or device, or the shapes
+    don't broadcast.
     """
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     names = f"{', '.join(list(arguments)[:-1])} and {list(arguments)[-1]}"
@@ -95,10 +97,10 @@ def normal_kl(
 def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_scale: Tensor | float) -> Tensor:
     """log P(x) of an 8-bit image in [-1, 1] under N(mean, exp(2 log_scale)), in nats: Ho et al. 2020, eq. (13).
 
-    Each level has the probability of the interval of width 2/255 around it. The interval of the first level begins at
-    minus infinity, and that of the last ends at infinity. The logarithm is accurate and its slope finite for any
-    distance of x from the mean and for any narrow Gaussian, as long as the dtype can represent the numbers (for means
-    in [-1, 1] down to a log_scale of -43, in float64 -350). Nothing is clamped.
+    Each of the image's 256 levels has the probability of the interval of width 2/255 around it. The interval of the
+    first level begins at minus infinity, and that of the last ends at infinity. The logarithm is accurate and its slope
+    finite for any distance of x from the mean and for any narrow Gaussian, as long as the dtype can represent the
+    numbers (for means in [-1, 1] down to a log_scale of -43, in float64 -350). Nothing is clamped.
 
     Args:
         x: in [-1, 1], of any float dtype (16 bits can't represent the levels). Below -0.999 it counts as the first

@@ -80,7 +80,7 @@ def diffusion_loss(
 class LossStep:
     """The two launches of a training step: a draw of x_t from q(x_t | x_0), and diffusion_loss of the model's output.
 
-    The constructor checks and converts all arguments, so that errors are raised before the model is called.
+    The constructor converts the arguments. It raises the errors below, so that they come before the model is called.
 
     Args:
         device: the samples' device.
@@ -184,7 +184,8 @@ class _DiffusionLoss(torch.autograd.Function):
 def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
     """slope times grad as `dtype`, in one operation.
 
-    The result overwrites the slope if the dtypes are equal, unless other code or a retained graph may use it again.
+    The result overwrites the slope if the dtypes are equal, unless other code or a retained graph may use the slope
+    again, or grad is not a plain tensor (see checks.is_plain).
 
     Args:
         slope: the derivative of the loss with respect to the model's output, float32, of the output's shape.

@@ -19,7 +19,7 @@ STREAMS_REVERSE_MORE = range(6, 16)  # for reverse steps of the second and later
 
 
 # The operators' arguments seed, seed_value, sample_ids, first_id, stream, draw and draw_data. A draw of -1 means that
-# each sample has its row's draw.
+# each sample has its own draw: the one in its row for a reverse step, else its t.
 RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int, Tensor | None]
 
 
@@ -29,15 +29,15 @@ class Philox:
     A (seed, sample id) has the same noise in any batch, on any device, in any dtype and memory layout.
 
     Args:
-        seed: 0 <= seed < 2^64, or an int64 tensor of shape () with those 64 bits.
+        seed: 0 <= seed < 2^64, or an int64 tensor of shape () with the bits of such a number.
         sample_ids: the id of the first sample; the other samples count up from it. Or an int64 tensor of shape (batch,)
             on the samples' device. 0 <= id < 2^56.
         draw: the number of the draw, 0 <= draw < 2^32, in place of the timestep. Or an int64 tensor of shape () on the
-            samples' device or on the CPU, which each launch reads; a captured training step adds one to it. Sampling
-            loops reject it.
+            samples' device or on the CPU, which each launch reads: a training step in a CUDA graph adds one to it, so
+            that each replay has new noise. Sampling loops reject a draw.
         stream: replaces the operation's stream, 0 <= stream < 256. The reverse step has stream 0, the starting noise 1,
-            the forward process 2; callers may use 16 and up. Sampling loops reject it. It does not replace the streams
-            of training timesteps (3), offset noise (4) and input perturbation (5).
+            the forward process 2; callers may use 16 and up. Sampling loops reject a stream. It does not replace the
+            streams of training timesteps (3), offset noise (4) and input perturbation (5).
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range. The values of a tensor are checked at
@@ -168,7 +168,7 @@ def _seed_of_torch() -> Tensor:
 
 
 def seed_in_memory(device: torch.device, maybe_traced: bool = True) -> Tensor | None:
-    """A fresh seed, int64 (), if an int would become a constant of a traced or captured graph. Otherwise None.
+    """A fresh seed, int64 (), if an int would become a constant of a traced or captured graph, or in vmap. Else None.
 
     Code of torch.compile draws the seed by an operator, code of torch.jit.trace and vmap by torch.randint. During the
     capture of a CUDA graph, the device's default generator draws it on the device, so that each replay draws a

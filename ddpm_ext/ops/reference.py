@@ -126,7 +126,7 @@ def diffusion_loss(
 
 
 class LossStep:
-    """Twin of ops.loss.LossStep. It does not store the noise: both methods draw it."""
+    """Twin of ops.loss.LossStep. It does not store drawn noise: both methods draw it."""
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ def check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, add_noise: 
 
 
 def check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
-    """Checks a tensor of one number for each sample: float32, or float64 for a float64 x."""
+    """Checks a tensor of one number for each sample: float32, or for a float64 x also float64."""
     if scale is None:
         return
     checks.tensor(name, scale)

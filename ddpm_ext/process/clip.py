@@ -56,7 +56,7 @@ class DynamicThreshold:
 def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None, DynamicThreshold | None]:
     """The fixed range to clip to, or None; and the dynamic threshold, or None.
 
-    With a dynamic threshold the range is (-1, 1): a step divides by the bound first, and then clips to it.
+    With a dynamic threshold the range is (-1, 1): a step first divides x_0 by the bound, then clips it to this range.
     """
     if isinstance(clip_denoised, DynamicThreshold):
         return (-1.0, 1.0), clip_denoised

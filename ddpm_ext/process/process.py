@@ -28,7 +28,7 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-CACHED_STEPS = 8  # the most cached TableSteps, each for a device, a clip and the numbers of a Philox
+CACHED_STEPS = 8  # the largest number of cached TableSteps, each for a device, a clip and the numbers of a Philox
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}  # the modules with the operators
 
 SCHEDULE_ATTRIBUTES = (  # attributes that the class of Zhihu's tutorial on DDPM has, too
@@ -59,8 +59,8 @@ class Process:
         magnitude: float64 (timesteps,), the factor r of x_t = r x, where x is variance-preserving. It is 1 for a
             schedule of betas.
         magnitude_before: float64 (timesteps,), the factor r of x_{t-1}, which is 1 for clean data.
-        tables: the tables that the kernels read, by name and device: the rows of steps ("steps", "x0"), and other
-            tables with a row or a number for each timestep.
+        tables: the tables that the kernels read, by name and device: the rows of steps ("steps"), the rows that return
+            the predicted x_0 instead ("x0"), and other tables with a row or a number for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, for the variance-preserving x.
 
     Raises:
@@ -176,8 +176,8 @@ class Process:
         if not t.is_floating_point():
             return replace(rows, timestep=timestep[t])
         if self.schedule.timestep_of is not None:
-            # A row that starts at clean data does not call the model. It gets the timestep of the row before it, since
-            # timestep_of is not defined without noise.
+            # A row that starts at clean data, as in dpmpp_2m_cfg_pp, calls no model. It gets the timestep of the row
+            # before it, since timestep_of is not defined without noise.
             start_rows = torch.arange(len(rows), device="cpu") - (rows.noise_now == 0).long()
             levels = rows.signal_now[start_rows], rows.noise_now[start_rows]
             return replace(rows, timestep=timesteps_by(self.schedule.timestep_of, *levels))
@@ -200,8 +200,9 @@ class Process:
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         """The backend's TableStep for this process's table "steps", with this clip and noise.
 
-        The fused backend's TableSteps are cached, except if noise or rng has tensors, which the cache would keep alive.
-        The reference's are not cached: the dtype of their table depends on x_t's, and is not in the cache key.
+        The fused backend's TableSteps are cached, except with `noise` or with an rng that has tensors, which the cache
+        would keep alive. The reference's are not cached: the dtype of their table depends on x_t's, and is not in the
+        cache key.
         """
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
@@ -235,7 +236,10 @@ class Process:
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's output for x at t. For an int t, the model gets a cached tensor, which takes no launch."""
+        """The model's output for x at t. For an int t, the model gets a cached tensor, so no launch makes one.
+
+        The model is called with the timestep that the schedule has for the model, which may be another number than t.
+        """
         if not isinstance(t, Tensor):
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
