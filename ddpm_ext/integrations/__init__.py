@@ -106,9 +106,9 @@ def accelerate(
     Returns:
         The accelerated object. Its attribute `accelerated` has the settings, of which `rng` and `seed` may be set. A
         copy of the object continues the original's loops; afterwards the two count their loops separately. `sample` and
-        `p_sample_loop` of the tutorial's class and of denoising-diffusion-pytorch also take the options of
+        `p_sample_loop` of the tutorial's class and of denoising-diffusion-pytorch also take the options of ddpm_ext's
         GaussianDiffusion.p_sample_loop, such as sampler="dpmpp_2m", steps=20, record="last". With these options,
-        p_sample_loop runs, with its noise.
+        ddpm_ext's loop runs in place of the library's, with the noise of ddpm_ext's loop.
 
     Raises:
         TypeError: an argument has a wrong type; obj can't be accelerated, or has an attribute in place of a method that
@@ -132,7 +132,7 @@ def accelerate(
 
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
-    # An accelerated class without a class of another library: a TableScheduler. A copy with the settings is enough.
+    # A TableScheduler. Its class is accelerated already, and has no original class. A copy with the settings is enough.
     if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):
         accelerated = copy.copy(obj)
         vars(accelerated)["_acceleration"] = settings

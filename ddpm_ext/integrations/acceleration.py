@@ -218,7 +218,8 @@ class Acceleration:
     def begin_loop(self) -> None:
         """Begins a loop. The single steps that follow belong to it.
 
-        It does nothing if the running call of a pipeline has begun a loop that has taken no step yet.
+        It does nothing with noise "torch", or if the running call of a pipeline has begun a loop that has taken no step
+        yet.
         """
         pipeline_began_it = self._running_calls and self._position == BEFORE_LOOP
         if self.noise == "torch" or pipeline_began_it:

@@ -130,7 +130,9 @@ class Denoising(LoopOptionsTaker):
         return PREDICTIONS[self.objective]
 
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
-        """The rows of the current buffers, cached. Raises Fallback if samples of this dtype have no fused form."""
+        """The rows of the current buffers, cached. Raises Fallback if samples of this dtype, or on this device, have no
+        fused form.
+        """
         buffers = _take_buffers(self._buffers)
         tables = self._cached_by_state((self.objective, *buffers), lambda: DenoisingTables(self._prediction(), buffers))
         if dtype not in tables.sample_dtypes:  # the library's code would change the dtype of the samples

@@ -42,12 +42,13 @@ class Fallback(Exception):
 def with_fallback(
     method: str | None = None, peers_code: Function | None = None, *, compiles: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorator of a method of an Accelerated class. If the method raises a Fallback, the library's method runs.
+    """Decorator of a method of an Accelerated class. The library's method runs if the method raises a Fallback, or if
+    the call's arguments do not fit its signature.
 
     Args:
         method: the library's name of the method. Default: the name of the decorated function.
-        peers_code: runs after a Fallback, as peers_code(method, obj, ...) with the call's arguments. Default: the
-            peer's method.
+        peers_code: runs in place of the library's method, as peers_code(method, obj, ...) with the method's name, the
+            object and the call's arguments.
         compiles: whether torch.compile may trace the method. If not, compiled code runs the library's method.
     """
 

@@ -73,7 +73,7 @@ class LoopOptionsTaker(PeerDiffusion):
         return images
 
     def sample(self, *args: Any, **options: Any) -> Any:
-        """Runs the library's `sample`. If the call has options of p_sample_loop, `sample` calls ddpm_ext's loop."""
+        """Runs the library's `sample`. If the call has options of p_sample_loop, ddpm_ext's loop replaces its loop."""
         peers_method = peer_method(self, "sample")
         peers_options, loop_options = _split(peers_method, options)
         if not loop_options:

@@ -21,8 +21,8 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 Make = Callable[[], Any]
 NO_STATE = {*CACHED, "_acceleration", "_is_proving", "_start_noise"}  # attributes that this package adds
-# For the rounding error of a step, no term counts as larger than this factor times sqrt_recip_alphas_cumprod times the
-# largest number in the step's sample and results, or times 1 if they are all smaller.
+# A step's rounding error depends on the size of its largest term. This size is taken to be this factor, times
+# sqrt_recip_alphas_cumprod, times the largest number in the step's sample and results (at least 1).
 ROUNDED_TERMS = 4.0
 
 
@@ -79,8 +79,8 @@ class PeerDiffusion(Accelerated):
     ) -> Any:
         """The result of a step: by_rows(), if all methods are the library's code or the rows have been proven.
 
-        In the first loop of an overridden step, the result is by_code(), which is compared with by_rows(). Both call
-        the model. Raises Fallback if the library's code must run.
+        Raises Fallback if the library's code must run. In the first loop of an overridden step, this Fallback has an
+        `instead`, which returns by_code() and compares it with by_rows(). Both call the model.
 
         Args:
             timesteps: returns the samples' timesteps. It may wait for a GPU.

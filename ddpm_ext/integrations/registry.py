@@ -68,7 +68,7 @@ def accelerated_class(peer: type) -> type:
         if known is not None:
             mixin = getattr(_integration(known.mixin_module), known.mixin)
             is_scheduler = known.module.startswith("diffusers.")
-            # A subclass that overrides methods, whether a user or diffusers wrote it, gets TracedScheduler, below.
+            # diffusers' own subclasses of a scheduler, and users' that override methods, get TracedScheduler, below.
             if not is_scheduler or (library_class(peer) is ancestor and foreign_method(peer, {}) is None):
                 return make_class(mixin, peer, ancestor, _restore)
     for name, mixin, test in RECOGNISED:

@@ -25,8 +25,8 @@ from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 HISTORY = ("history1", "history2", "history3")
-# The factors of the other tensors that a row reads: of the previous row's result, which traced loops pass as
-# uncond_output, and of HISTORY.
+# A row's factors of the tensors that it reads besides the sample and the model's output: "cu" of uncond_output, which
+# in traced loops is the previous row's result, and the others of HISTORY.
 OTHER_FACTORS = ("cu", "h1", "h2", "h3")
 LARGEST_NORMAL = 8.0  # no normal number is expected to be larger
 CPU = torch.device("cpu")
@@ -202,7 +202,7 @@ def take_step(
     out: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """A single step by the rows t of `tables`.
+    """A single step by rows of `tables`: by row t for all samples, or by row t[i] for sample i.
 
     The noise is drawn by `rng`, or is the input `noise`; without both, no noise is added. The other arguments are those
     of TableStep.take.

@@ -71,9 +71,10 @@ class Accelerated:
         """Raises TypeError for an object that the mixin can't accelerate. accelerated_copy calls it."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles the attributes without caches, and `_peer`, because the accelerated class can't be imported.
+        """Pickles the attributes, without caches, and the original class `_peer`.
 
-        The settings are copied, so that loops of a copy and of the original are counted separately.
+        Pickle can't import the accelerated class: `_restore` makes it from `_peer`. The settings are copied, so that
+        loops of a copy and of the original are counted separately.
         """
         state = {name: value for name, value in self.__dict__.items() if name not in CACHED}
         if "_acceleration" in state:
@@ -111,7 +112,8 @@ def new(cls: Any) -> Any:
 def accelerated_copy(obj: Any, cls: type[Accelerated], settings: Acceleration) -> Any:
     """An object of the accelerated class `cls` with the attributes of the library's object `obj`, which is not changed.
 
-    Raises TypeError if obj has attributes in place of its class's methods, or if the mixin can't accelerate it.
+    Raises TypeError if obj has an attribute in place of a method that the mixin replaces, or if the mixin can't
+    accelerate obj.
     """
     for name in cls.replaces:
         if name in vars(obj):

@@ -42,8 +42,8 @@ class SigmaRows(NamedTuple):
 def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
     """The indices of the rows with which the steps from these sigmas begin.
 
-    A step's second call of the model has a row that does not count: it starts from a different sigma, or it leads from
-    a level to the same level.
+    Such a row reads the model's output, changes the level, and has the step's sigma as its timestep. The row of a
+    step's second call of the model does not: it has a different sigma, or it leads from a level to the same level.
     """
     ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
     moves = (ratio - ratio_after).abs() > SAME_LEVEL * ratio
@@ -56,9 +56,10 @@ def first_rows(table: StepTable, sigmas: Tensor) -> list[int]:
 
 
 def first_rows_or_all(table: StepTable, sigmas: Tensor) -> list[int]:
-    """The indices of the rows with which steps begin, for a function that calls no callback, which would show them.
+    """The indices of the rows with which steps begin, for a function that calls no callback.
 
-    They are first_rows; or if the table has no row for some sigma, all rows, up to the number of sigmas.
+    The calls of a callback would show where steps begin. Without them, the rows are those of first_rows. If first_rows
+    finds none for some sigma, they are all rows of the table, up to the number of sigmas.
     """
     step_starts = first_rows(table, sigmas)
     return step_starts if len(step_starts) == len(sigmas) else list(range(min(len(sigmas), len(table))))

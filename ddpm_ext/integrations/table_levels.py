@@ -1,4 +1,6 @@
-"""Determines from the levels of a step table which samples the table is for, and converts its rows for others."""
+"""Determines from a step table's levels which samples it is for. Converts its rows to rows for samples x0 + sigma eps,
+and to rows for models that return the predicted clean sample.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
     for samples x0 + sigma eps.
 
     Raises:
-        ValueError: the table has no levels; a level has no signal; a row does not start at the level where the previous
-            row ends.
+        ValueError: the table has no levels; a level has no signal, in a table that is not for a flow; a row does not
+            start at the level where the previous row ends.
 
     Examples:
         >>> from ddpm_ext.tables.samplers import ddim

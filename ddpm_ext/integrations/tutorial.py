@@ -2,8 +2,8 @@
 
 A class is recognized by the parameters of its methods. The rows are made from the object's tables. Before a method is
 fused for samples of some shape, it runs on trial samples of this shape, and its result is compared with that of the
-rows: see tutorial_trial.py. A method that a subclass overrides is not fused, or is proven in a first loop: see
-proof.py.
+rows: see tutorial_trial.py. If a subclass overrides a method, the training methods that depend on it are not fused.
+Steps that depend on it are fused only with trace=True, once a first loop has proven them: see proof.py.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class Tutorial(LoopOptionsTaker):
         """
         settings, peers_loop = self.accelerated, peer_method(self, "p_sample_loop")
         if settings.noise == "torch" or torch.compiler.is_compiling() or self._foreign_method() is not None:
-            return peers_loop(model, shape, *args, **kwargs)  # each step records why it falls back
+            return peers_loop(model, shape, *args, **kwargs)  # a step that falls back records the reason itself
         settings.begin_loop()
         assert settings.rng is not None
         start = self.__dict__["_start_noise"] = _StartNoise(settings.rng)

@@ -25,8 +25,9 @@ from ddpm_ext.tables.on_device import KernelTables
 
 # The largest difference, relative to the size of the terms. float32 sums of the terms in any order differ by less.
 TOLERANCE = 1e-5
-# The factors of the samples: trials of p_sample take the two pairs in turn, trials of training methods the second pair.
-# With -1/256, no predicted clean sample is clipped.
+# The factors of the samples. Batches of a trial of p_sample take the two pairs in turn, those of a training method the
+# second pair; a single sample takes only the first factor of a pair. With -1/256, no predicted clean sample is clipped,
+# except at timesteps with hardly any signal.
 SCALES = ((1.0, -1 / 256), (-1.0, 4.0))
 GradMode = Callable[[], AbstractContextManager[Any]]
 

@@ -68,8 +68,8 @@ class TracedLoop(NamedTuple):
     Attributes:
         rows: the traced rows, or None if there are none.
         proofs: {(shape, dtype, device) of the samples: the proof of the rows}.
-        draws: for each row, which of the function's draws in that step is the row's noise, counted from 0; None for no
-            noise.
+        draws: for each row, the number of the function's draw that is the row's noise, counted from 0 at each call of
+            the model; None for a row without noise.
         row_before_model: whether the first row comes before the first call of the model.
         no_rows_reason: why there are no rows.
     """

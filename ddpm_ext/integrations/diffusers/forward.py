@@ -1,8 +1,8 @@
 """The fused add_noise, scale_noise and get_velocity of diffusers' schedulers.
 
 Each of these methods returns k0 x + k1 noise, with numbers k0 and k1 for each timestep. To get the numbers, diffusers'
-method runs once for each setting. diffusers looks up the timesteps of a batch one by one, and waits for the GPU at each
-timestep. This module looks up all timesteps of a batch at once, on their device.
+method runs on trial samples, once for each setting. diffusers looks up the timesteps of a batch one by one, and waits
+for the GPU at each timestep. This module looks up all timesteps of a batch at once, on their device.
 """
 
 from __future__ import annotations

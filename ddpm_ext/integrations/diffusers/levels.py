@@ -39,7 +39,7 @@ class LoopLevels:
         timesteps: int64 or float64, (steps,).
         signal, noise: float64, (steps,).
         scale: the scale of the samples.
-        set_timesteps_options: the arguments that the pipeline passed to set_timesteps besides the number of steps.
+        set_timesteps_options: `sigmas` and `mu`, as far as the pipeline passed them to set_timesteps.
     """
 
     timesteps: Tensor
@@ -52,7 +52,7 @@ class LoopLevels:
         return len(self.timesteps)
 
     def grid(self, rows: Sequence[int] | slice = slice(None)) -> Grid:
-        """The grid of these steps, for samplers."""
+        """The grid of the steps with these indices, for samplers. It ends at clean samples."""
         signal = torch.cat([self.signal[rows], self.signal.new_ones(1)])
         noise = torch.cat([self.noise[rows], self.noise.new_zeros(1)])
         return grid_of_levels(self.timesteps[rows], signal, noise, scale=self.scale)

@@ -103,7 +103,7 @@ class Scheduler(Accelerated):
     def __init_subclass__(cls) -> None:
         """In an accelerated class, replaces each method in `replaces`, such as `step`, by the mixin's, such as `_step`.
 
-        The replacement catches a Fallback and runs the library's method.
+        Except for methods in NOT_COUNTED, the replacement catches a Fallback and runs the library's method.
 
         Raises TypeError if diffusers is older than OLDEST: in these versions, DDPM's steps had different results,
         Euler's steps drew noise that they did not use, and steps returned tuples of different lengths.
@@ -138,7 +138,8 @@ class Scheduler(Accelerated):
         versions = tuple([(id(x), version_of(x)) if isinstance(x, Tensor) else x for x in key])
         latest = self.__dict__.setdefault("_latest_rows", {})
         entry = latest.get(make)
-        # Inference tensors do not count writes, so their values are compared in each call.
+        # Inference tensors do not count writes. So the values of those on the CPU are compared in each call; reading
+        # those on a GPU would wait for it.
         has_uncounted_writes = any(isinstance(x, Tensor) and x.is_inference() and x.is_cpu for x in key)
         if entry is None or entry[0] != versions or has_uncounted_writes:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)

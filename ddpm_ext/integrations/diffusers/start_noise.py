@@ -36,7 +36,7 @@ _calls: dict[str, int] = {}
 
 @contextlib.contextmanager
 def start_noise(pipeline: Any, settings: Sequence[Acceleration]) -> Iterator[None]:
-    """Wraps a call of a pipeline. The call begins a loop of each of the pipeline's schedulers.
+    """Wraps a call of a pipeline. The call begins a loop of each scheduler of the pipeline that has noise "philox".
 
     Noise that the pipeline draws without a generator comes from the first scheduler with noise "philox", if there is
     one: it is the start noise of this scheduler's loop.

@@ -223,8 +223,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         inputs = self._noise(needs.noisy, model_output, generator, x, row)
         x0 = inputs["x0_out"] = empty_like(x)
-        # If the caller scales a tensor other than the step's result, such as a doubled batch for guidance, this input
-        # stays in `_written_input`, and later steps of the loop write no input.
+        # A step writes the scaled input of the next call of the model, unless the input that an earlier step wrote has
+        # not been used: the caller scales other tensors than a step's result, such as a doubled batch for guidance.
         writes_input = self._input_scales is not None and self._written_input is None and row + 1 < len(self.table)
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
         prev, stored = self._stepper.take(row, x, model_output, history, inputs)
@@ -280,7 +280,11 @@ Kind = TypeVar("Kind", bound=TableScheduler)
 
 
 def prediction_of(scheduler: Any) -> str:
-    """ddpm_ext's name of the prediction of a scheduler's model. Raises ValueError if the config does not have it."""
+    """ddpm_ext's name of the prediction of a scheduler's model.
+
+    Raises ValueError if the config's prediction_type is not in PREDICTIONS, or if it has none and the scheduler is not
+    one of flow matching.
+    """
     prediction_type = scheduler.config.get("prediction_type", None)
     if prediction_type is None and "FlowMatch" in type(scheduler).__name__:
         return "flow"

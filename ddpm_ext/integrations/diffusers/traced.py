@@ -187,9 +187,9 @@ class TracedScheduler(Forward):
         trace, m, x = rows.trace, call.m, call.x.to(dtypes.computed)
         tensors = [tensor.to(dtypes.computed) for tensor in call.tensors]
         inputs = self._noise_inputs(position, dtypes, call, x, tensors)
-        # A row may read the previous row's result. The operator has no argument for it, so two arguments that traced
-        # rows do not use otherwise pass it on: the previous launch writes a copy of its result to `model_input`, and
-        # this launch reads the copy as `uncond_output`.
+        # A row may read the previous row's result. The operator has no argument for it, so two arguments that are free
+        # in such a loop pass it on: the previous launch writes a copy of its result to `model_input`, and this launch
+        # reads the copy as `uncond_output`.
         if trace.of_last[i]:
             m, inputs["uncond_output"] = m.to(dtypes.computed), last
         x0 = inputs["x0_out"] = empty_like(x) if trace.second else None
@@ -369,7 +369,8 @@ class TracedScheduler(Forward):
         if len(indices) < 2:
             return next(iter(indices), None)
         # The timestep occurs several times. Within a loop, the next index of the loop counts. At the beginning of a
-        # loop, the scheduler's index counts; without an index, the second of two equal timesteps, as in diffusers.
+        # loop, the scheduler's index counts; without an index, the second of two equal timesteps, as in diffusers. But
+        # if the first of the two is the scheduler's first timestep, the first counts: there a whole loop begins.
         if isinstance(position, Position):
             expected: int | None = position.rows.key.first + position.row
         else:
@@ -391,7 +392,8 @@ class TracedScheduler(Forward):
     def _is_unchanged(self, position: Position) -> bool:
         """Whether the scheduler's code would still compute the loop's next row: nothing that it reads has changed.
 
-        Tensors are compared by identity and version. Their values are read only if an attribute has been replaced.
+        Tensors are compared by identity and version. Their values are read only if an attribute has been replaced or
+        written to.
         """
         state, (attributes, config), rows = self.__dict__, position.settings, position.rows
         if not rows.is_at(position.row, state) or not is_config((vars(state[CONFIG]), state[CONFIG]), config):

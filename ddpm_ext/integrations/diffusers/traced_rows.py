@@ -185,8 +185,8 @@ def _without_added_items(config: Config) -> list[dict[str, Any]]:
 def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
     """The names in `read` that count as the state of a scheduler: attributes, methods and missing attributes.
 
-    Properties do not count: the attributes that they read are in `read`, too. Nor does the config, which is_config
-    compares.
+    `timesteps` counts always. Properties do not count: the attributes that they read are in `read`, too. Nor does the
+    config, which is_config compares.
     """
     names = {*read, "timesteps"} - {CONFIG} - {name for name in read if name.startswith("__")}
     return {name for name in names if name in state or not hasattr(getattr(cls, name, ABSENT), "__set__")}

@@ -47,14 +47,14 @@ def tune_pipeline(
 ) -> Tuned:
     """Fits a step table of few steps for a pipeline of diffusers.
 
-    With as few steps, the table's samples are nearer to the samples of many steps than those of the pipeline's
-    scheduler or of a named sampler. If no fit is nearer, the result is the table of the nearest scheduler or sampler.
+    In the same few steps, the table comes nearer to the samples of a loop of many steps than the pipeline's scheduler
+    or a named sampler does. If no fit is nearer, the result is the table of the nearest scheduler or sampler.
 
     All runs use a copy of the pipeline with a different scheduler. The first runs record a teacher: the sampler "deis"
     in many steps, at the scheduler's levels. After this, the rows of the table are fitted by least squares, one after
-    the other, each to the teacher's samples at the row's end. The timesteps are chosen from the teacher's timesteps, by
-    the best of four powers. Runs with other seeds decide which table is nearest. This takes about
-    2 * teacher_steps + 2 * steps^2 + 10 * steps steps of the pipeline for each seed.
+    the other, each to the teacher's samples at the row's end. The rows begin at some of the teacher's timesteps: four
+    spacings of these are tried, and the best fit counts. Runs with other seeds decide whether this fit or another table
+    is nearest. This takes about 2 * teacher_steps + 2 * steps^2 + 10 * steps steps of the pipeline for each seed.
 
     Args:
         pipe: the pipeline, which is not changed. Its scheduler determines the model's prediction and the levels.

@@ -36,7 +36,8 @@ LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "KL": (False, lambda timesteps: 1.0),
     "RESCALED_KL": (False, float),
 }
-# Attributes of ddpm_ext's Process that the library's objects lack, or that have other values there.
+# Attributes of ddpm_ext's Process that are not compared with the library's: its objects lack the first, no fused method
+# reads the second, and the third has another value at t = 0.
 NOT_COMPARED = ("alphas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
 SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # arrays named as in ddpm_ext
 ARRAYS = (*SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
