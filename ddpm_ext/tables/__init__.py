@@ -1,6 +1,7 @@
-"""The numbers of a diffusion: schedules, spacings and the rows of step tables. Nothing here has a model or samples.
+"""The numbers of a diffusion: schedules, spacings and the rows of step tables.
 
-This module exports the names that options accept. The modules describe what the names mean.
+No module here calls a real model. Only tracing (trace.py) has samples, which are random numbers. This package exports
+the names that options such as `sampler` and `spacing` accept; the modules of its imports say what each name means.
 """
 
 from ddpm_ext.tables.predictions import PREDICTIONS, SPACED_PREDICTIONS

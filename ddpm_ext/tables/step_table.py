@@ -77,9 +77,9 @@ class StepTable:
             timesteps between the integers.
         a, b, c0, c1: real numbers, finite.
         c2, s: real numbers, finite. None means zeros.
-        draw: the number of the noise that each row draws, integers, 0 <= draw < 2^32. None means timestep +
-            visit * (largest timestep + 1), where visit counts the earlier rows with the same timestep. If any timestep
-            is fractional or negative, None means the row's number.
+        draw: a number for each row that selects its noise, since rows with the same draw get the same noise: integers,
+            0 <= draw < 2^32. None means timestep + visit * (largest timestep + 1), where visit counts the earlier rows
+            with the same timestep. If any timestep is fractional or negative, None means the row's number.
         l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite. None means zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps. Both are at least 0.
         signal_after, noise_after: the level where the row arrives, at least 0. For all four, None means zeros. If
@@ -99,10 +99,10 @@ class StepTable:
     their draws. Tables are equal if all columns are exactly equal and the timesteps are both integers or both floats.
 
     Raises:
-        TypeError: a column that holds anything but numbers, a draw that holds anything but integers, or notes that JSON
-            can't represent.
-        ValueError: a column that is not 1-dimensional, empty, or longer or shorter than timestep; a number that is not
-            finite; a draw or a level out of range.
+        TypeError: a column that holds anything but numbers, a draw that holds anything but integers, or notes that are
+            not a dict or that JSON can't represent.
+        ValueError: a column that is not 1-dimensional, is empty, or has another length than timestep; a number that is
+            not finite, or an integer of 2^63 or more; a draw or a level out of range.
 
     Examples:
         >>> StepTable(timestep=[500, 0], a=[2.0, 1.0], b=[-1.5, 0.0], c0=[0.9, 1.0], c1=[0.1, 0.0], s=[0.2, 0.0])
@@ -275,7 +275,7 @@ class StepTable:
 
     @property
     def plain(self) -> bool:
-        """Whether the plain step can compute the rows: they read only x, m and z, no history or learned variance."""
+        """Whether the plain step can compute the rows: they use neither u nor history, and have no l0 or l1."""
         return not self._has_nonzero(*BEYOND_PLAIN)
 
     @property
@@ -286,7 +286,8 @@ class StepTable:
     def scaled(self, before: Tensor, after: Tensor) -> StepTable:
         """The rows for samples that are multiplied by `before` where a row starts, and by `after` where it arrives.
 
-        The tensors that rows keep and the model's outputs stay at the old scale.
+        The tensors that rows keep and the model's outputs stay at the old scale. A classifier's gradient g is taken
+        with respect to the multiplied samples.
 
         Args:
             before, after: float64 (rows,), above 0, on the table's device.
@@ -325,8 +326,8 @@ class StepTable:
         but not to clean samples, or if they lead from clean samples to clean samples.
 
         Raises:
-            ValueError, naming `path`: not JSON, a wrong format or version, columns missing or unknown, or numbers that
-            a StepTable refuses. OSError: it can't be read.
+            ValueError, naming `path`: not JSON, a wrong format or version, columns missing, unknown or repeated, no
+            rows, or numbers or notes that a StepTable refuses. OSError: it can't be read.
 
         Examples:
             >>> from ddpm_ext.tables.samplers import ddim
@@ -360,13 +361,13 @@ class StepTable:
                 tensor or a list, and `arguments` are its further arguments.
 
         The columns a and b describe the clean sample: the `pred_original_sample` or `denoised` that the steps return,
-        or the output of a function's model. The model's output enters the next sample by c0, or by c2 if there is no
-        clean sample. k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler
+        or the output of a function's model. The model's output enters the next sample by c0; or by c2, if there is no
+        clean sample or if c0's and c1's terms would nearly cancel. k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler
         clips its clean sample, the rows are for a loop with the same clip. The table leaves out how the scheduler
         scales the model's input.
 
-        For a function, a row lies between two calls of the model, so that a step with two calls is two rows. The row's
-        timestep is the sigma of the call. The draw of its noise, from a noise_sampler or torch.randn_like, is the row's
+        For a function, a row begins with a call of the model and ends with the next, so that a step with two calls is
+        two rows. The row's timestep is the sigma of the call with which it begins. The draw of its noise, from a noise_sampler or torch.randn_like, is the row's
         number.
 
         Raises:
@@ -423,8 +424,8 @@ ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 PLACES = {name: place for place, name in enumerate(ROW)}  # {column: its index in a packed row}
-# A packed row before its columns are filled in. A table has no columns for w, the scale of guidance, and c_in, the
-# factor from the next sample to the model's next input: they are 1.
+# A packed row before its columns are filled in. w, the scale of guidance, and c_in, the factor from the next sample to
+# the model's next input, begin at 1: a table has no columns for them, and other code may set them.
 BLANK = np.array([float(name in ("w", "c_in")) for name in ROW] + [0.0] * (WIDTH - len(ROW)))
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
 SURELY_FLOAT32 = 2.0**127  # numbers of smaller magnitude fit float32, however they are rounded
@@ -446,7 +447,10 @@ def table_of_checked(columns: Mapping[str, Array]) -> StepTable:
 
 
 def packed_rows(columns: Mapping[str, Array], dtype: torch.dtype = torch.float32) -> Tensor:
-    """The rows as StepTable.packed returns them, on the CPU. Missing columns are zeros; w and c_in are ones."""
+    """The rows as StepTable.packed returns them, on the CPU.
+
+    columns: {name: (rows,)}, with draw. Missing columns are zeros, but a missing w or c_in is ones.
+    """
     draw = columns["draw"]
     table = BLANK[None].repeat(len(draw), 0)
     names = [name for name in columns if name in PLACES and name != "draw"]
