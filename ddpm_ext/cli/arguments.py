@@ -1,4 +1,4 @@
-"""What the options of several commands share: parsers of values, names of samplers and spacings, and checks."""
+"""What several commands share: the argument parser, parsers of values, names of samplers and spacings, and checks."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def add_command(
     Args:
         subparsers: the object that collects the parsers of all commands, or of all kinds of "plot".
         summary: the command's line in the list of commands. None means the line of COMMANDS.
-        takes: the positional arguments, as the usage line shows them before the options.
+        takes: the positional arguments, as the usage line shows them before the options, with a space at the end.
     """
     return subparsers.add_parser(
         command.split()[-1],
@@ -229,7 +229,7 @@ def check_eta(eta: float | None, samplers: Collection[str]) -> None:
 
 
 def eta_of(sampler: str, eta: float | None) -> float | None:
-    """The eta that a sampler uses: `eta`, or its default if `eta` is None. None for a sampler without an eta."""
+    """The eta that a sampler uses: `eta`, or if that is None the sampler's default. None for a sampler without an eta."""
     if sampler not in WITH_ETA:
         return None
     return inspect.signature(SAMPLERS[sampler]).parameters["eta"].default if eta is None else eta

@@ -1,4 +1,4 @@
-"""`ddpm-ext average`: makes a moving average of a run's weights with another length, from the run's snapshots."""
+"""`ddpm-ext average`: averages a training run's weights over another length than the run did, from its snapshots."""
 
 from __future__ import annotations
 

@@ -80,7 +80,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _data(options: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[Tensor, Labels | None]:
-    """The images, and their classes if the data has classes."""
+    """The images of DATA, (images, *shape), and their classes if the data has classes.
+
+    shape: the model's (channels, height, width), to which pictures are resized.
+    """
     if options.data == "digits":
         images, numbers = digits("heldout")
         labels = Labels(numbers, tuple(map(str, range(10))))
@@ -101,7 +104,9 @@ def _classes(
 ) -> tuple[Tensor | None, str]:
     """The classes with which the model is called, (count,) int64 or None, and a phrase about them for the output.
 
-    An image of a class gets the model's class of the same name. The names of an .npz's classes are numbers.
+    With --class, those classes are assigned in turn; with --no-classes, or if the data has no classes, all images get
+    the null class. Otherwise an image gets the model's class with the name of the image's class in the data. The names
+    of an .npz's classes are numbers.
     """
     if loaded.classes is None:
         return None, ""

@@ -1,4 +1,4 @@
-"""The step tables that the options --table and --sampler tuned select, and the default sampler without them."""
+"""Chooses step tables, which hold the coefficients of a loop's steps, by --table or --sampler tuned; or the default."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ddpm_ext.tables.step_table import COLUMNS, StepTable
 TUNED = "tuned"  # the value of --sampler that selects a tuned table
 
 DEFAULT_SAMPLER, DEFAULT_STEPS = "dpmpp_2m", 20
-"""The default sampler and its steps if there is no tuned table. With this package's models, its samples are as near to
-the data as those of ddpm in 1,000 steps."""
+"""The default sampler and its steps if there is no tuned table. With this package's models, its samples have a smaller
+Fréchet distance than those of ddpm in 1,000 steps: benchmarks/results/calls.md."""
 DEFAULT = (
     f"the model's tuned table of --steps or else of the most steps, for this guidance; without one, or with options "
     f"that tables are not tuned for, {DEFAULT_SAMPLER} in {DEFAULT_STEPS} steps, or with RePaint's jumps ddpm"
@@ -49,7 +49,10 @@ def scales_of(options: argparse.Namespace) -> tuple[float | None, ...]:
 
 
 def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: int) -> str | None:
-    """Sets `options.sampler` and `options.steps` if the options have neither --sampler nor --table.
+    """Sets `options.sampler` if the options have neither --sampler nor --table.
+
+    It also sets `options.steps` if that is None, unless the sampler becomes ddpm, whose default is all timesteps, or
+    the spacing determines the number of steps.
 
     timesteps: the model's number of timesteps.
 

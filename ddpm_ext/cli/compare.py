@@ -1,4 +1,7 @@
-"""`ddpm-ext compare`: compares loops of few model calls, by all deterministic samplers, to a loop of many steps."""
+"""`ddpm-ext compare`: compares loops of few model calls to a loop of many steps.
+
+The loops have all samplers and spacings, with an eta of 0. Samplers that still add noise, and CFG++'s, are left out.
+"""
 
 from __future__ import annotations
 

@@ -27,13 +27,15 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
 
     Args:
         path: a picture, an .npz or .npy as for read_pixels, or a folder of pictures. Pictures are cropped around their
-            middle and resized to `shape`. Samples must already have this shape. Floats are not scaled.
+            middle and resized to `shape`. Samples in an .npz or .npy must already have this shape; if they are floats,
+            they are not scaled.
         shape: (channels, height, width) of a sample.
         name: the option's name, with which error messages begin.
 
     Raises:
         ValueError: there is no such file, it is damaged, empty or of another kind, or its samples have another shape or
             are not finite.
+        MissingExtra: pillow, which reads pictures, is not installed.
     """
     source = Path(path)
     if source.suffix.lower() in ARRAYS and not source.is_dir():
@@ -51,17 +53,18 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
 
 
 class Samples:
-    """Samples in files, with the interface of an ImageSource.
+    """Samples in files, with `shape`, len() and batch() as an ImageSource of training.data has them.
 
     They come from an .npz or .npy as for read_pixels, from a folder of `ddpm-ext sample --num-images`, or from a folder
-    of pictures, which are resized to the size of the first picture.
+    of pictures, which are cropped and resized to the size of the first picture.
 
     Attributes:
         about: for a folder of `ddpm-ext sample`, the settings with which the samples were drawn; otherwise empty.
 
     Raises:
-        ValueError: there is no such file or folder; it is damaged or empty; or it is the folder of a training run, or
-            of a `ddpm-ext sample` that has not finished.
+        ValueError: there is no such file or folder; it is damaged, empty or of another kind; or it is the folder of a
+            training run, or of a `ddpm-ext sample` that has not finished.
+        MissingExtra: pillow, which reads pictures, is not installed.
     """
 
     shape: tuple[int, int, int]
@@ -230,7 +233,7 @@ def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
 
 
 def _regular_file(path: Path, name: str) -> Path:
-    """Returns the path. Raises ValueError for a pipe or a device, since opening it could wait forever for a writer."""
+    """Returns the path. Raises ValueError if something else than a file is there: opening a pipe could wait forever."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{name}: {path} is no regular file")
     return path

@@ -1,4 +1,4 @@
-"""Options that become arguments of p_sample_loop: start images, inpainting, the clip, guidance, and the model's calls.
+"""Options that become arguments of p_sample_loop: start images, inpainting, the clip, guidance, and how it runs.
 
 Most values are not checked here: p_sample_loop checks them, and the command prints its error message.
 """
@@ -26,7 +26,7 @@ _BELONGS_TO = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "i
 
 
 def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
-    """Adds the options of clipping the predicted x_0 to a group.
+    """Adds to a group of options those that clip the predicted x_0.
 
     Args:
         threshold: whether the group gets the options of dynamic thresholding.
@@ -59,7 +59,7 @@ def clip_of(options: argparse.Namespace) -> bool | Clip | DynamicThreshold:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a loop that begins from images, or that fills in a part of images (inpainting)."""
+    """Adds the options of a loop that begins from images or given noise, or fills in a part of images (inpainting)."""
     description = f"FILES are {IMAGES}.\nSample i has image i; after the last comes the first again."
     add = parser.add_argument_group("to begin from images", description).add_argument
     add("--start", metavar="FILES", help="begin from these images with noise, in place of noise alone")
@@ -110,7 +110,8 @@ class LoopInputs:
     """The input images of a loop, on the model's device and in the samples' dtype.
 
     count: the number of samples that the command draws.
-    start, to, noise, inpaint: the images of the options with these names, (images, channels, height, width).
+    start, to, noise, inpaint: the images, or for --noise the noisy samples, of the options with these names, (images,
+        channels, height, width). None if the option is not set.
     mask: (1, 1, height, width), 1 where samples equal the image `inpaint`, 0 where they are drawn.
     """
 
@@ -157,9 +158,10 @@ class LoopInputs:
         return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in images_of.items()})
 
     def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
-        """The sample ids of the noise: the first id of `samples`, or zeros for a path (--to without --weight).
+        """The argument sample_ids of Philox, which gives each sample its own noise: the first id of `samples`.
 
-        On a path from the images of --start to those of --to, all samples have the same noise, to change smoothly.
+        For --to without --weight it is zeros, one for each sample: on this path from the images of --start to those of
+        --to, all samples have the same noise, so that they change smoothly.
         """
         if self.to is not None and options.weight is None:
             return torch.zeros(len(samples), dtype=torch.int64, device=self.to.device)
@@ -199,9 +201,9 @@ class LoopInputs:
         }
 
     def settings(self, options: argparse.Namespace) -> dict[str, Any]:
-        """The options of this file that are set and change samples, and the SHA-256 of each tensor of images, as JSON.
+        """The options of this file that are set and change samples, and the SHA-256 of each tensor of images.
 
-        --guidance itself is not among them.
+        The values can be written as JSON. --guidance is not among them: cli/sample.py adds it with the null class.
         """
         image_options = ("weight", "mix", "jump_length", "jump_n_sample")
         names = (

@@ -55,7 +55,8 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
         diffusers' classes, which is built from the configuration in the run's folder.
 
     Raises:
-        ValueError: `network` is missing or wrong; or an error of training.load.
+        ValueError: `network` is missing or wrong; the weights are not finite in `dtype`; or an error of training.load
+            or find_decoder.
     """
     folder = Path(model)
     trained = load(folder, network_for(folder, network))

@@ -26,7 +26,7 @@ from ddpm_ext.training.run_options import OPTIONS
 DrawKind = Callable[[argparse.Namespace], str]
 """A function that draws a picture for the options, and returns a description of the picture."""
 _PICTURES = (".png",)  # the ending of pictures that consist of samples
-_HISTOGRAMS = 100  # a loop of more steps is drawn at about this many of them
+_HISTOGRAMS = 100  # every (steps // _HISTOGRAMS)-th step is drawn, or each step of a shorter loop
 
 _EXAMPLES = {
     "schedules": """examples:

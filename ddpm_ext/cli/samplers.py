@@ -42,11 +42,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _group_of(name: str) -> str:
-    """The group of a sampler, determined from its table for _TIMESTEPS with the default options."""
+    """The group of a sampler: that of CFG++, or else the one that its table for _TIMESTEPS shows (default options)."""
     if name in CFG_PP:
         return _GROUPS[4]
     table = SAMPLERS[name](make_grid(GaussianDiffusion(1000).alphas_cumprod, _TIMESTEPS))
     calls = int(((table.b != 0) | (table.c2 != 0)).sum())
-    # A sampler that calls the model twice only in its first step makes len(_TIMESTEPS) + 1 calls.
+    # `calls` counts the rows that read the model's output. A sampler that calls the model twice only in its first step
+    # makes len(_TIMESTEPS) + 1 calls.
     calls_twice = calls > len(_TIMESTEPS) + 1
     return _GROUPS[2 * bool((table.s != 0).any()) + calls_twice]

@@ -1,4 +1,4 @@
-"""The code that commands share that call a model: loading the model, checking the options, and drawing samples."""
+"""What the commands that call a model share: loading the model, checking the options, and drawing samples."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ class Loaded:
 class Prepared(Loaded):
     """A model with the input images and tables of its loops.
 
-    steps: the number of steps of a loop.
+    steps: the number of rows of the loop's step table. A sampler that calls the model twice a step has two rows a step.
     inputs: the input images.
-    tables: the tables that the options select.
-    default_line: a line that names the default sampler that was chosen; None if the options name a sampler.
+    tables: the tables that the options select, by the scale of guidance.
+    default_line: a line that names the default that was chosen; None if the options name a sampler or a table.
     """
 
     steps: int
@@ -165,7 +165,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
-    """Prints which default sampler was chosen, if the options name none. Only rank 0 prints."""
+    """Prints which default was chosen if the options name no sampler and no table. Only rank 0 prints."""
     if prepared.default_line is not None and not options.quiet and ranks().rank == 0:
         print(prepared.default_line, flush=True)
 
