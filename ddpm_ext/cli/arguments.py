@@ -229,7 +229,7 @@ def check_eta(eta: float | None, samplers: Collection[str]) -> None:
 
 
 def eta_of(sampler: str, eta: float | None) -> float | None:
-    """The eta that a sampler uses: `eta`, or if that is None the sampler's default. None for a sampler without an eta."""
+    """The eta that a sampler uses: `eta`, or the sampler's default if that is None. None for a sampler without eta."""
     if sampler not in WITH_ETA:
         return None
     return inspect.signature(SAMPLERS[sampler]).parameters["eta"].default if eta is None else eta

@@ -362,13 +362,13 @@ class StepTable:
 
         The columns a and b describe the clean sample: the `pred_original_sample` or `denoised` that the steps return,
         or the output of a function's model. The model's output enters the next sample by c0; or by c2, if there is no
-        clean sample or if c0's and c1's terms would nearly cancel. k0, k1 and k2 keep the tensor that a later row reads, up to a constant factor. If the scheduler
-        clips its clean sample, the rows are for a loop with the same clip. The table leaves out how the scheduler
-        scales the model's input.
+        clean sample or if c0's and c1's terms would nearly cancel. k0, k1 and k2 keep the tensor that a later row
+        reads, up to a constant factor. If the scheduler clips its clean sample, the rows are for a loop with the same
+        clip. The table leaves out how the scheduler scales the model's input.
 
         For a function, a row begins with a call of the model and ends with the next, so that a step with two calls is
-        two rows. The row's timestep is the sigma of the call with which it begins. The draw of its noise, from a noise_sampler or torch.randn_like, is the row's
-        number.
+        two rows. The row's timestep is the sigma of the call with which it begins. The draw of its noise, from a
+        noise_sampler or torch.randn_like, is the row's number.
 
         Raises:
             TypeError: `scheduler` is neither such an object nor such a function.
