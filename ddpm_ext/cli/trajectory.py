@@ -15,7 +15,8 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 
 _ENDINGS = (".png", ".gif")
-_PICTURES = {".png": 10, ".gif": 60}  # at least this many: without --every, each (steps // number)-th step
+# Without --every, each (steps // number)-th step is shown, or each step of a shorter loop.
+_PICTURES = {".png": 10, ".gif": 60}
 _EXAMPLES = """examples:
   ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
   ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif

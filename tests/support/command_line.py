@@ -47,7 +47,10 @@ def check_refused(capsys, message, *arguments):
 
 
 def save_tiny(folder, **config):
-    """Saves a tiny model of colour images of 8 by 12 pixels, with 20 timesteps, to a folder. Returns the folder."""
+    """Saves a tiny model of colour images of 8 by 12 pixels, with 20 timesteps, to a folder. Returns the folder.
+
+    config: entries of the network's configuration that replace those of TINY.
+    """
     torch.manual_seed(0)
     models.save_model(models.build_unet(TINY | config), DiffusionSettings(timesteps=20), folder)
     return folder
