@@ -224,7 +224,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         inputs = self._noise(needs.noisy, model_output, generator, x, row)
         x0 = inputs["x0_out"] = empty_like(x)
         # A step writes the scaled input of the next call of the model, unless the input that an earlier step wrote has
-        # not been used: the caller scales other tensors than a step's result, such as a doubled batch for guidance.
+        # not been used. Then the caller scales tensors other than the result, such as a doubled batch for guidance.
         writes_input = self._input_scales is not None and self._written_input is None and row + 1 < len(self.table)
         model_input = inputs["model_input"] = empty_like(x) if writes_input else None
         prev, stored = self._stepper.take(row, x, model_output, history, inputs)
