@@ -115,8 +115,9 @@ def accelerate(
             is replaced; obj is a pipeline without a scheduler; `table` is given for an obj that is neither a pipeline
             nor a scheduler of diffusers.
         FileNotFoundError: `table` is the path of no file.
-        ValueError: an argument is out of range; seed or sample_ids is given with noise "torch"; TableScheduler rejects
-            the table, or the prediction in its notes is not the scheduler's.
+        ValueError: an argument is out of range; seed or sample_ids is given with noise "torch"; a pipeline has more
+            schedulers than noise "philox" has streams; TableScheduler rejects the table, or the prediction in its notes
+            is not the scheduler's.
 
     Examples:
         >>> scheduler = diffusers.DDIMScheduler()

@@ -65,14 +65,14 @@ class Acceleration:
 
     A loop begins as follows:
 
-    - Each call of a method that is a whole loop (p_sample_loop, ddim_sample_loop, ddim_sample, sample, interpolate) is
-      a loop.
+    - Each call of a method that is a whole loop is a loop: p_sample_loop, ddim_sample_loop, sample, interpolate, and
+      denoising-diffusion-pytorch's ddim_sample. (guided-diffusion's ddim_sample is a single step.)
     - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The following steps belong to this loop.
     - A call of a pipeline begins a loop. The call's start noise and the steps after its first set_timesteps belong to
       this loop.
     - A single step at a larger timestep than the previous step's begins a loop. A step at the same timestep as the
       previous step stays in the loop, as part of the same batch: it takes the sample ids that follow those already used
-      at this timestep.
+      at this timestep. A batch with several timesteps begins a loop unless all are smaller than the previous step's.
     - Timesteps on a GPU are not read back; only diffusers' schedulers know them on the host. In other libraries, single
       steps on a GPU begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
     - Under torch.compile, timesteps of single steps are not read, either. With a seed, a loop of these steps needs
@@ -93,8 +93,9 @@ class Acceleration:
             the first sample ids, no matter how many loops have run.
         fallbacks: {method: the latest reason why the library's code ran in place of the fused form}.
         fused_calls: how many calls of methods took their fused form, which is mostly one launch.
-        fallback_calls: how many calls ran the library's code. Neither number counts calls of diffusers' set_timesteps
-            and scale_model_input, or calls in code that torch.compile has compiled.
+        fallback_calls: how many calls ran the library's code for a recorded reason. If the library rejects a call's
+            arguments, no reason is recorded. Neither number counts calls of diffusers' set_timesteps and
+            scale_model_input, or calls that are part of a graph of torch.compile.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)

@@ -27,8 +27,8 @@ class Fallback(Exception):
     """Raised if a call has no fused form, so that the library's code runs.
 
     Args:
-        reason: the reason, for the warning and `.accelerated.fallbacks`. With None there is no warning: the library's
-            code will reject the arguments, with an error of its own.
+        reason: the reason, for the warning and `.accelerated.fallbacks`. With None nothing is recorded: in most
+            of these cases the library's code rejects the arguments with an error of its own.
         instead: a function without arguments to run in place of the library's method. It is for calls that have already
             called the model or another function of the caller, which must not be called a second time.
     """

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
-# Attributes that copies and pickles leave out: caches, and what proofs have found in the object's loops.
+# Attributes that copies and pickles leave out: caches, and the results of proofs in the object's loops.
 CACHED = (
     "_changing_loops", "_fused_cache", "_host_timesteps", "_latest_rows", "_left_alone", "_next_input", "_user_loop",
     "_user_rows", "_stored",
@@ -46,7 +46,8 @@ class Accelerated:
         library: the library's name, for warnings.
         replaces: the names of the library's methods that the mixin replaces.
         relies_on: the names of the library's methods that the replaced methods call, and whose work the fused code also
-            does. If a user has overridden a method of `replaces` or `relies_on`, the user's code runs.
+            does. If a user has overridden a method of `replaces` or `relies_on`, the user's code runs. With trace=True,
+            proven rows replace an overridden step.
     """
 
     library: ClassVar[str]
