@@ -215,7 +215,7 @@ def test_refused():
     refused(TypeError, "table is given with a int", accelerate, 3, table=table)
     scheduler, x = TableScheduler(table), torch.zeros(SHAPE)
     refused(ValueError, "num_inference_steps is 50, expected 5", scheduler.set_timesteps, 50)
-    refused(ValueError, "row 2 reads what rows before it kept", scheduler.step, x, scheduler.timesteps[2], x)
+    refused(ValueError, "row 2 reads tensors that earlier rows stored", scheduler.step, x, scheduler.timesteps[2], x)
     scheduler.step(x, scheduler.timesteps[0], x)
     refused(ValueError, "timestep is 399, expected 799", scheduler.step, x, 399, x)
     for t in scheduler.timesteps[1:]:

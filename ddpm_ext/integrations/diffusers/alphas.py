@@ -2,8 +2,8 @@
 
 These schedulers are not traced like all others (traced.py), because their steps need no loop: any timestep may follow
 any other, and settings may change between steps. The mixins create the rows of all timesteps at once. With tracing,
-each step that is out of order would trace a new loop, a whole loop would run diffusers' code if one step has no row,
-and DDPM's learned variances would have no rows.
+diffusers' code would take the steps at timesteps outside the loop and those after a change of the config, whole loops
+with a step that has no row, and DDPM's learned variances.
 """
 
 from __future__ import annotations

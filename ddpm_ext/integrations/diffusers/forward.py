@@ -49,7 +49,8 @@ class Weights(NamedTuple):
     def rows(self, timesteps: Tensor) -> Tensor:
         """The row of each timestep, on the timesteps' device.
 
-        Raises Fallback for a timestep without a row, but not on a GPU: no timestep is read back.
+        Raises Fallback for timesteps of a dtype or shape that has no fused form. Also for an unlisted timestep that
+        diffusers rejects, but not on a GPU: no timestep is read back.
         """
         if self.row_meaning == TIMESTEP:
             if timesteps.dtype not in (torch.int64, torch.int32):

@@ -72,10 +72,13 @@ def levels_of(scheduler: Any, set_timesteps_options: dict[str, Any]) -> LoopLeve
     try:
         weights = forward_trial(scheduler, method, times)
     except (Fallback, AttributeError):
-        raise ValueError(f"{type(scheduler).__name__} does not tell its levels by {method}") from None
+        raise ValueError(f"the levels of {type(scheduler).__name__} can't be read from its {method}") from None
     signal, noise = weights.double().unbind(1)
     for scale, invariant in SCALES.items():
         if ((invariant(signal, noise) - 1).abs() < NEAR).all():
             times = times.double() if times.is_floating_point() else times.long()
             return LoopLevels(times, signal, noise, scale, set_timesteps_options)
-    raise ValueError(f"the samples of {type(scheduler).__name__} are none whose scale is known here")
+    raise ValueError(
+        f"the levels of {type(scheduler).__name__} are neither variance-preserving, nor those of x0 + sigma eps or "
+        "(1 - sigma) x0 + sigma eps"
+    )

@@ -43,7 +43,7 @@ class Pipeline(Accelerated):
         """Replaces the library's __call__, if it has one, by a method with the same signature.
 
         The method also begins the loops of the schedulers' noise. If `scheduler` has a step table, it compares the
-        guidance with the table's notes, and passes the number of rows as the number of steps.
+        guidance with the table's notes, and a call without a number of steps takes as many as the table has rows.
         """
         super().__init_subclass__()
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
@@ -190,9 +190,9 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Acc
         settings_of_stream = settings.of_stream(STREAMS[number] if settings.noise == "philox" else STREAM_REVERSE)
         copies[key] = accelerated(scheduler, settings_of_stream)
 
-    def accelerated_copy(scheduler: Any) -> Any:
-        pipeline_copy = _restore(peer_class(type(scheduler)))
-        vars(pipeline_copy).update(vars(scheduler), _acceleration=settings)
+    def accelerated_copy(original: Any) -> Any:
+        pipeline_copy = _restore(peer_class(type(original)))
+        vars(pipeline_copy).update(vars(original), _acceleration=settings)
         return pipeline_copy
 
     return pipeline_with(pipeline, copies, accelerated_copy)

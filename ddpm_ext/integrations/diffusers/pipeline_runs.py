@@ -30,7 +30,7 @@ class Recorder(TableScheduler):
     Attributes:
         samples: the result of each row, on the CPU.
         terms: the tensors that row `last` adds up, on the CPU: its predicted clean sample, its sample, and the tensors
-            that earlier rows kept.
+            that earlier rows stored.
     """
 
     last: int

@@ -39,6 +39,7 @@ OLDEST = (0, 32)  # the oldest version of diffusers whose schedulers can be acce
 UNFUSED = -1  # stands for the row of a timestep that has no fused form
 # The table rows of all schedulers, and the weights of their add_noise: schedulers with equal settings share them. A
 # traced scheduler's key has its class and LoopKey; any other has the function that makes the value, and what it reads.
+# If a user wrote the step, the rows are cached in the scheduler itself.
 ROWS: BoundedCache[Any] = BoundedCache(64)
 STEPS = ("step", "step_pred")
 # Methods that count neither as fused calls nor as fallbacks: they launch no kernel of a step.
@@ -184,12 +185,12 @@ class Scheduler(Accelerated):
     def _noise(self, has_noise: bool, like: Tensor, generator: Any, sample: Tensor, index: int) -> dict[str, Any]:
         """The arguments of RowStepper.take for the noise of a step of `sample`.
 
-        With noise "philox" the launch draws the noise. Otherwise it is drawn as in diffusers: with the shape, device
-        and dtype of the model's output.
+        With noise "philox" the launch draws the noise. Otherwise it is drawn here, as in diffusers.
 
         Args:
             has_noise: whether the step has noise.
-            like: the model's output.
+            like: the tensor whose shape, device and dtype diffusers' draw has: in this package's mixins the model's
+                output.
             index: the position of the step in its loop, a number that rises along the loop.
         """
         if not has_noise:
@@ -214,7 +215,7 @@ class Scheduler(Accelerated):
         """Raises Fallback if the operators can't take a step of these tensors.
 
         timestep: passed if the library indexes its tables by the timestep. If the timestep is a tensor with dimensions,
-        so are the float32 entries, and they turn results of 16 bits into float32.
+        so are the float32 entries of the tables, which turn results of 16 bits into float32.
         """
         check_tensors(sample, model_output, *others)
         if wants_gradient(sample, model_output, *others):

@@ -63,7 +63,7 @@ class Call(NamedTuple):
     Attributes:
         m, timestep, x: the model's output, the timestep without a dimension, and the sample.
         has_dim: whether the caller's timestep had a dimension.
-        options: all other arguments except generator and return_dict.
+        options: the arguments other than these, generator and return_dict, without those that are None or the default.
         tensors: the values of the options that are GIVEN, in their order.
         other_arguments: generator and return_dict, if the caller has passed them.
     """
@@ -119,8 +119,8 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
 def _option(scheduler: Scheduler, name: str, value: Any, x: Tensor, m: Tensor, timestep: Any) -> Any:
     """What stands in Options for the value of an argument. Raises Fallback for a value that no row can take.
 
-    A tensor that is one of the scheduler's timesteps becomes a TimestepOffset, so that the option has the same value in
-    each step.
+    If the value and the step's timestep are views of elements of the scheduler's timesteps, the value becomes a
+    TimestepOffset, so that the option has the same value in each step.
     """
     if isinstance(value, Tensor) and value.dim():
         if value.shape != x.shape:

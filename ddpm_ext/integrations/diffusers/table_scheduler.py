@@ -1,4 +1,7 @@
-"""TableScheduler, a scheduler for diffusers' pipelines whose steps are the rows of a step table, one launch each."""
+"""TableScheduler, a scheduler for diffusers' pipelines whose steps are the rows of a step table.
+
+A step is one launch, or two with dynamic thresholding.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._begin()
 
     def _begin(self) -> None:
-        """Resets the position in the loop, drops the tensors that rows kept, and begins a loop of `accelerated`."""
+        """Resets the position in the loop, drops the tensors that rows stored, and begins a loop of `accelerated`."""
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._history: tuple[Tensor, ...] = ()
@@ -157,7 +160,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         sigmas: Any = None,
         mu: float | None = None,
     ) -> None:
-        """Begins a loop, which drops the tensors that rows of an earlier loop kept.
+        """Begins a loop, which drops the tensors that rows of an earlier loop stored.
 
         Args:
             num_inference_steps: the table's number of rows, or None.
@@ -219,7 +222,9 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
             check_note(self.table, "shape", list(sample.shape[1:]), "the loop's samples have")
         needs, history = self._stepper.needs[row], self._history
         if any(needs.history[len(history) :]):
-            raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
+            raise ValueError(
+                f"row {row} reads tensors that earlier rows stored, expected a loop that begins with those rows"
+            )
         x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         inputs = self._noise(needs.noisy, model_output, generator, x, row)
         x0 = inputs["x0_out"] = empty_like(x)
@@ -320,7 +325,7 @@ def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> S
 
 
 def _as_config(table: StepTable) -> dict[str, Any]:
-    """The table as lists for JSON, without columns of zeros. `as_table` reads them."""
+    """The table as lists for JSON, for `as_table`. Columns of zeros are left out if StepTable's default is zeros."""
     columns = {name: getattr(table, name) for name in COLUMNS}
     needed = {name for name, x in columns.items() if bool((x != 0).any())} | {"timestep", "a", "b", "c0", "c1", "draw"}
     return {**{name: x.tolist() for name, x in columns.items() if name in needed}, "notes": table.notes}

@@ -1,17 +1,17 @@
 """TracedScheduler, the mixin for all schedulers of diffusers except those in alphas.py.
 
-The rows of a loop are traced when the loop begins: diffusers' code runs on probe numbers, see tables/trace.py. This
+The rows of a loop are traced when the loop begins: diffusers' code runs on random numbers, see tables/trace.py. This
 takes about as long as a few loops of diffusers, once for each setting. If a step can't be expressed as a row,
 diffusers' code runs in the whole loop.
 
-A step looks up its row and computes it in one launch. It then writes to the scheduler the numbers that diffusers' code
-would have written, such as _step_index. It does not write the tensors that diffusers' code would store, such as
-model_outputs and last_sample.
+A step looks up its row and computes it in one launch, or two with dynamic thresholding. It then writes to the
+scheduler the numbers that diffusers' code would have written, such as _step_index. It does not write the tensors that
+diffusers' code would store, such as model_outputs and last_sample.
 
 A loop begins at the first step after set_timesteps. Each step must take the next row of the loop, with the same options
 as the previous steps and the settings that the scheduler had when the loop began. If the steps have no history, they
-may take the rows in any order. The caller may edit samples between steps: a row reads the sample that the caller
-passes, and copies of the results of earlier steps.
+may take the rows in any order, and a step with other options begins a new loop. The caller may edit samples between
+steps: a row reads the sample that the caller passes, and copies of the results of earlier steps.
 
 A step that a user wrote is not replaced. With trace=True it runs in a first loop, and its results are compared with
 those of the traced rows. If they agree, the rows replace it in later loops.
@@ -66,7 +66,7 @@ class Position(NamedTuple):
         row: the index of the next row.
         settings: the settings that must not change until the loop ends, see _settings_of.
         proof: the proof of a step that a user wrote, or None for diffusers' own steps.
-        history: the tensors that rows kept, the newest first, at most three.
+        history: the tensors that earlier rows stored for later ones, the newest first, at most three.
         last: a private copy of the last step's result, if the next row reads it.
         shape: the shape of the samples. None before the first step.
         dtypes: the dtypes of the last step's model output, sample and result. None before the first step.
@@ -231,8 +231,9 @@ class TracedScheduler(Forward):
     def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """The scaled sample.
 
-        If the sample is the previous step's result, that step has already written the scaled tensor. Any other sample
-        is multiplied, and later steps of this loop write no scaled input.
+        Before a loop's first step, diffusers' code scales the sample. If it returns another tensor, the steps of the
+        loop also write the next scaled input, which is returned for the previous step's result. Any other sample is
+        multiplied here, and later steps of this loop write no scaled input.
         """
         position: Any = self._position
         is_within = isinstance(position, Position) and not position.is_over() and position.scales_inputs()

@@ -32,17 +32,18 @@ SUPPORT = (
     Support(
         "any other scheduler",
         "step, or step_pred",
-        "traced: what is linear in sample, output, noise and three tensors, of history or given, with options "
-        "that are numbers; thresholding; every class of diffusers 0.42.1 by default, but those on the right",
+        "traced: what is linear in sample, output, noise and three more tensors, from history or options; other "
+        "options are numbers or strings; thresholding; every class of diffusers 0.42.1 by default, but those on the "
+        "right",
         "PNDM's Runge-Kutta steps; learned variances; float64; gradients; "
         + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in NOT_TRACED.items()),
     ),
     Support(
         "any other scheduler",
         "scale_model_input",
-        "of the tensor that the step before returned: that step has written it; of another, such as a doubled batch, "
+        "the previous step's result: that step has already written it scaled; another tensor, such as a doubled batch: "
         "one product",
-        "before the first step of a loop; float64; a class that does more than to multiply by a number",
+        "before the first step of a loop; float64; a class that does more than multiply by a number",
     ),
     Support(
         "any other scheduler",

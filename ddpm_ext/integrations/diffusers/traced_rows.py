@@ -86,8 +86,9 @@ class LoopRows(NamedTuple):
         times: the timestep with which each row's step is called.
         trace: the result of tracing the loop.
         stepper: takes the rows.
-        has_history: whether a step reads tensors of earlier steps. If so, diffusers' code cannot take a single step of
-            the loop: rows do not store these tensors in the scheduler.
+        has_history: whether a step reads tensors of earlier steps, or stores tensors in the scheduler, which later
+            steps may read. If so, diffusers' code cannot take a single step of the loop: rows do not store these
+            tensors in the scheduler.
         states: for each row, the scheduler's attributes that steps both read and change, such as _step_index, with
             their values before the row. Only numbers, strings and None.
         contents: {name: cache key} of the other attributes that the steps read, of the scheduler or of its class.
@@ -121,7 +122,9 @@ class LoopRows(NamedTuple):
         return result_of(dtypes)
 
     def is_at(self, row: int, state: Mapping[str, Any]) -> bool:
-        """Whether the scheduler has the numbers that belong before this row, so that its own code would take this step.
+        """Whether the scheduler's attributes in `states` have their values before this row.
+
+        Only then would the scheduler's own code take the same step.
 
         A _step_index of None is accepted: with None, the scheduler's code looks up the index of the timestep.
         """
@@ -185,8 +188,8 @@ def _without_added_items(config: Config) -> list[dict[str, Any]]:
 def _relevant(cls: Any, state: Mapping[str, Any], read: set[str]) -> set[str]:
     """The names in `read` that count as the state of a scheduler: attributes, methods and missing attributes.
 
-    `timesteps` counts always. Properties do not count: the attributes that they read are in `read`, too. Nor does the
-    config, which is_config compares.
+    `timesteps` counts always. Properties do not count: the attributes that they read are in `read`, too. Nor do names
+    that begin with two underscores, and the config, which is_config compares.
     """
     names = {*read, "timesteps"} - {CONFIG} - {name for name in read if name.startswith("__")}
     return {name for name in names if name in state or not hasattr(getattr(cls, name, ABSENT), "__set__")}
