@@ -75,7 +75,7 @@ class DenoisingTables:
             now, after = levels[1:], levels[:-1]
             grid = Jumps(t[1:], now, after, now / after)
             if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():
-                raise Fallback(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
+                raise Fallback(f"ddim_sampling_eta is {eta}, which adds more noise than the result of a step has")
             table = samplers.ddim(grid, eta=eta, keep_eps=False)
             direction = table.c1 * (1 - now).sqrt()  # the factor of the library's pred_noise
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]

@@ -98,7 +98,8 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
             - A name of NAMES or GUIDED, also in other spellings, such as "DPM++ 2M" or "euler_a".
             - Another name of k-diffusion's, such as "dpmpp_sde" for sample_dpmpp_sde, if k-diffusion is installed.
             - A function with this signature. It is traced, as by StepTable.trace. A function that is not k-diffusion's
-              own runs as it is, with a warning, if its steps are not linear or it reads attributes of the model.
+              own also runs in a first loop, in which its rows are proven. It runs as it is in all loops, with a
+              warning, if its steps are not linear, it reads attributes of the model, or its rows differ from it.
             - A StepTable, or the path of a saved one (a string that ends in .json, or a Path).
 
     A table determines the sigmas: the argument `sigmas` of a call must be `table_sigmas(table)[0]`, or None. The table

@@ -1,4 +1,7 @@
-"""RowStepper, which takes the rows of a step table, one launch each, for schedulers, samplers and traced loops."""
+"""RowStepper, which takes the rows of a step table for schedulers, samplers and traced loops.
+
+A row takes one launch, or two with dynamic thresholding.
+"""
 
 from __future__ import annotations
 
@@ -187,7 +190,7 @@ def clip_in_notes(table: StepTable, clip: Clip | None, threshold: DynamicThresho
     """
     clip_note = table.notes.get("clip", clip)
     if isinstance(clip_note, str) and clip_note != str(threshold):
-        raise ValueError(f"the table was made for the clip {clip_note}, expected it of the loop, which has {threshold}")
+        raise ValueError(f"the table was made for the clip {clip_note}, expected a loop with it, not with {threshold}")
     return clip if isinstance(clip_note, str) else checks.clip_range(clip_note)
 
 

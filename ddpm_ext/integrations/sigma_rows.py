@@ -1,4 +1,7 @@
-"""SigmaRows: the rows of a loop over sigmas, grouped into steps. A step has a row for each call of the model."""
+"""SigmaRows: the rows of a loop over sigmas, grouped into steps.
+
+A step has a row for each call of the model. The first step may begin with a row that does not call the model.
+"""
 
 from __future__ import annotations
 

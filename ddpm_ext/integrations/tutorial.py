@@ -1,4 +1,4 @@
-"""The mixin for the GaussianDiffusion of a well-known tutorial, which many notebooks contain in some variation.
+"""The mixin for the GaussianDiffusion of Zhihu's tutorial on DDPM, which many notebooks contain in some variation.
 
 A class is recognized by the parameters of its methods. The rows are made from the object's tables. Before a method is
 fused for samples of some shape, it runs on trial samples of this shape, and its result is compared with that of the

@@ -415,14 +415,14 @@ def test_other_reasons_to_run_the_peers_code():
         "one int64 timestep a sample": lambda gd: gd.p_losses(X, T[:1]),
         "its tensors are float32 and float64": lambda gd: gd.q_sample(X, T, X.double()),
         "its tensors have different shapes": lambda gd: gd.q_sample(X, T, X[:1]),
-        "whose noise is more than a step ends with": lambda gd: gd.ddim_sample(SHAPE).isnan().any(),
+        "which adds more noise than the result of a step has": lambda gd: gd.ddim_sample(SHAPE).isnan().any(),
         "eta is -1.0": lambda gd: gd.ddim_sample(SHAPE),
         "it is being compiled": lambda gd: torch.compile(lambda: gd.p_losses(X, T, X), backend="eager")(),
         "a transform of torch.func": lambda gd: torch.func.grad(lambda x: gd.q_sample(x, T).sum())(X),
     }
     plain.sampling_timesteps = 5
     for why, call in calls.items():
-        plain.ddim_sampling_eta = {"whose noise": 3.0, "eta is -1.0": -1.0}.get(why[:11], 0.0)
+        plain.ddim_sampling_eta = {"which adds ": 3.0, "eta is -1.0": -1.0}.get(why[:11], 0.0)
         ours, theirs, drawn, fallbacks = both(call, plain)
         assert why in " ".join(fallbacks.values())
         torch.testing.assert_close(ours, theirs, rtol=1e-6 if "compiled" in why else 0, atol=0)

@@ -1,7 +1,8 @@
 """The mixins for guided-diffusion (Dhariwal & Nichol 2021) and improved-diffusion (Nichol & Dhariwal 2021).
 
-Each step takes one launch. Both libraries compute the same steps; guided-diffusion's methods also have an argument
-cond_fn. In these files, "the library" is either of the two, and variables named `peer` are objects of its classes.
+A step takes one launch, with a denoised_fn mostly two. Both libraries compute the same steps; guided-diffusion's
+methods also have an argument cond_fn. In these files, "the library" is either of the two, and variables named `peer`
+are objects of its classes.
 """
 
 from ddpm_ext.integrations.guided_diffusion.classes import Guided, Improved, ImprovedSpaced, Spaced
@@ -17,8 +18,9 @@ SUPPORT = tuple(
             "p_sample",
             "float32; every mean and variance type; clip, cond_fn; respaced and rescaled timesteps; denoised_fn, with "
             "a second launch except for START_X; a model's output of 16 bits, except for START_X",
-            "other dtypes; torch.func; gradients through a step; alphas_cumprod that reach 0; tables other than the "
-            "betas'; a denoised_fn or cond_fn whose result has another shape, or the former's another dtype",
+            "other dtypes; torch.func; gradients through a step; alphas_cumprod that reach 0; tables that do not "
+            "follow from the betas; a denoised_fn or cond_fn whose result has another shape; a denoised_fn whose "
+            "result has another dtype",
         ),
         ("p_sample_loop, p_sample_loop_progressive", "as p_sample", "as p_sample"),
         (

@@ -67,18 +67,18 @@ class Guided(PeerDiffusion):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Adds the steps and loops. Raises TypeError for a fork of the library whose methods differ from PARAMETERS."""
         super().__init_subclass__(**kwargs)
-        peer = cls.__dict__.get("_peer")
-        if peer is None:
+        peer_class = cls.__dict__.get("_peer")
+        if peer_class is None:
             return
         for name, parameters in cls._peer_parameters.items():
             # The base-most definition is checked, since an override, as in SpacedDiffusion, may take (*args, **kwargs).
-            method = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
+            method = next((vars(c)[name] for c in reversed(peer_class.__mro__) if name in vars(c)), None)
             actual = "()" if method is None else signature_text(method)
             expected = f"(self, {parameters})"
             if actual != expected:
                 raise TypeError(
-                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes {actual}, expected "
-                    f"{cls.library}'s, {expected}"
+                    f"obj is a {peer_class.__module__}.{peer_class.__qualname__}, whose {name} takes {actual}, "
+                    f"expected {cls.library}'s, {expected}"
                 )
             if method is not None and name not in vars(Guided):  # a step or a loop
                 setattr(cls, name, _fused(method))
