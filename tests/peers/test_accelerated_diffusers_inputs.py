@@ -164,6 +164,7 @@ def test_steps_of_the_own_code_without_a_warning():
         *((name, {}, None, {"m": normal(1, 2, 3, 4, 4)}) for name in NAMES),
         *((name, {}, None, {"m": [1.0]}) for name in NAMES),
         *((name, {}, None, {"unknown": 1}) for name in NAMES),
+        ("EulerDiscrete", {}, None, {"s_churn": None}),
         ("DDPM", {}, None, {"m": M.long()}),  # there is no such noise
         ("DDPM", {"variance_type": "learned"}, None, {}),
         ("DDPM", {"variance_type": "learned_range"}, None, {}),

@@ -99,8 +99,6 @@ def _make(
     now, after = levels[t], torch.where(next_t >= 0, levels[next_t.clamp(min=0)], end_level)
     # If alphas_cumprod is 1, the sample has no noise, so eps does not follow from the sample and x0.
     is_fused = (now < 1) & ((after > 0) | (eta == 0))
-    if prediction_type != "sample" and keep_eps and not eta:
-        is_fused |= after < 1
     is_fused &= ~(now.signbit() | after.signbit())  # betas above 1 make negative levels, where diffusers returns NaN
     is_fused &= now <= after  # steps to more noise have a negative variance and return NaN, whatever eta is
     if prediction_type == "epsilon" and clip is None:

@@ -63,7 +63,7 @@ class Call(NamedTuple):
     Attributes:
         m, timestep, x: the model's output, the timestep without a dimension, and the sample.
         has_dim: whether the caller's timestep had a dimension.
-        options: the arguments other than these, generator and return_dict, without those that are None or the default.
+        options: the arguments other than these, generator and return_dict, without those whose value is the default.
         tensors: the values of the options that are GIVEN, in their order.
         other_arguments: generator and return_dict, if the caller has passed them.
     """
@@ -99,7 +99,7 @@ def call_of(scheduler: Scheduler, signature: Signature, args: Sequence[Any], kwa
     options: list[tuple[str, Any]] = []
     tensors: list[Tensor] = []
     for name, value in sorted(values.items()):
-        if defaults[name] is EMPTY or (value is not None and value is not defaults[name]):
+        if defaults[name] is EMPTY or value is not defaults[name]:
             option = _option(scheduler, name, value, x, m, timestep)
             tensors += [value] if option is GIVEN else []
             options.append((name, option))
