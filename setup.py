@@ -4,7 +4,8 @@ Environment variables:
 - DDPM_EXT_CUDA: 0 builds without CUDA, 1 fails if CUDA can't be built; unset builds it if possible
 - CUDA_HOME, or else CUDA_PATH: the CUDA toolkit; without both, the toolkit of the `nvcc` on PATH
 - TORCH_CUDA_ARCH_LIST: GPU architectures, such as "8.0;9.0+PTX"; "all" for a wheel that runs on all cards; unset takes
-  the architectures of the visible GPUs
+  the architectures of the visible GPUs, or 8.0 if no GPU is visible
+- CXX: the C++ compiler; unset takes c++
 - MAX_JOBS: how many compilers run at once
 - DDPM_EXT_SANITIZE: the value of g++'s -fsanitize, such as "address,undefined", for `make sanitize`
 """
@@ -134,7 +135,8 @@ def find_toolkit(env: Mapping[str, str]) -> Toolkit:
 
 
 def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None) -> Plan:
-    """Decides whether to build with CUDA. Ends the build if DDPM_EXT_CUDA is 1 and CUDA can't be built."""
+    """Decides whether to build with CUDA. Ends the build if DDPM_EXT_CUDA is 1 and CUDA can't be built, or if its value
+    is unknown."""
     wish = env.get("DDPM_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"DDPM_EXT_CUDA={wish} is unknown: 0 leaves CUDA out, 1 demands it, unset takes it where it can be had")
@@ -162,7 +164,7 @@ def choose_archs(wish: str, known: Collection[str], cards: Collection[tuple[int,
     """The architectures to compile for, and a phrase that explains the choice.
 
     wish: TORCH_CUDA_ARCH_LIST. known: the architectures that nvcc and torch both know. cards: the visible GPUs'
-    capabilities. Unless the user chose, the result includes PTX of the last architecture, which later GPUs can run.
+    capabilities. Unless `wish` lists architectures, the result includes PTX of the last one, which later GPUs can run.
     """
     if wish not in ("", "all"):
         return wish.replace(";", " "), "as you chose"
@@ -225,7 +227,7 @@ def nvcc_flags(version: str, arch_flags: Collection[str]) -> list[str]:
     def of_one_ptx(match: re.Match[str]) -> str:
         return f"compute_{max((arch for arch in PTX_ARCHS if arch <= int(match[1])), default=match[1])}"
 
-    # Drivers older than CUDA 12.4 can't read the smaller form, but CUDA 13 does not support them anyway.
+    # Drivers older than CUDA 12.4 can't read what --compress-mode=size writes, but CUDA 13 doesn't support them anyway.
     small = "--compress-mode=size" if int(version.split(".")[0]) >= 13 else "-Xfatbin=-compress-all"
     return [*NVCC_FLAGS, small, *(re.sub(r"compute_(\d+)\b", of_one_ptx, flag) for flag in arch_flags)]
 
@@ -300,10 +302,11 @@ def configure():
             if self.inplace:  # not pip's temporary folder, where each editable build would compile all files again
                 self.build_temp = f"build/temp.{sys.platform}-{sys.implementation.cache_tag}"
             super().run()
-            for folder in {False, bool(self.inplace)}:
-                self.inplace, inplace = folder, self.inplace
+            # get_ext_fullpath depends on self.inplace. A build in place leaves a module in the build folder, too.
+            for in_place in {False, bool(self.inplace)}:
+                self.inplace, before = in_place, self.inplace
                 Path(self.get_ext_fullpath(MODULE)).with_suffix(".json").write_text(json.dumps(info, indent=1) + "\n")
-                self.inplace = inplace
+                self.inplace = before
 
     return extension, BuildExt
 

@@ -35,14 +35,16 @@ void for_each_tensor(const LossCall& call, Visit visit) {
   for (const TensorArg* tensor : {&call.slope, &call.variance_slope}) visit(*tensor);
 }
 
-// Whether a tensor's address and batch stride allow Access::vector: samples begin at multiples of 16 bytes.
+// Whether a tensor's address and batch stride allow Access::vector: samples begin at multiples of 16 bytes, and the
+// batch stride fits into 32 bits.
 inline bool in_vectors(const TensorArg& tensor, int64_t batch) {
   const int64_t size = tensor.dtype == DType::float32 ? 4 : 2;
   return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (batch == 1 || tensor.batch_stride * size % 16 == 0) &&
          tensor.batch_stride < int64_t{1} << 32;
 }
 
-// Whether a call's sizes and its strides of t and of the sample ids allow Access::vector.
+// Whether a call's samples are contiguous, and its sizes and its strides of t and of the sample ids are small enough
+// for Access::vector.
 inline bool in_vectors(const Call& call) {
   constexpr int64_t k31 = int64_t{1} << 31, k32 = int64_t{1} << 32;
   // With fewer than 2^31 elements in a sample, an element's index plus the step of a kernel's loop is below 2^32.
@@ -73,9 +75,9 @@ constexpr int kLanes = 32;  // the lanes (threads) of a warp
 
 // Returns the call with its dimensions in the order (pixels, channels), if Access::strided can process it by words of
 // four elements in that order (cuda/pixels.cuh). This requires that the call draws noise, that its samples have at most
-// kLanes channels and a multiple of four pixels and are channels_last in all tensors, and that contiguous samples of
-// these sizes could use Access::vector. Otherwise returns the call unchanged. The strides are not swapped, since
-// kernels do not read the strides of a contiguous call.
+// kLanes channels and a multiple of four pixels and are channels_last in all tensors, and that contiguous samples with
+// these sizes, addresses and batch strides could use Access::vector. Otherwise returns the call unchanged. The strides
+// of a sample's dimensions are not swapped, since kernels do not read them in a contiguous call.
 template <class AnyCall>
 AnyCall by_pixels(const AnyCall& call) {
   AnyCall swapped = call;
@@ -92,12 +94,12 @@ AnyCall by_pixels(const AnyCall& call) {
 
 constexpr int64_t kMaxChannelsInTurn = 16;  // the largest result of channels_in_turn
 
-// Returns how many channels a thread of Access::strided processes for its pixels, one after the other: all or one. In a
-// strided call of two dimensions, (channels, pixels), some tensors are channels_last and others are not. A warp that
-// loads one channel of a channels_last tensor fetches the other channels, too. If the same warp then processes the
+// Returns how many channels a thread of Access::strided processes for its pixels, one after the other: all or one. If
+// a strided call has two dimensions, they usually are (channels, pixels), and some tensors are channels_last. A warp
+// that loads one channel of a channels_last tensor fetches the other channels, too. If the same warp then processes the
 // other channels, they are still in the L1 cache. Returns 1 for a small sample, which needs as many threads as possible
-// and is processed as if it had one channel. Also returns 1 for more than kMaxChannelsInTurn channels, and if the
-// number of pixels is not a multiple of four.
+// and is processed as if it had one channel. Also returns 1 for more than kMaxChannelsInTurn channels, if the number of
+// pixels is not a multiple of four, and for another number of dimensions.
 DDPM_HD int64_t channels_in_turn(const Call& call) {
   constexpr int64_t kManyPixels = 1 << 14;
   const bool worthwhile = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] >= kManyPixels;

@@ -1,7 +1,7 @@
 // One kernel template for the reverse step, the affine operators and randn. In a turn (one loop iteration) a thread
 // processes kParts runs. A run is four or eight neighbouring elements: one or two whole Philox blocks, whatever the
-// launch's shape. The runs of neighbouring threads are neighbours in memory, so a warp accesses contiguous memory. Grid
-// and block have the dimensions (elements, samples).
+// launch's shape. The runs of neighbouring threads are neighbours in the sample. So with Access::vector a warp accesses
+// contiguous memory. A block has the dimensions (elements, samples), and the grid (elements, samples, further samples).
 #pragma once
 
 #include "cuda/access.cuh"
@@ -16,7 +16,7 @@ namespace ddpm_ext::cuda {
 // The work of a thread for one sample. Op is an operator with these members:
 //   Call                      the type of its calls: ElementwiseCall or derived from it
 //   Row                       the row of its table; kRowless says that it has none
-//   kX, kSecond               whether it reads x, and whether it reads `model_output`, its second tensor
+//   kX, kSecond               whether it reads x, and whether it reads `model_output`
 //   kDraws                    whether every row needs the drawn noise; if not, draws(row) says whether this row does
 //   draw(row, t)              the `draw` of the noise's counter, if the caller has not passed one
 //   mean(row, call, x, m)     the result without noise
@@ -30,10 +30,10 @@ class Elementwise {
       sizeof(X) == 4 || (Op::kSecond && sizeof(M) == 4) || (kNoise == Noise::given && sizeof(Z) == 4);
   static constexpr bool kNarrow =
       sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) || (kNoise == Noise::given && sizeof(Z) == 2);
-  // kWide, kNarrow: whether a tensor of the call is float32, and whether one has 16 bits. Without float32 tensors a run
-  // is eight elements, 128 bits of each tensor. Otherwise it is four elements: 128 bits of a float32 tensor, and 64
-  // bits of a 16-bit tensor. If a run of four has 16-bit tensors or drawn noise, a turn has two runs, which share the
-  // turn's other instructions.
+  // kWide, kNarrow: whether a tensor of the call is float32, and whether one has 16 bits. With Access::vector and no
+  // float32 tensors, a run is eight elements, 128 bits of each tensor. Otherwise it is four elements: 128 bits of a
+  // float32 tensor, and 64 bits of a 16-bit tensor. If such a run of Access::vector has 16-bit tensors or drawn noise,
+  // a turn has two runs, which share the turn's other instructions.
   static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
   static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
   static constexpr int kItems = kParts * kRun;
@@ -96,8 +96,8 @@ class Elementwise {
     }
   }
 
-  // Whether the kernel adds noise in this row. As on the CPU, a row without noise adds nothing, not even zero: -0 plus
-  // 0 is 0.
+  // Whether the kernel adds noise in this row. It always adds noise from the caller. If noise is drawn, a row that
+  // needs none adds nothing, not even zero, as on the CPU: -0 plus 0 is 0.
   __device__ __forceinline__ bool noisy() const {
     if constexpr (kNoise == Noise::drawn && !Op::kDraws) return Op::draws(row_);
     return kNoise != Noise::none;
@@ -113,9 +113,9 @@ class Elementwise {
     if constexpr (kNoise == Noise::given) inputs.noise[p].load_if(inside, noise_ + j);
   }
 
-  // Processes the runs at j, j + step, and so on up to `whole`, the end of the sample's last whole run. `inputs` has
-  // the loaded inputs of the first turn. A turn draws its noise before it uses its inputs, and then loads the inputs of
-  // the next turn. So loads are in flight while noise is drawn, even in a launch of a single turn.
+  // Takes the turns whose first runs begin at j, j + step, and so on up to `whole`, the end of the sample's last whole
+  // run. `inputs` has the loaded inputs of the first turn. A turn draws its noise before it uses its inputs, and then
+  // loads the inputs of the next turn. So loads are in flight while noise is drawn, even in a launch of a single turn.
   __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
     // A branch around the noise keeps the compiler from moving the next turn's loads behind the noise, to where their

@@ -1,4 +1,4 @@
-// Loads four neighbouring elements, for the kernels x_start_scale.cu and output_scale.cu, which reduce a sample.
+// Loads four neighbouring elements, for the kernels of x_start_scale.cu and output_scale.cu, which reduce a sample.
 #pragma once
 
 #include "cuda/access.cuh"

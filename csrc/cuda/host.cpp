@@ -14,7 +14,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-constexpr int64_t kLeastCounters = 4096;  // of a shared buffer
+constexpr int64_t kLeastCounters = 4096;  // the least size of a shared buffer
 
 size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint32_t); }
 
@@ -65,7 +65,7 @@ Counts::Counts(int64_t count, int device, cudaStream_t stream) {
     int64_t count = 0;
   };
   static std::mutex mutex;
-  // The map is never destroyed: at process exit, CUDA may be shut down before static objects are destroyed.
+  // The map is never destroyed: another thread may still launch kernels while the process destroys static objects.
   static auto& buffers = *new std::map<std::pair<int, cudaStream_t>, Buffer>;
   const std::lock_guard<std::mutex> lock(mutex);
   Buffer& buffer = buffers[{device, stream}];

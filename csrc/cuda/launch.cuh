@@ -50,9 +50,9 @@ inline unsigned unsigned_int(int64_t n) { return static_cast<unsigned>(n); }
 
 // Returns the shape of a launch in which a thread takes `items` elements of a sample in a turn (loop iteration). A
 // block covers a stretch of one sample, or several small samples. It has kThreads threads, or fewer if some
-// multiprocessors would otherwise have no block. If single turns would need more than twice as many blocks as the
-// device runs at once (`at_once`), each thread takes up to kMaxTurns turns, so that it reads the sample's row and
-// factors less often.
+// multiprocessors would otherwise have no block. If single turns would need at least four times as many blocks as the
+// device runs at once (`at_once`), each thread takes several turns, at most kMaxTurns, so that the sample's row and
+// factors are read less often.
 inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multiprocessors, int64_t at_once) {
   constexpr int64_t kMaxTurns = 8, kLeastThreads = 64;
   const int64_t threads = divide_up(numel, items);  // for one sample

@@ -115,16 +115,17 @@ __device__ __forceinline__ void by_kind(Loss kind, Take take) {
 constexpr int kMostChannels = 8;
 
 // The work of a thread for one sample. In a turn (one loop iteration) a block processes kParts chunks, and a thread
-// processes four elements of each of these chunks. With kHostKeys, the host knows the seed, so the Philox keys are
-// arguments of the launch.
+// processes four elements of each of these chunks. With kHostKeys, the host knows the seed, so the kernel uses the
+// Philox keys that the host has computed.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 class LossOfSample {
  public:
   using Index = IndexOf<kAccess>;
   static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
-  // Whether by_pixels may have reordered the call. Calls with the variational bound are not reordered: the model
-  // returns the variance as further channels, so the channels of model_output alone are not contiguous for a pixel.
+  // Whether by_pixels may have reordered the call. Calls with the variational bound are not reordered: in most of them
+  // the model returns the variance as further channels, so the channels of model_output alone are not contiguous for a
+  // pixel.
   static constexpr bool kPixels = kAccess == Access::strided && kNoise == Noise::drawn && !kVariational;
   // The least number of blocks that a multiprocessor can hold, which limits the registers of a thread.
   static constexpr int kBlocks = kAccess == Access::strided ? 1 : kVariational ? 6 : 8;
@@ -261,11 +262,11 @@ class LossOfSample {
 // zero before and after the launch: one for each sample, which counts its finished blocks, and one for the finished
 // samples.
 //
-// With Access::strided, a sample has stretches of `apart` turns: one stretch for each channel if channels_in_turn says
-// so, otherwise a single stretch. A block begins with turn blockIdx.x of the first stretch and takes the same turn of
-// the other stretches. Then it goes on in the first stretch, gridDim.x turns later. So a block processes all channels
-// of some pixels before it takes other pixels. In channels_last tensors, the L1 cache then still holds the other
-// channels. For a call that by_pixels has reordered, `apart` is the number of its stretches of pixels.
+// With Access::strided, a sample has stretches of `apart` turns: one stretch for each channel if channels_in_turn is
+// more than 1, otherwise a single stretch. A block begins with turn blockIdx.x of the first stretch and takes the same
+// turn of the other stretches. Then it goes on in the first stretch, gridDim.x turns later. So a block processes all
+// channels of some pixels before it takes other pixels. In channels_last tensors, the L1 cache then still holds the
+// other channels. For a call that by_pixels has reordered, `apart` is the number of its stretches of pixels.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
@@ -273,7 +274,8 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;
   using Index = typename Body::Index;
   constexpr int kParts = Body::kParts;
-  // The losses of this turn and of the previous turn. For a call in the order of pixels: of each channel.
+  // The losses of this turn and of the previous turn. For a call that by_pixels has reordered, the losses of each
+  // channel in a stretch.
   __shared__ float losses[Body::kPixels ? kMostChannels : 2][kParts][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
@@ -312,7 +314,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   for (Index turn = first, after; turn < turns; turn = after, odd ^= 1) {
     after = next(turn);
     body.take(turn, losses[odd]);
-    body.load(after);  // begins before the sums, so that the loads overlap with the sums
+    body.load(after);  // before the sums, so that these loads overlap with the sums
     __syncthreads();
     // One warp adds up a chunk, and in odd turns it is another warp than in even turns. Meanwhile the other warps begin
     // the next turn, which writes to the other half of `losses`. The turn after that writes to this half, but between
@@ -335,8 +337,9 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
 }
 
 // Returns how many channels a block processes for its pixels, one after the other: all or one. It is all if by_pixels
-// has reordered the call. It is also all if a channel consists of whole chunks and the chunks of one channel give the
-// device enough blocks (`at_once`). Why all channels: see channels_in_turn in access.cuh.
+// has reordered the call. It is also all if there are at most kMaxChannelsInTurn channels, each channel consists of
+// whole chunks, and the chunks of one channel, over all samples, give the device enough blocks (`at_once`). The reason
+// for all channels is that of channels_in_turn in access.cuh.
 int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
   if (call.channels_last > 0) return call.channels_last;
   const bool separate = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
@@ -362,8 +365,8 @@ void launch_noise_kind(const LossCall& call, int device, cudaStream_t stream) {
     const LossCall& reordered = pixels ? by_pixels(call) : call;
     return launch_access<Row, kNoise, Access::strided, false, X, M>(reordered, device, stream);
   }
-  // With kHostKeys there is a second kernel. To limit the number of kernels, only the most frequent call with drawn
-  // noise has one.
+  // With kHostKeys there is a second kernel. To limit the number of kernels, only the most frequent calls with drawn
+  // noise have one: those without the variational bound, with Access::vector.
   if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
     if (call.seed_data == nullptr) return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);
   }

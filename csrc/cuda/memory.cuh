@@ -1,5 +1,5 @@
 // Loads and stores of words of several elements, and of single elements at any strides. Values are converted to and
-// from float32, in which all arithmetic is done.
+// from float32, in which the arithmetic of an element is done.
 #pragma once
 
 #include <cuda_bf16.h>

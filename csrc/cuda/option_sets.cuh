@@ -32,7 +32,8 @@ struct AnyOptions {
   static constexpr bool kAnyInput = true;
 };
 
-// Classifier-free guidance, with or without the model's next input in the samples' dtype.
+// Classifier-free guidance. The step may have the factor output_scale, and may write the model's next input in the
+// samples' dtype.
 struct Guided : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::uncond_output);
   static constexpr uint32_t kMay = kMust | set_of(Result::model_input, Factor::output_scale);
@@ -48,7 +49,7 @@ struct WithX0 : AnyOptions {
   static constexpr bool kEight = true;
 };
 
-// The same tensors as WithX0, together with guidance and the model's next input.
+// A step that may have the tensors of WithX0, guidance, and the model's next input in the samples' dtype.
 struct GuidedWithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::model_input);
@@ -56,7 +57,7 @@ struct GuidedWithX0 : AnyOptions {
   static constexpr bool kAnyInput = false;
 };
 
-// A step without guidance that may read three history tensors and return one.
+// A step without guidance that may read up to three history tensors and return one.
 struct WithHistory : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);
@@ -64,8 +65,8 @@ struct WithHistory : AnyOptions {
   static constexpr bool kEight = true;
 };
 
-// A step that writes the model's next input in any dtype. It may have guidance, history tensors, and noise from the
-// caller.
+// A step that writes the model's next input in any dtype. It may have guidance, history tensors, the predicted clean
+// sample as a result, and noise from the caller.
 struct NextInput : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Result::model_input);
   static constexpr uint32_t kMay = GuidedWithX0::kMay | WithHistory::kMay | set_of(Role::noise);

@@ -1,5 +1,5 @@
-// The arithmetic of core/scalar.h over two elements at once. From sm_100 on, one instruction adds, multiplies or fuses
-// two pairs of floats and rounds each result as the scalar instruction does.
+// The arithmetic of core/scalar.h over two elements at once. From sm_100 on, one instruction does an addition, a
+// multiplication or an fma of pairs of floats. It rounds each result as the scalar instruction does.
 #pragma once
 
 #include "core/scalar.h"

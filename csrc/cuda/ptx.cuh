@@ -1,4 +1,5 @@
-// Functions of a single instruction: instructions that CUDA C++ cannot express, and memory accesses of a fixed width.
+// Instructions that CUDA C++ cannot express, statements that keep the compiler from moving code, and memory accesses of
+// a fixed width.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +74,7 @@ __device__ __forceinline__ void keep_uses_behind(float noise) {
 }
 
 // Does not change `word`, but the compiler must assume that it does. So the compiler computes `word` before this call,
-// and computes results of `word` only after this call.
+// and computes values that depend on `word` only after this call.
 __device__ __forceinline__ void make_opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 __device__ __forceinline__ void make_opaque(int64_t& word) { asm volatile("" : "+l"(word)); }
 

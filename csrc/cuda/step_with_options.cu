@@ -18,7 +18,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// The number of a sample's elements that a thread processes at once.
+// The number of a sample's elements that a thread processes in a turn (loop iteration).
 template <Access kAccess, class Options, class X>
 constexpr int kStepItems = kAccess == Access::vector && Options::kEight && sizeof(X) == 2 ? 8 : 4;
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store
 }
 
 // Loads and stores a thread's elements of samples that are contiguous in every tensor, from element j of sample b on.
-// Loads do nothing if `inside` is false.
+// Loads do nothing if `inside` is false, or if `given` is false: the call does not have the tensor.
 template <class Index>
 class DensePositions {
  public:
@@ -133,8 +133,8 @@ class Tensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
-  // Takes the pair `i` of a result. Writes the result to memory when it has all of its elements. All inputs have been
-  // loaded by then.
+  // Takes the pair `i` of a result. Writes the result to memory when it has all of the thread's elements, or, for a
+  // model_input of any dtype, in each call of take_step. All inputs have been loaded by then.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
     if constexpr (kResult == Result::model_input && Options::kAnyInput) {
@@ -240,10 +240,11 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// From one turn (loop iteration) to the next, a thread goes on by `apart` elements. With Access::strided, only the
-// first `pixels` elements of a sample have threads, one thread for four elements. If channels_in_turn (access.cuh) is
-// more than 1, these elements are the first channel, and `apart` equals `pixels`: a thread processes the same pixels of
-// every channel. If channels_last > 0, PixelWords lays out the turns, and both parameters are unused.
+// From one turn (loop iteration) to the next, a thread goes on by `apart` elements. With Access::strided, `pixels` is
+// the number of elements in which threads begin: a thread with a later first element does nothing. They are the whole
+// sample. But if channels_in_turn (access.cuh) is more than 1, they are the first channel, and `apart` equals `pixels`:
+// a thread processes the same pixels of every channel. If channels_last > 0, PixelWords lays out the turns, and both
+// parameters are unused.
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,

@@ -43,7 +43,7 @@ struct Search {
 };
 
 // Returns the distance from one sample to the next in the scratch memory, in 32-bit words. A sample's magnitudes come
-// first, padded to whole words of four, and then its Search.
+// first, padded to a multiple of four, and then its Search.
 DDPM_HD constexpr int64_t scratch_stride(int64_t numel) { return (numel + 3) / 4 * 4 + 4; }
 
 __device__ __forceinline__ uint32_t* magnitudes_of(const XStartScaleCall& call, int64_t b) {
@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) search->prefix = next;
 }
 
-// The least number of elements of a block. With fewer, adding the block's histogram to the sample's would take too much
-// time.
+// A sample has at most one block for each kElementsOfBlock elements, rounded up. With more blocks, adding their
+// histograms to the sample's histogram would take too much time.
 constexpr int64_t kElementsOfBlock = 8192;
 
 template <Access kAccess, class X, class M>

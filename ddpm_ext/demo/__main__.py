@@ -1,4 +1,4 @@
-"""`python -m ddpm_ext.demo --out demo`: draws shapes with a guided model, with several scales, and times a step."""
+"""`python -m ddpm_ext.demo --out demo`: draws shapes with several scales of guidance, and times a step."""
 
 from __future__ import annotations
 

@@ -57,7 +57,10 @@ def write(path: Path, calls: Iterable[Call]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Tensor]]:
-    """The arrays of each call in the file that main.cpp has written, by name. They have one dimension."""
+    """The arrays of each call in the file that main.cpp has written, by name. They have one dimension.
+
+    The file has the format that `write` describes, without the number of calls and the operators' names.
+    """
     content, at = path.read_bytes(), 0
     while at < len(content):
         (count,), at, arrays = struct.unpack_from("<q", content, at), at + 8, {}
@@ -96,14 +99,14 @@ def all_calls() -> Iterator[Call]:
         calls = (make(x, m, z) for make in (simple_calls, option_calls, loss_calls, scale_calls))
         for call in itertools.chain.from_iterable(calls):
             yield call._replace(what=f"{call.what} {name} {a} {b}", arguments={**sizes, **call.arguments})
-    # channels_last samples. With 2, 4 or 8 channels, some instruction sets reorder the noise in registers. Otherwise it
-    # is copied by 4, 8, 16 or more elements (kernels/noise_by_pixels.h).
+    # channels_last samples. Whether the noise is reordered in registers, stored at its final position or copied depends
+    # on the number of channels and on the instruction set (kernels/noise_by_pixels.h).
     for channels in (2, 3, 4, 5, 8, 12, 16, 24, 32):
         some = (normal(5, channels, 6, 18, seed=seed).to(memory_format=torch.channels_last) for seed in (2, 3, 4))
         sizes = {"batch": integer(5), "numel": integer(channels * 108), "channels_last": integer(channels)}
         for call in itertools.islice(simple_calls(*some), 3):  # the calls that draw noise
-            given, got = ({n: v.movedim(1, -1) if v.dim() == 4 else v for n, v in each.items()} for each in call[2:])
-            yield call._replace(what=f"{call.what} {channels}", arguments={**sizes, **given}, results=got)
+            inputs, results = ({n: v.movedim(1, -1) if v.dim() == 4 else v for n, v in d.items()} for d in call[2:])
+            yield call._replace(what=f"{call.what} {channels}", arguments={**sizes, **inputs}, results=results)
     for call in special_calls():
         sizes = {"batch": integer(1), "numel": integer(next(iter(call.arguments.values())).numel())}
         yield call._replace(arguments={**sizes, **call.arguments})

@@ -1,5 +1,6 @@
-// Runs calls of the CPU operators without torch. Reads the calls from the file argv[1]. Writes the calls, with their
-// results, to the file argv[2]. Prints the instruction set. calls.py describes the format of the files.
+// Runs calls of the CPU operators without torch. Reads the calls from the file argv[1]. Writes the arrays of each call,
+// which then have the results, to the file argv[2]. Prints the instruction set. calls.py describes the format of the
+// files.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

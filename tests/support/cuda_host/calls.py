@@ -22,13 +22,13 @@ from ddpm_ext.ops.step_inputs import STEP_INPUTS
 
 WIDE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 Pair = tuple[torch.dtype, torch.dtype]
-# The dtypes of x_t and of the operator's second tensor, which is the model's output or the noise.
+# The dtypes of x_t and of the operator's second tensor, such as the model's output.
 PAIRS: list[Pair] = [(WIDE, WIDE), (WIDE, HALF), (WIDE, BRAIN), (HALF, HALF), (BRAIN, BRAIN)]
 SPECIAL = [0.0, -0.0, 1e-40, -3e38, 6e4, math.inf, -math.inf, math.nan]
 STEP = "step_with_options"
 OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
 
-# The kinds of noise for which each operator has kernels. With SEED_IN_MEMORY, the kernel reads the seed from memory.
+# The kinds of noise with which each operator is called. With SEED_IN_MEMORY, the kernel reads the seed from memory.
 SEED_IN_MEMORY = "drawn by a seed in memory"
 NOISES = {
     "reverse_step": ("none", "given", "drawn", SEED_IN_MEMORY),
@@ -74,8 +74,9 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
 class Call:
     """The arguments of a call of an operator.
 
-    Tensors and results have the names that they have in step_with_options. The second tensor of predict_start and
-    posterior_mean is called `model_output`, too. randn's result has the shape and dtype of `x_t`.
+    Tensors and results have the names that they have in step_with_options. For the other operators, the first tensor is
+    `x_t`, and the second tensor of predict_start and posterior_mean is `model_output`. randn's result has the shape and
+    dtype of `x_t`.
     """
 
     op: str
@@ -161,7 +162,7 @@ def make_call(
     special: bool = True,
     **changes: Any,
 ) -> Call:
-    """A call of a variant, on samples of `shape`.
+    """A call of a variant, on samples of `shape` (batch, ...).
 
     step_with_options gets the tensors `options`, too, and writes all of its results. The call does not have the tensors
     with names in `without`. `changes` replaces fields of the Call.
@@ -185,8 +186,8 @@ def make_call(
 
 def unwritten(like: Tensor) -> Tensor:
     """A tensor like `like`, with bits that no kernel writes."""
-    whole = torch.int32 if like.dtype == WIDE else torch.int16
-    return torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(like.dtype)
+    bits = torch.int32 if like.dtype == WIDE else torch.int16
+    return torch.empty_strided(like.shape, like.stride(), dtype=bits).fill_(-63).view(like.dtype)
 
 
 @dataclass
@@ -273,8 +274,9 @@ class Host:
     def on_other_device(self, device: int, streams: str) -> Iterator[None]:
         """A context in which tensors are on `device`, while the other device is the current device.
 
-        Checks that each launch, allocation and memset is on the current stream of `device`, and that `device` is the
-        current device during it. Checks that the other device is the current device at the end.
+        Checks that each launch, each memset and each allocation by torch's allocator is on the current stream of
+        `device`, and that `device` is the current device during it. Checks that the other device is the current device
+        at the end.
 
         streams: the kind of the current streams, one of STREAMS.
         """

@@ -16,7 +16,7 @@ struct Launch {
   dim3 grid, block;
 };
 
-// The stream and the device of a launch, an allocation or a memset.
+// The stream and the device of a launch, a memset, or an allocation by torch's allocator.
 struct Work {
   cudaStream_t stream;
   int device;
@@ -26,8 +26,9 @@ struct Work {
 // need more blocks than it runs at once.
 constexpr int kMultiprocessors[] = {132, 2};
 
-// The numbers of sectors (32 bytes of memory) that the loads and stores of all warps touched. A sector counts once for
-// each access of a warp that touches it.
+// The numbers of sectors (32 bytes of memory) that the loads and stores of all warps touched. Only the accesses by
+// load_word, load_word_if and store_word count (cuda/ptx.cuh). A sector counts once for each access of a warp that
+// touches it.
 struct Sectors {
   int64_t loaded = 0, stored = 0;
 };

@@ -27,7 +27,8 @@ void restore() {
 
 void on_fault(int signal, siginfo_t* info, void*) {
   const bool in_launching_thread = pthread_equal(launching_thread, pthread_self());
-  // Outside a kernel, the timer's signal is ignored, since it comes again soon. Another thread passes it on.
+  // Outside a kernel, the timer's signal is ignored, since it comes again soon. Another thread passes it on to the
+  // launching thread.
   if (signal == SIGVTALRM && (!in_launching_thread || !in_kernel)) {
     if (!in_launching_thread) pthread_kill(launching_thread, signal);
     return;
@@ -51,7 +52,7 @@ std::string Fault::text() const {
   } else if (signal == SIGSEGV || signal == SIGBUS) {
     s << "illegal access to address " << address;
   } else {
-    s << "undefined behaviour, of those that -fsanitize=undefined looks for, at instruction " << address;
+    s << "undefined behaviour that -fsanitize=undefined looks for, at instruction " << address;
   }
   return s.str();
 }

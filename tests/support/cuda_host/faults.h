@@ -1,5 +1,5 @@
-// Catches faults of kernels. If a kernel accesses a guard page or exceeds its time, its launch ends with an error, as
-// on a GPU, and the process continues.
+// Catches faults of kernels. If a kernel accesses a guard page, has undefined behaviour that its compiled code traps,
+// or exceeds its time, its launch ends with an error, as on a GPU, and the process continues.
 #pragma once
 
 #include <string>
@@ -20,7 +20,7 @@ struct Fault {
 // code.
 extern volatile bool in_kernel;
 
-// While an object exists, faults of the thread that created it are caught. A kernel that takes more than `seconds`
+// While an object exists, faults of the thread that created it are caught. A launch that takes more than `seconds`
 // seconds of processor time is stopped, which is a fault, too.
 class CatchFaults {
  public:

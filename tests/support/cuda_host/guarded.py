@@ -109,9 +109,9 @@ class Placed:
         self.poison(False)
         result = self.tensor.clone()
         if written and result.numel() > 0:
-            whole = torch.int32 if result.element_size() == 4 else torch.int16
-            before = self.before[self.begin : self.end].view(whole).as_strided(result.shape, self.tensor.stride())
-            self.tensor.view(whole).copy_(before)
+            bits = torch.int32 if result.element_size() == 4 else torch.int16
+            before = self.before[self.begin : self.end].view(bits).as_strided(result.shape, self.tensor.stride())
+            self.tensor.view(bits).copy_(before)
         assert torch.equal(self.pages.bytes, self.before), "memory was written that should not have been"
         self._free[self.pages.size].append(self.pages)
         return result

@@ -27,14 +27,15 @@ using ddpm_ext::OptionalTensor;
 
 namespace {
 
-// Tensors that replace arguments or the result of a call. For CPU tensors an operator reads t, sample_ids, seed and
-// draw itself. These replacements reach the kernel, as tensors in GPU memory would. `out` replaces the result that an
-// operator allocates.
+// Tensors that replace arguments or the result of a call. If t, sample_ids, seed and draw are CPU tensors, an operator
+// checks the values of t and sample_ids, and passes seed and draw to the kernel by value. These replacements reach the
+// kernel as addresses of unchecked values, as tensors in GPU memory would. `out` replaces the result that an operator
+// allocates.
 struct Instead {
   OptionalTensor t, sample_ids, seed, out, draw;
 } instead;
 
-bool took_vectors;  // whether the last call allowed Access::vector (cuda/access.cuh)
+bool took_vectors;  // whether the last call of `run` allowed Access::vector (cuda/access.cuh)
 
 // Runs the CUDA kernels of a call, after the replacements of its arguments.
 template <class AnyCall>
@@ -71,7 +72,8 @@ py::list take_launches() {
   return result;
 }
 
-// Returns and clears the records of launches, allocations and memsets: the stream, as a number, and the device of each.
+// Returns and clears the records of launches, memsets and allocations (control.h): the stream, as a number, and the
+// device of each.
 std::vector<std::tuple<intptr_t, int>> take_works() {
   std::vector<std::tuple<intptr_t, int>> result;
   for (const standin::Work& work : std::exchange(standin::control.works, {}))

@@ -11,7 +11,7 @@ from support.cuda_host.calls import Call, Host, Variant, assert_same_bits, make_
 from support.cuda_host.guarded import Sparse
 from torch import Tensor
 
-ITEMS = (4, 8)  # the numbers of neighbouring elements that a thread may process at once
+ITEMS = (4, 8)  # the numbers of elements that a thread may process in a turn (loop iteration)
 
 
 def index(shape: Sequence[int], b: int, elements: Tensor) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
 // Launches of kernels, and CUDA's functions for devices, memory and errors. A launch returns after its kernel has
-// ended, and returns an error of the kernel.
+// ended, and returns the kernel's error, if it had one.
 #pragma once
 
 #include <stddef.h>
@@ -41,7 +41,7 @@ namespace standin {
 
 inline int current_device = 0;
 
-// Records a launch, an allocation or a memset: its stream and the current device.
+// Records a launch, a memset, or an allocation by torch's allocator: its stream and the current device.
 void note_stream(cudaStream_t stream);
 
 }  // namespace standin

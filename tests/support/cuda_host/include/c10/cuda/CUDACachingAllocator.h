@@ -10,9 +10,9 @@
 
 namespace standin {
 
-// The blocks that torch's allocator has allocated and that are not freed yet, with their sizes in bytes. For the pool
-// of a CUDA graph, torch may use such memory for other tensors, too. overwrite_memory_of_allocator does what those
-// tensors would do.
+// The blocks that torch's allocator has allocated and that are not freed yet, with their sizes in bytes. If a block is
+// in the pool of a CUDA graph, other tensors may use its memory later (cuda/host.h). overwrite_memory_of_allocator
+// overwrites all blocks, as those tensors would.
 inline std::map<void*, size_t> of_allocator;
 inline int allocations = 0, caches_emptied = 0;
 
