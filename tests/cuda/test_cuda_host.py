@@ -363,8 +363,8 @@ def test_the_device_and_its_stream(host, variant):
 
 
 def test_the_grid_follows_the_device(host):
-    """One turn a thread, unless there are more than twice as many blocks as run at once; then up to eight. Where there
-    are fewer blocks than multiprocessors they are smaller, down to 64 threads."""
+    """One turn a thread, unless there are at least four times as many blocks as run at once; then up to eight. Where
+    there are fewer blocks than multiprocessors they are smaller, down to 64 threads."""
 
     def launched(device, batch, size):
         host.control.set_device(device)

@@ -30,7 +30,6 @@ class Fiber {
 
  private:
   static void enter(unsigned high, unsigned low);
-  void return_to_host(void** fake_stack);
 
   void (*body_)(Fiber*);
   char* stack_;

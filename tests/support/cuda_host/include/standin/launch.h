@@ -20,19 +20,10 @@ enum cudaError_t {
 using cudaStream_t = struct CUstream_st*;
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};  // has no effect here
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };

@@ -15,4 +15,3 @@ inline void check(cudaError_t error, const char* file, int line) {
 }  // namespace c10::cuda
 
 #define C10_CUDA_CHECK(expression) c10::cuda::check(expression, __FILE__, __LINE__)
-#define C10_CUDA_KERNEL_LAUNCH_CHECK() C10_CUDA_CHECK(cudaGetLastError())
