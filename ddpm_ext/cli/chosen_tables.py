@@ -61,7 +61,8 @@ def choose_default(options: argparse.Namespace, model: LoadedModel, timesteps: i
     """
     if options.sampler is not None or options.table is not None:
         return None
-    untuned = options.no_clip or any(getattr(options, name) is not None for name in _NOT_TUNED_FOR)
+    unusual_clip = options.no_clip and model.clip
+    untuned = unusual_clip or any(getattr(options, name) is not None for name in _NOT_TUNED_FOR)
     calls = set.intersection(*(tuned.calls_in(model.folder, scale) for scale in scales_of(options)))
     if options.steps is not None:
         calls &= {options.steps}

@@ -26,7 +26,7 @@ from ddpm_ext.training.run_options import OPTIONS
 DrawKind = Callable[[argparse.Namespace], str]
 """A function that draws a picture for the options, and returns a description of the picture."""
 _PICTURES = (".png",)  # the ending of pictures that consist of samples
-_HISTOGRAMS = 100  # every (steps // _HISTOGRAMS)-th step is drawn, or each step of a shorter loop
+_HISTOGRAMS = 100  # every (calls // _HISTOGRAMS)-th call of the model is drawn, or each call of a shorter loop
 
 _EXAMPLES = {
     "schedules": """examples:
@@ -208,15 +208,15 @@ def _add_histogram(parser: argparse.ArgumentParser) -> None:
 def _draw_histogram(options: argparse.Namespace) -> str:
     require("matplotlib", "drawing a histogram")
     prepared = prepare(options, pictures=False)
-    if prepared.steps < 2:
+    if prepared.calls < 2:
         raise ValueError(f"steps: got {prepared.steps}, expected at least 2 for a histogram")
     tell_choice(prepared, options)
-    every = max(1, prepared.steps // _HISTOGRAMS)
-    recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
+    every = max(1, prepared.calls // _HISTOGRAMS)
+    recorder = Recorder(prepared.model.unet, every, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
-    # Heun's method visits each timestep twice; only the first visit is shown.
-    first_visits = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
+    # Heun's method and RePaint's jumps come to a timestep several times; only the first visit is shown.
+    first_visits = [i for i, t in enumerate(recorder.t) if all(t < earlier for earlier in recorder.t[:i])]
     timesteps, x_t = [recorder.t[i] for i in first_visits], [recorder.x_t[i] for i in first_visits]
     shown = {"bins": options.bins, "limit": options.limit, "name": name_of(options)}
     plots.histogram_figure(x_t, timesteps, options.out, samples=samples, **shown)
-    return f"{plural(options.num, 'sample')} at {len(x_t)} of {plural(prepared.steps, 'step')}"
+    return f"{plural(options.num, 'sample')} at {len(x_t)} of {plural(recorder.calls, 'model call')}"

@@ -86,12 +86,14 @@ class Prepared(Loaded):
     """A model with the input images and tables of its loops.
 
     steps: the number of rows of the loop's step table. A sampler that calls the model twice a step has two rows a step.
+    calls: how often the loop calls the model.
     inputs: the input images.
     tables: the tables that the options select, by the scale of guidance.
     default_line: a line that names the default that was chosen; None if the options name a sampler or a table.
     """
 
     steps: int
+    calls: int
     inputs: LoopInputs
     tables: Tables
     default_line: str | None
@@ -155,13 +157,13 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
     tables = chosen_tables(options, loaded.model)
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
-    steps = 0
     for table in tables.values() or (None,):
         loop = LoopOptions(**_loop_options(inputs, options, range(1), table))
-        steps = len(make_loop_rows(loaded.diffusion, loop))
+        needs = make_loop_rows(loaded.diffusion, loop).needs
     if not isinstance(options.guidance, tuple):  # `draw` checks each of several scales
         guidance_of(options)
-    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables, default_line=default_line)
+    rows = {"steps": len(needs), "calls": sum(row.calls_model for row in needs)}
+    return Prepared(**vars(loaded), **rows, inputs=inputs, tables=tables, default_line=default_line)
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:

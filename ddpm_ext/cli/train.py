@@ -141,7 +141,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = partial(_add_option, standard, parser.add_argument_group("training"))
     add("steps", "optimizer steps")
     add("batch_size", "images a step, of all ranks")
-    add("accumulate", "parts that each rank divides its images into, to save memory; the weights are the same")
+    add("accumulate", "parts that each rank divides its images into, to save memory; changes dropout and rounding")
     add("lr", "highest learning rate")
     add("lr_schedule", "falls to 0 at the last step by a cosine or a line, or stays")
     add("warmup", "steps until the learning rate is reached")

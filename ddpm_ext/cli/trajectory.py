@@ -15,7 +15,7 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 
 _ENDINGS = (".png", ".gif")
-# Without --every, each (steps // number)-th step is shown, or each step of a shorter loop.
+# Without --every, each (calls // number)-th call of the model is shown, or each call of a shorter loop.
 _PICTURES = {".png": 10, ".gif": 60}
 _EXAMPLES = """examples:
   ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png
@@ -28,7 +28,7 @@ def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "trajectory", description, epilog=_EXAMPLES)
     kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving; both with the samples' classes"
     add_sampling(parser, num=8, out="trajectory.png", out_help=kinds)
-    every = f"steps between two pictures (default: about {_PICTURES['.png']} in all, {_PICTURES['.gif']} in a GIF)"
+    every = f"model calls between two pictures (default: for about {_PICTURES['.png']}, or {_PICTURES['.gif']} in a GIF)"
     parser.add_argument_group("strips").add_argument("--every", type=whole_number(1), metavar="K", help=every)
 
 
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> None:
     prepared = prepare(options, pictures=True)
     files.check_writable(options.out)
     tell_choice(prepared, options)
-    every = options.every or max(1, prepared.steps // _PICTURES[ending])
-    recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
+    every = options.every or max(1, prepared.calls // _PICTURES[ending])
+    recorder = Recorder(prepared.model.unet, every, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
     shown = recorder.x_t, recorder.x_0, recorder.labels()
     titles: dict[str, Any] = {"name": name_of(options), "names": prepared.class_names(range(options.num))}
@@ -47,6 +47,6 @@ def run(options: argparse.Namespace) -> None:
         plots.save_gif(plots.trajectory_frames(*shown, **titles), options.out)
     else:
         plots.save_picture(plots.trajectory(*shown, **titles), options.out)
-    shown_at = f"{len(recorder.t)} of {plural(prepared.steps, 'step')}"
+    shown_at = f"{len(recorder.t)} of {plural(recorder.calls, 'model call')}"
     print(f"{options.out}: {plural(options.num, 'sample')} at {shown_at}")
     refuse_not_finite(are_finite(samples).count(False), options.num, options.out)

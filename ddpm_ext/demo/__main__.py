@@ -62,7 +62,7 @@ def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25) -> list[Path]:
             )
 
     columns = len(classes.names)
-    recorder = Recorder(model.unet, max(1, steps // _STEPS_OF_TRAJECTORY), steps, _SAMPLES_OF_TRAJECTORY)
+    recorder = Recorder(model.unet, max(1, steps // _STEPS_OF_TRAJECTORY), _SAMPLES_OF_TRAJECTORY)
     shapes = draw(_SAMPLES_PER_CLASS * columns, _USUAL_SCALE, recorder, x0=True, callback=recorder.keep)
     plots.save_grid(shapes, paths[0], columns=columns)
     rising = torch.stack([draw(columns, scale) for scale in _SCALES], 1)

@@ -19,24 +19,23 @@ Array = npt.NDArray[np.float32]
 class Recorder:
     """Wraps the model of a loop, and records every k-th call of the model and the last call.
 
-        recorder = Recorder(model, every=10, steps=100, samples=8)
+        recorder = Recorder(model, every=10, samples=8)
         diffusion.p_sample_loop(recorder, shape, steps=100, x0=True, callback=recorder.keep)
 
     Args:
         model: the model that the loop samples from.
         every: k, at least 1.
-        steps: how often the loop will call the model.
         samples: how many of the batch's samples to record.
 
     Attributes:
         t: the recorded timesteps.
         x_t, x_0: for each recorded timestep the noisy samples and the predicted clean samples, (samples, channels,
             height, width) float32.
+        calls: how often the model was called.
     """
 
     model: Callable[..., Any]
     every: int
-    steps: int
     samples: int
     t: list[int | float] = field(default_factory=list)
     x_t: list[Array] = field(default_factory=list)
@@ -48,16 +47,17 @@ class Recorder:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
     def __call__(self, x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
-        """Calls the model, and records x_t at every k-th call and the last. If guidance doubles the batch, the first
-        half is recorded."""
-        if self.calls % self.every == 0 or self.calls == self.steps - 1:
-            self.t.append(t[0].item())
-            self.x_t.append(self._copy_of_first(x))
+        """Calls the model, and records x_t. If guidance doubles the batch, the first half is recorded."""
+        if self.calls and (self.calls - 1) % self.every:  # the call before was neither a k-th call nor the last
+            for recorded in (self.t, self.x_t, self.x_0):
+                recorded.pop()
+        self.t.append(t[0].item())
+        self.x_t.append(self._copy_of_first(x))
         self.calls += 1
         return self.model(x, t, **model_kwargs)
 
     def keep(self, record: Record) -> None:
-        """The loop's callback: records the predicted x_0 if this step's x_t was recorded."""
+        """The loop's callback: records the predicted x_0 of the first step after a call of the model."""
         if len(self.x_0) < len(self.x_t):
             assert record.x0 is not None
             self.x_0.append(self._copy_of_first(record.x0))

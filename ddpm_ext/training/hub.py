@@ -66,9 +66,10 @@ def push_to_hub(
     try:
         return str(push(repo, private=private, token=token))
     except Exception as error:  # the errors of network, login and Hub have no common base class
+        arguments = f"{str(folder)!r}, {repo!r}{'' if model is None else ', model=...'}"
         raise ConnectionError(
             f"push_to_hub: {repo} can't be written ({one_line(error)}); {folder} has the model, and "
-            f"ddpm_ext.training.push_to_hub({str(folder)!r}, {repo!r}) tries again"
+            f"ddpm_ext.training.push_to_hub({arguments}) tries again"
         ) from error
 
 

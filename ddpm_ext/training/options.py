@@ -228,19 +228,20 @@ class TrainOptions:
             raise ValueError("flip: digits are not to be mirrored")
 
 
-def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
+def check_same(now: dict[str, Any], then: dict[str, Any], folder: Path, change: Collection[str] = ()) -> None:
     """Raises ValueError, naming the first difference, if a resumed run has other options or inputs than at its start.
 
     now: the options and inputs of the resume.
-    then: the options and inputs at the start of the run, from the file `path`. If an option is missing, the run was
-        started by an older version, which did what the option's default does. So the option counts as its default.
+    then: the options and inputs with which the run in `folder` was last started. If an option is missing, that was by
+        an older version, which did what the option's default does. So the option counts as its default.
     change: the names of options that may differ.
     """
     now, then = json.loads(json.dumps(now)), with_new_defaults(then)
     for name in {**now, **then}:
         if name not in _MAY_CHANGE and name not in change and now.get(name) != then.get(name):
             allowed = f"; --change, or change={[name]}, allows it" if name in CHANGEABLE else ""
-            raise ValueError(f"resume: {name} is {now.get(name)}, but {path} was made with {then.get(name)}{allowed}")
+            was = f"the run in {folder} has {then.get(name)}"
+            raise ValueError(f"resume: {name} is {now.get(name)}, but {was}{allowed}")
 
 
 def check_same_on_ranks(rank_inputs: list[dict[str, Any]]) -> None:

@@ -105,7 +105,7 @@ class Outputs:
         if resume:
             path, header = run_options.find(folder, self.report)
             check_same(
-                self.weight_inputs | asdict(self.options), header["about"] | header["options"], path, self.change
+                self.weight_inputs | asdict(self.options), header["about"] | header["options"], folder, self.change
             )
             step = self._last_attempt = header["step"]
             if step > self.options.steps:

@@ -77,7 +77,7 @@ def polish(
 def polish_calls(steps: int, rounds: int, *, guided: bool) -> int:
     """The most model calls that `polish` makes for a batch of `trajectories`. For a batch of `check` it makes fewer."""
     weights = [2 + min(row, HISTORY) + guided for row in range(steps)]
-    slopes = steps + sum(count * (steps - 1 - row) + steps - row for row, count in enumerate(weights))
+    slopes = 2 * steps - 1 + sum(count * (steps - 1 - row) + steps - row for row, count in enumerate(weights))
     return steps + rounds * (slopes + 2 * sum(map(len, DAMPINGS)) * steps)
 
 

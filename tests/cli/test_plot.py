@@ -123,9 +123,18 @@ def test_histogram_goes_from_the_starting_noise_to_the_samples(tiny, monkeypatch
         samples = model.settings.diffusion().p_sample_loop(model.unet, (4, *model.shape), rng=Philox(5), **loop)
     assert timesteps[0] == 19 and len(x_t) == 6 and (given["bins"], given["limit"]) == (10, 3)
     assert np.array_equal(x_t[0], randn(x_t[0].shape, Philox(5), stream=1)) and np.allclose(given["samples"], samples)
-    assert capsys.readouterr().out == "histogram.png: 4 samples at 6 of 6 steps\n"
+    assert capsys.readouterr().out == "histogram.png: 4 samples at 6 of 6 model calls\n"
     assert call("plot", "histogram", "--model", tiny, "--num", 2, "--sampler", "heun", "--steps", 5, "--quiet") == 0
     assert seen[1][0][1] == [19, 15, 11, 7, 3]  # the first visit of a sampler that comes twice to a timestep
+
+
+def test_histogram_of_a_loop_that_jumps_back(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((8, 12, 3), 99, np.uint8)).save("known.png")
+    Image.fromarray(np.eye(8, 12, dtype=np.uint8) * 255).save("mask.png")
+    inpaint = ("--inpaint", "known.png", "--mask", "mask.png", "--jump-n-sample", 2, "--jump-length", 2)
+    assert call("plot", "histogram", "--model", tiny, "--num", 2, "--steps", 6, *inpaint, "--quiet") == 0
+    assert capsys.readouterr().out == "histogram.png: 2 samples at 6 of 10 model calls\n"
 
 
 BAD = [

@@ -20,10 +20,11 @@ Image = pytest.importorskip("PIL.Image")
         (("--spacing", "2,4", "--every", 4), 3),
         (("--sampler", "heun", "--steps", 3), 4),
         (("--model", "digits", "--spacing", "karras", "--steps", 4), 4),
+        (("--model", "shapes", "--sampler", "dpmpp_2m_cfg_pp", "--guidance", 2, "--steps", 6, "--every", 4), 3),
     ],
 )
 def test_trajectory_ends_with_the_last_step(tiny, tmp_path, options, frames, device):
-    """The last step is shown: of 20 rows, 5, 6, and of Heun's, which are two a step and one for the last step."""
+    """The last model call is shown: of 20, 5, 6 and 4 calls, and of CFG++, whose 6 calls have 11 rows."""
     for ending, count in ((".gif", frames), (".png", 1)):
         out = tmp_path / f"a{ending}"
         given = ("--num", 1, "--device", device, *options, "--out", out, "--quiet")
@@ -38,7 +39,7 @@ def test_trajectory_is_that_of_the_samples(device):
     options = {"record": "last", "progress": False, "device": device}
     for prediction in ("eps", "x0", "v"):
         diffusion = DiffusionSettings(timesteps=20, prediction=prediction).diffusion()
-        recorder = Recorder(unet, 6, 20, 2)
+        recorder = Recorder(unet, 6, 2)
         kept = {"x0": True, "callback": recorder.keep}
         with torch.no_grad():
             drawn = [

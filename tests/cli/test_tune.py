@@ -105,6 +105,16 @@ def test_a_table_is_no_default_for_loops_of_other_options(model, tmp_path):
     assert tuned == TUNED_FOR and len(options) > len(TUNED_FOR)
 
 
+def test_the_table_of_a_model_without_a_clip_is_its_default(model, tmp_path):
+    unclipped = shutil.copytree(model, tmp_path / "unclipped")
+    path = next(unclipped.rglob("scheduler_config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    for options, sampler in (("", "tuned"), ("--no-clip", "tuned"), ("--clip -1 1", "dpmpp_2m")):
+        parsed = build_parser().parse_args(f"sample --model {unclipped} --device cpu {options}".split())
+        prepare(parsed, pictures=False)
+        assert parsed.sampler == sampler and parsed.no_clip == ("--clip" not in options)
+
+
 def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):
     given = ("sample", "--model", model, "--num-images", 2, "--quiet", "--out", tmp_path / "many")
     assert call(*given, "--sampler", "tuned", "--steps", 2) == 0

@@ -48,7 +48,7 @@ FIRST_RED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 CHOICE = """// Which fault is planted, 0 for none.
 #pragma once
-#ifdef __CUDACC__  // a CUDA source, which tests compile: the copy is edited for its faults, and those of core are left out
+#ifdef __CUDACC__  // A CUDA source has its faults edited into the copy, so those of core are left out.
 constexpr int ddpm_fault = 0;
 #else
 #include <stdlib.h>

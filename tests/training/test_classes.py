@@ -126,7 +126,7 @@ def test_what_does_not_fit(tmp_path):
     run(tmp_path / "run", steps=2)
     images, numbers = labelled().tensors
     for changes, message in (
-        ({"class_dropout": 0.2}, "resume: class_dropout is 0.2, but .* was made with 0.1$"),
+        ({"class_dropout": 0.2}, "resume: class_dropout is 0.2, but the run in .* has 0.1$"),
         ({"classes": False, "model": Tiny()}, "resume: model's class is Tiny"),
         ({"data": TensorDataset(images, numbers.flip(0))}, "resume: the labels' hash is"),
         ({"data": images}, "classes: a tensor of images has no labels"),

@@ -303,5 +303,5 @@ def test_a_run_from_before_the_option_is_resumed(tmp_path):
     trainer_run.make(tmp_path / "run", steps=2, resume=True, report=lines.append).fit()
     assert not [line for line in lines if line.startswith("changed: ")]
     path.write_text(json.dumps(began | {"options": began["options"] | {"random_crop": 0.5}}))
-    with pytest.raises(ValueError, match=r"resume: random_crop is 0\.0, but .* was made with 0\.5; --change, or"):
+    with pytest.raises(ValueError, match=r"resume: random_crop is 0\.0, but the run in .* has 0\.5; --change, or"):
         trainer_run.make(tmp_path / "run", steps=2, resume=True).fit()

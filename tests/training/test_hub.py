@@ -84,6 +84,8 @@ def test_upload_that_fails_leaves_the_model(tmp_path, monkeypatch):
     with pytest.raises(ConnectionError, match=r"flowers can't be written \(401 Client Error: Unauthorized\); .*run"):
         make_unet(tmp_path / "run", push_to_hub="flowers").fit()
     assert (tmp_path / "run" / "training.json").is_file() and load_model(tmp_path / "run").shape == (1, 8, 8)
+    with pytest.raises(ConnectionError, match=r"push_to_hub\('.*run', 'flowers', model=\.\.\.\) tries again"):
+        push_to_hub(tmp_path / "run", "flowers", model=diffusers.DDPMPipeline.from_pretrained(tmp_path / "run"))
 
 
 def test_refusals_come_before_training(tmp_path):

@@ -106,7 +106,7 @@ def test_killed_run_is_refused_and_resumed(straight, tmp_path, monkeypatch, caps
             trainer_run.die_after(patch, steps)
             assert cli.main(["train", *COMMAND, *resume, "--quiet", "--out", str(folder)]) == 9
         assert (checkpoints.newest(folder) is None) == (steps == 3)
-        refused(ValueError, r"resume: lr is 0\.5, but .* was made with 0\.002", run, folder, lr=0.5, resume=True)
+        refused(ValueError, r"resume: lr is 0\.5, but the run in .* has 0\.002", run, folder, lr=0.5, resume=True)
     assert "has no checkpoint yet, so its run starts again at step 0" in capsys.readouterr().out
     assert not (folder / WEIGHTS).exists()
     refused(ValueError, r"out: .* holds a run already; resume it, or give another folder", run, folder)
@@ -158,7 +158,7 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
     folder = ["--quiet", "--out", str(tmp_path / "run")]
     assert cli.main(["train", *COMMAND, "--steps", "4", *folder]) == 0
     assert cli.main(["train", "--resume", "--steps", "6", "--lr", "0.001", *folder]) == 2
-    assert "was made with 0.002; --change, or change=['lr'], allows it" in capsys.readouterr().err
+    assert "has 0.002; --change, or change=['lr'], allows it" in capsys.readouterr().err
     assert cli.main(["train", "--resume", "--steps", "6", "--lr", "0.001", "--change", *folder]) == 0
     said = capsys.readouterr().out
     assert "changed: lr is 0.001, before 0.002" in said and "changed: steps is 6, before 4" in said

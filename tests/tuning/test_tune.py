@@ -18,7 +18,7 @@ from ddpm_ext.tables.samplers import CFG_PP, SAMPLERS
 from ddpm_ext.tuning import Tuner, tune
 from ddpm_ext.tuning.errors import Errors, distance, typical
 from ddpm_ext.tuning.fit import Equations, Rows, euler_weights, fit
-from ddpm_ext.tuning.joint import Fit, polish
+from ddpm_ext.tuning.joint import Fit, polish, polish_calls
 from ddpm_ext.tuning.loops import Loops
 from ddpm_ext.tuning.names import FINALISTS, named_tables, rank_names
 from ddpm_ext.tuning.search import search, spaced
@@ -108,6 +108,18 @@ def test_the_loop_is_the_fit(tuned, tmp_path):
         assert bool(better.cu.any()) == bool(options)
     tuned.table.save(tmp_path / "a.json")
     assert StepTable.load(tmp_path / "a.json") == tuned.table
+
+
+def test_polishing_calls_the_model_at_most_as_often_as_planned(monkeypatch):
+    monkeypatch.setattr(Fit, "error", 1.0)  # no change reduces it, so all dampings are tried, and one round is taken
+    for model, options in ((mixture(), {}), (doubled, {"guidance": 2.0})):
+        fitted, checked = (Loops(GD, model, SHAPE, rng=Philox(3), **options) for _ in range(2))
+        trajectories = [[Teacher(GD).trajectory(loops.batch(0))] for loops in (fitted, checked)]
+        rows, before = Rows(GD, range(190, 0, -19)), fitted.model.calls
+        weights = [euler_weights(rows.euler_table, row, 2 + min(row, 3) + len(options)) for row in range(len(rows))]
+        polish(rows, weights, *trajectories)
+        most = polish_calls(len(rows), 1, guided=bool(options))
+        assert 0.97 * most < fitted.model.calls - before <= most
 
 
 def test_the_report_is_of_samples_that_nothing_was_fitted_to(tuned):
