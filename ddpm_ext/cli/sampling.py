@@ -162,8 +162,14 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
         needs = make_loop_rows(loaded.diffusion, loop).needs
     if not isinstance(options.guidance, tuple):  # `draw` checks each of several scales
         guidance_of(options)
-    rows = {"steps": len(needs), "calls": sum(row.calls_model for row in needs)}
-    return Prepared(**vars(loaded), **rows, inputs=inputs, tables=tables, default_line=default_line)
+    return Prepared(
+        **vars(loaded),
+        steps=len(needs),
+        calls=sum(row.calls_model for row in needs),
+        inputs=inputs,
+        tables=tables,
+        default_line=default_line,
+    )
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:

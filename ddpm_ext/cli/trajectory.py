@@ -28,7 +28,7 @@ def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "trajectory", description, epilog=_EXAMPLES)
     kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving; both with the samples' classes"
     add_sampling(parser, num=8, out="trajectory.png", out_help=kinds)
-    every = f"model calls between two pictures (default: for about {_PICTURES['.png']}, or {_PICTURES['.gif']} in a GIF)"
+    every = f"model calls between pictures (default: for about {_PICTURES['.png']}, or {_PICTURES['.gif']} in a GIF)"
     parser.add_argument_group("strips").add_argument("--every", type=whole_number(1), metavar="K", help=every)
 
 

@@ -293,7 +293,7 @@ def copied(done, tmp_path):
         ({"lr": 0.5}, "lr is 0.5, but the run in .* has 0.002"),
         ({"squares": 12}, "the number of images is 12, but the run in .* has 11"),
         ({"data": torch.zeros(11, 1, 8, 8)}, "the images' fingerprint is .*, but the run in .* has Squares 11"),
-        ({"model": half_frozen()}, r"the frozen parameters is \['into.weight', 'into.bias'\], but the run in .* has \[\]"),
+        ({"model": half_frozen()}, r"the frozen parameters is \['into.weight', 'into.bias'\], but the run .* has \[\]"),
         ({"width": 8}, r"model's into.weight is \[8, 1, 3, 3\], but the run in .* has \[6, 1, 3, 3\]"),
     ],
 )
