@@ -26,6 +26,8 @@ SCHEDULERS = ("DDIM", "DDPM", "DPMSolverMultistep", "EulerAncestralDiscrete", "E
 class Pipeline(Subject):
     """Stable Diffusion, whose scheduler is replaced by a new one and by earlier ones."""
 
+    refusals = (ValueError,)  # PNDM's, for fewer than four steps
+
     def __init__(self, pipe):
         super().__init__(pipe)
         self.earlier = [pipe.scheduler]
