@@ -158,5 +158,5 @@ class ObservedFunction:
             raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
         end(result)
         if len(steps) < count:
-            raise refused("less")
+            raise refused("fewer")
         return steps

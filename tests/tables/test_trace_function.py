@@ -147,7 +147,7 @@ def test_what_is_no_table():
     for function, message in (
         (with_square, "step 2, at sigma 2.5, is not linear: .* differ by"),
         (four, "step 5, at sigma 0.2, reads more of the steps before it than the 3 tensors"),
-        (until_small, "the model is called (more|less) than .* times for other samples, on which the steps depend"),
+        (until_small, "the model is called (more|fewer) than .* times for other samples, on which the steps depend"),
         (lambda model, x, sigmas: x, "the model is never called"),
         (lambda model, x, sigmas: (model(x, sigmas[:1]), 3), "the function returns a tuple, expected the samples"),
         (confides, "the model is called with report, expected no arguments but those of extra_args"),
