@@ -26,7 +26,8 @@ def _on_cpu(arguments):
     Without --device, the command would use the GPU if there is one.
     """
     commands = ("sample", "trajectory", "train", "invert", "bits-per-dim", "tune", "compare", "score")
-    takes_device = arguments[0] in commands or arguments[:2] in (("plot", "histogram"), ("plot", "guidance"))
+    takes_device = arguments[:1] in {(name,) for name in commands}
+    takes_device |= arguments[:2] in {("plot", "histogram"), ("plot", "guidance")}
     more = ("--device", "cpu") if takes_device and "--device" not in arguments else ()
     return [str(argument) for argument in (*arguments, *more)]
 
