@@ -22,7 +22,7 @@ from ddpm_ext.integrations.diffusers.start_noise import start_noise
 from ddpm_ext.integrations.shared import peer_class
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("error:.*runs the own code:UserWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]

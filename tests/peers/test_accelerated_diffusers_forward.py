@@ -16,7 +16,7 @@ from ddpm_ext.integrations import accelerate
 from ddpm_ext.integrations.diffusers.forward import FORWARD
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore:indexing with dtype torch.uint8"),
+    pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8"),
     pytest.mark.filterwarnings("error:.*runs the own code", "ignore:`last_sigmas_type"),
 ]
 

@@ -13,7 +13,7 @@ from support.diffusers_families import BOTH, HIDDEN, NO_CHECKER, NO_TEXT, STABLE
 from ddpm_ext.integrations import accelerate
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
 MASK = (torch.arange(16) < 8).float().expand(2, 1, 16, 16)

@@ -14,8 +14,6 @@ from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
-
 SHAPE = (2, 3, 4, 5)
 X, M, Z = (normal(i, *SHAPE) for i in range(3))
 HALF = {"m": M.half(), "x": X.half()}

@@ -12,8 +12,6 @@ from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
-
 SHAPE = (3, 2, 5, 6)
 # Name, steps or timesteps, config, options of each step. Any configurations are drawn in test_accelerated_diffusers.py
 # and test_accelerated_diffusers_traced_configs.py.

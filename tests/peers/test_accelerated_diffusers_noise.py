@@ -12,7 +12,7 @@ from support.noise_of_loops import parts, repeats, unrelated
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import accelerate
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SHAPE = (10, 3, 8, 9)
 SEED = 11

@@ -20,7 +20,7 @@ from ddpm_ext.integrations import accelerate, accelerated_class
 from ddpm_ext.models.folder import DIGITS
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("error:.*runs the own code:UserWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]

@@ -17,8 +17,6 @@ from support.launches import launches
 from ddpm_ext.integrations import accelerate, accelerated_class
 from ddpm_ext.integrations.diffusers.traced import TracedScheduler
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
-
 SHAPE = (2, 3, 4, 5)
 X, M = normal(1, *SHAPE), normal(2, *SHAPE)
 

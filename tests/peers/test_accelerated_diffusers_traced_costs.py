@@ -15,7 +15,7 @@ from support.launches import Operators, launches
 from ddpm_ext import accelerate
 from ddpm_ext.integrations.row_stepper import RowStepper
 
-pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
+pytestmark = [
               pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
 PNDM = {"skip_prk_steps": True, "steps_offset": 1}
 SCHEDULERS = {"PNDM": PNDM, "DEISMultistep": {}, "IPNDM": {}, "LMSDiscrete": {}, "UniPCMultistep": {}}

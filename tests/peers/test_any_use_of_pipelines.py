@@ -17,7 +17,7 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
 SCHEDULERS = ("DDIM", "DDPM", "DPMSolverMultistep", "EulerAncestralDiscrete", "EulerDiscrete", "PNDM", "UniPCMultistep")

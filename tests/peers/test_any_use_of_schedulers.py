@@ -91,7 +91,7 @@ class Scheduler(Subject):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore:step runs the own code", "ignore:__array__:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:step runs the own code")
 def test_schedulers_of_diffusers(name):
     @for_many(6 if "KDPM2" in name else 40)  # whose own set_timesteps takes a tenth of a second
     def any_calls(choose):

@@ -27,7 +27,7 @@ from ddpm_ext.tables.levels import sigma_space
 from ddpm_ext.tables.samplers import euler
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
 GD = GaussianDiffusion(1000)

@@ -20,7 +20,7 @@ from ddpm_ext.integrations.diffusers.levels import levels_of
 from ddpm_ext.tables.samplers import SAMPLERS
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
 FEW = {"steps": 4, "teacher_steps": 40, "seeds": 2, "progress": False}
