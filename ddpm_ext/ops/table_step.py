@@ -83,8 +83,9 @@ class CalledTableStep:
         uncond = tensors.get("uncond_output")
         if "guidance" in numbers or "rescale" in numbers:
             if model_output is None or uncond is None:
+                option = "guidance" if "guidance" in numbers else "rescale"
                 missing = "model_output" if model_output is None else "uncond_output"
-                raise ValueError(f"TableStep: rescale is given without {missing}, expected both")
+                raise ValueError(f"TableStep: {option} is given without {missing}, expected both")
             spread = {"guidance": numbers.get("guidance", 1.0), "rescale": numbers.get("rescale", 0.0)}
             tensors["output_scale"] = call["output_scale"](model_output, uncond, **spread)
         if "quantile" in numbers or "maximum" in numbers:

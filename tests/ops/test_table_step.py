@@ -168,6 +168,8 @@ def test_inputs_are_checked_as_the_operators(device, tensors, backend):
         (lambda: step.take(x, m, None, 1, history2=z[:2]), "history2 has shape"),
         (lambda: step.take(x, m, None, 1, mask=z), "mask is given without known"),
         (lambda: step.take(x, m, None, 1, noise=z), "noise and rng are both given|noise is given"),
+        (lambda: step.take(x, m, None, 1, guidance=2.0), "guidance is given without uncond_output"),
+        (lambda: step.take(x, None, None, 1, rescale=0.5), "rescale is given without model_output"),
         (lambda: step.take(x, m, None, 1, quantile=2.0), "quantile is 2"),
         (lambda: ops.TableStep(TABLE).take(x.cpu(), m.cpu(), None, 1, maximum=2.0), "quantile is 0"),
         (
