@@ -75,12 +75,13 @@ class Classes:
     def model_kwargs(
         self, samples: range, chosen: Sequence[int] = (), *, guided: bool = False, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """The model_kwargs of p_sample_loop for drawing these samples from a UNet2DModel: `class_labels`.
+        """The model_kwargs of p_sample_loop for drawing these samples from a model of diffusers: `class_labels`.
 
         Args:
             samples, chosen: see labels_of.
-            guided: whether the loop has classifier-free guidance. Then the model gets the batch twice, first with the
-                null class and then with the samples' classes, so that the labels are (2 * samples,).
+            guided: whether the loop has classifier-free guidance without a function for the unconditional output. Then
+                the model gets the batch twice, first with the null class and then with the samples' classes, so that
+                the labels are (2 * samples,).
             device: the device of the samples.
 
         Raises:

@@ -53,8 +53,8 @@ class LoadedModel:
     folder: the folder that it was loaded from.
     classes: the classes of a class-conditional model, which is called with class_labels. None for another model.
     shape: (channels, height, width) of one sample, in the space of the denoiser.
-    clip: whether samples are in [-1, 1], to be passed as a loop's clip_denoised. It is the scheduler's clip_sample, or
-        without this entry, False if the folder has vae/ and True if not.
+    clip: whether samples are in [-1, 1], to be passed as a loop's clip_denoised. It is the scheduler's clip_sample.
+        Without this entry, and for a PNDMScheduler, which ignores it, clip is False if the folder has vae/, else True.
     decoder: for a model of latents, decoder(latents) returns their images. None if the folder has no vae/.
 
     Examples:
@@ -164,7 +164,8 @@ def load_model(
 def model_sha256(model: LoadedModel) -> str:
     """The SHA-256 of the architecture, the weights and the diffusion's settings, which identifies a denoiser.
 
-    So a copy of the folder has the same hash. vae/ is not part of it, since the denoiser's loops do not depend on it.
+    A copy of the folder has the same hash. vae/ and classes.json are not hashed, since no output of the denoiser
+    depends on them.
     """
     digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     update_hash(digest, folder_of_denoiser(model.folder))
@@ -182,8 +183,10 @@ def save_model(
 ) -> None:
     """Writes `unet`, with weights rounded to `dtype`, the configuration of its scheduler, and its classes to `folder`.
 
-    diffusers reads the files with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
+    diffusers reads the files with from_pretrained(folder), a method of the model's class and of DDPMScheduler, or for
+    "flow" of FlowMatchEulerDiscreteScheduler.
 
+    unet: a UNet2DModel or a DiTTransformer2DModel.
     clip: whether samples are in [-1, 1], which is False for latents.
 
     Examples:

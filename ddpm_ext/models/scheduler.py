@@ -32,8 +32,8 @@ _FLOW_DEFAULTS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
-# Entries that affect only the loop, not the diffusion: (entry, the value that it must have, what to pass to a loop as
-# clip_denoised for the effect of another value). An error about another value names the last.
+# Entries that affect only the loop, not the diffusion: (entry, the value that it must have, the clip_denoised of a loop
+# that has the effect of another value, for the error about that value).
 _LOOP_ENTRIES: tuple[tuple[str, object, str], ...] = (
     ("thresholding", False, "DynamicThreshold(...)"),
     ("clip_sample_range", 1.0, "(low, high)"),
@@ -160,9 +160,9 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
 
 
 def clips(config: dict[str, Any], name: str, *, default: bool = True) -> bool:
-    """Whether samples are in [-1, 1], by clip_sample in a scheduler's configuration. Without clip_sample, `default`.
+    """Whether samples are in [-1, 1], by clip_sample in a scheduler's configuration.
 
-    Raises ValueError, naming `name`, if the entry is damaged.
+    Without clip_sample, and for PNDMScheduler, `default`. Raises ValueError, naming `name`, if the entry is damaged.
     """
     clip = config.get("clip_sample", default)
     if not isinstance(clip, bool):

@@ -1,7 +1,8 @@
 """Trains a denoiser. A run that is killed and resumed ends with the same weights as one that was never stopped.
 
 No random state is carried from one step to the next: the order of the images, their random transforms, the timesteps,
-the noise and the dropout of a step depend only on the seed and the step. So a checkpoint is tensors and a few numbers.
+the noise and the dropout of a step depend only on the options and the step. (Timestep samplers that learn also use
+earlier losses, which a checkpoint holds.) So a checkpoint is tensors and a few numbers.
 """
 
 from ddpm_ext.training.hub import push_to_hub

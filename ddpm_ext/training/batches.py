@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class StepBatches(Dataset):
-    """batches[step] is one rank's part of the step's batch, or the exception that reading it raised.
+    """batches[step] is one rank's part of the step's batch, or the OSError, TypeError or ValueError of reading it.
 
     Each epoch has all images once, in a random order; a batch may contain the end of one epoch and the beginning of the
     next. With `options.skip_corrupt`, an image that can't be read is replaced by the source's next readable image.

@@ -35,8 +35,8 @@ class CapturedStep:
     ) -> tuple[Tensor, Tensor]:
         """Takes the next step; returns its losses, (samples,), and the gradient's norm, ().
 
-        The first step runs without a graph, because the optimizer allocates its state in it. The second step is
-        captured, and all later steps replay it.
+        This object's first step runs without a graph, because the optimizer allocates its state in it. The second step
+        is captured, and replayed from then on. If the capture fails, a warning says why, and no step has a graph.
 
         seed: the seed of torch's generators, from which dropout draws.
         """
@@ -62,7 +62,7 @@ class CapturedStep:
     def _save(self, seed: int) -> Callable[[], object]:
         """Saves the state, and returns a function that restores it.
 
-        CudaGraphs takes a warm-up step before a capture, and then calls this function to undo the step.
+        CudaGraphs takes a warm-up step before a capture, and undoes this step with the returned function.
         """
         restore = restorer([*self._state.changed_by_step(), self._draw_number])
         return lambda: (restore(), torch.manual_seed(seed))

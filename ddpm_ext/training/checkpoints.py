@@ -140,8 +140,8 @@ def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that a killed process left in the folder of a run or of an average.
 
-    It also removes temporary files in the sub-folders that only the run writes. It leaves out tuned/ and all other
-    sub-folders, where another process may be writing.
+    It also removes temporary files in the sub-folders that the run writes, and in all sub-folders of best/ and of each
+    ema-DECAY/. It leaves out tuned/ and all other sub-folders, where another process may be writing.
     """
     files.remove_leftovers(folder)
     run_folders = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())

@@ -32,10 +32,10 @@ def push_to_hub(
     diffusers can read the repository's files.
 
     Args:
-        run: the folder of a finished run, or its best/.
+        run: the folder of a finished run, or its best/ or an ema-DECAY/.
         repo: "name" or "organisation/name".
-        model: needed if the run's model is neither a UNet2DModel nor a DiT: a model with the run's weights, as
-            training.load returns it. Its method push_to_hub is called.
+        model: needed if the run's model is neither a UNet2DModel nor a DiT: a model with the run's weights, such as
+            `training.load(run, model).model`. Its method push_to_hub is called.
         private: whether a new repository is private. None means the default of its owner on the Hub.
         token: the Hub's token. None means the token that `hf auth login` has stored, or HF_TOKEN.
 

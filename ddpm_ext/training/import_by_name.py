@@ -41,7 +41,7 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
 
     Raises:
         ValueError: name is not "module:name", can't be imported, or is not callable.
-        UserCodeError: the module raises an exception.
+        UserCodeError: the module raises an exception other than ImportError.
     """
     module, _, path = name.partition(":")
     if not module or not path:

@@ -63,6 +63,7 @@ class Trained:
             count: the number of samples.
             seed, first: the noise has this seed, and the samples have the ids `first`, `first` + 1 and so on.
             classes: the numbers of the samples' classes, assigned in turn by the samples' ids. Empty means all classes.
+                An unconditional model ignores them.
             loop: options of GaussianDiffusion.p_sample_loop, such as sampler, steps, spacing and eta. If `guidance` has
                 no unconditional model of its own, this model is called with the null class instead.
 
@@ -132,8 +133,10 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         The model, its diffusion's settings, its samples' shape and its classes.
 
     Raises:
-        ValueError: the folder holds no model or a model of another architecture, or a file in it is damaged; or
-            `model` is not None, and the folder holds a finished UNet2DModel or DiTTransformer2DModel.
+        ValueError: the folder holds no model or a model of another architecture, or a file in it is damaged; `model` is
+            None for a model of another class; `model` is not None, and the folder holds a finished UNet2DModel or
+            DiTTransformer2DModel; or the run is not finished, and its Trainer got a `diffusion`, which only a finished
+            run's folder has.
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
@@ -171,7 +174,7 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
 
 
 def network_of(folder: Path) -> str | None:
-    """The class of a run's model: "module:name" if a program can import it, and otherwise the class's name.
+    """The class of a run's model: "module:name" if the run is finished and a program can import it, else only its name.
 
     None means UNet2DModel or DiTTransformer2DModel, which need no name.
 

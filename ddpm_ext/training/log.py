@@ -71,7 +71,8 @@ class Log:
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
         """Appends a line for each row to the file, waits until the lines are on the disk, and informs the trackers.
 
-        The trackers get the mean losses of the rows, and the gradient's norm and the learning rate of the last row.
+        The trackers get the mean losses of the rows, the gradient's norm and the learning rate of the last row, and
+        `images_per_second`. Without rows, they get nothing.
         """
         with files.errors_name("losses", self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:

@@ -72,7 +72,8 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         classes: the number of class embeddings, or None for an unconditional model.
 
     Raises:
-        ValueError: the sides of the images can't be halved at each level, or a level with attention is too narrow.
+        ValueError: the images' sides can't be halved after each level but the last, or a level with attention is too
+            narrow.
     """
     _, height, width = shape
     divisor = 2 ** (len(options.widths) - 1)
@@ -191,7 +192,7 @@ def known_kind(model: nn.Module) -> str | None:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """A model's class, and its configuration or, for a model without one, the shapes of its weights."""
+    """A model's class, and the configuration of a UNet2DModel or a DiT, or the shapes of any other model's weights."""
     kind = type(model).__qualname__
     if known_kind(model) is not None:
         config = json.loads(model.to_json_string())  # type: ignore[operator]
@@ -208,7 +209,7 @@ def save_result(
     classes: Classes | None = None,
     clip: bool = True,
 ) -> str:
-    """Writes a trained model and its diffusion's scheduler to a folder.
+    """Writes a trained model, its diffusion's scheduler, and its classes, if it has any, to a folder.
 
     - An unconditional UNet2DModel of images is written as the folder of a DDPMPipeline.
     - A UNet2DModel with classes or of latents, and a DiT, are written without model_index.json, since a DDPMPipeline

@@ -33,9 +33,9 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 """{name of a timestep sampler: the options that only it has}"""
 
-# The options that may change when a run is resumed. Except for the number of steps, they don't affect the weights
-# beyond the rounding of sums. Options that name the data and the model are here, since a resume compares the data and
-# the model themselves.
+# The options that may change when a run is resumed. Of these, only `steps`, and `accumulate` and `device`, which change
+# dropout and the rounding of sums, affect the weights. Options that name the data and the model are here, since a
+# resume compares the data and the model themselves.
 _MAY_CHANGE = frozenset[str]().union(
     ("steps", "data", "image_size", "channels", "skip_corrupt", "workers", "model_config"),
     ("accumulate", "device", "graph", "gradient_checkpointing", "checkpoint_every", "keep", "log_every"),
@@ -232,8 +232,8 @@ def check_same(now: dict[str, Any], then: dict[str, Any], folder: Path, change: 
     """Raises ValueError, naming the first difference, if a resumed run has other options or inputs than at its start.
 
     now: the options and inputs of the resume.
-    then: the options and inputs with which the run in `folder` was last started. If an option is missing, that was by
-        an older version, which did what the option's default does. So the option counts as its default.
+    then: the options and inputs with which the run in `folder` was last started. A missing option counts as its
+        default: the run was started by an older version, which did what the default does.
     change: the names of options that may differ.
     """
     now, then = json.loads(json.dumps(now)), with_new_defaults(then)
@@ -269,7 +269,7 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
 
 
 def with_defaults_of(stored: dict[str, Any], changes: dict[str, Any]) -> TrainOptions:
-    """The options `changes`, and for all others those in a checkpoint, `stored`.
+    """The options in a checkpoint, `stored`, with those in `changes` in their place. Options in neither have defaults.
 
     Names in `stored` that are no options, as in a checkpoint of another version, are ignored.
     """

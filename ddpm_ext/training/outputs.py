@@ -42,7 +42,7 @@ class Result:
     folder: the run's folder.
     parameters: the number of the model's parameters.
     final_loss: the mean loss of the last tenth of the steps.
-    seconds: the time that this process took, without the processes before a resume.
+    seconds: how long Trainer.fit took to train, without the time before a resume.
     """
 
     folder: Path
@@ -146,7 +146,7 @@ class Outputs:
                 files.check_writable(self.folder / name / "file")
 
     def _report_changes(self, before: dict[str, Any]) -> None:
-        """Reports the options of a resumed run that differ from `before`, its options before the resume."""
+        """Reports `steps` and the options in CHANGEABLE that differ from `before`, the options before the resume."""
         before, now = with_new_defaults(before), as_json(self.options)
         for name in (*CHANGEABLE, "steps"):
             if now[name] != before[name]:
@@ -262,7 +262,7 @@ class Outputs:
         )
 
     def finish(self, state: TrainState, seconds: float, details: dict[str, Any]) -> Result:
-        """Writes the averaged model, the loss curve, and training.json with `details`.
+        """Writes the averaged models, the loss curve, and training.json with `details`.
 
         If the options ask for it, this then tunes step tables to the model, and uploads the model. If the run was
         already finished before this start, training.json keeps its content, except for the options.

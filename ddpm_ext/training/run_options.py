@@ -97,7 +97,8 @@ def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> t
         The path, and a header with the options ("options"), the other inputs ("about") and the step ("step").
 
     Raises:
-        ValueError: the folder holds no run, or nothing that can be read.
+        ValueError: the folder holds no run, options.json is damaged, or no checkpoint can be read although there are
+            some.
     """
     checkpoint, path = checkpoints.latest(folder, report), folder / OPTIONS
     if checkpoint is not None:

@@ -102,7 +102,9 @@ def features_by_name(name: str) -> Features:
     """The function "pixels", the network "inception", or the function that "module:function" names.
 
     Raises:
-        ValueError: there is no such function. MissingExtra: no package for "inception" is installed.
+        ValueError: there is no such function, or the weights of "inception" can't be loaded.
+        MissingExtra: no package for "inception" is installed.
+        UserCodeError: the user's module raises an exception.
     """
     if name == _PIXELS:
         return pixels

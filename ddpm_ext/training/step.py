@@ -43,8 +43,8 @@ class TrainingStep:
     """Takes training steps, which change a TrainState.
 
     The noise of sample i in the batch of step s has, in the noise contract (ops/noise.py), sample id i, draw s and
-    stream 2. The sample's timestep depends on the seed, s and i. So noise and timesteps are the same for any number of
-    ranks and of accumulated parts.
+    stream 2. The sample's timestep depends on the seed, s, i and the batch size, and on earlier losses if the timestep
+    sampler learns. So noise and timesteps are the same for any number of ranks and of accumulated parts.
 
     Attributes:
         samples: the indices of this rank's samples in each batch, a range.

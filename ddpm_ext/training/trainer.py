@@ -56,14 +56,15 @@ class Trainer:
             configuration of a UNet2DModel or a DiTTransformer2DModel, or a JSON file that holds one. With None, the
             options determine the model.
         diffusion: the schedule, the prediction and the variance. With None, the options determine it.
-        data: "digits", "shapes", a folder of images, an .npz of latents, a tensor (count, channels, height, width), or
-            a map-style torch Dataset of images (see ddpm_ext.training.data.as_images). None means `options.data`.
+        data: "digits", "shapes", a folder of images, an .npz of latents, a tensor (count, channels, height, width), a
+            map-style torch Dataset of images, or an ImageSource (see ddpm_ext.training.data.as_images). None means
+            `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options. None means the defaults.
         resume: whether to continue from the newest checkpoint of the run in `out`. There must be a run.
         change: at a resume, the names of options that may differ from the run's, some of CHANGEABLE in
-            ddpm_ext.training.options. `steps` may always differ. The learning rate of the remaining steps follows from
-            the new options alone.
+            ddpm_ext.training.options. `steps`, and options of speed, memory and output such as `workers`, may always
+            differ. The learning rate of the remaining steps follows from the new options alone.
         command: the command line, for training.json.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar on a terminal. It needs tqdm.
@@ -151,10 +152,12 @@ class Trainer:
         )
 
     def sample(self) -> Tensor:
-        """Samples with DDIM from the averaged model, with the same noise in each call, and all classes in turn.
+        """Samples from the averaged model with options.sample_steps steps of DDIM, and all classes in turn.
+
+        Each call has the same noise.
 
         Returns:
-            (options.sample_count, channels, height, width), after options.sample_steps steps.
+            (options.sample_count, channels, height, width).
         """
         return self._draw(range(self.options.sample_count))
 
@@ -187,7 +190,9 @@ class Trainer:
             Result, with `folder`, `parameters` (how many the model has), `final_loss` and `seconds`.
 
         Raises:
-            KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.
+            KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written. If
+                rank 0 raises an error of its own, the other ranks raise SystemExit with the code 2.
+            TypeError: an item of a Dataset is no image.
             ValueError: `resume` is false, and the folder holds a run; `resume` is true, and the folder holds no run, or
                 a run with other options, data or another model; a loss or a gradient is not finite; an image can't be
                 read; or the ranks differ in options, data or model.
@@ -297,7 +302,7 @@ class Trainer:
                 end(signal)
 
     def _rescue(self, step: TrainingStep, clock: Clock, ended_by: Exception) -> None:
-        """Writes and reports a checkpoint before an exception ends the run, unless this step has a checkpoint already.
+        """Writes and reports a checkpoint before an exception ends the run, unless this step's was written or failed.
 
         A checkpoint is written only if the losses are finite. With several ranks, rank 0 can't ask the other ranks for
         their losses, since a rank may be lost. So rank 0 writes a checkpoint only if it has already read all losses.
@@ -319,7 +324,7 @@ class Trainer:
                 self.report(f"no checkpoint of step {state.step} could be written: {error}")
 
     def _report_skipped(self) -> None:
-        """Reports the images that any rank has skipped for the first time, and adds them to each rank's state."""
+        """Reports the images that were skipped for the first time on any rank, and adds them to each rank's state."""
         if self.options.skip_corrupt:
             for image in dict.fromkeys(text for of_rank in self.ranks.gather(self._skipped) for text in of_rank):
                 if image not in self.state.skipped:

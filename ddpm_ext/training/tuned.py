@@ -32,8 +32,8 @@ def tune_run(
 ) -> None:
     """Tunes step tables to the model of a run, and writes them to the run's folder.
 
-    Tuning uses no guidance, and all classes of the model in turn. Tables in the folder that were tuned to this model
-    stay. If tables can't be tuned to the model, `report` gets a line that says why.
+    Tuning uses no guidance, and all classes of the model in turn. A table that was tuned to this model before is kept.
+    If tables can't be tuned to the model, `report` gets a line that says why.
 
     Args:
         folder: the folder to which the model was written.

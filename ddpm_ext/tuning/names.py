@@ -31,7 +31,8 @@ class Named(Errors):
     """A named sampler, that is, a sampler with a spacing, and the errors of its samples.
 
     Attributes:
-        sampler, spacing, steps, eta: the options of its loop. eta is None for a sampler that has no eta.
+        sampler, spacing, steps, eta: the options of its loop. eta is None for a sampler that has no eta. In a report
+            about a pipeline of diffusers, `sampler` may be the scheduler's class, which p_sample_loop does not take.
         calls: the number of model calls in its loop.
 
     Examples:

@@ -27,8 +27,8 @@ class Report(Errors):
         fitted_error: the error of the fitted table, also if `fitted` is False.
         names: the named samplers, the one with the smallest error first.
         as_near: a named sampler that needs more calls than the table for an error that is at most the table's, or None.
-            Loops with up to `looked` times as many calls were tried. `looked` is 0 if none was tried, as for a
-            pipeline of diffusers.
+            If `fitted`, loops with up to `looked` times as many calls were tried. `looked` is 0 for a pipeline of
+            diffusers, for which none is tried.
         bfloat16_error: the table's error in a loop with samples in bfloat16, or None if it was not measured.
         timesteps: the timesteps of the table.
         teacher: a description of the teacher, the loop of many steps from whose samples distances are measured.
@@ -86,7 +86,7 @@ class Report(Errors):
 
     @property
     def pays(self) -> str:
-        """A sentence: what tuning cost, and after how many images it has paid off."""
+        """A sentence: what tuning cost and, if `as_near` is not None, after how many images it has paid off."""
         share = self.names_calls / max(self.model_calls, 1)
         cost = f"{self.model_calls:,} calls of the model for {self.batch} samples each, {share:.0%} for the names"
         if not self.fitted:

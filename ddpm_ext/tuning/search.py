@@ -8,7 +8,7 @@ import torch
 
 Timesteps = tuple[int, ...]
 STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # where searches begin: the arguments largest, power, smallest of spaced
-# The first changes of the three arguments, and the factor of these changes at which a search ends.
+# The first changes of the three arguments. A search ends when it has reduced them to LEAST times their size or less.
 STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2
 POWERS = (0.3, 10.0)  # the least and the largest value of power
 EVALUATIONS = 60  # about the most evaluations of the error from each start
@@ -77,9 +77,8 @@ def _improved(
     scale: float,
     best: float,
 ) -> tuple[float, float, float] | None:
-    """`numbers` with one of them changed by its stride times `scale`, if this reduces the error to less than `best`.
-
-    None if no such change reduces the error by more than a thousandth.
+    """`numbers` with one of them changed by its stride times `scale`: the first that reduces the error `best` by more
+    than a thousandth, or None.
     """
     for parameter, stride in enumerate(STRIDES):
         for sign in (1, -1):

@@ -52,7 +52,8 @@ class Trajectory:
     def at(self, angle: float) -> Tensor:
         """The samples at the level of this angle, float64, interpolated by a polynomial through the nearest levels.
 
-        Interpolation over the angle is accurate, since a sample, cos(angle) x0 + sin(angle) eps, is smooth in it.
+        Interpolation over the angle is accurate, since samples are smooth in it: they are cos(angle) x0 +
+        sin(angle) eps, times the level's size sqrt(signal^2 + noise^2).
         """
         above = int(torch.searchsorted(-self.angles, -angle))
         first = max(0, min(above - NEAREST // 2, len(self.angles) - NEAREST))

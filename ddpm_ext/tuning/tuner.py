@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 BAR_TITLE = "calls of the model, at most"  # the end of a progress bar's title; its total is an upper bound
 ROUNDS_ON_HALF = 1  # the rounds of `polish` in each fit on half of the samples; the best fit continues with all samples
-# To find a named sampler with an error as small as the fit's, the nearest samplers of up to NAMES_TRIED spacings run
-# with their number of steps times each of STEP_FACTORS.
+# To find a named sampler with an error as small as the fit's, the nearest sampler of each spacing, for up to
+# NAMES_TRIED spacings, runs with its number of steps times each of STEP_FACTORS.
 NAMES_TRIED, STEP_FACTORS = 4, (1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
@@ -83,7 +83,7 @@ class Tuner:
     The arguments are those of the function `tune`, without `steps`.
 
     Attributes:
-        teacher_error, whole_timesteps: see Report.
+        teacher_error, whole_timesteps: see Report. They are known after the first call of `compare` or `tune`.
 
     Examples:
         >>> from ddpm_ext.tuning import Tuner
@@ -250,9 +250,10 @@ class Tuner:
     def _as_near(self, names: Sequence[Named], errors: Tensor) -> Named | None:
         """A named sampler with more steps, whose error is at most that of a table with these errors, or None.
 
-        The best named samplers of up to NAMES_TRIED spacings are tried, since for some spacings more steps do not
-        reduce the error. They run with their steps times the first of STEP_FACTORS, then the second and so on, until
-        one has so small an error. A sampler with a larger error on the first held-out batch skips the other batches.
+        The best named sampler of each spacing is tried, for up to NAMES_TRIED spacings, since for some spacings more
+        steps do not reduce the error. These samplers run with their steps times the first of STEP_FACTORS, then the
+        second and so on, until one has so small an error. A sampler with a larger error than the table's on the first
+        held-out batch skips the other batches.
 
         Args:
             names: the named samplers with as many calls as the table, the nearest to the teacher first.
@@ -305,8 +306,8 @@ class Tuner:
         between = next((table for table in tables if table.timestep.is_floating_point()), None)
         if between is not None:
             self._fractions_tried, calls_before = True, self.calls
-            # A flow's teacher calls the model at such timesteps, too. So an error here has another cause, or tuning is
-            # impossible: the teacher will raise it.
+            # A flow's teacher calls the model at such timesteps, too. A model that fails there can't be tuned, and the
+            # teacher raises its error. So for a flow there is no trial.
             is_usual = Teacher(self._diffusion).between
             self.whole_timesteps = not is_usual and self._loops.fails(between, self._loops.batch(0))
             self._shared_calls += self.calls - calls_before

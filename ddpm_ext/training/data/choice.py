@@ -16,8 +16,7 @@ from ddpm_ext.training.data.shapes import Shapes
 from ddpm_ext.training.data.source import ImageSource, Labels
 
 _PARTS = ("train", "heldout", "all")
-# Every seventh image is held out. The digits repeat in cycles of ten, and ten and seven have no common factor, so each
-# digit is about equally frequent in both parts.
+# Every seventh image is held out, which makes 18 to 35 images of each digit.
 _HELD_OUT_EVERY = 7
 
 
@@ -71,12 +70,12 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None, r
     """Makes an ImageSource of `data`.
 
     Args:
-        data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, which is returned
+        data: a name or path for load_images, a tensor, a map-style torch Dataset, or an ImageSource, which is returned
             unchanged.
-        size, channels, random_crop: only for a name; see load_images.
+        size, channels, random_crop: only for a name or path; see load_images.
 
     Raises:
-        TypeError: `data` has a different type.
+        TypeError: `data` has a different type; see also DatasetImages.
         ValueError: see load_images, TensorImages and DatasetImages; or random_crop is set, and `data` is no folder.
     """
     if isinstance(data, str | os.PathLike):

@@ -109,7 +109,7 @@ class DatasetImages:
         """The dataset's labels, if it has them without reading images. Names are its `classes`, or else the numbers.
 
         Labels are the attribute `targets`, as in torchvision, before any target_transform; or the second tensor of a
-        TensorDataset. A Subset has the labels of its dataset.
+        TensorDataset. A Subset takes the labels of its images from its dataset.
 
         Raises:
             ValueError: the dataset has no such labels, or they are not numbers.

@@ -27,7 +27,7 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct
 class FolderImages:
     """An ImageSource over the image files in a folder and the folders below it, in the order of their paths.
 
-    Each image is rotated by its EXIF tag, cropped to a square, resized, and converted to grey or colour. Each process
+    Each image is rotated by its EXIF tag, converted to grey or colour, cropped to a square, and resized. Each process
     keeps up to half a GiB of decoded images in memory.
 
     Args:
@@ -39,7 +39,7 @@ class FolderImages:
 
     Raises:
         ValueError: the folder is missing or has no images, `size`, `channels` or `random_crop` is out of range, or
-            `size` is None and the files have several sizes.
+            `size` is None and the files are no squares, have several sizes, or can't be read.
         MissingExtra: pillow is not installed.
     """
 
@@ -97,7 +97,7 @@ class FolderImages:
     def _pixels(self, index: int) -> Tensor:
         """The pixels of an image, uint8: (channels, size, size), or, for random crops, the whole image.
 
-        The whole image may be reduced, but its smallest random crops still have at least `size` pixels a side.
+        A large whole image is reduced, to a size at which its smallest random crops have at least `size` pixels a side.
         """
         pixels = self._cache.get(index)
         if pixels is None:

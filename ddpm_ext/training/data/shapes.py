@@ -121,7 +121,7 @@ def _mix(first: Array, second: Array, share: Array) -> Array:
 
 
 # A shape is a function of the coordinates x and y of points, (...) each, that returns whether each point is inside the
-# shape, (...) bool. Each shape lies in a circle of radius 1 around (0, 0).
+# shape, (...) bool. Each shape lies in a circle of radius 1.04 around (0, 0).
 
 
 def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDArray[np.bool_]]:

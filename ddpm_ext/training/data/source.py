@@ -74,7 +74,7 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A text that differs for different images: a resumed run compares it with the text at its start.
+        """A text that differs for different images. A resume compares the text with that of the run's earlier start.
 
         Computing it need not read all images: a folder's fingerprint uses the names and sizes of its files.
         """
@@ -82,7 +82,7 @@ class ImageSource(Protocol):
 
 
 def check_range(name: str, images: Tensor) -> None:
-    """Raises ValueError unless all values are in [-1, 1] and no value is NaN."""
+    """Raises ValueError unless all values are in [-1, 1], up to rounding, and no value is NaN."""
     if images.numel():
         low, high = (value.item() for value in images.aminmax())
         if not -_LARGEST_VALUE <= low <= high <= _LARGEST_VALUE:
