@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Recorder:
-    """Wraps the model of a loop, and records every k-th call of the model and the last call.
+    """Wraps the model of a loop, and records the calls 1, k + 1, 2 k + 1 and so on of the model, and the last call.
 
         recorder = Recorder(model, every=10, samples=8)
         diffusion.p_sample_loop(recorder, shape, steps=100, x0=True, callback=recorder.keep)
@@ -48,7 +48,7 @@ class Recorder:
 
     def __call__(self, x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
         """Calls the model, and records x_t. If guidance doubles the batch, the first half is recorded."""
-        if self.calls and (self.calls - 1) % self.every:  # the call before was neither a k-th call nor the last
+        if self.calls and (self.calls - 1) % self.every:  # the call before was recorded only in case it was the last
             for recorded in (self.t, self.x_t, self.x_0):
                 recorded.pop()
         self.t.append(t[0].item())
