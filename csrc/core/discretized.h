@@ -107,7 +107,7 @@ DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_var
   return unlikeliness_of_complement(q);
 }
 
-// Computes the negative log-probability of the 8-bit bin that contains x_start, and its derivatives. `difference` is
+// Computes the negative log-probability of the bin whose middle is x_start, and its derivatives. `difference` is
 // x_start minus the Gaussian's mean. log_variance is clamped to [-60, 60].
 DDPM_HD Unlikeliness unlikeliness(float x_start, float difference, float log_variance) {
   const float half = clamp(0.5f * log_variance, -30.0f, 30.0f), inverse = exponential(-half);
