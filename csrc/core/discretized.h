@@ -1,5 +1,6 @@
 // The negative log-probability of one element of an 8-bit image under a Gaussian, and its derivatives. It is -ln of the
-// Gaussian's integral over the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13).
+// Gaussian's integral over the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13). The first and the last bin
+// reach to infinity.
 //
 // These functions take scalars, not vectors: only samples at timestep 0 need them, about one in a thousand.
 #pragma once

@@ -59,8 +59,8 @@ DDPM_HD uint32_t float_to_bits(float f) {
 DDPM_HD float unsigned_to_float(uint32_t u) { return static_cast<float>(u); }
 DDPM_HD float signed_to_float(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 
-// Computes the signed integer u times 2^-31 as a float, rounded to nearest even. simd/neon.h has an overload, since
-// NEON has one instruction for both operations.
+// Computes the signed integer u times 2^-31 as a float, rounded to nearest even. cpu/simd/neon.h has an overload,
+// since NEON has one instruction for both operations.
 template <class U>
 DDPM_HD auto signed_to_fraction(U u) {
   return signed_to_float(u) * decltype(signed_to_float(u))(0x1p-31f);
