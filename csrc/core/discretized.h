@@ -1,5 +1,6 @@
 // The negative log-probability of one element of an 8-bit image under a Gaussian, and its derivatives. It is -ln of the
-// Gaussian's integral over the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13).
+// Gaussian's integral over the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13). The first and the last bin
+// reach to infinity.
 //
 // These functions take scalars, not vectors: only samples at timestep 0 need them, about one in a thousand.
 #pragma once
@@ -107,7 +108,7 @@ DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_var
   return unlikeliness_of_complement(q);
 }
 
-// Computes the negative log-probability of the 8-bit bin that contains x_start, and its derivatives. `difference` is
+// Computes the negative log-probability of the bin whose middle is x_start, and its derivatives. `difference` is
 // x_start minus the Gaussian's mean. log_variance is clamped to [-60, 60].
 DDPM_HD Unlikeliness unlikeliness(float x_start, float difference, float log_variance) {
   const float half = clamp(0.5f * log_variance, -30.0f, 30.0f), inverse = exponential(-half);

@@ -4,13 +4,13 @@
 // A vector type that stands in for float and uint32_t (cpu/simd/, cuda/pair.cuh) must provide, for its float type F
 // and its integer type U:
 //   F(float), U(uint32_t)            the same value in every lane
-//   F + F, F * F, fma, sqrt, clamp   each correctly rounded, clamp as below
+//   F + F, F * F, fma, sqrt, clamp   each correctly rounded (sqrt from 2^-100 to 2^100), clamp as below
 //   U + U, U - U, U & U, U << int
 //   bits_to_float, float_to_bits, signed_to_float, unsigned_to_float, flip_sign
 // The CPU's vector types also provide, for the CPU's kernels (cpu/kernels/):
 //   F::kLanes                        the number of elements
 //   Words, Products                  Philox's words and their 64-bit products, in any order of lanes
-//   multiply_wide, high, low, xor3, Words ^ uint32_t, Products + uint64_t
+//   multiply_wide, high, low, xor3, Words(uint32_t), Words ^ uint32_t, Products + uint64_t, Products + Products
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
 //   words_in_order(U)                the Words from which join() returns this U
 //   join(Words), join_high(Products) the words, or the products' high words, as a U; xor3 also takes a U
@@ -59,8 +59,8 @@ DDPM_HD uint32_t float_to_bits(float f) {
 DDPM_HD float unsigned_to_float(uint32_t u) { return static_cast<float>(u); }
 DDPM_HD float signed_to_float(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 
-// Computes the signed integer u times 2^-31 as a float, rounded to nearest even. simd/neon.h has an overload, since
-// NEON has one instruction for both operations.
+// Computes the signed integer u times 2^-31 as a float, rounded to nearest even. cpu/simd/neon.h has an overload,
+// since NEON has one instruction for both operations.
 template <class U>
 DDPM_HD auto signed_to_fraction(U u) {
   return signed_to_float(u) * decltype(signed_to_float(u))(0x1p-31f);

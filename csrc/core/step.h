@@ -37,9 +37,8 @@ DDPM_HD F predict_x_start(const StepRow& row, F x, F m, float clip_min, float cl
   return clamp(unclipped_x_start(row.a, row.b, x, m), F(clip_min), F(clip_max));
 }
 
-// The next sample without its noise: c0 x0 + c1 x + c2 m. Only samplers that use both x0 and the model's
-// output m have a c2 other than 0. If c2 is 0, the product c2 m is skipped: for an infinite m, the clip makes x0
-// finite, but 0 times m is NaN.
+// The next sample without its noise: c0 x0 + c1 x + c2 m. In most samplers c2 is 0, since the model's output m enters
+// only through x0. Then the product c2 m is skipped: for an infinite m, the clip makes x0 finite, but 0 times m is NaN.
 template <class F>
 DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max) {
   F other_terms = F(row.c1) * x;

@@ -18,14 +18,14 @@
 
 namespace ddpm_ext {
 
-// If the noise of a call is drawn: whether the step with this row needs it, for the sample or, in a call with a mask
-// (`masked`), for the known part. Otherwise the kernel skips the draw.
+// Whether a step with this row needs the drawn noise, for the sample or, in a call with a mask (`masked`), for the
+// known part. If not, the kernel skips the draw.
 DDPM_HD bool draws_noise(const StepRow& row, bool masked) {
   return row.s != 0.0f || (masked && row.noise_after != 0.0f);
 }
 
 // The standard deviation divided by the row's s, from v, the model's output for the variance. The clamp keeps v
-// positive: the GPU's sqrt (cuda/pair.cuh) does not accept zero.
+// in a range in which the GPU's sqrt (cuda/pair.cuh) is correctly rounded.
 template <class F>
 DDPM_HD F learned_deviation(const StepRow& row, Variance variance, F v) {
   if (variance == Variance::log) return exponential(fma(F(row.l1), v, F(row.l0)));

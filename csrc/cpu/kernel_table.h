@@ -35,8 +35,9 @@ struct NoisyRun {
 
 constexpr size_t kPage = 4096;  // bytes of a page of memory
 
-// A thread's buffers for noise in the order (pixels, channels): see kernels/noise_by_pixels.h. Each buffer fits into
-// one page, because a copy that crosses a page boundary is slow: a run of many such copies takes up to a tenth longer.
+// A thread's buffers for noise in the order (pixels, channels): see kernels/noise_by_pixels.h. `drawn` and `ordered`
+// have one page each, because a copy that crosses a page boundary is slow: a run of many such copies takes up to a
+// tenth longer.
 struct PixelsMemory {
   alignas(kPage) float drawn[4 * kMostDrawn];       // a group's noise as drawn: first element 0 of every block
   alignas(kPage) float ordered[kMostInGroup + 16];  // a group's noise in memory order, and padding for the last copy
@@ -120,8 +121,8 @@ struct Kernels {
   RunKernel randn[3];  // index: the dtype of out
   // Indices: whether noise is drawn, then the dtypes as for reverse_step.
   void (*step_with_options[2][3][3])(const StepRun&);
-  // Indices: Noise, the dtype of x_start and noise, the dtype of the model's output. Noise::none also stands for drawn
-  // noise that the row multiplies by 0.
+  // Indices: Noise, the dtype of x_start and noise, the dtype of the model's output. Every call has noise: Noise::none
+  // stands for drawn noise that the row multiplies by 0.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
   // Indices: the dtype of x, the dtype of the model's output.
   void (*magnitudes[3][3])(const MagnitudesRun&);

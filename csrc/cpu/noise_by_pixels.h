@@ -14,8 +14,8 @@ namespace ddpm_ext::cpu {
 // narrower vectors, too. A run in the order (pixels, channels) must have a multiple of this number of elements.
 inline int64_t whole_groups(int64_t channels) { return 4 * std::lcm(channels, int64_t{16}); }
 
-// Whether a call draws noise for samples whose result `out` is channels_last, and groups are small enough for
-// PixelsMemory.
+// Whether a call draws noise for samples whose result `out` is channels_last, the number of pixels is a multiple of
+// four, and groups are small enough for PixelsMemory.
 inline bool has_channels_last(const Call& call, const TensorArg& out) {
   if (call.noise_kind != Noise::drawn || call.dims != 2 || call.sizes[1] % 4 != 0) return false;
   const int64_t channels = call.sizes[0];

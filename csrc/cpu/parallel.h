@@ -24,7 +24,7 @@ __attribute__((weak)) int omp_get_thread_num();
 namespace ddpm_ext::cpu {
 
 // Calls f(begin, end) for equal ranges of the indices 0 to count - 1. There are as many ranges as threads, but at most
-// one range for each `grain` indices. f must not throw.
+// one range for each `grain` indices, and only one within another parallel region. f must not throw.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)

@@ -20,8 +20,8 @@ int64_t scratch_of_one(int64_t numel) {
   return tiles + tiles / kGroup + tiles / 4;
 }
 
-// Whether x_start_scale processes one sample after the other, each with all threads. It does if samples are large and
-// the batch has fewer samples than there are threads.
+// Whether x_start_scale processes a batch one sample after the other, each with all threads. It does if samples are
+// large and the batch has fewer samples than there are threads. A batch of one sample is always processed in this way.
 bool one_by_one(int64_t batch, int64_t numel) { return batch < at::get_num_threads() && numel >= 4 * 8192; }
 
 // Computes the magnitudes of elements `first` to `last` - 1 of sample b, and the maxima of their groups. `first` is a

@@ -21,10 +21,10 @@ void on_device(int device, void (*launch)(void* closure, cudaStream_t stream), v
 // An object has `count` counters on a device, for a launch on `stream` or for several launches one after the other. The
 // counters are zero when a launch begins. The last block that uses a counter sets it back to zero for the next launch.
 //
-// Launches on the same stream run one after the other. So all launches on the default stream, or on a stream that torch
-// created, share one buffer. A launch on any other stream gets separate memory, because the handle does not identify
-// such a stream: cudaStreamPerThread is a different stream in each thread, and a new stream may get the handle of a
-// destroyed stream.
+// Launches on the same stream run one after the other. So all launches on the default stream share one buffer, and so
+// do all launches on a stream that torch created. A launch on any other stream gets separate memory, because the handle
+// does not identify such a stream: cudaStreamPerThread is a different stream in each thread, and a new stream may get
+// the handle of a destroyed stream.
 // A launch that is captured in a CUDA graph also gets separate memory, because several graphs may run at the same time.
 // The graph sets this memory to zero at each replay.
 //

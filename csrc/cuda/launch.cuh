@@ -52,7 +52,7 @@ inline unsigned unsigned_int(int64_t n) { return static_cast<unsigned>(n); }
 // block covers a stretch of one sample, or several small samples. It has kThreads threads, or fewer if some
 // multiprocessors would otherwise have no block. If single turns would need at least four times as many blocks as the
 // device runs at once (`at_once`), each thread takes several turns, at most kMaxTurns, so that the sample's row and
-// factors are read less often.
+// factors are read less often. If one block covers a whole sample, a thread takes only one turn.
 inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t multiprocessors, int64_t at_once) {
   constexpr int64_t kMaxTurns = 8, kLeastThreads = 64;
   const int64_t threads = divide_up(numel, items);  // for one sample

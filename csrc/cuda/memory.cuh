@@ -144,8 +144,8 @@ struct Dividers {
   }
 };
 
-// Calls add(d, index) with the index of a sample's element j in each dimension d. `add` adds the offsets of all
-// tensors, so that the divisions are done only once.
+// Calls add(d, index) with the index of a sample's element j in each dimension d. `add` can add to the offsets of
+// several tensors, so that the divisions are done only once.
 template <class Add>
 __device__ __forceinline__ void for_each_index(const Call& call, const Dividers& dividers, int64_t j, Add add) {
 #pragma unroll 1

@@ -73,7 +73,8 @@ struct NextInput : AnyOptions {
   static constexpr int kBlocks = 3;
 };
 
-// A step with a variance that the model returns.
+// A step with a variance that the model returns. It may have noise from the caller, and may return the predicted clean
+// sample.
 struct LearnedVariance : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::model_variance);
   static constexpr uint32_t kMay = kMust | set_of(Role::noise, Result::x0_out);

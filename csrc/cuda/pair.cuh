@@ -33,16 +33,16 @@ __device__ __forceinline__ F2 operator*(F2 a, F2 b) { return {a.v.x * b.v.x, a.v
 __device__ __forceinline__ F2 fma(F2 a, F2 b, F2 c) { return {fmaf(a.v.x, b.v.x, c.v.x), fmaf(a.v.y, b.v.y, c.v.y)}; }
 #endif
 
-// Computes sqrt(x), rounded to nearest, by one step of Newton's method from y. The result is correct if
-// the relative error of y, an approximation of 1/sqrt(x), is at most 2^-23.3.
+// Computes sqrt(x), rounded to nearest, by one step of Newton's method from y. The result is correct if x is finite and
+// at least 2^-100, and the relative error of y, an approximation of 1/sqrt(x), is at most 2^-23.3.
 __device__ __forceinline__ F2 newton_root(F2 x, F2 y) {
   const F2 root = x * y, half = y * F2(0.5f);
   return fma(fma(root * F2(-1.0f), root, x), half, root);
 }
 
-// Computes sqrt(x), rounded to nearest, if x is neither 0 nor subnormal. These are the instructions of sqrt.rn without
-// the call that sqrt.rn has for 0 and subnormal numbers. NVIDIA guarantees only 2^-22.9 for rsqrt_approx, but correct
-// rounding for sqrt.rn.
+// Computes sqrt(x), rounded to nearest, if x is finite and at least 2^-100. These are the instructions of sqrt.rn
+// without the call that sqrt.rn has for other numbers: if x is too small, the residual x - root^2 is not exact. NVIDIA
+// guarantees only 2^-22.9 for rsqrt_approx, but correct rounding for sqrt.rn.
 __device__ __forceinline__ F2 sqrt(F2 x) { return newton_root(x, {rsqrt_approx(x.v.x), rsqrt_approx(x.v.y)}); }
 
 __device__ __forceinline__ F2 clamp(F2 x, F2 lo, F2 hi) {

@@ -4,8 +4,8 @@
 //   of the wanted magnitude.
 // - The second histogram counts the next 10 bits, of the magnitudes that begin with these 11 bits.
 // - The third histogram counts the last 10 bits, of the magnitudes that begin with the 21 bits known by then.
-// For a small sample, the last block to finish counts the second and the third histogram, so that one launch suffices.
-// For a large sample, each further histogram is a launch with as many blocks as the first one.
+// If a sample has few blocks, the last block to finish counts the second and the third histogram, so that one launch
+// suffices. Otherwise each further histogram is a launch with as many blocks as the first one.
 #include "core/quantile.h"
 
 #include "core/step.h"
@@ -166,9 +166,9 @@ __device__ __forceinline__ void finish(const XStartScaleCall& call, int64_t b, c
 // launch. Up to this number of blocks, that takes no more time than two further launches.
 constexpr unsigned kBlocksOfOneLaunch = 4;
 
-// Computes the magnitudes and the first histogram of all samples, and for small samples also their factors. `counts` is
-// zero before and after the launch. It has a counter for each sample, which counts its finished blocks. If a sample has
-// several blocks, the samples' histograms follow, with kBins bins each.
+// Computes the magnitudes and the first histogram of all samples, and also their factors if a sample has at most
+// kBlocksOfOneLaunch blocks. `counts` is zero before and after the launch. It has a counter for each sample, which
+// counts its finished blocks. If a sample has several blocks, the samples' histograms follow, with kBins bins each.
 template <Access kAccess, class X, class M>
 __global__ void __launch_bounds__(kThreads)
     threshold_samples(const __grid_constant__ XStartScaleCall call, const __grid_constant__ Dividers dividers,
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Counts the second histogram of large samples (shift = kBinBits), or the third one (shift = 0) and stores the factors.
-// Runs after threshold_samples.
+// Counts the second histogram (shift = kBinBits), or the third one (shift = 0) and stores the factors. Runs after
+// threshold_samples, if a sample has more than kBlocksOfOneLaunch blocks.
 __global__ void __launch_bounds__(kThreads)
     search_samples(const __grid_constant__ XStartScaleCall call, uint32_t* counts, int shift) {
   __shared__ Shared shared;

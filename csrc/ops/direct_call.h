@@ -20,8 +20,8 @@ struct NamedTensor {
   NamedTensor(const char* name, const Number&) : name(name), tensor(nullptr) {}
 };
 
-// Whether no mode of torch is active and every tensor is an ordinary CPU or CUDA tensor. Then a kernel may be called
-// directly if autograd does not record the call.
+// Whether no mode of torch that intercepts calls is active (autocast does not) and every tensor is an ordinary CPU or
+// CUDA tensor. Then a kernel may be called directly if autograd does not record the call.
 bool plain(at::ArrayRef<NamedTensor> tensors);
 
 // Checks that every tensor is strided and neither nested nor quantized, and that it is on the first tensor's device or
@@ -32,7 +32,8 @@ void check_agreement(const char* op, at::ArrayRef<NamedTensor> tensors);
 // call must go through the dispatcher, check_agreement raises ValueError for tensors that do not agree.
 bool needs_dispatcher(const char* op, at::ArrayRef<NamedTensor> tensors);
 
-// Raises ValueError if a tensor requires a gradient. The message says that `recorder` records no gradients.
+// Raises ValueError if a tensor requires a gradient and gradients are enabled. The message says that `recorder` records
+// no gradients.
 void refuse_grad(const char* op, at::ArrayRef<NamedTensor> tensors, const char* recorder);
 
 }  // namespace ddpm_ext

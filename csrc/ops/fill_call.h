@@ -42,7 +42,8 @@ inline Order order_of(const Call& call) { return call.noise_kind == Noise::drawn
 
 // Sets the sizes of a call, and the strides and addresses of its tensors. Neighbouring dimensions of a sample are
 // merged if the strides of every tensor allow it. With Order::any, the dimensions are first sorted by the strides of
-// `out`. So samples that have the layout of `out` in every tensor, such as channels_last, count as contiguous.
+// `out`, if its samples are dense. Then samples that have the layout of `out` in every tensor, such as channels_last,
+// count as contiguous.
 void bind(const char* op, Call& call, Order order, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg);
 
 }  // namespace ddpm_ext

@@ -11,8 +11,9 @@ namespace ddpm_ext {
 // Otherwise the result is true.
 bool may_overlap_itself(const at::Tensor& t);
 
-// Whether `a` and `b` may share a byte. The result is exact, except for layouts so complicated that the search ends
-// early: then it is true.
+// Whether `a` and `b` may share a byte. The result is exact, with two exceptions. For layouts so complicated that the
+// search ends early, it is true. For tensors with different storages it is false, although two storages can have the
+// same memory, as when torch.from_numpy is called twice with an array.
 bool may_overlap(const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace ddpm_ext

@@ -15,14 +15,15 @@ at::Tensor empty_result_like(const at::Tensor& like, at::ScalarType dtype);
 at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options);
 
 // The memory of freed results that waits for reuse (kept), its largest allowed size (limit), the number of its blocks
-// (kept_blocks), and the memory of results that are alive (used). In bytes, except kept_blocks.
+// (kept_blocks), and the memory of large results that are alive (used). In bytes, except kept_blocks.
 struct ResultMemory {
   size_t limit, kept, kept_blocks, used;
 };
 ResultMemory result_memory();
 // Returns all memory that waits for reuse to the system.
 void release_result_memory();
-// Sets the limit of memory that waits for reuse. The first limit is 0: no memory is reused.
+// Sets the limit of memory that waits for reuse, and calls release_result_memory. The first limit is 0: no memory is
+// reused.
 void limit_result_memory(size_t bytes);
 
 }  // namespace ddpm_ext

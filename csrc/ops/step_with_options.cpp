@@ -48,8 +48,9 @@ void check_model_input(StepCall& call, const Tensor* tensor, const Tensor& x_t) 
               x_t.device());
 }
 
-// Checks that the results share no memory with one another or with inputs. There is one exception: a result may be the
-// same memory as an input from which it is computed elementwise, if every element has the same address in both.
+// Checks that no two elements of a result share memory, and that the results share no memory with one another or with
+// inputs. There is one exception: a result may be the same memory as an input from which it is computed elementwise, if
+// every element has the same address in both.
 void check_results(const StepInputs& arguments, const Rows& rows, const Rng& rng) {
   const Tensor* const not_elementwise[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed),
                                            pointer(rng.draw_data)};
