@@ -76,7 +76,8 @@ NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
 CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn, extra noise before a step (Karras et al. 2022, algorithm 2)
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # {parameter of samplers: its value, which callers can't set}
-NEEDLESS = ("keep_eps", "variance")  # parameters without effect, since loops have no clip and denoisers no variance
+# Parameters that callers can't set: keep_eps has no effect without a clip, and denoisers return no variance.
+NEEDLESS = ("keep_eps", "variance")
 NOISE = ("noise_sampler", "rng")
 UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
