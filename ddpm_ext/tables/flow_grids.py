@@ -187,8 +187,8 @@ def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
             (ddpm_ext.tables.levels).
         steps: the number of steps, at least 1.
         spacing: a name of FLOW_SPACINGS. "karras", "exponential" and "beta_sigmas" are use_karras_sigmas,
-            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler; their last step
-            starts at the schedule's smallest sigma. "sgm_uniform" and "linear_quadratic" are ComfyUI's.
+            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler; the last of two or
+            more steps starts at the schedule's smallest sigma. "sgm_uniform" and "linear_quadratic" are ComfyUI's.
 
     Returns:
         A Grid with float64 timesteps, which lie between the timesteps of the schedule.

@@ -3,10 +3,10 @@
 The result of a linear step is a weighted sum of samples, model outputs and noise, of this step and of earlier steps.
 The scheduler runs twice in float64. In the first run, a sample is a single random number, and trace_fit.py computes the
 rows from the results. The second run checks the rows on two samples of several channels and pixels. Their sizes change
-from step to step, and their sums are negative, while those of the first run are positive. There a step differs from its
-row if it depends on a whole tensor (its standard deviation, the sign of its mean) or treats pixels differently. In both
-runs, the sample of a step is a new random number, not the result of the previous step, since a caller may edit samples
-between steps.
+from step to step. Their sums, which are positive in the first run, are negative unless the loop may clip. There a step
+differs from its row if it depends on a whole tensor (its standard deviation, the sign of its mean) or treats pixels
+differently. In both runs, the sample of a step is a new random number, not the result of the previous step, since a
+caller may edit samples between steps.
 
 A function that runs the whole loop itself, like k-diffusion's samplers, takes a step between two calls of the model.
 """
