@@ -106,9 +106,10 @@ def accelerate(
     Returns:
         The accelerated object. Its attribute `accelerated` has the settings, of which `rng` and `seed` may be set. A
         copy of the object continues the original's loops; afterwards the two count their loops separately. `sample` and
-        `p_sample_loop` of the tutorial's class and of denoising-diffusion-pytorch also take the options of ddpm_ext's
-        GaussianDiffusion.p_sample_loop, such as sampler="dpmpp_2m", steps=20, record="last". With these options,
-        ddpm_ext's loop runs in place of the library's, with the noise of ddpm_ext's loop.
+        `p_sample_loop` of the tutorial's class and of denoising-diffusion-pytorch, and `ddim_sample` of the latter,
+        also take the options of ddpm_ext's GaussianDiffusion.p_sample_loop, such as sampler="dpmpp_2m", steps=20,
+        record="last". With these options, ddpm_ext's loop runs in place of the library's, with the noise of ddpm_ext's
+        loop.
 
     Raises:
         TypeError: an argument has a wrong type; obj can't be accelerated, or has an attribute in place of a method that

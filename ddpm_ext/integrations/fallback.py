@@ -125,7 +125,8 @@ def result_of(attempted: Result | Fallback) -> Result:
 def cached_with(obj: Any, key: Hashable, make: Callable[[], Result], values: Any = None) -> Result:
     """The result of make(), cached in an attribute of `obj` for the latest CACHED keys.
 
-    Copies and pickles of the object leave out the cache. If make() raises a Fallback, it is cached and raised.
+    Copies and pickles of the object leave out the cache. If make() raises a Fallback, it is cached and raised. Within a
+    function transform, a result that is not cached yet raises a Fallback.
 
     Args:
         values: the objects whose ids are in the key. The cache references them: otherwise Python could free one and

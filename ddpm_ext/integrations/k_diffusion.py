@@ -76,7 +76,8 @@ NAMES = tuple(name for name in MAKERS if name not in (*LEFT_OUT, *GUIDED))
 CHURNED = ("euler", "heun", "dpm_2")  # samplers with churn, extra noise before a step (Karras et al. 2022, algorithm 2)
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # {parameter of samplers: its value, which callers can't set}
-NEEDLESS = ("keep_eps", "variance")  # parameters without effect, since loops have no clip and denoisers no variance
+# Parameters that callers can't set: keep_eps has no effect without a clip, and denoisers return no variance.
+NEEDLESS = ("keep_eps", "variance")
 NOISE = ("noise_sampler", "rng")
 UNCONDITIONAL = "unconditional"
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
@@ -107,7 +108,7 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     to rows for samples x0 + sigma eps. Predicted clean samples are clipped if the table's notes have a clip.
 
     The returned function also takes the arguments that only some samplers have: eta, s_churn, s_tmin, s_tmax, s_noise,
-    order and the like, with k-diffusion's defaults. Further arguments:
+    order and the like, with k-diffusion's defaults if k-diffusion has the sampler. Further arguments:
 
         rng: a Philox for the noise, without a draw or a stream. With None, each call draws a seed from torch's default
             CPU generator. Two loops share noise only if they have the same seed and ids.
@@ -127,8 +128,8 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     Raises:
         TypeError: `which` is none of these; a function without an argument sigmas, such as sample_dpm_fast and
             sample_dpm_adaptive, which choose their steps themselves.
-        ValueError: an unknown name; a table whose levels are not known, that reads more than the denoiser's output, or
-            whose notes have dynamic thresholding; the file of a path is no table.
+        ValueError: an unknown name; a table whose levels are unknown, without signal or not consecutive, that reads
+            more than the denoiser's output, or whose notes have dynamic thresholding; the file of a path is no table.
         OSError: the file of a path can't be read.
 
     Examples:

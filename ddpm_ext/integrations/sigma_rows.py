@@ -1,6 +1,7 @@
 """SigmaRows: the rows of a loop over sigmas, grouped into steps.
 
-A step has a row for each call of the model. The first step may begin with a row that does not call the model.
+A step has a row for each call of the model. A row without a call may begin the first step, as for churn, or end a step,
+as for dpmpp_2m_cfg_pp.
 """
 
 from __future__ import annotations

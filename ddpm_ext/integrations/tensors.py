@@ -104,8 +104,8 @@ _TORCH_DRAWS = torch.randn, torch.randn_like  # torch's own functions, to notice
 def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
     """The operators' arguments for noise that was just drawn for a step of samples x.
 
-    The next sample is written over the noise, which saves an allocation. But if torch.randn or torch.randn_like is
-    patched, the next sample gets new memory: the patch may keep the tensors that it returned.
+    The next sample is written over the noise, which saves an allocation. But it gets new memory if x or the noise is
+    not contiguous, or if torch.randn or torch.randn_like is patched: the patch may keep the tensors that it returned.
     """
     unpatched = (torch.randn, torch.randn_like) == _TORCH_DRAWS and torch._C._len_torch_function_stack() == 0
     if unpatched and x.is_contiguous() and noise.is_contiguous():

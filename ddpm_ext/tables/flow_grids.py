@@ -122,7 +122,8 @@ def flow_sigmas(
         steps: the number of steps, at least 1.
         least: the smallest sigma before the other options change the sigmas, in (0, 1]. Until then they are evenly
             spaced from 1 down to `least`. None means 1 / steps, as in Flux's pipeline. diffusers'
-            FlowMatchEulerDiscreteScheduler uses flow_shift(1 / timesteps, shift) unless the caller passes sigmas.
+            FlowMatchEulerDiscreteScheduler uses flow_shift(1 / timesteps, shift) unless the caller passes sigmas; with
+            use_dynamic_shifting it uses 1 / timesteps.
         shift: see flow_shift.
         mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it. With mu, `shift` must be 1. With
             diffusers' time_shift_type "linear", mu is the shift itself, to pass as `shift`.
@@ -179,15 +180,15 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
 
 
 def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
-    """The grid of a spacing of sigmas for a flow, from the schedule's largest sigma to its smallest.
+    """The grid of a spacing of sigmas for a flow, from the schedule's largest sigma down to 0.
 
     Args:
         alphas_cumprod: (timesteps,), falling, of the schedule's variance-preserving samples x / r
             (ddpm_ext.tables.levels).
         steps: the number of steps, at least 1.
         spacing: a name of FLOW_SPACINGS. "karras", "exponential" and "beta_sigmas" are use_karras_sigmas,
-            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler. "sgm_uniform" and
-            "linear_quadratic" are ComfyUI's.
+            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler; the last of two or
+            more steps starts at the schedule's smallest sigma. "sgm_uniform" and "linear_quadratic" are ComfyUI's.
 
     Returns:
         A Grid with float64 timesteps, which lie between the timesteps of the schedule.

@@ -38,7 +38,7 @@ class Grid:
     """The timesteps and levels of a loop's steps, in the loop's order.
 
     Attributes:
-        timestep: int64 (rows,), or float64 if timesteps lie between those of the schedule.
+        timestep: int64 (rows,), or float64 if timesteps may be fractional.
         alphas_cumprod: float64 (rows + 1,), at each timestep. The last entry is the level where the last step arrives.
         betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]. For a step from a timestep of the
             schedule to the next lower one it is the schedule's beta, since the difference would lose digits.
@@ -166,7 +166,8 @@ def make_grid(
     Args:
         alphas_cumprod: (timesteps,), in [0, 1].
         timestep: int64 (rows,), in the loop's order. It descends, unless the loop goes up.
-        betas: the schedule's betas, (timesteps,). With None, they are computed from alphas_cumprod.
+        betas: the schedule's betas, (timesteps,), for steps of one timestep. The betas of longer steps, and with None
+            of all steps, are computed from alphas_cumprod.
         final: alphas_cumprod where the last step arrives, 1 for clean data. diffusers ends at alphas_cumprod[0] where
             set_alpha_to_one is off.
 

@@ -60,7 +60,7 @@ def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> 
     """A scale by linear interpolation in the plane of signal and noise.
 
     A level between two neighbouring nodes lies on the straight line through both. Beyond the outermost nodes it lies on
-    the line through the last two.
+    the line through the last two. With a single node, all levels have its scale.
 
     Args:
         nodes: signal and noise of known levels, (nodes,) each, from the least noise relative to the signal to the most.
@@ -141,7 +141,7 @@ def checked_timesteps(
         expected: the shape that a tensor `timestep` should have, for the error's text.
 
     Raises:
-        TypeError: `timestep` is neither a tensor nor a function.
+        TypeError: `timestep` is neither a tensor nor a function, or a function that returns no tensor.
         ValueError: a wrong shape, or no timesteps.
     """
     timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep

@@ -123,8 +123,8 @@ class NoiseSchedule:
 def flow(timesteps: int) -> NoiseSchedule:
     """Rectified flow: noise sigma_t = (t + 1) / timesteps and signal 1 - sigma_t (Liu et al. 2023; Lipman et al. 2023).
 
-    The model is called with 1000 sigma_t. Sigmas and timesteps are those of diffusers' FlowMatchEulerDiscreteScheduler
-    without a shift.
+    The model is called with 1000 sigma_t. The sigmas are those of diffusers' FlowMatchEulerDiscreteScheduler without a
+    shift. Its timesteps are `timesteps` sigma_t, the same only for 1000 timesteps.
 
     Examples:
         >>> flow(4).noise

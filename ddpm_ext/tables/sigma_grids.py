@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # The published sigmas where 10 steps start, then the sigma where the last one arrives: Sabour et al. 2024, "Align Your
-# Steps", at
+# Steps".
 # https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html.
 ALIGN_YOUR_STEPS = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -46,7 +46,7 @@ ALIGN_YOUR_STEPS = {
 
 
 def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
-    """sqrt(1 / alphas_cumprod - 1), float64 of the same shape.
+    """sqrt(1 / alphas_cumprod - 1), of the same shape and dtype.
 
     Examples:
         >>> sigmas_of(torch.tensor([0.2, 0.8], dtype=torch.float64))
@@ -56,7 +56,7 @@ def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
 
 
 def alphas_cumprod_of(sigma: Tensor) -> Tensor:
-    """1 / (1 + sigma^2), float64 of the same shape.
+    """1 / (1 + sigma^2), of the same shape and dtype.
 
     Examples:
         >>> alphas_cumprod_of(torch.tensor([2.0, 0.5], dtype=torch.float64))
@@ -189,7 +189,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
     """Sigmas evenly spaced in sigma^(1/rho), from the schedule's greatest to its least: Karras et al. 2022, eq. (5).
 
     Args:
-        alphas_cumprod: (timesteps,), falling, in (0, 1).
+        alphas_cumprod: (timesteps,) with two at least, falling, in (0, 1).
         steps: the number of steps, at least 1.
         rho: above 0. The greater it is, the more steps are at low noise.
         final: alphas_cumprod where the last step arrives.

@@ -100,7 +100,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
             "leading" is even, up from 0.
             "trailing" is even, down from timesteps - 1.
             "quadratic" goes down from 0.8 timesteps, closer together towards 0 (Song et al. 2021, appendix D.2), made
-            distinct.
+            distinct (one step: timestep 0).
             "simple" is "trailing" with the rounding of k-diffusion and ComfyUI.
             "beta" is closer together towards both ends, at quantiles of a beta distribution with parameters 0.6 (Lee et
             al. 2024, "Beta Sampling is All You Need", and ComfyUI), made distinct.
@@ -112,7 +112,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
     Raises:
         TypeError: `steps` is not an int, or `spacing` neither a string nor None.
         ValueError: `steps` is not in [1, timesteps], or not None although `spacing` determines the number; an unknown
-            `spacing`.
+            `spacing`; the errors of section_timesteps.
 
     Examples:
         >>> from ddpm_ext.tables.spacing import spaced_timesteps
@@ -144,7 +144,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         timesteps: the number of the schedule's timesteps.
         sections: "ddimN" takes every k-th timestep from 0 on, with the k that takes N timesteps. A list has one count
             for each section. The sections divide the timesteps evenly. Each section contributes its count of timesteps,
-            evenly spaced, both of the section's ends included.
+            evenly spaced, both of the section's ends included; a count of 1 takes the section's lowest timestep.
 
     Returns:
         int64 on the CPU.
@@ -189,7 +189,7 @@ def spaced_grid(
 
     Raises:
         TypeError, ValueError: the errors of spaced_timesteps; for a name of SIGMA_GRIDS, a schedule that this grid does
-            not accept, or `steps` is None.
+            not accept, `steps` is None, or for the scale `flow` a name that is not in FLOW_SPACINGS.
 
     Examples:
         >>> spaced_grid(gd.alphas_cumprod, gd.betas, 3, "leading").timestep.tolist()

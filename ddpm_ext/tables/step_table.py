@@ -86,7 +86,8 @@ class StepTable:
             signal and noise are both 0, the level is unknown.
         notes: information for a reader of the table, {name: text, number or list}, as in JSON. Files, slices and
             `dataclasses.replace` keep the notes. A loop warns if its guidance, clip or prediction differs from the
-            notes. Notes have no other effect, and tables with different notes may be equal.
+            notes. k_diffusion.sampler and diffusers' TableScheduler clip as the notes say, and accelerate refuses
+            another prediction. Tables with different notes may be equal.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were passed.

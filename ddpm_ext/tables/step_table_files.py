@@ -18,7 +18,11 @@ FORMAT, VERSION = "ddpm_ext.StepTable", 4
 
 
 def as_notes(notes: object) -> dict[str, Any]:
-    """A copy of a table's notes after a round trip through JSON. Raises TypeError where JSON can't represent them."""
+    """A copy of a table's notes after a round trip through JSON.
+
+    Raises:
+        TypeError: `notes` is not a dict, or JSON can't represent it.
+    """
     try:
         copied = json.loads(json.dumps(notes, allow_nan=False)) if isinstance(notes, Mapping) else None
     except (TypeError, ValueError) as error:
@@ -68,8 +72,8 @@ def read(
 def gap_between(signal_now: Tensor, noise_now: Tensor, signal_after: Tensor, noise_after: Tensor) -> str | None:
     """A text about the first row that does not start where the previous row arrives, or about a wrong start or end.
 
-    None if consecutive rows lead from noise to clean samples, or from clean samples to noise; or if the table has no
-    levels. The levels are (rows,) each.
+    None if consecutive rows lead from noise to clean samples, or to noise above 0 and not below that of the start; or
+    if the table has no levels. The levels are (rows,) each.
     """
     now, after = torch.stack([signal_now, noise_now], 1), torch.stack([signal_after, noise_after], 1)
     if not (now.any() or after.any()):

@@ -2,10 +2,11 @@
 
 The result of a linear step is a weighted sum of samples, model outputs and noise, of this step and of earlier steps.
 The scheduler runs twice in float64. In the first run, a sample is a single random number, and trace_fit.py computes the
-rows from the results. The second run checks the rows on two samples of several channels and pixels, whose sizes and
-signs change from step to step. There a step differs from its row if it depends on a whole tensor (its standard
-deviation, the sign of its mean) or treats pixels differently. In both runs, the sample of a step is a new random
-number, not the result of the previous step, since a caller may edit samples between steps.
+rows from the results. The second run checks the rows on two samples of several channels and pixels. Their sizes change
+from step to step. Their sums, which are positive in the first run, are negative unless the loop may clip. There a step
+differs from its row if it depends on a whole tensor (its standard deviation, the sign of its mean) or treats pixels
+differently. In both runs, the sample of a step is a new random number, not the result of the previous step, since a
+caller may edit samples between steps.
 
 A function that runs the whole loop itself, like k-diffusion's samplers, takes a step between two calls of the model.
 """
@@ -57,7 +58,8 @@ class TraceResult(NamedTuple):
     """A scheduler's steps as rows, and further results of tracing.
 
     Attributes:
-        columns: the columns of a StepTable, timestep and NAMES, (rows,) each.
+        columns: columns of a StepTable, (rows,) each: timestep, NAMES without of_last, and for a function draw and the
+            levels.
         clip: the range to which the predicted clean sample is clipped, or None.
         residual: the largest relative difference between a step of the scheduler and its row.
         steps: what each step did on random numbers.
@@ -68,8 +70,8 @@ class TraceResult(NamedTuple):
         second: whether the second tensor that steps return is a x + b m, clipped. False if they return only one.
         of_last: (rows,), the part of each row's c1 that multiplies the previous step's result and not the row's sample.
             The two tensors differ only if a caller edits samples between steps.
-        scales: for each step, the model's input divided by the step's sample. None if an input is no multiple of its
-            sample.
+        scales: for each step, the model's input divided by the step's sample. None if scale_model_input is missing,
+            returns a sample itself, or returns no multiple of it.
         step_starts: the rows at which a function calls its callback, that is, at which its steps begin.
         row_before_model: whether a function has a row before its first call of the model.
         reads_model: whether a function read attributes of the model.
@@ -164,8 +166,8 @@ def follow_function(
 
     like: the model whose attributes the function may read.
 
-    A row begins with each call of the model. If the function adds noise before its first call, a row without a call
-    precedes the others. The samples' levels are (1, sigma).
+    A row begins with each call of the model. If the function changes the samples before its first call, a row without a
+    call precedes the others. The samples' levels are (1, sigma).
     """
     function = ObservedFunction(sampler, sigmas, options, like)
     first_run = _FirstRun(function.run, CLEAN_FIELDS)

@@ -189,9 +189,9 @@ def _with_last(run: Run, loop: Numbers) -> Factors:
     """The factors of steps that read the previous step's result, fitted from the last step to the first.
 
     All later steps read the same combination of a step's sample and output, up to a factor. Once one later step has
-    been fitted, the direction (factor of the sample, factor of the output) is known for the rest. Each step is fitted
-    with as few inputs as suffice: an early step's result is itself a sum of inputs of earlier steps, so that with all
-    of these as inputs the factors would not be unique.
+    been fitted, the direction (factor of the sample, factor of the output) is known for all of them. Each step is
+    fitted with as few inputs as suffice: an early step's result is itself a sum of inputs of earlier steps, so that
+    with all of these as inputs the factors would not be unique.
     """
     n, k, last_results = len(loop.x), loop.z.shape[1], loop.last_results()
     zeros = np.zeros(n)

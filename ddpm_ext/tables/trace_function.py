@@ -70,7 +70,7 @@ class ObservedFunction:
 
     Attributes:
         run: the function's loop.
-        step_starts: the numbers of the steps before which the function calls its callback, empty if it never does.
+        step_starts: the numbers of the steps in which the function calls its callback, empty if it never does.
         row_before_model: whether there is a step before the first call of the model.
         reads_model: whether the function reads attributes of the model.
 

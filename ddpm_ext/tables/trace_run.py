@@ -62,7 +62,8 @@ class Step(NamedTuple):
             it drew, in order.
         state: {attribute of the scheduler: its new value}, of the simple attributes (is_simple) that the step changed.
         stores: whether the step stores anything else in the scheduler, such as a tensor.
-        scaled: the result of scale_model_input for the step's sample, or None if it returned the sample itself.
+        scaled: the result of scale_model_input for the step's sample, or None if the scheduler has no such method, or
+            it returned or changed the sample itself.
         scale_counts: whether scale_model_input changed an attribute of the scheduler.
     """
 
@@ -104,12 +105,14 @@ class Run(NamedTuple):
 
 
 class Observed(TorchFunctionMode):
-    """A mode in which torch's random numbers come from `noise`, and casts from float64 to lower precision do nothing.
+    """A mode in which torch.randn and randn_like return what `noise` makes, and samples are not cast from float64 to
+    lower precision.
 
     Args:
         shape: the samples' shape.
         noise: makes the random numbers of a step's draws.
-        keeps_float64: whether samples stay float64. If False, the mode only replaces random numbers.
+        keeps_float64: whether samples stay float64. If False, the mode only replaces random numbers, those of the
+            samples' shape.
 
     Attributes:
         step: the number of the current step.

@@ -145,7 +145,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
     Raises:
         TypeError: `weighting` is neither a name nor a tensor.
         ValueError: an unknown name, a name that the prediction cannot have, or weights that have a wrong shape, are not
-            finite or require a gradient.
+            finite (not checked under torch.compile) or require a gradient.
 
     Examples:
         >>> weights(gd.alphas_cumprod, "v", "min_snr").shape

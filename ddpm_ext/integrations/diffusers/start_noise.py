@@ -3,7 +3,7 @@
 A pipeline draws its start noise with `randn_tensor`, a function that its module imports by this name. The draw may be
 in prepare_latents or in __call__, before or after set_timesteps, and in any shape. While an accelerated pipeline runs,
 `randn_tensor` of its module is replaced by a function that checks its caller. For calls from other threads, and for
-calls with a generator, the replacement calls diffusers' function.
+calls with a generator or a sparse layout, the replacement calls diffusers' function.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     def sigmas(self) -> Tensor:
         """The sigma at which each row starts, and last the sigma at which the last row ends: float32, (rows + 1,).
 
-        A sigma is the noise divided by the signal; for a flow it is the flow's sigma. Raises AttributeError if the
-        table has no levels.
+        A sigma is the noise divided by the signal; for a flow it is the flow's sigma. Raises AttributeError for a table
+        that table_sigmas rejects, such as one without levels.
         """
         try:
             return table_sigmas(self.table)[0].float()
@@ -179,7 +179,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The model's input for a sample.
 
-        For the unchanged result of the previous step, this is a tensor that this step's launch has already written.
+        For the unchanged result of the previous step, this is a tensor that the launch of the previous step may have
+        written already.
         """
         if self._input_scales is None:
             return sample

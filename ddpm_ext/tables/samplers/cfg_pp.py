@@ -20,7 +20,7 @@ __all__ = ["dpmpp_2m_cfg_pp", "euler_ancestral_cfg_pp", "euler_cfg_pp"]
 
 
 def _renoised(grid: Grid | Jumps, prediction: str, sigma: Tensor) -> StepTable:
-    """DDIM's rows with eps from the unconditional output, without a clip of x0."""
+    """DDIM's rows with the eps of the unconditional output, which a clip of x0 does not change."""
     table = implicit(grid, prediction, sigma, keep_eps=True)
     return replace(table, c2=None, cu=table.c2, g1=None)
 
@@ -63,11 +63,11 @@ def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
         y_s = x0 + e^-h (y - u0) + (1 - e^-h) / (2 r) (x0 - u0')
 
     A step is two rows, since a row's `kept` cannot contain the unconditional output. The first row arrives at u0, a
-    clean sample, and keeps the rest of the sum. The second row does not call the model, and keeps u0 for the next step.
+    clean sample, and keeps the terms without u0 and u0'. The second row calls no model, and keeps u0 for the next step.
     The first step has no u0', so it leaves out the last term. A last step to clean data is one row, and so is a step
     from pure noise.
 
-    For the arguments and errors see dpmpp_2m, which also has lower_order_final.
+    For the arguments and errors see ipndm.
 
     Examples:
         >>> table = dpmpp_2m_cfg_pp(grid)  # for a loop with guidance

@@ -55,7 +55,8 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: an unknown `prediction`, an `eta` out of range, or a grid without a schedule.
+        ValueError: an unknown `prediction`, an `eta` out of range, or, for an `eta` above 0 and more than one step, a
+            grid without a schedule.
 
     Examples:
         >>> table = tcd(grid, eta=0.3)  # for sampler= of a loop

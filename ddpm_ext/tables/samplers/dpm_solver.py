@@ -16,7 +16,7 @@ __all__ = ["dpm_solver_2m", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sd
 
 
 def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
-    """DPM-Solver++(2M) for the probability flow (eta 0), for the SDE (eta 1), or for an eta in between."""
+    """DPM-Solver++(2M) for the probability flow (eta 0), for the SDE (eta 1), or for another eta."""
     after, h = grid.after, coefficients.half_log_snr(grid).diff()
     extra = eta * h if eta else torch.zeros_like(h)  # for eta 0 not a product, which would be NaN for an infinite h
     towards_x0 = -after.sqrt() * torch.expm1(-h - extra)
@@ -75,7 +75,7 @@ def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
 
 
 def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
-    """DPM-Solver++(3M) for the probability flow (eta 0), for the SDE (eta 1), or for an eta in between."""
+    """DPM-Solver++(3M) for the probability flow (eta 0), for the SDE (eta 1), or for another eta."""
     after, steps = grid.after, coefficients.half_log_snr(grid).diff()
     extra = eta * steps if eta else torch.zeros_like(steps)  # for eta 0 not a product, NaN for an infinite step
     h = steps.tolist()

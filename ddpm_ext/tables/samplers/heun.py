@@ -21,7 +21,7 @@ def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     timestep. The second row corrects x by the slope at this timestep. The last step is one Euler row, and so is a step
     from pure noise, where sigma is infinite. len(grid) steps are up to 2 len(grid) - 1 rows.
 
-    For the arguments and errors see dpmpp_2m.
+    For the arguments and errors see ipndm.
 
     Examples:
         >>> len(heun(grid))  # three steps: two rows each, but one row for the last step

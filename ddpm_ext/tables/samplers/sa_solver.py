@@ -35,8 +35,8 @@ def sa_solver(
     A row first corrects x by the model's output at x, then takes the step from the corrected sample. The corrector uses
     the noise of the step that it corrects. So the corrector's and the predictor's result differ only by predicted clean
     samples, of this step and of earlier steps. As in diffusers, the model's output at the corrected sample is not
-    computed, and at second order, the slope of x0 by lambda has the weight of the step's end. The first step is of
-    first order, and so is a last step that arrives at clean data.
+    computed, and at second order, the slope of x0 by lambda has the same weight in the whole step as at its end. The
+    first step is of first order, and so is a last step that arrives at clean data.
 
     Args:
         grid: descending.

@@ -1,8 +1,9 @@
 """The rows of samplers whose steps call the model twice, and which may add noise between steps.
 
-The first row of a step is an Euler step to a level between its ends. The second row computes the end of the step from
-the sample at that level and the x0 that the first row keeps. It does not need the sample at the step's start, which
-follows from these two. If a step ends at less noise than the next step starts with, its last row also adds noise.
+The first row of a step is an Euler step to the level of the second call: between the step's ends or, for Heun's method,
+at its end. The second row computes the end of the step from the sample at that level and the x0 that the first row
+keeps. It does not need the sample at the step's start, which follows from these two. If a step ends at less noise than
+the next step starts with, its last row also adds noise.
 """
 
 from __future__ import annotations
