@@ -58,7 +58,7 @@ SPECIAL = [0.0, 1.0, 1 + 2**-23, 1 - 2**-24, 1.5, 3.0, 2**12 + 1, 2**24 - 1, 2**
 SPECIAL += [2**-126, 2**-75, 2**-74, 2**-24, 2**-25, 2**103, 2**127, (2 - 2**-23) * 2**127, math.inf, math.nan]
 
 
-@pytest.mark.parametrize("cases", ["special", "any", "near", "halfway", "subnormal", "overflow"])
+@pytest.mark.parametrize("cases", ["special", "any", "near", "halfway", "subnormal", "below_normal", "overflow"])
 def test_the_bits_are_the_c_librarys(library, fma, cases):
     rng = np.random.default_rng(0)
     if cases == "special":
@@ -70,8 +70,10 @@ def test_the_bits_are_the_c_librarys(library, fma, cases):
         a, b = rng.integers(-(2**12), 2**12, (2, 400_000)).astype(np.float32)
         c = np.float32(2.0) ** rng.integers(-30, 30, 400_000) * rng.integers(-(2**24), 2**24, 400_000)
     else:
-        range_of_c = {"halfway": (-100, 127), "subnormal": (-149, -120), "overflow": (126, 128)}[cases]
-        a, b, c = halfway_cases(rng, 200_000, range_of_c)
+        of_c = {"halfway": (-100, 127), "subnormal": (-149, -120), "below_normal": (-127, -126), "overflow": (126, 128)}
+        a, b, c = halfway_cases(rng, 200_000, of_c[cases])
+        if cases == "below_normal":  # the largest subnormal number: half a place above it, rounding twice gives 2^-126
+            c = np.copysign(np.float32(2**-126 - 2**-149), c)
         wrong = rounded_twice(a, b, c).view(np.uint32) != call(library.fma_of_libm, a, b, c).view(np.uint32)
         assert wrong.mean() > 0.1  # hard cases they are
     assert_same_bits(fma(a, b, c), call(library.fma_of_libm, a, b, c))

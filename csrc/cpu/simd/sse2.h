@@ -53,8 +53,9 @@ __attribute__((noinline, cold)) inline F32 rare_fma(F32 a, F32 b, F32 c) {
 }
 
 // Returns fma(a, b, c). It rounds twice, to double and then to float. The result can be wrong only where the double
-// lies halfway between two floats. Then the last 29 bits of the double are 0x10000000, or the result is below 2^-126.
-// In these cases rare_fma computes the result.
+// lies halfway between two floats. Then the last 29 bits of the double are 0x10000000, or the result is at most 2^-126:
+// halfway between 2^-126 and the largest subnormal float, the double is rounded to 2^-126. In these cases rare_fma
+// computes the result.
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
   const auto sum = [](F32 x, F32 y, F32 z) {
     return _mm_add_pd(_mm_mul_pd(_mm_cvtps_pd(x.v), _mm_cvtps_pd(y.v)), _mm_cvtps_pd(z.v));
@@ -64,7 +65,7 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
   const __m128i last = _mm_castps_si128(_mm_shuffle_ps(_mm_castpd_ps(lower), _mm_castpd_ps(upper), 0x88));
   const __m128i halfway = _mm_cmpeq_epi32(_mm_and_si128(last, _mm_set1_epi32(0x1fffffff)), _mm_set1_epi32(0x10000000));
   const __m128i size = _mm_and_si128(_mm_castps_si128(result.v), _mm_set1_epi32(0x7fffffff));
-  const __m128i small = _mm_cmplt_epi32(size, _mm_set1_epi32(0x00800000));
+  const __m128i small = _mm_cmplt_epi32(size, _mm_set1_epi32(0x00800001));
   if (__builtin_expect(_mm_movemask_epi8(_mm_or_si128(halfway, small)) != 0, 0)) return rare_fma(a, b, c);
   return result;
 }
