@@ -241,8 +241,8 @@ class ElementTensors {
 };
 
 // From one turn (loop iteration) to the next, a thread goes on by `apart` elements. With Access::strided, a thread
-// whose first element has the index `pixels` or more does nothing. `pixels` is the number of elements of the sample or, if
-// channels_in_turn (access.cuh) is more than 1, of its first channel. In the second case `apart` equals `pixels`: a
+// whose first element has the index `pixels` or more does nothing. `pixels` is the number of elements of the sample or,
+// if channels_in_turn (access.cuh) is more than 1, of its first channel. In the second case `apart` equals `pixels`: a
 // thread processes the same pixels of every channel. If channels_last > 0, PixelWords lays out the turns, and both
 // parameters are unused.
 template <Access kAccess, class Options, class X, class M>
