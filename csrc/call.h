@@ -37,7 +37,8 @@ struct Call {
   int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};
   bool contiguous = false;  // whether the samples of every tensor are contiguous, in the order of `sizes`
 
-  // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
+  // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null. Kernels clamp the number of the row
+  // to the table's rows.
   const void* table = nullptr;
   int64_t rows = 0;
   const int64_t* t = nullptr;
@@ -54,11 +55,11 @@ struct Call {
   int64_t ids_stride = 0;
   int64_t first_id = 0;
   uint32_t stream = 0;
-  int64_t draw = 0;                    // if negative, each sample has the draw of its row
+  int64_t draw = 0;                    // if negative: StepRow::draw, or the row's number for other rows
   const int64_t* draw_data = nullptr;  // if not null, the low 32 bits of the number there replace `draw`
-  // Noise is defined by logical indices. If the sizes are (channels, pixels) but the memory is channels_last, by_pixels
-  // (cpu/runs.h, cuda/access.cuh) changes the sizes to (pixels, channels). Then channels_last is the number of
-  // channels, and the number of pixels is a multiple of four. Otherwise channels_last is 0.
+  // Noise is defined by logical indices. In a call that draws noise for channels_last memory, by_pixels (cpu/runs.h,
+  // cuda/access.cuh) may change the sizes from (channels, pixels) to (pixels, channels). Then channels_last is the
+  // number of channels, and the number of pixels is a multiple of four. Otherwise channels_last is 0.
   int64_t channels_last = 0;
 };
 
@@ -69,8 +70,8 @@ struct ElementwiseCall : Call {
   TensorArg x, model_output, noise, out;
 };
 
-// The row of a step in which all samples take the same row and the host has the table. A kernel receives the row as an
-// argument, so a GPU does not load it.
+// The row of a step in which all samples take the same row and the host has the table. A CUDA kernel receives the row
+// as an argument and does not load it. A CPU kernel reads the table.
 struct HostRow {
   bool has_row = false;
   StepRow row;

@@ -19,7 +19,7 @@ DDPM_HD auto radius(U w) {
   const F q = polynomial(f, -0x1.eba97ap-3f, 0x1.82798ep-2f, -0x1.a48406p-2f, 0x1.fd9c34p-2f, -0x1.55182cp-1f,
                          0x1.000292p+0f, -0x1.00001cp+1f);
   // For u = 1 the logarithm is 0, which the GPU's sqrt (cuda/pair.cuh) does not accept. Adding 2^-100 avoids a root of
-  // 0. For any other u it only decides ties of rounding: about one u in a thousand gets another last bit.
+  // 0. For any other u it only decides ties of rounding: about one w in 40,000 gets a sum with another last bit.
   return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
 

@@ -11,6 +11,7 @@
 //   F::kLanes                        the number of elements
 //   Words, Products                  Philox's words and their 64-bit products, in any order of lanes
 //   multiply_wide, high, low, xor3, Words(uint32_t), Words ^ uint32_t, Products + uint64_t, Products + Products
+//   choose<lanes...>(a, b)           a vector of chosen lanes of a and b
 //   block_words(first)               the numbers of kLanes consecutive blocks, as Words
 //   words_in_order(U)                the Words from which join() returns this U
 //   join(Words), join_high(Products) the words, or the products' high words, as a U; xor3 also takes a U

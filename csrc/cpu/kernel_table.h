@@ -1,5 +1,5 @@
-// The table of one instruction set's CPU kernels, and the kernels' arguments. A kernel processes a run: elements of one
-// sample that are contiguous in memory. Their number is a multiple of kRunMultiple.
+// The table of one instruction set's CPU kernels, and the kernels' arguments. Most kernels process a run:
+// elements of one sample that are contiguous in memory. Their number is a multiple of kRunMultiple.
 #pragma once
 
 #include "call.h"
@@ -30,7 +30,7 @@ struct NoisyRun {
   const void* row;
   const PhiloxKeys* keys;
   PhiloxSample counter;
-  uint32_t block;  // the Philox block of the first element
+  uint32_t block;  // the first element's index / 4: in logical order, its Philox block
 };
 
 constexpr size_t kPage = 4096;  // bytes of a page of memory
@@ -39,7 +39,7 @@ constexpr size_t kPage = 4096;  // bytes of a page of memory
 // have one page each, because a copy that crosses a page boundary is slow: a run of many such copies takes up to a
 // tenth longer.
 struct PixelsMemory {
-  alignas(kPage) float drawn[4 * kMostDrawn];       // a group's noise as drawn: first element 0 of every block
+  alignas(kPage) float drawn[4 * kMostDrawn];       // a group's noise as drawn: array k has element k of every block
   alignas(kPage) float ordered[kMostInGroup + 16];  // a group's noise in memory order, and padding for the last copy
   alignas(64) uint64_t products[kMostInGroup / 4 + 16];  // what number_blocks computes for a group
   int64_t channels = 0, fours_in_sample = 0;             // the PixelsRun's numbers for which `products` was computed
@@ -111,7 +111,8 @@ struct MomentsRun {
 
 using LossRunKernel = void (*)(const LossRun&);
 
-// The kernels of one instruction set. An entry is null if no operator takes that pair of dtypes.
+// The kernels of one instruction set. An entry is null if no operator takes that pair of dtypes. Noise::none also
+// stands for drawn noise that the row does not need.
 struct Kernels {
   const char* name;  // of the instruction set
   // Indices: Noise, the dtype of x and out, the dtype of the second tensor. The second tensor is the model's output or,
@@ -121,8 +122,7 @@ struct Kernels {
   RunKernel randn[3];  // index: the dtype of out
   // Indices: whether noise is drawn, then the dtypes as for reverse_step.
   void (*step_with_options[2][3][3])(const StepRun&);
-  // Indices: Noise, the dtype of x_start and noise, the dtype of the model's output. Every call has noise: Noise::none
-  // stands for drawn noise that the row multiplies by 0.
+  // Indices: Noise, the dtype of x_start and noise, the dtype of the model's output. Every call has noise.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
   // Indices: the dtype of x, the dtype of the model's output.
   void (*magnitudes[3][3])(const MagnitudesRun&);

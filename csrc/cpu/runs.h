@@ -92,10 +92,11 @@ struct Tile {
   int64_t rows, columns;
 };
 
-// Chooses the tile of a call. The channels of a sample of two dimensions are the dimension with at most kBuffer / kUnit
-// elements, the last dimension if both have:
-// - If the sample is (channels, pixels) and some tensors are channels_last, the rows are the channels. The tile has all
-//   channels of its pixels, so its elements are neighbours in channels_last tensors, too.
+// Chooses the tile of a call. In a strided sample of two dimensions, the channels are the dimension with at most
+// kBuffer / kUnit elements, the last dimension if both have:
+// - If the sample is (channels, pixels), the rows are the channels. Usually some tensors are channels_last. The tile
+//   has all channels of its pixels, so its elements are neighbours in channels_last tensors, too. This requires at
+//   least kUnit pixels, and whole chunks or Philox blocks in a channel if the kernel sums or draws noise.
 // - If the sample is (pixels, channels), the tile is one row with all channels of its pixels.
 // - For all other samples, and for kernels that sum over (pixels, channels), the tile is one row of kRow elements.
 template <class Run>
@@ -230,8 +231,8 @@ inline int64_t timestep(const Call& call, int64_t b) {
 template <class Range>
 void for_each_range(const Call& call, Tile tile, Range range) {
   const int64_t columns = call.numel / tile.rows, per_sample = (columns + tile.columns - 1) / tile.columns;
-  // The least number of elements for which a further thread is worthwhile: some microseconds of work. Less is not,
-  // since a thread may start late on a busy machine.
+  // The least number of elements for which a further thread is worthwhile: some microseconds of work. A thread
+  // may start late on a busy machine, so it is not worthwhile for less work.
   const int64_t least = call.noise_kind == Noise::drawn ? 16384 : 32768;
   const int64_t grain = std::max<int64_t>(1, least / (std::min(tile.columns, columns) * tile.rows));
   parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {

@@ -28,7 +28,7 @@ struct Affine {
 
 void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    // The second tensor, in `noise`, may have a lower precision than x. Without it, its type is set to that of x.
+    // The second tensor, `noise`, may have a lower precision than x. If the call has none, Z is the type of x.
     by_dtypes(call.x.dtype, call.noise_kind == Noise::given ? call.noise.dtype : call.x.dtype, [&](auto x, auto z) {
       using X = decltype(x);
       using Z = decltype(z);

@@ -27,7 +27,8 @@ struct Room {
   int multiprocessors, blocks;
 };
 
-// Returns the Room of a kernel with blocks of `threads` threads. Caches it for each kernel and device.
+// Returns the Room of a kernel with blocks of `threads` threads. Caches it for each kernel on the first kDevices
+// devices.
 template <auto kKernel>
 Room room_for(int threads) {
   constexpr int kDevices = 64;

@@ -240,10 +240,10 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// From one turn (loop iteration) to the next, a thread goes on by `apart` elements. With Access::strided, `pixels` is
-// the number of elements in which threads begin: a thread with a later first element does nothing. They are the whole
-// sample. But if channels_in_turn (access.cuh) is more than 1, they are the first channel, and `apart` equals `pixels`:
-// a thread processes the same pixels of every channel. If channels_last > 0, PixelWords lays out the turns, and both
+// From one turn (loop iteration) to the next, a thread goes on by `apart` elements. With Access::strided, a thread
+// whose first element has the index `pixels` or more does nothing. `pixels` is the number of elements of the sample or,
+// if channels_in_turn (access.cuh) is more than 1, of its first channel. In the second case `apart` equals `pixels`: a
+// thread processes the same pixels of every channel. If channels_last > 0, PixelWords lays out the turns, and both
 // parameters are unused.
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, Options::kBlocks)
@@ -369,6 +369,7 @@ bool launch_if_fits(const StepCall& call, cudaStream_t stream) {
 }
 
 // Launches the kernel of the first of these sets of options that accepts the call, or else the kernel for any options.
+// A call with Access::strided always takes the kernel for any options.
 template <class... OptionSets>
 void launch_first(const StepCall& call, cudaStream_t stream) {
   by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {

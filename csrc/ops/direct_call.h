@@ -1,5 +1,5 @@
 // Decides whether an eager call may skip torch's dispatcher. A call must not skip it if autograd records the call,
-// under a mode or a function transform, or if an argument is a tensor subclass.
+// under a mode or a function transform, or if an argument is not an ordinary CPU or CUDA tensor, such as a subclass.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -35,8 +35,8 @@ template <class Result, class... Args>
 struct Operator<Result(Args...)> {
   // Defines the Python function `name`. It calls `direct`, or torch's operator if the call needs the dispatcher.
   // Torch's operator is called `of_schema`, or `name` if that is null. If the operator records no gradients, the
-  // function refuses tensors that require a gradient, and `recorder` names the operator in the error message. Otherwise
-  // `recorder` is null.
+  // function refuses tensors that require a gradient while gradients are enabled, and `recorder` is the subject of the
+  // error message. Otherwise `recorder` is null.
   template <class Direct, class... Extra>
   static void define(py::module_& m, const char* name, Direct (*direct)(Args..., Extra...),
                      const char* recorder = nullptr, const char* of_schema = nullptr, const char* overload = "") {
@@ -86,8 +86,8 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_P
   ddpm_ext::reverse_step(x_t, model_output, with_host(DDPM_ROWS, on_host), clip_min, clip_max, DDPM_SOURCE, out);
 }
 
-// Checks the arguments of reverse_step that are known before the model is called, so that an error comes before that
-// call.
+// Like ddpm_ext::check_reverse_step. But if the tensors are not plain, this only checks that they agree and, for `out`,
+// the dtype and that it is not a negated view.
 void check_reverse_step(const Tensor& x_t, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, const OptionalTensor& out) {
   const NamedTensor tensors[] = {{"x_t", x_t},   {"table", table},           {"t", t},     {"noise", noise},
                                  {"seed", seed}, {"sample_ids", sample_ids}, {"out", out}, {"draw", draw_data}};

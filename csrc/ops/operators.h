@@ -22,7 +22,8 @@ inline const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &
 // samples' device.
 // - seed_value has the bits of the seed, an unsigned 64-bit number. If `seed` has a value, it replaces seed_value.
 // - The sample ids are first_id, first_id + 1, and so on. If `sample_ids`, int64 (batch,), has a value, it has the ids.
-// - A negative `draw` means that each sample has the draw of its row. If `draw_data` has a value, it replaces `draw`.
+// - A negative `draw` means that each sample has the draw of its row of a step table or, with other tables, the number
+//   of its row. If `draw_data` has a value, it replaces `draw`.
 struct Rng {
   OptionalTensor seed;
   int64_t seed_value;
@@ -33,7 +34,7 @@ struct Rng {
 
 // The table rows that the samples take. `table` is float32 (rows, columns). All samples take the row t_index. But if
 // `t`, int64 (batch,), has a value, sample i takes the row t[i]. `on_host` is null or the same table on the CPU. With
-// on_host, a step passes the row t_index to the kernel by value.
+// on_host and without `t`, a step passes the row t_index to a CUDA kernel by value.
 struct Rows {
   Tensor table;
   OptionalTensor t;
@@ -54,8 +55,8 @@ struct NoiseSource {
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& rows, double clip_min, double clip_max,
                     const NoiseSource& source, const OptionalTensor& out);
 
-// Checks the arguments of reverse_step that are known before the model is called, so that an error comes before that
-// call.
+// Checks the arguments of reverse_step except the model's output and the clip, so that an error comes before the model
+// is called.
 void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& source, const OptionalTensor& out);
 
 // The tensors and flags of the step with options. A tensor is null if the caller did not pass it.
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, cons
 // Computes the training loss of each sample, and its derivative ("slope") by the model's output. Both are float32.
 //
 // The loss compares the model's output with the target k0 x_start + k1 noise, by the rows of a table, float32 (rows,
-// 4), and is multiplied by the row's weight. Without x_start the target is k1 noise.
+// 4), and is multiplied by the row's weight. Without x_start the target is k1 noise. Without `noise`, `rng` draws it.
 // - `kind`: 0 for the squared difference, 1 for the absolute difference, 2 for Huber's loss with `delta`, as the mean
 //   over the elements of a sample.
 // - `reduction`: 0 for the mean over the batch, 1 for the losses (batch,), 2 for their sum.

@@ -96,7 +96,8 @@ DDPM_HD int32_t select_one(const T* values, int64_t count, int64_t from_top) {
   return smallest_from(values, count, low);
 }
 
-// Returns the from_top-th largest value and the next larger one, which is the same if values are equal.
+// Returns the from_top-th largest value and the next larger one, which is the same if values are equal or
+// from_top is 1.
 template <class T>
 DDPM_HD Neighbours select_two(const T* values, int64_t count, int64_t from_top) {
   const int32_t below = select_one(values, count, from_top);
@@ -105,9 +106,9 @@ DDPM_HD Neighbours select_two(const T* values, int64_t count, int64_t from_top) 
   return {static_cast<uint32_t>(below), static_cast<uint32_t>(above)};
 }
 
-// Returns the from_top-th largest magnitude and the next larger one. If from_top is small, as for the quantile 0.995,
-// few groups can contain one of the from_top largest magnitudes: those with a large maximum. Only these groups are
-// searched.
+// Returns the from_top-th largest magnitude and the next larger one, or NaN twice if a magnitude is NaN. If
+// from_top is small, as for the quantile 0.995, few groups can contain one of the from_top largest magnitudes: those
+// with a large maximum. Only these groups are searched.
 Neighbours select(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top, int32_t* scratch) {
   const int64_t groups = count / kGroup;
   const int32_t greatest = largest(maxima, groups);

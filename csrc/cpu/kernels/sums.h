@@ -21,7 +21,7 @@ class ChunkSums {
     for (int k = 0; k < 4; ++k) lanes[k] = lanes[k] + values[k];
     if ((i + 4 * F32::kLanes) % kLossChunk == 0) finish();
   }
-  // Writes the sum of the values that were added after the last whole chunk.
+  // Writes the sum of the values that were added since the last sum was written.
   DDPM_HD void finish() {
     float lanes[kLossLanes];
     for (int g = 0; g < kGroups; ++g)
