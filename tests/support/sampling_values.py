@@ -60,7 +60,7 @@ class Inputs:
 
     @torch.no_grad()
     def loop(self, count=2, labels=(0, 1, 2), model="pets", **options):
-        """The samples of p_sample_loop with these options, by the model in the folder `model`, in options["dtype"]."""
+        """The samples of p_sample_loop with these options. model: a folder. labels: sample i has labels[i % len]."""
         loaded = models.load_model(self.folder / model, dtype=options.get("dtype", torch.float32))
         kwargs = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])}
         given = {"sampler": "ddim", "steps": 4, "rng": Philox(0), "model_kwargs": kwargs} | options
