@@ -1,8 +1,8 @@
 """Compares a step of an accelerated scheduler with the same step of diffusers.
 
-Both are computed in float32, and their errors are the differences from diffusers' code run in float64. Our error may be
-at most FACTOR times diffusers' error in this step or in many similar steps, or ULPS ulps of the largest value. With
-16-bit samples, it may be at most diffusers' error, or one ulp.
+The errors of both are the differences from diffusers' code run in float64. Our error may be at most FACTOR times
+diffusers' error in this step or in many similar steps, or ULPS ulps of the largest value. With 16-bit samples, FACTOR
+and ULPS are replaced by 1.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 
 
 def _on_cpu(arguments):
-    """The arguments as text. If the command takes a device and they name none, adds --device cpu.
+    """The arguments as text. Adds --device cpu if the command takes a device and the arguments name none.
 
     Without --device, the command would use the GPU if there is one.
     """

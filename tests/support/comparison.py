@@ -79,7 +79,8 @@ def target_of(prediction, x, z, t):
 def log_variance_of(gd, v, t):
     """The logarithm of the variance of p(x_{t-1} | x_t), as guided-diffusion computes it.
 
-    v: the second half of the model's output, from which a learned variance follows.
+    v: the second half of the model's output, from which a learned variance follows. guided-diffusion does not have
+        "learned_variance", for which v is the variance itself.
     """
     smallest = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()
     small, large = (c[t.cpu()].reshape(-1, 1, 1, 1) for c in (smallest, gd.betas.log()))

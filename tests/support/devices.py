@@ -13,8 +13,9 @@ from ddpm_ext import Inpaint, Interpolation, Philox
 def moved(value: Any, device: torch.device) -> Any:
     """A copy of the value with its tensors on `device`.
 
-    The value may be a tensor, a Philox, an Inpaint, an Interpolation, or a dict, list or tuple of these. Other values
-    are returned unchanged, and so are tensors on the device meta, which tests use as a wrong device.
+    The value may be a tensor, a Philox, an Inpaint, an Interpolation, or a dict, list or tuple of these. Of a Philox,
+    only the sample ids move, not a seed or a draw in a tensor. Other values are returned unchanged, and so are tensors
+    on the device meta, which tests use as a wrong device.
     """
     if isinstance(value, torch.Tensor):
         return value if value.is_meta else value.to(device)

@@ -132,7 +132,7 @@ def loop(
         by_index: whether the loop calls set_begin_index(start). Otherwise the scheduler determines the start by the
             first timestep.
         vectors_from: the first step whose timestep has the shape (1,). With None, all timesteps have the shape ().
-        edit: a function (i, result of step i) that returns the sample for step i + 1.
+        edit: a function (i, the sample that step i returned) that returns the sample for step i + 1.
     """
 
     def normal() -> Tensor:

@@ -1,9 +1,9 @@
 """Replaces the graphs, streams and events of torch.cuda by ones on the CPU, as far as ddpm_ext uses them.
 
-LOG records their calls. A capture runs the calls and then undoes their writes. Like a capture on a GPU, it refuses to
-read a value back and to wait for the GPU. A replay repeats the recorded calls on the same memory with the same
-arguments. Only other values in memory, and other draws of torch's own generator, make its results differ from those of
-the capture.
+LOG records new streams, Stream.wait_stream, an event's record, wait and synchronize, captures and replays. A capture
+runs the calls and then undoes their writes. Like a capture on a GPU, it refuses to read a value back and to wait for
+the GPU. A replay repeats the recorded calls on the same memory with the same arguments. Only other values in memory,
+and other draws of torch's own generator, make its results differ from those of the capture.
 
 After a failed capture, the state is that of torch up to 2.11: the capture's stream is still the current stream, the
 allocator still allocates from the graph's pool, and the generator refuses to draw.

@@ -4,17 +4,18 @@
     python tests/support/faults.py build FOLDER
     python tests/support/faults.py run FOLDER RECORD [--only NAME ...]
 
-`check` checks that each fault's old text still occurs exactly once.
+`check` checks that each fault's old text still occurs exactly once, that its tests exist, and that its name is unique.
 
-`build` copies the working tree to FOLDER and compiles the copy, which takes a few minutes. All faults in C++ are
-compiled into one module: each old text becomes an expression or a statement that is the new text if the environment
-variable DDPM_FAULT has the fault's number. Without the variable, the module does what it does without faults.
+`build` copies the working tree to FOLDER and compiles the copy, which takes a few minutes. All faults in C++ outside
+csrc/cuda are compiled into one module: each old text becomes an expression or a statement that is the new text if the
+environment variable DDPM_FAULT has the fault's number. Without the variable, the module does what it does without
+faults.
 
 `run` selects a C++ fault by DDPM_FAULT. It plants a fault in Python, or in a CUDA source, which tests compile, by
 editing the copy. For each fault, faults.txt names narrow tests, which should detect it, and wide tests. `run` runs the
-narrow tests, then the fast tests among the wide tests, until a test fails. After each fault it writes RECORD (JSON), so
-that an interrupted run can continue. At the end it runs the tests that failed without any fault: a test has detected a
-fault only if it passes then. The working tree is never changed.
+narrow tests, then the wide tests without the markers subprocess and slow, until a test fails. After each fault it
+writes RECORD (JSON), so that an interrupted run can continue. At the end it runs the tests that failed once more, in
+the copy without faults: a test has detected a fault only if it passes there. The working tree is never changed.
 
 After a change of code, edit faults.txt until `check` passes, run `build` and `run` again, and compare the new record
 with the old one fault by fault.

@@ -1,7 +1,7 @@
 """Sets of options for p_sample_loop, which tests of the loop run as cases.
 
-The models compute each output element from one element of each input, by products and sums only. So the bits of a
-sample do not depend on its batch.
+The models compute each output element from one element of each input, by sums, products, quotients and clamps only. So
+the bits of a sample do not depend on its batch.
 """
 
 from __future__ import annotations

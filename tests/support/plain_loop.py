@@ -59,7 +59,7 @@ def plain_loop(
     mask=None,
     self_condition=False,
 ):
-    """Yields x and x0 after each row.
+    """Yields x after each row, and x0 of the last row that called the model.
 
     variance: what v, the second half of the model's output, is. "log": the factor of a row's noise is exp(l0 + l1 v).
         "direct": v is the variance, and the factor is sqrt(v). None: the model returns no v.

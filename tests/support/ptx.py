@@ -201,7 +201,7 @@ def compare(comparison: str, kind: str, a: int, b: int) -> bool:
 
 
 def execute(thread: Thread, memory: Memory, opcode: str, operands: list[str]) -> None:
-    """Executes an instruction that is not a branch."""
+    """Executes an instruction other than a branch, ret or exit."""
     to, *of = operands
     match opcode.split("."):
         case ["ld", "param", kind]:

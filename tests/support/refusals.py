@@ -1,4 +1,4 @@
-"""Valid arguments for each method, and checks of the errors that invalid ones raise, for process/test_bad_input.py."""
+"""Valid arguments for each method, and checks of the errors that invalid ones raise."""
 
 import re
 

@@ -5,7 +5,7 @@
 Such a rehearsal runs the processes of the parts of `make gpu` and their forks, parses their logs, applies their time
 limits and writes the report. `PRETENDED` lists what is not real. The copy has no compiled module, and its setup.py is
 replaced by one that copies a module that is already built. A sitecustomize.py installs the pretended card in each
-process.
+process except benchmarks.gpu, which runs the parts.
 
 The pretended machine has one core. So its build takes longer than all measurements, and the rehearsal shows that the
 time of the build does not count as time of the measurements.
@@ -95,7 +95,7 @@ def wrong(parts: dict[str, Any]) -> list[str]:
 
 
 def rehearse(out: Path, tests: str) -> tuple[dict[str, Any], list[str]]:
-    """Runs `make gpu` in a copy of the sources with a pretended GPU. Its report is written to the folder `out`.
+    """Runs `make gpu` in a copy of the sources with a pretended GPU. Its report replaces every *.json file in `out`.
 
     tests: which tests run: "all", "first" or "few", see pretended.SIGN.
 

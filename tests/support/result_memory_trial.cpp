@@ -42,8 +42,8 @@ void work(int64_t thread) {
 
 }  // namespace
 
-// Returns whether all marks of results were unchanged, all children ended without an error, and no memory was left in
-// use.
+// Returns whether all marks of results were unchanged, all children ended without an error, and no memory was left, in
+// use or kept for reuse.
 extern "C" bool try_results(int64_t threads, int64_t forks) {
   ddpm_ext::limit_result_memory(1 << 30);
   for (int64_t i = 0; i < 6; ++i) shelf.emplace_back(40'000, i);

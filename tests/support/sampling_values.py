@@ -1,7 +1,7 @@
-"""For each option of the commands that draw samples: a value, and the options of p_sample_loop that it should set.
+"""For each option of the commands that draw samples: a value, and the arguments of Inputs.loop that it should set.
 
-Tests check that the value changes the samples as these options do. The model is that of save_pets, with 100 timesteps.
-Paths are relative to the folder of write_inputs.
+Tests check that the value changes the samples as these arguments do, or that it is refused, or changes nothing. The
+model is that of save_pets, with 100 timesteps. Paths are relative to the folder of write_inputs.
 """
 
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ DDIM = ("--sampler", "ddim", "--steps", 4)
 class Drawn(NamedTuple):
     """A value of an option that changes the samples.
 
-    given: the option and its value as arguments of the command. loop: a function from Inputs to the options of
-        p_sample_loop that give the same samples. beside: other arguments, which the option needs. steps: the arguments
-        for the sampler and its steps.
+    given: the option and its value as arguments of the command. loop: a function from Inputs to the arguments of
+        Inputs.loop that give the same samples. beside: other arguments of the command, which the option needs. steps:
+        the command's arguments for the sampler and its steps.
     """
 
     given: Any
@@ -60,7 +60,7 @@ class Inputs:
 
     @torch.no_grad()
     def loop(self, count=2, labels=(0, 1, 2), model="pets", **options):
-        """The samples of p_sample_loop with these options."""
+        """The samples of p_sample_loop with these options. model: a folder. labels: sample i has labels[i % len]."""
         loaded = models.load_model(self.folder / model, dtype=options.get("dtype", torch.float32))
         kwargs = {"class_labels": torch.tensor([labels[i % len(labels)] for i in range(count)])}
         given = {"sampler": "ddim", "steps": 4, "rng": Philox(0), "model_kwargs": kwargs} | options

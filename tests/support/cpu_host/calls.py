@@ -141,7 +141,10 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
-    """Calls of the step with options: with no option, with each one alone, with all, and with some sets of them."""
+    """Calls of the step with options: with none, with all, with each one alone, and with some sets of them.
+
+    `known` and `mask` always come together.
+    """
     table, t = make_table(8), torch.tensor([3, 0, 1, 2, 7])
     every = options(tuple(x.shape), x.dtype, m.dtype)
     some = [[name for i, name in enumerate(every) if 0x9E3779B1 * k >> 7 + i & 1] for k in range(1, 9)]
@@ -164,7 +167,7 @@ def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def special_calls() -> Iterator[Call]:
-    """Calls with every float16 and every bfloat16 number, and with float32 numbers of all sizes as a variance."""
+    """Calls with every float16 and bfloat16 number except NaN, and with float32 numbers of all sizes as a variance."""
     one, row = torch.tensor([0]), make_row(a=1.0, c0=1.0)
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype).view(1, -1)

@@ -107,7 +107,7 @@ class Call:
 
     @property
     def moved(self) -> tuple[int, int]:
-        """The number of bytes that the kernel reads from tensors like x_t, and the number that it writes to results."""
+        """The bytes that the kernel reads from tensors like x_t, and the bytes of its results, if all are like x_t."""
         return sum(self.tensors[name].nbytes for name in self.read), len(self.results) * self.x.nbytes
 
     def arguments(self, results: Mapping[str, Tensor]) -> tuple[Any, ...]:
@@ -237,7 +237,7 @@ class Host:
 
         Args:
             places: where each tensor is in its guarded memory (Placed), by the tensor's name, or one place for all.
-            like: a tensor whose strides the results get. With None, x_t.
+            like: a tensor whose strides the results get. With None, torch.empty_like(x_t), contiguous for randn.
             instead: the name of the argument that a result overwrites, by the result's name.
             gpu: as in launch.
         """
@@ -323,5 +323,5 @@ def moves_by_words(host: Host, call: Call) -> None:
 
 @functools.cache
 def open_host(folder: Path) -> Host:
-    """The Host of a test session, whose library is built in this folder."""
+    """The Host of a test session, with the library that library.for_session(folder) returns."""
     return Host(library.for_session(folder))

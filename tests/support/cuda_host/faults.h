@@ -1,5 +1,6 @@
 // Catches faults of kernels. If a kernel accesses a guard page, has undefined behaviour that its compiled code traps,
-// or exceeds its time, its launch ends with an error, as on a GPU, and the process continues.
+// or exceeds its time, its launch ends with an error, as on a GPU, and the process continues. In the build with
+// AddressSanitizer, which itself reports illegal accesses and ends the process, this file only limits the time.
 #pragma once
 
 #include <string>

@@ -118,7 +118,10 @@ def sanitized_environment(sanitized: Path) -> dict[str, str]:
 
 
 def for_session(folder: Path) -> Path:
-    """The library of a test session: the one that the environment names, or else one that is built in `folder`."""
+    """The library of a test session: the one that the environment names, or else one that is built in `folder`.
+
+    Skips the test if this machine cannot build a library.
+    """
     if GIVEN:
         return Path(GIVEN)
     if problem := why_not():

@@ -27,10 +27,10 @@ using ddpm_ext::OptionalTensor;
 
 namespace {
 
-// Tensors that replace arguments or the result of a call. If t, sample_ids, seed and draw are CPU tensors, an operator
-// checks the values of t and sample_ids, and passes seed and draw to the kernel by value. These replacements reach the
-// kernel as addresses of unchecked values, as tensors in GPU memory would. `out` replaces the result that an operator
-// allocates.
+// Tensors by which `run` replaces arguments or the result of a call. If t, sample_ids, seed and draw are CPU tensors,
+// an operator checks the values of t and sample_ids, and passes seed and draw to the kernel by value. These
+// replacements reach the kernel as addresses of unchecked values, as tensors in GPU memory would. `out` replaces the
+// result that the operator of an ElementwiseCall allocates.
 struct Instead {
   OptionalTensor t, sample_ids, seed, out, draw;
 } instead;

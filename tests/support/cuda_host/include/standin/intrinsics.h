@@ -1,4 +1,4 @@
-// CUDA's functions for arithmetic and for loads and stores, for the CPU.
+// CUDA's functions for arithmetic and for the bits of numbers, for the CPU.
 #pragma once
 
 #include <math.h>

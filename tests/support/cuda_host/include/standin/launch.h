@@ -58,7 +58,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 
 namespace standin {
 
-// Calls call(kernel) once for every thread of the grid.
+// Calls call(kernel) once for every thread of the grid, or of the blocks that control.blocks names (control.h).
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*call)(void*), void* kernel);
 
 }  // namespace standin
