@@ -121,7 +121,7 @@ DEFINED = {
 def of_a_model(schedule, prediction, row):
     """The weights of x0 and eps in the model's output at the level before a row. They are those of the training target.
 
-    Checks the target of ddpm_ext by the definition of the prediction.
+    Checks the target of ddpm_ext by `bayes` for x_prev, and by DEFINED for other predictions where signal is not 0.
     """
     power = np.hypot(row.signal_now, row.noise_now)
     signal, noise = row.signal_now / power, row.noise_now / power

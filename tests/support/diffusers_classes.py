@@ -129,8 +129,8 @@ def loop(
         rounded: a dtype to which all normal numbers are rounded before they are converted to `dtype`. With None,
             `dtype`.
         start: the first step that the loop takes.
-        by_index: whether the loop calls set_begin_index(start). Otherwise the scheduler determines the start by the
-            first timestep.
+        by_index: whether the loop calls set_begin_index(start) for a start above 0. Otherwise the scheduler determines
+            the start by the first timestep.
         vectors_from: the first step whose timestep has the shape (1,). With None, all timesteps have the shape ().
         edit: a function (i, the sample that step i returned) that returns the sample for step i + 1.
     """

@@ -1,7 +1,7 @@
 """Pipelines of diffusers with small models of random weights: its families of models, with their usual schedulers.
 
-A pipeline has no text encoder if its call takes embeddings. Wan and CogVideoX have no VAE, since their calls return
-latents. Nothing is downloaded.
+A pipeline has no text encoder if its call takes embeddings. Wan and CogVideoX, whose calls return latents, have no VAE.
+Nothing is downloaded.
 """
 
 from __future__ import annotations

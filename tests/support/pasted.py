@@ -1,4 +1,4 @@
-"""Runs all code blocks of a page of the documentation in one namespace, as a reader might paste them one by one."""
+"""Runs all Python blocks of a page of the documentation in one namespace, as a reader might paste them one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def paste(page: Path) -> dict[str, Any]:
-    """Runs a page's code and returns the namespace. If a library is missing, skips the section's other blocks.
+    """Runs a page's code and returns the namespace. If a library is missing, skips the section's later blocks.
 
     Checks that accelerated objects ran no code of their library. Line numbers in tracebacks are those of the page.
     """

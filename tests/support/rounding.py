@@ -40,7 +40,10 @@ def roundings(got: torch.Tensor, truth: Number, noise_error: np.ndarray | float 
 
 
 def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
-    """The number of elements with different bits, or of all elements if shapes or dtypes differ. All NaNs are equal."""
+    """The number of elements with different bits, or of all elements if shapes or dtypes differ. All NaNs are equal.
+
+    The elements are float32 or have 16 bits.
+    """
     if a.dtype != b.dtype or a.shape != b.shape:
         return max(a.numel(), b.numel(), 1)
     whole = torch.int32 if a.dtype == torch.float32 else torch.int16
