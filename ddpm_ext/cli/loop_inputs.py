@@ -1,4 +1,4 @@
-"""Options that become arguments of p_sample_loop: start images, inpainting, the clip, guidance, and how it runs.
+"""Options that become arguments of p_sample_loop: start images, inpainting, the clip, guidance, and how the loop runs.
 
 Most values are not checked here: p_sample_loop checks them, and the command prints its error message.
 """
@@ -47,7 +47,7 @@ def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
 
 
 def clip_of(options: argparse.Namespace) -> bool | Clip | DynamicThreshold:
-    """The argument clip_denoised of p_sample_loop."""
+    """The argument clip_denoised of p_sample_loop. Raises ValueError for --threshold-max without --threshold."""
     quantile, most = getattr(options, "threshold", None), getattr(options, "threshold_max", None)
     if quantile is not None:
         return DynamicThreshold(quantile, **({} if most is None else {"maximum": most}))

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The exit code is 0 if the command succeeded; 2 if it reported an error, such as wrong input or output that can't be
     written; 130 for Ctrl-C; and 143 if training was ended by SIGTERM. It is 1 if the command succeeded, but could not
     write all messages: the program that reads its standard output ended early, as in `ddpm-ext ... | head -1`, or the
-    standard error can't be written.
+    standard error can't be written. Exceptions that are probably bugs of this package are raised.
 
     arguments: the command line without the program's name. The command's function `run` gets it as options.arguments.
     """

@@ -29,9 +29,9 @@ COMMANDS = {  # {name of a command: its line in the list of commands}
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default after the help text of each option that is not required, unless it is None or False.
+    """Shows the default after the help text of each option that is not required, unless it is None, False or SUPPRESS.
 
-    Does not wrap the lines of examples.
+    Does not wrap the lines of descriptions and examples.
     """
 
     def __init__(self, prog: str) -> None:

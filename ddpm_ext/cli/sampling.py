@@ -31,7 +31,7 @@ from ddpm_ext.training.options import DTYPES
 class Loaded:
     """A model on its device, with its diffusion and the classes that the options choose.
 
-    classes: the model's classes, with the null class of --null-class. None if the model is unconditional.
+    classes: the model's classes, with the null class of --null-class if that is set. None for an unconditional model.
     chosen: the numbers of the classes of --class, which are assigned to samples in turn. Empty means all classes.
     captured: {shape of a batch: the loop that last_samples captured, and the options of the capture}.
     """
@@ -173,7 +173,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
-    """Prints which default was chosen if the options name no sampler and no table. Only rank 0 prints."""
+    """Prints the chosen default if the options name no sampler and no table. Only rank 0 prints, unless --quiet."""
     if prepared.default_line is not None and not options.quiet and ranks().rank == 0:
         print(prepared.default_line, flush=True)
 

@@ -108,7 +108,10 @@ def _sampler_of(source: str) -> str | None:
 
 
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:
-    """Raises ValueError if an option affects none of the sources, which are texts that source_name returned."""
+    """Raises ValueError if --steps, --mu, --spacing or --eta is set and affects none of the sources.
+
+    sources: texts that source_name returned.
+    """
     samplers = [sampler for source in sources if (sampler := _sampler_of(source)) is not None]
     schedulers = [source for source in sources if _sampler_of(source) is None and not _is_table(source)]
     for name, relevant in (

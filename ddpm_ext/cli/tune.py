@@ -23,7 +23,7 @@ from ddpm_ext.tuning import Report
 from ddpm_ext.tuning.report import WHOLE_TIMESTEPS
 
 EXAMPLE_SCALE = 2.0  # a usual scale of guidance, for the command that is suggested
-# To estimate how long tuning takes, TIMED_CALLS calls of the model are timed, after FIRST_CALLS calls: those are slow.
+# To estimate how long tuning takes, TIMED_CALLS calls of the model are timed, after the slow first FIRST_CALLS calls.
 FIRST_CALLS, TIMED_CALLS = 3, 10
 LEAST_SHARE = 0.5  # in tests, tuning took at least this share of the planned calls, which are an upper bound
 _EXAMPLES = """examples:

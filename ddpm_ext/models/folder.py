@@ -189,6 +189,10 @@ def save_model(
     unet: a UNet2DModel or a DiTTransformer2DModel.
     clip: whether samples are in [-1, 1], which is False for latents.
 
+    Raises:
+        ValueError: diffusers has no scheduler for the settings. OSError: a file can't be written.
+        MissingExtra: safetensors is not installed.
+
     Examples:
         >>> digits = load_model("digits")
         >>> save_model(digits.unet, digits.settings, "copy-of-digits")

@@ -57,8 +57,8 @@ def find_decoder(folder: Path, shape: tuple[int, int, int], device: torch.device
     shape: (channels, height, width) of the latents.
 
     Raises:
-        ValueError: the files are missing, damaged or of another architecture, or decoding would take too much memory or
-            time.
+        ValueError: the files are missing, damaged, not supported or of another architecture, or decoding would take too
+            much memory or time.
         MissingExtra: diffusers or safetensors is not installed.
     """
     vae_folder = folder / FOLDER

@@ -126,6 +126,7 @@ def strips(
     Raises:
         TypeError, ValueError: the errors of grid; there are not as many labels as steps, or names as samples, or the
             steps differ in shape.
+        MissingExtra: pillow is not installed.
 
     Examples:
         >>> picture = plots.strips([plots.to_uint8(x_t), plots.to_uint8(images)], ["t = 999", "t = 0"], "two steps")
@@ -219,7 +220,7 @@ def trajectory(
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: the errors of strips; `x_0` has not as many steps as `x_t`.
+        TypeError, ValueError, MissingExtra: the errors of strips; `x_0` has not as many steps as `x_t`.
 
     Examples:
         >>> picture = plots.trajectory([x_t, images], [images, images], ["t = 999", "t = 0"], name="ddim")
@@ -285,7 +286,7 @@ def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the picture has a wrong dtype or shape, or Pillow doesn't know the ending.
-        OSError: `path` can't be written.
+        OSError: `path` can't be written. MissingExtra: pillow is not installed.
 
     Examples:
         >>> plots.save_picture(plots.grid(plots.to_uint8(images)), "grid.png")
@@ -328,7 +329,7 @@ def save_strips(
         labels, title, scale, names: see strips.
 
     Raises:
-        TypeError, ValueError, OSError: the errors of strips and save_picture.
+        TypeError, ValueError, OSError, MissingExtra: the errors of strips and save_picture.
 
     Examples:
         >>> plots.save_strips([x_t, images], ["t = 999", "t = 0"], "two steps", "strips.png")
@@ -350,8 +351,9 @@ def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds:
             more slowly.
 
     Raises:
-        ValueError: there are no frames, they differ in shape, or `seconds` is not above 0.
-        OSError: `path` can't be written.
+        ValueError: there are no frames, their dtype or shape is wrong, they differ in shape, or `seconds` is not finite
+            and above 0.
+        OSError: `path` can't be written. MissingExtra: pillow is not installed.
 
     Examples:
         >>> plots.save_gif([plots.grid(plots.to_uint8(x)) for x in (x_t, images)], "two.gif", seconds=1.0)

@@ -30,11 +30,12 @@ def step_table_figure(
 ) -> Figure:
     """Draws the columns of one step table, or of several in the same panels, over the steps of the loop.
 
-    A single table has panels for the factors of the predicted x0, the factors of the next sample, the timestep, the
-    standard deviation of the noise (if there is noise), and the factors of the history (two panels, if there is a
-    history). Several tables have a panel for each column, with a line for each table. Columns that are 0 in all tables
-    are left out, except a and b of a single table. An axis with factors above 10 is logarithmic, but linear around 0.
-    The columns for draws, levels, learned variances and gradients are not drawn.
+    A single table has panels for the factors of the predicted x0, the factors of the next sample, the timestep (the
+    step, if `against` is "timestep"), the standard deviation of the noise (if there is noise), and the factors of the
+    history (two panels, if there is a history). Several tables have a panel for each column, with a line for each
+    table. Columns that are 0 in all tables are left out, except a and b of a single table. An axis with factors above
+    10 is logarithmic, but linear around 0. The columns for draws, levels, learned variances and gradients are not
+    drawn.
 
     Args:
         tables: a StepTable, or tables by their names. The legend shows the names. A single table's name is the title.
