@@ -173,7 +173,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool, latents: bool = Fals
 
 
 def tell_choice(prepared: Prepared, options: argparse.Namespace) -> None:
-    """Prints the chosen default if the options name no sampler and no table. Only rank 0 prints, without --quiet."""
+    """Prints the chosen default if the options name no sampler and no table. Only rank 0 prints, unless --quiet."""
     if prepared.default_line is not None and not options.quiet and ranks().rank == 0:
         print(prepared.default_line, flush=True)
 

@@ -47,7 +47,7 @@ class Recorder:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
     def __call__(self, x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
-        """Calls the model, and records x_t of the first samples. Guidance may double the batch: its halves are equal."""
+        """Calls the model and records the first samples of x_t. If guidance doubles the batch, its halves are equal."""
         if self.calls and (self.calls - 1) % self.every:  # the call before was recorded only in case it was the last
             for recorded in (self.t, self.x_t, self.x_0):
                 recorded.pop()
