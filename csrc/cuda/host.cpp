@@ -14,7 +14,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-constexpr int64_t kLeastCounters = 4096;  // the least size of a shared buffer
+constexpr int64_t kLeastCounters = 4096;  // the fewest counters of a buffer that a stream's launches share
 
 size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint32_t); }
 
