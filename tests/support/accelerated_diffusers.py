@@ -1,9 +1,9 @@
 """Compares a step of an accelerated scheduler with the same step of diffusers.
 
 The error of a result is its largest difference from the result of diffusers' code run in float64. Our error may be at
-most the larger of FACTOR times diffusers' error and ULPS ulps of the largest value. With 16-bit samples, FACTOR and ULPS
-are replaced by 1. If our error is larger, the bound also takes diffusers' errors and the largest values of many similar
-steps into account (see `check`).
+most the larger of FACTOR times diffusers' error and ULPS ulps of the largest value. With 16-bit samples, FACTOR and
+ULPS are replaced by 1. If our error is larger, the bound also takes diffusers' errors and the largest values of many
+similar steps into account (see `check`).
 """
 
 from __future__ import annotations
