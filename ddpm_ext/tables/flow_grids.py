@@ -191,7 +191,7 @@ def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
             more steps starts at the schedule's smallest sigma. "sgm_uniform" and "linear_quadratic" are ComfyUI's.
 
     Returns:
-        A Grid with float64 timesteps, which lie between the timesteps of the schedule.
+        A Grid with float64 timesteps, which may lie between the timesteps of the schedule.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.

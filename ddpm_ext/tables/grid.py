@@ -45,7 +45,7 @@ class Grid:
         schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule, or None without a schedule.
         scale: the samples' scale, from which a level's signal and noise follow. None means 1 at all levels.
         timestep_of: the function that returns the model's timestep at a level between those of the grid. With None, the
-            timestep is interpolated in the schedule.
+            timestep is interpolated in `schedule`; if that is None too, samplers that need it raise ValueError.
 
     Examples:
         >>> grid.timestep.tolist()  # in the order of a loop; grid.alphas_cumprod has one level more
@@ -122,7 +122,8 @@ class Jumps:
     """Steps that need not be consecutive: a step may start at another level than the one where the previous step ends.
     None of them counts as the last step of a process.
 
-    A sampler of first order takes Jumps in place of a Grid; attributes of both have the same meaning.
+    Samplers annotated with `Grid | Jumps`, such as ddim, take Jumps in place of a Grid; attributes of both have the
+    same meaning.
 
     Attributes:
         timestep: int64 (rows,).

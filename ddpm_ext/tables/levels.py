@@ -59,8 +59,8 @@ def edm_timestep(signal: Tensor, noise: Tensor) -> Tensor:
 def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> Tensor:
     """A scale by linear interpolation in the plane of signal and noise.
 
-    A level between two neighbouring nodes lies on the straight line through both. Beyond the outermost nodes it lies on
-    the line through the last two. With a single node, all levels have its scale.
+    A level between two neighbouring nodes lies on the straight line through both. Beyond an outermost node it lies on
+    the line through the two nearest nodes. With a single node, all levels have its scale.
 
     Args:
         nodes: signal and noise of known levels, (nodes,) each, from the least noise relative to the signal to the most.

@@ -67,7 +67,7 @@ class KernelTables(DeviceTables):
             for dtype in (torch.float32, torch.float64):
                 rows = self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
                 self._tables["x0", cpu, dtype] = _to_x0(rows)
-            # The model gets float32 timesteps where timesteps are fractional.
+            # The model gets float32 timesteps if the step table has floats, even if these are whole numbers.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64
             timestep = steps.timestep.to(cpu, self._timestep_dtype, copy=True)
@@ -78,7 +78,7 @@ class KernelTables(DeviceTables):
         return len(self.timesteps(torch.device("cpu")))
 
     def timesteps(self, device: torch.device) -> Tensor:
-        """The model's timesteps, (rows,): int64, or float32 where they are fractional."""
+        """The model's timesteps, (rows,): int64, or float32 if those of the step table are floats."""
         return self.get("timesteps", device, self._timestep_dtype)
 
     def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:

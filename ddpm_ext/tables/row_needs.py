@@ -19,11 +19,12 @@ class RowNeeds(NamedTuple):
     Attributes:
         calls_model: whether the step calls the model. A jump back and a row that only adds noise do not.
         guided: whether the step also needs the model's unconditional output.
-        needs_output: whether the step reads the model output in addition to x0.
+        needs_output: whether the step reads the guided or the unconditional output other than to compute x0.
         noisy: whether the step adds noise.
         history: for each of H1, H2 and H3, whether the step reads it.
         keeps: whether the step keeps a tensor for later rows.
-        keeps_output: whether the kept tensor is the model output itself, provided that nothing is clipped.
+        keeps_output: whether the kept tensor is the model output itself, provided that x0 is a x + b m, neither clipped
+            nor replaced nor moved by a gradient.
     """
 
     calls_model: bool

@@ -45,7 +45,10 @@ def scaled_linear(timesteps: int, start: float = 0.00085, end: float = 0.012) ->
 
 
 def cosine(timesteps: int) -> Tensor:
-    """alphas_cumprod = cos^2((t/T + 0.008) / 1.008 pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    """alphas_cumprod falls from 1 as cos^2((t/T + 0.008) / 1.008 pi/2) (Nichol & Dhariwal 2021, eq. 17).
+
+    Betas are at most 0.999.
+    """
     return cosine_betas(torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu"))
 
 
@@ -156,7 +159,7 @@ def edm(sigmas: Tensor, sigma_data: float = 0.5) -> NoiseSchedule:
     """The schedule of the samples that EDM's network takes: c_in (x_0 + sigma eps).
 
     c_in = 1 / sqrt(sigma^2 + sigma_data^2), and the network is called with c_noise = ln(sigma) / 4: Karras et al. 2022,
-    table 1. Its output is the prediction "edm".
+    table 1. Its output is the prediction "edm" for a sigma_data of 0.5: for others see ddpm_ext.tables.predictions.edm.
 
     Args:
         sigmas: (timesteps,), rising, above 0.

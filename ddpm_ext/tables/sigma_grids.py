@@ -139,7 +139,8 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
     Args:
         steps: the number of steps, at least 1.
         threshold: by how much the linear part falls.
-        linear_steps: the number of steps in the linear part, 1 to `steps`. None means half of the steps.
+        linear_steps: the number of steps in the linear part, 1 to `steps`. None means half of the steps, rounded down,
+            but at least 1. If all steps are linear, there is no parabola.
 
     Returns:
         float64 (steps,).

@@ -1,7 +1,7 @@
 """Spacings: rules, with names, for the timesteps that a sampler visits.
 
-The spacings in this file choose among the timesteps of the schedule. Those in sigma_grids.py also choose levels between
-the timesteps.
+The spacings in this file choose among the timesteps of the schedule. Those in sigma_grids.py, and for flows in
+flow_grids.py, also choose levels between the timesteps.
 """
 
 from __future__ import annotations

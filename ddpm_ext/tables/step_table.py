@@ -397,7 +397,7 @@ class StepTable:
             >>> from ddpm_ext.tables.samplers import ddim
             >>> figure = ddim(grid).plot("ddim.png", name="ddim")  # doctest: +SKIP
         """
-        # The plots package is an extra and imports the tables, so it is imported only when it is used.
+        # The plots package needs matplotlib, which is optional, and imports the tables: so it is imported here.
         return require("ddpm_ext.plots", "drawing a step table").step_table_figure({name: self}, path)
 
     def diff(self, other: StepTable) -> TableDiff:

@@ -349,7 +349,7 @@ def signed(numbers: Array, sign: int) -> Array:
 def _scales(loop: Numbers, factors: Array | None = None) -> Array | None:
     """The factor by which scale_model_input multiplies each step's sample, (steps,).
 
-    None if scale_model_input returns any sample itself or no multiple of it.
+    None if scale_model_input is missing, returns a step's sample itself, or returns no multiple of it.
 
     factors: the expected factors, which are returned if all inputs have them; otherwise the result is None.
     """

@@ -259,8 +259,8 @@ def _fit(run: Run, loop: Numbers, tries: Sequence[Array]) -> Array:
     A step uses the first entry of `tries` with a relative error of at most loop.bound().
 
     Args:
-        tries: arrays (steps, columns, count). A column has the numbers that a step may read, such as its sample. Each
-            array begins with the columns of the previous try.
+        tries: arrays (steps, columns, count). A column has the numbers that a step may read, such as its sample. An
+            array may have more columns than the previous try; a column that both have is the same or 0.
 
     Returns:
         The factors, (steps, columns of the last try); zeros for columns that a step did not need.

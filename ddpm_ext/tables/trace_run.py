@@ -91,8 +91,8 @@ class Run(NamedTuple):
         clip: the upper end of the range to which the loop clips, or None if it does not clip. The lower end is -clip.
         dims: the samples' number of dimensions.
         option_tensors: the number of tensors that each step gets for GIVEN options.
-        follows_previous: whether each sample is the previous step's result, because callers cannot edit samples between
-            steps.
+        follows_previous: whether outside of tracing each sample is the previous step's result, because callers cannot
+            edit samples between steps.
     """
 
     times: Sequence[Any]

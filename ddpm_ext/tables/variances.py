@@ -104,7 +104,7 @@ def _fixed(variance: Tensor, weight: Tensor) -> NoiseColumns:
 
 def _fixed_large(posterior: Posterior) -> NoiseColumns:
     weight = posterior.large
-    # As in guided-diffusion, the last step's weight is the posterior variance of the previous step.
+    # As in guided-diffusion, the gradient's weight in the last step is the posterior variance of the previous step.
     if posterior.has_last_step:
         weight = torch.cat(
             [posterior.large[:-1], posterior.small[-2:-1] if len(posterior.large) > 1 else posterior.large]

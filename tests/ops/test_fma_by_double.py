@@ -70,8 +70,13 @@ def test_the_bits_are_the_c_librarys(library, fma, cases):
         a, b = rng.integers(-(2**12), 2**12, (2, 400_000)).astype(np.float32)
         c = np.float32(2.0) ** rng.integers(-30, 30, 400_000) * rng.integers(-(2**24), 2**24, 400_000)
     else:
-        of_c = {"halfway": (-100, 127), "subnormal": (-149, -120), "below_normal": (-127, -126), "overflow": (126, 128)}
-        a, b, c = halfway_cases(rng, 200_000, of_c[cases])
+        exponents = {
+            "halfway": (-100, 127),
+            "subnormal": (-149, -120),
+            "below_normal": (-127, -126),
+            "overflow": (126, 128),
+        }
+        a, b, c = halfway_cases(rng, 200_000, exponents[cases])
         if cases == "below_normal":  # the largest subnormal number: half a place above it, rounding twice gives 2^-126
             c = np.copysign(np.float32(2**-126 - 2**-149), c)
         wrong = rounded_twice(a, b, c).view(np.uint32) != call(library.fma_of_libm, a, b, c).view(np.uint32)

@@ -103,8 +103,8 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
 
     These are iPNDM's rows and one more row. After the first step, the model is called at the second timestep, and the
     first step is repeated with the mean of both eps. No row keeps the eps of this additional call. len(grid) steps are
-    len(grid) + 1 rows. With fewer than two steps, not counting one from pure noise, there is no
-    additional row. With prediction "v", diffusers takes means of v in place of eps.
+    len(grid) + 1 rows. With fewer than two steps, not counting one from pure noise, there is no additional row. With
+    prediction "v", diffusers takes means of v in place of eps.
 
     For the arguments and errors see ipndm.
 

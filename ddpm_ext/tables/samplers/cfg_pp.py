@@ -45,7 +45,7 @@ def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
 def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
     """CFG++ with fresh noise, ComfyUI's variant: euler_cfg_pp's rows with euler_ancestral's noise.
 
-    For the arguments and errors see ddim.
+    For the arguments and errors see euler_ancestral.
 
     Examples:
         >>> table = euler_ancestral_cfg_pp(grid, eta=0.5)  # for a loop with guidance

@@ -126,9 +126,9 @@ def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float =
     """k-diffusion's ancestral Euler: a step down to less noise than the next timestep's, then fresh noise up to it.
 
     This is DDIM's row with the same eta and the eps derived from the clipped x0, but no step adds more noise than the
-    next timestep has.
+    next timestep has, so that no eta is too large.
 
-    For the arguments and errors see ddim.
+    For the arguments and the other errors see ddim.
 
     Examples:
         >>> euler_ancestral(grid).s.round(decimals=2).tolist()  # fresh noise in all steps but the last

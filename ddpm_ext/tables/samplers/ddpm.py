@@ -31,9 +31,9 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
 
     A classifier's gradient moves the mean by the variance times the gradient, also in the last step. As in
     guided-diffusion, this variance has no lower limit for "fixed_small": it is 0 in a step that arrives at clean data.
-    For "fixed_large", the gradient's weight in the last step is the posterior variance of the previous step, if there
-    is a previous step. With "learned_range", a last step that arrives at clean data takes the posterior variance of the
-    previous step as its lower end.
+    For "fixed_large", the gradient's weight in the last step is the posterior variance of the previous step. With
+    "learned_range", a last step that arrives at clean data takes the posterior variance of the previous step as its
+    lower end. If there is no previous step, both are beta. With Jumps, no step counts as the last.
 
     Raises:
         ValueError: an unknown `prediction` or `variance`, or a grid that goes up to more noise.

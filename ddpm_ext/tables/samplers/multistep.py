@@ -2,8 +2,8 @@
 
 a_t is alphas_cumprod where a step starts, and a_s where it arrives. A value is the predicted clean sample x0 of a step,
 or its eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t), both after the clip of x0. A sampler passes the weights of each row:
-the weight of the step's own value, then those of earlier values, the latest first. There are as many weights as the
-step's order, up to 4.
+the weight of the step's own value, then those of earlier values, the latest first: 1 to 4 weights. Missing weights
+count as 0.
 """
 
 from __future__ import annotations
