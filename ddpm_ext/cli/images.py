@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
-from ddpm_ext.base.optional import require
 from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
-from ddpm_ext.training.data.folder import PICTURE_ERRORS, SUFFIXES, FolderImages, image_paths, read_image
+from ddpm_ext.training.data.folder import SUFFIXES, FolderImages, image_paths, image_shape, read_image
 from ddpm_ext.training.data.source import Labels
 from ddpm_ext.training.run_options import OPTIONS
 
@@ -86,7 +85,7 @@ class Samples:
             raise ValueError(f"{name}: {path} is the folder of a training run, expected {expected}")
         else:
             self._pictures = image_paths(source, name)
-            self.shape = _picture_shape(self._pictures[0], name)
+            self.shape = image_shape(self._pictures[0], name)
         if not self._pictures:
             _, height, width, channels = self._parts[0].shape
             self.shape = (channels, height, width)
@@ -126,16 +125,6 @@ def _finished_run(folder: Path, name: str) -> tuple[Shards, dict[str, Any]]:
     if missing or not len(shards):
         raise ValueError(f"{name}: {folder} lacks {missing} of {len(shards)} shards; the command that began it goes on")
     return shards, {"settings": settings}
-
-
-def _picture_shape(path: Path, name: str) -> tuple[int, int, int]:
-    """(channels, height, width) of a picture: 1 channel if it is grey, else 3."""
-    try:
-        with require("PIL.Image", "reading images").open(path) as opened:
-            width, height = opened.size
-            return 1 if opened.mode in ("1", "L", "LA") else 3, height, width
-    except PICTURE_ERRORS as error:
-        raise ValueError(f"{name}: cannot read {path}: {error}") from error
 
 
 def read_labels(path: str, count: int, name: str) -> Labels | None:

@@ -14,7 +14,7 @@ from ddpm_ext.models.networks import folder_of_denoiser
 from ddpm_ext.models.stored import CONFIG, check_finite, one_line
 from ddpm_ext.models.vae import find_decoder
 from ddpm_ext.training import load, run_options
-from ddpm_ext.training.import_by_name import import_by_name
+from ddpm_ext.training.import_by_name import import_by_name, user_code_error
 from ddpm_ext.training.load_run import TakesClassLabels, network_of
 
 
@@ -57,6 +57,7 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
     Raises:
         ValueError: `network` is missing or wrong; the weights are not finite in `dtype`; or an error of training.load
             or find_decoder.
+        UserCodeError: the user's module, class or function raises another exception.
     """
     folder = Path(model)
     trained = load(folder, network_for(folder, network))
@@ -82,6 +83,7 @@ def network_for(folder: Path, network: str | None) -> nn.Module | None:
 
     Raises:
         ValueError: --network is missing or wrong, or makes no module.
+        UserCodeError: the user's module, class or function raises another exception.
     """
     if network is not None:
         find_modules_here()
@@ -102,6 +104,8 @@ def _network_from(network: str) -> nn.Module:
         module = make()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"network: {network}() fails ({one_line(error)}), {expected}") from error
+    except Exception as error:
+        raise user_code_error("network", network, error) from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"network: {network}() returns a {type(module).__name__}, expected a torch.nn.Module")
     return module

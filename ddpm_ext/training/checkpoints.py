@@ -140,11 +140,9 @@ def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that a killed process left in the folder of a run or of an average.
 
-    It also removes temporary files in the sub-folders that the run writes, and in all sub-folders of best/ and of each
-    ema-DECAY/. It leaves out tuned/ and all other sub-folders, where another process may be writing.
+    It also removes temporary files in best/, in each ema-DECAY/, and in the sub-folders of all these that the run
+    writes. It leaves out tuned/ and all other sub-folders, where another process may be writing.
     """
-    files.remove_leftovers(folder)
-    run_folders = ("checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values())
-    for pattern in (*run_folders, "best", "best/*/", "ema-*/", "ema-*/*/"):
-        for sub_folder in folder.glob(pattern):
-            files.remove_leftovers(sub_folder)
+    for parent in (folder, folder / "best", *folder.glob("ema-*")):
+        for name in ("", "checkpoints", "samples", "snapshots", "scheduler", *FOLDERS.values()):
+            files.remove_leftovers(parent / name)

@@ -32,6 +32,9 @@ def wide():
 def nothing():
     return 3
 
+def broken():
+    return {}['width']
+
 number = 3
 """
 
@@ -137,6 +140,9 @@ def test_wrong_networks(here, capsys):
         assert call("sample", "--model", "run", "--network", name, *LOOP) == 2
         said = capsys.readouterr().err
         assert re.search(message, said) and said.count("\n") == 1 and not (here / "a.npz").exists()
+    assert call("sample", "--model", "run", "--network", "own_models:broken", *LOOP) == 2
+    said = capsys.readouterr().err
+    assert "network: own_models:broken raised KeyError\n" in said and "{}['width']" in said and "ddpm_ext" not in said
     save_tiny(here / "tiny")
     for model in ("digits", "tiny"):
         assert call("sample", "--model", model, "--network", "own_models:wide", *LOOP) == 2

@@ -9,6 +9,7 @@ from support.command_line import call, check_refused
 
 from ddpm_ext.bulk.export import write_pngs
 from ddpm_ext.bulk.shards import Shards
+from ddpm_ext.cli.images import Samples
 from ddpm_ext.training.data import load_images
 from ddpm_ext.training.score import frechet, moments, pixels, precision_recall
 
@@ -68,3 +69,15 @@ def test_what_is_refused(manifest, capsys):
     for text in ("[]", '{"settings": {"num_images": 9, "shard_size": 0, "shape": []}}'):
         manifest.write_text(text)
         refused("is no manifest of samples", "many")
+
+
+def test_pictures_have_the_shape_of_the_first_one_upright(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    exif = image.Exif()
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees
+    image.new("L", (8, 5)).save(tmp_path / "a.png", exif=exif)
+    found = Samples(str(tmp_path), "samples")
+    assert found.shape == (1, 8, 5) and found.batch(torch.tensor([0])).shape == (1, 1, 8, 5)
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 10)  # Pillow refuses pictures of twice as many
+    with pytest.raises(ValueError, match=r"samples: cannot read .*a.png: .* decompression bomb"):
+        Samples(str(tmp_path), "samples")

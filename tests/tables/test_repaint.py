@@ -1,5 +1,7 @@
 """RePaint: the order of its steps, and the distributions, which no jump may change."""
 
+from dataclasses import replace
+
 import pytest
 from support.choices import for_many
 
@@ -65,9 +67,9 @@ def test_jump_is_the_forward_process(choose):
 
 def test_other_tables():
     """Jumps can be added to any descending table, which keeps its columns. jump_n_sample = 1 changes nothing."""
-    table = ddim(make_grid(LEVELS, spaced_timesteps(1000, 12)), eta=0.5)
+    table = replace(ddim(make_grid(LEVELS, spaced_timesteps(1000, 12)), eta=0.5), notes={"clip": 1.0})
     assert repaint(table, jump_n_sample=1) == table
     before = [*table]
     jumping = repaint(table, jump_length=5, jump_n_sample=3)
     assert [*table] == before
-    assert len(jumping) == 12 + 2 * 2 * 6
+    assert len(jumping) == 12 + 2 * 2 * 6 and jumping.notes == {"clip": 1.0}

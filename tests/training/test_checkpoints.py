@@ -50,7 +50,7 @@ def test_the_newest_are_kept_by_number(tmp_path):
 def test_what_killed_processes_left_is_removed_in_all_folders_of_a_run(tmp_path):
     own = [".", "checkpoints", "samples", "snapshots", "scheduler", "unet", "transformer", "best", "best/unet"]
     own += ["ema-0.9", "ema-0.9/unet", "ema-0.9/scheduler"]
-    others = ["average-0.1", "tuned", "another-run/unet"]  # where other commands may be writing
+    others = ["average-0.1", "tuned", "another-run/unet", "best/tuned"]  # where other commands may be writing
     for inside in (*own, *others):
         (tmp_path / inside).mkdir(parents=True, exist_ok=True)
         for name in (".config.0a1b2c3d.json", ".step-3.0a1b2c3d.safetensors", "config.json", ".lock"):

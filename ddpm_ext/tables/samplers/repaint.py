@@ -19,7 +19,7 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     rows, counted from the table's end, the loop jumps back over these rows and takes them again, until it has taken
     them `jump_n_sample` times. A jump is one row, a step of the forward process: c1 = signal_after / signal_now, s^2 =
     noise_after^2 - c1^2 noise_now^2. It does not call the model (a = b = c0 = c2 = 0). Its timestep is the timestep
-    where it starts. All rows have different draws of noise.
+    where it starts. All rows have different draws of noise. The notes stay.
 
     Args:
         table: descending, without history, with the columns of levels.
@@ -71,7 +71,7 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
         if name not in ("timestep", "draw")
     }
     draw = default_draws(table.draw[row].numpy())
-    return StepTable(timestep=table.timestep[row], draw=draw, **columns)
+    return StepTable(timestep=table.timestep[row], draw=draw, **columns, notes=table.notes)
 
 
 def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,16 @@ def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, s
     return _decoded(path, channels, name, lambda picture: operations.fit(picture, (width, height), method=method))
 
 
+def image_shape(path: Path, name: str) -> tuple[int, int, int]:
+    """(channels, height, width) of an image file, as read_image takes it: 1 channel if it is grey or black and white.
+
+    Raises:
+        DamagedImage, MissingExtra: see read_image.
+    """
+    with _upright(path, name) as image:
+        return 1 if image.mode in ("1", "L", "LA") else 3, image.height, image.width
+
+
 def read_whole(path: Path, channels: int, shorter: int) -> Tensor:
     """Reads an image file without a crop. If its shorter side is longer than `shorter` pixels, the image is reduced.
 
@@ -227,13 +238,20 @@ def cropped(pixels: Tensor, size: int, share: float, top: float, left: float) ->
 
 def _decoded(path: Path, channels: int, name: str, resize: Callable[[Any], Any]) -> Tensor:
     """Reads an image file, rotates it by its EXIF tag and applies `resize`. Returns (channels, height, width) uint8."""
+    with _upright(path, name) as image:
+        return _tensor(resize(image.convert("RGB" if channels == 3 else "L")), channels)
+
+
+@contextmanager
+def _upright(path: Path, name: str) -> Iterator[Any]:
+    """Opens an image file, rotated by its EXIF tag. Errors in the block become DamagedImage, which names the file."""
     image, operations = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
     try:
         with image.open(path, formats=_FORMATS) as opened:
             upright = operations.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):
                 raise DamagedImage(f"{name}: {path} has {upright.mode} pixels, expected 8 bits a channel")
-            return _tensor(resize(upright.convert("RGB" if channels == 3 else "L")), channels)
+            yield upright
     except DamagedImage:
         raise
     except (*PICTURE_ERRORS, image.DecompressionBombError) as error:
