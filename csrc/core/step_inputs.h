@@ -4,8 +4,8 @@
 #include "core/scalar.h"
 #include "core/step_inputs.def"
 
-// Each macro applies the macro X to the list's entries of one kind.
 #define DDPM_NONE(...)
+// Each of these macros applies the macro X to the list's entries of one kind, and DDPM_NONE to the others.
 #define DDPM_LIKE_X(X) DDPM_STEP_INPUTS(X, DDPM_NONE, DDPM_NONE, DDPM_NONE, DDPM_NONE)
 #define DDPM_OF_MODEL(X) DDPM_STEP_INPUTS(DDPM_NONE, X, DDPM_NONE, DDPM_NONE, DDPM_NONE)
 #define DDPM_PER_SAMPLE(X) DDPM_STEP_INPUTS(DDPM_NONE, DDPM_NONE, X, DDPM_NONE, DDPM_NONE)

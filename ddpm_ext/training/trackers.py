@@ -81,7 +81,7 @@ class WandB:
 
 
 Tracker = TensorBoard | WandB
-"""An object to which the log passes the mean losses, scores and pictures of a run."""
+"""An object that gets the mean losses, scores and pictures of a run."""
 
 
 def _id_of(folder: Path) -> str:
