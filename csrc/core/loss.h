@@ -55,6 +55,7 @@ DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
 // In a row with decoder = 0 the term is the KL divergence of the posterior from the model. There l0 is relative to the
 // posterior's log-variance:
 //   KL(posterior | model) = (e^g (1 + scale d^2) - 1 - g) / 2        g = -(l0 + l1 v), clamped to [-87, 88]
+// The derivative by v ignores the clamp: it is not 0 where g is clamped.
 // In a row with decoder != 0 the term is -ln of the probability of x_start's 8-bit level (core/discretized.h),
 // under a Gaussian whose mean is x_start + scale d.
 struct alignas(16) VariationalRow {

@@ -1,4 +1,5 @@
-// The training loss: the loss of every element (core/loss.h), its slopes, and the sum of each sample, in one launch.
+// The training loss: the loss of every element (core/loss.h), its slopes, and the sums of each sample and of the batch,
+// in one launch.
 #include "core/loss.h"
 
 #include <type_traits>
@@ -337,9 +338,9 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
 }
 
 // Returns how many channels a block processes for its pixels, one after the other: all or one. It is all if by_pixels
-// has reordered the call. It is also all if there are at most kMaxChannelsInTurn channels, each channel consists of
-// whole chunks, and the chunks of one channel, over all samples, give the device enough blocks (`at_once`). The reason
-// for all channels is that of channels_in_turn in access.cuh.
+// has reordered the call. It is also all if a sample has two dimensions and at most kMaxChannelsInTurn channels, each
+// channel consists of whole chunks, and the chunks of one channel, over all samples, give the device enough blocks
+// (`at_once`). The reason for all channels is that of channels_in_turn in access.cuh.
 int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
   if (call.channels_last > 0) return call.channels_last;
   const bool separate = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;

@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   constexpr int64_t kMean = 0, kNone = 1;
   const at::Device device = model_output.device();
   LossCall call;
-  // x stands for the samples, whose shape and dtype other tensors must match: x_start or, if that is missing, `noise`
-  // or, if both are missing, the model's output.
+  // x has the shape and dtype that the other tensors must have. (The model's output may also have a lower precision, or
+  // twice the channels.) It is x_start or, if that is missing, `noise` or, if both are missing, the model's output.
   const Tensor& x = x_start.has_value() ? *x_start : noise.has_value() ? *noise : model_output;
   const char* x_name = x_start.has_value() ? "x_start" : noise.has_value() ? "noise" : "model_output";
   call.x_start.dtype = call.noise.dtype = check_sample(op, x_name, x);

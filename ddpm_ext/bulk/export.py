@@ -60,13 +60,14 @@ def write_npz(
 
 
 def write_pngs(shards: Shards, folder: Path) -> None:
-    """Writes all samples to `folder` as 000000.png, 000001.png and so on.
+    """Writes all samples to `folder` as 000000.png, 000001.png and so on (with more digits from 1000001 samples on).
 
     A new folder appears only when all pictures are written. An existing folder with all pictures is not changed. If the
     folder has only the first pictures, as after a run with fewer samples, the others are added in ascending order.
 
     Raises:
-        ValueError: see check_png_folder.
+        ValueError: see check_png_folder; or a shard is damaged.
+        MissingExtra: pillow, which writes pictures, is not installed.
 
     Examples:
         >>> from pathlib import Path
@@ -107,7 +108,8 @@ def check_png_folder(shards: Shards, folder: Path) -> int:
     """The number of pictures in the folder; 0 if the folder does not exist.
 
     Raises:
-        ValueError: the samples have neither 1 nor 3 channels, or the pictures are not the run's first samples.
+        ValueError: the samples have neither 1 nor 3 channels, or the pictures do not have the names of the run's first
+            samples.
     """
     if shards.shape[-1] not in (1, 3):
         raise ValueError(f"png: got samples of {shards.shape[-1]} channels, expected 1 or 3")

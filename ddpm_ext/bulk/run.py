@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two times that rank 0 lists the folder; other ranks wait ten times as long
 # A waiting rank gives up if no shard is written for this many seconds, plus ten times the longest duration of a shard
-# that it drew itself.
+# that it drew itself. A rank that drew none never gives up.
 _PATIENCE = 600.0
 # If a waiting rank did not run for this many seconds, it was stopped, as by Ctrl-Z, and probably the other ranks, too.
 # So its patience begins anew.
@@ -72,7 +72,7 @@ def sample_many(
         draw: draw(first sample, count) -> uint8 (count, height, width, channels).
         batch_size: the most samples to draw at a time. A batch ends at the end of a shard.
         ranks: the processes of the run, all with the same arguments and the same folder. None means only this process.
-        about: further entries of the manifest. A later run may have other values.
+        about: the entry "about" of a new manifest, as JSON. A later run may pass other values, which are not written.
         progress: whether rank 0 shows a progress bar on a terminal, over the samples of all ranks. It needs tqdm.
         not_finite: the numbers of samples with NaN or infinities, a container to which `draw` adds them. It is read
             after each shard, and the manifest gets the count of all shards.
@@ -83,6 +83,7 @@ def sample_many(
         OSError: a shard cannot be written, as on a full disk. Finished shards stay.
         ConnectionError: another rank was lost.
         TimeoutError: another rank has stopped writing shards.
+        SystemExit: on the other ranks, if rank 0 raises an error about the folder.
 
     Examples:
         >>> from pathlib import Path
@@ -116,8 +117,9 @@ def sample_many(
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
     """Prepares the folder, on rank 0, and returns the numbers of the missing shards.
 
-    Writes the manifest with `settings` and the further entries `about`, or checks that an existing manifest has the
-    same settings, with at most as many samples. Locks the manifest until the ExitStack `until_the_end` ends.
+    Writes the manifest with `settings` and `about`. If there is a manifest, checks that it has the same settings, with
+    at most as many samples, and writes the new number of samples. Checks that the existing shards are not damaged.
+    Locks the manifest until the ExitStack `until_the_end` ends.
     """
     settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": shards.shape}
     settings = json.loads(json.dumps(settings))  # lists in place of tuples, like those of the manifest

@@ -1,1 +1,1 @@
-"""Training losses, timestep samplers, and the likelihood of a model."""
+"""Training losses, timestep samplers, the likelihood of a model, and log-probabilities of a sampler's steps."""

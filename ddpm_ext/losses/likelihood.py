@@ -92,13 +92,13 @@ class LikelihoodMethods(ReverseMethods):
     ) -> VlbTerms:
         """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
-        With a variance that is not learned, t = 0 has the posterior's variance of t = 1, so that the log-likelihood is
-        finite. (With a single timestep it has beta.)
+        With a variance that is not learned, t = 0 has `posterior_variance[1]`, the posterior's variance of t = 1 for
+        variance-preserving samples, so that the log-likelihood is finite. (With a single timestep it has beta.)
 
         Args:
             model: see GaussianDiffusion.
             x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype. The bound is computed in float32, also
-                for 16-bit images.
+                for 16-bit images (in float64 for float64 images).
             t: int64 (batch,) or int, in [0, timesteps).
             noise: like x_start. With None, it is drawn by `rng` (stream 2, draw t), or by a seed from torch's default
                 generator.
@@ -173,7 +173,7 @@ class LikelihoodMethods(ReverseMethods):
         Args:
             model, x_start, clip_denoised: see vlb_terms.
             rng: the seed and sample ids (stream 2, draw t). With None, torch's default generator draws a seed. An rng
-                with its own draw or stream is rejected, because it would give each timestep the same noise.
+                with its own draw, which would give each timestep the same noise, or its own stream is rejected.
             progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
         Raises:

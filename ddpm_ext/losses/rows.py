@@ -92,7 +92,7 @@ class LossRows:
         With a bound they are (timesteps, 8): k0, k1, the weight, the factor `bound` and the columns of _bound.
 
         Args:
-            error: whether the loss includes the weighted error of the prediction. If not, the weight is 0.
+            error: with a bound, whether the loss has the prediction's weighted error too. If not, the weight is 0.
             bound: the factor of a timestep's term of the variational bound in nats, or None for no bound.
 
         Raises:
@@ -116,8 +116,8 @@ class LossRows:
 
         Args:
             make: (device, dtype) -> the rows.
-            keep_alive: the object whose id is in the key. The cache references it: otherwise Python could free it and
-                give its id to a new object.
+            keep_alive: the object whose id is in the key, if there is one. The cache references it: otherwise Python
+                could free it and give its id to a new object.
         """
         if torch.compiler.is_compiling():
             # A compiled graph can't notice writes to the weights, so it makes the rows in each call. Like cached rows,

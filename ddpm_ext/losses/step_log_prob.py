@@ -40,13 +40,13 @@ class StepLogProb:
 
     `GaussianDiffusion.step_log_prob` returns a StepLogProb for the options of a loop.
 
-    Without a clip, one launch computes the values and the gradient; with a clip, another launch computes the mean. The
-    bits of a sample's result depend neither on its batch nor on the other samples' rows. So a replay of a rollout has
-    the same bits as the rollout, if the model's output has. Store x and prev in float32: in 16 bits, prev would be a
-    rounded draw.
+    With backend="fused", one launch computes the weighted squared errors and their gradient, and torch adds a constant.
+    With a clip, another launch computes the mean first. The bits of a sample's result depend neither on its batch nor
+    on the other samples' rows. So a replay of a rollout has the same bits as the rollout, if the model's output has.
+    Store x and prev in float32: in 16 bits, prev would be a rounded draw.
 
-    Other options of a loop are not in the table. With guidance, pass the guided m. A cond_fn and inpainting are
-    not supported, because they change the steps.
+    Other options of a loop are not in the table. With guidance, pass the guided m. A cond_fn, a denoised_fn and
+    inpainting are not supported, because they change the steps.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, or a name is unknown; a row is no draw from a normal
@@ -95,7 +95,8 @@ class StepLogProb:
 
         Args:
             model_output: m, (batch, ...), like x, or of a lower precision. With guidance, the guided output.
-            x: the samples before the step, (batch, ...), float32, float16 or bfloat16.
+            x: the samples before the step, (batch, ...), float32, float16 or bfloat16. With backend="reference", of any
+                float dtype.
             prev: the samples after the step, like x.
             row: the table's row of each sample, int64 (batch,), or one int for all.
 
@@ -105,8 +106,8 @@ class StepLogProb:
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; a row has
-                no noise, or its step does not depend on m; x or prev requires a gradient with backend="fused". Rows
-                on a GPU are not checked: there, a row without noise gives NaN or infinity.
+                no noise, or its step does not depend on m; x or prev requires a gradient with backend="fused", unless
+                gradients are disabled. Rows on a GPU are not checked: there, a row without noise gives NaN.
         """
         checks.samples("x", x)
         checks.like("prev", prev, "x", x)

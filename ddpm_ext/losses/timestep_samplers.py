@@ -103,7 +103,7 @@ class TimestepSampler:
         return t.to(device), weights.to(device)
 
     def _positions(self, indices: Tensor, total: int, seed: int, iteration: int) -> Tensor:
-        """For each sample, by its index in the batch, a random float64 in [0, 1), of which `_pick` makes a timestep.
+        """For each sample, by its index in the batch, a random float64 in [0, 1), from which `_pick` makes a timestep.
 
         The base class draws them independently. `total`, the size of the batch, is for subclasses that spread them.
         """
@@ -212,7 +212,8 @@ class Importance(_Weighted):
 class LossSecondMoment(_Weighted):
     """Draws timesteps in proportion to the root mean square of their last losses: Nichol & Dhariwal 2021, eq. (18).
 
-    The probabilities are uniform until each timestep has `history` losses. Losses that are not finite are ignored.
+    The probabilities are uniform until each timestep has `history` losses, and while these are all 0. Losses that are
+    not finite are ignored.
 
     Args:
         timesteps: the number of timesteps of the diffusion, at least 1.

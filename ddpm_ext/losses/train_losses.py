@@ -61,11 +61,12 @@ class LossMethods(Process):
             delta: the difference up to which "huber" is quadratic, above 0.
             weighting: the weight of each timestep's error. "simple" (all the same), "min_snr" (Hang et al. 2023) or
                 another of ddpm_ext.tables.weightings. Or weights (timesteps,), which are read again after a write to
-                them by torch. Writes that bypass torch are not noticed.
+                them by torch. Writes that bypass torch are not noticed. "vlb" and "rescaled_vlb" need "simple".
             vlb_weight: with a learned variance, the weight of L_vlb, which is `timesteps` times the bound's term at t,
                 in bits per dimension. At least 0.
             offset_noise: standard deviation of the noise that all elements of a channel share, at least 0. Its stream
-                is 4, also if rng has a stream. With an offset, the sum of both noises is stored in a tensor.
+                is 4, also if rng has a stream. With an offset, the sum of both noises is stored in a tensor. `noise`
+                must then be None, and x_start have channels, (batch, channels, ...).
             input_perturbation: standard deviation of further noise in x_t, relative to that of x_t's noise, at least 0
                 (Ning et al. 2023, "Input perturbation reduces exposure bias"). The target does not have this noise,
                 whose stream is 5, also if rng has a stream. It takes one more launch.
@@ -75,7 +76,9 @@ class LossMethods(Process):
             A scalar loss, or (batch,), float32 (float64 for float64 samples).
 
         Raises:
-            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or is out of range; the
+                variance is "learned_variance", which has no loss; or the loss has a term of the bound, which is
+                infinite for the prediction "eps" if alphas_cumprod ends at 0.
 
         Examples:
             >>> gd = GaussianDiffusion(1000)
@@ -125,8 +128,8 @@ class LossMethods(Process):
     def _bound_factor(self, variance: Variance, loss: str, weighting: str | Tensor, vlb_weight: float) -> float:
         """The factor by which a loss with the variational bound multiplies the bound's term in nats.
 
-        Raises ValueError if the variance or the schedule has no finite bound, or for a weighting of a loss that is only
-        the bound.
+        Raises ValueError if the bound cannot train a model for this variance, or is infinite for this schedule and
+        prediction, or if a loss that is only the bound has a weighting.
         """
         if not variance.bound:
             raise ValueError(f"variance is {self.variance!r}, expected 'learned' or 'learned_range', which have a loss")
@@ -163,7 +166,7 @@ def _offset_noise(
 
 
 def _perturbed(process: Process, x_t: Tensor, t: int | Tensor, rng: Philox | None, rows: Tensor) -> Tensor:
-    """x_t plus the noise of an input perturbation.
+    """x_t plus the noise of an input perturbation, written to x_t unless x_t requires a gradient.
 
     Args:
         rows: the result of LossRows.perturbation.
