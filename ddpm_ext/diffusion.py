@@ -154,7 +154,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             noise: start noise of `shape`, in place of drawn noise. Drawn noise is standard normal, or for samples that
                 are not variance-preserving, it has the standard deviation of the first level's noise.
             rng: the seed and sample ids. With None, torch's default CPU generator draws a seed. A Philox with its own
-                draw or stream is rejected, because it would give each step the same noise.
+                draw, which would give each step the same noise, or its own stream is rejected.
             record: the results to return. "all" returns each step's samples, an int k those of every k-th step and of
                 the last. A list of ints returns the samples of these steps, with 0 for the first. "x0" returns each
                 step's predicted clean samples, "last" only the last samples.
@@ -261,7 +261,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             reduction: see StepLogProb.
 
         Raises:
-            TypeError, ValueError: see p_sample_loop and StepLogProb.
+            TypeError, ValueError: see p_sample_loop and StepLogProb; the steps read a variance that the model returns.
 
         Examples:
             >>> options = {"sampler": "ddim", "steps": 4, "eta": 1.0}
@@ -273,8 +273,13 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         options = LoopOptions(
             sampler=sampler, steps=steps, spacing=spacing, timesteps=timesteps, eta=eta, clip_denoised=clip_denoised
         )
-        table = checked_loop_rows(self._loop_rows, self, options).table
-        return StepLogProb(table, clip_denoised=clip_denoised, reduction=reduction, backend=self.backend)
+        rows = checked_loop_rows(self._loop_rows, self, options)
+        if rows.variance is not None:
+            raise ValueError(
+                f"variance is {self.variance!r}, expected 'fixed_small' or 'fixed_large', or a sampler other than "
+                "'ddpm': a step with the model's own variance has no such log-probability"
+            )
+        return StepLogProb(rows.table, clip_denoised=clip_denoised, reduction=reduction, backend=self.backend)
 
     def _checked(self, model: Model, options: ProgressiveKeywords) -> tuple[LoopOptions, LoopRows]:
         """The checked options of a loop, and the rows that they select."""

@@ -31,7 +31,8 @@ class StepLogProb:
         log_prob(model(x, t), x, prev, row).mean().backward()
 
     Args:
-        table: rows of a sampler with noise, such as ddpm, ddim with an eta above 0, or flow_sde.
+        table: rows of a sampler with noise, such as ddpm, ddim with an eta above 0, or flow_sde. Rows of the variance
+            "learned_variance" are not recognised, and would be taken for rows with a standard deviation of 1.
         clip_denoised: as in the loop that drew the samples, whether the predicted x_0 is clipped to [-1, 1], or a range
             (low, high). For an element whose x_0 is clipped, the mean is that of the clipped x_0, and there is no
             gradient through x_0.

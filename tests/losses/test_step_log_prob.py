@@ -148,6 +148,8 @@ def test_one_launch(clip, expected):
         (lambda: StepLogProb("ddpm"), TypeError, "table is a str, expected a StepTable"),
         (lambda: StepLogProb(dpmpp_2m(GRID)), ValueError, "table has rows with l0, l1, cu or history"),
         (lambda: StepLogProb(ddpm(GRID, variance="learned")), ValueError, "table has rows with l0, l1, cu or history"),
+        (lambda: learned("learned_variance"), ValueError, "variance is 'learned_variance', expected 'fixed_small' or"),
+        (lambda: learned("learned_range"), ValueError, "variance is 'learned_range', expected 'fixed_small' or"),
         (lambda: StepLogProb(ddpm(GRID), reduction="none"), ValueError, "reduction is 'none', expected 'mean' or"),
         (lambda: StepLogProb(ddpm(GRID), backend="eager"), ValueError, "backend is 'eager'"),
         (lambda: call(row=4), ValueError, "row 4 has s 0.0"),
@@ -166,6 +168,11 @@ def test_one_launch(clip, expected):
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def learned(variance):
+    GaussianDiffusion(20, variance=variance).step_log_prob(sampler="ddim", eta=1.0)  # does not read the variance
+    return GaussianDiffusion(20, variance=variance).step_log_prob()
 
 
 def call(table=None, m=None, x=None, prev=None, row=0):

@@ -1,4 +1,4 @@
-"""Helpers of the tests against denoising-diffusion-pytorch, most of which compare accelerated objects with plain ones."""
+"""Helpers of the tests against denoising-diffusion-pytorch; most compare accelerated objects with plain ones."""
 
 from __future__ import annotations
 
