@@ -66,7 +66,8 @@ class Tuned:
         If `path` is not None, the figure is also written to this file.
 
         Raises:
-            MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
+            MissingExtra: matplotlib is not installed.
+            ValueError, OSError: `path` can't be written, or its ending is unknown.
         """
         return require("ddpm_ext.plots", "drawing what tuning found").tuning_figure([self.report], path)
 
