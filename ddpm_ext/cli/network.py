@@ -57,7 +57,6 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
     Raises:
         ValueError: `network` is missing or wrong; the weights are not finite in `dtype`; or an error of training.load
             or find_decoder.
-        UserCodeError: see network_for.
     """
     folder = Path(model)
     trained = load(folder, network_for(folder, network))
@@ -83,7 +82,6 @@ def network_for(folder: Path, network: str | None) -> nn.Module | None:
 
     Raises:
         ValueError: --network is missing or wrong, or makes no module.
-        UserCodeError: importing the module of --network raises an exception other than ImportError.
     """
     if network is not None:
         find_modules_here()
