@@ -181,8 +181,8 @@ class Tuner:
     def compare(self, calls: int) -> list[Named]:
         """The named samplers with this number of model calls, the nearest to the teacher first.
 
-        The errors of the first 12 are means over all held-out samples. The other errors are means over 16 of these,
-        rounded up to whole batches. Raises: as `tune`.
+        The errors of the first 12 are measured on all held-out samples, the other errors on 16 of these, rounded up to
+        whole batches. Raises: as `tune`.
         """
         checks.integer("steps", calls, self._diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
