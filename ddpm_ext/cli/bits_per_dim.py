@@ -105,8 +105,8 @@ def _classes(
     """The classes with which the model is called, (count,) int64 or None, and a phrase about them for the output.
 
     With --class, those classes are assigned in turn; with --no-classes, or if the data has no classes, all images get
-    the null class. Otherwise an image gets the model's class that the name of the image's class in the data names. This
-    name may be the number of the model's class, as in an .npz.
+    the null class. Otherwise an image's class in the data is looked up among the model's classes, by its name, or by
+    its number if the name is a number, as in an .npz.
 
     Raises ValueError if the model lacks the null class or a class of the data.
     """

@@ -137,7 +137,7 @@ def read_labels(path: str, count: int, name: str) -> Labels | None:
         count: the number of images.
 
     Raises:
-        ValueError: arr_1 is not one whole number from 0 to 2^31 - 1 for each image.
+        ValueError: arr_1 is not one whole number from 0 to 2^31 - 1 for each image, or a file or folder can't be read.
     """
     source = Path(path)
     if source.is_dir():
@@ -158,7 +158,7 @@ def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
     The picture is cropped and resized like images, but without interpolation between pixels, so that edges stay sharp.
 
     Raises:
-        ValueError: the picture can't be read.
+        ValueError: the picture can't be read. MissingExtra: pillow is not installed.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"mask: got {path}, expected a picture ending in {' '.join(sorted(SUFFIXES))}")

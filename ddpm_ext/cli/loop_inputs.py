@@ -134,6 +134,7 @@ class LoopInputs:
         Raises:
             ValueError: an image can't be read, an option is set without another that it needs, or both --noise and
                 --start are set.
+            MissingExtra: pillow, which reads pictures, is not installed.
         """
         for name, other in _BELONGS_TO.items():
             if getattr(options, name) is not None and getattr(options, other) is None:

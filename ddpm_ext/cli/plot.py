@@ -26,7 +26,8 @@ from ddpm_ext.training.run_options import OPTIONS
 DrawKind = Callable[[argparse.Namespace], str]
 """A function that draws a picture for the options, and returns a description of the picture."""
 _PICTURES = (".png",)  # the ending of pictures that consist of samples
-_HISTOGRAMS = 100  # every (calls // _HISTOGRAMS)-th call of the model is drawn, or each call of a shorter loop
+# Every (calls // _HISTOGRAMS)-th call of the model is drawn, or each call of a shorter loop; and the last.
+_HISTOGRAMS = 100
 
 _EXAMPLES = {
     "schedules": """examples:

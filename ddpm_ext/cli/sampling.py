@@ -85,7 +85,8 @@ class Loaded:
 class Prepared(Loaded):
     """A model with the input images and tables of its loops.
 
-    steps: the number of rows of the loop's step table. A sampler that calls the model twice a step has two rows a step.
+    steps: the number of rows of the loop's step table. With a sampler that calls the model twice a step, all steps but
+        the last have two rows.
     calls: how often the loop calls the model.
     inputs: the input images.
     tables: the tables that the options select, by the scale of guidance.
@@ -194,7 +195,7 @@ def _check_latents(options: argparse.Namespace, model: LoadedModel) -> None:
 def _loop_options(
     inputs: LoopInputs, options: argparse.Namespace, samples: range, table: StepTable | None
 ) -> dict[str, Any]:
-    """The options of p_sample_loop except guidance, model_kwargs and rng.
+    """The arguments of p_sample_loop for the sampler or the table, and those of LoopInputs.of_samples.
 
     table: the step table of the loop. None means the sampler that the options name.
     """

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
 def source_name(text: str) -> str:
     """This package's name for the sampler that `text` names, with its spacing if it has one, such as "euler karras".
 
-    A text that names no sampler, such as a file's path, is returned unchanged.
+    A text is returned unchanged if it names no sampler, contains a path separator, or is a path that exists.
     """
     if os.sep in text or os.path.exists(text):
         return text

@@ -15,7 +15,7 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 
 _ENDINGS = (".png", ".gif")
-# Without --every, each (calls // number)-th call of the model is shown, or each call of a shorter loop.
+# Without --every, each (calls // number)-th call of the model is shown, or each call of a shorter loop; and the last.
 _PICTURES = {".png": 10, ".gif": 60}
 _EXAMPLES = """examples:
   ddpm-ext trajectory --num 5 --sampler ddpm --every 100 --out trajectory.png

@@ -54,8 +54,8 @@ def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu"
     that this function returns drops none.
 
     Raises:
-        ValueError: diffusers can't build a model from `config`, or the model is beyond the limits in limits.py, which
-            is found out on the meta device, without using memory. The message names `name`.
+        ValueError: `config` is of another class, diffusers can't build a model from it, or the model is beyond the
+            limits in limits.py. They are checked before the model takes memory. The message names `name`.
         MissingExtra: diffusers is not installed.
     """
     on_meta = _make(config, name, "meta")

@@ -61,7 +61,10 @@ def update_hash(digest: Any, folder: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors in a safetensors file. Raises ValueError if it is missing, incomplete or damaged."""
+    """Reads the tensors in a safetensors file.
+
+    Raises ValueError if it is missing, incomplete or damaged, and MissingExtra if safetensors is not installed.
+    """
     load = require("safetensors.torch", "reading model files").load_file
     if not path.is_file():
         pickles = sorted(

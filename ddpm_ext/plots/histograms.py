@@ -44,7 +44,8 @@ def histogram_figure(
     Raises:
         TypeError: `bins` is not an int.
         ValueError: there are fewer than 2 timesteps, or not as many as x_t, or they neither rise nor fall throughout;
-            values are missing or not finite; `bins` is below 1; or `limit` is not above 0.
+            values are missing or not finite; `bins` is below 1; `limit` is not finite and above 0; or `path` is a
+            folder or has an unknown ending.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 

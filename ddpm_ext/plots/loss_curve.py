@@ -31,7 +31,8 @@ def save_loss_curve(
             Their moving means over a hundredth of the steps are also drawn.
 
     Raises:
-        ValueError: there are no losses, or not four `quarters` for each of them.
+        ValueError: there are no losses, or not four `quarters` for each of them; or `path` is a folder or has an
+            unknown ending.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 

@@ -81,7 +81,7 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
 
     Args:
         images: (count, height, width, channels) uint8.
-        columns: images in a row. None makes the picture about square.
+        columns: images in a row. None means about as many as there are rows.
         scale: how many times the images are enlarged, without smoothing. None enlarges small ones.
 
     Returns:
@@ -285,7 +285,7 @@ def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
     """Writes a picture, (height, width, 3) uint8, to `path`, atomically; the ending names the format.
 
     Raises:
-        ValueError: the picture has a wrong dtype or shape, or Pillow doesn't know the ending.
+        ValueError: the picture has a wrong dtype or shape, Pillow doesn't know the ending, or `path` is a folder.
         OSError: `path` can't be written. MissingExtra: pillow is not installed.
 
     Examples:
@@ -346,13 +346,13 @@ def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds:
     Args:
         frames: (height, width, 3) uint8 each, all of one size.
         path: the file, which is written atomically.
-        seconds: the time of all frames together, not counting the last frame's extra time. A frame's time is rounded to
+        seconds: the time of each frame but the last, times the number of frames. A frame's time is rounded to
             hundredths of a second, the unit of the format. It is at least 20 ms, because viewers show shorter frames
             more slowly.
 
     Raises:
-        ValueError: there are no frames, their dtype or shape is wrong, they differ in shape, or `seconds` is not finite
-            and above 0.
+        ValueError: there are no frames, their dtype or shape is wrong, they differ in shape, `seconds` is not finite
+            and above 0, or `path` is a folder.
         OSError: `path` can't be written. MissingExtra: pillow is not installed.
 
     Examples:

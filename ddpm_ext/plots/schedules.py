@@ -22,7 +22,8 @@ def schedule_figure(schedules: Mapping[str, Values], path: PathLike | None = Non
         path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
-        ValueError: there are no schedules, or a schedule has a wrong shape or values outside [0, 1].
+        ValueError: there are no schedules, a schedule has a wrong shape or values outside [0, 1], or `path` is a folder
+            or has an unknown ending.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 

@@ -42,12 +42,13 @@ def step_table_figure(
         path: if not None, the figure is also written to this file. The ending determines the format.
         against: the horizontal axis. "step" is the number of the row. "timestep", which falls from left to right, suits
             tables with different numbers of rows.
-        panels: the panels of several tables. "columns" gives one for each column, "tables" one for each table, with the
-            factors of the next sample.
+        panels: "columns" gives the panels above. "tables", for tables by their names, gives one for each table, with
+            the factors of the next sample.
 
     Raises:
         TypeError: `tables` is neither a StepTable nor a mapping of StepTables.
-        ValueError: there are no tables, or `against` or `panels` is unknown.
+        ValueError: there are no tables, `against` or `panels` is unknown, or `path` is a folder or has an unknown
+            ending.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 

@@ -1,7 +1,7 @@
 """The shared style of all figures: colours, dashes, sizes, and how figures are written.
 
 A figure is a matplotlib Figure, made without pyplot. With a path it is also written to a file, in the format of the
-path's ending: .png, .svg or .pdf. The same input gives the same bytes.
+path's ending: .png, .svg or .pdf. The same input gives the same bytes with the same version of matplotlib.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STYLE = {
     "legend.framealpha": 0.9,
     "svg.hashsalt": "ddpm_ext",
 }
-# {ending of a file: arguments of savefig that leave out the date and matplotlib's version}
+# {ending of a file: savefig's metadata, which leaves out the date, and in a .png matplotlib's version}
 _WITHOUT_DATE = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
@@ -53,6 +53,7 @@ def new_figure(width: float, height: float, path: PathLike | None, purpose: str)
 
     Raises:
         MissingExtra: matplotlib is not installed; the message names `purpose`.
+        ValueError, OSError: `path` can't be written, or matplotlib doesn't know its ending.
     """
     matplotlib, figures = require("matplotlib", purpose), require("matplotlib.figure", purpose)
     with matplotlib.rc_context(_STYLE):

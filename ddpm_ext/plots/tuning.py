@@ -50,7 +50,8 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
         path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
-        ValueError: there are no names. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
+        ValueError: there are no names. ValueError, OSError: `path` can't be written, or its ending is unknown.
+        MissingExtra: matplotlib is not installed.
 
     Examples:
         >>> from ddpm_ext.tuning import Named
@@ -76,7 +77,8 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
         path: if not None, the figure is also written to this file. The ending determines the format.
 
     Raises:
-        ValueError: there are no reports. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
+        ValueError: there are no reports. ValueError, OSError: `path` can't be written, or its ending is unknown.
+        MissingExtra: matplotlib is not installed.
 
     Examples:
         >>> from ddpm_ext.tuning import Named, Report

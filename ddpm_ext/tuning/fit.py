@@ -1,8 +1,9 @@
 """Fits the numbers of a table's rows at fixed timesteps by least squares, row by row.
 
 At fixed timesteps, a row's result is a weighted sum of terms: the predicted clean sample, the sample, up to three clean
-samples that earlier rows predicted, and with guidance the clean sample of the unconditional output. The least-squares
-fit brings the row's result as near as possible to the teacher's trajectory at the next timestep.
+samples that earlier rows predicted, and the clean sample of the unconditional output if guidance gives the model the
+batch twice. The least-squares fit brings the row's result as near as possible to the teacher's trajectory at the next
+timestep.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ HISTORY = 3  # how many clean samples of earlier rows a row may read
 RIDGE = 1e-5  # ridge regression pulls each weight to Euler's weight this strongly, relative to the term's mean square
 FLOOR = 0.1  # is added to a sample's error, as a share of the mean error, so that no sample gets a very large weight
 # The weights of each row's terms, float64 (terms,). The terms are the predicted clean sample x0, the sample x, earlier
-# rows' clean samples (newest first) and, with guidance, the clean sample of the unconditional output.
+# rows' clean samples (newest first) and, if there is one, the clean sample of the unconditional output.
 Weights = list[Tensor]
 
 
@@ -154,7 +155,7 @@ def euler_weights(euler_table: StepTable, row: int, terms: int) -> Tensor:
 
 
 def with_weights(euler_table: StepTable, weights: Weights) -> StepTable:
-    """A copy of `euler_table` with these weights in its first rows."""
+    """A copy of `euler_table` with these weights in its first rows. All its rows but the last keep their x0."""
     columns: dict[str, Any] = {
         name: getattr(euler_table, name).clone() for name in ("c0", "c1", "cu", "h1", "h2", "h3", "k0")
     }

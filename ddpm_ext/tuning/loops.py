@@ -132,8 +132,9 @@ class Loops:
         return False
 
     def unconditional(self) -> Tensor | None:
-        """The model's unconditional output in its last call. None if that call did not have the batch twice, as
-        classifier-free guidance does.
+        """The unconditional output of the model's last call, or None if that call did not have the batch twice.
+
+        It has the batch twice in a guided step, unless the Guidance has a function for the unconditional output.
         """
         output = self.model.output
         doubled = output is not None and len(output) == 2 * self.shape[0]

@@ -32,7 +32,8 @@ class Named(Errors):
 
     Attributes:
         sampler, spacing, steps, eta: the options of its loop. eta is None for a sampler that has no eta. In a report
-            about a pipeline of diffusers, `sampler` may be the scheduler's class, which p_sample_loop does not take.
+            about a pipeline of diffusers, `sampler` may be the scheduler's class, and `spacing` may be "its own" or
+            "even". p_sample_loop takes none of these.
         calls: the number of model calls in its loop.
 
     Examples:
@@ -77,7 +78,7 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
             for steps in dict.fromkeys((calls, (calls + 1) // 2, calls - 1)):
                 try:
                     table, called = table_of(diffusion, sampler, spacing, steps)
-                except (TypeError, ValueError):  # a spacing that the schedule or this number of steps does not have
+                except (TypeError, ValueError):  # see table_of
                     continue
                 if called != calls:
                     continue
@@ -92,7 +93,8 @@ def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTab
 def table_of(diffusion: GaussianDiffusion, sampler: str, spacing: str, steps: int) -> tuple[StepTable, int]:
     """The table of this sampler and spacing, and the number of its model calls. A sampler with an eta gets an eta of 0.
 
-    Raises TypeError or ValueError for a spacing that the schedule or this number of steps does not have.
+    Raises TypeError or ValueError for a spacing that the schedule or this number of steps does not have, and for the
+    prediction "x_prev" if the sampler or spacing has fractional timesteps.
     """
     options = LoopOptions(sampler=sampler, steps=steps, spacing=spacing, eta=eta_of(sampler))
     table = make_loop_rows(diffusion, options).table

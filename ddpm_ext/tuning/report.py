@@ -25,7 +25,8 @@ class Report(Errors):
         fitted: whether the table is the fitted one. If False, it is that of the best named sampler, since the fitted
             table's error was not smaller.
         fitted_error: the error of the fitted table, also if `fitted` is False.
-        names: the named samplers, the one with the smallest error first.
+        names: the named samplers, the nearest to the teacher first. From the 13th on, a Tuner measures their errors on
+            fewer samples: see Tuner.compare.
         as_near: a named sampler that needs more calls than the table for an error that is at most the table's, or None.
             If `fitted`, loops with up to `looked` times as many calls were tried. `looked` is 0 for a pipeline of
             diffusers, for which none is tried.
@@ -34,9 +35,10 @@ class Report(Errors):
         teacher: a description of the teacher, the loop of many steps from whose samples distances are measured.
         teacher_error: the distance between the teacher's samples with half its steps and with all its steps, relative
             to the samples' root mean square.
-        seeds: the number of samples that the table was fitted to.
-        held_out: the number of samples that the errors are measured on.
-        model_calls: the number of model calls that tuning made.
+        seeds: the number of samples that the fitted table was fitted to.
+        held_out: the number of samples that the table's errors are measured on.
+        model_calls: the number of model calls that tuning made, including the teacher's, which a Tuner makes once for
+            all its tables.
         names_calls: the number of these calls that the comparison of the named samplers made.
         batch: the number of samples in each call.
         whole_timesteps: whether named samplers with timesteps that are not integers are left out, since the model
@@ -105,7 +107,7 @@ class Report(Errors):
         if not self.fitted:
             lines.append(f"  {'no fit is nearer; the nearest':<52} {self.fitted_error:.4f}")
         lines += [_line(str(named), named) for named in self.names[:SHOWN]]
-        if self.looked:  # if it is 0, the names are schedulers of a pipeline, which p_sample_loop does not take
+        if self.looked:  # 0 for a pipeline: p_sample_loop may not take the best name's scheduler or spacing
             typed = ", ".join(f"{name}={value!r}" for name, value in self.best.options.items())
             lines.append(f"the best name's loop: {typed}")
         if self.fitted and self.as_near is not None:

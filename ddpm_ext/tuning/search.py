@@ -11,7 +11,8 @@ STARTS = ((1.0, 2.0, 0.002), (0.9, 1.2, 0.01))  # where searches begin: the argu
 # The first changes of the three arguments. A search ends when it has reduced them to LEAST times their size or less.
 STRIDES, LEAST = (0.06, 0.4, 0.008), 0.2
 POWERS = (0.3, 10.0)  # the least and the largest value of power
-EVALUATIONS = 60  # about the most evaluations of the error from each start
+# About the most evaluations of the error for each start. The second start may also use those that the first left over.
+EVALUATIONS = 60
 # The most results, and how far two results must differ in some timestep, as a share of the schedule.
 FOUND, APART = 3, 0.04
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
-BAR_TITLE = "calls of the model, at most"  # the end of a progress bar's title; its total is an upper bound
+BAR_TITLE = "calls of the model, at most"  # the end of a progress bar's title: the bar's total is an upper bound
 ROUNDS_ON_HALF = 1  # the rounds of `polish` in each fit on half of the samples; the best fit continues with all samples
 # To find a named sampler with an error as small as the fit's, the nearest sampler of each spacing, for up to
 # NAMES_TRIED spacings, runs with its number of steps times each of STEP_FACTORS.
@@ -66,7 +66,8 @@ class Tuned:
         If `path` is not None, the figure is also written to this file.
 
         Raises:
-            MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
+            MissingExtra: matplotlib is not installed.
+            ValueError, OSError: `path` can't be written, or its ending is unknown.
         """
         return require("ddpm_ext.plots", "drawing what tuning found").tuning_figure([self.report], path)
 
@@ -178,7 +179,11 @@ class Tuner:
         return planned
 
     def compare(self, calls: int) -> list[Named]:
-        """The named samplers with this number of model calls, the nearest to the teacher first. Raises: as `tune`."""
+        """The named samplers with this number of model calls, the nearest to the teacher first.
+
+        The errors of the first 12 are measured on all held-out samples, the other errors on 16 of these, rounded up to
+        whole batches. Raises: as `tune`.
+        """
         checks.integer("steps", calls, self._diffusion.timesteps + 1, "timesteps + 1", start=1)
         if calls not in self._names:
             self._try_fractions(calls)
@@ -231,8 +236,8 @@ class Tuner:
         return tuned(table, self._notes, report)
 
     def _fit(self, steps: int) -> Fit:
-        """The best table of `steps` rows: several fits begin at the best timesteps of the search, and the fit with the
-        smallest error on the check samples is continued with all samples.
+        """The best table of `steps` rows. Several fits, on half of the samples to fit to, begin at the best timesteps
+        of the search. The fit with the smallest error on the check samples is continued on all samples to fit to.
         """
 
         half = self._fitted[: self._half]
@@ -265,7 +270,7 @@ class Tuner:
         for factor in STEP_FACTORS:
             for named in nearest:
                 name = named.sampler, named.spacing, math.ceil(factor * named.steps)
-                with contextlib.suppress(ValueError):  # more steps than the spacing has
+                with contextlib.suppress(ValueError):  # table_of's, for more steps than the spacing has
                     table, calls = table_of(self._diffusion, *name)
                     if not self._takes(table):
                         continue
@@ -283,7 +288,8 @@ class Tuner:
 
     def _prepare(self, *, fit: bool) -> None:
         """Runs the teacher on the held-out samples and, for a fit, on as many samples to fit to and half as many check
-        samples, which decide between fits. An earlier call's trajectories are used again.
+        samples, which decide between fits. Half an odd number of batches is rounded up. Trajectories of an earlier call
+        are used again.
         """
         calls_before, count, teacher = self.calls, self._batches, Teacher(self._diffusion)
 
@@ -306,8 +312,8 @@ class Tuner:
         between = next((table for table in tables if table.timestep.is_floating_point()), None)
         if between is not None:
             self._fractions_tried, calls_before = True, self.calls
-            # A flow's teacher calls the model at such timesteps, too. A model that fails there can't be tuned, and the
-            # teacher raises its error. So for a flow there is no trial.
+            # With some schedules, such as a flow's, the teacher also calls the model at such timesteps. A model that
+            # fails there can't be tuned, and its error is raised in the teacher's loop. So there is no trial then.
             is_usual = Teacher(self._diffusion).between
             self.whole_timesteps = not is_usual and self._loops.fails(between, self._loops.batch(0))
             self._shared_calls += self.calls - calls_before
@@ -354,7 +360,7 @@ def tune(
             the loops that will take the table. The table is fitted to them, and a loop with another guidance or clip
             warns.
         seeds: the number of samples to fit to, rounded up to whole batches. As many other samples are held out, and
-            half as many decide which fit is best. Each sample takes the memory of 100 samples.
+            half as many, again in whole batches, decide which fit is best. Each sample takes the memory of 100 samples.
         rng: seed and first sample id of the samples. None means Philox(seed=0). The same seed gives the same table.
         progress: whether to show a progress bar on a terminal (if tqdm is installed).
 
