@@ -187,6 +187,7 @@ def save_model(
     "flow" of FlowMatchEulerDiscreteScheduler.
 
     unet: a UNet2DModel or a DiTTransformer2DModel.
+    classes: None removes the classes of a model that was saved in `folder` before.
     clip: whether samples are in [-1, 1], which is False for latents.
 
     Raises:
@@ -203,6 +204,8 @@ def save_model(
     files.write_json(folder_path / SCHEDULER, scheduler)
     if classes is not None:
         classes.save(folder_path)
+    else:
+        (folder_path / CLASSES).unlink(missing_ok=True)
 
 
 def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:

@@ -50,6 +50,8 @@ def test_saved_with_its_classes(folder, tmp_path):
     models.save_model(loaded.unet, loaded.settings, tmp_path / "saved", classes=PETS)
     assert json.loads((tmp_path / "saved" / "classes.json").read_text()) == {"names": list(PETS.names), "null": 4}
     assert models.load_model(tmp_path / "saved").classes == PETS
+    models.save_model(loaded.unet, loaded.settings, tmp_path / "saved")  # replaces the classes, too
+    assert models.load_model(tmp_path / "saved").classes == loaded.classes
 
 
 def test_damaged_classes(folder):
