@@ -245,7 +245,8 @@ void for_each_range(const Call& call, Tile tile, Range range) {
   });
 }
 
-// Returns the noise's `draw` for row t, if the caller has not passed a draw.
+// Returns the draw, a word of the Philox counter, of samples with row t, for calls to which the caller passes no draw:
+// StepRow::draw, or for other rows t.
 template <class Row>
 uint32_t draw_of(const Row*, int64_t t) {
   return static_cast<uint32_t>(t);

@@ -44,7 +44,8 @@ def counter(count: int, what: str | None, disable: bool | None = None) -> Iterab
 
     Args:
         what: the label of the bar.
-        disable: True shows no bar, False a bar, None a bar only if standard error is a terminal, as in tqdm.
+        disable: True shows no bar, False a bar, None a bar in a notebook or if standard error is a terminal, as in
+            tqdm.auto.
     """
     if disable or not has_bars():
         return range(count)

@@ -115,7 +115,7 @@ class Denoising(LoopOptionsTaker):
     _buffers: dict[str, Tensor]
 
     def _check(self) -> None:
-        """Raises TypeError for versions of the library that are older than OLDEST: their methods have other results."""
+        """Raises TypeError for versions of the library that are older than OLDEST, the oldest that was tried."""
         version = _library().__version__
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             oldest = ".".join(map(str, OLDEST))

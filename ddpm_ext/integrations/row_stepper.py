@@ -71,8 +71,7 @@ class RowStepper:
             with torch.inference_mode(False):
                 packed = self.table.packed("cpu")
         self._packed = {(CPU, torch.float32): packed}
-        # Steps without an rng. On a CPU the key is the dtype alone: hashing a device takes as long as a small launch.
-        self._quiet_steps: dict[torch.dtype | tuple[torch.device, torch.dtype], CalledTableStep] = {}
+        self._quiet_steps: dict[tuple[torch.device, torch.dtype], CalledTableStep] = {}  # steps without an rng
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         kinds = {row.history for row in self.needs}
         reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
@@ -128,10 +127,7 @@ class RowStepper:
         if self._bound:
             inputs.update(self._bound)
         rng, out = inputs.pop("rng", None), inputs.pop("out", None)
-        step = self._quiet_steps.get(dtype) if rng is None and x.is_cpu else None
-        if step is None:
-            step = self._step_for(x.device, dtype, rng)
-        return step.take(x, m, None, i, out, **inputs), stored
+        return self._step_for(x.device, dtype, rng).take(x, m, None, i, out, **inputs), stored
 
     def largest_term(self, i: int, x: Tensor, m: Tensor, read_tensors: Sequence[Tensor]) -> float:
         """The size of the largest term that row i adds up, on which the rounding error of its result depends.
@@ -152,7 +148,7 @@ class RowStepper:
 
     def _step_for(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
         """The TableStep for samples of this dtype and device. Without `rng`, only noise that `take` gets is added."""
-        key = dtype if device == CPU else (device, dtype)
+        key = (device, dtype)
         step = self._quiet_steps.get(key) if rng is None else None
         if step is None:
             operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference

@@ -18,7 +18,7 @@ def unwrap(model_output: Any) -> Tensor:
 
 
 def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The prediction and the learned variance: views of the halves of a model's output (batch, 2 channels, ...)."""
+    """The prediction and the learned variance: views of the halves of a model's output (batch, 2 * channels, ...)."""
     channels = x_t.shape[1] if x_t.dim() > 1 else 0
     if channels == 0:
         raise ValueError(
