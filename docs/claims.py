@@ -288,7 +288,7 @@ def claims() -> list[Sentence | Table]:
         Sentence("README.md", "a step with it is # and # times as fast", overview("step", "{:.0f}")),
         Sentence(
             "README.md",
-            "have a Fréchet distance of # to the images, and 1,000 of DDPM one of #.",
+            "have a Fréchet distance of # to the images, by 1,000 of DDPM #.",
             [calls("digits", "unipc", "20"), calls("digits", "ddpm", "1,000")],
         ),
         Sentence("README.md", "(docs/tuning.md) has # in 4 calls", [calls("digits", "tuned", "4")]),
@@ -309,7 +309,11 @@ def claims() -> list[Sentence | Table]:
             "calls of `ddpm` have # on digits, and # on shapes",
             [calls(model, "ddpm", "1,000") for model in ("digits", "shapes")],
         ),
-        Sentence("docs/tuning.md", "images have a distance of #.", [calls("digits", "as many images", "0")]),
+        Sentence(
+            "docs/tuning.md",
+            "a perfect model would have about #, the distance",
+            [calls("digits", "as many images", "0")],
+        ),
         Sentence(
             "README.md",
             "has # in 4 calls, and `unipc` has # in 4 and # in 10",
