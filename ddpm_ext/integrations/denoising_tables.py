@@ -80,4 +80,7 @@ class DenoisingTables:
             direction = table.c1 * (1 - now).sqrt()  # the factor of the library's pred_noise
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
             s[1:] = table.s
-        return KernelTables(StepTable(t, a, b, c0, c1, s=s))
+        try:
+            return KernelTables(StepTable(t, a, b, c0, c1, s=s))
+        except ValueError as error:  # a number is not finite, because a level has no signal
+            raise Fallback(str(error)) from None

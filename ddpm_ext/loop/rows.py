@@ -246,8 +246,10 @@ def _variance_kind(process: Process, table: StepTable, learned: bool) -> str | N
     """
     variance = process.variance_entry
     log = bool((table.l1 != 0).any())
-    # Rows that read the variance itself have s = 1, since s is a factor of the model's standard deviation.
-    learned = learned or log or (variance.learned and not variance.logarithm and bool((table.s == 1).any()))
+    # In rows that read the variance itself, s is only the size of the samples, 1 where no levels are known.
+    size = torch.hypot(table.signal_after, table.noise_after)
+    is_size = (table.s - torch.where(size == 0, 1, size)).abs() <= 1e-12
+    learned = learned or log or (variance.learned and not variance.logarithm and bool(is_size.any()))
     if log and not variance.logarithm:
         raise ValueError(
             f"sampler has rows for the logarithm of a model's own variance (l1), but the variance is "
@@ -267,7 +269,8 @@ def _start_levels(process: Process, table: StepTable) -> Tensor | None:
     if bool(levels.any()):
         return levels
     t = table.timestep
-    in_schedule = not t.is_floating_point() and bool(((t >= 0) & (t < process.timesteps)).all())
+    in_schedule = process.schedule.timestep is None and not t.is_floating_point()
+    in_schedule = in_schedule and bool(((t >= 0) & (t < process.timesteps)).all())
     return process.tables.get("q_sample", t.device, torch.float64)[t] if in_schedule else None
 
 

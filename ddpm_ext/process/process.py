@@ -212,7 +212,7 @@ class Process:
         if not isinstance(x_t, Tensor):
             checks.tensor("x_t", x_t)
         key = (x_t.is_cpu or x_t.device, clip, numbers)
-        step = self._reverse_steps.get(key)
+        step = self._reverse_steps.get(key) if self.backend == "fused" else None
         if step is None:
             # The cached step gets a copy of rng, because the caller may change rng's attributes.
             step = self._make_reverse_step(x_t, clip, None, copy(rng))

@@ -365,7 +365,8 @@ class StepTable:
         or the output of a function's model. The model's output enters the next sample by c0; or by c2, if there is no
         clean sample or if c0's and c1's terms would nearly cancel. k0, k1 and k2 keep the tensor that a later row
         reads, up to a constant factor. If the scheduler clips its clean sample, the rows are for a loop with the same
-        clip. The table leaves out how the scheduler scales the model's input.
+        clip, which the notes have. The table leaves out how the scheduler scales the model's input; the notes say
+        whether it does.
 
         For a function, a row begins with a call of the model and ends with the next, so that a step with two calls is
         two rows. The row's timestep is the sigma of the call with which it begins. The draw of its noise, from a
@@ -380,7 +381,8 @@ class StepTable:
         Examples:
             >>> table = StepTable.trace(diffusers.EulerDiscreteScheduler(), 20)
         """
-        return cls(**trace.trace_columns(scheduler, steps, arguments))
+        columns, notes = trace.trace_table(scheduler, steps, arguments)
+        return cls(**columns, notes=notes)
 
     # ------------------------------------------------------------------------------------- drawn and compared
 

@@ -43,6 +43,7 @@ from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, 
 Pair = tuple[float, float]  # (low, high) of a clip, or (quantile, largest divisor) of a threshold
 
 FIRST_RUN_BATCH = 32  # how many samples, model outputs and draws of noise each step of the first run has
+SCALED_INPUT = "scaled_input"  # the note of a table whose scheduler scales the model's input
 FIRST_RUN_SIZE = 2.0**-20  # the size of these numbers, so small that no clip acts on them
 SECOND_RUN_SHAPE = 2, 3, 4, 5, *[2] * 8  # the first `dims` entries are the shape of the second run's samples
 SECOND_RUN_SIZES = 16.0, 1.0, 4.0  # the sizes of the second run's numbers, cycling over the steps
@@ -91,8 +92,8 @@ class TraceResult(NamedTuple):
     reads_model: bool = False
 
 
-def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
-    """The columns of StepTable.trace, whose docstring has the arguments and the errors."""
+def trace_table(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The columns and the notes of StepTable.trace, whose docstring has the arguments and the errors."""
     if hasattr(sampler, "set_timesteps"):
         if setting(sampler, "thresholding"):
             raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
@@ -100,9 +101,12 @@ def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dic
         scheduler.set_timesteps(steps, **arguments)
         if len(scheduler.timesteps) == 0:
             raise ValueError(f"steps is {steps!r}, for which the scheduler has no timesteps, expected at least 1")
-        return follow(scheduler, list(scheduler.timesteps), second=CLEAN_FIELDS).columns
+        traced = follow(scheduler, list(scheduler.timesteps), second=CLEAN_FIELDS)
+        notes: dict[str, Any] = {} if traced.clip is None else {"clip": list(traced.clip)}
+        scales = set(traced.scales or ())
+        return traced.columns, notes | ({SCALED_INPUT: True} if scales - {1.0} else {})
     if callable(sampler):
-        return follow_function(sampler, steps, arguments).columns
+        return follow_function(sampler, steps, arguments).columns, {}
     raise TypeError(
         f"scheduler is a {type(sampler).__name__}, expected an object with set_timesteps and step, or a function of "
         "model, x and sigmas"

@@ -118,6 +118,13 @@ def test_loop(backend, changes, error, words, device):
     refuse("p_sample_loop", backend, device, error, words, **changes)
 
 
+def test_start_at_a_level_that_is_unknown():
+    """The model's timesteps of a flow are no indices of its schedule."""
+    gd, table = GaussianDiffusion(50, "flow", prediction="flow"), StepTable([40], *[[1.0]] * 4)
+    with pytest.raises(ValueError, match="start is given with a sampler whose table has neither"):
+        gd.p_sample_loop(lambda x, t: x, X.shape, sampler=table, start=X)
+
+
 @backends
 def test_ids_that_run_past_the_end_in_a_loop(backend, device):
     refuse("p_sample_loop", backend, device, ValueError, ["sample_ids", r"2\^56"], rng=Philox(0, 2**56 - 1))

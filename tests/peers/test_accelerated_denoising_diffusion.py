@@ -181,6 +181,15 @@ LOOPS = {
 loops = pytest.mark.parametrize("loop", LOOPS)
 
 
+def test_ddim_from_samples_without_signal(quiet):
+    """With 20 linear betas the last one is 1, and a number of the row is 0 / 0: the library's own code runs."""
+    plain = make("pred_v", Net(False), timesteps=20, beta_schedule="linear", sampling_timesteps=5)
+    with pytest.warns(UserWarning, match="ddim_sample runs the own code of"):
+        ours, _ = seeded(3, lambda: accelerate(plain).ddim_sample(SHAPE))
+    theirs, _ = seeded(3, lambda: plain.ddim_sample(SHAPE))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @loops
 @pytest.mark.parametrize(("objective", "self_condition"), [("pred_noise", False), ("pred_v", True), ("pred_x0", True)])
 def test_loops_of_one_seed(objective, loop, self_condition, device, quiet):

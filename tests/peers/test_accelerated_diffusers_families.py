@@ -74,6 +74,18 @@ def test_a_flow_passes_inputs_through(name):
     assert ours.scale_model_input(x, ours.timesteps[0]) is x
 
 
+def test_churn_of_a_model_in_16_bits():
+    """Samples begin in float32. From the first result on they have the model's dtype."""
+    results = []
+    for scheduler in (make("FlowMatchHeunDiscrete"), accelerate(make("FlowMatchHeunDiscrete"))):
+        scheduler.set_timesteps(3)
+        x, generator = normal(0, 2, 3, 4, 5), seeded(1)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x.sin().half(), t, x, generator=generator, s_churn=0.4).prev_sample
+        results.append(x)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=2e-3 * float(results[0].abs().max()))
+
+
 def test_a_table_in_a_pipeline_that_asks_for_the_class_of_its_scheduler():
     """CogVideoXPipeline gives CogVideoXDPMScheduler other arguments than any other scheduler."""
     make_pipeline, arguments, _ = FAMILIES["cogvideox_dpm"]

@@ -1,6 +1,7 @@
 """What a traced scheduler's step does beside its launch, and models that write each output into the same tensor, as a
 CUDA graph's does."""
 
+import functools
 import inspect
 from unittest import mock
 
@@ -84,10 +85,10 @@ SCALED = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscret
           "EDMDPMSolverMultistep", "CMStochasticIterative")  # fmt: skip
 
 
-def scaled_loop(scheduler, between=lambda x: x, calls=None):
+def scaled_loop(scheduler, between=lambda x: x, calls=None, scale=None):
     """The last samples and the scheduler's numbers at each step; the operators between two calls of the model."""
     scheduler.set_timesteps(6)
-    scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
+    scale = scale or getattr(scheduler, "scale_model_input", lambda x, _: x)
     x, generator, seen = 9 * normal(0, 2, 3, 4, 5), seeded(1), []
     takes = "generator" in inspect.signature(scheduler.step).parameters
     for t in scheduler.timesteps:
@@ -118,6 +119,25 @@ def test_the_step_writes_what_scale_model_input_returns(name):
     launched = ["step_with_options"] if name in SCALED else ["step_with_options", "reverse_step"]
     assert all(len(names) == 1 and names[0].removeprefix("ddpm_ext::") in launched for names in calls[1:-1]), calls
     assert ours.accelerated.fallbacks == {}
+
+
+CALLS = {
+    "by keyword": lambda scheduler, x, t: scheduler.scale_model_input(sample=x, timestep=t),
+    "timestep by keyword": lambda scheduler, x, t: scheduler.scale_model_input(x, timestep=t),
+    "float64": lambda scheduler, x, t: scheduler.scale_model_input(x.double(), t).float(),
+    "a parameter": lambda scheduler, x, t: scheduler.scale_model_input(torch.nn.Parameter(x, False), t),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("call", CALLS)
+def test_inputs_are_scaled_however_they_are_asked_for(name, call):
+    """Also by KDPM2, whose own code scales by a tensor of the step before."""
+    expected, found = (
+        scaled_loop(each, scale=functools.partial(CALLS[call], each))[0]
+        for each in (make(name), accelerate(make(name)))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_another_sample_is_scaled_by_the_schedulers_own_code():

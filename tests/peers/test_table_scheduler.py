@@ -135,6 +135,24 @@ def test_samples_of_sigma_space_are_those_of_diffusers():
                 x.mul_(0.5)
 
 
+def test_tables_of_traced_schedulers():
+    """They clip as the scheduler does. A table does not have the factors of the model's input."""
+    results = []
+    for scheduler in (
+        make("DDIM", clip_sample_range=0.5),
+        TableScheduler(StepTable.trace(make("DDIM", clip_sample_range=0.5), 5)),
+    ):
+        scheduler.set_timesteps(5)
+        x = normal(0, *SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x.sin(), t, x).prev_sample
+        results.append(x)
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-5)
+    for name in ("EulerDiscrete", "LMSDiscrete", "EDMEuler"):
+        with pytest.raises(ValueError, match="table is of a scheduler whose scale_model_input scales"):
+            TableScheduler(StepTable.trace(make(name), 5))
+
+
 def test_image_to_image():
     """A loop that begins in the middle, with samples at the row's level."""
     pipe = quiet(FAMILIES["stable_diffusion"][0]())

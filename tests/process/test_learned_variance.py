@@ -9,7 +9,7 @@ from support.loop_cases import PART, SHAPE, TIMESTEPS, given, make_diffusion, mo
 from support.refusals import backends
 from support.tutorial import Tutorial
 
-from ddpm_ext import Guidance, Philox
+from ddpm_ext import GaussianDiffusion, Guidance, Philox
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.variances import VARIANCES
@@ -118,6 +118,20 @@ def test_guidance_takes_the_variance_of_the_conditional_output(device, backend, 
     expected = loop(guided)
     for found in (loop(conditional, Guidance(2.0, unconditional)), loop(both, 2.0)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule, prediction", [("cosine", "eps"), ("flow", "flow")])
+@variances
+def test_a_samplers_own_table_reads_the_variance(schedule, prediction, variance):
+    """Also for samples of another size, whose rows have a standard deviation of another size."""
+    gd = GaussianDiffusion(5, schedule, prediction=prediction, variance=variance)
+    table = gd.for_model(ddpm(gd.grid(), prediction=prediction, variance=variance))
+    options = {"record": "last", "progress": False, "rng": Philox(0)}
+    by_name, by_table = (
+        gd.p_sample_loop(lambda x, t: torch.cat([0.3 * x, 0.01 + 0 * x], 1), SHAPE, sampler=sampler, **options)
+        for sampler in ("ddpm", table)
+    )
+    assert torch.equal(by_name, by_table)
 
 
 @pytest.mark.parametrize("own", ["fixed_small", "fixed_large", "learned_variance"])

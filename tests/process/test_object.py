@@ -74,6 +74,13 @@ def test_numpy_integers_are_integers(device):
     assert torch.equal(*samples)
 
 
+def test_the_backend_may_change_after_a_step():
+    gd, x = GaussianDiffusion(50), torch.randn(3, 4)
+    gd.p_sample(lambda x, t: x, x, 3, rng=Philox(0))
+    gd.backend = "reference"
+    assert gd.p_sample(lambda x, t: x, x.double(), 3, rng=Philox(0)).dtype == torch.float64
+
+
 @backends
 def test_first_use_in_a_mode_leaves_nothing_behind(backend, device):
     x, w, grads = torch.randn(3, 4, device=device), torch.ones((), requires_grad=True, device=device), []

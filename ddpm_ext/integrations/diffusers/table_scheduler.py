@@ -28,6 +28,7 @@ from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.trace import SCALED_INPUT
 
 __all__ = ["TableScheduler"]
 
@@ -60,6 +61,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         TypeError: table has a wrong type.
         FileNotFoundError: table is the path of no file.
         ValueError: a row reads the model's unconditional output or variance, which pipelines do not pass to schedulers;
+            the table was traced from a scheduler that scales the model's input;
             the clip in the notes is a threshold, and the options do not set that threshold; the options' threshold is
             out of range; StepTable rejects the table.
 
@@ -85,6 +87,11 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         sample_max_value: float = 1.0,
     ) -> None:
         self.table = as_table(table)
+        if SCALED_INPUT in self.table.notes:
+            raise ValueError(
+                "table is of a scheduler whose scale_model_input scales the model's input, which a table does not "
+                "have, expected another table, or this scheduler itself, accelerated"
+            )
         self.register_to_config(table=_as_config(self.table))
         try:
             clip, threshold = clip_of(self.config)

@@ -47,7 +47,7 @@ from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.library_code import foreign_method
 from ddpm_ext.integrations.proof import TRACE_HINT, Generators, Proof, changed, contents, why_left_alone
 from ddpm_ext.integrations.shared import peer_class, peer_method
-from ddpm_ext.integrations.tensors import DTYPES, noise_arguments, version_of
+from ddpm_ext.integrations.tensors import noise_arguments, version_of
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import parts_of, step_name
 
@@ -191,7 +191,8 @@ class TracedScheduler(Forward):
         # in such a loop pass it on: the previous launch writes a copy of its result to `model_input`, and this launch
         # reads the copy as `uncond_output`.
         if trace.of_last[i]:
-            m, inputs["uncond_output"] = m.to(dtypes.computed), last
+            assert last is not None
+            m, inputs["uncond_output"] = m.to(dtypes.computed), last.to(dtypes.computed)
         x0 = inputs["x0_out"] = empty_like(x) if trace.second else None
         has_next = i + 1 < len(rows.times)
         keeps_result = has_next and trace.of_last[i + 1] != 0
@@ -237,13 +238,14 @@ class TracedScheduler(Forward):
         """
         position: Any = self._position
         is_within = isinstance(position, Position) and not position.is_over() and position.scales_inputs()
-        is_usual = len(args) == 2 and not kwargs and type(args[0]) is Tensor and args[0].dtype in DTYPES
+        x: Any = args[0] if args else kwargs.get("sample")
+        is_usual = len(args) + len(kwargs) == 2 and isinstance(x, Tensor) and x.is_floating_point()
         if not (is_within and is_usual and self._is_unchanged(position)):
             scaled = peer_method(self, "scale_model_input")(*args, **kwargs)
             if position is None:
-                self._scales_inputs = bool(args) and scaled is not args[0]
+                self._scales_inputs = x is not None and scaled is not x
             return scaled
-        written, x = self.__dict__.pop("_next_input", None), args[0]
+        written = self.__dict__.pop("_next_input", None)
         if written is not None:
             if written.is_of(x) and not (x.requires_grad and torch.is_grad_enabled()):
                 return written.model_input
