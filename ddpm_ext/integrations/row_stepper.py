@@ -33,9 +33,9 @@ HISTORY = ("history1", "history2", "history3")
 OTHER_FACTORS = ("cu", "h1", "h2", "h3")
 LARGEST_NORMAL = 8.0  # no normal number is expected to be larger
 CPU = torch.device("cpu")
-# For a row: (index in the history, name of the operator's argument) of each tensor that it reads; whether it keeps a
-# tensor; and whether it may keep the model's output itself and not a copy.
-Reads = tuple[list[tuple[int, str]], bool, bool]
+# For a row: (index in the history, name of the operator's argument) of each tensor that it reads, and whether it keeps
+# one.
+Reads = tuple[list[tuple[int, str]], bool]
 
 
 class RowStepper:
@@ -45,8 +45,6 @@ class RowStepper:
         table: the table, or a function that returns it, called when the table is first needed.
         clip: the range to which predicted clean samples are clipped.
         threshold: dynamic thresholding of predicted clean samples, before the clip.
-        holds_outputs: whether a row that keeps the model's output may keep the caller's tensor and not a copy. If so,
-            the caller must not write to the tensor.
         packed: the packed rows of the table, if they exist already.
 
     Attributes:
@@ -62,7 +60,6 @@ class RowStepper:
         clip: Clip | None = None,
         threshold: DynamicThreshold | None = None,
         *,
-        holds_outputs: bool = True,
         packed: Tensor | None = None,
     ) -> None:
         self._table_or_function, self.clip, self.threshold = table, clip, threshold
@@ -75,8 +72,7 @@ class RowStepper:
         self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         kinds = {row.history for row in self.needs}
         reads = {kind: [(k, name) for k, name in enumerate(HISTORY) if kind[k]] for kind in kinds}
-        holds = clip is None and holds_outputs
-        self._reads: list[Reads] = [(reads[row.history], row.keeps, row.keeps_output and holds) for row in self.needs]
+        self._reads: list[Reads] = [(reads[row.history], row.keeps) for row in self.needs]
 
     @functools.cached_property
     def table(self) -> StepTable:
@@ -115,15 +111,13 @@ class RowStepper:
                 noise. Without `rng` and `noise`, no noise is added. Also `out`, to which the next sample is written.
                 The dict is changed.
         """
-        reads, keeps, keeps_output = self._reads[i]
+        reads, keeps = self._reads[i]
         stored, dtype = None, x.dtype
         for k, name in reads:
             read = history[k]
             inputs[name] = read if read.dtype is dtype else read.to(dtype)
-        if keeps:
-            stored = m if keeps_output and m.dtype is dtype else empty_like(x)
-            if stored is not m:
-                inputs["history_out"] = stored
+        if keeps:  # a copy, even of the model's output: a CUDA graph writes all outputs to one tensor
+            stored = inputs["history_out"] = empty_like(x)
         if self._bound:
             inputs.update(self._bound)
         rng, out = inputs.pop("rng", None), inputs.pop("out", None)

@@ -61,7 +61,7 @@ class LossMethods(Process):
             delta: the difference up to which "huber" is quadratic, above 0.
             weighting: the weight of each timestep's error. "simple" (all the same), "min_snr" (Hang et al. 2023) or
                 another of ddpm_ext.tables.weightings. Or weights (timesteps,), which are read again after a write to
-                them by torch. Writes that bypass torch are not noticed. "vlb" and "rescaled_vlb" need "simple".
+                them by torch. Writes through `.data` or numpy are not noticed. "vlb" and "rescaled_vlb" need "simple".
             vlb_weight: with a learned variance, the weight of L_vlb, which is `timesteps` times the bound's term at t,
                 in bits per dimension. At least 0.
             offset_noise: standard deviation of the noise that all elements of a channel share, at least 0. Its stream

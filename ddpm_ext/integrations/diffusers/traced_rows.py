@@ -272,7 +272,7 @@ def trace_rows(cls: Any, state: Mapping[str, Any], key: LoopKey, read: set[str])
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     threshold = clip_of(scheduler.config)[1] if trace.clip is not None and setting(scheduler, "thresholding") else None
     table = functools.partial(table_of_checked, columns)
-    stepper = RowStepper(table, trace.clip, threshold, holds_outputs=False, packed=packed)
+    stepper = RowStepper(table, trace.clip, threshold, packed=packed)
     if trace.scales is not None and not any(trace.of_last) and not any(step.scale_counts for step in trace.steps[1:]):
         stepper = stepper.for_inputs(torch.from_numpy(np.append(trace.scales[1:], 1.0)).float())
     else:
