@@ -99,9 +99,12 @@ def test_a_table_in_a_pipeline_that_asks_for_the_class_of_its_scheduler():
 
 
 def test_a_table_is_refused_where_nobody_says_what_the_model_predicts():
-    """StableCascade's pipelines ask for DDPMWuerstchenScheduler, and take other timesteps of any other scheduler."""
+    """StableCascade's pipelines ask for DDPMWuerstchenScheduler, and take other timesteps of any other scheduler.
+    EDM's schedulers name their prediction "epsilon", but it is another."""
     with pytest.raises(ValueError, match="DDPMWuerstchenScheduler has the prediction_type None"):
         accelerate(diffusers.DDPMWuerstchenScheduler(), table=StepTable(timestep=[9], a=[2], b=[-1], c0=[1], c1=[0]))
+    with pytest.raises(ValueError, match="EDMEulerScheduler has the setting sigma_data, so that its model's inputs"):
+        accelerate(diffusers.EDMEulerScheduler(), table=StepTable(timestep=[9], a=[2], b=[-1], c0=[1], c1=[0]))
 
 
 @pytest.mark.parametrize("name", ["UniPCMultistep", "EulerDiscrete", "DDIM", "DPMSolverMultistep"])

@@ -295,9 +295,14 @@ Kind = TypeVar("Kind", bound=TableScheduler)
 def prediction_of(scheduler: Any) -> str:
     """ddpm_ext's name of the prediction of a scheduler's model.
 
-    Raises ValueError if the config's prediction_type is not in PREDICTIONS, or if it has none and the scheduler is not
-    one of flow matching.
+    Raises ValueError if the scheduler is one of EDM; if the config's prediction_type is not in PREDICTIONS; if it has
+    none and the scheduler is not one of flow matching.
     """
+    if "sigma_data" in scheduler.config:
+        raise ValueError(
+            f"{type(scheduler).__name__} has the setting sigma_data, so that its model's inputs and outputs are scaled "
+            "as in EDM, expected a scheduler without it: a step table's inputs and predictions have other scales"
+        )
     prediction_type = scheduler.config.get("prediction_type", None)
     if prediction_type is None and "FlowMatch" in type(scheduler).__name__:
         return "flow"

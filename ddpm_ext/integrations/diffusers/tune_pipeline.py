@@ -164,7 +164,8 @@ def _named_tables(runs: Runs, levels: LoopLevels, steps: int) -> Iterator[tuple[
             euler = _table(runs, "euler", scheduler_levels.grid())
             if len(traced) == steps and not (traced.s != 0).any():
                 columns = {name: getattr(euler, name) for name in LEVELS}
-                yield (type(runs.scheduler).__name__, spacing), replace(traced, **columns)
+                # Without notes: the levels determine the factor of the model's input, the config determines the clip.
+                yield (type(runs.scheduler).__name__, spacing), replace(traced, notes={}, **columns)
     spacings = [(spacing, scheduler_levels)]
     if trailing is not None:
         spacings.append(("trailing", runs.levels(trailing, steps)))
